@@ -1,0 +1,94 @@
+# Every target makes .venv itself; it needs Python 3.11 or newer and a package index, nothing else.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python
+
+TORCH = $(shell grep -m 1 '^torch==' requirements.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# What is linted and what is typed, as far as it exists.
+CODE := $(wildcard safegene_vllm server examples benchmarks tests)
+TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks)
+
+# More words for the program behind a target: make test ARGS="-k gain"
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help venv demo serve-demo test test-matrix check lint format types layering bench lock clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY)  ## make .venv from the pinned requirements
+
+# --no-deps: the lock is complete, and leaves out packages that break a CPU torch (requirements/overrides.txt).
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
+	  echo "Install Python 3.11, or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	@echo "making $(VENV) from requirements.txt (about two minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -qq --no-deps '$(TORCH)' 2>$(VENV)/torch.log || { \
+	  echo "  $(TORCH) is not where pip looks; trying $(TORCH_INDEX) ..."; \
+	  $(RUN) -m pip install -qq --no-deps --index-url '$(TORCH_INDEX)' '$(TORCH)' || { cat $(VENV)/torch.log >&2; exit 1; }; }
+	@$(RUN) -m pip install -qq --no-deps -r requirements.txt
+	@$(RUN) -m pip install -qq --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+	@echo "$(VENV) is ready"
+
+demo: $(READY)  ## serve several protected fine-tunes of one small model and show the effect
+	@$(RUN) examples/smollm2/demo.py $(ARGS)
+
+serve-demo: $(READY)  ## the same, then leave the server running and print curl lines
+	@$(RUN) examples/smollm2/demo.py --keep $(ARGS)
+
+test: $(READY)  ## run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+test-matrix: $(READY)  ## run the plugin's tests on the oldest and newest supported vLLM (slow)
+	@$(RUN) tests/matrix.py $(ARGS)
+
+check: lint types layering test  ## everything CI runs: format, lint, strict types, layering, tests
+
+lint: $(READY)  ## check format and lint rules
+	@$(RUN) -m ruff format --check $(CODE)
+	@$(RUN) -m ruff check $(CODE)
+
+format: $(READY)  ## rewrite the code in the house format
+	@$(RUN) -m ruff format $(CODE)
+	@$(RUN) -m ruff check --fix $(CODE)
+
+types: $(READY)  ## check types (strict)
+	@$(RUN) -m mypy $(TYPED)
+
+layering: $(READY)  ## check that imports run one way
+	@PYTHONPATH=.:server $(VENV)/bin/lint-imports --no-logo
+
+bench: $(READY)  ## throughput of the gain table against plain multi-LoRA; ends in one JSON line
+	@$(RUN) benchmarks/weight_load.py
+	@$(RUN) benchmarks/gain_table.py $(ARGS)
+
+# Pins that still fit stay; all of them move with: make lock ARGS=--upgrade
+lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt from pyproject.toml (Python 3.11, Linux)
+	@$(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip install -qq uv
+	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra recipe --extra dev \
+	  --override requirements/overrides.txt --python-version 3.11 \
+	  $(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)',--torch-backend cpu) \
+	  --no-annotate --custom-compile-command 'make lock' --quiet $(ARGS) --output-file requirements.txt
+	@echo "requirements.txt: $$(grep -c '==' requirements.txt) packages"
+
+clean:  ## remove .venv, build and caches
+	@rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
