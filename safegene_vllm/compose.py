@@ -1,0 +1,134 @@
+"""The reference mathematics: W' = W + sum over layers of λ_l · B A, in three forms that agree.
+
+Merged weight, LoRA pair (rank concatenation) and gain row, all in float32 and in plain torch.
+Every fast path is tested against this file; nothing here is tuned for speed. Notation: L layers,
+T tokens, R rank, D_in, D_out. Source: docs/format.md; LoRA is Hu et al. 2021, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from safegene_vllm.adapter import Adapter, Pair, layer_of, plain_config
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    NonFiniteError,
+    SafegeneError,
+    ShapeError,
+    raise_faults,
+)
+from safegene_vllm.family import Family
+from safegene_vllm.profile import Profile, check_profile
+
+_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def merged_weight_name(site: str) -> str:
+    """The name in a checkpoint of the weight that a site's pair is added to."""
+    return f"{site}.weight"
+
+
+def delta(pair: Pair, coefficient: float) -> torch.Tensor:
+    """What is added to a weight: (D_out, D_in) float32.
+
+    Semantics: coefficient · scaling · b @ a.
+    """
+    return (coefficient * pair.scaling) * (pair.b.float() @ pair.a.float())
+
+
+def merge_into(
+    weight: torch.Tensor, pair: Pair, coefficient: float, *, rows: int = 1024
+) -> torch.Tensor:
+    """The merged weight: a new tensor (D_out, D_in) of weight's dtype and device.
+
+    Semantics: weight + coefficient · scaling · b @ a, added in float32 (float64 for a float64
+    weight), `rows` rows at a time: the peak is one tensor and a block. At coefficient 0.0 the very
+    same tensor comes back. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
+    """
+    if coefficient == 0.0:
+        return weight
+    if weight.dtype not in _MERGEABLE:
+        raise ShapeError(
+            f"weight has dtype {weight.dtype}, expected float32, bfloat16 or float16; a quantized "
+            "weight cannot be added to: serve the tenant through the LoRA slot"
+        )
+    if tuple(weight.shape) != (pair.d_out, pair.d_in):
+        raise ShapeError(
+            f"weight has shape {tuple(weight.shape)}, the pair is for {(pair.d_out, pair.d_in)}"
+        )
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a = pair.a.to(weight.device, wide)
+    b = pair.b.to(weight.device)
+    factor = coefficient * pair.scaling
+    merged = torch.empty_like(weight)
+    for start in range(0, pair.d_out, rows):
+        block = slice(start, start + rows)
+        merged[block] = weight[block].to(wide) + factor * (b[block].to(wide) @ a)
+        if not bool(torch.isfinite(merged[block]).all()):
+            raise NonFiniteError(
+                f"the merged weight holds NaN or Inf in rows {start}..{start + rows - 1} as "
+                f"{weight.dtype}; lower the coefficient ({coefficient}) or use bfloat16"
+            )
+    return merged
+
+
+def lora_pair(tenant: Pair | None, safety: Pair, coefficient: float) -> Pair:
+    """Tenant and safety pair as one pair of rank R_t + R_s, float32, scaling 1.
+
+    Semantics: a = [a_t; a_s], b = [s_t b_t, coefficient · s_s b_s]. At coefficient 0.0 the
+    tenant's own pair (float32, folded): zeros cost no rank. Without a tenant, b is then zero.
+    Errors: ShapeError if D_in or D_out differ.
+    """
+    a_s, b_s = safety.a.float(), safety.b.float() * (coefficient * safety.scaling)
+    if tenant is None:
+        return Pair(a_s, b_s)
+    if (tenant.d_in, tenant.d_out) != (safety.d_in, safety.d_out):
+        raise ShapeError(
+            f"the tenant's pair is for a weight {(tenant.d_out, tenant.d_in)}, "
+            f"the family's for {(safety.d_out, safety.d_in)}"
+        )
+    a_t, b_t = tenant.a.float(), tenant.b.float() * tenant.scaling
+    if coefficient == 0.0:
+        return Pair(a_t, b_t)
+    return Pair(torch.cat([a_t, a_s], dim=0), torch.cat([b_t, b_s], dim=1))
+
+
+def gain_row(profile: Profile) -> torch.Tensor:
+    """The profile as a row of the gain table: (L,) float32."""
+    return torch.tensor(profile.coefficients, dtype=torch.float32)
+
+
+def safety_product(x: torch.Tensor, pair: Pair, gain: torch.Tensor) -> torch.Tensor:
+    """What the gain table adds to a linear's output: (T, D_out) float32.
+
+    Semantics: ((x aᵀ) · gain[:, None]) (scaling · b)ᵀ, with x (T, D_in) of any float dtype and gain
+    (T,), one coefficient per token.
+    """
+    shrunk = (x.float() @ pair.a.float().T) * gain.float()[:, None]
+    return shrunk @ (pair.b.float() * pair.scaling).T
+
+
+def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) -> Adapter:
+    """Tenant, family and profile as one ordinary adapter: all sites of both, float32, scaling 1.
+
+    Errors: those of `check_profile`; FamilyMismatchError naming each site whose shape differs.
+    """
+    check_profile(profile, family.header)
+    ours = {} if tenant is None else dict(tenant.pairs)
+    pairs: dict[str, Pair] = {}
+    faults: list[SafegeneError] = []
+    for site in sorted(ours.keys() | family.pairs.keys()):
+        own, safety = ours.get(site), family.pairs.get(site)
+        if safety is None:
+            assert own is not None
+            pairs[site] = Pair(own.a.float(), own.b.float() * own.scaling)
+            continue
+        layer = layer_of(site)
+        assert layer is not None
+        try:
+            pairs[site] = lora_pair(own, safety, profile.coefficients[layer])
+        except ShapeError as error:
+            faults.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
+    raise_faults(faults)
+    base_model = None if tenant is None else tenant.base_model
+    return Adapter(pairs, base_model, plain_config(pairs, base_model))

@@ -1,0 +1,102 @@
+"""One tree for everything that SafeGene refuses; this module imports nothing.
+
+SafegeneError
+├── FormatError             a file on disk breaks a rule of docs/format.md
+│   ├── MissingFileError    a file or directory is not there, or is not a regular file
+│   ├── PickleRefusedError  weights exist only as a pickle (.bin, .pt, .pth, .ckpt, .pkl)
+│   ├── TruncatedFileError  the file is not as long as its header promises
+│   ├── HeaderError         a header, config or description cannot be parsed or has a wrong field
+│   ├── VersionError        a format version that this release does not read
+│   ├── DigestError         the content is not what its digest says
+│   ├── NonFiniteError      NaN or infinity, in a tensor or in JSON
+│   ├── ShapeError          shapes or ranks that do not fit together
+│   └── SiteError           a tensor or site name that cannot be placed, or half of a pair
+├── FamilyMismatchError     profile, tenant or base belongs to another family; names both
+├── BoundsError             a coefficient out of bounds, a wrong count, non-zero without a vector
+├── ConfigError             a setting: the message names key, value and what was expected
+├── HostError               a vLLM version or option that cannot be honoured
+├── TenantRefusedError      this tenant is not served; others are
+└── ReceiptError            what a worker applied is not what the files promise
+"""
+
+from collections.abc import Sequence
+
+
+class SafegeneError(Exception):
+    """Root of the tree; catch it to catch every refusal of SafeGene."""
+
+
+class FormatError(SafegeneError):
+    """A file on disk breaks a rule of docs/format.md."""
+
+
+class MissingFileError(FormatError):
+    """A file or directory is not there, or is not a regular file."""
+
+
+class PickleRefusedError(FormatError):
+    """Weights exist only in a format that runs code when it is read."""
+
+
+class TruncatedFileError(FormatError):
+    """A file's length is not the length that its header promises."""
+
+
+class HeaderError(FormatError):
+    """A header, config or description cannot be parsed or has a wrong field."""
+
+
+class VersionError(FormatError):
+    """A format version that this release does not read."""
+
+
+class DigestError(FormatError):
+    """The content of a file is not what its digest says."""
+
+
+class NonFiniteError(FormatError):
+    """NaN or infinity, in a tensor or in JSON."""
+
+
+class ShapeError(FormatError):
+    """Shapes, ranks or dtypes of tensors that do not fit together."""
+
+
+class SiteError(FormatError):
+    """A tensor or site name that cannot be placed, or one half of a pair."""
+
+
+class FamilyMismatchError(SafegeneError):
+    """Profile, tenant or base belongs to another family; the message names both."""
+
+
+class BoundsError(SafegeneError):
+    """A coefficient out of bounds, a wrong number of them, or non-zero where no vector is."""
+
+
+class ConfigError(SafegeneError):
+    """A setting that cannot be used; the message names key, value and what was expected."""
+
+
+class HostError(SafegeneError):
+    """vLLM's version, or an option of it, cannot be honoured."""
+
+
+class TenantRefusedError(SafegeneError):
+    """This tenant is not served (path, profile, rank, targets); others are."""
+
+
+class ReceiptError(SafegeneError):
+    """What a worker applied is not what the files promise."""
+
+
+def raise_faults(faults: Sequence[SafegeneError]) -> None:
+    """Raise what was found, all of it in one message; do nothing if nothing was found.
+
+    One fault is raised as it is. Several become one error of the first one's class, a line each.
+    """
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        lines = [f"- {type(fault).__name__}: {fault}" for fault in faults]
+        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *lines]))

@@ -1,0 +1,74 @@
+"""What a directory is, and whether it belongs to a family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from safegene_vllm.adapter import Adapter, save_adapter
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    HeaderError,
+    MissingFileError,
+    TenantRefusedError,
+)
+from safegene_vllm.family import FamilyHeader
+from safegene_vllm.pico import make_model, random_pairs, write_family, write_tenant
+from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of, refuse_exported
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tenants")
+    model = make_model("llama", root / "checkpoint")
+    family = write_family(model, root / "family")
+    write_tenant(model, root / "adapter", family, 1.0)
+    write_tenant(model, root / "profile", family, 1.0, adapter=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def header(root: Path) -> FamilyHeader:
+    from safegene_vllm.family import read_family_header
+
+    return read_family_header(root / "family")
+
+
+@pytest.mark.parametrize("kind", ["family", "adapter", "checkpoint", "profile"])
+def test_every_kind_is_told(root: Path, kind: str) -> None:
+    assert kind_of(root / kind) == kind
+
+
+def test_a_directory_that_is_nothing_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(MissingFileError):
+            kind_of(path)
+    (tmp_path / "safegene.json").write_text('{"kind": "other"}')
+    with pytest.raises(HeaderError, match="'other'"):
+        kind_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint", "profile"])
+def test_members_of_the_family_fit(root: Path, header: FamilyHeader, kind: str) -> None:
+    check_fits(root / kind, header)
+
+
+def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_path: Path) -> None:
+    other = make_model("llama", tmp_path / "wide", intermediate_size=256)
+    with pytest.raises(FamilyMismatchError, match=f"{other}.*'pico'"):
+        check_fits(other, header)
+    pairs = random_pairs({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
+    save_adapter(Adapter(pairs, None, {}), tmp_path / "small", base_model=None)
+    with pytest.raises(FamilyMismatchError, match=r"small.*'pico'"):
+        check_fits(tmp_path / "small", header)
+    with pytest.raises(TenantRefusedError, match="is a family"):
+        check_fits(root / "family", header)
+
+
+def test_an_export_is_refused(tmp_path: Path) -> None:
+    refuse_exported(tmp_path)
+    (tmp_path / RECORD_FILE).write_text(json.dumps({}))
+    with pytest.raises(TenantRefusedError, match="added twice"):
+        refuse_exported(tmp_path)
