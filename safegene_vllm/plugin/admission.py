@@ -1,0 +1,143 @@
+"""Lets a tenant in, or says why not: the one gate every adapter passes before it can be served.
+
+For copying a tenant's files to staging, validating the copy against the family and the engine, and
+remembering what was admitted. Not for serving it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safegene_vllm.adapter import Adapter, load_adapter
+from safegene_vllm.errors import SafegeneError, TenantRefusedError
+from safegene_vllm.plugin import host
+from safegene_vllm.profile import Profile, check_profile, has_profile, load_profile
+
+if TYPE_CHECKING:
+    from safegene_vllm.plugin.guest import Guest
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """An admitted tenant: immutable, identified by `content`, loaded only from `staged`."""
+
+    name: str
+    path: str
+    staged: Path
+    profile: Profile | None
+    has_adapter: bool
+    sites: int
+    content: str
+
+
+def admit(request: Any, guest: Guest) -> Tenant:
+    """Stage and validate the tenant behind a LoRARequest.
+
+    Errors: FormatError (a file), FamilyMismatchError and BoundsError (its profile),
+    TenantRefusedError (path, missing profile, rank, sites, changed content). Nothing is kept then.
+    """
+    name, path = request.lora_name, request.lora_path
+    source = Path(path)
+    if not guest.settings.adapter_roots:
+        source = Path(host.resolve("get_adapter_absolute_path")(path))
+    staged = guest.staging.copy(source, name, guest.settings.adapter_roots)
+    try:
+        profile = _profile_of(staged, name, guest)
+        has_adapter = (staged / CONFIG).exists() or (staged / WEIGHTS).exists()
+        adapter = load_adapter(staged) if has_adapter else None
+        if adapter is not None:
+            _check_fit(adapter, profile, name, guest)
+        tenant = Tenant(
+            name=name,
+            path=path,
+            staged=staged,
+            profile=profile,
+            has_adapter=has_adapter,
+            sites=0 if adapter is None else len(adapter.pairs),
+            content=_content(staged),
+        )
+        _check_unchanged(tenant, guest)
+    except SafegeneError as error:
+        guest.staging.drop(staged)
+        message = str(error).replace(str(staged), path)
+        prefix = "" if repr(name) in message else f"tenant {name!r} ({path}): "
+        raise type(error)(prefix + message) from error
+    except Exception:
+        guest.staging.drop(staged)
+        raise
+    return tenant
+
+
+def read_tenant(tenant: Tenant) -> Adapter | None:
+    """The tenant's own adapter again, from its staged copy; None for a profile alone."""
+    return load_adapter(tenant.staged) if tenant.has_adapter else None
+
+
+def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
+    """The tenant's profile, checked against the family; None only in the open mode."""
+    if not has_profile(staged):
+        if guest.settings.missing_profile == "serve_unprotected":
+            return None
+        raise TenantRefusedError(
+            f"tenant {name!r} has no safegene.json, so it would be served unprotected. Give it a "
+            "profile of this family, or set safegene.missing_profile to "
+            '"serve_unprotected" to allow tenants without one.'
+        )
+    profile = load_profile(staged)
+    if guest.plan.header is None:
+        raise TenantRefusedError(
+            f"tenant {name!r} carries a profile for family {profile.family}, but this engine has "
+            "no family loaded; set safegene.family."
+        )
+    check_profile(profile, guest.plan.header)
+    return profile
+
+
+def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Guest) -> None:
+    """Errors: TenantRefusedError for sites the engine cannot adapt and ranks beyond its slots."""
+    faults = guest.site_faults(adapter.pairs)
+    composed = guest.settings.apply == "composed" and profile is not None
+    sites = dict.fromkeys([*adapter.pairs, *(guest.family.pairs if guest.family else ())])
+    for site in sites:
+        own = adapter.pairs[site].rank if site in adapter.pairs else 0
+        extra = 0
+        if composed and guest.family is not None and site in guest.family.pairs:
+            extra = guest.family.pairs[site].rank
+        if own + extra > guest.max_rank:
+            what = f"rank {own}" + (f" + {extra} of the vector" if extra else "")
+            faults.append(f"{site} needs {what}, slots hold --max-lora-rank {guest.max_rank}")
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise TenantRefusedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
+
+
+def _check_unchanged(tenant: Tenant, guest: Guest) -> None:
+    """Errors: TenantRefusedError if the prefix cache may hold blocks of other content.
+
+    The host keys cached blocks by (name, path): the same pair with other weights or coefficients
+    would be answered from stale blocks.
+    """
+    key = (tenant.name, tenant.path)
+    before = guest.seen.setdefault(key, tenant.content)
+    if before != tenant.content and guest.prefix_cache:
+        raise TenantRefusedError(
+            f"tenant {tenant.name!r} at {tenant.path} has changed since it was first loaded; its "
+            "cached prefixes would be stale. Load it under a new name or path (such as "
+            f"'{tenant.name}@2'), or restart with --no-enable-prefix-caching."
+        )
+
+
+def _content(staged: Path) -> str:
+    """Digest of all staged bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(staged.iterdir()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

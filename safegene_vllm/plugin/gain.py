@@ -1,0 +1,100 @@
+"""The gain table: one resident vector per worker, scaled per token by its tenant's coefficients.
+
+For the default way of application. The vector lives once beside each LoRA layer; a table of gains
+on the device says how much of it each slot gets. A coefficient change writes one row. Not for the
+tenants' own LoRA product: the host's (or, on CPU, segment.py's) runs first, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class GainTable:
+    """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
+
+    Derived from it, for the running step: `token_gains` (L, T_max) float32, each token's gain in
+    each layer, and `active` (L,) bool, whether any token has one. All are preallocated and updated
+    in place, so compiled graphs and CUDA graphs see every change.
+    """
+
+    def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
+        self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
+        self.token_gains = torch.zeros(layers, max_tokens, dtype=torch.float32, device=device)
+        self.active = torch.zeros(layers, dtype=torch.bool, device=device)
+        self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
+
+    def write(self, slot: int, coefficients: Sequence[float]) -> None:
+        """In place: the row of `slot` (-1: no adapter). Touches no other row."""
+        self.rows[slot + 1].copy_(torch.tensor(coefficients, dtype=torch.float32))
+        self._spread()
+
+    def read(self, slot: int) -> list[float]:
+        """The row of `slot` as the device holds it (waits for the device)."""
+        return [float(v) for v in self.rows[slot + 1].cpu()]
+
+    def set_tokens(self, slots: torch.Tensor) -> None:
+        """In place: slots (T,) int64 of the step's tokens, -1 for no adapter.
+
+        Tokens past T keep an older step's gains: a padded graph computes them, nobody reads them.
+        """
+        self._token_rows[: slots.shape[0]].copy_(slots + 1)
+        self._spread()
+
+    def _spread(self) -> None:
+        """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
+        self.token_gains.copy_(self.rows.index_select(0, self._token_rows).t())
+        torch.any(self.token_gains, dim=1, out=self.active)
+
+
+def add_safety(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gain: torch.Tensor
+) -> None:
+    """Add the gain-scaled safety product to a layer's output, in place.
+
+    Semantics: y[t] += gain[t] * (x[t] Aᵀ) Bᵀ
+    Shapes: y (T, D_out), x (T, D_in), a (R, D_in), b (D_out, R) of the model's dtype; gain (T_max,)
+    float32 with T_max >= T, one layer's row of GainTable.token_gains.
+    A gain of 0.0 adds exact zeros. Every row of y depends on its own row of x alone.
+    """
+    hidden = torch.nn.functional.linear(x, a)
+    hidden.mul_(gain[: x.shape[0]].unsqueeze(1))  # in float32, rounded once
+    y.addmm_(hidden, b.t())
+
+
+class GainPunica:
+    """A layer's punica wrapper that runs the host's LoRA product, then adds the safety product.
+
+    One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
+    """
+
+    def __init__(self, inner: Any, a: torch.Tensor, b: torch.Tensor, gain: torch.Tensor) -> None:
+        self.inner = inner
+        self.a = a
+        self.b = b
+        self.gain = gain
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The host's contract: y (T, D_out) is changed in place."""
+        out = self.inner.add_lora_linear(
+            y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
+        )
+        add_safety(y, x, self.a, self.b, self.gain)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)

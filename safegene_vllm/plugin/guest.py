@@ -1,0 +1,327 @@
+"""One worker's side of SafeGene on LoRA slots: the vector, the admitted tenants, their gain rows.
+
+For validating a tenant before it can be served, building the host's form of its adapter, writing
+its gain row when it enters a slot, and saying in a receipt what was really applied. Not for hooking
+into the host: manager.py does that and calls in here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safegene_vllm.adapter import Adapter, Pair, layer_of
+from safegene_vllm.compose import compose_adapter
+from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
+from safegene_vllm.family import load_family
+from safegene_vllm.plugin import host
+from safegene_vllm.plugin.admission import Tenant, admit, read_tenant
+from safegene_vllm.plugin.engine import Plan
+from safegene_vllm.plugin.gain import GainPunica, GainTable
+from safegene_vllm.plugin.segment import SegmentPunica, StepPlan
+from safegene_vllm.plugin.sites import SiteMap, local_parts, stack_parts
+from safegene_vllm.plugin.staging import Staging
+from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
+
+
+class StepPunica:
+    """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
+
+    def __init__(self, inner: Any, listeners: list[Any]) -> None:
+        self.inner = inner
+        self.listeners = listeners
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.update_metadata(*args, **kwargs)
+        for listener in self.listeners:
+            listener.set_tokens(self.inner.token_lora_indices)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+@dataclass
+class _Resident:
+    """The vector as this worker carries it."""
+
+    sites: int = 0
+    bytes: int = 0
+    load_s: float = 0.0
+
+
+class Guest:
+    """State of one worker; `attach` once, then `load`, `activated` and `receipt` as they come."""
+
+    def __init__(self, plan: Plan, vllm_config: Any, device: torch.device) -> None:
+        self.plan = plan
+        self.settings = plan.settings
+        self.device = device
+        self.dtype = vllm_config.model_config.dtype
+        self.max_rank = vllm_config.lora_config.max_lora_rank
+        self.lora_dtype = vllm_config.lora_config.lora_dtype
+        self.prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
+        self.staging = Staging(plan.settings.staging_dir)
+        self.tenants: dict[int, Tenant] = {}
+        self.seen: dict[tuple[str, str], str] = {}
+        self.dummies: set[int] = set()
+        self.family = None if plan.header is None else load_family(plan.settings.family or Path())
+        self.resident = _Resident()
+        self.table: GainTable | None = None
+        self.sites: SiteMap
+        self.manager: Any = None
+
+    # -- the vector ------------------------------------------------------------------------------
+
+    def attach(self, manager: Any) -> None:
+        """Give every LoRA layer what it needs and place the vector; called before any forward pass.
+
+        Errors: HostError naming the sites of the vector that this engine has no LoRA layer for.
+        """
+        started = time.perf_counter()
+        self.manager = manager
+        self.sites = SiteMap(manager)
+        self._attach_products(manager)
+        if self.family is not None:
+            self._find_all(self.family.pairs)
+            if self.table is not None:
+                self._place(self.family.pairs, self.table)
+                if self.plan.base_profile is not None:
+                    self.table.write(-1, self.plan.base_profile.coefficients)
+            self.resident.sites = len(self.family.pairs)
+        self.resident.load_s = time.perf_counter() - started
+
+    def _attach_products(self, manager: Any) -> None:
+        """The gain table, the CPU product, and the step listener of both."""
+        wrappers = manager.punica_wrapper_mapping
+        tokens = max(w._token_lora_indices.shape[0] for w in wrappers.values())
+        listeners: list[Any] = []
+        if self.family is not None and self.settings.apply == "gain":
+            layers = self.family.header.base.num_layers
+            self.table = GainTable(manager.lora_slots, layers, tokens, self.device)
+            listeners.append(self.table)
+        if self.device.type == "cpu":
+            step = StepPlan(manager.lora_slots, tokens)
+            listeners.append(step)
+            linear = host.resolve("BaseLinearLayerWithLoRA")
+            for layer in manager.modules.values():
+                slots = layer if isinstance(layer, linear) else None
+                layer.set_mapping(SegmentPunica(layer.punica_wrapper, step, slots))
+        if len(wrappers) != 1:
+            raise HostError(
+                f"found {len(wrappers)} LoRA wrappers ({', '.join(wrappers)}); SafeGene supports "
+                "language models without tower or connector LoRA."
+            )
+        for name, wrapper in wrappers.items():
+            wrappers[name] = StepPunica(wrapper, listeners)
+
+    def _find_all(self, pairs: Mapping[str, Pair]) -> None:
+        """Errors: HostError for sites without a LoRA layer or of another shape."""
+        faults = self.site_faults(pairs)
+        if faults:
+            raise HostError(
+                "the vector does not fit this engine: " + "; ".join(faults[:5]) + _more(faults)
+            )
+
+    def site_faults(self, pairs: Mapping[str, Pair]) -> list[str]:
+        """One line per site that this engine cannot apply."""
+        faults = []
+        for site, pair in pairs.items():
+            place = self.sites.find(site)
+            if place is None:
+                faults.append(
+                    f"{site} has no LoRA layer here (is it in --lora-target-modules? "
+                    "embeddings and lm_head are not supported)"
+                )
+                continue
+            shape = self.sites.global_shape(place)
+            if shape is not None and shape != (pair.d_out, pair.d_in):
+                faults.append(f"{site} is {shape} here, {(pair.d_out, pair.d_in)} in the file")
+        return faults
+
+    def _place(self, pairs: Mapping[str, Pair], table: GainTable) -> None:
+        """Put the vector beside its LoRA layers, cut to this rank, one stacked pair per layer."""
+        grouped: dict[str, dict[int | None, Pair]] = defaultdict(dict)
+        numbers: dict[str, int] = {}
+        for site, pair in pairs.items():
+            place = self.sites.find(site)
+            number = layer_of(site)
+            assert place is not None and number is not None
+            grouped[place.layer_name][place.part] = pair
+            numbers[place.layer_name] = number
+        for name, parts in grouped.items():
+            layer = self.manager.modules[name]
+            a, b = stack_parts(
+                local_parts(layer, parts),
+                tuple(layer.output_slices),
+                dtype=self.dtype,
+                device=self.device,
+            )
+            gain, active = table.token_gains[numbers[name]], table.active[numbers[name]]
+            inner = layer.punica_wrapper
+            if isinstance(inner, SegmentPunica):
+                inner.safety = [a, b, gain, active]
+            else:
+                layer.set_mapping(GainPunica(inner, a, b, gain))
+            self.resident.bytes += a.nbytes + b.nbytes
+
+    # -- tenants ---------------------------------------------------------------------------------
+
+    def check_identity(self, request: Any) -> None:
+        """Errors: TenantRefusedError for in-place reloads and for an id that changes meaning."""
+        if request.load_inplace:
+            raise TenantRefusedError(
+                f"adapter {request.lora_name!r}: load_inplace is refused (its prefix-cache blocks "
+                "would be stale); load the changed adapter under a new name, such as "
+                f"'{request.lora_name}@2'."
+            )
+        known = self.tenants.get(request.lora_int_id)
+        if known is not None and (known.name, known.path) != (
+            request.lora_name,
+            request.lora_path,
+        ):
+            raise TenantRefusedError(
+                f"adapter id {request.lora_int_id} is {known.name!r} from {known.path}, asked for "
+                f"as {request.lora_name!r} from {request.lora_path}; use a new id."
+            )
+
+    def admit(self, request: Any) -> None:
+        """Let a tenant in without loading it: from here on only its staged copy is read.
+
+        Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
+        """
+        self.check_identity(request)
+        if request.lora_int_id not in self.tenants:
+            self.tenants[request.lora_int_id] = admit(request, self)
+
+    def load(self, request: Any) -> Any:
+        """The host's form of a tenant, from its staged copy; validated on the first call.
+
+        Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
+        """
+        self.admit(request)
+        tenant = self.tenants[request.lora_int_id]
+        adapter = read_tenant(tenant)
+        if self.settings.apply == "composed" and tenant.profile is not None:
+            assert self.family is not None
+            adapter = compose_adapter(adapter, self.family, tenant.profile)
+        return self._host_model(request.lora_int_id, adapter)
+
+    def _host_model(self, lora_int_id: int, adapter: Adapter | None) -> Any:
+        """A LoRAModel whose pairs carry their scaling in B.
+
+        The host cannot hold a model without pairs, so a profile alone becomes one pair of zeros.
+        """
+        weights: dict[str, Any] = {}
+        rank = 1
+        pairs = adapter.pairs if adapter is not None else self._zero_pair()
+        for site, pair in pairs.items():
+            place = self.sites.find(site)
+            assert place is not None
+            for name, part in self.sites.parts(place, pair.folded()).items():
+                weights[name] = host.resolve("LoRALayerWeights")(
+                    name,
+                    part.rank,
+                    part.rank,
+                    part.a.to(self.lora_dtype),
+                    part.b.to(self.lora_dtype),
+                    1,
+                )
+            rank = max(rank, pair.rank)
+        return host.resolve("LoRAModel")(lora_int_id, rank, weights)
+
+    def _zero_pair(self) -> dict[str, Pair]:
+        """One rank-1 pair of zeros, on the first site of the vector."""
+        assert self.family is not None
+        site, pair = next(iter(self.family.pairs.items()))
+        return {site: Pair(torch.zeros(1, pair.d_in), torch.zeros(pair.d_out, 1))}
+
+    def forget(self, lora_int_id: int) -> None:
+        """Drop a removed adapter's staged copy."""
+        tenant = self.tenants.pop(lora_int_id, None)
+        if tenant is not None:
+            self.staging.drop(tenant.staged)
+
+    def activated(self, lora_int_id: int, slot: int) -> None:
+        """Write and read back the gain row of the slot an adapter has just entered.
+
+        Errors: ReceiptError if the adapter was never admitted or the device holds another row.
+        """
+        if self.table is None:
+            return
+        coefficients = [0.0] * self.table.rows.shape[1]
+        if lora_int_id not in self.dummies:
+            tenant = self.tenants.get(lora_int_id)
+            if tenant is None:
+                raise ReceiptError(
+                    f"adapter id {lora_int_id} entered slot {slot} without having been admitted."
+                )
+            if tenant.profile is not None:
+                coefficients = list(tenant.profile.coefficients)
+        with host.resolve("gpu_sync_allowed")():
+            self.table.write(slot, coefficients)
+            if gain_digest(self.table.read(slot)) != gain_digest(coefficients):
+                raise ReceiptError(
+                    f"slot {slot} does not hold the gain row of adapter id {lora_int_id} that was "
+                    "written to it."
+                )
+
+    # -- receipts --------------------------------------------------------------------------------
+
+    def receipt(self, rank: int, world_size: int) -> Receipt:
+        """What this worker has really applied, gain rows read back from the device."""
+        slots = {i: s for s, i in enumerate(self.manager.lora_index_to_id) if i is not None}
+        adapters = tuple(
+            self._adapter_receipt(i, t, slots.get(i)) for i, t in sorted(self.tenants.items())
+        )
+        base = self.plan.base_profile
+        base_row = None if self.table is None else gain_digest(self.table.read(-1))
+        return Receipt(
+            rank=rank,
+            world_size=world_size,
+            apply=str(self.settings.apply),
+            family=None if self.family is None else self.family.digest,
+            sites_expected=0 if self.plan.header is None else len(self.plan.header.sites),
+            sites_applied=self.resident.sites,
+            vector_bytes=self.resident.bytes,
+            base_profile=None if base is None else base.digest,
+            base_gain_digest=base_row,
+            unprotected_mode=self.settings.missing_profile == "serve_unprotected",
+            vllm_version=host.version(),
+            adapters=adapters,
+            load_s=self.resident.load_s,
+        )
+
+    def _adapter_receipt(
+        self, lora_int_id: int, tenant: Tenant, slot: int | None
+    ) -> AdapterReceipt:
+        row = list(tenant.profile.coefficients) if tenant.profile is not None else []
+        if self.table is not None and slot is not None:
+            row = self.table.read(slot)
+        return AdapterReceipt(
+            name=tenant.name,
+            lora_int_id=lora_int_id,
+            slot=slot,
+            profile=None if tenant.profile is None else tenant.profile.digest,
+            gain_digest=gain_digest(row) if row else None,
+            tenant_sites=tenant.sites,
+            safety_sites=0 if self.plan.header is None else self._safety_sites(row),
+            gain_norm=float(torch.tensor(row).norm()) if row else 0.0,
+        )
+
+    def _safety_sites(self, row: list[float]) -> int:
+        """How many sites carry a non-zero share of the vector under this row."""
+        assert self.plan.header is not None
+        numbers = [layer_of(site) for site in self.plan.header.sites]
+        return sum(1 for n in numbers if n is not None and n < len(row) and row[n] != 0.0)
+
+
+def _more(faults: list[str]) -> str:
+    return f"; and {len(faults) - 5} more." if len(faults) > 5 else "."

@@ -1,0 +1,195 @@
+"""Every vLLM name the plugin touches: what we expect of it, and why we need it.
+
+For checking the host once, at start, and for handing its objects to the rest of the room. No other
+module of this project names anything of vLLM. Not for behaviour: nothing is replaced here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from safegene_vllm.errors import HostError
+
+OLDEST = (0, 28)
+NEWEST = (0, 32)
+
+
+_NOT_IN_WORKERS = ("LLM", "SamplingParams")
+"""Used only by our own offline engine; importing them in every worker would cost start-up time."""
+
+
+@dataclass(frozen=True)
+class HostName:
+    """One name of the host. `has` are attributes or parameters that must be there."""
+
+    path: str
+    has: tuple[str, ...]
+    why: str
+
+
+TABLE: dict[str, HostName] = {
+    "lora_mixin": HostName(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        ("LRUCacheWorkerLoRAManager",),
+        "both model runners look the worker's LoRA manager up here; ours takes its place",
+    ),
+    "LRUCacheWorkerLoRAManager": HostName(
+        "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager",
+        ("_load_adapter", "add_adapter", "add_dummy_lora", "create_lora_manager", "_manager_cls"),
+        "loads an adapter when a request or the API asks for it: validate and compose there",
+    ),
+    "LRUCacheLoRAModelManager": HostName(
+        "vllm.lora.model_manager.LRUCacheLoRAModelManager",
+        ("activate_adapter", "_init_punica_wrapper", "remove_all_adapters", "deactivate_adapter"),
+        "moves an adapter into a slot: the moment to write that slot's gain row",
+    ),
+    "LoRAModel": HostName(
+        "vllm.lora.lora_model.LoRAModel",
+        ("lora_model_id", "rank", "loras"),
+        "the host's form of an adapter; an empty one is a profile-only tenant",
+    ),
+    "LoRALayerWeights": HostName(
+        "vllm.lora.lora_weights.LoRALayerWeights",
+        ("module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
+        "one module's pair: tenants are handed to the host in this form",
+    ),
+    "parse_fine_tuned_lora_name": HostName(
+        "vllm.lora.utils.parse_fine_tuned_lora_name",
+        ("name", "weights_mapper"),
+        "the host's own translation of a Hugging Face site into its module name",
+    ),
+    "LoRARequest": HostName(
+        "vllm.lora.request.LoRARequest",
+        ("lora_name", "lora_int_id", "lora_path"),
+        "name, id and path of an adapter; ours points at the staged copy",
+    ),
+    "get_adapter_absolute_path": HostName(
+        "vllm.lora.utils.get_adapter_absolute_path",
+        ("lora_path",),
+        "how the host turns a lora path (or a hub name) into a directory",
+    ),
+    "BaseLayerWithLoRA": HostName(
+        "vllm.lora.layers.BaseLayerWithLoRA",
+        ("set_mapping", "slice_lora_a", "slice_lora_b"),
+        "every layer that can carry an adapter, and its tensor-parallel slicing",
+    ),
+    "BaseLinearLayerWithLoRA": HostName(
+        "vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA",
+        ("_apply_lora_to_output",),
+        "a linear LoRA layer: it calls punica_wrapper.add_lora_linear, where the product is added",
+    ),
+    "PunicaWrapperBase": HostName(
+        "vllm.lora.punica_wrapper.PunicaWrapperBase",
+        ("update_metadata", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
+        "computes LoRA products; a layer's wrapper is decorated, no class is changed",
+    ),
+    "WorkerBase": HostName(
+        "vllm.v1.worker.worker_base.WorkerBase",
+        ("__init__", "add_lora"),
+        "every worker: settings are checked as it starts, receipts are read through it",
+    ),
+    "LLM": HostName(
+        "vllm.LLM",
+        ("generate", "collective_rpc"),
+        "offline engine of verify and the benchmarks",
+    ),
+    "SamplingParams": HostName(
+        "vllm.SamplingParams",
+        ("temperature", "max_tokens", "logprobs"),
+        "greedy decoding there",
+    ),
+    "register_model_loader": HostName(
+        "vllm.model_executor.model_loader.register_model_loader",
+        ("load_format",),
+        "adds --load-format safegene",
+    ),
+    "DefaultModelLoader": HostName(
+        "vllm.model_executor.model_loader.default_loader.DefaultModelLoader",
+        ("get_all_weights", "load_weights", "_prepare_weights"),
+        "the stock loader whose weights iterator is wrapped",
+    ),
+    "current_platform": HostName(
+        "vllm.platforms.current_platform",
+        ("is_cpu", "can_update_inplace"),
+        "CPU gets our own LoRA product; a platform without in-place updates is refused",
+    ),
+    "envs": HostName(
+        "vllm.envs",
+        ("VLLM_LORA_ENABLE_DUAL_STREAM",),
+        "dual-stream LoRA goes around the decorated wrapper, so it is refused",
+    ),
+    "gpu_sync_allowed": HostName(
+        "vllm.utils.gpu_sync_debug.gpu_sync_allowed",
+        (),
+        "reading a gain row back for a receipt waits for the device, once per adapter",
+    ),
+    "get_current_vllm_config": HostName(
+        "vllm.config.get_current_vllm_config",
+        (),
+        "the loader's only way to the engine's additional_config",
+    ),
+}
+
+
+@cache
+def resolve(name: str) -> Any:
+    """The host's object behind one entry of TABLE.
+
+    Errors: HostError naming the entry, what was expected and which vLLM was found.
+    """
+    entry = TABLE[name]
+    try:
+        return importlib.import_module(entry.path)
+    except ModuleNotFoundError:
+        pass
+    module, _, attribute = entry.path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise HostError(
+            f"vLLM {version()} has no {entry.path} ({entry.why}): {error}. {_advice()}"
+        ) from error
+
+
+@cache
+def version() -> str:
+    """The running vLLM's version, e.g. `0.32.0`."""
+    return str(importlib.import_module("vllm").__version__)
+
+
+def check_host() -> None:
+    """Errors: HostError if this vLLM is outside the tested range or lacks a name of TABLE."""
+    try:
+        release = tuple(int(part) for part in version().split("+")[0].split(".")[:2])
+    except ValueError:
+        release = (0, 0)
+    if not OLDEST <= release <= NEWEST:
+        raise HostError(f"found vLLM {version()}. {_advice()}")
+    faults = []
+    for name, entry in TABLE.items():
+        if name in _NOT_IN_WORKERS:
+            continue
+        found = resolve(name)
+        missing = [a for a in entry.has if not _has(found, a)]
+        if missing:
+            faults.append(f"{entry.path} lacks {', '.join(missing)} ({entry.why})")
+    if faults:
+        raise HostError(f"vLLM {version()}: " + "; ".join(faults) + f". {_advice()}")
+
+
+def _has(found: Any, name: str) -> bool:
+    if hasattr(found, name) or name in getattr(found, "__struct_fields__", ()):
+        return True
+    return callable(found) and name in inspect.signature(found).parameters
+
+
+def _advice() -> str:
+    low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    return (
+        f"safegene-vllm is tested with vLLM {low} to {high}: install one of these, or run without "
+        "SafeGene by leaving `safegene` out of VLLM_PLUGINS."
+    )

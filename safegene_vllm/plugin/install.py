@@ -1,0 +1,40 @@
+"""Puts the guest's three pieces into vLLM: LoRA manager, model loader, worker methods.
+
+For the one moment at process start. Idempotent: vLLM may call plugins more than once. Only the
+worker's constructor is wrapped, because it is the one place every worker passes through, with or
+without LoRA, and a deployment that asks for SafeGene must never start without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from safegene_vllm.plugin import host, rpc
+from safegene_vllm.plugin.engine import prepare_engine
+
+
+def install() -> None:
+    """Replace, register and wrap; see the module's docstring."""
+    from safegene_vllm.plugin.loader import SafegeneModelLoader
+    from safegene_vllm.plugin.manager import SafegeneWorkerLoRAManager
+
+    host.resolve("lora_mixin").LRUCacheWorkerLoRAManager = SafegeneWorkerLoRAManager
+    worker = host.resolve("WorkerBase")
+    if getattr(worker, "safegene_receipt", None) is not None:
+        return
+    host.resolve("register_model_loader")("safegene")(SafegeneModelLoader)
+    worker.__init__ = _checked(worker.__init__)
+    worker.safegene_admit = rpc.safegene_admit
+    worker.safegene_receipt = rpc.safegene_receipt
+
+
+def _checked(init: Any) -> Any:
+    """`WorkerBase.__init__` that refuses an engine it cannot honour before any weight loads."""
+
+    @functools.wraps(init)
+    def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        prepare_engine(vllm_config)
+        init(self, vllm_config, *args, **kwargs)
+
+    return checked

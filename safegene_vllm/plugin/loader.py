@@ -1,0 +1,125 @@
+"""`--load-format safegene`: adds λ_l · B·A to each weight while the checkpoint streams in.
+
+For full checkpoints, at no cost per token. Works on checkpoint names, before the host fuses or
+shards, with one tensor in flight. Every site of the vector must pass by exactly once, or the engine
+does not start. Not for quantized weights (refused in engine.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from safegene_vllm.adapter import layer_of
+from safegene_vllm.compose import merge_into, merged_weight_name
+from safegene_vllm.errors import ConfigError, FamilyMismatchError, HostError, ShapeError
+from safegene_vllm.family import Family, load_family
+from safegene_vllm.plugin import host
+from safegene_vllm.plugin.engine import plan_of
+from safegene_vllm.profile import Profile
+from safegene_vllm.receipt import Receipt, gain_digest
+
+_Loader: Any = host.resolve("DefaultModelLoader")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was added to one worker's weights, kept on the model for its receipt."""
+
+    family: Family
+    profile: Profile
+    sites: int
+    load_s: float
+
+    def receipt(self, rank: int, world_size: int) -> Receipt:
+        return Receipt(
+            rank=rank,
+            world_size=world_size,
+            apply="weights",
+            family=self.family.digest,
+            sites_expected=len(self.family.pairs),
+            sites_applied=self.sites,
+            vector_bytes=0,
+            base_profile=self.profile.digest,
+            base_gain_digest=gain_digest(self.profile.coefficients),
+            unprotected_mode=False,
+            vllm_version=host.version(),
+            load_s=self.load_s,
+        )
+
+
+class SafegeneModelLoader(_Loader):
+    """The stock loader, with the vector added to what its weights iterator yields."""
+
+    def __init__(self, load_config: Any) -> None:
+        config = host.resolve("get_current_vllm_config")()
+        plan = plan_of(config)
+        if plan is None or plan.settings.family is None or plan.base_profile is None:
+            raise ConfigError("--load-format safegene needs safegene.family and a profile.")
+        super().__init__(load_config)
+        self._family = load_family(plan.settings.family)
+        self._profile = plan.base_profile
+        self._main_model = config.model_config.model
+        self._sites: Counter[str] = Counter()
+        self._added_s = 0.0
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loader knows no format of this name; to it we are safetensors."""
+        format_ = self.load_config.load_format
+        self.load_config.load_format = "safetensors"
+        try:
+            return super()._prepare_weights(*args, **kwargs)
+        finally:
+            self.load_config.load_format = format_
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors by name, the vector added. A draft model's pass unchanged."""
+        stream = super().get_all_weights(model_config, model)
+        if model_config.model != self._main_model:
+            yield from stream
+            return
+        self._sites.clear()
+        by_weight = {merged_weight_name(site): site for site in self._family.pairs}
+        for name, weight in stream:
+            site = by_weight.get(name)
+            yield name, (weight if site is None else self._protected(site, weight))
+        faults = [
+            f"{site} came {self._sites[site]} times"
+            for site in self._family.pairs
+            if self._sites[site] != 1
+        ]
+        if faults:
+            shown = "; ".join(faults[:5]) + (f"; {len(faults) - 5} more" if faults[5:] else "")
+            raise FamilyMismatchError(
+                f"family {self._family.header.name!r} ({self._family.digest}) does not fit the "
+                f"checkpoint {model_config.model}: {shown}; each must come once."
+            )
+        model.safegene_merged = Merged(
+            self._family, self._profile, self._sites.total(), self._added_s
+        )
+
+    def _protected(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` (D_out, D_in) plus this site's share of the vector, in weight's dtype."""
+        started = time.perf_counter()
+        pair = self._family.pairs[site]
+        if tuple(weight.shape) != (pair.d_out, pair.d_in):
+            raise ShapeError(
+                f"{site}: the checkpoint has {tuple(weight.shape)}, the family "
+                f"{(pair.d_out, pair.d_in)}; give the family of this model."
+            )
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise HostError(
+                f"{site} is stored as {weight.dtype}: quantized weights cannot be added to; "
+                "serve the plain checkpoint with apply=gain instead."
+            )
+        number = layer_of(site)
+        assert number is not None
+        self._sites[site] += 1
+        out = merge_into(weight, pair, self._profile.coefficients[number])
+        self._added_s += time.perf_counter() - started
+        return out

@@ -1,0 +1,211 @@
+"""The LoRA product on CPU: one matrix product per adapter, none for tokens without one.
+
+For replacing the host's CPU product, which gathers a copy of the weights per token and lets a token
+without an adapter (-1) use the last slot's. Not used on other devices, and not for embedding or
+lm_head adapters, which are refused before they get here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from safegene_vllm.plugin.gain import add_safety
+
+DENSE_TOKENS = 32
+DENSE_COLUMNS = 1024
+
+
+class StepPlan:
+    """Which tokens belong to which slot in the running step; preallocated, updated in place.
+
+    `others` (T_max, S) bool: False at each token's own slot, True elsewhere.
+    `order` (T_max,) int64: token numbers grouped by slot.
+    `groups` (S + 1, 4) int64: row 0 is (groups, tokens, 0, 0), then one row per group: (slot,
+    offset into order, tokens, first token if they are contiguous else -1).
+    """
+
+    def __init__(self, slots: int, max_tokens: int) -> None:
+        self.others = torch.ones(max_tokens, slots, dtype=torch.bool)
+        self.order = torch.zeros(max_tokens, dtype=torch.long)
+        self.groups = torch.zeros(slots + 1, 4, dtype=torch.long)
+
+    def set_tokens(self, slots: torch.Tensor) -> None:
+        """In place: slots (T,) int64 of the step's tokens."""
+        count = slots.shape[0]
+        numbers = torch.arange(self.others.shape[1])
+        torch.ne(slots.unsqueeze(1), numbers, out=self.others[:count])
+        order = torch.argsort(slots, stable=True)
+        self.order[:count].copy_(order)
+        values, sizes = torch.unique_consecutive(slots[order], return_counts=True)
+        rows, offset = [], 0
+        for slot, size in zip(values.tolist(), sizes.tolist(), strict=True):
+            if slot >= 0:
+                first, last = int(order[offset]), int(order[offset + size - 1])
+                rows.append((slot, offset, size, first if last - first == size - 1 else -1))
+            offset += size
+        head = (len(rows), count, 0, 0)
+        self.groups[: len(rows) + 1].copy_(torch.tensor([head, *rows], dtype=torch.long))
+
+
+class SlotStore:
+    """One layer's adapters of all slots, laid out so that a packed layer shrinks in one product.
+
+    `a` (S, n R, D_in); `b[i]` (S, R, width_i). The host goes on writing through its own names: they
+    become views of this storage.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        stacked_a, stacked_b = layer.lora_a_stacked, layer.lora_b_stacked
+        slots, _, rank, d_in = stacked_a[0].shape
+        self.rank = rank
+        self.a = torch.zeros(slots, len(stacked_a) * rank, d_in, dtype=stacked_a[0].dtype)
+        self.b = [
+            torch.zeros(slots, rank, b.shape[2], dtype=b.dtype, device=b.device) for b in stacked_b
+        ]
+        layer.lora_a_stacked = tuple(
+            self.a[:, i * rank : (i + 1) * rank].unsqueeze(1) for i in range(len(stacked_a))
+        )
+        layer.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in self.b)
+
+
+def lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: list[torch.Tensor],
+    others: torch.Tensor,
+    order: torch.Tensor,
+    groups: torch.Tensor,
+    safety: list[torch.Tensor],
+) -> None:
+    """Add every token's own adapter, then the safety product, to a layer's output, in place.
+
+    Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
+    for a token without one; then gain.add_safety.
+    Shapes: y (T, sum widths), x (T, D_in), a (S, n R, D_in), b n times (S, R, width); others, order
+    and groups as in StepPlan; safety is empty for a layer without a vector, else A (R, D_in),
+    B (sum widths, R), gain (T_max,) and active () bool.
+    A row of y depends on its own row of x and its own slot alone.
+    """
+    count, tokens, _, _ = groups[0].tolist()
+    tokens = min(tokens, x.shape[0])
+    if count and tokens:
+        if tokens <= DENSE_TOKENS and a.shape[0] * b[0].shape[1] <= DENSE_COLUMNS:
+            _dense(y[:tokens], x[:tokens], a, b, others[:tokens])
+        else:
+            for slot, offset, size, first in groups[1 : count + 1].tolist():
+                _group(y, x, a[slot], [w[slot] for w in b], order, offset, size, first, tokens)
+    if safety:
+        safety_a, safety_b, gain, active = safety
+        if active.item():
+            add_safety(y, x, safety_a, safety_b, gain)
+
+
+def _group(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: list[torch.Tensor],
+    order: torch.Tensor,
+    offset: int,
+    size: int,
+    first: int,
+    tokens: int,
+) -> None:
+    """One adapter's tokens: two products on slices when contiguous, on gathered rows otherwise."""
+    if first >= 0:
+        rows = slice(first, min(first + size, tokens))
+        _expand(y[rows], torch.nn.functional.linear(x[rows], a), b)
+        return
+    index = order[offset : offset + size]
+    index = index[index < tokens]
+    part = y.index_select(0, index)
+    _expand(part, torch.nn.functional.linear(x.index_select(0, index), a), b)
+    y.index_copy_(0, index, part)
+
+
+def _dense(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: list[torch.Tensor], others: torch.Tensor
+) -> None:
+    """Few tokens: every slot at once, then all but each token's own slot set to zero.
+
+    Set, not multiplied: an overflow in another slot's columns must not become NaN here. All slots,
+    not those in use: the products' shapes, and so their rounding, must not depend on neighbours.
+    """
+    count, rank = a.shape[0], b[0].shape[1]
+    hidden = torch.nn.functional.linear(x, a.flatten(0, 1)).view(x.shape[0], count, -1)
+    hidden.masked_fill_(others.unsqueeze(2), 0.0)
+    start = 0
+    for i, weight in enumerate(b):
+        mine = hidden[:, :, i * rank : (i + 1) * rank].reshape(x.shape[0], count * rank)
+        width = weight.shape[2]
+        y[:, start : start + width].addmm_(mine, weight.flatten(0, 1))
+        start += width
+
+
+def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> None:
+    """y (T, sum widths) += hidden (T, n R), part by part, with B_i (R, width_i); in place."""
+    start, rank = 0, b[0].shape[0]
+    for i, weight in enumerate(b):
+        width = weight.shape[1]
+        y[:, start : start + width].addmm_(hidden[:, i * rank : (i + 1) * rank], weight)
+        start += width
+
+
+_LIBRARY = torch.library.Library("safegene", "FRAGMENT")
+_LIBRARY.define(
+    "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, Tensor others, Tensor order, "
+    "Tensor groups, Tensor[] safety) -> ()"
+)
+_LIBRARY.impl("lora_linear", lora_linear, "CPU")
+_LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
+
+
+class SegmentPunica:
+    """A layer's punica wrapper on CPU: our LoRA product, with the safety product in the same call.
+
+    The product is one opaque operator, so that a compiled graph never bakes in which tokens belong
+    to whom. `add_lora_embedding` and `add_lora_logits` do nothing: see the module's docstring.
+    """
+
+    def __init__(self, inner: Any, plan: StepPlan, layer: Any | None = None) -> None:
+        self.inner = inner
+        self.plan = plan
+        self.store = None if layer is None else SlotStore(layer)
+        self.safety: list[torch.Tensor] = []
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: Any,
+        **kwargs: Any,
+    ) -> None:
+        """The host's contract: y (T, D_out) is changed in place."""
+        assert self.store is not None
+        torch.ops.safegene.lora_linear(
+            y,
+            x,
+            self.store.a,
+            self.store.b,
+            self.plan.others,
+            self.plan.order,
+            self.plan.groups,
+            self.safety,
+        )
+
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)

@@ -1,0 +1,114 @@
+"""What a deployment tells every vLLM process: `--additional-config '{"safegene": {...}}'`.
+
+For parsing and checking that one dictionary. Not for command-line flags (cli), and not for what a
+server keeps to itself: all of it reaches the GPU workers and enters vLLM's compile-cache key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from safegene_vllm.errors import ConfigError
+
+KEY = "safegene"
+Apply = Literal["gain", "composed", "weights"]
+
+
+class Settings(BaseModel):
+    """One engine's SafeGene settings. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: Path | None = Field(
+        None, description="directory of the safety vector; null loads no vector (benchmarks only)"
+    )
+    apply: Apply | None = Field(
+        None,
+        description="gain (default), composed, or weights (implied by --load-format safegene)",
+    )
+    base_profile: Path | None = Field(
+        None, description="profile of requests without an adapter (default: coefficients 0)"
+    )
+    profile: Path | None = Field(
+        None, description="weights only: profile of the checkpoint (default: its own safegene.json)"
+    )
+    missing_profile: Literal["refuse", "serve_unprotected"] = Field(
+        "refuse", description="what happens to a tenant without a profile"
+    )
+    adapter_roots: tuple[Path, ...] = Field(
+        (), description="if given, adapters load only from below these, and never through symlinks"
+    )
+    staging_dir: Path | None = Field(
+        None, description="where workers keep their private copies (default: the temp directory)"
+    )
+    family_digest: str | None = Field(
+        None, description="written by the worker so that the compile cache knows the vector"
+    )
+
+
+def parse_settings(additional_config: object, *, load_format: str = "auto") -> Settings | None:
+    """Settings of an engine, or None where vLLM was started without a `safegene` key.
+
+    Errors: ConfigError naming every bad key, its value and what is expected.
+    """
+    if not isinstance(additional_config, Mapping) or additional_config.get(KEY) is None:
+        if load_format == "safegene":
+            raise ConfigError(
+                "--load-format safegene needs "
+                '--additional-config \'{"safegene": {"family": "<family directory>"}}\'; '
+                "found no `safegene` key there."
+            )
+        return None
+    raw: Any = additional_config[KEY]
+    if not isinstance(raw, Mapping):
+        raise ConfigError(
+            f"additional-config key `safegene` is {type(raw).__name__}, expected an object such as "
+            '{"family": "<family directory>"}.'
+        )
+    try:
+        settings = Settings.model_validate(dict(raw))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"safegene.{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        known = ", ".join(Settings.model_fields)
+        raise ConfigError(f"{faults}. Known keys: {known}.") from None
+    return _settle(settings, load_format)
+
+
+def _settle(settings: Settings, load_format: str) -> Settings:
+    """Fill in `apply`, and refuse combinations that contradict each other."""
+    by_format: Apply = "weights" if load_format == "safegene" else "gain"
+    apply = settings.apply or by_format
+    if (apply == "weights") != (load_format == "safegene"):
+        raise ConfigError(
+            f"safegene.apply = {apply!r} with --load-format {load_format}: `weights` and "
+            "`--load-format safegene` go together; use both or neither."
+        )
+    if settings.family is None:
+        if settings.missing_profile == "refuse" or apply == "weights" or settings.base_profile:
+            raise ConfigError(
+                "safegene.family is missing: give the family directory. (To run without any "
+                'vector, say so: {"family": null, "missing_profile": "serve_unprotected"}.)'
+            )
+    elif not settings.family.is_dir():
+        raise ConfigError(
+            f"safegene.family = {str(settings.family)!r} is not a directory; expected a family "
+            "made by `safegene extract`."
+        )
+    if settings.base_profile is not None and apply != "gain":
+        raise ConfigError(
+            f"safegene.base_profile = {str(settings.base_profile)!r} with apply = {apply!r}: only "
+            "the gain table can protect requests without an adapter; use apply = 'gain'."
+        )
+    if settings.profile is not None and apply != "weights":
+        raise ConfigError(
+            f"safegene.profile = {str(settings.profile)!r} is for --load-format safegene; LoRA "
+            "tenants carry their own safegene.json, requests without one use safegene.base_profile."
+        )
+    return settings.model_copy(update={"apply": apply})

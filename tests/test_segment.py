@@ -1,0 +1,152 @@
+"""The CPU LoRA product and the gain table against a plain loop: dtype × rank × tenant mix."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from safegene_vllm.plugin.gain import GainTable, add_safety
+from safegene_vllm.plugin.segment import SlotStore, StepPlan
+
+SLOTS, WIDTHS, D_IN, LAYERS = 5, (24, 8, 8), 32, 3
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+MIXES = {
+    "distinct": [0, 1, 2, 3, 4, -1],
+    "uniform": [0, 1, 2, 3, 4, -1] * 9,
+    "identical": [2] * 50,
+    "skewed": [1] * 60 + [4, -1, 0],
+    "zipf": [0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 0, 1, 4] * 4,
+    "interleaved": [0, 1] * 30,
+    "base only": [-1] * 7,
+    "one token": [3],
+}
+
+
+def layer(rank: int, dtype: torch.dtype) -> SimpleNamespace:
+    """What the host's LoRA layer has: one stacked tensor per part."""
+    return SimpleNamespace(
+        lora_a_stacked=tuple(torch.zeros(SLOTS, 1, rank, D_IN, dtype=dtype) for _ in WIDTHS),
+        lora_b_stacked=tuple(torch.zeros(SLOTS, 1, w, rank, dtype=dtype) for w in WIDTHS),
+    )
+
+
+def filled(rank: int, dtype: torch.dtype) -> tuple[SimpleNamespace, SlotStore]:
+    """A layer whose slots the host has written through its own names."""
+    host_layer = layer(rank, dtype)
+    store = SlotStore(host_layer)
+    generator = torch.Generator().manual_seed(rank)
+    for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
+        for slot in range(SLOTS):
+            values = torch.randn(stacked[slot, 0].shape, generator=generator) / 4
+            stacked[slot, 0].copy_(values)
+    return host_layer, store
+
+
+def plain_loop(host_layer: SimpleNamespace, y: torch.Tensor, x: torch.Tensor, slots: list[int]):
+    """One token, one part at a time, in float64."""
+    out = y.double().clone()
+    for t, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        start = 0
+        parts = zip(host_layer.lora_a_stacked, host_layer.lora_b_stacked, WIDTHS, strict=True)
+        for a, b, width in parts:
+            hidden = a[slot, 0].double() @ x[t].double()
+            out[t, start : start + width] += b[slot, 0].double() @ hidden
+            start += width
+    return out
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("rank", [1, 8, 16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> None:
+    slots = MIXES[mix]
+    host_layer, store = filled(rank, dtype)
+    plan = StepPlan(SLOTS, 128)
+    plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
+    plan.set_tokens(torch.tensor(slots))
+    x = torch.randn(len(slots), D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = torch.randn(len(slots), sum(WIDTHS), generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = plain_loop(host_layer, y, x, slots)
+    before = y.clone()
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    torch.testing.assert_close(
+        y.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype]
+    )
+    for t, slot in enumerate(slots):
+        if slot < 0:
+            assert torch.equal(y[t], before[t]), "a token without an adapter was touched"
+
+
+def test_padding_after_the_steps_tokens_is_left_alone() -> None:
+    _, store = filled(8, torch.float32)
+    plan = StepPlan(SLOTS, 128)
+    plan.set_tokens(torch.tensor([0, 1]))
+    y, x = torch.zeros(6, sum(WIDTHS)), torch.ones(6, D_IN)
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    assert y[:2].abs().sum() > 0
+    assert torch.equal(y[2:], torch.zeros(4, sum(WIDTHS)))
+
+
+def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
+    host_layer, store = filled(8, torch.float16)
+    host_layer.lora_a_stacked[0][0, 0].fill_(60000.0)
+    plan = StepPlan(SLOTS, 16)
+    plan.set_tokens(torch.tensor([0, 1, -1]))
+    y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
+    x = torch.ones(3, D_IN, dtype=torch.float16)
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    assert not torch.isfinite(y[0]).all()
+    assert torch.isfinite(y[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("mix", MIXES)
+def test_gain_table_scales_the_vector_per_token(dtype: torch.dtype, mix: str) -> None:
+    slots = MIXES[mix]
+    table = GainTable(SLOTS, LAYERS, 128, "cpu")
+    rows = {-1: [0.0, 0.5, 1.0]} | {s: [0.2 * s, 1.0 - 0.1 * s, 0.0] for s in range(SLOTS)}
+    for slot, row in rows.items():
+        table.write(slot, row)
+    table.set_tokens(torch.tensor(slots))
+    generator = torch.Generator().manual_seed(3)
+    a = (torch.randn(6, D_IN, generator=generator) / 4).to(dtype)
+    b = (torch.randn(40, 6, generator=generator) / 4).to(dtype)
+    x = torch.randn(len(slots), D_IN, generator=generator).to(dtype)
+    y = torch.randn(len(slots), 40, generator=generator).to(dtype)
+    for number in range(LAYERS):
+        out = y.clone()
+        add_safety(out, x, a, b, table.token_gains[number])
+        gains = torch.tensor([rows[s][number] for s in slots], dtype=torch.float64)
+        expected = y.double() + ((x.double() @ a.double().T) * gains[:, None]) @ b.double().T
+        torch.testing.assert_close(
+            out.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype]
+        )
+        for t in range(len(slots)):
+            if gains[t] == 0.0:
+                assert torch.equal(out[t], y[t]), "gain 0 is not exactly nothing"
+
+
+def test_writing_one_row_touches_no_other() -> None:
+    table = GainTable(SLOTS, LAYERS, 16, "cpu")
+    for slot in range(-1, SLOTS):
+        table.write(slot, [slot + 2.0] * LAYERS)
+    table.set_tokens(torch.tensor([0, 1, 2]))
+    before, gains = table.rows.clone(), table.token_gains.clone()
+    table.write(1, [9.0, 8.0, 7.0])
+    assert table.read(1) == [9.0, 8.0, 7.0]
+    assert torch.equal(table.rows[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
+    assert table.token_gains[:, 1].tolist() == [9.0, 8.0, 7.0], "the running step sees the new row"
+    assert torch.equal(table.token_gains[:, [0, 2]], gains[:, [0, 2]])
+
+
+def test_a_step_without_gains_is_not_computed() -> None:
+    table = GainTable(SLOTS, LAYERS, 16, "cpu")
+    table.write(2, [0.0, 1.0, 0.0])
+    table.set_tokens(torch.tensor([0, 1]))
+    assert table.active.tolist() == [False, False, False]
+    table.set_tokens(torch.tensor([0, 2]))
+    assert table.active.tolist() == [False, True, False]
