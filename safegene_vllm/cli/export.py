@@ -1,0 +1,107 @@
+"""`safegene export`: a protected tenant in ordinary files, for engines without the plugin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegene_vllm.cli.extract import Dtype
+from safegene_vllm.cli.terminal import check_out, progress_bar, results
+from safegene_vllm.errors import ConfigError
+
+
+def export(
+    family: Annotated[
+        Path, typer.Option(help="The family that the profile is for, e.g. --family families/qwen.")
+    ],
+    out: Annotated[Path, typer.Option(help="What is written, e.g. --out exported/acme.")],
+    tenant: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The tenant's directory, e.g. tenants/acme: a LoRA adapter with its profile, or a "
+            "profile alone."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a full checkpoint: this one with vector and tenant merged in, e.g. "
+            "--checkpoint models/qwen-instruct. Without a TENANT it is the tenant itself."
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another way to name TENANT, for use with --checkpoint, e.g. --adapter "
+            "tenants/acme."
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="A profile from elsewhere (a directory or a safegene.json), e.g. --profile "
+            "profiles/strict, instead of the tenant's own."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="What an adapter is stored as, e.g. --dtype bfloat16 (default: float32). A "
+            "checkpoint keeps its own dtypes."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the earlier export that is at OUT.")
+    ] = False,
+) -> None:
+    """Write a tenant with its safety vector as a plain PEFT adapter or a merged checkpoint.
+
+    Examples: safegene export tenants/acme --family families/qwen --out exported/acme
+
+    safegene export --checkpoint models/qwen --adapter tenants/acme --family families/qwen
+    --out exported/acme-merged
+    """
+    if tenant is not None and adapter is not None:
+        raise ConfigError("TENANT and --adapter are two names for one thing; give one of them")
+    tenant = tenant or adapter
+    source = profile or tenant or checkpoint
+    if source is None:
+        raise ConfigError("give a TENANT, or a --checkpoint, or a --profile alone for the vector")
+    if dtype is not None and checkpoint is not None:
+        raise ConfigError("--dtype: a checkpoint keeps its own dtypes; leave the option out")
+    check_out(out, tenant, checkpoint, profile, family, overwrite=overwrite)
+    import torch
+
+    from safegene_vllm.export import export_adapter, export_checkpoint, rank_bucket
+    from safegene_vllm.family import load_family
+    from safegene_vllm.profile import load_profile
+    from safegene_vllm.tenant import kind_of
+
+    loaded, coefficients = load_family(family), load_profile(source)
+    if checkpoint is not None:
+        with progress_bar() as progress:
+            task = progress.add_task("merging", total=None)
+            done = export_checkpoint(
+                checkpoint,
+                tenant,
+                loaded,
+                coefficients,
+                out,
+                overwrite=overwrite,
+                progress=lambda now, total: progress.update(task, completed=now, total=total),
+            )
+        results().print(f"{done.path}: {done.changed} weights merged; serve it as a plain model")
+        return
+    if tenant is not None and kind_of(tenant) == "checkpoint":
+        raise ConfigError(f"{tenant} is a checkpoint; export it with --checkpoint {tenant}")
+    wanted = None if dtype is None else getattr(torch, dtype.value)
+    done = export_adapter(tenant, loaded, coefficients, out, dtype=wanted)
+    bucket = rank_bucket(done.max_rank)
+    need = (
+        f"vLLM needs --max-lora-rank {bucket} or more"
+        if bucket
+        else "more than any --max-lora-rank of vLLM; merge it into a checkpoint instead"
+    )
+    results().print(f"{done.path}: {done.sites} sites, rank {done.max_rank}; {need}")

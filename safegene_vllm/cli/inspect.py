@@ -1,0 +1,265 @@
+"""`safegene inspect`: what a directory is, and what is in it.
+
+Reads families, profiles, adapters and checkpoints through the library, so whatever is wrong with
+one comes out as the error that serving it would give. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from safegene_vllm.cli.terminal import bar, coefficient_table, results, table
+
+if TYPE_CHECKING:
+    from safegene_vllm.adapter import Pair
+    from safegene_vllm.family import FamilyHeader
+
+Facts = dict[str, Any]
+
+
+def _sites(pairs: Mapping[str, Pair]) -> list[Facts]:
+    from safegene_vllm.adapter import layer_of
+    from safegene_vllm.recipe.difference import pair_norm
+    from safegene_vllm.tensorfile import dtype_name
+
+    return [
+        {
+            "site": site,
+            "layer": layer_of(site),
+            "rank": pair.rank,
+            "shape": [pair.d_out, pair.d_in],
+            "dtype": dtype_name(pair.a),
+            "norm": pair_norm(pair),
+        }
+        for site, pair in pairs.items()
+    ]
+
+
+def _layers(sites: Iterable[Facts], scores: Mapping[int, float | None]) -> list[Facts]:
+    """Per layer how many sites there are and the norm of all of them together."""
+    by_layer: dict[int, list[Facts]] = {}
+    for site in sites:
+        if site["layer"] is not None:
+            by_layer.setdefault(site["layer"], []).append(site)
+    return [
+        {
+            "layer": layer,
+            "score": scores.get(layer),
+            "sites": len(own),
+            "ranks": sorted({site["rank"] for site in own}),
+            "norm": math.hypot(*(site["norm"] for site in own)),
+        }
+        for layer, own in sorted(by_layer.items())
+    ]
+
+
+def _family(directory: Path) -> Facts:
+    from safegene_vllm.family import load_family
+
+    family = load_family(directory)
+    header = family.header
+    sites = _sites(family.pairs)
+    return {
+        "name": header.name,
+        "digest": header.digest,
+        "base": {
+            "architecture": header.base.architecture,
+            "num_layers": header.base.num_layers,
+            "fingerprint": header.base.fingerprint,
+        },
+        "bounds": list(header.bounds),
+        "layers": _layers(sites, {entry.layer: entry.score for entry in header.layers}),
+        "sites": sites,
+        "recipe": dict(header.recipe),
+    }
+
+
+def _adapter(directory: Path) -> Facts:
+    from safegene_vllm.adapter import load_adapter
+
+    adapter = load_adapter(directory)
+    sites = _sites(dict(sorted(adapter.pairs.items())))
+    return {"base_model": adapter.base_model, "layers": _layers(sites, {}), "sites": sites}
+
+
+def _checkpoint(directory: Path) -> Facts:
+    from safegene_vllm.checkpoint import read_checkpoint
+    from safegene_vllm.family import base_of_checkpoint
+
+    base, checkpoint = base_of_checkpoint(directory), read_checkpoint(directory)
+    infos = checkpoint.infos.values()
+    return {
+        "base": {
+            "architecture": base.architecture,
+            "num_layers": base.num_layers,
+            "fingerprint": base.fingerprint,
+        },
+        "tensors": len(infos),
+        "parameters": sum(math.prod(info.shape) for info in infos),
+        "bytes": sum(info.end - info.begin for info in infos),
+        "dtypes": dict(Counter(info.dtype for info in infos)),
+        "shards": list(checkpoint.shards),
+    }
+
+
+def _profile(directory: Path, header: FamilyHeader | None) -> Facts:
+    from safegene_vllm.profile import check_profile, load_profile
+
+    profile = load_profile(directory)
+    if header is not None:
+        check_profile(profile, header)
+    return {
+        "digest": profile.digest,
+        "family": profile.family,
+        "family_name": None if header is None else header.name,
+        "coefficients": list(profile.coefficients),
+        "calibration": dict(profile.calibration),
+    }
+
+
+def describe(directory: Path, family: Path | None = None) -> Facts:
+    """What `directory` is and holds, as plain JSON values; checked in full, values and digests.
+
+    With `family`, the tenant is checked against it too. Errors: those of the loaders, of
+    `tenant.kind_of`, `tenant.check_fits` and `profile.check_profile`.
+    """
+    from safegene_vllm.disk import read_json
+    from safegene_vllm.family import read_family_header
+    from safegene_vllm.profile import has_profile
+    from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of
+
+    kind = kind_of(directory)
+    facts: Facts = {"path": str(directory), "kind": kind}
+    if kind == "family":
+        return facts | _family(directory)
+    header = None if family is None else read_family_header(family)
+    if header is not None:
+        check_fits(directory, header)
+    if kind == "adapter":
+        facts |= _adapter(directory)
+    elif kind == "checkpoint":
+        facts |= _checkpoint(directory)
+    facts["profile"] = _profile(directory, header) if has_profile(directory) else None
+    record = directory / RECORD_FILE
+    facts["exported"] = read_json(record) if record.exists() else None
+    return facts
+
+
+def _counts(values: Iterable[Any]) -> str:
+    return ", ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
+
+
+def _show_sites(console: Console, facts: Facts) -> None:
+    sites, layers = facts["sites"], facts["layers"]
+    console.print(f"sites     {len(sites)} in {len(layers)} layers")
+    console.print(f"modules   {_counts(site['site'].rpartition('.')[2] for site in sites)}")
+    console.print(f"ranks     {_counts(site['rank'] for site in sites)}")
+    console.print(f"dtypes    {_counts(site['dtype'] for site in sites)}")
+    top = max((layer["norm"] for layer in layers), default=0.0)
+    rows = table("layer", "sites", "score", "‖B·A‖", "", left=("",))
+    for layer in layers:
+        score = "-" if layer["score"] is None else f"{layer['score']:.4g}"
+        rows.add_row(
+            str(layer["layer"]),
+            str(layer["sites"]),
+            score,
+            f"{layer['norm']:.4g}",
+            bar(layer["norm"], top),
+        )
+    console.print(rows)
+    for site in sites:
+        if site["layer"] is None:
+            console.print(f"outside the layers: {site['site']}, ‖B·A‖ {site['norm']:.4g}")
+
+
+def _show_profile(console: Console, profile: Facts | None) -> None:
+    if profile is None:
+        console.print("profile   none, so as a tenant it would be refused or served unprotected")
+        return
+    console.print(f"profile   {profile['digest']}")
+    checked = f" ({profile['family_name']}, fits)" if profile["family_name"] else ""
+    console.print(f"family    {profile['family']}{checked}")
+    if profile["calibration"]:
+        console.print(f"calibration {json.dumps(profile['calibration'])}")
+    if any(profile["coefficients"]):
+        console.print(coefficient_table(profile["coefficients"]))
+    else:
+        console.print("coefficients: all 0, so nothing is added")
+
+
+def _title(facts: Facts) -> str:
+    if facts["kind"] == "family":
+        return f"family {facts['name']!r}"
+    beside = " with a profile" if facts["profile"] else ""
+    return {
+        "adapter": f"PEFT LoRA adapter{beside}",
+        "checkpoint": f"Hugging Face checkpoint{beside}",
+        "profile": "profile, a tenant on the base itself",
+    }[facts["kind"]]
+
+
+def show(console: Console, facts: Facts) -> None:
+    """`facts` for people."""
+    console.print(f"{facts['path']}: {_title(facts)}")
+    if "digest" in facts:
+        console.print(f"digest    {facts['digest']}")
+    if base := facts.get("base"):
+        console.print(
+            f"base      {base['architecture']}, {base['num_layers']} layers, {base['fingerprint']}"
+        )
+    if facts.get("base_model"):
+        console.print(f"base      {facts['base_model']}")
+    if "bounds" in facts:
+        console.print("bounds    {} to {}".format(*facts["bounds"]))
+    if "tensors" in facts:
+        size = f"{facts['parameters']:,} parameters, {facts['bytes'] / 1e9:.2f} GB"
+        dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in facts["dtypes"].items())
+        console.print(f"weights   {size}, {dtypes}, {len(facts['shards'])} file(s)")
+    if "sites" in facts:
+        _show_sites(console, facts)
+    if facts.get("exported"):
+        family = json.dumps(facts["exported"].get("family"))
+        console.print(f"exported  the vector of {family} is in these weights; add no profile")
+    elif "profile" in facts:
+        _show_profile(console, facts["profile"])
+    if "recipe" in facts:
+        console.print("recipe    " + json.dumps(facts["recipe"], indent=2))
+
+
+def inspect(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="A family, a profile, a LoRA adapter or a checkpoint, e.g. tenants/acme."
+        ),
+    ],
+    family: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also check that the tenant fits this family, e.g. --family families/qwen."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object, e.g. for jq: safegene inspect DIR --json."),
+    ] = False,
+) -> None:
+    """Tell what a directory is: sites, ranks, layers, norms, coefficients, digests.
+
+    Exit code 1 and the error's name if a rule of the format is broken, with every value checked.
+
+    Example: safegene inspect tenants/acme --family families/qwen
+    """
+    facts = describe(directory, family)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        show(results(), facts)

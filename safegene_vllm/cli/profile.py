@@ -1,0 +1,99 @@
+"""`safegene profile`: a tenant's coefficients by hand. Not for finding good ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegene_vllm.cli.extract import parse_layers
+from safegene_vllm.cli.terminal import coefficient_table, results
+from safegene_vllm.errors import ConfigError
+
+
+def parse_coefficients(text: str) -> dict[int, float]:
+    """`0:0.5,3-5:1.0` as a map from layer to coefficient. Errors: ConfigError."""
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        layers, colon, value = part.partition(":")
+        try:
+            number = float(value)
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise ConfigError(
+                f"--coefficients: {part!r} is not LAYER:NUMBER; write for example 0:0.5,3-5:1.0"
+            )
+        for layer in parse_layers(layers, "--coefficients"):
+            if layer in found:
+                raise ConfigError(f"--coefficients: layer {layer} is given twice")
+            found[layer] = number
+    return found
+
+
+def profile(
+    family: Annotated[
+        Path, typer.Argument(help="The family's directory, e.g. families/qwen2.5-7b.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The tenant's directory: a LoRA adapter, a checkpoint, or a new one for a tenant "
+            "that is nothing but a profile on the base, e.g. --out tenants/acme. Its other files "
+            "stay as they are."
+        ),
+    ],
+    coefficient: Annotated[
+        float | None,
+        typer.Option(
+            help="One number for every layer that has a vector, e.g. --coefficient 0.6. 0 is the "
+            "tenant as it is, 1 the vector as it was made."
+        ),
+    ] = None,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L:X,...",
+            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers keep "
+            "what --coefficient says, else what the tenant's profile says, else 0.",
+        ),
+    ] = None,
+) -> None:
+    """Write or change a tenant's profile by hand.
+
+    Example: safegene profile families/qwen2.5-7b --coefficient 0.6 --out tenants/acme
+    """
+    from safegene_vllm.adapter import OWNED_FILES
+    from safegene_vllm.description import DESCRIPTION_FILE
+    from safegene_vllm.family import read_family_header
+    from safegene_vllm.profile import (
+        check_profile,
+        has_profile,
+        load_profile,
+        make_profile,
+        save_profile,
+    )
+    from safegene_vllm.tenant import check_fits, refuse_exported
+
+    if coefficient is None and coefficients is None:
+        raise ConfigError("give --coefficient 0.6 or --coefficients 0:0.5,3:1.0, or both")
+    header = read_family_header(family)
+    refuse_exported(out)
+    if any((out / name).exists() for name in (*OWNED_FILES, "config.json")):
+        check_fits(out, header)
+    selected = {entry.layer for entry in header.layers}
+    if coefficient is not None:
+        values = dict.fromkeys(selected, coefficient)
+    elif has_profile(out):
+        old = load_profile(out)
+        check_profile(old, header)
+        values = dict(enumerate(old.coefficients))
+    else:
+        values = {}
+    changed = parse_coefficients(coefficients) if coefficients else {}
+    made = make_profile(header, {**values, **changed}, {"method": "by hand"})
+    save_profile(made, out)
+    console = results()
+    console.print(f"{out / DESCRIPTION_FILE}  {made.digest}")
+    console.print(coefficient_table(made.coefficients))

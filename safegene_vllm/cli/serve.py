@@ -1,0 +1,124 @@
+"""The command `safegene serve MODEL [options] [any vLLM flag]`.
+
+For turning a command line into ServeOptions; what is run is decided in safegene_vllm.serve. Flags
+that are not named here are vLLM's and pass through.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safegene_vllm.cli.terminal import results
+from safegene_vllm.errors import ConfigError
+
+CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+class ApplyMode(StrEnum):
+    """How the vector reaches the model."""
+
+    gain = "gain"
+    composed = "composed"
+    weights = "weights"
+
+
+class MissingProfile(StrEnum):
+    """What happens to a tenant without a profile."""
+
+    refuse = "refuse"
+    serve_unprotected = "serve_unprotected"
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The base model or checkpoint; comes first.")
+    ],
+    family: Annotated[
+        Path | None, typer.Option(help="Directory of the safety vector.", show_default=False)
+    ] = None,
+    apply: Annotated[
+        ApplyMode | None,
+        typer.Option(help="How the vector is applied.", show_default="gain"),
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A tenant served from the start: a PEFT adapter with a profile, or a profile "
+            "alone. May be repeated.",
+        ),
+    ] = None,
+    base_profile: Annotated[
+        Path | None,
+        typer.Option(help="Profile of requests without an adapter (gain only).", show_default="0"),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Profile of the checkpoint (weights only).", show_default="MODEL's own"),
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Adapters load only from below here. May be repeated."),
+    ] = None,
+    missing_profile: Annotated[
+        MissingProfile | None,
+        typer.Option(help="What happens to a tenant without a profile.", show_default="refuse"),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            help="LoRA slots on the device (vLLM's --max-loras).",
+            show_default="one per tenant, at least 4",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print command and environment; start nothing.")
+    ] = False,
+) -> None:
+    """Serve a model and its tenants with vLLM, every one of them protected and verified.
+
+    Every flag of vLLM may follow, such as --port 8080 or --tensor-parallel-size 2. All files are
+    checked before vLLM starts, and "ready" is said only once every worker's receipt agrees.
+    """
+    from safegene_vllm.serve import ServeOptions, build_command, launch
+
+    if model.startswith("-"):
+        raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {model!r}.")
+    command = build_command(
+        ServeOptions(
+            model=model,
+            family=family,
+            apply=None if apply is None else apply.value,
+            tenants=_tenants(tenant or []),
+            base_profile=base_profile,
+            profile=profile,
+            adapter_roots=adapter_root or (),
+            missing_profile=None if missing_profile is None else missing_profile.value,
+            slots=slots,
+            vllm_args=context.args,
+        ),
+        os.environ,
+    )
+    if dry_run:
+        results().print(command.shown())
+        return
+    raise typer.Exit(launch(command, results()))
+
+
+def _tenants(entries: list[str]) -> dict[str, Path]:
+    """Errors: ConfigError for an entry that is not NAME=DIR, and for a name given twice."""
+    tenants: dict[str, Path] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise ConfigError(f"--tenant {entry!r}: expected NAME=DIR.")
+        if name in tenants:
+            raise ConfigError(f"--tenant {name}: given twice; every tenant needs its own name.")
+        tenants[name] = Path(path)
+    return tenants

@@ -1,0 +1,89 @@
+"""What the commands share at the terminal: consoles, bars, progress, and care with --out.
+
+Results go to stdout, progress and notes to stderr. Loads rich, nothing heavier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safegene_vllm.errors import ConfigError
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def results() -> Console:
+    """stdout, for what was asked; text is printed as it is, without markup."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def notes() -> Console:
+    """stderr, for progress and remarks."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def bar(value: float, top: float, *, width: int = 24) -> str:
+    """|value| as a bar of at most `width` characters, `top` being a full one."""
+    share = min(abs(value) / top, 1.0) if top > 0 else 0.0
+    if not (results().encoding or "").lower().startswith("utf"):
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """A plain table; columns are right-aligned but for those in `left`."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return made
+
+
+def coefficient_table(coefficients: Sequence[float]) -> Table:
+    """A row per layer whose coefficient is not 0; the longest bar is the largest of them."""
+    made = table("layer", "coefficient", "", left=("",))
+    top = max((abs(value) for value in coefficients), default=0.0)
+    for layer, value in enumerate(coefficients):
+        if value != 0.0:
+            made.add_row(str(layer), f"{value:.4g}", bar(value, top))
+    return made
+
+
+def progress_bar() -> Progress:
+    """A bar with the time left, on stderr, gone at the end; nothing if stderr is no terminal."""
+    console = notes()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def tracked(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
+    """Shows progress over the names it is given."""
+
+    def track(names: Sequence[str]) -> Iterable[str]:
+        with progress_bar() as progress:
+            yield from progress.track(names, description=description)
+
+    return track
+
+
+def check_out(out: Path, *sources: Path | None, overwrite: bool) -> None:
+    """Raise ConfigError if `out` is one of the `sources`, or exists and may not be replaced."""
+    for source in sources:
+        if source is not None and out.resolve() == source.resolve():
+            raise ConfigError(f"--out {out} is an input as well; name another directory")
+    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"--out {out} exists; name a new directory, or replace what is there by --overwrite"
+        )

@@ -1,0 +1,351 @@
+"""A tenant with its vector in ordinary files, for engines without the plugin.
+
+Either one PEFT adapter (tenant and vector as one pair per site) or a full checkpoint with both
+merged in, written shard by shard with about one tensor in memory. Neither carries a profile: what
+was put in is told by `safegene-export.json`. torch is loaded inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from safegene_vllm import __version__
+from safegene_vllm.adapter import (
+    CONFIG_FILE,
+    OWNED_FILES,
+    WEIGHTS_FILE,
+    Adapter,
+    Pair,
+    adapter_files,
+    layer_of,
+    load_adapter,
+    settled,
+)
+from safegene_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
+from safegene_vllm.disk import pretty_json, replace_directory, size_of_regular_file
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    FormatError,
+    SafegeneError,
+    ShapeError,
+    SiteError,
+    TruncatedFileError,
+    raise_faults,
+)
+from safegene_vllm.profile import Profile, check_profile
+from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of, refuse_exported
+from safegene_vllm.tensorfile import FLOAT_BITS, tensor_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from safegene_vllm.family import Family
+
+Progress = Callable[[int, int], None]
+"""Is called with the bytes that are done and the bytes there are."""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM accepts as --max-lora-rank."""
+
+_BLOCK_BYTES = 16 << 20
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_COPIED_NAMES = ("LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: `changed` sites of `sites`, the largest rank (0: a checkpoint)."""
+
+    path: Path
+    sites: int
+    changed: int
+    max_rank: int
+
+
+def rank_bucket(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that holds `rank`; None if none does."""
+    return next((bucket for bucket in VLLM_RANKS if bucket >= rank), None)
+
+
+def _record(form: str, family: Family, profile: Profile, more: Mapping[str, Any]) -> bytes:
+    return pretty_json(
+        {
+            "kind": "export",
+            "format_version": 1,
+            "form": form,
+            "note": "The safety vector is in these weights already. Add no profile to them.",
+            "family": {"name": family.header.name, "digest": family.digest},
+            "profile": profile.digest,
+            "coefficients": list(profile.coefficients),
+            **more,
+            "made_by": f"safegene-vllm {__version__}",
+        }
+    )
+
+
+def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
+    """The tenant's LoRA; None if it is nothing but a profile. Refuses what cannot be a tenant."""
+    if tenant is None:
+        return None
+    refuse_exported(tenant)
+    check_fits(tenant, family.header)
+    return load_adapter(tenant) if kind_of(tenant) == "adapter" else None
+
+
+def _padded(pair: Pair, rank: int) -> Pair:
+    """The same ΔW at `rank`: rows of a and columns of b filled up with zeros."""
+    from torch.nn.functional import pad
+
+    missing = rank - pair.rank
+    return Pair(pad(pair.a, (0, 0, 0, missing)), pad(pair.b, (0, missing)), pair.scaling)
+
+
+def export_adapter(
+    tenant: Path | None,
+    family: Family,
+    profile: Profile,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Exported:
+    """Write tenant and vector as one PEFT adapter, all sites of one rank, scaling 1, float32.
+
+    `tenant` is an adapter's directory; None or a bare profile's for the vector alone. One rank for
+    all, padded with zeros, because many engines read `r` and no `rank_pattern`. Sites that add
+    nothing are left out. Errors: those of compose.compose_adapter; FormatError if `out` holds
+    more than an earlier export; TenantRefusedError if the tenant was exported already.
+    """
+    from safegene_vllm.compose import compose_adapter
+
+    composed = compose_adapter(_own_adapter(tenant, family), family, profile)
+    # With nothing left the zeros stay: an adapter without tensors loads nowhere.
+    used = {site: p for site, p in composed.pairs.items() if bool(p.b.any())} or composed.pairs
+    rank = max(pair.rank for pair in used.values())
+    pairs = {site: settled(_padded(pair, rank), dtype) for site, pair in used.items()}
+    files = adapter_files(pairs, composed.base_model)
+    files[RECORD_FILE] = _record(
+        "adapter", family, profile, {"sites": len(pairs), "max_rank": rank}
+    )
+    replace_directory(Path(out), files, owned=(CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE))
+    return Exported(Path(out), len(pairs), len(pairs), rank)
+
+
+def _merge_pairs(own: Adapter | None, family: Family, profile: Profile) -> dict[str, Pair]:
+    """Per site the one pair that is added to its weight; sites that add nothing are left out.
+
+    Semantics: scaling · b @ a = s_t b_t @ a_t + λ b_s @ a_s, one rounding for both.
+    """
+    from safegene_vllm.compose import lora_pair
+
+    tenant = {} if own is None else own.pairs
+    pairs: dict[str, Pair] = {}
+    for site in sorted(tenant.keys() | family.pairs.keys()):
+        theirs, safety = tenant.get(site), family.pairs.get(site)
+        if safety is None:
+            assert theirs is not None
+            pairs[site] = theirs
+            continue
+        layer = layer_of(site)
+        assert layer is not None
+        coefficient = profile.coefficients[layer]
+        if coefficient == 0.0 and theirs is not None:
+            pairs[site] = theirs
+        elif coefficient != 0.0 and theirs is not None:
+            pairs[site] = lora_pair(theirs, safety, coefficient)
+        elif coefficient != 0.0:
+            # Not folded into b: so the weight is bit for bit that of --load-format safegene.
+            pairs[site] = replace(safety, scaling=coefficient * safety.scaling)
+    return {site: pair for site, pair in pairs.items() if bool(pair.b.any())}
+
+
+def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
+    """Every pair has its weight: there, of its shape, of a float dtype, and not an alias."""
+    from safegene_vllm.compose import merged_weight_name
+
+    where = checkpoint.directory
+    text = checkpoint.config.get("text_config")
+    tied = checkpoint.config.get("tie_word_embeddings") or (
+        isinstance(text, dict) and text.get("tie_word_embeddings")
+    )
+    faults: list[SafegeneError] = []
+    for site, pair in pairs.items():
+        info = checkpoint.infos.get(merged_weight_name(site))
+        if tied and layer_of(site) is None:
+            faults.append(
+                SiteError(
+                    f"{where} ties its word embeddings, and the adapter has a pair on {site}: "
+                    "merging it would change both ends; export an adapter instead"
+                )
+            )
+        elif info is None:
+            faults.append(SiteError(f"{where} has no weight for the site {site}"))
+        elif info.shape != (pair.d_out, pair.d_in):
+            faults.append(
+                FamilyMismatchError(
+                    f"{site}: the pair is for {(pair.d_out, pair.d_in)}, the weight in {where} is "
+                    f"{info.shape}"
+                )
+            )
+        elif info.dtype not in FLOAT_BITS:
+            faults.append(
+                ShapeError(
+                    f"{site} is stored as {info.dtype} in {where}: quantized weights cannot be "
+                    "added to; export an adapter, or merge into the checkpoint from before"
+                )
+            )
+    raise_faults(faults)
+
+
+def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, path: Path) -> None:
+    while count:
+        block = source.read(min(count, _BLOCK_BYTES))
+        if not block:
+            raise TruncatedFileError(f"{path} became shorter while it was read; fetch it again")
+        target.write(block)
+        count -= len(block)
+
+
+def _write_shard(
+    checkpoint: Checkpoint,
+    shard: str,
+    by_name: Mapping[str, Pair],
+    target: Path,
+    done: Callable[[int], None],
+) -> None:
+    """The shard again: its header byte for byte, its tensors with the pairs in `by_name` added."""
+    from safegene_vllm.compose import merge_into
+
+    path = checkpoint.directory / shard
+    with open(path, "rb") as source, open(target, "wb") as file:
+        prefix = source.read(8)
+        file.write(prefix)
+        _copy_bytes(source, file, int.from_bytes(prefix, "little"), path)
+        for name, info in checkpoint.shards[shard].items():
+            length = info.end - info.begin
+            pair = by_name.get(name)
+            if pair is None:
+                _copy_bytes(source, file, length, path)
+            else:
+                file.write(tensor_bytes(merge_into(checkpoint.read(name), pair, 1.0)))
+                source.seek(length, os.SEEK_CUR)
+            done(length)
+
+
+def _companions(checkpoint: Checkpoint) -> list[Path]:
+    """Config, tokenizer, chat templates, licence: what a checkpoint needs besides its weights."""
+    skipped = {*OWNED_FILES, RECORD_FILE}
+    found = [
+        path
+        for path in sorted(checkpoint.directory.iterdir())
+        if path.name not in skipped
+        and not path.is_dir()
+        and not path.name.endswith(".index.json")
+        and (path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES))
+    ]
+    # An index beside a single file is a leftover, and some readers would follow it.
+    if SINGLE_FILE not in checkpoint.shards:
+        found.append(checkpoint.directory / INDEX_FILE)
+    return found + sorted(checkpoint.directory.glob("additional_chat_templates/*.jinja"))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A directory to fill beside `path`; it takes the name at the end, or leaves nothing behind.
+
+    For what is too large for disk.replace_directory. With `overwrite` an earlier export at `path`
+    is replaced; anything else there is refused (FormatError).
+    """
+    path = Path(os.path.realpath(path))
+    exists = os.path.lexists(path)
+    if exists and not (overwrite and (path / RECORD_FILE).is_file()):
+        raise FormatError(
+            f"{path} exists{' and is not an earlier export' if overwrite else ''}; "
+            f"name a new directory{'' if overwrite else ', or replace an export by --overwrite'}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(8)
+    fresh, aside = (path.with_name(f".{path.name}.{what}-{token}") for what in ("new", "old"))
+    try:
+        fresh.mkdir()
+        yield fresh
+        for written in (*fresh.rglob("*"), fresh):
+            _sync(written)
+        if exists:
+            os.rename(path, aside)
+        try:
+            os.replace(fresh, path)
+        except BaseException:
+            if exists:
+                os.rename(aside, path)
+            raise
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_checkpoint(
+    base: Path,
+    tenant: Path | None,
+    family: Family,
+    profile: Profile,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write `base` again with W' = W + s_t B_t A_t + λ B A: same shards, names and dtypes.
+
+    `tenant` is an adapter's directory; None if the checkpoint itself is the tenant. Tensors that
+    nothing is added to are copied byte for byte, aliases (tied embeddings) stay aliases.
+    Errors: those of compose; SiteError (no weight for a site, or a tied one), ShapeError
+    (quantized), NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
+    TenantRefusedError if an input was exported.
+    """
+    from safegene_vllm.compose import merged_weight_name
+
+    base, out = Path(base), Path(out)
+    check_profile(profile, family.header)
+    refuse_exported(base)
+    if (kind := kind_of(base)) != "checkpoint":
+        raise FormatError(f"{base} holds: {kind}; expected a Hugging Face checkpoint")
+    check_fits(base, family.header)
+    checkpoint = read_checkpoint(base)
+    pairs = _merge_pairs(_own_adapter(tenant, family), family, profile)
+    _check_weights(checkpoint, pairs)
+    by_name = {merged_weight_name(site): pair for site, pair in pairs.items()}
+    total = sum(info.end - info.begin for info in checkpoint.infos.values())
+    written = 0
+
+    def done(count: int) -> None:
+        nonlocal written
+        written += count
+        if progress is not None:
+            progress(written, total)
+
+    with _new_directory(out, overwrite=overwrite) as fresh:
+        for path in _companions(checkpoint):
+            size_of_regular_file(path)
+            target = fresh / path.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        for shard in checkpoint.shards:
+            _write_shard(checkpoint, shard, by_name, fresh / shard, done)
+        more = {"sites": len(family.pairs), "merged_weights": sorted(by_name)}
+        (fresh / RECORD_FILE).write_bytes(_record("checkpoint", family, profile, more))
+    return Exported(out, len(family.pairs), len(by_name), 0)

@@ -1,0 +1,10 @@
+"""`safegene serve` without its command line: checks every file, starts vLLM, says when it is ready.
+
+`build_command` turns options into a command and its environment without starting anything;
+`launch` runs it. Never imports vLLM: the server is a child process.
+"""
+
+from safegene_vllm.serve.command import Launch as Launch
+from safegene_vllm.serve.command import build_command as build_command
+from safegene_vllm.serve.options import ServeOptions as ServeOptions
+from safegene_vllm.serve.process import launch as launch

@@ -1,0 +1,100 @@
+"""How an adapter becomes servable: into the engine, receipts from every rank, then its name.
+
+Stands between vLLM's model list and the engine, so that whatever loads an adapter (our route,
+SageMaker's, a resolver) publishes it only after its receipts have passed. Static adapters are
+loaded before this is in place; the plugin verifies them at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from safegene_server.answers import EngineDownError, plain
+from safegene_server.verifier import Verifier
+from safegene_vllm.errors import MissingFileError, SafegeneError, TenantRefusedError
+
+refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=None)
+"""Why the last `add_lora` of this task failed: vLLM passes on an abridged message only."""
+
+
+class Gate:
+    """The engine client as the model list sees it; everything but `add_lora` goes to the host."""
+
+    def __init__(self, engine: Any, verifier: Verifier) -> None:
+        self.engine = engine
+        self.verifier = verifier
+
+    async def add_lora(self, request: Any) -> bool:
+        """The host's contract: an exception means that the name is not published.
+
+        Errors: MissingFileError, TenantRefusedError (the engine's own message), ReceiptError,
+        EngineDownError.
+        """
+        try:
+            added = await self._load(request)
+            await self.verifier.verify(request)
+        except Exception as error:
+            refusal.set(error)
+            if not self.verifier.published(request.lora_int_id):
+                await self._take_back(request.lora_int_id)
+            raise
+        return added
+
+    async def _load(self, request: Any) -> bool:
+        if self._missing(request.lora_path):
+            raise MissingFileError(
+                f"lora_path {request.lora_path!r} is not a directory on this server; give the "
+                "local directory of a PEFT adapter with a safegene.json (a hub name must be "
+                "downloaded first)."
+            )
+        try:
+            await self._admit(request)
+            return bool(await self.engine.add_lora(request))
+        except SafegeneError:
+            raise
+        except Exception as error:
+            if getattr(self.engine, "errored", False):
+                raise EngineDownError(f"the engine is down: {plain(error)}") from error
+            raise TenantRefusedError(plain(error)) from error
+
+    async def _admit(self, request: Any) -> None:
+        """Every rank validates the tenant before any loads it. Errors: TenantRefusedError.
+
+        A refusal by `add_lora` itself would be an exception in every rank, of which vLLM reads only
+        the first and takes the others for answers to later calls.
+        """
+        answers = await self.engine.collective_rpc(
+            "safegene_admit",
+            args=(
+                request.lora_name,
+                request.lora_int_id,
+                request.lora_path,
+                request.load_inplace,
+            ),
+        )
+        reasons = dict.fromkeys(answer for answer in answers if answer is not None)
+        if reasons:
+            raise TenantRefusedError("\n".join(reasons))
+
+    def _missing(self, path: str) -> bool:
+        """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:
+        they are not even looked at."""
+        directory = Path(path).expanduser()
+        roots = self.verifier.expected.settings.adapter_roots
+        inside = any(directory.absolute().is_relative_to(root.absolute()) for root in roots)
+        return (not roots or inside) and not directory.is_dir()
+
+    async def _take_back(self, lora_int_id: int) -> None:
+        """Remove what a failed load left behind in some ranks; nothing serves it."""
+        remove = getattr(self.engine, "remove_lora", None)
+        if remove is not None:
+            with contextlib.suppress(Exception):
+                await remove(lora_int_id)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "engine":
+            raise AttributeError(name)
+        return getattr(self.engine, name)

@@ -1,0 +1,78 @@
+"""Entry point `vllm.endpoint_plugins: safegene_server`: attaches the routes, verifies the start.
+
+For vLLM's API process; the contract is vllm/plugins/endpoint_plugins/interface.py. An exception in
+`init_state` keeps the server from starting, which is the point.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from safegene_server.gate import Gate
+from safegene_server.routes import LOAD_PATH, load_router, router
+from safegene_server.sagemaker import AdaptersNeedKey
+from safegene_server.verifier import Verifier, read_expected
+from safegene_vllm.errors import ReceiptError
+
+
+class SafegeneEndpoints:
+    """vLLM's EndpointPlugin. It is loaded for every task: weights may be protected in any."""
+
+    name = "safegene_server"
+    required_tasks: tuple[str, ...] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Our routes; vLLM's load route is replaced where runtime LoRA has put it, and only there.
+
+        vLLM 0.28 does not drop the route it had, and would go on answering with it.
+        """
+        app.include_router(router)
+        stock = [r for r in app.router.routes if _is_load_route(r)]
+        if stock:
+            app.router.routes[:] = [r for r in app.router.routes if r not in stock]
+            app.include_router(load_router)
+            keys = _api_keys(getattr(app.state, "args", None))
+            if keys:
+                app.add_middleware(AdaptersNeedKey, keys=keys)
+
+    async def init_state(self, engine_client: Any, state: State, args: Any) -> None:
+        """Verify everything that is served at start, then put the gate before the engine.
+
+        Errors: ReceiptError with every disagreement; ConfigError, FormatError, BoundsError and
+        FamilyMismatchError as the files give cause.
+        """
+        state.safegene = None
+        if engine_client is None:
+            return
+        expected = read_expected(engine_client.vllm_config)
+        if expected is None:
+            return
+        models = state.openai_serving_models
+        verifier = Verifier(engine_client, models, expected)
+        report = await verifier.report()
+        if not report.ready:
+            raise ReceiptError(
+                "SafeGene does not let this server start: " + "; ".join(report.faults)
+            )
+        models.engine_client = Gate(engine_client, verifier)
+        state.safegene = verifier
+
+
+def endpoint_plugin() -> SafegeneEndpoints:
+    """The factory vLLM calls."""
+    return SafegeneEndpoints()
+
+
+def _is_load_route(route: Any) -> bool:
+    methods = getattr(route, "methods", None) or ()
+    return getattr(route, "path", None) == LOAD_PATH and "POST" in methods
+
+
+def _api_keys(args: Any) -> list[str]:
+    """The keys vLLM itself accepts: --api-key, else VLLM_API_KEY."""
+    keys = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+    return [key for key in keys if key]

@@ -1,0 +1,649 @@
+"""The endpoint plugin against the smallest app: vLLM's model list and engine are faked at the edge.
+
+`Engine` answers receipts as a worker would, right or wrong; `Models` publishes as vLLM's own class
+does. What the real server does with all this is in test_server_engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+
+from safegene_server import answers, verifier
+from safegene_server.plugin import endpoint_plugin
+from safegene_vllm import pico
+from safegene_vllm.errors import ConfigError, ReceiptError, SafegeneError
+from safegene_vllm.family import Family, read_family_header
+from safegene_vllm.profile import Profile, load_profile, make_profile, save_profile
+from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
+
+LOAD = "/v1/load_lora_adapter"
+
+
+@dataclass
+class Request:
+    """vLLM's LoRARequest, as far as we look at it."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+    load_inplace: bool = False
+
+
+class Engine:
+    """An engine client over workers that carry a vector; `twist` makes their receipts lie."""
+
+    def __init__(
+        self, additional_config: Any, *, model: str = "m", load_format: str = "auto"
+    ) -> None:
+        self.vllm_config = SimpleNamespace(
+            additional_config=additional_config,
+            load_config=SimpleNamespace(load_format=load_format),
+            model_config=SimpleNamespace(model=model),
+            parallel_config=SimpleNamespace(data_parallel_size=1),
+        )
+        self.errored = False
+        self.receipts: list[Receipt | None] = []
+        self.twist: Callable[[Receipt], Receipt | None] = lambda receipt: receipt
+        self.refuse: Exception | None = None
+        self.admissions: list[str | None] = [None, None]
+        self.removed: list[int] = []
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "safegene_admit":
+            assert [type(value) for value in args] == [str, int, str, bool]
+            return self.admissions
+        assert method == "safegene_receipt"
+        twisted = [None if r is None else self.twist(r) for r in self.receipts]
+        return [None if r is None else r.to_dict() for r in twisted]
+
+    async def add_lora(self, request: Request) -> bool:
+        if self.refuse is not None:
+            raise self.refuse
+        self.receipts = [
+            None if r is None else replace(r, adapters=(*r.adapters, held(r, request)))
+            for r in self.receipts
+        ]
+        return True
+
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        self.removed.append(lora_int_id)
+        return True
+
+
+def held(receipt: Receipt, request: Request) -> AdapterReceipt:
+    """What an honest worker says of an adapter it has just loaded."""
+    try:
+        profile: Profile | None = load_profile(Path(request.lora_path))
+    except SafegeneError:
+        profile = None
+    row = gain_digest(profile.coefficients) if profile else None
+    digest = profile.digest if profile else None
+    return AdapterReceipt(request.lora_name, request.lora_int_id, 0, digest, row, 6, 14, 1.0)
+
+
+class Answer:
+    """vLLM's ErrorResponse."""
+
+    def __init__(self, message: str, code: int) -> None:
+        self.error = SimpleNamespace(code=code)
+        self.body = {"error": {"message": message, "type": "XError", "param": None, "code": code}}
+
+    def model_dump(self) -> dict[str, Any]:
+        return self.body
+
+
+class Models:
+    """vLLM's OpenAIServingModels: publishes a name once `engine_client.add_lora` has not raised."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine_client: Any = engine
+        self.lora_requests: dict[str, Request] = {}
+        self.count = 0
+        self.abridged = "an abridged message"
+
+    async def load_lora_adapter(self, request: Any) -> str | Answer:
+        name = request.lora_name
+        if name in self.lora_requests and not request.load_inplace:
+            return Answer("already loaded", 400)
+        self.count += 1
+        number = self.lora_requests[name].lora_int_id if name in self.lora_requests else self.count
+        wanted = Request(name, number, request.lora_path, request.load_inplace)
+        try:
+            await self.engine_client.add_lora(wanted)
+        except Exception:
+            return Answer(self.abridged, 500)
+        self.lora_requests[name] = wanted
+        return f"Success: {name}"
+
+
+@dataclass
+class World:
+    """Files, a fake engine that is honest about them, and the app."""
+
+    d: Path
+    family: Family
+    engine: Engine
+    models: Models
+    app: FastAPI
+
+    def start(self, **state: Any) -> TestClient:
+        """The app as vLLM has it after `init_app_state`; raises what `init_state` raises."""
+        self.app.state.engine_client = state.get("engine", self.engine)
+        self.app.state.openai_serving_models = self.models
+        plugin = endpoint_plugin()
+        plugin.attach_router(self.app)
+        asyncio.run(plugin.init_state(state.get("engine", self.engine), self.app.state, None))
+        return TestClient(self.app)
+
+    def serve(self, name: str) -> None:
+        """As if given by --lora-modules: loaded and published before the plugin is asked."""
+        done = asyncio.run(
+            self.models.load_lora_adapter(
+                SimpleNamespace(lora_name=name, lora_path=str(self.d / name), load_inplace=False)
+            )
+        )
+        assert isinstance(done, str)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    d = tmp_path_factory.mktemp("server")
+    pico.make_model("llama", d / "m")
+    family = pico.write_family(d / "m", d / "f")
+    for i in range(3):
+        pico.write_tenant(d / "m", d / f"t{i}", family, 0.5 + 0.1 * i, adapter=False)
+    pico.write_tenant(d / "m", d / "bare", None, None, suffixes=("q_proj",))
+    return d
+
+
+@pytest.fixture
+def world(files: Path, tmp_path: Path) -> World:
+    d = tmp_path / "w"
+    shutil.copytree(files, d)
+    return make_world(d, {"family": str(d / "f")})
+
+
+def make_world(
+    d: Path, settings: dict[str, Any] | None, *, load_format: str = "auto", runtime: bool = True
+) -> World:
+    header = read_family_header(d / "f")
+    config = {} if settings is None else {"safegene": settings}
+    engine = Engine(config, model=str(d / "m"), load_format=load_format)
+    zeros = gain_digest([0.0] * header.num_layers)
+    for rank in range(2):
+        receipt = Receipt(rank, 2, "gain", header.digest, 14, 14, 1, None, zeros, False, "0.32.0")
+        engine.receipts.append(receipt)
+    app = FastAPI()
+
+    if runtime:
+
+        @app.post(LOAD)
+        async def stock() -> str:
+            return "stock"
+
+        @app.get(LOAD)
+        async def other_method() -> str:
+            return "stock"
+
+    return World(d, Family(header, {}), engine, Models(engine), app)
+
+
+def shape_of_openai(body: Any, status: int) -> str:
+    """The message, once the body has OpenAI's shape."""
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] == status
+    assert body["error"]["type"].endswith("Error")
+    return str(body["error"]["message"])
+
+
+# -- start -----------------------------------------------------------------------------------------
+
+
+def test_everything_served_at_start_is_verified(world: World) -> None:
+    world.serve("t0")
+    client = world.start()
+    body = client.get("/v1/safegene/ready").json()
+    profile = load_profile(world.d / "t0")
+    assert body["ready"] is True
+    assert body["family"] == {"name": "pico", "digest": world.family.digest}
+    assert body["tenants"] == [
+        {
+            "name": "t0",
+            "apply": "gain",
+            "profile": profile.digest,
+            "slot": 0,
+            "sites": 14,
+            "layers": 2,
+        }
+    ]
+    receipts = client.get("/v1/safegene/receipts").json()
+    assert (receipts["ready"], receipts["faults"]) == (True, [])
+    assert [r["rank"] for r in receipts["receipts"]] == [0, 1]
+
+
+def other_profile(receipt: Receipt) -> Receipt:
+    adapters = tuple(replace(a, profile="sha256:other") for a in receipt.adapters)
+    return replace(receipt, adapters=adapters)
+
+
+def second_rank_without(receipt: Receipt) -> Receipt:
+    return replace(receipt, adapters=()) if receipt.rank == 1 else receipt
+
+
+LIES: list[tuple[Callable[[Receipt], Receipt | None], str]] = [
+    (lambda r: replace(r, family="sha256:other"), "rank 0 carries family sha256:other"),
+    (lambda r: replace(r, sites_applied=3), "applied 3 of 14 sites"),
+    (lambda r: replace(r, rank=0), "receipts from ranks [0, 0]"),
+    (lambda r: None if r.rank == 1 else r, "ranks [1] carry no SafeGene"),
+    (lambda r: replace(r, base_gain_digest="sha256:x"), "gain row sha256:x, the files say"),
+    (other_profile, "rank 0 applied profile sha256:other"),
+    (second_rank_without, "rank 1 has no adapter 't0'"),
+]
+
+
+@pytest.mark.parametrize(("twist", "words"), LIES)
+def test_a_server_whose_receipts_disagree_does_not_start(
+    world: World, twist: Callable[[Receipt], Receipt | None], words: str
+) -> None:
+    world.serve("t0")
+    world.engine.twist = twist
+    with pytest.raises(ReceiptError) as caught:
+        world.start()
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("twist", "words"), LIES)
+def test_disagreement_later_is_503(
+    world: World, twist: Callable[[Receipt], Receipt | None], words: str
+) -> None:
+    world.serve("t0")
+    client = world.start()
+    world.engine.twist = twist
+    answer = client.get("/v1/safegene/ready")
+    assert answer.status_code == 503
+    assert words in shape_of_openai(answer.json(), 503)
+    receipts = client.get("/v1/safegene/receipts").json()
+    assert receipts["ready"] is False
+    assert words in receipts["faults"][0]
+
+
+def test_without_the_general_plugin_the_server_does_not_start(world: World) -> None:
+    async def none_of_that(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        raise RuntimeError("Call to collective_rpc method failed: no safegene_receipt")
+
+    world.engine.collective_rpc = none_of_that  # type: ignore[method-assign,assignment]
+    with pytest.raises(ReceiptError, match="name `safegene` in VLLM_PLUGINS"):
+        world.start()
+
+
+def test_data_parallel_engines_are_refused(world: World) -> None:
+    world.engine.vllm_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(ConfigError, match="--data-parallel-size 2"):
+        world.start()
+
+
+def test_a_base_profile_must_be_in_the_receipts(world: World) -> None:
+    base = make_profile(world.family.header, 0.3)
+    save_profile(base, world.d / "base")
+    settings = {"family": str(world.d / "f"), "base_profile": str(world.d / "base")}
+    world = make_world(world.d, settings)
+    with pytest.raises(ReceiptError, match="gives requests without an adapter profile None"):
+        world.start()
+    row = gain_digest(base.coefficients)
+    world.engine.twist = lambda r: replace(r, base_profile=base.digest, base_gain_digest=row)
+    body = world.start().get("/v1/safegene/ready").json()
+    assert body["base"] == {"profile": base.digest, "layers": 2}
+
+
+def test_weights_are_verified_against_the_checkpoints_profile(world: World) -> None:
+    profile = load_profile(world.d / "t1")
+    save_profile(profile, world.d / "m")
+    world = make_world(world.d, {"family": str(world.d / "f")}, load_format="safegene")
+    with pytest.raises(ReceiptError, match=profile.digest):
+        world.start()
+    row = gain_digest(profile.coefficients)
+    world.engine.twist = lambda r: replace(r, base_profile=profile.digest, base_gain_digest=row)
+    body = world.start().get("/v1/safegene/ready").json()
+    assert (body["apply"], body["base"]["profile"]) == ("weights", profile.digest)
+
+
+def test_without_a_family_nothing_is_claimed(world: World) -> None:
+    world = make_world(world.d, None)
+    world.engine.receipts = [None]
+    client = world.start()
+    assert world.models.engine_client is world.engine
+    answer = client.get("/v1/safegene/ready")
+    assert answer.status_code == 503
+    assert "no family loaded" in shape_of_openai(answer.json(), 503)
+    receipts = client.get("/v1/safegene/receipts").json()
+    assert receipts["ready"] is False and "no family loaded" in receipts["faults"][0]
+    body = {"lora_name": "x", "lora_path": "anywhere"}
+    assert client.post(LOAD, json=body).text == "Success: x"
+    world.engine.refuse = RuntimeError("no matter")
+    wrapped = "Call to add_lora method failed: Worker failed with error 'a profile', please check "
+    world.models.abridged = wrapped + "the stack trace above for the root cause"
+    answer = client.post(LOAD, json={**body, "lora_name": "y"})
+    assert shape_of_openai(answer.json(), 500) == "a profile"
+
+
+def test_a_server_without_an_engine_says_so(world: World) -> None:
+    client = world.start(engine=None)
+    for path in ("/v1/safegene/ready", "/v1/safegene/receipts"):
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert "no engine" in shape_of_openai(answer.json(), 503)
+
+
+def test_tenants_without_profile_in_the_open_mode(world: World) -> None:
+    settings = {"family": str(world.d / "f"), "missing_profile": "serve_unprotected"}
+    world = make_world(world.d, settings)
+    world.serve("bare")
+    body = world.start().get("/v1/safegene/ready").json()
+    assert body["unprotected_mode"] is True
+    assert body["tenants"][0] | {"slot": 0} == {
+        "name": "bare",
+        "apply": None,
+        "profile": None,
+        "slot": 0,
+        "sites": 14,
+        "layers": 0,
+    }
+    world.engine.twist = other_profile
+    report = TestClient(world.app).get("/v1/safegene/receipts").json()
+    assert "the files have none" in report["faults"][0]
+
+
+def test_a_family_of_null_is_ready_and_says_unprotected(world: World) -> None:
+    world = make_world(world.d, {"family": None, "missing_profile": "serve_unprotected"})
+    world.engine.twist = lambda r: replace(r, family=None, base_gain_digest=None)
+    body = world.start().get("/v1/safegene/ready").json()
+    assert (body["family"], body["unprotected_mode"]) == (None, True)
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load(client: TestClient, name: str, path: Path | str, **more: Any) -> Any:
+    return client.post(LOAD, json={"lora_name": name, "lora_path": str(path), **more})
+
+
+def test_a_tenant_is_published_once_its_receipts_agree(world: World) -> None:
+    client = world.start()
+    answer = load(client, "t1", world.d / "t1")
+    assert (answer.status_code, answer.text) == (200, "Success: t1")
+    tenants = client.get("/v1/safegene/ready").json()["tenants"]
+    assert [t["name"] for t in tenants] == ["t1"]
+
+
+def test_a_tenant_whose_receipts_disagree_is_taken_back(world: World) -> None:
+    client = world.start()
+    world.engine.twist = second_rank_without
+    answer = load(client, "t1", world.d / "t1")
+    assert answer.status_code == 500
+    assert "rank 1 has no adapter 't1'" in shape_of_openai(answer.json(), 500)
+    assert answer.json()["error"]["param"] == "lora_path"
+    assert (world.models.lora_requests, world.engine.removed) == ({}, [1])
+
+
+def test_nobody_can_ask_for_a_tenant_before_it_is_verified(world: World) -> None:
+    client = world.start()
+    asked: list[bool] = []
+    ask = world.engine.collective_rpc
+
+    async def watched(method: str, args: tuple[Any, ...] = ()) -> Any:
+        asked.append("t1" in world.models.lora_requests)
+        return await ask(method, args)
+
+    world.engine.collective_rpc = watched  # type: ignore[method-assign]
+    assert load(client, "t1", world.d / "t1").status_code == 200
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "{}",
+        "Call to add_lora method failed: {}",
+        "Call to add_lora method failed: Worker failed with error '{}', please check the stack "
+        "trace above for the root cause",
+        "{}\nTraceback (most recent call last):\n  File x",
+    ],
+)
+def test_the_engines_refusal_is_told_plainly(world: World, wrapped: str) -> None:
+    message = "tenant 't1': layer 0 has coefficient -1.0, expected 0.0 to 3.0\n- and more"
+    client = world.start()
+    world.engine.refuse = RuntimeError(wrapped.format(message))
+    answer = load(client, "t1", world.d / "t1")
+    assert answer.status_code == 400
+    assert shape_of_openai(answer.json(), 400) == message
+    assert answer.json()["error"]["param"] == "lora_path"
+    assert world.engine.removed == [1]
+    world.engine.refuse = None
+    assert load(client, "t1", world.d / "t1").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("admissions", "message"),
+    [
+        (["no profile", "no profile"], "no profile"),
+        ([None, "cannot be read"], "cannot be read"),
+        (["one", "other"], "one\nother"),
+    ],
+)
+def test_what_a_rank_does_not_admit_is_never_loaded(
+    world: World, admissions: list[str | None], message: str
+) -> None:
+    """vLLM loses count of the ranks' replies when `add_lora` raises in several of them."""
+    client = world.start()
+    world.engine.admissions = admissions
+    world.engine.refuse = AssertionError("add_lora must not be called")
+    answer = load(client, "t1", world.d / "t1")
+    assert shape_of_openai(answer.json(), 400) == message
+    assert (world.models.lora_requests, world.engine.removed) == ({}, [1])
+
+
+def test_replies_out_of_step_are_a_named_fault(world: World) -> None:
+    client = world.start()
+
+    async def stale(method: str, args: tuple[Any, ...] = ()) -> Any:
+        return [world.engine.receipts[0].to_dict(), True]  # type: ignore[union-attr]
+
+    world.engine.collective_rpc = stale  # type: ignore[method-assign]
+    answer = client.get("/v1/safegene/ready")
+    assert "out of step" in shape_of_openai(answer.json(), 503)
+
+
+def test_a_refused_reload_keeps_what_is_served(world: World) -> None:
+    client = world.start()
+    load(client, "t1", world.d / "t1")
+    world.engine.refuse = RuntimeError("load_inplace is refused")
+    answer = load(client, "t1", world.d / "t1", load_inplace=True)
+    assert answer.status_code == 400
+    assert world.engine.removed == []
+    assert client.get("/v1/safegene/ready").status_code == 200
+
+
+def test_a_dead_engine_is_503(world: World) -> None:
+    client = world.start()
+    world.engine.errored = True
+    world.engine.refuse = RuntimeError("EngineCore died")
+    answer = load(client, "t1", world.d / "t1")
+    assert "the engine is down" in shape_of_openai(answer.json(), 503)
+
+
+def test_a_silent_engine_is_503(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def asleep(method: str, args: tuple[Any, ...] = ()) -> Any:
+        await asyncio.sleep(60)
+
+    client = world.start()
+    monkeypatch.setattr(verifier, "RECEIPT_TIMEOUT_S", 0.05)
+    world.engine.collective_rpc = asleep  # type: ignore[method-assign]
+    answer = client.get("/v1/safegene/ready")
+    assert "no receipts within" in shape_of_openai(answer.json(), 503)
+
+
+def test_a_path_that_is_not_there_is_404(world: World) -> None:
+    answer = load(world.start(), "x", "/nowhere/at/all")
+    assert answer.status_code == 404
+    assert "/nowhere/at/all" in shape_of_openai(answer.json(), 404)
+    assert world.models.lora_requests == {}
+
+
+def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
+    """Whether they exist is nobody's business: the same answer for both."""
+    settings = {"family": str(world.d / "f"), "adapter_roots": [str(world.d)]}
+    world = make_world(world.d, settings)
+    client = world.start()
+    world.engine.refuse = RuntimeError("outside safegene.adapter_roots")
+    for path in ("/nowhere", "/usr"):
+        assert load(client, "x", path).status_code == 400
+    assert load(client, "x", world.d / "none").status_code == 404
+
+
+def test_the_hosts_own_refusals_pass(world: World) -> None:
+    client = world.start()
+    load(client, "t1", world.d / "t1")
+    answer = load(client, "t1", world.d / "t1")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "already loaded")
+
+
+def test_changed_or_missing_files_do_not_unready_what_was_verified(world: World) -> None:
+    client = world.start()
+    load(client, "t1", world.d / "t1")
+    save_profile(make_profile(world.family.header, 0.9), world.d / "t1")
+    assert client.get("/v1/safegene/ready").status_code == 200
+    shutil.rmtree(world.d / "t1")
+    assert client.get("/v1/safegene/ready").status_code == 200
+
+
+def test_an_unloaded_adapter_of_the_same_name_does_not_disturb(world: World) -> None:
+    client = world.start()
+    load(client, "t", world.d / "t1")
+    del world.models.lora_requests["t"]
+    assert load(client, "t", world.d / "t2").status_code == 200
+    tenants = client.get("/v1/safegene/ready").json()["tenants"]
+    assert [t["profile"] for t in tenants] == [load_profile(world.d / "t2").digest]
+
+
+def test_whatever_is_published_past_the_gate_is_seen(world: World) -> None:
+    client = world.start()
+    world.models.lora_requests["x"] = Request("x", 9, str(world.d / "t1"))
+    answer = client.get("/v1/safegene/ready")
+    assert "rank 0 has no adapter 'x'" in shape_of_openai(answer.json(), 503)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "param"),
+    [
+        (json.dumps({"lora_name": "x"}), "application/json", "lora_path"),
+        (json.dumps({"lora_name": 1, "lora_path": "x"}), "application/json", "lora_name"),
+        ("{nope", "application/json", None),
+        ("[]", "application/json", None),
+        (json.dumps({"lora_name": "x", "lora_path": "x"}), "text/plain", None),
+    ],
+)
+def test_bad_bodies(world: World, content: str, kind: str, param: str | None) -> None:
+    answer = world.start().post(LOAD, content=content, headers={"content-type": kind})
+    shape_of_openai(answer.json(), 400)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_an_accident_in_a_route_keeps_the_shape(world: World) -> None:
+    client = world.start()
+    world.models.lora_requests = None  # type: ignore[assignment]
+    answer = client.get("/v1/safegene/ready")
+    assert "log" in shape_of_openai(answer.json(), 500)
+
+
+# -- wiring ----------------------------------------------------------------------------------------
+
+
+def routes(app: FastAPI) -> set[tuple[str, str]]:
+    found = [r for r in app.routes if isinstance(r, APIRoute)]
+    return {(method, route.path) for route in found for method in route.methods}
+
+
+def test_the_routes_are_these_and_all_below_v1(world: World) -> None:
+    before = routes(FastAPI())
+    plain = FastAPI()
+    endpoint_plugin().attach_router(plain)
+    assert routes(plain) - before == {
+        ("GET", "/v1/safegene/receipts"),
+        ("GET", "/v1/safegene/ready"),
+    }
+    assert all(path.startswith("/v1/") for _, path in routes(plain) - before)
+
+
+def test_the_load_route_replaces_vllms_and_appears_only_beside_it(world: World) -> None:
+    client = world.start()
+    assert sum(("POST", LOAD) in routes_of(r) for r in world.app.routes) == 1
+    assert load(client, "t1", world.d / "t1").text == "Success: t1"
+    assert client.get(LOAD).json() == "stock"
+    without = make_world(world.d, {"family": str(world.d / "f")}, runtime=False)
+    assert load(without.start(), "t1", world.d / "t1").status_code == 404
+
+
+def routes_of(route: Any) -> set[tuple[str, str]]:
+    methods = getattr(route, "methods", None) or ()
+    return {(method, getattr(route, "path", "")) for method in methods}
+
+
+@pytest.mark.parametrize("where", ["--api-key", "VLLM_API_KEY", None])
+def test_sagemakers_routes_ask_for_the_key(
+    world: World, where: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if where == "VLLM_API_KEY":
+        monkeypatch.setenv("VLLM_API_KEY", "k1")
+    keys = ["k0", "k1"] if where == "--api-key" else None
+    world.app.state.args = SimpleNamespace(api_key=keys)
+    client = world.start()
+
+    @world.app.post("/adapters")
+    async def register() -> str:
+        return "registered"
+
+    @world.app.delete("/adapters/{name}")
+    async def remove(name: str) -> str:
+        return name
+
+    for call in (
+        lambda h: client.post("/adapters", headers=h),
+        lambda h: client.delete("/adapters/x", headers=h),
+    ):
+        if where is None:
+            assert call({}).status_code == 200
+            continue
+        for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic k1"}):
+            answer = call(headers)
+            shape_of_openai(answer.json(), 401)
+        assert call({"Authorization": "Bearer k1"}).status_code == 200
+    assert client.get("/v1/safegene/ready").status_code == 200
+
+
+def test_the_contract_of_vllm(world: World) -> None:
+    plugin = endpoint_plugin()
+    assert (plugin.name, plugin.required_tasks) == ("safegene_server", None)
+    client = world.start()
+    gate = world.models.engine_client
+    assert gate is not world.engine and gate.vllm_config is world.engine.vllm_config
+    assert client.get("/v1/safegene/ready").status_code == 200
+
+
+def test_status_codes_of_our_errors() -> None:
+    assert answers.status_of(ReceiptError("x")) == 500
+    assert answers.status_of(ConfigError("x")) == 400
+    assert answers.plain(RuntimeError("")) == "RuntimeError"
