@@ -119,7 +119,7 @@ def test_gain_table_scales_the_vector_per_token(dtype: torch.dtype, mix: str) ->
     y = torch.randn(len(slots), 40, generator=generator).to(dtype)
     for number in range(LAYERS):
         out = y.clone()
-        add_safety(out, x, a, b, table.token_gains[number])
+        add_safety(out, x, a, b.t().contiguous(), table.token_gains[number])
         gains = torch.tensor([rows[s][number] for s in slots], dtype=torch.float64)
         expected = y.double() + ((x.double() @ a.double().T) * gains[:, None]) @ b.double().T
         torch.testing.assert_close(
@@ -139,7 +139,9 @@ def test_writing_one_row_touches_no_other() -> None:
     table.write(1, [9.0, 8.0, 7.0])
     assert table.read(1) == [9.0, 8.0, 7.0]
     assert torch.equal(table.rows[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
-    assert table.token_gains[:, 1].tolist() == [9.0, 8.0, 7.0], "the running step sees the new row"
+    assert table.token_gains[:, 1, 0].tolist() == [9.0, 8.0, 7.0], (
+        "the running step sees the new row"
+    )
     assert torch.equal(table.token_gains[:, [0, 2]], gains[:, [0, 2]])
 
 
@@ -150,3 +152,11 @@ def test_a_step_without_gains_is_not_computed() -> None:
     assert table.active.tolist() == [False, False, False]
     table.set_tokens(torch.tensor([0, 2]))
     assert table.active.tolist() == [False, True, False]
+
+
+def test_an_older_longer_step_leaves_no_gain_behind() -> None:
+    table = GainTable(SLOTS, LAYERS, 16, "cpu")
+    table.write(2, [1.0, 1.0, 1.0])
+    table.set_tokens(torch.tensor([0, 2, 2, 2, 2, 2]))
+    table.set_tokens(torch.tensor([0, 1]))
+    assert table.active.tolist() == [False, False, False]

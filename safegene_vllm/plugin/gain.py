@@ -16,16 +16,17 @@ import torch
 class GainTable:
     """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
 
-    Derived from it, for the running step: `token_gains` (L, T_max) float32, each token's gain in
+    Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
     each layer, and `active` (L,) bool, whether any token has one. All are preallocated and updated
     in place, so compiled graphs and CUDA graphs see every change.
     """
 
     def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
         self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
-        self.token_gains = torch.zeros(layers, max_tokens, dtype=torch.float32, device=device)
+        self.token_gains = torch.zeros(layers, max_tokens, 1, dtype=torch.float32, device=device)
         self.active = torch.zeros(layers, dtype=torch.bool, device=device)
         self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
+        self._tokens = 0
 
     def write(self, slot: int, coefficients: Sequence[float]) -> None:
         """In place: the row of `slot` (-1: no adapter). Touches no other row."""
@@ -41,28 +42,30 @@ class GainTable:
 
         Tokens past T keep an older step's gains: a padded graph computes them, nobody reads them.
         """
-        self._token_rows[: slots.shape[0]].copy_(slots + 1)
+        self._tokens = slots.shape[0]
+        torch.add(slots, 1, out=self._token_rows[: self._tokens])
         self._spread()
 
     def _spread(self) -> None:
         """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
-        self.token_gains.copy_(self.rows.index_select(0, self._token_rows).t())
-        torch.any(self.token_gains, dim=1, out=self.active)
+        gains = self.token_gains[:, : self._tokens, 0]
+        gains.copy_(self.rows.index_select(0, self._token_rows[: self._tokens]).t())
+        torch.any(gains, dim=1, out=self.active)
 
 
 def add_safety(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gain: torch.Tensor
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor
 ) -> None:
     """Add the gain-scaled safety product to a layer's output, in place.
 
     Semantics: y[t] += gain[t] * (x[t] Aᵀ) Bᵀ
-    Shapes: y (T, D_out), x (T, D_in), a (R, D_in), b (D_out, R) of the model's dtype; gain (T_max,)
-    float32 with T_max >= T, one layer's row of GainTable.token_gains.
+    Shapes: y (T, D_out), x (T, D_in), a (R, D_in), bt = Bᵀ (R, D_out) of the model's dtype; gain
+    (T_max, 1) float32 with T_max >= T, one layer's row of GainTable.token_gains.
     A gain of 0.0 adds exact zeros. Every row of y depends on its own row of x alone.
     """
     hidden = torch.nn.functional.linear(x, a)
-    hidden.mul_(gain[: x.shape[0]].unsqueeze(1))  # in float32, rounded once
-    y.addmm_(hidden, b.t())
+    hidden.mul_(gain[: x.shape[0]])  # in float32, rounded once
+    y.addmm_(hidden, bt)
 
 
 class GainPunica:
@@ -71,10 +74,10 @@ class GainPunica:
     One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
     """
 
-    def __init__(self, inner: Any, a: torch.Tensor, b: torch.Tensor, gain: torch.Tensor) -> None:
+    def __init__(self, inner: Any, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor) -> None:
         self.inner = inner
         self.a = a
-        self.b = b
+        self.bt = bt
         self.gain = gain
 
     def add_lora_linear(
@@ -91,7 +94,7 @@ class GainPunica:
         out = self.inner.add_lora_linear(
             y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
         )
-        add_safety(y, x, self.a, self.b, self.gain)
+        add_safety(y, x, self.a, self.bt, self.gain)
         return out
 
     def __getattr__(self, name: str) -> Any:

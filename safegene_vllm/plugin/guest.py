@@ -158,7 +158,7 @@ class Guest:
             numbers[place.layer_name] = number
         for name, parts in grouped.items():
             layer = self.manager.modules[name]
-            a, b = stack_parts(
+            a, bt = stack_parts(
                 local_parts(layer, parts),
                 tuple(layer.output_slices),
                 dtype=self.dtype,
@@ -167,10 +167,10 @@ class Guest:
             gain, active = table.token_gains[numbers[name]], table.active[numbers[name]]
             inner = layer.punica_wrapper
             if isinstance(inner, SegmentPunica):
-                inner.safety = [a, b, gain, active]
+                inner.place(a, bt, gain, active)
             else:
-                layer.set_mapping(GainPunica(inner, a, b, gain))
-            self.resident.bytes += a.nbytes + b.nbytes
+                layer.set_mapping(GainPunica(inner, a, bt, gain))
+            self.resident.bytes += a.nbytes + bt.nbytes
 
     # -- tenants ---------------------------------------------------------------------------------
 

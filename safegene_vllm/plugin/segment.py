@@ -14,28 +14,31 @@ import torch
 from safegene_vllm.plugin.gain import add_safety
 
 DENSE_TOKENS = 32
-DENSE_COLUMNS = 1024
+DENSE_ROWS = 3072
 
 
 class StepPlan:
     """Which tokens belong to which slot in the running step; preallocated, updated in place.
 
-    `others` (T_max, S) bool: False at each token's own slot, True elsewhere.
+    `others` (T_max, S, 1) bool: False at each token's own slot, True elsewhere.
     `order` (T_max,) int64: token numbers grouped by slot.
     `groups` (S + 1, 4) int64: row 0 is (groups, tokens, 0, 0), then one row per group: (slot,
     offset into order, tokens, first token if they are contiguous else -1).
     """
 
     def __init__(self, slots: int, max_tokens: int) -> None:
-        self.others = torch.ones(max_tokens, slots, dtype=torch.bool)
+        self.others = torch.ones(max_tokens, slots, 1, dtype=torch.bool)
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         self.groups = torch.zeros(slots + 1, 4, dtype=torch.long)
+        self._tokens = 0
 
     def set_tokens(self, slots: torch.Tensor) -> None:
         """In place: slots (T,) int64 of the step's tokens."""
         count = slots.shape[0]
+        self.others[count : self._tokens] = True
+        self._tokens = count
         numbers = torch.arange(self.others.shape[1])
-        torch.ne(slots.unsqueeze(1), numbers, out=self.others[:count])
+        torch.ne(slots.unsqueeze(1), numbers, out=self.others[:count].squeeze(2))
         order = torch.argsort(slots, stable=True)
         self.order[:count].copy_(order)
         values, sizes = torch.unique_consecutive(slots[order], return_counts=True)
@@ -50,24 +53,27 @@ class StepPlan:
 
 
 class SlotStore:
-    """One layer's adapters of all slots, laid out so that a packed layer shrinks in one product.
+    """One layer's adapters of all slots, and its share of the vector, laid out for few products.
 
-    `a` (S, n R, D_in); `b[i]` (S, R, width_i). The host goes on writing through its own names: they
-    become views of this storage.
+    `a` (S n R + R_s, D_in): every slot's n parts, then the vector's stacked A. `b[i]`
+    (S, R, width_i). The host goes on writing through its own names: they become views of this.
     """
 
     def __init__(self, layer: Any) -> None:
         stacked_a, stacked_b = layer.lora_a_stacked, layer.lora_b_stacked
-        slots, _, rank, d_in = stacked_a[0].shape
-        self.rank = rank
-        self.a = torch.zeros(slots, len(stacked_a) * rank, d_in, dtype=stacked_a[0].dtype)
-        self.b = [
-            torch.zeros(slots, rank, b.shape[2], dtype=b.dtype, device=b.device) for b in stacked_b
-        ]
-        layer.lora_a_stacked = tuple(
-            self.a[:, i * rank : (i + 1) * rank].unsqueeze(1) for i in range(len(stacked_a))
-        )
+        self.layer = layer
+        self.slots, _, self.rank, self.d_in = stacked_a[0].shape
+        self.b = [torch.zeros(self.slots, self.rank, b.shape[2], dtype=b.dtype) for b in stacked_b]
         layer.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in self.b)
+        self.set_safety(torch.zeros(0, self.d_in, dtype=stacked_a[0].dtype))
+
+    def set_safety(self, safety_a: torch.Tensor) -> None:
+        """Put the vector's A (R_s, D_in) behind the slots; before any adapter has been written."""
+        rows = self.slots * len(self.b) * self.rank
+        blank = torch.zeros(rows, self.d_in, dtype=safety_a.dtype)
+        self.a = torch.cat([blank, safety_a])
+        parts = self.a[:rows].view(self.slots, len(self.b), self.rank, self.d_in)
+        self.layer.lora_a_stacked = tuple(parts[:, i].unsqueeze(1) for i in range(len(self.b)))
 
 
 def lora_linear(
@@ -84,23 +90,24 @@ def lora_linear(
 
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
     for a token without one; then gain.add_safety.
-    Shapes: y (T, sum widths), x (T, D_in), a (S, n R, D_in), b n times (S, R, width); others, order
-    and groups as in StepPlan; safety is empty for a layer without a vector, else A (R, D_in),
-    B (sum widths, R), gain (T_max,) and active () bool.
-    A row of y depends on its own row of x and its own slot alone.
+    Shapes: y (T, sum widths), x (T, D_in), a (S n R + R_s, D_in), b n times (S, R, width); others,
+    order and groups as in StepPlan; safety is empty for a layer without a vector, else
+    Bᵀ (R_s, sum widths), gain (T_max, 1) and active () bool.
+    A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     count, tokens, _, _ = groups[0].tolist()
+    slots, rank, _ = b[0].shape
+    rows = slots * len(b) * rank
+    if 0 < tokens <= x.shape[0] and count and x.shape[0] <= DENSE_TOKENS and rows <= DENSE_ROWS:
+        _dense(y, x, a, b, others[: x.shape[0]], safety)
+        return
     tokens = min(tokens, x.shape[0])
     if count and tokens:
-        if tokens <= DENSE_TOKENS and a.shape[0] * b[0].shape[1] <= DENSE_COLUMNS:
-            _dense(y[:tokens], x[:tokens], a, b, others[:tokens])
-        else:
-            for slot, offset, size, first in groups[1 : count + 1].tolist():
-                _group(y, x, a[slot], [w[slot] for w in b], order, offset, size, first, tokens)
-    if safety:
-        safety_a, safety_b, gain, active = safety
-        if active.item():
-            add_safety(y, x, safety_a, safety_b, gain)
+        per_slot = a[:rows].view(slots, len(b) * rank, a.shape[1])
+        for slot, offset, size, first in groups[1 : count + 1].tolist():
+            _group(y, x, per_slot[slot], [w[slot] for w in b], order, offset, size, first, tokens)
+    if safety and safety[2].item():
+        add_safety(y, x, a[rows:], safety[0], safety[1])
 
 
 def _group(
@@ -127,22 +134,33 @@ def _group(
 
 
 def _dense(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: list[torch.Tensor], others: torch.Tensor
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: list[torch.Tensor],
+    others: torch.Tensor,
+    safety: list[torch.Tensor],
 ) -> None:
-    """Few tokens: every slot at once, then all but each token's own slot set to zero.
+    """Few tokens: one product with every slot and the vector, then only what is each token's own.
 
-    Set, not multiplied: an overflow in another slot's columns must not become NaN here. All slots,
-    not those in use: the products' shapes, and so their rounding, must not depend on neighbours.
+    Other slots' columns are set to zero, not multiplied: an overflow there must not become NaN
+    here. All slots, not those in use: the products' shapes, and so their rounding, must not depend
+    on neighbours.
     """
-    count, rank = a.shape[0], b[0].shape[1]
-    hidden = torch.nn.functional.linear(x, a.flatten(0, 1)).view(x.shape[0], count, -1)
-    hidden.masked_fill_(others.unsqueeze(2), 0.0)
+    count, rank, _ = b[0].shape
+    tokens, rows = x.shape[0], count * len(b) * rank
+    product = torch.nn.functional.linear(x, a)
+    hidden = product[:, :rows].view(tokens, count, len(b) * rank)
+    hidden.masked_fill_(others, 0.0)
     start = 0
     for i, weight in enumerate(b):
-        mine = hidden[:, :, i * rank : (i + 1) * rank].reshape(x.shape[0], count * rank)
+        mine = hidden[:, :, i * rank : (i + 1) * rank].reshape(tokens, count * rank)
         width = weight.shape[2]
-        y[:, start : start + width].addmm_(mine, weight.flatten(0, 1))
+        part = y if width == y.shape[1] else y[:, start : start + width]
+        part.addmm_(mine, weight.flatten(0, 1))
         start += width
+    if safety and safety[2].item():
+        y.addmm_(product[:, rows:].mul_(safety[1][:tokens]), safety[0])
 
 
 def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> None:
@@ -175,6 +193,14 @@ class SegmentPunica:
         self.plan = plan
         self.store = None if layer is None else SlotStore(layer)
         self.safety: list[torch.Tensor] = []
+
+    def place(
+        self, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor, active: torch.Tensor
+    ) -> None:
+        """Give the layer its share of the vector: A (R_s, D_in), Bᵀ (R_s, sum widths)."""
+        assert self.store is not None
+        self.store.set_safety(a)
+        self.safety = [bt, gain, active]
 
     def add_lora_linear(
         self,

@@ -114,21 +114,22 @@ def local_parts(layer: Any, parts: Mapping[int | None, Pair]) -> list[Pair | Non
 def stack_parts(
     parts: list[Pair | None], widths: tuple[int, ...], *, dtype: torch.dtype, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair for a whole packed layer, so that it costs two matrix products.
+    """One pair for a whole packed layer, so that it costs two matrix products: A and Bᵀ.
 
-    Semantics: A = [A_0; A_1; ...] (sum R, D_in); B (sum widths, sum R) holds B_i in the rows of
-    part i and the columns of its rank, and zeros elsewhere.
+    Semantics: A = [A_0; A_1; ...] (sum R, D_in); Bᵀ (sum R, sum widths) holds B_iᵀ in the columns
+    of part i and the rows of its rank, and zeros elsewhere.
     """
     if len(parts) == 1:
         widths = (sum(widths),)
     present = [p for p in parts if p is not None]
     a = torch.cat([p.a for p in present]).to(device=device, dtype=dtype).contiguous()
-    b = torch.zeros(sum(widths), a.shape[0], dtype=dtype, device=device)
+    bt = torch.zeros(a.shape[0], sum(widths), dtype=dtype, device=device)
     row = column = 0
     for pair, width in zip(parts, widths, strict=True):
         if pair is not None:
             rank = pair.b.shape[1]
-            b[row : row + width, column : column + rank] = pair.b.to(device=device, dtype=dtype)
-            column += rank
-        row += width
-    return a, b
+            block = pair.b.t().to(device=device, dtype=dtype)
+            bt[row : row + rank, column : column + width] = block
+            row += rank
+        column += width
+    return a, bt
