@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from safegene_vllm.adapter import Pair
 from safegene_vllm.plugin.gain import GainTable, add_safety
-from safegene_vllm.plugin.segment import SlotStore, StepPlan
+from safegene_vllm.plugin.segment import RESERVED, SlotStore, StepPlan
+from safegene_vllm.plugin.sites import stack_parts
 
 SLOTS, WIDTHS, D_IN, LAYERS = 5, (24, 8, 8), 32, 3
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -72,7 +74,9 @@ def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> N
     y = torch.randn(len(slots), sum(WIDTHS), generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = plain_loop(host_layer, y, x, slots)
     before = y.clone()
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    torch.ops.safegene.lora_linear(
+        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+    )
     torch.testing.assert_close(
         y.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype]
     )
@@ -86,7 +90,9 @@ def test_padding_after_the_steps_tokens_is_left_alone() -> None:
     plan = StepPlan(SLOTS, 128)
     plan.set_tokens(torch.tensor([0, 1]))
     y, x = torch.zeros(6, sum(WIDTHS)), torch.ones(6, D_IN)
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    torch.ops.safegene.lora_linear(
+        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+    )
     assert y[:2].abs().sum() > 0
     assert torch.equal(y[2:], torch.zeros(4, sum(WIDTHS)))
 
@@ -98,7 +104,9 @@ def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
     plan.set_tokens(torch.tensor([0, 1, -1]))
     y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
     x = torch.ones(3, D_IN, dtype=torch.float16)
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, plan.others, plan.order, plan.groups, [])
+    torch.ops.safegene.lora_linear(
+        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+    )
     assert not torch.isfinite(y[0]).all()
     assert torch.isfinite(y[1:]).all()
 
@@ -160,3 +168,48 @@ def test_an_older_longer_step_leaves_no_gain_behind() -> None:
     table.set_tokens(torch.tensor([0, 2, 2, 2, 2, 2]))
     table.set_tokens(torch.tensor([0, 1]))
     assert table.active.tolist() == [False, False, False]
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32, 40])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int) -> None:
+    """Few tokens: adapters and vector share products, and a gain of 0 leaves the adapters' bits."""
+    host_layer, plain = filled(8, dtype)
+    other_layer = layer(8, dtype)
+    store = SlotStore(other_layer)
+    generator = torch.Generator().manual_seed(4)
+    parts = [
+        Pair(
+            (torch.randn(rank, D_IN, generator=generator) / 4).to(dtype),
+            (torch.randn(width, rank, generator=generator) / 4).to(dtype),
+        )
+        if i != 1
+        else None
+        for i, width in enumerate(WIDTHS)
+    ]
+    store.set_safety(parts)
+    for mine, theirs in zip(
+        (*other_layer.lora_a_stacked, *other_layer.lora_b_stacked),
+        (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked),
+        strict=True,
+    ):
+        mine.copy_(theirs)
+    slots = MIXES["distinct"]
+    plan = StepPlan(SLOTS, 16)
+    plan.set_tokens(torch.tensor(slots))
+    gain = torch.tensor([[0.0], [0.5], [2.0], [0.0], [1.0], [0.7]])
+    a, bt = stack_parts(parts, WIDTHS, dtype=dtype, device="cpu")
+    safety = [a, bt, gain, torch.tensor(True)]
+    x = torch.randn(len(slots), D_IN, generator=generator).to(dtype)
+    y, bare = torch.zeros(2, len(slots), sum(WIDTHS), dtype=dtype)
+    step = plan.others, plan.order, plan.groups
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, *step, safety)
+    torch.ops.safegene.lora_linear(bare, x, plain.a, plain.b, plain.rank, *step, [])
+    expected = plain_loop(host_layer, torch.zeros_like(y), x, slots)
+    expected += ((x.double() @ a.double().T) * gain.double()) @ bt.double()
+    torch.testing.assert_close(
+        y.double(), expected, atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype]
+    )
+    if rank <= RESERVED:
+        for t in (0, 3):
+            assert torch.equal(y[t], bare[t]), "gain 0 changed a bit"

@@ -158,8 +158,9 @@ class Guest:
             numbers[place.layer_name] = number
         for name, parts in grouped.items():
             layer = self.manager.modules[name]
+            local = local_parts(layer, parts)
             a, bt = stack_parts(
-                local_parts(layer, parts),
+                local,
                 tuple(layer.output_slices),
                 dtype=self.dtype,
                 device=self.device,
@@ -167,7 +168,7 @@ class Guest:
             gain, active = table.token_gains[numbers[name]], table.active[numbers[name]]
             inner = layer.punica_wrapper
             if isinstance(inner, SegmentPunica):
-                inner.place(a, bt, gain, active)
+                inner.place(local, a, bt, gain, active)
             else:
                 layer.set_mapping(GainPunica(inner, a, bt, gain))
             self.resident.bytes += a.nbytes + bt.nbytes

@@ -7,14 +7,17 @@ lm_head adapters, which are refused before they get here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from safegene_vllm.adapter import Pair
 from safegene_vllm.plugin.gain import add_safety
 
 DENSE_TOKENS = 32
-DENSE_ROWS = 3072
+DENSE_ROWS = 1056
+RESERVED = 32
 
 
 class StepPlan:
@@ -53,27 +56,40 @@ class StepPlan:
 
 
 class SlotStore:
-    """One layer's adapters of all slots, and its share of the vector, laid out for few products.
+    """One layer's adapters of all slots, and room for its vector, laid out for few products.
 
-    `a` (S n R + R_s, D_in): every slot's n parts, then the vector's stacked A. `b[i]`
-    (S, R, width_i). The host goes on writing through its own names: they become views of this.
+    Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n, K, D_in) and
+    `b[i]` (K, width_i): every slot's R rows, then P for the vector. P is there, as zeros, without a
+    vector too: the products then have the same shapes, and so the same rounding, with and without.
+    The host goes on writing through its own names: they become views of this storage.
     """
 
     def __init__(self, layer: Any) -> None:
         stacked_a, stacked_b = layer.lora_a_stacked, layer.lora_b_stacked
         self.layer = layer
         self.slots, _, self.rank, self.d_in = stacked_a[0].shape
-        self.b = [torch.zeros(self.slots, self.rank, b.shape[2], dtype=b.dtype) for b in stacked_b]
-        layer.lora_b_stacked = tuple(b.transpose(1, 2).unsqueeze(1) for b in self.b)
-        self.set_safety(torch.zeros(0, self.d_in, dtype=stacked_a[0].dtype))
+        self.dtype = stacked_a[0].dtype
+        self.widths = [b.shape[2] for b in stacked_b]
+        self._allocate(RESERVED)
 
-    def set_safety(self, safety_a: torch.Tensor) -> None:
-        """Put the vector's A (R_s, D_in) behind the slots; before any adapter has been written."""
-        rows = self.slots * len(self.b) * self.rank
-        blank = torch.zeros(rows, self.d_in, dtype=safety_a.dtype)
-        self.a = torch.cat([blank, safety_a])
-        parts = self.a[:rows].view(self.slots, len(self.b), self.rank, self.d_in)
-        self.layer.lora_a_stacked = tuple(parts[:, i].unsqueeze(1) for i in range(len(self.b)))
+    def _allocate(self, reserved: int) -> None:
+        rows = self.slots * self.rank
+        self.a = torch.zeros(len(self.widths), rows + reserved, self.d_in, dtype=self.dtype)
+        self.b = [torch.zeros(rows + reserved, w, dtype=self.dtype) for w in self.widths]
+        shape = (self.slots, 1, self.rank, -1)
+        self.layer.lora_a_stacked = tuple(part[:rows].view(shape) for part in self.a)
+        self.layer.lora_b_stacked = tuple(part[:rows].view(shape).mT for part in self.b)
+
+    def set_safety(self, parts: Sequence[Pair | None]) -> None:
+        """Put the vector behind the slots; before any adapter has been written."""
+        rank = max(p.rank for p in parts if p is not None)
+        if rank > RESERVED:
+            self._allocate(rank)
+        rows = self.slots * self.rank
+        for i, pair in enumerate(parts):
+            if pair is not None:
+                self.a[i, rows : rows + pair.rank] = pair.a
+                self.b[i][rows : rows + pair.rank] = pair.b.t()
 
 
 def lora_linear(
@@ -81,6 +97,7 @@ def lora_linear(
     x: torch.Tensor,
     a: torch.Tensor,
     b: list[torch.Tensor],
+    rank: int,
     others: torch.Tensor,
     order: torch.Tensor,
     groups: torch.Tensor,
@@ -89,25 +106,24 @@ def lora_linear(
     """Add every token's own adapter, then the safety product, to a layer's output, in place.
 
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
-    for a token without one; then gain.add_safety.
-    Shapes: y (T, sum widths), x (T, D_in), a (S n R + R_s, D_in), b n times (S, R, width); others,
-    order and groups as in StepPlan; safety is empty for a layer without a vector, else
-    Bᵀ (R_s, sum widths), gain (T_max, 1) and active () bool.
+    for a token without one; and what gain.add_safety adds.
+    Shapes: y (T, sum widths), x (T, D_in); a (n, K, D_in) and b n times (K, width) as in SlotStore;
+    others, order and groups as in StepPlan; safety is empty for a layer without a vector, else its
+    stacked A (R_s, D_in) and Bᵀ (R_s, sum widths), gain (T_max, 1) and active () bool.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     count, tokens, _, _ = groups[0].tolist()
-    slots, rank, _ = b[0].shape
-    rows = slots * len(b) * rank
-    if 0 < tokens <= x.shape[0] and count and x.shape[0] <= DENSE_TOKENS and rows <= DENSE_ROWS:
-        _dense(y, x, a, b, others[: x.shape[0]], safety)
+    if count and x.shape[0] <= min(tokens, DENSE_TOKENS) and a.shape[1] <= DENSE_ROWS:
+        _dense(y, x, a, b, rank, others[: x.shape[0]], safety)
         return
     tokens = min(tokens, x.shape[0])
     if count and tokens:
-        per_slot = a[:rows].view(slots, len(b) * rank, a.shape[1])
         for slot, offset, size, first in groups[1 : count + 1].tolist():
-            _group(y, x, per_slot[slot], [w[slot] for w in b], order, offset, size, first, tokens)
-    if safety and safety[2].item():
-        add_safety(y, x, a[rows:], safety[0], safety[1])
+            own = slice(slot * rank, (slot + 1) * rank)
+            pair = a[:, own].flatten(0, 1), [w[own] for w in b]
+            _group(y, x, *pair, order, offset, size, first, tokens)
+    if safety and safety[3].item():
+        add_safety(y, x, safety[0], safety[1], safety[2])
 
 
 def _group(
@@ -138,29 +154,29 @@ def _dense(
     x: torch.Tensor,
     a: torch.Tensor,
     b: list[torch.Tensor],
+    rank: int,
     others: torch.Tensor,
     safety: list[torch.Tensor],
 ) -> None:
-    """Few tokens: one product with every slot and the vector, then only what is each token's own.
+    """Few tokens: every slot and the vector at once, then only what is each token's own.
 
     Other slots' columns are set to zero, not multiplied: an overflow there must not become NaN
     here. All slots, not those in use: the products' shapes, and so their rounding, must not depend
     on neighbours.
     """
-    count, rank, _ = b[0].shape
-    tokens, rows = x.shape[0], count * len(b) * rank
-    product = torch.nn.functional.linear(x, a)
-    hidden = product[:, :rows].view(tokens, count, len(b) * rank)
-    hidden.masked_fill_(others, 0.0)
+    tokens, slots = x.shape[0], others.shape[1]
+    n, block, _ = a.shape
+    rows = slots * rank
+    hidden = torch.nn.functional.linear(x, a.flatten(0, 1)).view(tokens, n, block)
+    hidden[:, :, :rows].view(tokens, n, slots, rank).masked_fill_(others.unsqueeze(1), 0.0)
+    if safety:
+        hidden[:, :, rows:].mul_(safety[2][:tokens].unsqueeze(1))
     start = 0
     for i, weight in enumerate(b):
-        mine = hidden[:, :, i * rank : (i + 1) * rank].reshape(tokens, count * rank)
-        width = weight.shape[2]
-        part = y if width == y.shape[1] else y[:, start : start + width]
-        part.addmm_(mine, weight.flatten(0, 1))
+        width = weight.shape[1]
+        part = y if n == 1 else y[:, start : start + width]
+        part.addmm_(hidden[:, i], weight)
         start += width
-    if safety and safety[2].item():
-        y.addmm_(product[:, rows:].mul_(safety[1][:tokens]), safety[0])
 
 
 def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> None:
@@ -174,8 +190,8 @@ def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> Non
 
 _LIBRARY = torch.library.Library("safegene", "FRAGMENT")
 _LIBRARY.define(
-    "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, Tensor others, Tensor order, "
-    "Tensor groups, Tensor[] safety) -> ()"
+    "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, int rank, Tensor others, "
+    "Tensor order, Tensor groups, Tensor[] safety) -> ()"
 )
 _LIBRARY.impl("lora_linear", lora_linear, "CPU")
 _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
@@ -195,12 +211,17 @@ class SegmentPunica:
         self.safety: list[torch.Tensor] = []
 
     def place(
-        self, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor, active: torch.Tensor
+        self,
+        parts: Sequence[Pair | None],
+        a: torch.Tensor,
+        bt: torch.Tensor,
+        gain: torch.Tensor,
+        active: torch.Tensor,
     ) -> None:
-        """Give the layer its share of the vector: A (R_s, D_in), Bᵀ (R_s, sum widths)."""
+        """Give the layer its share of the vector: by part, and stacked (sites.stack_parts)."""
         assert self.store is not None
-        self.store.set_safety(a)
-        self.safety = [bt, gain, active]
+        self.store.set_safety(parts)
+        self.safety = [a, bt, gain, active]
 
     def add_lora_linear(
         self,
@@ -219,6 +240,7 @@ class SegmentPunica:
             x,
             self.store.a,
             self.store.b,
+            self.store.rank,
             self.plan.others,
             self.plan.order,
             self.plan.groups,
