@@ -25,6 +25,7 @@ from safegene_vllm.adapter import (
     settled,
     tensor_name,
 )
+from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.description import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
@@ -38,17 +39,12 @@ from safegene_vllm.errors import (
     DigestError,
     FormatError,
     HeaderError,
-    MissingFileError,
-    PickleRefusedError,
     SafegeneError,
     SiteError,
     raise_faults,
 )
 from safegene_vllm.tensorfile import (
-    ANY_BITS,
-    TensorInfo,
     dtype_name,
-    read_safetensors_header,
     tensor_bytes,
 )
 
@@ -113,32 +109,6 @@ class Family:
         return self.header.digest
 
 
-def _checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Headers of a Hugging Face checkpoint, one file or sharded."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return read_safetensors_header(single, bits=ANY_BITS)
-    if not index.exists():
-        neither = f"{directory} has neither {single.name} nor {index.name}"
-        if any(directory.glob("*.bin")):
-            raise PickleRefusedError(f"{neither}, only pickles; save with safe_serialization=True")
-        raise MissingFileError(f"{neither}; expected a Hugging Face checkpoint directory")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError(f"{index}: weight_map is missing or empty")
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    tensors: dict[str, TensorInfo] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise HeaderError(f"{index}: shard {shard!r} is not the name of a file beside it")
-        if shard not in shards:
-            shards[shard] = read_safetensors_header(directory / shard, bits=ANY_BITS)
-        if name not in shards[shard]:
-            raise SiteError(f"{index} puts {name!r} in {shard}, where it is not")
-        tensors[name] = shards[shard][name]
-    return tensors
-
-
 def base_of_checkpoint(directory: Path) -> Base:
     """Architecture, layer count and fingerprint of a Hugging Face checkpoint. Torch-free.
 
@@ -167,7 +137,7 @@ def base_of_checkpoint(directory: Path) -> Base:
     raise_faults(faults)
     sites = {
         name.removesuffix(".weight"): list(info.shape)
-        for name, info in _checkpoint_tensors(directory).items()
+        for name, info in read_checkpoint(directory).infos.items()
         if name.endswith(".weight") and len(info.shape) == 2 and layer_of(name) is not None
     }
     if not sites:

@@ -450,9 +450,15 @@ def settings(**fields: Any) -> Callable[[Path], Any]:
         (settings(num_hidden_layers=0), HeaderError, "num_hidden_layers"),
         (index({}), HeaderError, "weight_map"),
         (index({"a": "../shard.safetensors"}), HeaderError, "not the name of a file"),
-        (index({"a": "shard.safetensors"}), SiteError, "where it is not"),
+        (index({"a": "shard.safetensors"}), SiteError, "it is not there"),
         (index({"a": "none.safetensors"}), MissingFileError, "none"),
-        (index({"lm_head.weight": "shard.safetensors"}), SiteError, "no 2-D weight"),
+        (
+            lambda d: safetensors.torch.save_file(
+                {"lm_head.weight": torch.ones(3, 2)}, d / "model.safetensors"
+            ),
+            SiteError,
+            "no 2-D weight",
+        ),
     ],
 )
 def test_a_bad_checkpoint_has_a_named_error(
