@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(width=None if sys.stdout.isatty() else 112)
 AT_ONCE = 48
 ANSWER_TOKENS = 24
+LABEL_TOKENS = 16
 SHOWN_CHARS = 56
 # Which labelled task tells whether a tenant still works: its own, or one that it was not tuned for.
 TASK_OF = {"sentiment": "sentiment", "topic": "topic", "profile-only": "sentiment"}
@@ -91,7 +92,7 @@ def question(url: str, model: str, task: str) -> Found:
     harmful, harmless = prompt_sets()
     answers = asyncio.run(ask_all(url, model, [*harmful, *harmless], ANSWER_TOKENS))
     rows = data.task_rows(task, "demo")
-    labels = asyncio.run(ask_all(url, model, [row["prompt"] for row in rows], 6))
+    labels = asyncio.run(ask_all(url, model, [row["prompt"] for row in rows], LABEL_TOKENS))
     return Found(answers[: len(harmful)], answers[len(harmful) :], labels)
 
 
