@@ -2,7 +2,7 @@
 
 For the default way of application. The vector lives once beside each LoRA layer; a table of gains
 on the device says how much of it each slot gets. A coefficient change writes one row. Not for the
-tenants' own LoRA product: the host's (or, on CPU, segment.py's) runs first, untouched.
+tenants' own LoRA product: that is the host's, or on CPU segment.py, where few tokens share both.
 """
 
 from __future__ import annotations

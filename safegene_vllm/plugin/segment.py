@@ -1,4 +1,4 @@
-"""The LoRA product on CPU: one matrix product per adapter, none for tokens without one.
+"""The LoRA product on CPU: per adapter for many tokens, all slots at once for few.
 
 For replacing the host's CPU product, which gathers a copy of the weights per token and lets a token
 without an adapter (-1) use the last slot's. Not used on other devices, and not for embedding or
@@ -17,7 +17,9 @@ from safegene_vllm.plugin.gain import add_safety
 
 DENSE_TOKENS = 32
 DENSE_ROWS = 1056
+"""Up to so many tokens, and rows per part, all slots at once cost less than one product each."""
 RESERVED = 32
+"""Rows per part kept for a vector, there or not (see SlotStore)."""
 
 
 class StepPlan:
