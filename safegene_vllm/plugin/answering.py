@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_shapes
-from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.chat import (
+from safegene_vllm.chat import (
     answer_text,
     check_template,
     load_tokenizer,
@@ -27,6 +26,7 @@ from safegene_vllm.evaluate.chat import (
     stop_tokens,
     until_stop,
 )
+from safegene_vllm.errors import ConfigError
 from safegene_vllm.evaluate.subjects import (
     Subject,
     adapter_of,
@@ -144,7 +144,7 @@ class VllmAnswerer:
 
     def _start(self, checkpoint: Path) -> _Running:
         tokenizer = load_tokenizer(checkpoint)
-        check_template(tokenizer, checkpoint)
+        check_template(tokenizer)
         here = [s for s in self.subjects if (checkpoint_of(s) or self.model) == checkpoint]
         settings = (
             {"family": None, "missing_profile": "serve_unprotected"}

@@ -1,7 +1,7 @@
-"""Examples as token ids: the model's own chat template, the answer marked, padded batches.
+"""Examples as token ids: the answer marked, padded batches, and which batch belongs to which step.
 
-A loss sees answer tokens only. Which batch belongs to which step follows from the seed, so that an
-interrupted run continues with the batch that would have come. Knows no model and no loss.
+A loss sees answer tokens only. The batch of a step follows from the seed, so that an interrupted
+run continues with the batch that would have come. Knows no model and no loss.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from safegene_vllm.chat import check_template, end_of_turn, prompt_tokens
 from safegene_vllm.errors import ConfigError
 
 POOL_BATCHES = 8
@@ -60,44 +61,6 @@ class Batch:
         )
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """ConfigError unless prompts can be put as a chat."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "the tokenizer has no chat template, so how a prompt is put to this model is unknown; "
-            "set chat_template in its tokenizer_config.json"
-        )
-
-
-def chat_text(tokenizer: Any, prompt: str) -> str:
-    """One user turn in the chat template, up to where the assistant begins."""
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    return list(tokenizer.encode(chat_text(tokenizer, prompt), add_special_tokens=False))
-
-
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """What the template puts after an answer; the end-of-text token if it does not tell.
-
-    Errors: ConfigError if there is neither.
-    """
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    head = chat_text(tokenizer, "a") + "b"
-    full = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    tail = full.removeprefix(head).strip() if full.startswith(head) else ""
-    if tail:
-        return list(tokenizer.encode(tail, add_special_tokens=False))
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "neither the chat template nor an eos_token tells how an answer ends; set eos_token in "
-            "the tokenizer_config.json"
-        )
-    return [tokenizer.eos_token_id]
-
-
 def encode(
     tokenizer: Any,
     examples: Iterable[Example],
@@ -110,12 +73,12 @@ def encode(
 
     Errors: ConfigError naming the rows whose prompt leaves no room for an answer in the context.
     """
-    check_tokenizer(tokenizer)
+    check_template(tokenizer)
     end = end_of_turn(tokenizer)
     rows: list[Encoded] = []
     too_long: list[str] = []
     for number, example in enumerate(examples, 1):
-        head = prompt_ids(tokenizer, example.prompt)
+        (head,) = prompt_tokens(tokenizer, [example.prompt])
         body = list(tokenizer.encode(example.answer, add_special_tokens=False))
         body = (body + end if example.whole else body)[:max_answer_tokens]
         if len(head) + len(body) > context_tokens:

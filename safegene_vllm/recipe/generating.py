@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from safegene_vllm.recipe.encoding import chat_text, check_tokenizer, in_order
+from safegene_vllm.chat import (
+    answer_text,
+    chat_text,
+    check_template,
+    greedy_tokens,
+    prompt_tokens,
+    stops_of,
+)
+from safegene_vllm.recipe.encoding import in_order
 from safegene_vllm.recipe.model import Loaded
 from safegene_vllm.recipe.training import Progress, silent
 
@@ -40,26 +46,15 @@ def greedy_answers(
     Errors: ConfigError if the tokenizer has no chat template.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    check_tokenizer(tokenizer)
-    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    check_template(tokenizer)
+    stops = stops_of(model, tokenizer)
+    lengths = [len(chat_text(tokenizer, prompt)) for prompt in prompts]
     answers: dict[int, Answer] = {}
-    for chosen in in_order([len(text) for text in texts], batch):
-        rows = [tokenizer.encode(texts[i], add_special_tokens=False) for i in chosen]
-        width = max(map(len, rows))
-        ids = torch.tensor([[loaded.pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids.to(loaded.device),
-                attention_mask=mask.to(loaded.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=loaded.pad,
-            )
-        ends = model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        for i, new in zip(chosen, out[:, width:].tolist(), strict=True):
-            text = tokenizer.decode(new, skip_special_tokens=True).strip()
-            answers[i] = Answer(prompts[i], text, bool(ends & set(new)))
-        progress(len(answers), len(texts), "answers")
+    for chosen in in_order(lengths, batch):
+        rows = prompt_tokens(tokenizer, [prompts[i] for i in chosen])
+        written = greedy_tokens(model, tokenizer, rows, max_new_tokens, stops)
+        for i, new in zip(chosen, written, strict=True):
+            finished = len(new) < max_new_tokens
+            answers[i] = Answer(prompts[i], answer_text(tokenizer, new), finished)
+        progress(len(answers), len(prompts), "answers")
     return [answers[i] for i in range(len(prompts))]

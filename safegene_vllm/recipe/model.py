@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.adapter import Pair, layer_of, load_adapter
+from safegene_vllm.chat import chosen_device, load_tokenizer, pad_token
 from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.compose import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
@@ -37,30 +38,8 @@ class Loaded:
 
     @property
     def pad(self) -> int:
-        """What fills up a batch; masked, so the end-of-text token or any other will do."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in known if token is not None))
-
-
-def chosen_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one. Errors: ConfigError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {error}") from error
-
-
-def load_tokenizer(checkpoint: Path) -> Any:
-    """The checkpoint's tokenizer; nothing is fetched from a model hub."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint}: no tokenizer can be read: {error}") from error
+        """What fills up a batch; masked."""
+        return pad_token(self.tokenizer)
 
 
 def load_model(

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import torch
 
+from safegene_vllm.chat import check_template, prompt_tokens
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.family import Family, SelectedLayer, make_family
 from safegene_vllm.recipe.attached import Attached
-from safegene_vllm.recipe.encoding import Encoded, check_tokenizer, collate, in_order, prompt_ids
+from safegene_vllm.recipe.encoding import Encoded, collate, in_order
 from safegene_vllm.recipe.model import Loaded
 from safegene_vllm.recipe.residual import last_prompt_states, recording
 from safegene_vllm.recipe.training import Progress, silent
@@ -44,8 +45,8 @@ class Contrast:
 
 
 def _encoded(loaded: Loaded, prompts: Sequence[str], what: str) -> list[Encoded]:
-    check_tokenizer(loaded.tokenizer)
-    rows = [prompt_ids(loaded.tokenizer, prompt) for prompt in prompts]
+    check_template(loaded.tokenizer)
+    rows = prompt_tokens(loaded.tokenizer, prompts)
     if long := [n for n, row in enumerate(rows, 1) if len(row) > loaded.context_tokens]:
         raise ConfigError(
             f"{what}: the prompts of rows {long[:5]} are longer than the context of "

@@ -1,26 +1,33 @@
-"""Prompts as tokens, what ends an answer, and prompts that do not fit."""
+"""Prompts as tokens, what ends a turn and an answer, prompts that do not fit, greedy decoding."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from recipe_world import TEMPLATE, pico_chat_model, write_tokenizer
+from recipe_world import SPECIAL, TEMPLATE, pico_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.chat import (
+from safegene_vllm.chat import (
     answer_text,
+    chat_text,
     check_lengths,
     check_template,
+    chosen_device,
     context_tokens,
+    end_of_turn,
     greedy_tokens,
     load_tokenizer,
     prompt_tokens,
     stop_tokens,
+    stops_of,
     until_stop,
 )
+from safegene_vllm.errors import ConfigError
+
+START = SPECIAL.index("<s>")
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +42,49 @@ def test_a_prompt_is_one_turn_of_the_template(model: Path) -> None:
     assert answer_text(tokenizer, [*tokenizer.encode(" yes "), 2]) == "yes"
 
 
+def test_a_prompt_ends_where_the_assistants_turn_begins(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    assert chat_text(tokenizer, "hi") == "<s>u:hi<s>a:"
+    (ids,) = prompt_tokens(tokenizer, ["hi"])
+    assert ids[0] == START
+    assert tokenizer.decode(ids) == "<s>u:hi<s>a:"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (TEMPLATE, "<end>"),
+        (TEMPLATE.replace("'<end>'", "'<end>\\n'"), "<end>"),
+        (TEMPLATE.replace("'<end>'", "'.</s>'"), ".</s>"),
+        # Rewrites the answer, as a template that adds an empty thought does: it does not tell.
+        (TEMPLATE.replace("+ m['content']", "+ 'thought ' + m['content']"), "<end>"),
+        (TEMPLATE.replace("'<end>'", "''"), "<end>"),
+    ],
+)
+def test_the_end_of_a_turn_is_the_templates_or_the_tokenizers(
+    model: Path, template: str, text: str
+) -> None:
+    tokenizer: Any = load_tokenizer(model)
+    tokenizer.chat_template = template
+    assert tokenizer.decode(end_of_turn(tokenizer)) == text
+
+
 def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
     write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    check_template(tokenizer, tmp_path)
+    check_template(tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=r"no chat template.*set chat_template"):
-        check_template(tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match=r"no chat template.*set chat_template") as refused:
+        check_template(tokenizer)
+    assert str(refused.value).startswith(f"{tmp_path}: ")
+
+
+def test_a_device_that_is_none() -> None:
+    assert chosen_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
+        chosen_device("abacus")
 
 
 def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
@@ -52,6 +93,15 @@ def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
     assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == [2, 5, 7]
     assert until_stop([9, 5, 9], [2, 5]) == [9] and until_stop([9], []) == [9]
+
+
+def test_what_ends_an_answer_of_a_model_in_memory(model: Path) -> None:
+    net, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(model)
+    for known, stops in ((None, [2]), (5, [2, 5]), ([9, 7], [2, 7, 9])):
+        net.generation_config.eos_token_id = known
+        assert stops_of(net, tokenizer) == stops
+    greedy_tokens(net, tokenizer, [[3]], 1, stops)
+    assert stops_of(net, tokenizer) == [2, 7, 9], "decoding forgets none"
 
 
 def test_the_context(tmp_path: Path) -> None:

@@ -1,59 +1,96 @@
 """Prompts as a model sees them: one user turn in its own chat template, as token ids.
 
-One way for every backend, so that answers can be compared, and the plainest greedy decoding.
+One way for training, measuring and every backend, so that answers can be compared, and the plainest
+greedy decoding. Knows no loss and no adapters; torch is loaded by what needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safegene_vllm.disk import read_json
 from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
 
+if TYPE_CHECKING:
+    import torch
+
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
+def chosen_device(name: str = "auto") -> torch.device:
+    """`auto` is the first CUDA device if there is one. Errors: ConfigError."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {error}") from error
+
+
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in `directory`, padding on the left; nothing is fetched from a model hub.
+    """The tokenizer in `directory`; nothing is fetched from a model hub.
 
     Errors: ConfigError if there is none.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(directory), padding_side="left", local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{directory}: no tokenizer can be read: {error}") from error
 
 
-def check_template(tokenizer: Any, directory: Path) -> None:
+def check_template(tokenizer: Any) -> None:
     """ConfigError unless the tokenizer can put a prompt as a chat."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{directory}: the tokenizer has no chat template, so how to ask the model is unknown; "
-            "set chat_template in its tokenizer_config.json"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so how to ask the "
+            "model is unknown; set chat_template in its tokenizer_config.json"
         )
+
+
+def chat_text(tokenizer: Any, prompt: str) -> str:
+    """One user turn in the chat template, up to where the assistant begins."""
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def prompt_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
-    """Token ids per prompt: one user turn, up to where the assistant begins."""
+    """Token ids per prompt: its `chat_text`, and nothing that the template has not put there."""
     return [
-        list(
-            tokenizer.encode(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                ),
-                add_special_tokens=False,
-            )
-        )
+        list(tokenizer.encode(chat_text(tokenizer, prompt), add_special_tokens=False))
         for prompt in prompts
     ]
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """What the template puts after an answer; the end-of-text token if it does not tell.
+
+    Errors: ConfigError if there is neither.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    head = chat_text(tokenizer, "a") + "b"
+    full = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    tail = full.removeprefix(head).strip() if full.startswith(head) else ""
+    if tail:
+        return list(tokenizer.encode(tail, add_special_tokens=False))
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "neither the chat template nor an eos_token tells how an answer ends; set eos_token in "
+            "the tokenizer_config.json"
+        )
+    return [tokenizer.eos_token_id]
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills up a batch; masked, so the end-of-text token or any other will do."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))
 
 
 def greedy_tokens(
@@ -61,14 +98,13 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """What a transformers model writes after each row of token ids, up to and without its end.
 
-    In place: the model's generation_config is replaced, for it may ask for penalties, and what is
-    not said here would be taken from it.
+    Rows are padded on the left. In place: the model's generation_config is replaced, for it may ask
+    for penalties, and what is not said here would be taken from it.
     """
     import torch
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id
-    pad = pad if pad is not None else stops[0] if stops else 0
+    pad = pad_token(tokenizer)
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -109,6 +145,13 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
             found |= _token_ids(config.get("eos_token_id"))
             found |= _token_ids(text.get("eos_token_id")) if isinstance(text, dict) else set()
     return sorted(found)
+
+
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer of a model in memory: of the tokenizer and what it loaded."""
+    return sorted(
+        _token_ids(tokenizer.eos_token_id) | _token_ids(model.generation_config.eos_token_id)
+    )
 
 
 def context_tokens(directory: Path) -> int | None:
