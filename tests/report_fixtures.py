@@ -23,7 +23,7 @@ from safegene_vllm.evaluate.evaluation import (
     TaskRecord,
 )
 from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.evaluate.report import report_page
+from safegene_vllm.report.report import report_page
 
 DIGEST = "sha256:" + "ab" * 32
 PROFILE = "sha256:" + "cd" * 32

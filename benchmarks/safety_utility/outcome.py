@@ -18,9 +18,9 @@ from questions import ATTACK, ORDINARY, OVER_REFUSAL
 from repairs import NO_REPAIR, OURS
 from safegene_vllm.disk import replace_file
 from safegene_vllm.evaluate.evaluation import Evaluation, SubjectResult
-from safegene_vllm.evaluate.plots import Point, save
 from safegene_vllm.evaluate.rates import Rate
 from safegene_vllm.evaluate.subjects import AFTER, BEFORE, PARENT
+from safegene_vllm.report.plots import Point, save
 
 OPENING, STRINGS, COHERENCE = "strings:opening", "strings:advbench", "coherence"
 JUDGES = (STRINGS, OPENING, COHERENCE)

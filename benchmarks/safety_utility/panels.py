@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from repairs import METHODS, NO_REPAIR, OURS
-from safegene_vllm.evaluate.figure import AFTER, BEFORE, GRID, INK, WIDTH_IN, drawing, label
-from safegene_vllm.evaluate.plots import Point
 from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.report.figure import AFTER, BEFORE, GRID, INK, WIDTH_IN, drawing, label
+from safegene_vllm.report.plots import Point
 
 PANEL_IN = 2.5
 ROOM = 0.03

@@ -37,9 +37,9 @@ from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import SafegeneError
 from safegene_vllm.evaluate.answering import Answerer
 from safegene_vllm.evaluate.evaluation import Evaluation
-from safegene_vllm.evaluate.report import write_report
 from safegene_vllm.evaluate.subjects import Subject, before_and_after
 from safegene_vllm.family import read_family_header
+from safegene_vllm.report.report import write_report
 
 CONTEXT_TOKENS = 1024
 FOLDERS = {

@@ -18,11 +18,11 @@ from make_family import Places, show
 from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluate.judges import make_judges
 from safegene_vllm.evaluate.measure import evaluate
-from safegene_vllm.evaluate.report import write_report
 from safegene_vllm.evaluate.subjects import PARENT, Subject, before_and_after
 from safegene_vllm.family import read_family_header
 from safegene_vllm.plugin.answering import VllmAnswerer
 from safegene_vllm.profile import load_profile
+from safegene_vllm.report.report import write_report
 from sources import own_task, prompt_sets
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""`safegene report`: one HTML page about one or more evaluations. The work is evaluate/report."""
+"""`safegene report`: one HTML page about one or more evaluations. The work is report/report."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def report(
         raise ConfigError(f"--tenant: {', '.join(twice)} given twice; give each tenant once")
     check_file(out, *evaluations, overwrite=overwrite)
     try:
-        from safegene_vllm.evaluate.report import TITLE, write_report
+        from safegene_vllm.report.report import TITLE, write_report
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise

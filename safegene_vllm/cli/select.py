@@ -122,8 +122,8 @@ def select(
         )
     results().print(rows)
     if plot is not None:
-        from safegene_vllm.evaluate.figure import save
-        from safegene_vllm.evaluate.plots import draw_layer_scores
+        from safegene_vllm.report.figure import save
+        from safegene_vllm.report.plots import draw_layer_scores
 
         save(draw_layer_scores(dict(enumerate(found.scores)), kept), plot)
     results().print(f"{out}  {selected.digest}  {len(kept)} of {len(carrying)} layers")

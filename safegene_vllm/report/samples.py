@@ -6,8 +6,8 @@ Text that the evaluation withheld stays withheld. Not for rates.
 from __future__ import annotations
 
 from safegene_vllm.evaluate.evaluation import Sample, SampleAnswer, SetKind
-from safegene_vllm.evaluate.gathered import Gathered
-from safegene_vllm.evaluate.page import Html, el, join
+from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.report.page import Html, el, join
 
 _SET_WORDS: dict[SetKind, str] = {
     "harmful": "harmful prompts",

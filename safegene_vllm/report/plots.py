@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from safegene_vllm.evaluate.figure import (
+from safegene_vllm.report.figure import (
     AFTER,
     BEFORE,
     GRID,

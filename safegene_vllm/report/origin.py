@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from safegene_vllm import __version__
-from safegene_vllm.evaluate.gathered import Gathered
-from safegene_vllm.evaluate.page import Html, el, join, table
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.profile import Profile
+from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.report.page import Html, el, join, table
 
 _SAYS = {
     "refused": "whether an answer is a refusal",

@@ -20,8 +20,8 @@ from matplotlib.patches import Rectangle
 from report_fixtures import share
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate import plots
-from safegene_vllm.evaluate.plots import Bar, Point
+from safegene_vllm.report import plots
+from safegene_vllm.report.plots import Bar, Point
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -323,7 +323,7 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
 def test_the_same_bytes_in_every_process_and_no_pyplot(tmp_path: Path) -> None:
     code = (
         "import hashlib, sys, pathlib\n"
-        "from test_evaluate_plots import drawn, plots\n"
+        "from test_report_plots import drawn, plots\n"
         "for number, figure in enumerate(drawn()):\n"
         "    for form in ('png', 'svg'):\n"
         "        path = pathlib.Path(sys.argv[1]) / f'{number}.{form}'\n"

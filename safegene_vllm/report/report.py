@@ -12,19 +12,19 @@ from pathlib import Path
 from safegene_vllm.disk import replace_file
 from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_faults
 from safegene_vllm.evaluate.evaluation import Evaluation
-from safegene_vllm.evaluate.gathered import Gathered, gather
-from safegene_vllm.evaluate.page import Section, page
-from safegene_vllm.evaluate.report_origin import origin
-from safegene_vllm.evaluate.report_rates import (
+from safegene_vllm.family import FamilyHeader
+from safegene_vllm.profile import Profile, check_profile
+from safegene_vllm.report.gathered import Gathered, gather
+from safegene_vllm.report.origin import origin
+from safegene_vllm.report.page import Section, page
+from safegene_vllm.report.rates import (
     attack_success,
     refusal_and_coherence,
     safety_utility,
     summary,
 )
-from safegene_vllm.evaluate.report_samples import samples
-from safegene_vllm.evaluate.report_vectors import coefficients, layer_scores
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, check_profile
+from safegene_vllm.report.samples import samples
+from safegene_vllm.report.vectors import coefficients, layer_scores
 
 TITLE = "Safety of tenants, before and after"
 

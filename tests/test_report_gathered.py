@@ -11,8 +11,8 @@ from report_fixtures import DIGEST, GUARD, WORDS, evaluation, page, share
 
 from safegene_vllm.errors import BoundsError, ConfigError, FamilyMismatchError
 from safegene_vllm.evaluate.evaluation import Evaluation, FamilyRecord, LayerScore, Settings
-from safegene_vllm.evaluate.report import report_page
 from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.report.report import report_page
 
 MARKUP = "</pre><b>&amp;"
 

@@ -31,7 +31,7 @@ from safegene_vllm.evaluate.evaluation import (
     SampleAnswer,
 )
 from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.evaluate.report import report_page, write_report
+from safegene_vllm.report.report import report_page, write_report
 
 ROOT = Path(__file__).parent.parent
 ATTACK = "</td></script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\" --> ${"
@@ -270,7 +270,7 @@ def test_the_same_bytes_in_every_process_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, hashlib\n"
         "from report_fixtures import evaluation\n"
-        "from safegene_vllm.evaluate.report import report_page\n"
+        "from safegene_vllm.report.report import report_page\n"
         "print(hashlib.sha256(report_page(evaluation())).hexdigest())\n"
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))\n"
     )

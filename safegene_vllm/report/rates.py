@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safegene_vllm.evaluate import plots
 from safegene_vllm.evaluate.evaluation import SubjectResult
-from safegene_vllm.evaluate.gathered import Gathered
-from safegene_vllm.evaluate.page import Html, el, figure, join, table
 from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.evaluate.report_measures import Measure, in_words, measures
+from safegene_vllm.report import plots
+from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.report.measures import Measure, in_words, measures
+from safegene_vllm.report.page import Html, el, figure, join, table
 
 NOTHING = "–"
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegene_vllm.description import is_number
-from safegene_vllm.evaluate import plots
 from safegene_vllm.evaluate.evaluation import FamilyRecord, LayerScore
-from safegene_vllm.evaluate.gathered import Gathered
-from safegene_vllm.evaluate.page import Html, el, figure, join, table
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.profile import Profile
+from safegene_vllm.report import plots
+from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.report.page import Html, el, figure, join, table
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
