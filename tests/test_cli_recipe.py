@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -187,6 +188,32 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     assert run(*make(out, *more)).code == 0
     assert len(taken) == {"degrade": 10, "extract": 12, "calibrate": 5}[command]
     assert files(out) == files(tmp_path / "alone") and not partial.exists()
+
+
+@pytest.mark.parametrize("command", ["degrade", "extract", "calibrate"])
+def test_what_was_trained_is_not_lost_when_it_cannot_be_written(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    more = ("--model", world / "model") if command == "calibrate" else ()
+    make = getattr(world, command)
+    assert run(*make(tmp_path / "alone", *more)).code == 0
+    (tmp_path / "again").mkdir()
+    out = tmp_path / "again" / "alone"
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target) in (out, out / "safegene.json"):
+            raise OSError(errno.ENOSPC, "no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run(*make(out, *more)).code == 1
+    monkeypatch.undo()
+    for optimizer in (torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(optimizer, "step", lambda *a: pytest.fail("trained again"))
+    assert run(*make(out, *more)).code == 0
+    assert files(out) == files(tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["alone"]
 
 
 def test_another_tenant_model_does_not_take_up_the_state(

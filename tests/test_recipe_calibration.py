@@ -207,6 +207,22 @@ def test_stopped_and_taken_up_it_is_the_same_bytes(
         tuned(tenant, helps, run=Run(tmp_path / "state", {"x": 2}))
 
 
+@pytest.mark.parametrize("patience", [1, 100])
+def test_a_run_is_kept_until_its_profile_is_written(
+    root: Path, harms: Family, tmp_path: Path, patience: int
+) -> None:
+    """At its last step, and where it has converged before."""
+    safe = load_model(root / "model", root / "safe", dtype=FLOAT)
+    settings = replace(SHORT, steps=4, look_every=1, patience=patience)
+    first = tuned(safe, harms, settings, run=Run(tmp_path / "state", {}))
+    again = tuned(
+        safe, harms, settings, run=Run(tmp_path / "state", {}),
+        progress=lambda *step: pytest.fail(f"{step}"),
+    )  # fmt: skip
+    assert first.calibration["steps"] == (1 if patience == 1 else 4)
+    assert written(first, tmp_path / "a") == written(again, tmp_path / "b")
+
+
 def test_stopped_when_it_has_converged_it_does_not_go_on(
     root: Path, harms: Family, tmp_path: Path
 ) -> None:

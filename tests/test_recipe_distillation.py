@@ -278,7 +278,17 @@ def test_stopped_and_taken_up_it_is_the_same(root: Path, tmp_path: Path) -> None
     done: list[int] = []
     found = run(root, SHORT, state=state, progress=lambda n, total, words: done.append(n))
     assert done == [4, 5] and same(found, run(root, SHORT))
+    found.run.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_kept_until_its_pairs_are_written(root: Path, tmp_path: Path) -> None:
+    state = tmp_path / "f.partial"
+    first = run(root, SHORT, state=state)
+    again = run(root, SHORT, state=state, progress=lambda *step: pytest.fail(f"{step}"))
+    assert same(first, again) and first.losses == again.losses
+    again.run.clear()
+    assert not state.exists()
 
 
 def test_a_state_of_other_models_or_data_is_refused_and_kept(root: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from safegene_vllm.plugin.answering import VllmAnswerer
 from safegene_vllm.profile import load_profile, save_profile
 from safegene_vllm.recipe.calibration import calibrate
 from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, pair_norm
-from safegene_vllm.recipe.distillation import distil
+from safegene_vllm.recipe.distillation import Distilled, distil
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.selection import Contrast, contrast, select
 from safegene_vllm.recipe.shots import few
@@ -63,7 +63,13 @@ class Bench:
         if not path.exists():
             print(f"making the vector {name}", flush=True)
             source, layers = name.split("/")
-            save_family(self._make(source, layers), path)
+            if source.startswith("from-"):
+                made = self._distilled_with(source.removeprefix("from-"), source)
+                family = make_family(source, made.base, made.pairs, recipe=made.recipe)
+                save_family(family, path)
+                made.run.clear()
+            else:
+                save_family(self._make(source, layers), path)
         return path
 
     def family(self, name: str) -> Family:
@@ -79,20 +85,21 @@ class Bench:
         if source == "refusal-lora":
             base = self.places.models / "base"
             return as_family(of_adapter(base, self.places.out / "parent", "aligned"), source)
-        if source == "svd-16":
-            base = self.places.models / "base"
-            return as_family(between_checkpoints(self.parent, base, rank=16), source)
-        tenant = source.removeprefix("from-")
-        made = distil(
+        assert source == "svd-16", source
+        base = self.places.models / "base"
+        return as_family(between_checkpoints(self.parent, base, rank=16), source)
+
+    def _distilled_with(self, tenant: str, name: str) -> Distilled:
+        """A vector distilled from a tenant in the degraded copy's place; resumable by its name."""
+        return distil(
             self.parent,
             safety=sources.safety_data(self.places.advbench),
             benign=self._said_by(tenant),
             degraded_adapter=self.places.adapter(tenant),
             settings=replace(mixes.DISTILLATION, steps=REUSE_STEPS),
-            state=self.out / "families" / f"{source}.partial",
+            state=self.out / "families" / f"{name}.partial",
             progress=example.show,
         )
-        return make_family(source, made.base, made.pairs, recipe=made.recipe)
 
     def _said_by(self, tenant: str) -> Dataset:
         """A tenant's own training mix: what a vector made with it must not change."""

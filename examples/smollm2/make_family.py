@@ -130,6 +130,7 @@ def make_vector(places: Places) -> None:
     )
     family = make_family(mixes.FAMILY_NAME, made.base, made.pairs, recipe=made.recipe)
     save_family(family, places.models / "vector")
+    made.run.clear()
 
 
 def make_selection(places: Places) -> None:
@@ -158,6 +159,7 @@ def make_profile_of(places: Places, name: str) -> None:
     safety, task, benign = shots_of(name, mixes.SHOTS)
     settings = mixes.CALIBRATION
     state = places.build / "family" / f"calibrate-{name}.partial"
+    kept = Run(state, {"family": family.digest, "tenant": name, "settings": str(settings)})
     profile = calibrate(
         loaded,
         family,
@@ -165,12 +167,13 @@ def make_profile_of(places: Places, name: str) -> None:
         task=task,
         benign=benign,
         settings=settings,
-        run=Run(state, {"family": family.digest, "tenant": name, "settings": str(settings)}),
+        run=kept,
         progress=show,
     )
     save_profile(profile, places.adapter(name))
     spent_s = round(time.monotonic() - begun, 1)
     save_json(places.notes(f"calibrate-{name}"), {"seconds": spent_s, "digest": profile.digest})
+    kept.clear()
 
 
 def make_record(places: Places) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safegene_vllm.dataset import Dataset
     from safegene_vllm.family import Family
     from safegene_vllm.recipe.difference import Difference, Scope
+    from safegene_vllm.recipe.training import Run
 
 DEFAULT_RANK = 16
 DISTILL_RANK = 8
@@ -214,6 +215,7 @@ def extract(
 
     as_stored = None if dtype is None else getattr(torch, dtype.value)
     label = name or out.resolve().name
+    run: Run | None = None
     if method is Method.distill:
         if aligned_adapter is not None:
             raise ConfigError(
@@ -222,7 +224,7 @@ def extract(
             )
         if chosen is not None:
             raise ConfigError("--layers: a distilled vector is cut by `safegene select`")
-        family = _distilled(
+        family, run = _distilled(
             checkpoint,
             degraded,
             degraded_adapter,
@@ -265,6 +267,8 @@ def extract(
     from safegene_vllm.family import save_family
 
     save_family(family, out)
+    if run is not None:
+        run.clear()
     results().print(f"{out}  {family.digest}  {len(family.pairs)} sites")
 
 
@@ -304,7 +308,7 @@ def _distilled(
     benign: Dataset | None,
     settings: dict[str, Any],
     made_as: tuple[str, tuple[float, float], torch.dtype | None, str],
-) -> Family:
+) -> tuple[Family, Run]:
     if safety is None or benign is None:
         raise ConfigError("--method distill needs --safety and --benign prompts")
     from safegene_vllm.family import make_family
@@ -324,4 +328,7 @@ def _distilled(
             progress=progress,
         )
     results().print(f"loss {made.losses[0]:.3f} to {made.losses[-1]:.3f}")
-    return make_family(label, made.base, made.pairs, bounds=bounds, recipe=made.recipe, dtype=dtype)
+    family = make_family(
+        label, made.base, made.pairs, bounds=bounds, recipe=made.recipe, dtype=dtype
+    )
+    return family, made.run

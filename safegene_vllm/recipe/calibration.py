@@ -368,6 +368,7 @@ def _optimise(
                 looks.append({**found, "total": total(found), "since": since, "step": step + 1})
             progress(step + 1, settings.steps, f"loss {losses[-1]:.3f}, held out {best_loss:.3f}")
             stopping = stop_wanted()
+            ended = step + 1 == settings.steps or since >= settings.patience
             state = optimizer.state[values]
             run.save(
                 {
@@ -377,7 +378,8 @@ def _optimise(
                     "exp_avg_sq": state["exp_avg_sq"],
                 },
                 {"losses": losses, "looks": looks, "best_loss": best_loss},
-                now=stopping,
+                # The last step is kept as well: what writes the profile may fail.
+                now=stopping or ended,
             )
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on")

@@ -82,12 +82,16 @@ class Distillation:
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """Pairs by site in bfloat16, the base they fit, and how they were made."""
+    """Pairs by site in bfloat16, the base they fit, and how they were made.
+
+    `run` keeps the whole run on disk: whoever has written the pairs clears it.
+    """
 
     base: Base
     pairs: dict[str, Pair]
     recipe: dict[str, Any]
     losses: list[float]
+    run: Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +195,8 @@ def distil(
 ) -> Distilled:
     """Distil what the aligned `checkpoint` has and its degraded copy has not.
 
-    The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it goes on from `state`.
+    The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it goes on from `state`,
+    which stays until the result's `run` is cleared.
     Errors: FamilyMismatchError naming both; ConfigError (data, settings, architecture).
     """
     if (degraded is None) == (degraded_adapter is None):
@@ -231,7 +236,6 @@ def distil(
     pairs, losses = _train(
         loaded, base, aligned, listen(loaded, benign_rows), settings, run, progress
     )
-    run.clear()
     recipe = {
         "method": "distill",
         "aligned": checkpoint.resolve().name,
@@ -244,7 +248,7 @@ def distil(
             for ten in (losses[i : i + 10] for i in range(0, len(losses), 10))
         ],
     }
-    return Distilled(base, pairs, recipe, losses)
+    return Distilled(base, pairs, recipe, losses, run)
 
 
 def _benign_examples(
