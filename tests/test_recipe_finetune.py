@@ -159,6 +159,19 @@ def test_stopped_and_taken_up_it_is_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
+def test_what_a_models_dropout_draws_follows_from_seed_and_step(made: Path, tmp_path: Path) -> None:
+    model, weights = pico_chat_model(tmp_path / "model"), "adapter_model.safetensors"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    tune(model, tmp_path / "alone")
+    assert files(tmp_path / "alone")[weights] != files(made)[weights], "it is dropped out"
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, tmp_path / "lora", progress=stop_after(3))
+    torch.rand(7)
+    tune(model, tmp_path / "lora")
+    assert files(tmp_path / "lora") == files(tmp_path / "alone")
+
+
 def test_a_run_with_other_settings_data_or_model_is_not_taken_up(
     model: Path, made: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ only. Not for big clusters: one device, no sharding.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -92,6 +93,8 @@ def fine_tune(
     batches = Batches([len(row.ids) for row in rows], settings.batch, settings.seed)
 
     def loss_at(step: int) -> torch.Tensor:
+        # A model's own dropout draws from torch's generator; a run taken up draws the same.
+        torch.manual_seed(random.Random(f"{settings.seed}-{step}").getrandbits(63))
         batch = collate([rows[i] for i in batches.at(step)], loaded.pad).to(loaded.device)
         with torch.autocast(loaded.device.type, torch.bfloat16, enabled=dtype != torch.float32):
             return answer_loss(model.get_base_model(), batch)
