@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -39,8 +39,15 @@ def error_body(status: int, message: str, *, param: str | None = None) -> dict[s
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-def error_response(status: int, message: str, *, param: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(status, message, param=param), status_code=status)
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    body = error_body(status, message, param=param)
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def plain(error: BaseException | str) -> str:
