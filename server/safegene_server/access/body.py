@@ -1,0 +1,157 @@
+"""A JSON body read once, understood strictly, and written again for the app behind.
+
+What is handed on is written from what was understood, so no second parser can read it differently.
+For bodies that name a model; every other body passes through unread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.types import Message, Receive
+
+from safegene_server.access.refusal import Refusal
+
+HeaderList = list[tuple[bytes, bytes]]
+_REPLACED = {b"content-length", b"content-type", b"transfer-encoding"}
+
+
+async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> bytes | None:
+    """The whole body; None if the client left before it was sent.
+
+    Errors: Refusal, 413 over the limit, 415 or 400 for headers that promise no plain JSON.
+    """
+    _check_headers(headers)
+    announced = _values(headers, b"content-length")
+    if announced and announced[0].isdigit() and int(announced[0][:20]) > limit_bytes:
+        raise _too_large(limit_bytes)
+    whole = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        whole += message.get("body", b"")
+        if len(whole) > limit_bytes:
+            raise _too_large(limit_bytes)
+        if not message.get("more_body", False):
+            return bytes(whole)
+
+
+def parse(body: bytes, max_depth: int) -> dict[str, Any]:
+    """The one JSON object that the body is.
+
+    Errors: Refusal, 400 for what is not UTF-8, not JSON (NaN is not), not an object, nested deeper
+    than `max_depth`, or holds an object that names a key twice.
+    """
+    try:
+        text = body.decode("utf-8")
+        document = _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        message = f"the body is not UTF-8: byte {error.start} cannot be read."
+        raise Refusal(400, message) from None
+    except RecursionError:
+        raise _too_deep(max_depth) from None
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise Refusal(400, f"the body is a JSON {type(document).__name__}; expected an object.")
+    if text.count("{") + text.count("[") > max_depth and _deeper_than(document, max_depth):
+        raise _too_deep(max_depth)
+    return document
+
+
+def encode(document: dict[str, Any]) -> bytes:
+    """Compact UTF-8. Errors: Refusal, 400 for numbers and characters that have no JSON or UTF-8."""
+    try:
+        return _ENCODER.encode(document).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refusal(400, "the body holds half of a surrogate pair; send whole text.") from None
+    except ValueError as error:
+        raise Refusal(400, f"the body holds a number out of range: {error}.") from None
+
+
+def headers_for(headers: HeaderList, payload: bytes) -> HeaderList:
+    """The request's headers, with type and length of what is really handed on."""
+    return [
+        *((name, value) for name, value in headers if name not in _REPLACED),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(payload)),
+    ]
+
+
+def replay(payload: bytes, receive: Receive) -> Receive:
+    """Gives the payload as the body, afterwards what the server says: that the client has left."""
+    waiting: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
+
+    async def again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return again
+
+
+def _check_headers(headers: HeaderList) -> None:
+    encodings = [value for value in _values(headers, b"content-encoding") if value != b"identity"]
+    if encodings:
+        raise Refusal(400, f"content encoding {_shown(encodings[0])}; send the body as it is.")
+    types = _values(headers, b"content-type")
+    kind, _, rest = (types[0] if len(types) == 1 else b"").partition(b";")
+    if kind.strip() != b"application/json":
+        found = _shown(b", ".join(types))
+        raise Refusal(415, f"content type {found}; expected application/json.")
+    for parameter in rest.split(b";"):
+        name, _, value = parameter.strip().partition(b"=")
+        if name == b"charset" and value.strip(b'"') not in (b"utf-8", b"utf8"):
+            raise Refusal(400, f"charset {_shown(value)}; JSON is UTF-8.")
+
+
+def _values(headers: HeaderList, name: bytes) -> list[bytes]:
+    return [value.strip().lower() for key, value in headers if key == name]
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:100].decode("latin-1"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in {name for name, _ in pairs[:i]})
+        raise Refusal(
+            400, f"the body names {twice[:100]!r} twice in one object.", param=twice[:100]
+        )
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _deeper_than(document: dict[str, Any], limit: int) -> bool:
+    """Level by level, because a recursive walk is what a deep body would break."""
+    level: Iterable[Any] = [document]
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if type(node) is dict else node)
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _too_large(limit_bytes: int) -> Refusal:
+    return Refusal(413, f"the body is larger than {limit_bytes} bytes.")
+
+
+def _too_deep(max_depth: int) -> Refusal:
+    return Refusal(400, f"the body nests deeper than {max_depth} levels.")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")
+)

@@ -1,0 +1,219 @@
+"""Bodies: what is understood is what is handed on, and everything odd is a plain 4xx."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from starlette.types import Message, Receive
+
+from safegene_server.access.body import encode, headers_for, parse, read_body, replay
+from safegene_server.access.refusal import Refusal
+
+JSON = [(b"content-type", b"application/json")]
+DEPTH = 8
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def told(*messages: Message) -> Receive:
+    left = list(messages)
+
+    async def receive() -> Message:
+        return left.pop(0)
+
+    return receive
+
+
+def part(chunk: bytes, more: bool = False) -> Message:
+    return {"type": "http.request", "body": chunk, "more_body": more}
+
+
+def refused(body: bytes, words: str, status: int = 400) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        encode(parse(body, DEPTH))
+    assert caught.value.status == status
+    assert words in str(caught.value)
+    return caught.value
+
+
+@given(st.dictionaries(st.text(), values, max_size=4))
+def test_what_is_handed_on_means_what_was_sent(document: dict[str, Any]) -> None:
+    sent = json.dumps(document).encode()
+    try:
+        payload = encode(parse(sent, 64))
+    except Refusal as refusal:
+        assert refusal.status == 400
+        assert float("inf") in _numbers(document) or float("-inf") in _numbers(document)
+    else:
+        assert json.loads(payload) == document
+
+
+def _numbers(value: Any) -> set[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {number for item in value for number in _numbers(item)}
+    return {value} if isinstance(value, float) else set()
+
+
+@given(
+    st.binary(max_size=60)
+    | st.text(alphabet='{}[]":,0123456789truefalsn\\ u', max_size=60).map(str.encode)
+)
+@example(b"\xff\xfe{\x00}\x00")
+@example(b"\xef\xbb\xbf{}")
+@example(b"{} {}")
+@example(b"")
+def test_any_bytes_are_one_object_or_refused(body: bytes) -> None:
+    try:
+        document = parse(body, DEPTH)
+        payload = encode(document)
+    except Refusal as refusal:
+        assert refusal.status == 400
+    else:
+        assert json.loads(payload) == document == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"[]", "JSON list; expected an object"),
+        (b"null", "expected an object"),
+        (b'{"model": "a"', "not JSON"),
+        (b"{'model': 'a'}", "not JSON"),
+        (b'{"model": "a"} x', "not JSON"),
+        (b'{"t": NaN}', "NaN is not a JSON value"),
+        (b'{"t": -Infinity}', "-Infinity is not a JSON value"),
+        (b'{"t": 1e999}', "out of range"),
+        (b'{"t": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"\\udfff": 1}', "surrogate"),
+        (b'{"model": "\xff"}', "not UTF-8: byte 11"),
+        ('{"model": "a"}'.encode("utf-16"), "not UTF-8"),
+        ('{"model": "a"}'.encode("utf-16-le"), "not JSON"),
+        ('{"model": "a"}'.encode("utf-8-sig"), "not JSON"),
+        (b"[" * 100_000, "nests deeper"),
+        (b'{"a":' * 100_000, "nests deeper"),
+        (b'{"a": ' + b"[" * 8 + b"]" * 8 + b"}", "nests deeper than 8"),
+    ],
+)
+def test_what_is_refused_and_why(body: bytes, words: str) -> None:
+    refused(body, words)
+
+
+def test_the_deepest_body_that_is_taken() -> None:
+    body = b'{"a": ' + b"[" * 7 + b"]" * 7 + b"}"
+    assert parse(body, DEPTH) == json.loads(body)
+    braces = json.dumps({"prompt": "{[" * 1000}).encode()
+    assert parse(braces, DEPTH) == json.loads(braces)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"model": "mine", "model": "yours"}', "model"),
+        (b'{"model": "mine", "\\u006dodel": "yours"}', "model"),
+        (b'{"a": 1, "b": 2, "a": 1}', "a"),
+        (b'{"a": {"b": [{"c": 1, "c": 2}]}}', "c"),
+    ],
+)
+def test_a_key_named_twice(body: bytes, name: str) -> None:
+    assert refused(body, f"{name!r} twice").param == name
+
+
+def test_a_body_in_pieces() -> None:
+    receive = told(part(b'{"a"', True), part(b"", True), part(b": 1}"))
+    assert asyncio.run(read_body(JSON, receive, 100)) == b'{"a": 1}'
+
+
+def test_a_client_that_leaves_before_its_body_is_whole() -> None:
+    receive = told(part(b'{"a"', True), {"type": "http.disconnect"})
+    assert asyncio.run(read_body(JSON, receive, 100)) is None
+
+
+@pytest.mark.parametrize("announced", [b"101", b"9" * 300])
+def test_a_large_body_is_refused_before_it_is_read(announced: bytes) -> None:
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(read_body([*JSON, (b"content-length", announced)], told(), 100))
+    assert caught.value.status == 413
+
+
+def test_a_large_body_that_announces_nothing_is_refused_while_it_is_read() -> None:
+    receive = told(part(b"x" * 60, True), part(b"x" * 41, True))
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(read_body(JSON, receive, 100))
+    assert caught.value.status == 413
+    whole = told(part(b"x" * 60, True), part(b"x" * 40))
+    assert len(asyncio.run(read_body(JSON, whole, 100)) or b"") == 100
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], 415),
+        ([(b"content-type", b"text/plain")], 415),
+        ([(b"content-type", b"application/jsonp")], 415),
+        ([(b"content-type", b"multipart/form-data; boundary=x")], 415),
+        ([*JSON, (b"content-type", b"text/plain")], 415),
+        ([(b"content-type", b"application/json; charset=utf-16")], 400),
+        ([(b"content-type", b"application/json;charset=latin-1")], 400),
+        ([*JSON, (b"content-encoding", b"gzip")], 400),
+        ([*JSON, (b"content-encoding", b"identity"), (b"content-encoding", b"br")], 400),
+    ],
+)
+def test_headers_that_promise_no_plain_json(headers: Any, status: int) -> None:
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(read_body(headers, told(part(b"{}")), 100))
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"application/json",
+        b"Application/JSON",
+        b"application/json; charset=UTF-8",
+        b'application/json; charset="utf-8"',
+        b"application/json; x=y",
+    ],
+)
+def test_headers_that_are_plain_json(kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-encoding", b"identity")]
+    assert asyncio.run(read_body(headers, told(part(b"{}")), 100)) == b"{}"
+
+
+def test_the_headers_handed_on_tell_the_truth() -> None:
+    sent = [
+        (b"host", b"h"),
+        (b"content-length", b"999"),
+        (b"transfer-encoding", b"chunked"),
+        (b"content-type", b"application/json; charset=utf-8"),
+        (b"x-request-id", b"7"),
+    ]
+    assert headers_for(sent, b"{}") == [
+        (b"host", b"h"),
+        (b"x-request-id", b"7"),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"2"),
+    ]
+
+
+def test_replay_gives_the_payload_once_and_then_what_the_server_says() -> None:
+    async def three() -> list[Message]:
+        receive = replay(b"{}", told({"type": "http.disconnect"}))
+        return [await receive(), await receive()]
+
+    assert asyncio.run(three()) == [part(b"{}"), {"type": "http.disconnect"}]

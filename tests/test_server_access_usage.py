@@ -1,0 +1,125 @@
+"""Tokens read from answers as vLLM writes them, whole, streamed, broken off or silent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from starlette.types import Message
+
+from safegene_server.access.usage import READ_BYTES, Meter, estimate_prompt
+
+ESTIMATE = 50
+
+
+def metered(*chunks: bytes, kind: bytes = b"application/json", status: int = 200) -> int:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def run() -> int:
+        meter = Meter(send, ESTIMATE)
+        start: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", kind)],
+        }
+        messages = [start]
+        messages += [
+            {"type": "http.response.body", "body": chunk, "more_body": True} for chunk in chunks
+        ]
+        for message in messages:
+            await meter.send(message)
+        assert [id(message) for message in sent] == [id(message) for message in messages]
+        return meter.tokens
+
+    return asyncio.run(run())
+
+
+def events(*documents: object) -> tuple[bytes, ...]:
+    return tuple(b"data: %s\n\n" % json.dumps(document).encode() for document in documents)
+
+
+SSE = b"text/event-stream; charset=utf-8"
+DELTA = {"choices": [{"delta": {"content": 'a "usage": {"prompt_tokens": 9} data: x\ndata: y'}}]}
+
+
+def test_the_estimate_of_a_prompt() -> None:
+    assert [estimate_prompt(size) for size in (0, 3, 4, 2000)] == [1, 1, 1, 500]
+
+
+def test_nothing_was_answered_yet() -> None:
+    async def send(message: Message) -> None:
+        raise AssertionError
+
+    assert Meter(send, ESTIMATE).tokens == ESTIMATE
+
+
+def test_an_error_costs_nothing() -> None:
+    assert metered(b'{"error": {}}', status=400) == 0
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12},
+        {"input_tokens": 7, "output_tokens": 5},
+    ],
+)
+def test_a_whole_answer_in_pieces(usage: dict[str, int]) -> None:
+    document = {"metadata": {"usage": {"prompt_tokens": 1}}, "usage": usage, "text": "x" * 100}
+    answer = json.dumps(document).encode()
+    assert metered(answer) == 12
+    assert metered(answer[:60], answer[60:70], answer[70:]) == 12
+
+
+def test_embeddings_have_a_prompt_only() -> None:
+    assert metered(b'{"usage":{"prompt_tokens":7,"total_tokens":7}}') == 7
+
+
+@pytest.mark.parametrize(
+    "answer", [b"\x00" * 80, b"x" * 80, b'{"usage":null}'.ljust(80), b"[]" * 40]
+)
+def test_an_answer_without_usage_is_charged_by_its_length(answer: bytes) -> None:
+    assert metered(answer) == ESTIMATE + 20
+
+
+def test_a_huge_answer_is_charged_by_its_length() -> None:
+    piece = b"x" * 2**20
+    count = READ_BYTES // len(piece) + 1
+    assert metered(*[piece] * count) == ESTIMATE + count * len(piece) // 4
+
+
+def test_a_stream_without_usage_is_charged_by_its_events() -> None:
+    assert metered(*events(DELTA, DELTA, DELTA), kind=SSE) == ESTIMATE + 3
+    assert metered(b"".join(events(DELTA, DELTA, DELTA)), kind=SSE) == ESTIMATE + 3
+
+
+def test_a_stream_that_ends_with_its_usage() -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
+    assert metered(*events(DELTA, DELTA, usage), b"data: [DONE]\n\n", kind=SSE) == 9
+
+
+def test_a_stream_with_usage_in_every_event() -> None:
+    each = [{"usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(4)]
+    assert metered(*events(*each), kind=SSE) == 10
+
+
+def test_the_responses_api_wraps_its_usage() -> None:
+    done = {
+        "type": "response.completed",
+        "response": {"usage": {"input_tokens": 7, "output_tokens": 3}},
+    }
+    created = {"type": "response.created", "response": {"usage": None}}
+    named = [b"event: x\n" + event for event in events(created, DELTA, done)]
+    assert metered(*named, kind=SSE) == 10
+
+
+def test_anthropics_stream_tells_prompt_and_answer_apart() -> None:
+    start = {"message": {"usage": {"input_tokens": 7, "output_tokens": 0}}}
+    end = {"usage": {"output_tokens": 3}}
+    assert metered(*events(start, DELTA, end), kind=SSE) == 10
+    # Broken off: the prompt is known, the answer is counted.
+    assert metered(*events(start, DELTA, DELTA), kind=SSE) == 7 + 3
