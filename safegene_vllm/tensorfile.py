@@ -35,6 +35,15 @@ ANY_BITS: Mapping[str, int] = {
 }
 """What a base checkpoint may hold; adapters may hold FLOAT_BITS only."""
 
+# The bits of the exponent, all ones in NaN and Inf and in no other value.
+_EXPONENTS: Mapping[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+_CHUNK_BYTES = 1 << 22
+
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -129,6 +138,36 @@ def read_safetensors_header(
     size_of_regular_file(path)
     with open(path, "rb") as file:
         return _checked_header(file, path, bits)[0]
+
+
+def check_finite(path: Path) -> None:
+    """Raise NonFiniteError naming each tensor of `path` with NaN or Inf. Torch-free.
+
+    Errors also: those of `read_safetensors_header`.
+    """
+    import numpy
+
+    path = Path(path)
+    size_of_regular_file(path)
+    faults: list[SafegeneError] = []
+    with open(path, "rb") as file:
+        infos, start = _checked_header(file, path, FLOAT_BITS)
+        for name, info in infos.items():
+            unsigned, exponent = _EXPONENTS[info.dtype]
+            file.seek(start + info.begin)
+            left = info.end - info.begin
+            while left:
+                data = file.read(min(left, _CHUNK_BYTES))
+                if len(data) < min(left, _CHUNK_BYTES):
+                    raise TruncatedFileError(
+                        f"{path} became shorter while it was read; fetch it again"
+                    )
+                left -= len(data)
+                values = numpy.frombuffer(data, dtype=unsigned)
+                if bool(((values & exponent) == exponent).any()):
+                    faults.append(NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf"))
+                    break
+    raise_faults(faults)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

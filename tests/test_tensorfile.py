@@ -11,8 +11,15 @@ import safetensors.torch
 import torch
 from formats_fixtures import f32, safetensors_bytes
 
+from safegene_vllm import tensorfile
 from safegene_vllm.errors import HeaderError, MissingFileError, NonFiniteError, TruncatedFileError
-from safegene_vllm.tensorfile import ANY_BITS, read_safetensors_header, read_tensors, serialize
+from safegene_vllm.tensorfile import (
+    ANY_BITS,
+    check_finite,
+    read_safetensors_header,
+    read_tensors,
+    serialize,
+)
 
 GOOD = safetensors_bytes({"a": f32(0, 2), "b": f32(8, 1)}, bytes(12))
 
@@ -146,3 +153,29 @@ def test_tensors_do_not_hang_on_the_file(tmp_path: Path) -> None:
     tensors = read_tensors(path)
     path.write_bytes(b"")
     assert same(tensors, TENSORS)
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_found_without_torch_wherever_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float
+) -> None:
+    monkeypatch.setattr(tensorfile, "_CHUNK_BYTES", 16)
+    path = tmp_path / "x.safetensors"
+    limits = torch.finfo(dtype)
+    good = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, 1.5, -2.0], dtype=dtype)
+    tensors = {"a": good, "b": torch.empty(0, dtype=dtype), "c": good.repeat(3).reshape(7, 3)}
+    path.write_bytes(serialize(tensors))
+    check_finite(path)
+    for index in range(21):
+        broken = tensors["c"].clone()
+        broken.view(-1)[index] = bad
+        path.write_bytes(serialize({**tensors, "c": broken}))
+        with pytest.raises(NonFiniteError, match="tensor 'c' holds NaN or Inf"):
+            check_finite(path)
+    path.write_bytes(serialize({**tensors, "a": broken, "c": broken}))
+    with pytest.raises(NonFiniteError, match=r"(?s)2 faults:.*'a'.*'c'"):
+        check_finite(path)
