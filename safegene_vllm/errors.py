@@ -16,6 +16,8 @@ SafegeneError
 ├── ConfigError             a setting: the message names key, value and what was expected
 ├── HostError               a vLLM version or option that cannot be honoured
 ├── TenantRefusedError      this tenant is not served; others are
+├── SourceError             what an owner named cannot be fetched: not allowed, down, changing
+├── StoreError              this server's own disk cannot keep or give a file
 └── ReceiptError            what a worker applied is not what the files promise
 """
 
@@ -84,6 +86,14 @@ class HostError(SafegeneError):
 
 class TenantRefusedError(SafegeneError):
     """This tenant is not served (path, profile, rank, targets); others are."""
+
+
+class SourceError(SafegeneError):
+    """What an owner named cannot be fetched: unreachable, not allowed, changing, too large."""
+
+
+class StoreError(SafegeneError):
+    """This server's own disk cannot keep or give a file: it is full, read-only or failing."""
 
 
 class ReceiptError(SafegeneError):

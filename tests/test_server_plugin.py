@@ -23,7 +23,13 @@ from fastapi.testclient import TestClient
 from safegene_server import answers, verifier
 from safegene_server.plugin import endpoint_plugin
 from safegene_vllm import pico
-from safegene_vllm.errors import ConfigError, ReceiptError, SafegeneError
+from safegene_vllm.errors import (
+    ConfigError,
+    ReceiptError,
+    SafegeneError,
+    SourceError,
+    StoreError,
+)
 from safegene_vllm.family import Family, read_family_header
 from safegene_vllm.profile import Profile, load_profile, make_profile, save_profile
 from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
@@ -646,4 +652,6 @@ def test_the_contract_of_vllm(world: World) -> None:
 def test_status_codes_of_our_errors() -> None:
     assert answers.status_of(ReceiptError("x")) == 500
     assert answers.status_of(ConfigError("x")) == 400
+    assert answers.status_of(SourceError("x")) == 400
+    assert answers.status_of(StoreError("x")) == 507
     assert answers.plain(RuntimeError("")) == "RuntimeError"

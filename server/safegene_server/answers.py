@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from safegene_vllm.errors import MissingFileError, ReceiptError, SafegeneError
+from safegene_vllm.errors import MissingFileError, ReceiptError, SafegeneError, StoreError
 
 logger = logging.getLogger("vllm.safegene_server")
 
@@ -59,11 +59,13 @@ def plain(error: BaseException | str) -> str:
 
 
 def status_of(error: BaseException) -> int:
-    """404 for what is not there, 503 without an engine, 500 for a broken promise, 400 otherwise."""
+    """404: not there; 503: no engine; 507: our disk; 500: a broken promise; 400 otherwise."""
     if isinstance(error, MissingFileError):
         return 404
     if isinstance(error, EngineDownError):
         return 503
+    if isinstance(error, StoreError):
+        return 507
     return 500 if isinstance(error, ReceiptError) else 400
 
 
