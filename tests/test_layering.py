@@ -23,7 +23,10 @@ SERVER = "safegene_server"
 FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
 TORCH_ROOMS = {"compose", "recipe", "evaluate", "plugin", "pico"}
-SERVER_MAY_IMPORT = {"adapter", "errors", "family", "profile", "receipt", "settings"}
+SERVER_MAY_IMPORT = {
+    *("adapter", "description", "disk", "errors", "family", "profile", "receipt", "settings"),
+    *("tenant", "tensorfile"),
+}
 HEAVY = {"vllm", "torch", "fastapi", "transformers", "peft"}
 
 

@@ -1,0 +1,194 @@
+"""Copies the known files of a source into a directory of ours, within limits, and hashes them.
+
+For noticing what is incomplete, too large, too slow or changing while it is read. What the files
+say is check's business; where the copy goes is store's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safegene_server.artifacts.layout import keeping
+from safegene_server.artifacts.source import Seen, Source, SourceRules, open_source
+from safegene_vllm.adapter import CONFIG_FILE, WEIGHTS_FILE
+from safegene_vllm.description import DESCRIPTION_FILE
+from safegene_vllm.errors import (
+    MissingFileError,
+    PickleRefusedError,
+    SourceError,
+    TenantRefusedError,
+)
+from safegene_vllm.tenant import RECORD_FILE
+
+FILES = (CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE)
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a source is read: bytes of the weights, of each JSON file, and seconds."""
+
+    weights_bytes: int = 8 << 30
+    json_bytes: int = 16 << 20
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Copied:
+    """One file as it lies in our directory now; `sha256` is hexadecimal."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a job follows a long fetch: `progress(bytes so far)` per chunk, and a way to stop it."""
+
+    progress: Callable[[int], None] = lambda size_bytes: None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def fetch(
+    given: str | Path,
+    into: Path,
+    *,
+    rules: SourceRules,
+    limits: Limits,
+    watch: Watch | None = None,
+) -> dict[str, Copied]:
+    """Copy the known files that are there; synced, read-only, by name. Blocks for `timeout_s`.
+
+    Errors: those of `open_source`; SourceError (unreadable, too large, too slow, changing,
+    cancelled), MissingFileError, PickleRefusedError, TenantRefusedError (not a tenant), StoreError.
+    """
+    watch = Watch() if watch is None else watch
+    copy = _Copy(into, limits, watch)
+    copied: dict[str, Copied] = {}
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with open_source(given, rules) as source:
+                copied.update(copy.all(source))
+        except BaseException as error:
+            failed.append(error)
+
+    # A driver that hangs cannot be interrupted: it is left behind, and writes nothing more.
+    thread = threading.Thread(target=work, name="safegene-fetch", daemon=True)
+    deadline_s = time.monotonic() + limits.timeout_s
+    thread.start()
+    try:
+        while thread.is_alive() and not watch.cancelled.is_set():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise SourceError(
+                    f"source {given} was not read within {limits.timeout_s:g} s; check that it "
+                    "answers, or raise the timeout."
+                )
+            thread.join(min(left_s, 0.1))
+    finally:
+        copy.stop.set()
+    if watch.cancelled.is_set():
+        raise SourceError(f"reading source {given} was cancelled.")
+    if failed:
+        raise failed[0]
+    return copied
+
+
+class _Copy:
+    """One fetch under way: where to, how much, and whether it is still wanted."""
+
+    def __init__(self, into: Path, limits: Limits, watch: Watch) -> None:
+        self.into = into
+        self.limits = limits
+        self.watch = watch
+        self.stop = threading.Event()
+        self.size_bytes = 0
+
+    def all(self, source: Source) -> dict[str, Copied]:
+        before = {name: source.look(name) for name in FILES}
+        _refuse_incomplete(source, before)
+        copied = {
+            name: self.one(source, name, seen) for name, seen in before.items() if seen is not None
+        }
+        changed = [name for name in FILES if source.look(name) != before[name]]
+        if changed:
+            raise SourceError(
+                f"{source.shown}: {', '.join(changed)} changed while it was read; try again when "
+                "nobody writes there."
+            )
+        return copied
+
+    def one(self, source: Source, name: str, seen: Seen) -> Copied:
+        where = f"{source.shown}/{name}"
+        limit = self.limits.weights_bytes if name == WEIGHTS_FILE else self.limits.json_bytes
+        size, sha256 = 0, hashlib.sha256()
+        if seen.size_bytes is not None:
+            _check_size(where, seen.size_bytes, limit)
+        with keeping(self.into), (self.into / name).open("xb") as file:
+            for data in source.chunks(name):
+                if self.stop.is_set():
+                    raise SourceError(f"{where}: reading was given up.")
+                size += len(data)
+                _check_size(where, size, limit)
+                sha256.update(data)
+                file.write(data)
+                self.size_bytes += len(data)
+                self.watch.progress(self.size_bytes)
+            if seen.size_bytes not in (None, size):
+                raise SourceError(
+                    f"{where} was announced with {seen.size_bytes} bytes, {size} came; try again "
+                    "when nobody writes there."
+                )
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o444)
+        return Copied(sha256.hexdigest(), size)
+
+
+def _refuse_incomplete(source: Source, seen: Mapping[str, Seen | None]) -> None:
+    """Errors unless an adapter, a profile or both are there, and no sign of something else."""
+    if source.look(RECORD_FILE) is not None:
+        raise TenantRefusedError(
+            f"{source.shown} holds {RECORD_FILE}: a vector is already in these weights and would "
+            "be added twice; give the tenant they were exported from."
+        )
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if seen[name] is None]
+    if not missing:
+        return
+    pickles = [name for name in PICKLES if source.look(name) is not None]
+    if WEIGHTS_FILE in missing and pickles:
+        raise PickleRefusedError(
+            f"{source.shown} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle runs code "
+            "when it is read: save the adapter with safe_serialization=True."
+        )
+    if len(missing) == 1:
+        raise MissingFileError(
+            f"{source.shown} has no {missing[0]}; an adapter needs {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}: finish the upload."
+        )
+    if source.look("config.json") is not None:
+        raise TenantRefusedError(
+            f"{source.shown} is a full checkpoint (config.json); this server's tenants are LoRA "
+            "adapters: serve it by `--load-format safegene`."
+        )
+    if seen[DESCRIPTION_FILE] is None:
+        raise MissingFileError(
+            f"{source.shown} has none of {', '.join(FILES)}; expected a PEFT LoRA directory, or "
+            f"{DESCRIPTION_FILE} alone for a tenant that is only a profile."
+        )
+
+
+def _check_size(where: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise SourceError(
+            f"{where} has {size} bytes or more, allowed are {limit}; give a smaller file or raise "
+            "the limit."
+        )
