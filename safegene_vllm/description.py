@@ -48,20 +48,29 @@ def read_description(path: Path, kind: str, fields: Mapping[str, type]) -> dict[
 
     Errors: MissingFileError, HeaderError, NonFiniteError; VersionError for another format version.
     """
-    raw = read_json(path)
+    return check_description(read_json(path), kind, fields, str(path))
+
+
+def check_description(
+    raw: Mapping[str, Any], kind: str, fields: Mapping[str, type], where: str
+) -> dict[str, Any]:
+    """`raw` without kind, format version and `x_` keys; types checked. Errors name `where`.
+
+    Errors: HeaderError; VersionError for another format version.
+    """
     if raw.get("kind") != kind:
-        raise HeaderError(f"{path}: kind is {raw.get('kind')!r}, expected {kind!r}")
+        raise HeaderError(f"{where}: kind is {raw.get('kind')!r}, expected {kind!r}")
     version = raw.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise VersionError(
-            f"{path}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
+            f"{where}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
             "use a matching release of safegene-vllm"
         )
     types = {"kind": str, "format_version": int, "digest": str, **fields}
-    faults: list[SafegeneError] = [HeaderError(f) for f in field_faults(str(path), raw, types)]
+    faults: list[SafegeneError] = [HeaderError(f) for f in field_faults(where, raw, types)]
     if isinstance(raw.get("digest"), str) and not is_digest(raw["digest"]):
         faults.append(
-            HeaderError(f"{path}: digest {raw['digest']!r} is not sha256:<64 hex digits>")
+            HeaderError(f"{where}: digest {raw['digest']!r} is not sha256:<64 hex digits>")
         )
     raise_faults(faults)
     return {key: raw[key] for key in (*fields, "digest")}

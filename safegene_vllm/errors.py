@@ -18,7 +18,13 @@ SafegeneError
 ├── TenantRefusedError      this tenant is not served; others are
 ├── SourceError             what an owner named cannot be fetched: not allowed, down, changing
 ├── StoreError              this server's own disk cannot keep or give a file
-└── ReceiptError            what a worker applied is not what the files promise
+├── ReceiptError            what a worker applied is not what the files promise
+└── RegistryError           the registry refuses a value or a step; nothing was changed
+    ├── UnknownError        no family, tenant, revision, key, replica, rollout or job of that name
+    ├── ConflictError       the state is not what the step needs, or somebody else was first
+    ├── FrozenError         the tenant or its family is frozen; what it serves may not change
+    ├── SchemaError         the database's schema is not the one that this release works on
+    └── RegistryDownError   the database does not answer, or is busy for too long
 """
 
 from collections.abc import Sequence
@@ -98,6 +104,30 @@ class StoreError(SafegeneError):
 
 class ReceiptError(SafegeneError):
     """What a worker applied is not what the files promise."""
+
+
+class RegistryError(SafegeneError):
+    """The registry refuses a value or a step; nothing was changed."""
+
+
+class UnknownError(RegistryError):
+    """No family, tenant, revision, key, replica, rollout or job of that name."""
+
+
+class ConflictError(RegistryError):
+    """The state is not what the step needs, or somebody else was first; the message names both."""
+
+
+class FrozenError(RegistryError):
+    """The tenant or its family is frozen; what it serves may not change."""
+
+
+class SchemaError(RegistryError):
+    """The database's schema is not the one that this release works on."""
+
+
+class RegistryDownError(RegistryError):
+    """The database does not answer, or is busy for too long."""
 
 
 def raise_faults(faults: Sequence[SafegeneError]) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from safegene_vllm.description import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
+    check_description,
     is_digest,
     is_number,
-    read_description,
 )
 from safegene_vllm.disk import digest_of, plain_json, pretty_json, read_json, replace_file
 from safegene_vllm.errors import (
@@ -120,34 +120,50 @@ def check_profile(profile: Profile, header: FamilyHeader) -> None:
     raise_faults(faults)
 
 
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """The whole description of `profile`, its digest with it, as plain JSON values.
+
+    Errors: HeaderError or NonFiniteError if the profile cannot be written as JSON.
+    """
+    return plain_json({**_description(profile), "digest": profile.digest}, "profile")
+
+
+def parse_profile(raw: Mapping[str, Any], where: str) -> Profile:
+    """The profile that `raw` describes; errors name `where`.
+
+    Errors: FormatError, the subclass says which rule; DigestError if it was altered.
+    """
+    fields = check_description(raw, "profile", _FIELDS, where)
+    faults: list[SafegeneError] = []
+    if not is_digest(fields["family"]):
+        faults.append(
+            HeaderError(f"{where}: family {fields['family']!r} is not sha256:<64 hex digits>")
+        )
+    for layer, value in enumerate(fields["coefficients"]):
+        if not is_number(value):
+            faults.append(
+                HeaderError(f"{where}: coefficient {layer} is {value!r}, expected a number")
+            )
+    raise_faults(faults)
+    coefficients = tuple(float(value) for value in fields["coefficients"])
+    profile = Profile(fields["family"], coefficients, fields["calibration"])
+    if profile.digest != fields["digest"]:
+        raise DigestError(
+            f"{where}: the content has digest {profile.digest}, the file says {fields['digest']}; "
+            "it was altered after calibration: calibrate again"
+        )
+    return profile
+
+
 def load_profile(path: Path) -> Profile:
     """The profile in the directory `path`, or in the file `path`.
 
-    Errors: FormatError, the subclass says which rule; DigestError if it was altered.
+    Errors: MissingFileError, NonFiniteError; those of `parse_profile`.
     """
     path = Path(path)
     if path.is_dir():
         path = path / DESCRIPTION_FILE
-    raw = read_description(path, "profile", _FIELDS)
-    faults: list[SafegeneError] = []
-    if not is_digest(raw["family"]):
-        faults.append(
-            HeaderError(f"{path}: family {raw['family']!r} is not sha256:<64 hex digits>")
-        )
-    for layer, value in enumerate(raw["coefficients"]):
-        if not is_number(value):
-            faults.append(
-                HeaderError(f"{path}: coefficient {layer} is {value!r}, expected a number")
-            )
-    raise_faults(faults)
-    coefficients = tuple(float(value) for value in raw["coefficients"])
-    profile = Profile(raw["family"], coefficients, raw["calibration"])
-    if profile.digest != raw["digest"]:
-        raise DigestError(
-            f"{path}: the content has digest {profile.digest}, the file says {raw['digest']}; "
-            "it was altered after calibration: calibrate again"
-        )
-    return profile
+    return parse_profile(read_json(path), str(path))
 
 
 def has_profile(directory: Path) -> bool:

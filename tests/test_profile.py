@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -33,6 +34,8 @@ from safegene_vllm.profile import (
     has_profile,
     load_profile,
     make_profile,
+    parse_profile,
+    profile_json,
     save_profile,
 )
 
@@ -238,3 +241,16 @@ def test_profiles_need_no_torch_and_their_digest_holds_in_another_process(saved:
         timeout=60,
     ).stdout.split()
     assert found == [load_profile(saved).digest, "False"]
+
+
+def test_a_description_that_is_not_on_disk_is_read_by_the_same_rules(saved: Path) -> None:
+    profile = load_profile(saved)
+    raw = profile_json(profile)
+    assert raw == json.loads((saved / "safegene.json").read_text())
+    assert parse_profile(raw, "row 7") == profile
+    with pytest.raises(DigestError, match="row 7"):
+        parse_profile({**raw, "coefficients": [1.0, 0.0, 0.5]}, "row 7")
+    with pytest.raises(HeaderError, match="row 7"):
+        parse_profile({**raw, "coefficients": [True, 0.0, 0.5]}, "row 7")
+    with pytest.raises(VersionError, match="row 7"):
+        parse_profile({**raw, "format_version": 2}, "row 7")

@@ -25,10 +25,16 @@ from safegene_server.plugin import endpoint_plugin
 from safegene_vllm import pico
 from safegene_vllm.errors import (
     ConfigError,
+    ConflictError,
+    FrozenError,
     ReceiptError,
+    RegistryDownError,
+    RegistryError,
     SafegeneError,
+    SchemaError,
     SourceError,
     StoreError,
+    UnknownError,
 )
 from safegene_vllm.family import Family, read_family_header
 from safegene_vllm.profile import Profile, load_profile, make_profile, save_profile
@@ -654,4 +660,8 @@ def test_status_codes_of_our_errors() -> None:
     assert answers.status_of(ConfigError("x")) == 400
     assert answers.status_of(SourceError("x")) == 400
     assert answers.status_of(StoreError("x")) == 507
+    assert answers.status_of(RegistryError("x")) == 400
+    assert answers.status_of(UnknownError("x")) == 404
+    assert answers.status_of(ConflictError("x")) == answers.status_of(FrozenError("x")) == 409
+    assert answers.status_of(SchemaError("x")) == answers.status_of(RegistryDownError("x")) == 503
     assert answers.plain(RuntimeError("")) == "RuntimeError"

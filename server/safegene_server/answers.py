@@ -17,7 +17,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from safegene_vllm.errors import MissingFileError, ReceiptError, SafegeneError, StoreError
+from safegene_vllm.errors import (
+    ConflictError,
+    FrozenError,
+    MissingFileError,
+    ReceiptError,
+    RegistryDownError,
+    SafegeneError,
+    SchemaError,
+    StoreError,
+    UnknownError,
+)
 
 logger = logging.getLogger("vllm.safegene_server")
 
@@ -59,10 +69,13 @@ def plain(error: BaseException | str) -> str:
 
 
 def status_of(error: BaseException) -> int:
-    """404: not there; 503: no engine; 507: our disk; 500: a broken promise; 400 otherwise."""
-    if isinstance(error, MissingFileError):
+    """404 for what is not there, 409 for a state that forbids it, 503 without engine or registry,
+    507 for our own disk, 500 for a broken promise, 400 otherwise."""
+    if isinstance(error, MissingFileError | UnknownError):
         return 404
-    if isinstance(error, EngineDownError):
+    if isinstance(error, ConflictError | FrozenError):
+        return 409
+    if isinstance(error, EngineDownError | RegistryDownError | SchemaError):
         return 503
     if isinstance(error, StoreError):
         return 507
