@@ -1,0 +1,88 @@
+"""Families in the registry: added once, then only read.
+
+What their tenants may do (floor, freeze) is policies' business.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Row, insert, select
+
+from safegene_server.registry import tables, words
+from safegene_server.registry.database import Database
+from safegene_server.registry.headers import header_json, parse_header
+from safegene_server.registry.records import Family
+from safegene_vllm.errors import ConflictError, UnknownError
+from safegene_vllm.family import FamilyHeader
+
+_T = tables.families
+
+
+class Families(Database):
+    """add_family, family, families."""
+
+    def add_family(self, header: FamilyHeader, source: str | None, *, actor: str) -> Family:
+        """Register a family; nothing happens if it is there already.
+
+        Errors: RegistryError; ConflictError if the same digest stands for another header.
+        """
+        words.digest(header.digest, f"family {header.name!r}: digest")
+        words.line(header.name, "family name")
+        if source is not None:
+            words.line(source, "source", 4000)
+        raw = header_json(header)
+        with self.write(actor) as write:
+            known = _find(write.connection, header.digest)
+            if known is not None:
+                if header_json(known.header) != raw:
+                    raise ConflictError(
+                        f"family {header.digest} is registered as {known.name!r} with another "
+                        f"header than this {header.name!r}; fetch both again, one is damaged"
+                    )
+                write.unaudited()
+                return known
+            write.connection.execute(
+                insert(_T).values(
+                    digest=header.digest,
+                    name=header.name,
+                    header=raw,
+                    source=source,
+                    created_at=write.now,
+                )
+            )
+            version = write.bump()
+            write.audit(
+                "family.add", header.digest, name=header.name, source=source, version=version
+            )
+            return find_family(write.connection, header.digest)
+
+    def family(self, digest: str) -> Family:
+        """Errors: UnknownError."""
+        with self.read() as connection:
+            return find_family(connection, digest)
+
+    def families(self) -> tuple[Family, ...]:
+        """All of them, in the order in which they came."""
+        with self.read() as connection:
+            return all_families(connection)
+
+
+def all_families(connection: Connection) -> tuple[Family, ...]:
+    rows = connection.execute(select(_T).order_by(_T.c.created_at, _T.c.digest))
+    return tuple(_family(row) for row in rows)
+
+
+def find_family(connection: Connection, digest: str) -> Family:
+    """Errors: UnknownError."""
+    found = _find(connection, digest)
+    if found is None:
+        raise UnknownError(f"no family {digest!r:.100} in the registry; add it first")
+    return found
+
+
+def _find(connection: Connection, digest: str) -> Family | None:
+    row = connection.execute(select(_T).where(_T.c.digest == digest)).one_or_none()
+    return None if row is None else _family(row)
+
+
+def _family(row: Row[tuple[object, ...]]) -> Family:
+    return Family(row.digest, row.name, parse_header(row.header), row.source, row.created_at)

@@ -1,0 +1,1 @@
+"""How the registry's tables came to be: Alembic's script directory, run by schema.py."""

@@ -1,0 +1,200 @@
+"""What is served: switching a tenant's alias forward, back and away, one transaction each.
+
+Every switch is a rollout that replicas follow. The order in which revisions were published is kept,
+so that a rollback goes to the one before, and the next rollback to the one before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+
+from safegene_server.registry import tables, words
+from safegene_server.registry.database import Database, Write
+from safegene_server.registry.records import Revision, Rollout, RolloutKind, Tenant
+from safegene_server.registry.revisions import (
+    check_expected,
+    check_floor,
+    find_revision,
+    find_revision_by_id,
+)
+from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
+from safegene_vllm.errors import ConflictError, UnknownError
+
+_P = tables.publications
+
+
+class Publishing(Database):
+    """publish, rollback, retire."""
+
+    def publish(
+        self, tenant: str, number: int, *, actor: str, expected: int | None = None
+    ) -> Rollout:
+        """Serve `tenant@number` under the alias `tenant`; what was served is superseded.
+
+        `expected` is the number that the caller believes to be published (0: none).
+        Errors: RegistryError, UnknownError, FrozenError; ConflictError (not `expected`, or a
+        revision that is not ready); BoundsError (below the floor).
+        """
+        with self.write(actor) as write:
+            owner = changeable_tenant(write.connection, tenant)
+            check_expected(owner, expected)
+            revision = find_revision(write.connection, owner, number)
+            if revision.state not in ("ready", "superseded"):
+                why = f" ({'; '.join(revision.reasons)})" if revision.reasons else ""
+                raise ConflictError(
+                    f"{revision.served_name} is {revision.state}{why}; only a revision that is "
+                    "ready, or was published before, can be published"
+                )
+            _check_floor(write.connection, owner, revision)
+            return switch(write, "publish", [(owner, revision)])
+
+    def rollback(
+        self,
+        tenant: str,
+        number: int | None = None,
+        *,
+        actor: str,
+        expected: int | None = None,
+    ) -> Rollout:
+        """Serve again what was published before the current revision, or before that, `number`.
+
+        Errors: as for `publish`; ConflictError if there is nothing to go back to.
+        """
+        if number is not None:
+            words.revision_number(number)
+        with self.write(actor) as write:
+            owner = changeable_tenant(write.connection, tenant)
+            check_expected(owner, expected)
+            undone, target = _steps_back(write.connection, owner, number)
+            revision = find_revision_by_id(write.connection, target)
+            _check_floor(write.connection, owner, revision)
+            write.connection.execute(update(_P).where(_P.c.id.in_(undone)).values(undone=True))
+            return switch(write, "rollback", [(owner, revision)])
+
+    def retire(self, tenant: str, *, actor: str, expected: int | None = None) -> Rollout:
+        """Serve a tenant no more, ever; its history and its name stay.
+
+        Errors: UnknownError, FrozenError, ConflictError.
+        """
+        with self.write(actor) as write:
+            owner = changeable_tenant(write.connection, tenant)
+            check_expected(owner, expected)
+            retire_row(write, owner)
+            return switch(write, "retire", [(owner, None)])
+
+
+def switch(
+    write: Write, kind: RolloutKind, pairs: Sequence[tuple[Tenant, Revision | None]]
+) -> Rollout:
+    """Serve each tenant's revision (None: nothing any more), as one rollout under one version."""
+    version = write.bump()
+    rollout = write.connection.execute(
+        insert(tables.rollouts)
+        .values(
+            kind=kind,
+            tenants=[tenant.name for tenant, _ in pairs],
+            revisions=[revision.id for _, revision in pairs if revision is not None],
+            version=version,
+            created_at=write.now,
+            created_by=write.actor,
+        )
+        .returning(tables.rollouts.c.id)
+    ).scalar_one()
+    for tenant, revision in pairs:
+        _point(write, tenant, revision)
+        if revision is not None and kind != "rollback":
+            write.connection.execute(
+                insert(_P).values(
+                    tenant_id=tenant.id, revision_id=revision.id, rollout_id=rollout, undone=False
+                )
+            )
+        write.audit(
+            f"tenant.{kind}",
+            tenant.name if revision is None else revision.served_name,
+            before=tenant.published,
+            rollout=rollout,
+            version=version,
+        )
+    return find_rollout(write.connection, rollout)
+
+
+def previous_ids() -> Select[tuple[int]]:
+    """The revision that a rollback would publish, for every tenant that has one."""
+    place = func.row_number().over(partition_by=_P.c.tenant_id, order_by=_P.c.id.desc())
+    ranked = select(_P.c.revision_id, place.label("place")).where(_P.c.undone.is_(False)).subquery()
+    return select(ranked.c.revision_id).where(ranked.c.place == 2)
+
+
+def find_rollout(connection: Connection, rollout: int) -> Rollout:
+    """Errors: UnknownError."""
+    query = select(tables.rollouts).where(tables.rollouts.c.id == rollout)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise UnknownError(f"no rollout {rollout!r:.40} in the registry")
+    return rollout_of(row)
+
+
+def rollout_of(row: Row[tuple[Any, ...]]) -> Rollout:
+    return Rollout(
+        id=row.id,
+        kind=row.kind,
+        tenants=tuple(row.tenants),
+        revisions=tuple(row.revisions),
+        version=row.version,
+        created_at=row.created_at,
+        created_by=row.created_by,
+    )
+
+
+def _point(write: Write, tenant: Tenant, revision: Revision | None) -> None:
+    """The alias and the states of both revisions."""
+    alias, states = tables.aliases, tables.revisions
+    leaving = "retired" if revision is None else "superseded"
+    write.connection.execute(
+        update(states)
+        .where(states.c.tenant_id == tenant.id, states.c.state == "published")
+        .values(state=leaving)
+    )
+    write.connection.execute(delete(alias).where(alias.c.tenant_id == tenant.id))
+    if revision is not None:
+        write.connection.execute(
+            insert(alias).values(tenant_id=tenant.id, revision_id=revision.id, since=write.now)
+        )
+        write.connection.execute(
+            update(states).where(states.c.id == revision.id).values(state="published")
+        )
+
+
+def _check_floor(connection: Connection, tenant: Tenant, revision: Revision) -> None:
+    check_floor(revision.profile, find_policy(connection, tenant.family), revision.served_name)
+
+
+def _steps_back(
+    connection: Connection, tenant: Tenant, number: int | None
+) -> tuple[list[int], int]:
+    """The publications to undo, and the revision that is then the newest."""
+    numbers = tables.revisions
+    rows = connection.execute(
+        select(_P.c.id, _P.c.revision_id, numbers.c.number)
+        .join(numbers, numbers.c.id == _P.c.revision_id)
+        .where(_P.c.tenant_id == tenant.id, _P.c.undone.is_(False))
+        .order_by(_P.c.id.desc())
+    ).all()
+    if tenant.published is None or len(rows) < 2:
+        raise ConflictError(
+            f"tenant {tenant.name!r} has no publication before the current one; there is nothing "
+            "to go back to"
+        )
+    undone = [rows[0].id]
+    for row in rows[1:]:
+        if number is None or row.number == number:
+            return undone, row.revision_id
+        undone.append(row.id)
+    before = ", ".join(str(row.number) for row in rows[1:])
+    raise UnknownError(
+        f"{words.served_name(tenant.name, number or 0)} was not published "
+        f"before the current revision ({before} were); publish it instead"
+    )

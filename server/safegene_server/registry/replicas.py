@@ -1,0 +1,237 @@
+"""Replicas: which server processes there are, what each has applied, and how far a rollout is.
+
+For reporting only: no replica is told anything here, each follows the version by itself.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from safegene_server.registry import tables, words
+from safegene_server.registry.database import Database, clock
+from safegene_server.registry.publishing import find_rollout, rollout_of
+from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
+from safegene_vllm.errors import RegistryError, UnknownError
+
+_T = tables.replicas
+ALIVE_S = 10.0
+"""How long after its last sign of life a replica still counts."""
+FORGET_S = 24 * 3600.0
+"""How long a silent replica's row is kept."""
+
+
+class Replicas(Database):
+    """join, heartbeat, leave, put_receipts, replicas, receipts, rollouts, rollout_status."""
+
+    def join(self, host: str, pid: int, *, actor: str) -> Replica:
+        """A new replica, alive and with nothing applied; long silent ones are forgotten."""
+        words.line(host, "host", 255)
+        fresh = str(uuid.uuid4())
+        with self.write(actor, exclusive=False) as write:
+            silent = _T.c.seen_at < write.now - timedelta(seconds=FORGET_S)
+            gone = write.connection.execute(delete(_T).where(silent).returning(_T.c.id)).scalars()
+            forgotten = sorted(gone)
+            write.connection.execute(
+                insert(_T).values(
+                    id=fresh,
+                    host=host,
+                    pid=pid,
+                    started_at=write.now,
+                    seen_at=write.now,
+                    applied_version=0,
+                    faults=[],
+                )
+            )
+            write.audit("replica.join", fresh, host=host, pid=pid, forgotten=forgotten)
+            return _find(write.connection, fresh)
+
+    def heartbeat(
+        self, replica: str, *, applied_version: int, faults: Iterable[str] = (), actor: str
+    ) -> Replica:
+        """A sign of life, audited when it says something new.
+
+        Errors: UnknownError for a replica that left or was forgotten: join again.
+        """
+        told = [str(fault) for fault in faults]
+        if type(applied_version) is not int or applied_version < 0:
+            raise RegistryError(f"applied_version {applied_version!r}: expected a whole number")
+        with self.write(actor, exclusive=False) as write:
+            before = _find(write.connection, replica)
+            write.connection.execute(
+                update(_T)
+                .where(_T.c.id == replica)
+                .values(seen_at=write.now, applied_version=applied_version, faults=told)
+            )
+            if (before.applied_version, list(before.faults)) == (applied_version, told):
+                write.unaudited()
+            else:
+                write.audit("replica.state", replica, version=applied_version, faults=told)
+            return _find(write.connection, replica)
+
+    def leave(self, replica: str, *, actor: str) -> None:
+        """The replica ends in good order; its receipts go with it. Errors: UnknownError."""
+        with self.write(actor, exclusive=False) as write:
+            _find(write.connection, replica)
+            write.connection.execute(delete(_T).where(_T.c.id == replica))
+            write.audit("replica.leave", replica)
+
+    def put_receipts(
+        self,
+        replica: str,
+        receipts: Mapping[int, tuple[Mapping[str, Any], bool]],
+        *,
+        actor: str,
+        gone: Iterable[int] = (),
+    ) -> None:
+        """Receipts by revision id, each with whether it keeps its promise, in place of older ones.
+
+        `gone` are revisions that the replica holds no more. Errors: RegistryError, UnknownError.
+        """
+        rows = tables.receipts
+        kept = {key: (words.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
+        left = sorted(set(gone) - set(kept))
+        with self.write(actor, exclusive=False) as write:
+            _find(write.connection, replica)
+            ids = tables.revisions.c.id
+            known = set(write.connection.execute(select(ids).where(ids.in_(kept))).scalars())
+            if known != set(kept):
+                raise UnknownError(f"no revisions with ids {sorted(set(kept) - known)}")
+            write.connection.execute(
+                delete(rows).where(
+                    rows.c.replica_id == replica, rows.c.revision_id.in_([*kept, *left])
+                )
+            )
+            for revision, (receipt, ok) in kept.items():
+                write.connection.execute(
+                    insert(rows).values(
+                        replica_id=replica,
+                        revision_id=revision,
+                        receipt=receipt,
+                        ok=bool(ok),
+                        at=write.now,
+                    )
+                )
+            write.audit(
+                "replica.receipts",
+                replica,
+                ok=sorted(key for key, (_, ok) in kept.items() if ok),
+                failed=sorted(key for key, (_, ok) in kept.items() if not ok),
+                gone=left,
+            )
+
+    def replicas(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
+        """Those seen within `alive_s`, the oldest first."""
+        with self.read() as connection:
+            return _alive(connection, clock(connection), alive_s)
+
+    def receipts(
+        self, *, replica: str | None = None, revision: int | None = None
+    ) -> tuple[ReplicaReceipt, ...]:
+        """The receipts of one replica, of one revision, or all."""
+        rows = tables.receipts
+        query = select(rows).order_by(rows.c.replica_id, rows.c.revision_id)
+        if replica is not None:
+            query = query.where(rows.c.replica_id == replica)
+        if revision is not None:
+            query = query.where(rows.c.revision_id == revision)
+        with self.read() as connection:
+            return tuple(
+                ReplicaReceipt(row.replica_id, row.revision_id, row.receipt, row.ok, row.at)
+                for row in connection.execute(query)
+            )
+
+    def rollouts(self, *, limit: int = 50) -> tuple[Rollout, ...]:
+        """The newest first."""
+        rows = tables.rollouts
+        query = select(rows).order_by(rows.c.id.desc()).limit(limit)
+        with self.read() as connection:
+            return tuple(rollout_of(row) for row in connection.execute(query))
+
+    def rollout_status(self, rollout: int, *, alive_s: float = ALIVE_S) -> RolloutStatus:
+        """How many of the live replicas follow a rollout, and why the others do not yet.
+
+        A replica follows once it has applied the rollout's version and has a good receipt for each
+        of its revisions that is still published. Errors: UnknownError.
+        """
+        with self.read() as connection:
+            found = find_rollout(connection, rollout)
+            alive = _alive(connection, clock(connection), alive_s)
+            wanted = _still_published(connection, found.revisions)
+            receipts = _receipts_of(connection, list(wanted))
+        lagging = [
+            Lag(replica, reason)
+            for replica in alive
+            if (reason := _reason(replica, found, wanted, receipts))
+        ]
+        applied = len(alive) - len(lagging)
+        return RolloutStatus(found, applied, len(alive), tuple(lagging))
+
+
+def _reason(
+    replica: Replica,
+    rollout: Rollout,
+    wanted: Mapping[int, str],
+    receipts: Mapping[tuple[str, int], bool],
+) -> str | None:
+    """Why the replica does not follow; None if it does."""
+    reasons = []
+    if replica.applied_version < rollout.version:
+        reasons.append(f"is at version {replica.applied_version}, needs {rollout.version}")
+    for revision, name in wanted.items():
+        ok = receipts.get((replica.id, revision))
+        if ok is None:
+            reasons.append(f"has no receipt for {name}")
+        elif not ok:
+            reasons.append(f"has a receipt for {name} that does not keep its promise")
+    if reasons:
+        reasons += replica.faults
+    return "; ".join(reasons) or None
+
+
+def _still_published(connection: Connection, revisions: Sequence[int]) -> dict[int, str]:
+    """Revision id -> served name; a later rollout speaks for those that are not published now."""
+    r, t = tables.revisions, tables.tenants
+    rows = connection.execute(
+        select(r.c.id, t.c.name, r.c.number)
+        .join(t, t.c.id == r.c.tenant_id)
+        .where(r.c.id.in_(revisions), r.c.state == "published")
+        .order_by(r.c.id)
+    )
+    return {row.id: words.served_name(row.name, row.number) for row in rows}
+
+
+def _receipts_of(connection: Connection, revisions: list[int]) -> dict[tuple[str, int], bool]:
+    rows = tables.receipts
+    query = select(rows.c.replica_id, rows.c.revision_id, rows.c.ok)
+    found = connection.execute(query.where(rows.c.revision_id.in_(revisions)))
+    return {(row.replica_id, row.revision_id): row.ok for row in found}
+
+
+def _alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Replica, ...]:
+    seen = _T.c.seen_at >= now - timedelta(seconds=alive_s)
+    query = select(_T).where(seen).order_by(_T.c.started_at, _T.c.id)
+    return tuple(_replica(row) for row in connection.execute(query))
+
+
+def _find(connection: Connection, replica: str) -> Replica:
+    row = connection.execute(select(_T).where(_T.c.id == replica)).one_or_none()
+    if row is None:
+        raise UnknownError(f"no replica {replica!r:.100} in the registry; join again")
+    return _replica(row)
+
+
+def _replica(row: Row[tuple[Any, ...]]) -> Replica:
+    return Replica(
+        id=row.id,
+        host=row.host,
+        pid=row.pid,
+        started_at=row.started_at,
+        seen_at=row.seen_at,
+        applied_version=row.applied_version,
+        faults=tuple(row.faults),
+    )

@@ -1,0 +1,211 @@
+"""Revisions: a tenant's immutable contents, numbered from 1, and how far each has come.
+
+For adding content and for what the gate found. Which revision is served is publishing's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+
+from safegene_server.registry import tables, words
+from safegene_server.registry.database import Database, Write
+from safegene_server.registry.families import find_family
+from safegene_server.registry.records import Policy, Revision, RevisionState, Tenant
+from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
+from safegene_vllm.errors import BoundsError, ConflictError, UnknownError
+from safegene_vllm.profile import Profile, check_profile, parse_profile, profile_json
+
+_T = tables.revisions
+
+STEPS: Mapping[str, frozenset[str]] = {
+    "registered": frozenset({"checking", "failed", "ready"}),
+    "checking": frozenset({"registered", "failed", "ready"}),
+    "failed": frozenset({"checking"}),
+    "ready": frozenset({"checking", "failed"}),
+}
+"""From which state to which a revision goes before it is published; later ones are publishing's."""
+
+
+class Revisions(Database):
+    """add_revision, set_revision_state, revision, revision_by_id, revisions."""
+
+    def add_revision(
+        self,
+        tenant: str,
+        profile: Profile,
+        *,
+        actor: str,
+        adapter_digest: str | None = None,
+        expected: int | None = None,
+    ) -> Revision:
+        """New content for a tenant, under the next number; not served yet.
+
+        `adapter_digest=None` is a profile on the base. `expected` is the number that the caller
+        believes to be published (0: none); if another one is, nothing happens.
+        Errors: RegistryError, UnknownError, FrozenError; ConflictError naming both numbers;
+        FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
+        """
+        if adapter_digest is not None:
+            words.digest(adapter_digest, "adapter_digest")
+        with self.write(actor) as write:
+            owner = changeable_tenant(write.connection, tenant)
+            check_expected(owner, expected)
+            check_profile(profile, find_family(write.connection, owner.family).header)
+            check_floor(profile, find_policy(write.connection, owner.family), f"tenant {tenant!r}")
+            return new_revision(write, owner, adapter_digest, profile)
+
+    def set_revision_state(
+        self,
+        revision: int,
+        state: RevisionState,
+        *,
+        actor: str,
+        reasons: Iterable[str] = (),
+        gate: Mapping[str, Any] | None = None,
+    ) -> Revision:
+        """What a check found: `state` with its reasons; `gate=None` keeps what the gate had said.
+
+        Errors: UnknownError; ConflictError for a step that no check may take.
+        """
+        told = [str(reason) for reason in reasons]
+        said = None if gate is None else words.plain(gate, "gate")
+        with self.write(actor) as write:
+            found = find_revision_by_id(write.connection, revision)
+            if state not in STEPS.get(found.state, ()):
+                allowed = ", ".join(sorted(STEPS.get(found.state, ()))) or "no other state"
+                raise ConflictError(
+                    f"{found.served_name} is {found.state} and cannot become {state}; from there "
+                    f"a check leads to {allowed}"
+                )
+            values: dict[str, Any] = {"state": state, "reasons": told}
+            if said is not None:
+                values["gate"] = said
+            write.connection.execute(update(_T).where(_T.c.id == revision).values(**values))
+            write.audit(f"revision.{state}", found.served_name, before=found.state, reasons=told)
+            return find_revision_by_id(write.connection, revision)
+
+    def revision(self, tenant: str, number: int) -> Revision:
+        """Errors: UnknownError."""
+        with self.read() as connection:
+            return find_revision(connection, find_tenant(connection, tenant), number)
+
+    def revision_by_id(self, revision: int) -> Revision:
+        """Errors: UnknownError."""
+        with self.read() as connection:
+            return find_revision_by_id(connection, revision)
+
+    def revisions(self, tenant: str) -> tuple[Revision, ...]:
+        """All of a tenant's revisions by number. Errors: UnknownError."""
+        with self.read() as connection:
+            owner = find_tenant(connection, tenant)
+            query = revision_query().where(_T.c.tenant_id == owner.id).order_by(_T.c.number)
+            return tuple(revision_of(row) for row in connection.execute(query))
+
+
+def new_revision(
+    write: Write,
+    tenant: Tenant,
+    adapter_digest: str | None,
+    profile: Profile,
+    *,
+    state: RevisionState = "registered",
+    gate: Mapping[str, Any] | None = None,
+) -> Revision:
+    """The row under the next number. The write is exclusive, so nobody else counts meanwhile."""
+    last = select(func.coalesce(func.max(_T.c.number), 0)).where(_T.c.tenant_id == tenant.id)
+    number = write.connection.execute(last).scalar_one() + 1
+    raw = profile_json(profile)
+    added = write.connection.execute(
+        insert(_T)
+        .values(
+            tenant_id=tenant.id,
+            number=number,
+            kind="profile" if adapter_digest is None else "adapter",
+            adapter_digest=adapter_digest,
+            profile_digest=raw["digest"],
+            profile=raw,
+            state=state,
+            reasons=[],
+            gate=dict(gate or {}),
+            created_at=write.now,
+            created_by=write.actor,
+        )
+        .returning(_T.c.id)
+    ).scalar_one()
+    write.audit(
+        "revision.add",
+        words.served_name(tenant.name, number),
+        id=added,
+        adapter=adapter_digest,
+        profile=raw["digest"],
+    )
+    return find_revision_by_id(write.connection, added)
+
+
+def check_expected(tenant: Tenant, expected: int | None) -> None:
+    """Errors: ConflictError if not `expected` (0: none, None: whatever) is published."""
+    if expected is not None and expected != (tenant.published or 0):
+        there = words.served_name(tenant.name, tenant.published) if tenant.published else "nothing"
+        hoped = words.served_name(tenant.name, expected) if expected else "nothing"
+        raise ConflictError(
+            f"tenant {tenant.name!r} serves {there}, expected {hoped}: somebody else was first; "
+            "look again and repeat"
+        )
+
+
+def check_floor(profile: Profile, policy: Policy, what: str) -> None:
+    """Errors: BoundsError naming every layer below the family's floor."""
+    below = [
+        f"layer {layer} has {profile.coefficients[layer]}, the floor is {least}"
+        for layer, least in sorted(policy.floor.items())
+        if profile.coefficients[layer] < least
+    ]
+    if below:
+        raise BoundsError(
+            f"{what} is below the floor of its family: {'; '.join(below)}; raise the coefficients "
+            "in a new revision, or lower the floor"
+        )
+
+
+def find_revision(connection: Connection, tenant: Tenant, number: int) -> Revision:
+    """Errors: UnknownError."""
+    words.revision_number(number)
+    query = revision_query().where(_T.c.tenant_id == tenant.id, _T.c.number == number)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise UnknownError(f"tenant {tenant.name!r} has no revision {number}")
+    return revision_of(row)
+
+
+def find_revision_by_id(connection: Connection, revision: int) -> Revision:
+    """Errors: UnknownError."""
+    row = connection.execute(revision_query().where(_T.c.id == revision)).one_or_none()
+    if row is None:
+        raise UnknownError(f"no revision with id {revision!r:.40} in the registry")
+    return revision_of(row)
+
+
+def revision_query() -> Select[tuple[Any, ...]]:
+    owner = tables.tenants
+    return select(_T, owner.c.name.label("tenant")).join(owner, owner.c.id == _T.c.tenant_id)
+
+
+def revision_of(row: Row[tuple[Any, ...]]) -> Revision:
+    """Errors: FormatError if the profile was altered behind the registry's back."""
+    where = f"registry, revision {words.served_name(row.tenant, row.number)}"
+    return Revision(
+        id=row.id,
+        tenant=row.tenant,
+        number=row.number,
+        kind=row.kind,
+        adapter_digest=row.adapter_digest,
+        profile=parse_profile(row.profile, where),
+        state=row.state,
+        reasons=tuple(row.reasons),
+        gate=row.gate,
+        created_at=row.created_at,
+        created_by=row.created_by,
+    )

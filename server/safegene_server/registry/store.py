@@ -1,0 +1,66 @@
+"""The registry's public face: everything it can do, on one database given by URL.
+
+For everybody else in the server. Every write takes the `actor`, is one transaction, leaves an audit
+row, and raises the version if replicas must follow. Calls block: from a coroutine, use a thread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import URL, select
+
+from safegene_server.registry import tables
+from safegene_server.registry.auditing import Auditing
+from safegene_server.registry.families import Families, all_families
+from safegene_server.registry.jobs import Jobs
+from safegene_server.registry.keys import Keys, usable_keys
+from safegene_server.registry.policies import Policies, all_policies
+from safegene_server.registry.publishing import Publishing, previous_ids
+from safegene_server.registry.records import Snapshot
+from safegene_server.registry.replicas import Replicas
+from safegene_server.registry.revisions import Revisions, revision_of, revision_query
+from safegene_server.registry.schema import open_schema
+from safegene_server.registry.tenants import Tenants, living_tenants
+
+
+class Registry(Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, Auditing):
+    """One registry; safe to share between threads, opened anew by every process."""
+
+    def __init__(self, url: str | Path | URL, *, migrate: bool = True) -> None:
+        """Open the database at `url` (a file's path, `sqlite:///FILE`, `postgresql://...`).
+
+        An empty one gets its tables, an older one is brought up to date unless `migrate=False`.
+        Errors: ConfigError (url), SchemaError (newer or foreign), RegistryDownError.
+        """
+        super().__init__(url)
+        try:
+            open_schema(self, migrate=migrate)
+        except BaseException:
+            self.close()
+            raise
+
+    def version(self) -> int:
+        """Grows by one with every change that replicas must follow; cheap to ask."""
+        with self.read() as connection:
+            return int(connection.execute(select(tables.version.c.value)).scalar_one())
+
+    def snapshot(self) -> Snapshot:
+        """What replicas follow, in one consistent read."""
+        revisions = tables.revisions
+        with self.read() as connection:
+            version = connection.execute(select(tables.version.c.value)).scalar_one()
+            tenants = living_tenants(connection)
+            alive = tables.tenants.c.state != "retired"
+            query = revision_query().where(alive).order_by(revisions.c.id)
+            published = connection.execute(query.where(revisions.c.state == "published"))
+            previous = connection.execute(query.where(revisions.c.id.in_(previous_ids())))
+            return Snapshot(
+                version=int(version),
+                families=all_families(connection),
+                tenants=tenants,
+                revisions=tuple(revision_of(row) for row in published),
+                previous=tuple(revision_of(row) for row in previous),
+                keys=usable_keys(connection),
+                policies=all_policies(connection),
+            )

@@ -1,0 +1,130 @@
+"""The words of the registry and what they may look like: names, digests, scopes, limits.
+
+For checking what a caller gives before it reaches the database. Every refusal is a RegistryError
+that says what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from safegene_vllm.errors import RegistryError
+
+SCOPES = ("admin", "read", "serve")
+LIMITS = ("concurrent", "requests_per_minute", "tokens_per_minute")
+ANY_TENANT = "*"
+BASE = "base"
+"""What a key's tenants name for the base model itself; no tenant may have this name."""
+
+_TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62})?")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_LINE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]+")
+_LARGEST = 2**31 - 1
+
+
+def tenant_name(value: str) -> str:
+    """`value` if a tenant may have this name. Errors: RegistryError."""
+    if not isinstance(value, str) or not _TENANT.fullmatch(value):
+        raise RegistryError(
+            f"tenant name {value!r:.200}: expected lower-case letters, digits, '.', '_' and '-' "
+            "(63 at most, the first a letter or a digit), with at most one '/' between two parts"
+        )
+    if value == BASE:
+        raise RegistryError(f"tenant name {value!r} is kept for the base model; choose another")
+    return value
+
+
+def served_name(tenant: str, number: int) -> str:
+    """`tenant@N`, the name under which a revision is served."""
+    return f"{tenant}@{number}"
+
+
+def parse_served_name(value: str) -> tuple[str, int | None]:
+    """Tenant and number of `tenant@N`; the number is None for the alias `tenant`.
+
+    Errors: RegistryError.
+    """
+    name, at, number = value.partition("@")
+    if not at:
+        return tenant_name(name), None
+    if not re.fullmatch(r"[1-9][0-9]{0,9}", number):
+        raise RegistryError(f"{value!r:.200}: expected a number from 1 after '@'")
+    return tenant_name(name), revision_number(int(number))
+
+
+def revision_number(value: int) -> int:
+    """Errors: RegistryError."""
+    if type(value) is not int or not 1 <= value <= _LARGEST:
+        raise RegistryError(f"revision number {value!r}: expected a whole number from 1")
+    return value
+
+
+def digest(value: str, what: str) -> str:
+    """Errors: RegistryError."""
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise RegistryError(f"{what} {value!r:.200} is not sha256:<64 hex digits>")
+    return value
+
+
+def line(value: str, what: str, longest: int = 200) -> str:
+    """One line of text that people read. Errors: RegistryError."""
+    if not isinstance(value, str) or len(value) > longest or not _LINE.fullmatch(value):
+        raise RegistryError(
+            f"{what} {value!r:.200}: expected one line of 1 to {longest} characters"
+        )
+    return value
+
+
+def scopes(values: Iterable[str]) -> list[str]:
+    """Errors: RegistryError."""
+    found = sorted(set(values))
+    unknown = [value for value in found if value not in SCOPES]
+    if unknown or not found:
+        raise RegistryError(f"scopes {found}: expected one or more of {', '.join(SCOPES)}")
+    return found
+
+
+def key_tenants(values: Iterable[str], default: str | None) -> list[str]:
+    """The tenants a key may use, `default` among them. Errors: RegistryError."""
+    found = sorted(set(values))
+    for value in found:
+        if value not in (ANY_TENANT, BASE):
+            tenant_name(value)
+    if default is not None and ANY_TENANT not in found and tenant_name(default) not in found:
+        raise RegistryError(
+            f"default_tenant {default!r} is not among the key's tenants {found}; add it there"
+        )
+    return found
+
+
+def limits(values: Mapping[str, Any]) -> dict[str, int]:
+    """Errors: RegistryError naming every bad one."""
+    faults = [
+        f"{name} = {value!r}"
+        for name, value in values.items()
+        if name not in LIMITS or type(value) is not int or not 1 <= value <= _LARGEST
+    ]
+    if faults:
+        raise RegistryError(
+            f"limits {', '.join(faults)}: expected whole numbers from 1 for {', '.join(LIMITS)}; "
+            "leave out what has no limit"
+        )
+    return dict(values)
+
+
+def text(value: str) -> str:
+    """`value` without what a database cannot hold: for messages that others have written."""
+    return value.encode("utf-8", "replace").decode("utf-8").replace("\x00", "?")
+
+
+def plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A copy of `value` as a reader of its JSON will see it. Errors: RegistryError."""
+    try:
+        copy = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RegistryError(f"{what} is not plain JSON: {error}") from error
+    found: dict[str, Any] = copy
+    return found

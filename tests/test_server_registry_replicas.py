@@ -1,0 +1,159 @@
+"""Replicas: who lives, what each has applied, and how far a rollout is, with the reasons."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from datetime import timedelta
+
+import pytest
+from registry_world import add_published, registry, url
+from sqlalchemy import update
+
+from safegene_server.registry import Registry, replicas, tables
+from safegene_vllm.errors import RegistryError, UnknownError
+
+__all__ = ["registry", "url"]
+
+TENANT = "acme/support"
+
+
+def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
+    joined = registry.join("node-1", 4711, actor="node-1")
+    assert uuid.UUID(joined.id).version == 4
+    assert (joined.host, joined.pid, joined.applied_version, joined.faults) == (
+        "node-1",
+        4711,
+        0,
+        (),
+    )
+    told = registry.heartbeat(joined.id, applied_version=3, faults=["no disk"], actor="node-1")
+    assert (told.applied_version, told.faults) == (3, ("no disk",))
+    assert told.seen_at >= joined.seen_at
+    assert registry.replicas() == (told,)
+    registry.leave(joined.id, actor="node-1")
+    assert registry.replicas() == ()
+    for call in (
+        lambda: registry.heartbeat(joined.id, applied_version=3, actor="node-1"),
+        lambda: registry.put_receipts(joined.id, {}, actor="node-1"),
+        lambda: registry.leave(joined.id, actor="node-1"),
+    ):
+        with pytest.raises(UnknownError, match="join again"):
+            call()
+
+
+def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registry) -> None:
+    replica = registry.join("node-1", 1, actor="node-1").id
+    for version in (0, 0, 1, 1, 1, 2):
+        registry.heartbeat(replica, applied_version=version, actor="node-1")
+    registry.heartbeat(replica, applied_version=2, faults=["slow"], actor="node-1")
+    entries = registry.audit(action="replica.state").entries
+    assert [entry.details["version"] for entry in entries] == [2, 2, 1]
+    with pytest.raises(RegistryError, match="applied_version -1"):
+        registry.heartbeat(replica, applied_version=-1, actor="node-1")
+
+
+def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: Registry) -> None:
+    silent = registry.join("node-1", 1, actor="node-1").id
+    time.sleep(0.3)
+    alive = registry.join("node-2", 2, actor="node-2").id
+    assert [one.id for one in registry.replicas()] == [silent, alive]
+    assert [one.id for one in registry.replicas(alive_s=0.25)] == [alive]
+    with registry.write("test") as write:
+        long_ago = write.now - timedelta(seconds=replicas.FORGET_S + 1)
+        write.connection.execute(
+            update(tables.replicas).where(tables.replicas.c.id == silent).values(seen_at=long_ago)
+        )
+        write.unaudited()
+    registry.join("node-3", 3, actor="node-3")
+    assert registry.audit(action="replica.join").entries[0].details["forgotten"] == [silent]
+    with pytest.raises(UnknownError):
+        registry.heartbeat(silent, applied_version=0, actor="node-1")
+
+
+def test_receipts_are_replaced_one_by_one(registry: Registry) -> None:
+    first, second = add_published(registry, TENANT), add_published(registry, TENANT)
+    one, two = (registry.join(host, 1, actor=host).id for host in ("node-1", "node-2"))
+    registry.put_receipts(one, {first.id: ({"rank": 0}, False)}, actor="node-1")
+    registry.put_receipts(two, {second.id: ({"rank": 7}, True)}, actor="node-2")
+    registry.put_receipts(
+        one, {first.id: ({"rank": 1}, True), second.id: ({"rank": 2}, True)}, actor="node-1"
+    )
+    found = [(r.revision, dict(r.receipt), r.ok) for r in registry.receipts(replica=one)]
+    assert found == [(first.id, {"rank": 1}, True), (second.id, {"rank": 2}, True)]
+    registry.put_receipts(one, {}, gone=[first.id], actor="node-1")
+    assert [r.revision for r in registry.receipts(replica=one)] == [second.id]
+    assert {r.replica for r in registry.receipts(revision=second.id)} == {one, two}
+    with pytest.raises(UnknownError, match=r"no revisions with ids \[99\]"):
+        registry.put_receipts(one, {99: ({}, True), second.id: ({}, False)}, actor="node-1")
+    with pytest.raises(RegistryError, match="receipt is not plain JSON"):
+        registry.put_receipts(one, {second.id: ({"norm": float("inf")}, True)}, actor="node-1")
+    assert all(r.ok for r in registry.receipts())
+    registry.leave(one, actor="node-1")
+    assert [r.replica for r in registry.receipts()] == [two]
+
+
+def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
+    revision = add_published(registry, TENANT)
+    rollout = registry.rollouts()[0]
+    assert not registry.rollout_status(rollout.id).done
+    ids = [registry.join(f"node-{n}", n, actor="test").id for n in range(4)]
+    for replica in ids[1:]:
+        registry.heartbeat(replica, applied_version=rollout.version, actor="test")
+    registry.put_receipts(ids[1], {revision.id: ({}, True)}, actor="test")
+    registry.put_receipts(ids[2], {revision.id: ({}, False)}, actor="test")
+    registry.heartbeat(
+        ids[2], applied_version=rollout.version, faults=["rank 1 is silent"], actor="test"
+    )
+    status = registry.rollout_status(rollout.id)
+    assert (status.rollout, status.applied, status.live) == (rollout, 1, 4)
+    assert {lag.replica.id: lag.reason for lag in status.lagging} == {
+        ids[0]: f"is at version 0, needs {rollout.version}; has no receipt for acme/support@1",
+        ids[2]: "has a receipt for acme/support@1 that does not keep its promise; rank 1 is silent",
+        ids[3]: "has no receipt for acme/support@1",
+    }
+    assert not status.done
+    for replica in ids:
+        registry.heartbeat(replica, applied_version=rollout.version, actor="test")
+        registry.put_receipts(replica, {revision.id: ({}, True)}, actor="test")
+    status = registry.rollout_status(rollout.id)
+    assert (status.applied, status.live, status.lagging, status.done) == (4, 4, (), True)
+
+
+def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
+    revision = add_published(registry, TENANT)
+    rollout = registry.rollouts()[0]
+    registry.join("dead", 1, actor="test")
+    time.sleep(0.3)
+    alive = registry.join("alive", 2, actor="test").id
+    registry.heartbeat(alive, applied_version=rollout.version, actor="test")
+    registry.put_receipts(alive, {revision.id: ({}, True)}, actor="test")
+    assert registry.rollout_status(rollout.id).live == 2
+    status = registry.rollout_status(rollout.id, alive_s=0.25)
+    assert (status.applied, status.live, status.done) == (1, 1, True)
+
+
+def test_a_rollout_that_another_has_overtaken_needs_no_receipts_of_its_own(
+    registry: Registry,
+) -> None:
+    first, second = add_published(registry, TENANT), add_published(registry, TENANT)
+    newer, older = registry.rollouts()
+    assert (older.revisions, newer.revisions) == ((first.id,), (second.id,))
+    replica = registry.join("node", 1, actor="test").id
+    registry.heartbeat(replica, applied_version=newer.version, actor="test")
+    assert registry.rollout_status(older.id).done
+    assert not registry.rollout_status(newer.id).done
+    gone = registry.retire(TENANT, actor="test")
+    assert not registry.rollout_status(gone.id).done
+    registry.heartbeat(replica, applied_version=gone.version, actor="test")
+    assert registry.rollout_status(gone.id).done
+
+
+def test_rollouts_are_listed_newest_first(registry: Registry) -> None:
+    for _ in range(3):
+        add_published(registry, TENANT)
+    listed = registry.rollouts(limit=2)
+    assert [one.version for one in listed] == sorted((one.version for one in listed), reverse=True)
+    assert len(listed) == 2
+    with pytest.raises(UnknownError, match="no rollout 99"):
+        registry.rollout_status(99)
