@@ -21,6 +21,7 @@ from safegene_server.registry.records import (
     Tenant,
 )
 from safegene_server.registry.store import Registry
+from safegene_server.registry.watch import watch
 
 __all__ = [
     "AuditEntry",
@@ -39,4 +40,5 @@ __all__ = [
     "RolloutStatus",
     "Snapshot",
     "Tenant",
+    "watch",
 ]
