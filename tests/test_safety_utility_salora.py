@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +167,32 @@ def test_salora_trains_with_the_recipes_loop_and_writes_a_lora(
         added = dense(pair)
         assert added.norm() > 0
         assert (bases[site].double().T @ added).norm() < 1e-4 * added.norm()
+
+
+def test_an_interrupted_run_is_not_taken_up_for_other_weights(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "model", tmp_path / "salora"
+    shutil.copytree(model_dir, base)
+
+    def train(**more: Any) -> list[float]:
+        return salora.train_salora(
+            base, EXAMPLES, HARMFUL, SETTINGS, out, device="cpu", dtype=torch.float32, **more
+        )
+
+    def stop(done: int, total: int, words: str) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(progress=stop)
+    weights = base / "model.safetensors"
+    kept = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(kept + 1, kept + 1))
+    with pytest.raises(ConfigError, match=r"salora\.partial holds an unfinished run"):
+        train()
+    os.utime(weights, ns=(kept, kept))
+    assert len(train()) == SETTINGS.steps and not out.with_name("salora.partial").exists()
 
 
 def test_salora_says_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def train_salora(
         "harmful": list(harmful),
         "data": [[list(row.ids), row.prompt_tokens] for row in rows],
     }
-    run = Run(out.with_name(f"{out.name}.partial"), job)
+    run = Run(out.with_name(f"{out.name}.partial"), job, [checkpoint])
     with guarded.on(loaded.model):
         losses = train(
             guarded.parameters(),
