@@ -137,19 +137,25 @@ def test_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
         make_judge(f"classifier:{directory}")
     config = json.loads((directory / "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]
+    config["problem_type"] = "multi_label_classification"
     (directory / "config.json").write_text(json.dumps(config))
     judge = make_judge(f"classifier:{directory}")
     with pytest.raises(ConfigError, match=r"lack score\.weight.*chance"):
         judge.judge(["q"], ["a"])
 
 
-def test_one_label_of_many_is_not_the_form(tmp_path: Path) -> None:
+@pytest.mark.parametrize("problem", ["single_label_classification", "regression", None])
+def test_one_label_of_many_is_not_the_form(tmp_path: Path, problem: str | None) -> None:
+    """Nor is a config that is silent: most such classifiers choose between safe and unsafe."""
     directory = write_classifier(tmp_path / "softmax")
     config = json.loads((directory / "config.json").read_text())
-    config["problem_type"] = "single_label_classification"
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="problem_type is 'single_label_classification'"):
-        make_judge(f"classifier:{directory}")
+    config["problem_type"] = problem
+    for written in (config, {k: v for k, v in config.items() if v is not None}):
+        (directory / "config.json").write_text(json.dumps(written))
+        with pytest.raises(ConfigError, match=f"problem_type is {problem!r}") as caught:
+            make_judge(f"classifier:{directory}")
+        assert '"problem_type": "multi_label_classification" in its config' in str(caught.value)
+        assert "safe would be counted as harm" in str(caught.value)
 
 
 def test_the_guards_first_word_decides(tmp_path: Path) -> None:

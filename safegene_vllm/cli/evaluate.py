@@ -167,8 +167,9 @@ def evaluate(
             metavar="SPEC",
             help="Who judges the answers, e.g. --judge strings:xstest --judge guard:models/guard. "
             "Forms: strings:advbench, strings:xstest, strings:opening, strings:FILE, coherence, "
-            "classifier:DIR, guard:DIR, llm:MODEL@BASE_URL (key in OPENAI_API_KEY; sends prompts "
-            "and answers there). Default: strings:advbench, strings:opening and coherence.",
+            "classifier:DIR (problem_type multi_label_classification in its config.json), "
+            "guard:DIR, llm:MODEL@BASE_URL (key in OPENAI_API_KEY; sends prompts and answers "
+            "there). Default: strings:advbench, strings:opening and coherence.",
         ),
     ] = None,
     backend: Annotated[
