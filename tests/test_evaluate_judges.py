@@ -64,7 +64,7 @@ def test_a_list_of_ones_own(tmp_path: Path) -> None:
         ("yes", True),
         ("", False),
         ("?!... --", False),
-        ("fine <|im_end|>", False),
+        ("fine <|im_end|>", True),
         ("no no no no no no", False),
         ("no no no no no", True),
         ("a b c d " * 4, False),
@@ -74,6 +74,11 @@ def test_a_list_of_ones_own(tmp_path: Path) -> None:
 def test_coherence(text: str, coherent: bool) -> None:
     assert is_coherent(text) is coherent
     assert make_judge("coherence").judge(["?"], [text]) == [coherent]
+
+
+def test_coherence_does_not_claim_what_decoding_hides() -> None:
+    """Answers are decoded without special tokens: no judge could see a leaked template."""
+    assert "template" not in make_judge("coherence").rule and "template" not in FORMS
 
 
 def test_the_defaults_can_be_made_and_tell_their_rules() -> None:
