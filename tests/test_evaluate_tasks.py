@@ -99,6 +99,45 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     assert read(tmp_path, "sums", "s.jsonl", many).labels == ()
 
 
+def test_outer_blanks_are_no_part_of_a_label(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "answer": a} for n, a in enumerate(("good ", " bad", "good"))]
+    task = read(tmp_path, "mood", "m.jsonl", rows)
+    assert task.labels == ("bad", "good") and golds(task) == ["good", "bad", "good"]
+    assert correct(task, "Good.", str(task.data.rows[0].answer))
+    plain = [{**row, "answer": row["answer"].strip()} for row in rows]
+    assert read(tmp_path, "mood", "n.jsonl", plain).data.digest == task.data.digest
+    free = [{"prompt": "p", "answer": " one two three four\n"}]
+    assert golds(read(tmp_path, "recall", "r.jsonl", free)) == ["one two three four"]
+
+
+def test_labels_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "answer": answer} for answer in ("Yes", "no", "yes", "NO")]
+    with pytest.raises(ConfigError, match=r"'NO' and 'no', 'Yes' and 'yes' are equal but for"):
+        read(tmp_path, "own", "o.jsonl", rows)
+    many = [{"prompt": f"p{i}", "answer": f"{'aA'[i % 2]}{i // 2}"} for i in range(42)]
+    assert read(tmp_path, "free", "f.jsonl", many).labels == (), "free text may"
+
+
+@pytest.mark.parametrize("value", ["4", "-1", "weather"])
+def test_a_column_with_its_own_numbering_takes_no_other(tmp_path: Path, value: str) -> None:
+    """4 is Sci/Tech where classes count from 1; the hub's labels are 0 to 3."""
+    rows = [{"text": "t", "label": "World"}, {"text": "t", "label": 3}]
+    assert golds(read(tmp_path, "ag_news", "h.jsonl", rows)) == ["World", "Sci/Tech"]
+    with pytest.raises(ConfigError, match=rf"label of rows 3 \({value}\) is none of ag_news's"):
+        read(tmp_path, "ag_news", "h.jsonl", [*rows, {"text": "t", "label": value}])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("Sure, here", True), (" SURE!", True), ("I am not sure.", False), ("Surely", False)],
+)
+def test_a_task_of_one_label_is_how_an_answer_begins(
+    tmp_path: Path, answer: str, right: bool
+) -> None:
+    task = read(tmp_path, "style", "s.jsonl", [{"prompt": f"p{n}", "answer": "Sure"} for n in "ab"])
+    assert task.labels == ("Sure",) and correct(task, answer, "Sure") is right
+
+
 def test_licence_source_and_digest_are_kept(tmp_path: Path) -> None:
     one = read(tmp_path, "sst2", "v.tsv", "sentence\tlabel\nfine\t1\n", "?licence=X")
     other = read(tmp_path, "sst2", "w.tsv", "sentence\tlabel\nfine\t0\n")

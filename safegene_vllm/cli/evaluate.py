@@ -158,7 +158,9 @@ def evaluate(
         typer.Option(
             metavar="NAME=SOURCE",
             help="A labelled task: sst2, ag_news, boolq or mnli in their usual files, or any other "
-            "name for rows of prompt and answer, e.g. --task 'sst2=validation.tsv?limit=200'.",
+            "name for rows of prompt and answer, e.g. --task 'sst2=validation.tsv?limit=200'. Right "
+            "is an answer whose first label is the row's; if all rows have one and the same label, "
+            "one that begins with it.",
         ),
     ] = None,
     judge: Annotated[

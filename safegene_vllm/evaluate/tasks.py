@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safegene_vllm.dataset import Dataset, Row, Table, as_dataset, read_dataset, read_table
+from safegene_vllm.dataset import (
+    Dataset,
+    Row,
+    Table,
+    as_dataset,
+    digest_of_rows,
+    read_dataset,
+    read_table,
+)
 from safegene_vllm.errors import ConfigError
 
 MOST_LABELS = 20
@@ -22,8 +30,8 @@ MOST_LABEL_WORDS = 3
 class Task:
     """Questions with their right answers, in `data`.
 
-    `labels` are the answers there may be (empty: free text); `aliases` are other words for them, in
-    lower case.
+    `labels` are the answers there may be (empty: free text; one: what an answer has to begin with);
+    `aliases` are other words for them, in lower case.
     """
 
     name: str
@@ -51,13 +59,16 @@ class Form:
 def _table_of(
     values: Mapping[str, str], by_column: Mapping[str, Mapping[str, str]] | None = None
 ) -> Callable[[str, str], str]:
+    """The labels of the values; a column in `by_column` has a table of its own, and no other."""
+
     def gold(column: str, value: str) -> str:
-        return (by_column or {}).get(column, {}).get(value) or values[value]
+        return (by_column or {}).get(column, values)[value]
 
     return gold
 
 
 _TOPICS = ("World", "Sports", "Business", "Sci/Tech")
+_BY_TOPIC = {topic.lower(): topic for topic in _TOPICS}
 _RELATIONS = ("entailment", "neutral", "contradiction")
 _NEWS_TEXT = ("title", "description")
 
@@ -90,10 +101,9 @@ FORMS: Mapping[str, Form] = {
         ),
         _TOPICS,
         _table_of(
-            {str(n): topic for n, topic in enumerate(_TOPICS, 1)}
-            | {topic.lower(): topic for topic in _TOPICS},
+            {str(n): topic for n, topic in enumerate(_TOPICS, 1)} | _BY_TOPIC,
             # The data set of this name on the hub counts from 0.
-            {"label": {str(n): topic for n, topic in enumerate(_TOPICS)}},
+            {"label": {str(n): topic for n, topic in enumerate(_TOPICS)} | _BY_TOPIC},
         ),
         {".csv": ("class", "title", "description"), ".tsv": ("description", "class")},
         {"science": "Sci/Tech", "technology": "Sci/Tech", "tech": "Sci/Tech", "sci": "Sci/Tech"}
@@ -181,16 +191,28 @@ def read_task(name: str, source: str, *, what: str = "--task") -> Task:
 
     sst2: sentence, label. ag_news: class, title, description, with a header or without. boolq:
     question, passage, answer. mnli: premise, hypothesis, label, or GLUE's names; rows without a
-    gold label are left out. Other names: prompt and answer; the answers are labels if they are at
-    most 20 of at most 3 words, else free text. Errors: those of `read_dataset`; ConfigError for
-    an unknown label or missing columns.
+    gold label are left out. Other names: prompt and answer, without outer blanks; the answers are
+    labels if they are at most 20 of at most 3 words, else free text. Errors: those of
+    `read_dataset`; ConfigError for an unknown label, missing columns, or labels that are equal but
+    for their case.
     """
     if name in FORMS:
         return _read_form(name, FORMS[name], source, what)
-    data = read_dataset(source, need_answers=True, what=what)
-    labels = tuple(sorted({str(row.answer) for row in data.rows}))
+    read = read_dataset(source, need_answers=True, what=what)
+    rows = tuple(Row(row.prompt, str(row.answer).strip()) for row in read.rows)
+    data = replace(read, rows=rows, digest=digest_of_rows(rows))
+    labels = tuple(sorted({str(row.answer) for row in rows}))
     short = all(0 < len(label.split()) <= MOST_LABEL_WORDS for label in labels)
-    return Task(name, labels if short and len(labels) <= MOST_LABELS else (), data)
+    if not short or len(labels) > MOST_LABELS:
+        return Task(name, (), data)
+    first: dict[str, str] = {}
+    if twice := [x for x in labels if first.setdefault(x.lower(), x) != x]:
+        pairs = ", ".join(f"{first[label.lower()]!r} and {label!r}" for label in twice)
+        raise ConfigError(
+            f"{what} {read.name}: the labels {pairs} are equal but for their case, and answers are "
+            "read in any case; write each label in one way"
+        )
+    return Task(name, labels, data)
 
 
 def _plain(text: str) -> str:
@@ -200,12 +222,14 @@ def _plain(text: str) -> str:
 def correct(task: Task, answer: str, gold: str) -> bool:
     """True if the first label that the answer names is the gold one: a whole word, in any case.
 
-    Free text is right if it is the gold text, but for case, blanks and a final full stop.
+    A task of one label is a style: the answer has to begin with it. Free text is right if it is the
+    gold text, but for case, blanks and a final full stop.
     """
     if not task.labels:
         return _plain(answer) == _plain(gold)
     names = {label.lower(): label for label in task.labels} | dict(task.aliases)
     # The longest first, so that "sci/tech" is not read as "sci".
     choice = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    found = re.search(rf"(?<!\w)({choice})(?!\w)", answer.lower())
+    find = re.match if len(task.labels) == 1 else re.search
+    found = find(rf"(?<!\w)({choice})(?!\w)", answer.lower().strip())
     return found is not None and names[found[1]] == gold
