@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +158,34 @@ def test_what_cannot_be_calibrated_is_told(
     (tmp_path / "other" / "notes.txt").write_text("mine")
     outcome = run(*world.calibrate(tmp_path / "other", *model))
     assert outcome.code == 1 and outcome.err.startswith("MissingFileError: ")
+    assert loads == []
+
+
+@pytest.mark.parametrize("command", ["degrade", "extract", "select"])
+def test_what_carries_a_vector_already_is_refused(
+    run: Run, world: World, loads: list[str], tmp_path: Path, command: str
+) -> None:
+    """As a checkpoint and as a LoRA; for `calibrate` see above."""
+    words = getattr(world, command)(tmp_path / "out")
+    for name in ("model", "degraded")[: 1 if command == "degrade" else 2]:
+        exported = tmp_path / name
+        shutil.copytree(world / name, exported)
+        (exported / "safegene-export.json").write_text("{}")
+        outcome = run(*(exported if str(word) == str(world / name) else word for word in words))
+        assert outcome.code == 1 and outcome.err.startswith("TenantRefusedError: "), outcome.err
+        assert f"{exported} holds" in outcome.err
+    assert loads == [] and not (tmp_path / "out").exists()
+
+
+def test_a_degraded_checkpoint_that_carries_a_vector_is_refused(
+    run: Run, world: World, loads: list[str], tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    shutil.copytree(world / "model", exported)
+    (exported / "safegene-export.json").write_text("{}")
+    command, aligned, _, _, *rest = world.extract(tmp_path / "out")
+    outcome = run(command, aligned, exported, *rest)
+    assert outcome.code == 1 and "exported holds" in outcome.err and "added twice" in outcome.err
     assert loads == []
 
 

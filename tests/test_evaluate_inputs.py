@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 from recipe_world import pico_chat_model
 
-from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError
+from safegene_vllm.errors import (
+    ConfigError,
+    FamilyMismatchError,
+    SafegeneError,
+    TenantRefusedError,
+)
 from safegene_vllm.evaluate.inputs import Inputs, limited, named, read_inputs
 from safegene_vllm.pico import make_model, write_family, write_tenant
 
@@ -108,6 +113,15 @@ def test_what_does_not_fit_together(root: Path) -> None:
         read(root, sets={"harmful": []})
     with pytest.raises(ConfigError, match="--tenant model: another tenant, or the model"):
         read(root, tenants=[f"model={root}/acme"])
+
+
+def test_a_vector_is_not_applied_to_weights_that_carry_one(root: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    shutil.copytree(root / "model", exported)
+    (exported / "safegene-export.json").write_text("{}")
+    with pytest.raises(TenantRefusedError, match=r"exported holds .*added twice"):
+        read(root, model=exported, tenants=[])
+    assert read(root, model=exported, family=None, tenants=[]).header is None, "as it is it may"
 
 
 def test_prompts_longer_than_the_context_are_named(root: Path, tmp_path: Path) -> None:

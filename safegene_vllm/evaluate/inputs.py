@@ -26,7 +26,7 @@ from safegene_vllm.evaluate.measure import PromptSet
 from safegene_vllm.evaluate.subjects import PARENT, Subject, before_and_after, checkpoint_of
 from safegene_vllm.evaluate.tasks import Task, read_task
 from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.tenant import check_fits, kind_of
+from safegene_vllm.tenant import check_fits, kind_of, refuse_exported
 
 _NAME = re.compile(r"[\w.@+-]+")
 OPTIONS: Mapping[SetKind, str] = {
@@ -162,6 +162,8 @@ def read_inputs(
     with _collected(faults):
         if (kind := kind_of(model)) != "checkpoint":
             raise ConfigError(f"MODEL {model} holds: {kind}; expected a Hugging Face checkpoint")
+        if family is not None:
+            refuse_exported(model)
     if family is not None:
         with _collected(faults):
             header = read_family_header(family)

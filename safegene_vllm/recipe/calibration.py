@@ -109,7 +109,6 @@ def load_tenant(
         return load_model(tenant, device=device)
     if checkpoint is None:
         raise ConfigError(f"{tenant} is no full checkpoint; name the model that it sits on")
-    refuse_exported(checkpoint)
     check_fits(checkpoint, header)
     return load_model(checkpoint, tenant if kind == "adapter" else None, device=device)
 

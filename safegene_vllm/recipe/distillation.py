@@ -53,6 +53,7 @@ from safegene_vllm.recipe.training import (
     silent,
     train,
 )
+from safegene_vllm.tenant import refuse_exported
 
 TEACHER_BATCH = 16
 
@@ -197,10 +198,14 @@ def distil(
 
     The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it goes on from `state`,
     which stays until the result's `run` is cleared.
-    Errors: FamilyMismatchError naming both; ConfigError (data, settings, architecture).
+    Errors: FamilyMismatchError naming both; TenantRefusedError for an exported model; ConfigError
+    (data, settings, architecture).
     """
     if (degraded is None) == (degraded_adapter is None):
         raise ConfigError("give either a degraded checkpoint or a LoRA that degraded the model")
+    for directory in (checkpoint, degraded, degraded_adapter):
+        if directory is not None:
+            refuse_exported(directory)
     base = base_of_checkpoint(checkpoint)
     if degraded is not None and (other := base_of_checkpoint(degraded)) != base:
         raise FamilyMismatchError(

@@ -19,6 +19,7 @@ from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.compose import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.recipe.encoding import Batch
+from safegene_vllm.tenant import refuse_exported
 
 HEAD_TOLERANCE = 1e-3
 
@@ -51,10 +52,14 @@ def load_model(
 ) -> Loaded:
     """The checkpoint in `dtype`, `adapter` merged into its weights as weight load would do it.
 
-    Errors: those of reading; SiteError if the adapter has a site that the model has not.
+    Errors: TenantRefusedError if one of them was exported, so that a vector is in it already; those
+    of reading; SiteError if the adapter has a site that the model has not.
     """
     from transformers import AutoModelForCausalLM
 
+    for directory in (checkpoint, adapter):
+        if directory is not None:
+            refuse_exported(directory)
     read_checkpoint(checkpoint)
     where = chosen_device(device)
     tokenizer = load_tokenizer(checkpoint)
