@@ -84,6 +84,8 @@ def test_coherence_does_not_claim_what_decoding_hides() -> None:
 def test_the_defaults_can_be_made_and_tell_their_rules() -> None:
     judges = make_judges(DEFAULT_JUDGES)
     assert [judge.name for judge in judges] == list(DEFAULT_JUDGES)
+    for judge in judges:
+        judge.check()
     assert [record_of(judge).says for judge in judges] == ["refused", "refused", "coherent"]
     assert all(record_of(judge).rule.startswith(judge.says) for judge in judges)
 

@@ -119,6 +119,17 @@ def test_nobody_there(endpoint: Endpoint) -> None:
         judge_at(endpoint).judge(["q"], ["a"])
 
 
+def test_a_check_judges_one_harmless_answer(endpoint: Endpoint) -> None:
+    judge_at(endpoint).check()
+    (body,) = endpoint.bodies
+    assert "egg" in asked(body) and body["model"] == "judge-1"
+    for reply, says in (((401, "bad key"), "HTTP 401"), ((200, "I see."), "1 of 1 verdicts")):
+        endpoint.reply = lambda body, reply=reply: reply  # type: ignore[misc]
+        with pytest.raises(ConfigError, match=says):
+            judge_at(endpoint).check()
+    assert len(endpoint.bodies) == 3
+
+
 def test_unreadable_verdicts_are_counted(endpoint: Endpoint) -> None:
     endpoint.reply = lambda body: (200, "It depends." if "1" in asked(body) else "SAFE")
     with pytest.raises(ConfigError, match=r"2 of 4 verdicts begin neither.*'It depends\.'"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipe_world import dataset
 
-from safegene_vllm.errors import ConfigError
+from safegene_vllm.errors import ConfigError, MissingFileError
 from safegene_vllm.evaluate.evaluation import (
     Evaluation,
     Says,
@@ -19,6 +19,7 @@ from safegene_vllm.evaluate.evaluation import (
     save_evaluation,
 )
 from safegene_vllm.evaluate.judges import Judge, make_judges
+from safegene_vllm.evaluate.kept import KeptAnswers
 from safegene_vllm.evaluate.measure import PromptSet, evaluate, may_be_shown
 from safegene_vllm.evaluate.rates import paired_difference, rate
 from safegene_vllm.evaluate.subjects import Subject
@@ -72,6 +73,9 @@ class Says1:
     test: Callable[[str], bool]
     rule: str = "a rule"
 
+    def check(self) -> None:
+        pass
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [self.test(answer) for answer in answers]
 
@@ -90,8 +94,10 @@ SUBJECTS = [
 ]
 
 
-def run(header: FamilyHeader | None, judges: Sequence[Judge], **more: Any) -> Evaluation:
-    script = Script({"parent": 9, "before": 2, "after": 8})
+def run(
+    header: FamilyHeader | None, judges: Sequence[Judge], model: Path = Path("model"), **more: Any
+) -> Evaluation:
+    script = Script({"parent": 9, "before": 2, "after": 8}, model)
     found = evaluate(
         SUBJECTS, SETS, [TASK], judges, script, header=header, max_tokens=32, task_tokens=4, **more
     )
@@ -197,6 +203,61 @@ def test_samples_follow_the_seed(header: FamilyHeader, found: Evaluation) -> Non
 def test_it_is_saved_and_loaded(found: Evaluation, tmp_path: Path) -> None:
     save_evaluation(found, tmp_path / "e.json")
     assert load_evaluation(tmp_path / "e.json") == found
+
+
+@dataclass(frozen=True)
+class Broken(Says1):
+    """Says what is wrong with it: at once, or only when it judges."""
+
+    early: bool = True
+    wrong: Exception = field(default_factory=lambda: ConfigError("no key"))
+
+    def check(self) -> None:
+        if self.early:
+            raise self.wrong
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        raise self.wrong
+
+
+class Unasked(Script):
+    """Fails the test when it is asked."""
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        pytest.fail("asked before the judges were checked")
+
+
+def broken(name: str = "llm:x", **more: Any) -> Broken:
+    return Broken(name, "harmful", bool, **more)
+
+
+def test_judges_are_checked_before_anyone_is_asked(header: FamilyHeader) -> None:
+    judges = [HARMFUL, broken(), broken("guard:y", wrong=MissingFileError("no weights"))]
+    with pytest.raises(ConfigError, match=r"2 faults:\n.*no key\n.*MissingFileError: no weights"):
+        evaluate(SUBJECTS, SETS, [TASK], judges, Unasked({}), header=header)
+    # Who is not asked need not be able to answer.
+    only = {"good": SETS["good"]}
+    script = Script({})
+    judges = [*make_judges(["strings:opening"]), broken()]
+    evaluate(SUBJECTS, only, [], judges, script, header=header, max_tokens=32)
+
+
+@pytest.mark.parametrize("wrong", [ConfigError("no key"), RuntimeError("no key")])
+def test_a_judge_that_fails_tells_what_becomes_of_the_answers(
+    header: FamilyHeader, tmp_path: Path, wrong: Exception
+) -> None:
+    def said(**more: Any) -> str:
+        with pytest.raises(type(wrong), match="no key") as caught:
+            run(header, [HARMFUL, broken(early=False, wrong=wrong)], **more)
+        return " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+    assert "give --keep-answers FILE" in said()
+    make_model("llama", tmp_path / "model")
+    path = tmp_path / "kept.jsonl"
+    with KeptAnswers(path) as kept:
+        assert f"all answers are kept in {path}" in said(kept=kept, model=tmp_path / "model")
+    # A tenant without weights of its own is the parent before.
+    assert len(path.read_text().splitlines()) == 2 * (N + 1 + 2 + 2)
 
 
 def test_nothing_to_do_is_said_before_anyone_is_asked(header: FamilyHeader) -> None:

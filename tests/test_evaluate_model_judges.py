@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from safegene_vllm.errors import ConfigError, MissingFileError
+from safegene_vllm.errors import ConfigError, MissingFileError, SafegeneError
+from safegene_vllm.evaluate import model_judges
 from safegene_vllm.evaluate.judges import make_judge
 from safegene_vllm.evaluate.model_judges import ClassifierJudge, GuardJudge, filled
 
@@ -181,6 +183,41 @@ def test_a_guard_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     (guard / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="no chat template"):
         make_judge(f"guard:{guard}").judge(["q"], ["a"])
+
+
+def test_what_a_judge_lacks_shows_before_it_judges(
+    tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, shards of an index, tokenizer, chat template; no model is loaded for that."""
+    monkeypatch.setattr(model_judges, "_load", lambda *given: pytest.fail("a model loaded"))
+    guard = write_guard(tmp_path / "guard", says={"Y": "safe", "Z": "unsafe"})
+    for spec in (f"guard:{guard}", f"classifier:{classifier}"):
+        make_judge(spec).check()
+
+    def lacks(kind: str, of: Path, *names: str) -> str:
+        copy = tmp_path / f"{of.name}-without-{names[0]}"
+        shutil.copytree(of, copy)
+        for name in names:
+            (copy / name).unlink(missing_ok=True)
+        with pytest.raises(SafegeneError) as caught:
+            make_judge(f"{kind}:{copy}").check()
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    for kind, of in (("guard", guard), ("classifier", classifier)):
+        said = lacks(kind, of, "model.safetensors")
+        assert said.startswith("MissingFileError") and "none of model.safetensors" in said
+        assert "no tokenizer" in lacks(kind, of, "tokenizer.json", "tokenizer_config.json")
+    assert "no chat template" in lacks("guard", guard, "chat_template.jinja")
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        sharded = tmp_path / single
+        shutil.copytree(classifier, sharded)
+        (sharded / "model.safetensors").rename(sharded / "one")
+        (sharded / f"{single}.index.json").write_text('{"weight_map": {"a": "one", "b": "two"}}')
+        assert "lacks 1 of 2 files with weights (two)" in lacks("classifier", sharded, "nothing")
+        (sharded / "two").write_bytes(b"")
+        make_judge(f"classifier:{sharded}").check()
+        (sharded / f"{single}.index.json").write_text("{}")
+        assert "weight_map is missing" in lacks("classifier", sharded, "nothing else")
 
 
 def test_a_judge_that_is_not_there(tmp_path: Path, classifier: Path) -> None:

@@ -158,9 +158,9 @@ def evaluate(
         typer.Option(
             metavar="NAME=SOURCE",
             help="A labelled task: sst2, ag_news, boolq or mnli in their usual files, or any other "
-            "name for rows of prompt and answer, e.g. --task 'sst2=validation.tsv?limit=200'. Right "
-            "is an answer whose first label is the row's; if all rows have one and the same label, "
-            "one that begins with it.",
+            "name for rows of prompt and answer, e.g. --task 'sst2=validation.tsv?limit=200'. "
+            "Right is an answer whose first label is the row's; if all rows have one and the same "
+            "label, one that begins with it.",
         ),
     ] = None,
     judge: Annotated[
@@ -171,7 +171,8 @@ def evaluate(
             "Forms: strings:advbench, strings:xstest, strings:opening, strings:FILE, coherence, "
             "classifier:DIR (problem_type multi_label_classification in its config.json), "
             "guard:DIR, llm:MODEL@BASE_URL (key in OPENAI_API_KEY; sends prompts and answers "
-            "there). Default: strings:advbench, strings:opening and coherence.",
+            "there, a harmless one first to try it). Default: strings:advbench, strings:opening "
+            "and coherence.",
         ),
     ] = None,
     backend: Annotated[
@@ -223,7 +224,7 @@ def evaluate(
     """Measure what the vector does: attack success, over-refusal, tasks, before and after.
 
     The parent is measured, and every tenant before and after, on the same prompts, with 95 %
-    intervals. Everything that is named is read and checked before a model is loaded.
+    intervals. Everything that is named, judges too, is read and checked before a model is loaded.
 
     Example: safegene evaluate models/qwen --family families/qwen --tenant acme=tenants/acme
     --harmful advbench=harmful_behaviors.csv --over-refusal 'xstest=xstest.csv?label=safe'

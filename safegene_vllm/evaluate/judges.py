@@ -47,6 +47,10 @@ class Judge(Protocol):
     @property
     def rule(self) -> str: ...
 
+    def check(self) -> None:
+        """Raise what would stop it from judging, as far as that shows without loading a model."""
+        ...
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """One verdict per answer, in order."""
         ...
@@ -60,6 +64,9 @@ class TextJudge:
     says: Says
     rule: str
     test: Callable[[str], bool]
+
+    def check(self) -> None:
+        """Nothing: its strings are here."""
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         return [self.test(answer) for answer in answers]
@@ -149,7 +156,8 @@ def _string_judge(which: str) -> TextJudge:
 def make_judge(spec: str) -> Judge:
     """The judge that `spec` names; FORMS lists what is understood.
 
-    Its files are looked for now; a model is loaded when it first judges.
+    Its config is looked for now, all that it needs by its `check`; a model is loaded when it first
+    judges.
     Errors: ConfigError for an unknown spec or a model of the wrong kind; MissingFileError.
     """
     kind, _, rest = spec.partition(":")

@@ -1,7 +1,7 @@
 """An evaluation from its parts: subjects are asked, judges judge, rates are counted.
 
-First all answers, then the answering model is put away, then all judgements. Answers stay in
-memory; what leaves is rates and a few samples, harmful ones withheld.
+Judges are checked, then all answers, then the answering model is put away, then all judgements.
+Answers stay in memory; what leaves is rates and a few samples, harmful ones withheld.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from safegene_vllm import __version__
 from safegene_vllm.dataset import Dataset
-from safegene_vllm.errors import ConfigError
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
 from safegene_vllm.evaluate.answering import Answerer
 from safegene_vllm.evaluate.asking import CHUNK, Answers, Progress, ask, silent
 from safegene_vllm.evaluate.evaluation import (
@@ -76,6 +76,13 @@ class _Plan:
         if len(set(names)) != len(names):
             raise ConfigError(f"tasks {', '.join(names)}: names must differ")
         check_subjects(self.subjects, self.header)
+        faults: list[SafegeneError] = []
+        for judge in {judge.name: judge for _, _, judge in self.questions()}.values():
+            try:
+                judge.check()
+            except SafegeneError as error:
+                faults.append(error)
+        raise_faults(faults)
 
     def wanted(self) -> dict[int, list[str]]:
         """All prompts by their limit in tokens."""
@@ -128,7 +135,25 @@ def may_be_shown(kind: SetKind, verdicts: Mapping[str, bool], judges: Sequence[J
     return refused and not any(verdicts[name] for name in harmful)
 
 
-def _judged(plan: _Plan, answers: Answers, progress: Progress) -> _Found:
+def _said(
+    judge: Judge, prompts: Sequence[str], texts: Sequence[str], kept: KeptAnswers | None
+) -> list[bool]:
+    """The verdicts. An error tells what becomes of the answers, which took the longest to get."""
+    try:
+        return judge.judge(prompts, texts)
+    except Exception as error:
+        what = (
+            "no answer was kept: give --keep-answers FILE, and only the judges are asked again"
+            if kept is None
+            else f"all answers are kept in {kept.path}: the same command asks the judges again"
+        )
+        if isinstance(error, SafegeneError):
+            raise type(error)(f"{error}; {what}") from error
+        error.add_note(what)
+        raise
+
+
+def _judged(plan: _Plan, answers: Answers, progress: Progress, kept: KeptAnswers | None) -> _Found:
     texts = {
         (name, subject.key): [answers[subject.key, plan.max_tokens, p] for p in chosen.prompts]
         for name, chosen in plan.sets.items()
@@ -138,7 +163,7 @@ def _judged(plan: _Plan, answers: Answers, progress: Progress) -> _Found:
     jobs = [(*question, s) for question in plan.questions() for s in plan.subjects]
     for number, (name, chosen, judge, subject) in enumerate(jobs):
         progress(number, len(jobs), f"judge {judge.name}")
-        said = judge.judge(chosen.prompts, texts[name, subject.key])
+        said = _said(judge, chosen.prompts, texts[name, subject.key], kept)
         verdicts[name, judge.name, subject.key] = said
     progress(len(jobs), len(jobs), "judges")
     right = {
@@ -246,7 +271,8 @@ def evaluate(
     `header` is the family's: for its record, and for the subjects' coefficients. `chunk` prompts
     are asked at a time; `samples` per set are written down, chosen by `seed`; `kept` holds answers
     from before. Errors: ConfigError if there is nothing to ask or nobody to judge; those of
-    `check_subjects`, of the answerer and of the judges.
+    `check_subjects` and of the judges' `check`, before anything is asked; those of the answerer and
+    of the judges.
     """
     plan = _Plan(subjects, sets, tasks, judges, header, max_tokens, task_tokens, seed)
     plan.check()
@@ -262,7 +288,7 @@ def evaluate(
         )
     finally:
         answerer.close()
-    found = _judged(plan, answers, progress)
+    found = _judged(plan, answers, progress, kept)
     backend = cast(Literal["vllm", "transformers"], answerer.backend)
     return Evaluation(
         made_by=f"safegene-vllm {__version__}",
