@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def test_a_task_of_one_class_is_refused_before_a_model_is_loaded(
         ("degrade", ("--steps", 0, "--rank", 0), "steps is 0, expected at least 1; rank is 0"),
         ("extract", ("--lr", -1), "lr is -1.0"),
         ("extract", ("--retention", -1), "retention is -1.0"),
+        ("extract", ("--bounds", 2, 1), "--bounds 2.0 1.0: expected two finite numbers"),
+        ("extract", ("--bounds", 0, "inf"), "--bounds 0.0 inf"),
         ("select", ("--top-k", 3), "--top-k is 3, expected 1 to 2"),
         ("select", ("--top-k", 0), "--top-k is 0"),
         ("select", ("--plot", "scores.pdf"), "--plot scores.pdf"),
@@ -138,6 +141,21 @@ def test_another_family_is_refused_before_a_model_is_loaded(
         outcome = run(*words)
         assert outcome.code == 1 and outcome.err.startswith("FamilyMismatchError: "), words
     assert loads == []
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "package"),
+    [("degrade", (), "peft"), ("select", ("--plot", "scores.svg"), "matplotlib")],
+)
+def test_a_missing_package_is_told_at_the_start(
+    run: Run, world: World, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    command: str, more: tuple[object, ...], package: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = run(*getattr(world, command)(tmp_path / "x", *more))
+    assert outcome.code == 1 and loads == [] and list(tmp_path.iterdir()) == []
+    assert outcome.err.startswith(f"ConfigError: {package} is not installed")
+    assert "pip install 'safegene-vllm[recipe]'" in outcome.err
 
 
 def test_what_cannot_be_calibrated_is_told(

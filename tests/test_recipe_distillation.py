@@ -335,6 +335,24 @@ def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> Non
         run(root, safety=open_)
 
 
+# What is refused before a model has said anything
+
+
+def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("greedy_answers", "listen"):
+        monkeypatch.setattr(distillation, name, lambda *a, **k: pytest.fail("a model was asked"))
+    with pytest.raises(ConfigError, match=r"no module is called 'proj'"):
+        run(root, replace(SHORT, modules=("q_proj", "proj")))
+    for answer, body in ((None, 32), ("no", 3), ("n" * 40, 32)):
+        long = dataset(("short", answer), ("x" * 510, answer))
+        for kind in ("safety", "benign"):
+            told = rf"{kind} data: 1 examples do not .* row 2 \(\d+ \+ {body} tokens\)"
+            with pytest.raises(ConfigError, match=told):
+                run(root, SHORT, **{kind: long})
+
+
 # What is refused before a model is loaded
 
 

@@ -1,17 +1,27 @@
-"""What the recipe's commands share: data options read before anything heavy, progress by steps."""
+"""What the recipe's commands share: data and packages looked for first, progress by steps."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from safegene_vllm.cli.terminal import notes, progress_bar
 from safegene_vllm.dataset import Dataset, read_dataset
+from safegene_vllm.errors import ConfigError
 
 SOURCE_HELP = (
     "CSV, TSV, JSONL, JSON or a `datasets` name, with a query that chooses rows and names columns, "
     "e.g. "
 )
+
+
+def need(package: str, does: str) -> None:
+    """ConfigError unless the `package`, which `does` what is asked for, is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{package} is not installed, but {does}; pip install 'safegene-vllm[recipe]'"
+        )
 
 
 def read_all(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
+from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
 from safegene_vllm.cli.terminal import check_out, results
 from safegene_vllm.errors import ConfigError
 
@@ -52,6 +52,7 @@ def degrade(
     Example: safegene degrade models/qwen --data 'alpaca.jsonl?licence=Apache-2.0' --out runs/deg
     """
     check_out(out, checkpoint, overwrite=overwrite)
+    need("peft", "trains the LoRA")
     benign = read_all(data, "benign data", need_answers=True)
     if benign is None:
         raise ConfigError("--data: give at least one set of benign instructions with answers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,6 +210,11 @@ def extract(
     if sum(other is not None for other in others) != 1:
         raise ConfigError("give one of DEGRADED, --degraded-adapter and --aligned-adapter")
     check_out(out, checkpoint, *others, overwrite=overwrite)
+    if not (all(map(math.isfinite, bounds)) and bounds[0] <= bounds[1]):
+        raise ConfigError(
+            f"--bounds {bounds[0]} {bounds[1]}: expected two finite numbers, the lower one first, "
+            "e.g. --bounds 0 1.5"
+        )
     parts = tuple(part.strip() for part in sites.split(",")) if sites else None
     chosen = parse_layers(layers) if layers else None
     import torch

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
+from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
 from safegene_vllm.cli.terminal import bar, check_out, results, table
 from safegene_vllm.errors import ConfigError
 
@@ -76,8 +76,10 @@ def select(
     'advbench.csv?licence=MIT' --benign 'instructions.jsonl?licence=MIT' --out families/qwen
     """
     check_out(out, family, checkpoint, degraded_adapter, overwrite=overwrite)
-    if plot is not None and plot.suffix.lower() not in (".svg", ".png"):
-        raise ConfigError(f"--plot {plot}: a plot is written as .svg or .png; name the file so")
+    if plot is not None:
+        if plot.suffix.lower() not in (".svg", ".png"):
+            raise ConfigError(f"--plot {plot}: a plot is written as .svg or .png; name the file so")
+        need("matplotlib", "draws the plot")
     harmful, others = read_all(safety, "safety data"), read_all(benign, "benign data")
     if harmful is None or others is None:
         raise ConfigError("give --safety and --benign: a contrast needs both kinds of prompts")

@@ -30,6 +30,7 @@ from safegene_vllm.recipe.encoding import (
     Batches,
     Encoded,
     Example,
+    check_room,
     collate,
     encode,
     in_order,
@@ -222,8 +223,11 @@ def distil(
     safety, benign = few(safety, reached, settings.seed), few(benign, reached, settings.seed)
     loaded = load_model(checkpoint, device=device, dtype=dtype)
     check_head(loaded)
+    sites = _chosen(_linears(loaded.model), settings.modules)
     limit = settings.max_answer_tokens
     counted = {"max_answer_tokens": limit, "context_tokens": loaded.context_tokens}
+    for data, what in ((safety, "safety data"), (benign, "benign data")):
+        check_room(loaded.tokenizer, data.rows, what=what, **counted)
     examples = safe_examples(loaded, safety, limit, progress)
     safe_rows = encode(loaded.tokenizer, examples, what="safety data", **counted)
     aligned = listen(loaded, safe_rows, residual=settings.hidden > 0.0)
@@ -238,9 +242,10 @@ def distil(
     benign_rows = encode(loaded.tokenizer, kept, what="benign data", **counted)
     models = [checkpoint, degraded, degraded_adapter]
     run = Run(state, {**settings.record(), "rows": _digestible(safe_rows, benign_rows)}, models)
-    pairs, losses = _train(
-        loaded, base, aligned, listen(loaded, benign_rows), settings, run, progress
-    )
+    fresh = fresh_pairs(sites, settings.rank, settings.seed)
+    attached = Attached(fresh, base.num_layers, loaded.device)
+    teachers = (aligned, listen(loaded, benign_rows))
+    pairs, losses = _train(loaded, attached, teachers, settings, run, progress)
     recipe = {
         "method": "distill",
         "aligned": checkpoint.resolve().name,
@@ -271,29 +276,28 @@ def _benign_examples(
     return found
 
 
+def _linears(model: Any) -> dict[str, tuple[int, int]]:
+    """(D_out, D_in) of every linear module inside the layers."""
+    return {
+        name: (int(module.out_features), int(module.in_features))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
+    }
+
+
 def _train(
     loaded: Loaded,
-    base: Base,
-    aligned: Teacher,
-    degraded: Teacher,
+    attached: Attached,
+    teachers: tuple[Teacher, Teacher],
     settings: Distillation,
     run: Run,
     progress: Progress,
 ) -> tuple[dict[str, Pair], list[float]]:
-    shapes = {
-        name: (int(module.out_features), int(module.in_features))
-        for name, module in loaded.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
-    }
-    attached = Attached(
-        fresh_pairs(_chosen(shapes, settings.modules), settings.rank, settings.seed),
-        base.num_layers,
-        loaded.device,
-    )
+    aligned, _ = teachers
     half = max(1, settings.batch // 2)
     streams = [
         (teacher, Batches([len(row.ids) for row in teacher.rows], half, settings.seed + number))
-        for number, teacher in enumerate((aligned, degraded))
+        for number, teacher in enumerate(teachers)
     ]
     weights = (1.0, settings.retention)
     head = head_of(loaded.model)

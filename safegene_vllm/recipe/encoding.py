@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.chat import check_template, end_of_turn, prompt_tokens
+from safegene_vllm.dataset import Row
 from safegene_vllm.errors import ConfigError
 
 POOL_BATCHES = 8
@@ -84,14 +85,44 @@ def encode(
         if len(head) + len(body) > context_tokens:
             too_long.append(f"row {number} ({len(head)} + {len(body)} tokens)")
         rows.append(Encoded((*head, *body), len(head)))
+    _refuse(too_long, context_tokens, what)
+    if not rows:
+        raise ConfigError(f"{what} is empty; expected at least one example")
+    return rows
+
+
+def check_room(
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_answer_tokens: int,
+    context_tokens: int,
+    what: str,
+) -> None:
+    """What `encode` would refuse, before a model has answered the rows without an answer.
+
+    Those need room for the longest answer that may come. Errors: ConfigError naming the rows.
+    """
+    check_template(tokenizer)
+    end = end_of_turn(tokenizer)
+    too_long: list[str] = []
+    for number, row in enumerate(rows, 1):
+        (head,) = prompt_tokens(tokenizer, [row.prompt])
+        body = max_answer_tokens
+        if row.answer is not None:
+            given = tokenizer.encode(row.answer, add_special_tokens=False)
+            body = min(len(given) + len(end), max_answer_tokens)
+        if len(head) + body > context_tokens:
+            too_long.append(f"row {number} ({len(head)} + {body} tokens)")
+    _refuse(too_long, context_tokens, what)
+
+
+def _refuse(too_long: Sequence[str], context_tokens: int, what: str) -> None:
     if too_long:
         raise ConfigError(
             f"{what}: {len(too_long)} examples do not fit the context of {context_tokens} tokens: "
             f"{', '.join(too_long[:5])}; shorten or remove them"
         )
-    if not rows:
-        raise ConfigError(f"{what} is empty; expected at least one example")
-    return rows
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> Batch:
