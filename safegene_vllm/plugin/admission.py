@@ -7,6 +7,7 @@ remembering what was admitted. Not for serving it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,22 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Tenant:
-    """An admitted tenant: immutable, identified by `content`, loaded only from `staged`."""
+    """An admitted tenant: immutable, loaded only from `staged`.
+
+    `content` is the digest of all its files, `weights` of its adapter's alone (None without one).
+    """
 
     name: str
     path: str
     staged: Path
     profile: Profile | None
-    has_adapter: bool
     sites: int
     content: str
+    weights: str | None
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.weights is not None
 
 
 def admit(request: Any, guest: Guest) -> Tenant:
@@ -45,21 +53,20 @@ def admit(request: Any, guest: Guest) -> Tenant:
     source = Path(path)
     if not guest.settings.adapter_roots:
         source = Path(host.resolve("get_adapter_absolute_path")(path))
-    staged = guest.staging.copy(source, name, guest.settings.adapter_roots)
+    copy = guest.staging.copy(source, name, guest.settings.adapter_roots)
+    staged = copy.directory
     try:
         profile = _profile_of(staged, name, guest)
-        has_adapter = (staged / CONFIG).exists() or (staged / WEIGHTS).exists()
-        adapter = load_adapter(staged) if has_adapter else None
-        if adapter is not None:
-            _check_fit(adapter, profile, name, guest)
+        own = [(f, d) for f, d in copy.digests.items() if f in (CONFIG, WEIGHTS)]
+        weights = _digest_of(own) if own else None
         tenant = Tenant(
             name=name,
             path=path,
             staged=staged,
             profile=profile,
-            has_adapter=has_adapter,
-            sites=0 if adapter is None else len(adapter.pairs),
-            content=_content(staged),
+            sites=0 if weights is None else _fitting_sites(weights, staged, profile, name, guest),
+            content=_digest_of(copy.digests.items()),
+            weights=weights,
         )
         _check_unchanged(tenant, guest)
     except SafegeneError as error:
@@ -98,6 +105,22 @@ def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
     return profile
 
 
+def _fitting_sites(
+    weights: str, staged: Path, profile: Profile | None, name: str, guest: Guest
+) -> int:
+    """How many sites the adapter has, all of them seen to fit.
+
+    What fits does not depend on the profile, unless it is composed: an adapter that another
+    revision has brought in is not read again. Errors: as `load_adapter` and `_check_fit`.
+    """
+    twin = guest.twin(weights)
+    if twin is not None and guest.settings.apply != "composed":
+        return twin.sites
+    adapter = load_adapter(staged)
+    _check_fit(adapter, profile, name, guest)
+    return len(adapter.pairs)
+
+
 def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Guest) -> None:
     """Errors: TenantRefusedError for sites the engine cannot adapt and ranks beyond its slots."""
     faults = guest.site_faults(adapter.pairs)
@@ -132,12 +155,7 @@ def _check_unchanged(tenant: Tenant, guest: Guest) -> None:
         )
 
 
-def _content(staged: Path) -> str:
-    """Digest of all staged bytes."""
-    digest = hashlib.sha256()
-    for path in sorted(staged.iterdir()):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+def _digest_of(parts: Iterable[tuple[str, str]]) -> str:
+    """One digest of named digests, in the order of the names."""
+    text = "".join(f"{name}\0{digest}\0" for name, digest in sorted(parts))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

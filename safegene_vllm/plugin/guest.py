@@ -209,11 +209,30 @@ class Guest:
         """
         self.admit(request)
         tenant = self.tenants[request.lora_int_id]
+        if (shared := self._resident_model(tenant)) is not None:
+            return host.resolve("LoRAModel")(request.lora_int_id, shared.rank, dict(shared.loras))
         adapter = read_tenant(tenant)
         if self.settings.apply == "composed" and tenant.profile is not None:
             assert self.family is not None
             adapter = compose_adapter(adapter, self.family, tenant.profile)
         return self._host_model(request.lora_int_id, adapter)
+
+    def twin(self, weights: str) -> Tenant | None:
+        """An admitted tenant with the same adapter, whatever its name and profile."""
+        return next((t for t in self.tenants.values() if t.weights == weights), None)
+
+    def _resident_model(self, tenant: Tenant) -> Any | None:
+        """The host's form of the same adapter where another revision has it in memory.
+
+        The host has packed it in place already; packing again finds nothing left to pack. Composed
+        slots carry the profile in their weights, so nothing is shared there.
+        """
+        if tenant.weights is None or self.settings.apply == "composed":
+            return None
+        loaded = self.manager.list_adapters()
+        same = (i for i, t in self.tenants.items() if t.weights == tenant.weights and i in loaded)
+        number = next(same, None)
+        return None if number is None else loaded[number]
 
     def _host_model(self, lora_int_id: int, adapter: Adapter | None) -> Any:
         """A LoRAModel whose pairs carry their scaling in B.

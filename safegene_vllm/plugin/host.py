@@ -44,7 +44,13 @@ TABLE: dict[str, HostName] = {
     ),
     "LRUCacheLoRAModelManager": HostName(
         "vllm.lora.model_manager.LRUCacheLoRAModelManager",
-        ("activate_adapter", "_init_punica_wrapper", "remove_all_adapters", "deactivate_adapter"),
+        (
+            "activate_adapter",
+            "_init_punica_wrapper",
+            "remove_all_adapters",
+            "deactivate_adapter",
+            "list_adapters",
+        ),
         "moves an adapter into a slot: the moment to write that slot's gain row",
     ),
     "LoRAModel": HostName(

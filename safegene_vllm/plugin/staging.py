@@ -7,13 +7,16 @@ between processes: each worker owns its copies and removes them, and those of de
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from safegene_vllm.errors import TenantRefusedError
 
@@ -22,8 +25,30 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "safegene-worker-"
 
 
+@dataclass(frozen=True)
+class Staged:
+    """One copy: its directory, and the SHA-256 of every file in it, by name."""
+
+    directory: Path
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _File:
+    """Which file it is, whatever its name: a read-only one with several names is not read twice."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
 class Staging:
-    """The copies of one worker process; gone with it."""
+    """The copies of one worker process; gone with it.
+
+    A registry's store gives all revisions of a tenant hard links to one read-only weights file; so
+    does this: a revision that changes coefficients alone costs a link.
+    """
 
     def __init__(self, parent: Path | None) -> None:
         parent = Path(tempfile.gettempdir()) if parent is None else parent
@@ -31,16 +56,21 @@ class Staging:
         _remove_orphans(parent)
         self._directory = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent)
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._known: dict[_File, tuple[Path, str]] = {}
 
-    def copy(self, source: Path, name: str, roots: Sequence[Path]) -> Path:
-        """Copy the files of a tenant and return the copy's directory.
+    def copy(self, source: Path, name: str, roots: Sequence[Path]) -> Staged:
+        """Copy the files of a tenant.
 
         Errors: TenantRefusedError (not below `roots`, through a symlink, unreadable, empty).
         """
         source = allowed(source, roots)
         target = Path(tempfile.mkdtemp(prefix="tenant-", dir=self._directory))
         try:
-            found = [f for f in FILES if _copy_file(source / f, target / f, follow=not roots)]
+            found = {
+                f: digest
+                for f in FILES
+                if (digest := self._take(source / f, target / f, follow=not roots)) is not None
+            }
             pickles = [f for f in PICKLES if (source / f).exists()]
         except OSError as error:
             shutil.rmtree(target)
@@ -55,7 +85,30 @@ class Staging:
                 f"tenant {name!r}: {source} holds {hint}; expected {', '.join(FILES)}, or "
                 "safegene.json alone for a tenant that is only a profile."
             )
-        return target
+        return Staged(target, found)
+
+    def _take(self, source: Path, target: Path, *, follow: bool) -> str | None:
+        """Copy or link one file if it exists; never through a symlink unless `follow`."""
+        try:
+            handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        except FileNotFoundError:
+            return None
+        with os.fdopen(handle, "rb") as stream:
+            about = os.fstat(stream.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise OSError(f"{source.name} is not a plain file")
+            digest = self._linked(about, target) or _copied(stream, target)
+            if _shared(about):
+                self._known[_file_of(about)] = (target, digest)
+            return digest
+
+    def _linked(self, about: os.stat_result, target: Path) -> str | None:
+        """Link a file that was copied before; its digest, or None if it was not."""
+        copy, digest = self._known.get(_file_of(about), (None, None))
+        if copy is None or not _shared(about) or not copy.exists():
+            return None
+        os.link(copy, target)
+        return digest
 
     def drop(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -93,19 +146,24 @@ def _no_links(top: Path, plain: Path) -> None:
             )
 
 
-def _copy_file(source: Path, target: Path, *, follow: bool) -> bool:
-    """Copy one file if it exists; never through a symlink unless `follow`."""
-    try:
-        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
-    except FileNotFoundError:
-        return False
-    with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(f"{source.name} is not a plain file")
-        with target.open("wb") as out:
-            shutil.copyfileobj(stream, out, 1 << 20)
+def _file_of(about: os.stat_result) -> _File:
+    return _File(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+def _shared(about: os.stat_result) -> bool:
+    """Whether it is a read-only file of several names, as a store of revisions makes them."""
+    return about.st_nlink > 1 and not about.st_mode & 0o222
+
+
+def _copied(stream: IO[bytes], target: Path) -> str:
+    """Copy what is left of `stream`; the SHA-256 of it."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            out.write(block)
     target.chmod(0o400)
-    return True
+    return digest.hexdigest()
 
 
 def _remove_orphans(parent: Path) -> None:
