@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from registry_world import add_ready, registry, start_python, url
+from registry_world import FAMILY, add_ready, header, registry, start_python, url
 
 from safegene_server.registry import Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS
@@ -177,3 +177,11 @@ def test_what_a_job_cannot_be(registry: Registry) -> None:
             registry.progress(job, "w", progress, actor="w")
     with pytest.raises(RegistryError, match="expected done, failed or cancelled"):
         registry.finish(job, "w", "queued", actor="w")  # type: ignore[arg-type]
+
+
+def test_an_owner_of_one_family_leaves_the_jobs_of_others(registry: Registry) -> None:
+    (job,) = add(registry)
+    other = header("other", "1")
+    assert registry.claim("a", actor="a", family=other.digest) is None
+    claimed = registry.claim("a", actor="a", family=FAMILY)
+    assert claimed is not None and claimed.id == job

@@ -190,3 +190,17 @@ def test_what_the_gate_found_is_kept(registry: Registry) -> None:
         registry.set_revision_state(99, "ready", actor="gate")
     assert registry.revision_by_id(added.id) == again
     assert add_ready(registry, TENANT).number == 2
+
+
+def test_a_revision_remembers_where_its_adapter_came_from(registry: Registry) -> None:
+    """Another replica must fetch just this content, wherever the tenant's newest comes from."""
+    first = registry.add_revision(TENANT, profile(), actor="me", adapter_digest=ADAPTER)
+    moved = registry.add_revision(
+        TENANT, profile(2.0), actor="me", adapter_digest=ADAPTER, source="s3://bucket/new"
+    )
+    bare = registry.add_revision(TENANT, profile(), actor="me", source="s3://bucket/new")
+    assert (first.source, moved.source, bare.source) == ("/adapters/acme", "s3://bucket/new", None)
+    with pytest.raises(RegistryError, match="source"):
+        registry.add_revision(
+            TENANT, profile(), actor="me", adapter_digest=ADAPTER, source="two\nlines"
+        )

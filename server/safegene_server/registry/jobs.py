@@ -75,9 +75,12 @@ class Jobs(Database):
         *,
         actor: str,
         kinds: Iterable[str] | None = None,
+        family: str | None = None,
         lease_s: float = LEASE_S,
     ) -> Job | None:
         """The oldest job that nobody holds, now held by `owner`; None if there is none.
+
+        `family`: only jobs of its tenants, for an owner that serves no other.
 
         A job whose lease ran out is claimed again, unless it was to be cancelled or has been begun
         MAX_ATTEMPTS times; then it ends here.
@@ -91,6 +94,10 @@ class Jobs(Database):
             query = select(_T.c.id).where(due).order_by(_T.c.id).limit(1)
             if kinds is not None:
                 query = query.where(_T.c.kind.in_(list(kinds)))
+            if family is not None:
+                of_family = tables.tenants.c.family_digest == family
+                members = select(tables.tenants.c.id).where(of_family)
+                query = query.where(_T.c.tenant_id.in_(members))
             while True:
                 row = write.connection.execute(query.with_for_update(skip_locked=True)).first()
                 if row is None:

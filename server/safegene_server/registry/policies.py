@@ -141,7 +141,15 @@ def _raise(
     profile = Profile(old.family, raised, {**old.calibration, "floor": origin})
     check_profile(profile, header)
     gate = {"raised_from": revision.served_name}
-    return new_revision(write, tenant, revision.adapter_digest, profile, state="ready", gate=gate)
+    return new_revision(
+        write,
+        tenant,
+        revision.adapter_digest,
+        profile,
+        source=revision.source,
+        state="ready",
+        gate=gate,
+    )
 
 
 def _refuse_frozen(policy: Policy, tenants: list[Tenant]) -> None:

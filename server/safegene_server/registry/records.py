@@ -51,7 +51,10 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Revision:
-    """One immutable content of a tenant; `id` is its lora_int_id. State and gate may change."""
+    """One immutable content of a tenant; `id` is its lora_int_id. State and gate may change.
+
+    `source` is where its adapter can be fetched again, None for a profile on the base.
+    """
 
     id: int
     tenant: str
@@ -59,6 +62,7 @@ class Revision:
     kind: RevisionKind
     adapter_digest: str | None
     profile: Profile
+    source: str | None
     state: RevisionState
     reasons: tuple[str, ...]
     gate: Mapping[str, Any]

@@ -39,23 +39,31 @@ class Revisions(Database):
         *,
         actor: str,
         adapter_digest: str | None = None,
+        source: str | None = None,
         expected: int | None = None,
     ) -> Revision:
         """New content for a tenant, under the next number; not served yet.
 
-        `adapter_digest=None` is a profile on the base. `expected` is the number that the caller
+        `adapter_digest=None` is a profile on the base. `source` is where other replicas fetch the
+        adapter (None: the tenant's own source). `expected` is the number that the caller
         believes to be published (0: none); if another one is, nothing happens.
         Errors: RegistryError, UnknownError, FrozenError; ConflictError naming both numbers;
         FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
         """
         if adapter_digest is not None:
             words.digest(adapter_digest, "adapter_digest")
+        if source is not None:
+            words.line(source, "source", 4000)
         with self.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             check_profile(profile, find_family(write.connection, owner.family).header)
             check_floor(profile, find_policy(write.connection, owner.family), f"tenant {tenant!r}")
-            return new_revision(write, owner, adapter_digest, profile)
+            if adapter_digest is None:
+                source = None
+            elif source is None:
+                source = owner.source
+            return new_revision(write, owner, adapter_digest, profile, source=source)
 
     def set_revision_state(
         self,
@@ -111,6 +119,7 @@ def new_revision(
     adapter_digest: str | None,
     profile: Profile,
     *,
+    source: str | None,
     state: RevisionState = "registered",
     gate: Mapping[str, Any] | None = None,
 ) -> Revision:
@@ -127,6 +136,7 @@ def new_revision(
             adapter_digest=adapter_digest,
             profile_digest=raw["digest"],
             profile=raw,
+            source=source,
             state=state,
             reasons=[],
             gate=dict(gate or {}),
@@ -141,6 +151,7 @@ def new_revision(
         id=added,
         adapter=adapter_digest,
         profile=raw["digest"],
+        source=source,
     )
     return find_revision_by_id(write.connection, added)
 
@@ -203,6 +214,7 @@ def revision_of(row: Row[tuple[Any, ...]]) -> Revision:
         kind=row.kind,
         adapter_digest=row.adapter_digest,
         profile=parse_profile(row.profile, where),
+        source=row.source,
         state=row.state,
         reasons=tuple(row.reasons),
         gate=row.gate,

@@ -110,6 +110,7 @@ revisions = Table(
     Column("adapter_digest", String(71)),
     Column("profile_digest", String(71), nullable=False),
     Column("profile", _json(), nullable=False),
+    Column("source", Text),
     Column("state", String(16), nullable=False),
     Column("reasons", _json(), nullable=False),
     Column("gate", _json(), nullable=False),

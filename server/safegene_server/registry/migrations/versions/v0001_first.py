@@ -24,7 +24,7 @@ FIXED = {
     "families": "digest, name, header, source, created_at",
     "publications": "id, tenant_id, revision_id, rollout_id",
     "revisions": "id, tenant_id, number, kind, adapter_digest, profile_digest, profile, "
-    "created_at, created_by",
+    "source, created_at, created_by",
     "rollouts": "id, kind, tenants, revisions, version, created_at, created_by",
     "tenants": "id, name, family_digest, created_at",
 }
@@ -178,6 +178,7 @@ def _tables() -> None:
         sa.Column("adapter_digest", DIGEST, nullable=True),
         sa.Column("profile_digest", DIGEST, nullable=False),
         sa.Column("profile", sa.JSON(), nullable=False),
+        sa.Column("source", sa.Text(), nullable=True),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("gate", sa.JSON(), nullable=False),
