@@ -149,6 +149,9 @@ _ROUTES: dict[Rule, tuple[str, ...]] = {
 
 RULES: dict[str, Rule] = {route: rule for rule, routes in _ROUTES.items() for route in routes}
 
+_OUR_WATCH = frozenset(f"{OURS}/{name}" for name in ("ready", "receipts", "replicas"))
+_FAMILIES = f"{OURS}/families/"
+
 
 def route_path(scope: Scope) -> str:
     """The path that the app's own router will match, without the root path."""
@@ -164,10 +167,17 @@ def rule_for(method: str, path: str, public: frozenset[str] = frozenset()) -> Ru
     if method == "GET" and path in public:
         return PUBLIC
     if path == OURS or path.startswith(f"{OURS}/"):
-        return OUR_READ if method == "GET" else OUR_CHANGE
+        return _our_rule(method, path)
     if method == "GET" and path.startswith(f"{MODELS}/"):
         return LIST
     return RULES.get(f"{method} {path}", OPERATE)
+
+
+def _our_rule(method: str, path: str) -> Rule:
+    """Ours are read or admin by their method; some are about all tenants at once."""
+    if method == "GET":
+        return WATCH if path in _OUR_WATCH else OUR_READ
+    return OPERATE if path.startswith(_FAMILIES) else OUR_CHANGE
 
 
 def unclassified(app: Any) -> list[str]:
