@@ -1,0 +1,28 @@
+"""Tenant life: registered, tried out, published, changed, rolled back, retired.
+
+Between the HTTP routes, the registry, the local store and the engine of this process. Knows no HTTP
+and keeps nothing itself: what is true is in the registry.
+"""
+
+from safegene_server.tenants.jobs import Jobs, Work
+from safegene_server.tenants.onboarding import ONBOARD, onboard
+from safegene_server.tenants.profiles import Change
+from safegene_server.tenants.settings import GateSettings, TenantSettings
+from safegene_server.tenants.tenancy import Replica, Tenancy
+from safegene_server.tenants.trial import Outcome, Prompt, read_prompts, try_out
+
+__all__ = [
+    "ONBOARD",
+    "Change",
+    "GateSettings",
+    "Jobs",
+    "Outcome",
+    "Prompt",
+    "Replica",
+    "Tenancy",
+    "TenantSettings",
+    "Work",
+    "onboard",
+    "read_prompts",
+    "try_out",
+]

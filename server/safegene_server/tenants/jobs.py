@@ -1,0 +1,196 @@
+"""Runs the registry's jobs in this process: claimed, kept alive, watched for a cancel, ended.
+
+What a job does is its handler's business. A job whose process dies is claimed by another when its
+lease has run out, so a handler's every step may run twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from safegene_server.answers import EngineDownError, plain
+from safegene_server.registry import Job, Registry
+from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
+
+if TYPE_CHECKING:
+    from safegene_server.tenants.tenancy import Tenancy
+
+logger = logging.getLogger("vllm.safegene_server")
+PULSE_S = 2.0
+
+
+class JobCancelledError(SafegeneError):
+    """Somebody asked for the end of this job."""
+
+
+class JobLostError(Exception):
+    """Another owner holds the job now; whatever is left to do is theirs."""
+
+
+@dataclass
+class Work:
+    """A claimed job while it runs here; `result` is what it will have to say, also if it fails.
+
+    `cancelled` is for a thread to look at while it is busy.
+    """
+
+    registry: Registry
+    owner: str
+    job: Job
+    lease_s: float
+    result: dict[str, Any] = field(default_factory=dict)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def step(self, progress: float, message: str) -> None:
+        """Tell how far it is. Errors: JobCancelledError, JobLostError, RegistryDownError."""
+        async with self._turn:
+            await self._tell(progress, message)
+        if self.cancelled.is_set():
+            raise JobCancelledError("the job was cancelled")
+
+    async def keep_alive(self) -> None:
+        """Renew the lease until the job is somebody else's, which ends this call."""
+        renewed_s = time.monotonic()
+        while time.monotonic() - renewed_s < self.lease_s:
+            await asyncio.sleep(min(PULSE_S, self.lease_s / 4))
+            async with self._turn:
+                try:
+                    await self._tell(self.job.progress, self.job.message)
+                except RegistryDownError as error:
+                    logger.warning("SafeGene job %d: %s", self.job.id, error)
+                except JobLostError:
+                    return
+                else:
+                    renewed_s = time.monotonic()
+
+    async def finish(self, state: Literal["done", "failed", "cancelled"], message: str) -> None:
+        """The end, under the turn: no later sign of life speaks of an ended job."""
+        async with self._turn:
+            await asyncio.to_thread(
+                self.registry.finish,
+                self.job.id,
+                self.owner,
+                state,
+                actor=self.owner,
+                message=message,
+                result=self.result,
+            )
+
+    async def _tell(self, progress: float, message: str) -> None:
+        try:
+            self.job = await asyncio.to_thread(
+                self.registry.progress,
+                self.job.id,
+                self.owner,
+                progress,
+                message,
+                actor=self.owner,
+                lease_s=self.lease_s,
+            )
+        except ConflictError as error:
+            raise JobLostError(str(error)) from error
+        if self.job.cancel_requested:
+            self.cancelled.set()
+
+
+Handler = Callable[["Tenancy", Work], Awaitable[str]]
+"""Does a job; answers with the message of its success. Errors: SafegeneError, EngineDownError."""
+
+
+class Jobs:
+    """Runs jobs of the kinds that have a handler here. Start `run` as a task; cancel it to stop."""
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self.handlers = dict(handlers)
+        self._news = asyncio.Event()
+
+    def wake(self) -> None:
+        """There is a new job: look at once instead of at the next poll."""
+        self._news.set()
+
+    async def run(self, tenancy: Tenancy) -> None:
+        """Until cancelled. What was running then is claimed again, here or elsewhere."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(tenancy.settings.jobs_at_once):
+                group.create_task(self._serve(tenancy))
+
+    async def _serve(self, tenancy: Tenancy) -> None:
+        while True:
+            try:
+                if not await self.run_one(tenancy):
+                    await self._idle(tenancy.settings.poll_s)
+            except RegistryDownError as error:
+                logger.warning("SafeGene jobs wait: %s", error)
+                await asyncio.sleep(tenancy.settings.poll_s)
+            except Exception:
+                logger.exception("SafeGene jobs: a job could not be brought to its end")
+                await asyncio.sleep(tenancy.settings.poll_s)
+
+    async def run_one(self, tenancy: Tenancy) -> bool:
+        """Claim the oldest job that waits and do it; False if there was none."""
+        owner, lease_s = tenancy.replica.id, tenancy.settings.lease_s
+        job = await asyncio.to_thread(
+            tenancy.registry.claim,
+            owner,
+            actor=owner,
+            kinds=list(self.handlers),
+            family=tenancy.replica.header.digest,
+            lease_s=lease_s,
+        )
+        if job is None:
+            return False
+        await self._do(tenancy, Work(tenancy.registry, owner, job, lease_s))
+        return True
+
+    async def _do(self, tenancy: Tenancy, work: Work) -> None:
+        async def handled() -> str:
+            return await self.handlers[work.job.kind](tenancy, work)
+
+        doing, alive = asyncio.create_task(handled()), asyncio.create_task(work.keep_alive())
+        try:
+            await asyncio.wait({doing, alive}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                logger.warning("SafeGene job %d is held by another server now", work.job.id)
+                return
+            await _end(work, doing)
+        finally:
+            work.cancelled.set()
+            doing.cancel()
+            alive.cancel()
+            await asyncio.wait({doing, alive})
+            for task in (doing, alive):
+                if not task.cancelled():
+                    task.exception()
+
+    async def _idle(self, poll_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), poll_s)
+        self._news.clear()
+
+
+async def _end(work: Work, doing: asyncio.Task[str]) -> None:
+    """Write down what came of it; a job that only the registry or the engine kept from its end is
+    left to its lease, and begun again."""
+    try:
+        message = doing.result()
+    except JobLostError:
+        return
+    except (RegistryDownError, EngineDownError) as error:
+        logger.error("SafeGene job %d will be begun again: %s", work.job.id, plain(error))
+    except JobCancelledError as error:
+        await work.finish("cancelled", str(error))
+    except SafegeneError as error:
+        await work.finish("failed", plain(error))
+    except Exception:
+        logger.exception("SafeGene job %d (%s) failed", work.job.id, work.job.kind)
+        await work.finish("failed", "the job failed unexpectedly; the server's log says why")
+    else:
+        await work.finish("done", message)

@@ -1,0 +1,315 @@
+"""What may be done to a tenant, one function each; every one takes the `actor` who asked.
+
+New content goes through a job, since it may take minutes; new coefficients for the same adapter,
+a rollback and the rest are done when the function returns, and live in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safegene_server.registry import Job, Revision, Rollout, Tenant
+from safegene_server.registry.revisions import check_expected
+from safegene_server.tenants.onboarding import ONBOARD, fail, gated
+from safegene_server.tenants.profiles import Change, changed_profile, first_profile
+from safegene_server.tenants.tenancy import Tenancy, aside
+from safegene_vllm.errors import ConflictError, FrozenError, RegistryDownError, SafegeneError
+from safegene_vllm.family import FamilyHeader
+from safegene_vllm.profile import profile_json
+
+ROLLOUTS_SEARCHED = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a tenant serves now, and the rollout that other replicas follow to it.
+
+    `rollout` is None where nothing had to change and the one that did is long past.
+    """
+
+    revision: Revision
+    rollout: Rollout | None
+
+
+async def register(
+    tenancy: Tenancy,
+    name: str,
+    *,
+    source: str | None,
+    first: Change,
+    limits: Mapping[str, int],
+    publish: bool,
+    actor: str,
+) -> tuple[Tenant, Job]:
+    """A new tenant of this server's family, and the job that brings it into service.
+
+    The same registration again answers with the same tenant and job.
+    Errors: RegistryError, ConflictError (the name is taken), FrozenError, FormatError, BoundsError.
+    """
+    registry, family = tenancy.registry, tenancy.replica.header
+    params = _params(family, source, first, publish, None, actor)
+    try:
+        tenant = await aside(
+            registry.add_tenant, name, family.digest, actor=actor, source=source, limits=limits
+        )
+    except ConflictError:
+        tenant = await aside(registry.tenant, name)
+        asked = (family.digest, source, dict(limits), "active")
+        if asked != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
+            raise
+        for job in (jobs := await aside(registry.jobs, tenant=name)):
+            if job.params == params and job.state in ("queued", "running", "done"):
+                return tenant, job
+        revisions = await aside(registry.revisions, name)
+        if jobs or revisions:
+            raise
+    return tenant, await _enqueue(tenancy, name, params, actor)
+
+
+async def add_revision(
+    tenancy: Tenancy,
+    name: str,
+    *,
+    source: str | None,
+    first: Change,
+    publish: bool,
+    expected: int | None,
+    actor: str,
+) -> Job:
+    """New content for a tenant; its own source is read again if no other is given.
+
+    Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
+    """
+    tenant = await _ours(tenancy, name)
+    check_expected(tenant, expected)
+    await _refuse_unchangeable(tenancy, tenant)
+    where = source or tenant.source
+    params = _params(tenancy.replica.header, where, first, publish, expected, actor)
+    return await _enqueue(tenancy, name, params, actor)
+
+
+async def change_profile(
+    tenancy: Tenancy, name: str, change: Change, *, expected: int | None, actor: str
+) -> Published:
+    """Other coefficients for the adapter that is served; nothing happens if they are the same.
+
+    Errors: UnknownError, ConflictError, FrozenError, FormatError, FamilyMismatchError, BoundsError;
+    TenantRefusedError, ReceiptError and EngineDownError of the engine.
+    """
+    async with tenancy.changing(name):
+        tenant = await _ours(tenancy, name)
+        check_expected(tenant, expected)
+        if tenant.published is None:
+            await _refuse_unchangeable(tenancy, tenant)
+            raise ConflictError(
+                f"tenant {name!r} serves nothing whose coefficients could be changed; add a "
+                "revision"
+            )
+        current = await aside(tenancy.registry.revision, name, tenant.published)
+        profile = changed_profile(tenancy.replica.header, current, change)
+        if profile is current.profile:
+            return Published(current, await _rollout_to(tenancy, current))
+        revision = await aside(
+            tenancy.registry.add_revision,
+            name,
+            profile,
+            actor=actor,
+            adapter_digest=current.adapter_digest,
+            source=current.source,
+            expected=current.number,
+        )
+        await _prove(tenancy, revision, current, actor)
+        return await _switch(tenancy, revision, current.number, actor)
+
+
+async def publish(
+    tenancy: Tenancy, name: str, number: int, *, expected: int | None, actor: str
+) -> Published:
+    """Serve a revision that is ready or was served before. Errors: as for `change_profile`."""
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        check_expected(tenant, expected)
+        revision = await aside(tenancy.registry.revision, name, number)
+        if tenant.published == number:
+            return Published(revision, await _rollout_to(tenancy, revision))
+        if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
+            await _refuse_unchangeable(tenancy, tenant)
+            await tenancy.replica.load(revision)
+        return await _switch(tenancy, revision, expected, actor)
+
+
+async def roll_back(
+    tenancy: Tenancy, name: str, number: int | None, *, expected: int | None, actor: str
+) -> Published:
+    """Serve what was served before, or before that, `number`. Errors: as for `change_profile`.
+
+    What it goes back to is loaded first, so that a copy that is gone changes nothing.
+    """
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        check_expected(tenant, expected)
+        if number is None:
+            snapshot = await aside(tenancy.registry.snapshot)
+            number = next((r.number for r in snapshot.previous if r.tenant == name), None)
+        if number is not None and _is_ours(tenancy, tenant):
+            await _refuse_unchangeable(tenancy, tenant)
+            revision = await aside(tenancy.registry.revision, name, number)
+            if revision.state in ("superseded", "published"):
+                await tenancy.replica.load(revision)
+        rollout = await aside(
+            tenancy.registry.rollback, name, number, actor=actor, expected=expected
+        )
+        await tenancy.settle()
+        now = await aside(tenancy.registry.revision_by_id, rollout.revisions[0])
+        return Published(now, rollout)
+
+
+async def retire(
+    tenancy: Tenancy, name: str, *, expected: int | None, actor: str
+) -> tuple[Tenant, Rollout | None]:
+    """Serve a tenant no more, ever; its jobs are cancelled. Nothing happens if it is retired.
+
+    Errors: UnknownError, ConflictError, FrozenError.
+    """
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        if tenant.state == "retired":
+            return tenant, None
+        rollout = await aside(tenancy.registry.retire, name, actor=actor, expected=expected)
+        for job in await aside(tenancy.registry.jobs, tenant=name):
+            if job.state in ("queued", "running"):
+                await _cancel(tenancy, job, actor)
+        await tenancy.settle()
+        return await _known(tenancy, name), rollout
+
+
+async def set_frozen(tenancy: Tenancy, name: str, frozen: bool, *, actor: str) -> Tenant:
+    """Serving goes on; what is served may not change. Errors: UnknownError, ConflictError."""
+    registry = tenancy.registry
+    step = registry.freeze_tenant if frozen else registry.unfreeze_tenant
+    tenant = await aside(step, name, actor=actor)
+    await tenancy.settle()
+    return tenant
+
+
+async def set_limits(
+    tenancy: Tenancy, name: str, limits: Mapping[str, int], *, actor: str
+) -> Tenant:
+    """Errors: UnknownError, ConflictError, RegistryError."""
+    tenant = await aside(tenancy.registry.set_limits, name, limits, actor=actor)
+    await tenancy.settle()
+    return tenant
+
+
+def _params(
+    family: FamilyHeader,
+    source: str | None,
+    first: Change,
+    publish: bool,
+    expected: int | None,
+    actor: str,
+) -> dict[str, Any]:
+    """What an onboarding job works from; the profile is checked before anybody waits for it."""
+    profile = first_profile(family, first)
+    if source is None and profile is None:
+        raise ConflictError(
+            "neither a source nor a profile is given; a tenant is an adapter, a profile or both"
+        )
+    return {
+        "source": source,
+        "profile": None if profile is None else profile_json(profile),
+        "publish": publish,
+        "expected": expected,
+        "actor": actor,
+    }
+
+
+async def _enqueue(tenancy: Tenancy, name: str, params: Mapping[str, Any], actor: str) -> Job:
+    job = await aside(tenancy.registry.enqueue, ONBOARD, name, actor=actor, params=params)
+    tenancy.jobs.wake()
+    return job
+
+
+async def _known(tenancy: Tenancy, name: str) -> Tenant:
+    return await aside(tenancy.registry.tenant, name)
+
+
+def _is_ours(tenancy: Tenancy, tenant: Tenant) -> bool:
+    return tenant.family == tenancy.replica.header.digest
+
+
+async def _ours(tenancy: Tenancy, name: str) -> Tenant:
+    """Errors: UnknownError; ConflictError for a tenant that this engine cannot load."""
+    tenant = await _known(tenancy, name)
+    if not _is_ours(tenancy, tenant):
+        raise ConflictError(
+            f"tenant {name!r} belongs to family {tenant.family}, this server serves "
+            f"{tenancy.replica.header.name!r} {tenancy.replica.header.digest}; ask a server of "
+            "that family"
+        )
+    return tenant
+
+
+async def _refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
+    """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
+    FrozenError."""
+    if tenant.state == "retired":
+        raise ConflictError(
+            f"tenant {tenant.name!r} is retired and changes no more; add another tenant"
+        )
+    if tenant.state == "frozen":
+        raise FrozenError(f"tenant {tenant.name!r} is frozen; unfreeze it before it is changed")
+    if (await aside(tenancy.registry.policy, tenant.family)).frozen:
+        raise FrozenError(
+            f"family {tenant.family} is frozen, and tenant {tenant.name!r} with it; unfreeze the "
+            "family first"
+        )
+
+
+async def _prove(tenancy: Tenancy, revision: Revision, current: Revision, actor: str) -> None:
+    """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
+    gate: dict[str, Any] = {"made_from": current.served_name}
+    try:
+        await tenancy.replica.load(revision)
+        if tenancy.settings.gate_on_change:
+            gate |= await gated(tenancy.replica, revision, tenancy.settings)
+    except RegistryDownError:
+        raise
+    except Exception as error:
+        await fail(tenancy, revision, error, actor)
+        raise
+    await aside(tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate)
+
+
+async def _switch(
+    tenancy: Tenancy, revision: Revision, expected: int | None, actor: str
+) -> Published:
+    try:
+        rollout = await aside(
+            tenancy.registry.publish,
+            revision.tenant,
+            revision.number,
+            actor=actor,
+            expected=expected,
+        )
+    except SafegeneError:
+        if revision.state not in ("superseded", "published"):
+            await tenancy.withdraw(revision)
+        raise
+    await tenancy.settle()
+    return Published(await aside(tenancy.registry.revision_by_id, revision.id), rollout)
+
+
+async def _rollout_to(tenancy: Tenancy, revision: Revision) -> Rollout | None:
+    """The newest rollout that led to this revision."""
+    rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
+    return next((r for r in rollouts if revision.id in r.revisions), None)
+
+
+async def _cancel(tenancy: Tenancy, job: Job, actor: str) -> None:
+    try:
+        await aside(tenancy.registry.cancel, job.id, actor=actor)
+    except ConflictError:
+        return

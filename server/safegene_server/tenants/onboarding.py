@@ -1,0 +1,196 @@
+"""The job that brings new content of a tenant into service: stage, check, load, try out, publish.
+
+Every step may run twice, since a job is begun again when its server died. A tenant that fails
+stays on what it served before; the revision says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from safegene_server.answers import EngineDownError, plain
+from safegene_server.artifacts import Staged, Watch
+from safegene_server.registry import Revision
+from safegene_server.tenants.jobs import JobLostError, Work
+from safegene_server.tenants.profiles import check_record
+from safegene_server.tenants.settings import TenantSettings
+from safegene_server.tenants.tenancy import Replica, Tenancy, aside
+from safegene_server.tenants.trial import read_prompts, try_out
+from safegene_vllm.errors import (
+    ConflictError,
+    RegistryDownError,
+    SafegeneError,
+    SourceError,
+    TenantRefusedError,
+)
+from safegene_vllm.profile import Profile, parse_profile
+
+ONBOARD = "onboard"
+UNEXPECTED = "a check failed unexpectedly; the server's log says why"
+OFF = {"skipped": "the gate is switched off in this server's settings"}
+
+
+async def onboard(tenancy: Tenancy, work: Work) -> str:
+    """The handler of ONBOARD. `params`: source, profile (whole or None), publish, expected, actor.
+
+    Errors: SafegeneError, EngineDownError; JobLostError.
+    """
+    params = work.job.params
+    staged = await _stage(tenancy, work, params["source"])
+    await work.step(0.3, "checking")
+    profile = _profile(work, params["profile"], staged)
+    # Two jobs with the same content for one tenant: the second finds the first one's revision.
+    async with tenancy.changing(f"{ONBOARD} {work.job.tenant}"):
+        return await _bring_in(tenancy, work, staged, profile)
+
+
+async def _bring_in(tenancy: Tenancy, work: Work, staged: Staged | None, profile: Profile) -> str:
+    publish = work.job.params["publish"]
+    revision = await _revision(tenancy, work, staged, profile)
+    work.result["revision"] = revision.served_name
+    if revision.state == "failed":
+        raise TenantRefusedError("; ".join(revision.reasons))
+    if revision.state in ("published", "superseded", "retired"):
+        return f"{revision.served_name} was published before this job was begun again"
+    ready = await _prove(tenancy, work, revision)
+    if not publish:
+        await tenancy.withdraw(ready)
+        return f"{ready.served_name} is ready; publish it to serve it"
+    return await _publish(tenancy, work, ready)
+
+
+async def gated(replica: Replica, revision: Revision, settings: TenantSettings) -> dict[str, Any]:
+    """What the gate says of a loaded revision, for its row.
+
+    Errors: GateError with every reason and the record; those of `try_out`.
+    """
+    if not settings.gate.enabled:
+        return dict(OFF)
+    prompts = await asyncio.to_thread(read_prompts, settings.gate.prompts)
+    outcome = await try_out(replica, revision.served_name, prompts, settings.gate)
+    if not outcome.passed:
+        raise GateError(outcome.reasons, outcome.record)
+    return outcome.record
+
+
+class GateError(TenantRefusedError):
+    """The revision answered, but not as the thresholds want it."""
+
+    def __init__(self, reasons: tuple[str, ...], record: Mapping[str, Any]) -> None:
+        super().__init__("; ".join(reasons))
+        self.record = record
+
+
+async def fail(tenancy: Tenancy, revision: Revision, error: Exception, actor: str) -> None:
+    """Keep the revision with its reasons, out of the engine."""
+    gate = error.record if isinstance(error, GateError) else None
+    reasons = [UNEXPECTED]
+    if isinstance(error, SafegeneError):
+        reasons = plain(error).splitlines()
+    await tenancy.withdraw(revision)
+    await aside(
+        tenancy.registry.set_revision_state,
+        revision.id,
+        "failed",
+        actor=actor,
+        reasons=reasons,
+        gate=gate,
+    )
+
+
+async def _stage(tenancy: Tenancy, work: Work, source: str | None) -> Staged | None:
+    await work.step(0.0, "staging" if source else "starting")
+    if source is None:
+        return None
+    watch = Watch(cancelled=work.cancelled)
+    try:
+        return await aside(tenancy.store.stage, source, family=tenancy.replica.header, watch=watch)
+    except SourceError:
+        # A fetch that was stopped says so in its own words; the job's are the better ones.
+        await work.step(0.0, "staging")
+        raise
+
+
+def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None) -> Profile:
+    if given is not None:
+        return parse_profile(given, "profile")
+    if staged is not None and staged.profile is not None:
+        check_record(staged.profile)
+        return staged.profile
+    raise TenantRefusedError(
+        f"tenant {work.job.tenant!r} has no profile: none was given, and none lies beside its "
+        "adapter. This server does not calibrate; make one with `safegene calibrate` and put its "
+        "safegene.json beside the adapter, or give coefficients"
+    )
+
+
+async def _revision(
+    tenancy: Tenancy, work: Work, staged: Staged | None, profile: Profile
+) -> Revision:
+    """The revision of this job: the one that an earlier attempt has added, or a new one."""
+    registry, job, actor = tenancy.registry, work.job, work.job.params["actor"]
+    digest = None if staged is None else staged.digest
+    for known in reversed(await aside(registry.revisions, job.tenant)):
+        same = (known.adapter_digest, known.profile.digest) == (digest, profile.digest)
+        if same and known.created_by == actor and known.created_at >= job.created_at:
+            return known
+    return await aside(
+        registry.add_revision,
+        job.tenant,
+        profile,
+        actor=actor,
+        adapter_digest=digest,
+        source=job.params["source"],
+        expected=job.params["expected"],
+    )
+
+
+async def _prove(tenancy: Tenancy, work: Work, revision: Revision) -> Revision:
+    """Loaded, receipts verified, tried out. What does not pass is kept as failed."""
+    registry, actor = tenancy.registry, work.job.params["actor"]
+    if revision.state == "registered":
+        revision = await aside(registry.set_revision_state, revision.id, "checking", actor=actor)
+    try:
+        await work.step(0.4, "loading")
+        await tenancy.replica.load(revision)
+        if revision.state == "ready":
+            return revision
+        await work.step(0.5, "asking the gate's questions")
+        gate = await gated(tenancy.replica, revision, tenancy.settings)
+        await work.step(0.9, "publishing" if work.job.params["publish"] else "ending")
+    except (RegistryDownError, EngineDownError, JobLostError):
+        raise
+    except Exception as error:
+        await fail(tenancy, revision, error, actor)
+        raise
+    return await aside(registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate)
+
+
+async def _publish(tenancy: Tenancy, work: Work, revision: Revision) -> str:
+    params = work.job.params
+    try:
+        rollout = await aside(
+            tenancy.registry.publish,
+            revision.tenant,
+            revision.number,
+            actor=params["actor"],
+            expected=params["expected"],
+        )
+    except ConflictError:
+        # A publication before the last server's death, or one asked for by hand, will do.
+        now = await aside(tenancy.registry.revision_by_id, revision.id)
+        if now.state != "published":
+            await tenancy.withdraw(revision)
+            raise
+    except RegistryDownError:
+        raise
+    except SafegeneError:
+        # It is ready all the same, and can be published once what forbids it is over.
+        await tenancy.withdraw(revision)
+        raise
+    else:
+        work.result["rollout"] = rollout.id
+    await tenancy.settle()
+    return f"{revision.served_name} is published"

@@ -1,0 +1,27 @@
+"""Settings of tenant life: what cannot work is refused when it is set."""
+
+from __future__ import annotations
+
+import pytest
+
+from safegene_server.tenants import GateSettings, TenantSettings
+from safegene_vllm.errors import ConfigError
+
+
+def test_the_defaults_are_allowed() -> None:
+    assert TenantSettings().gate == GateSettings()
+    assert TenantSettings().gate.enabled
+
+
+def test_every_bad_threshold_is_named() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        GateSettings(harmful_min_refused=1.5, coherent_min=-0.1, concurrent=0)
+    for word in ("harmful_min_refused = 1.5", "coherent_min = -0.1", "gate.concurrent = 0"):
+        assert word in str(refusal.value)
+    with pytest.raises(ConfigError, match="lookalike_max_refused"):
+        GateSettings(lookalike_max_refused=float("nan"))
+
+
+def test_bad_numbers_of_jobs() -> None:
+    with pytest.raises(ConfigError, match="jobs_at_once = 0, expected more than 0"):
+        TenantSettings(jobs_at_once=0)
