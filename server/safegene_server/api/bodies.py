@@ -1,0 +1,153 @@
+"""What the routes are asked with: bodies as pydantic models, unknown fields refused.
+
+Types and sizes alone; what the values mean is for tenant life and the registry to judge.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import Path, Query
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+
+from safegene_server.tenants import Change
+
+LARGEST = 2**31 - 1
+_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?$"
+
+Number = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Expected = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        le=LARGEST,
+        description="the number that you believe to be published (0: none); 409 if another one is",
+    ),
+]
+ExpectedQuery = Annotated[
+    int | None,
+    Query(
+        ge=0,
+        le=LARGEST,
+        description="the number that you believe to be published (0: none); 409 if another one is",
+    ),
+]
+TenantName = Annotated[
+    str, Path(description="a tenant; its `/` may be written `%2F`", examples=["acme/support"])
+]
+Id = Annotated[int, Path(ge=1, le=LARGEST)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Limits(Body):
+    """What a tenant may take in each server process; what is left out has no limit."""
+
+    concurrent: Number | None = None
+    requests_per_minute: Number | None = None
+    tokens_per_minute: Number | None = None
+
+    def given(self) -> dict[str, int]:
+        return {name: value for name, value in self if value is not None}
+
+
+class First(Body):
+    """Coefficients for new content, in one of three ways; none: the safegene.json beside it."""
+
+    profile: dict[str, Any] | None = Field(None, description="a whole safegene.json")
+    coefficients: FiniteFloat | list[FiniteFloat] | None = Field(
+        None,
+        description="one number per layer of the base, or one for all layers that carry a vector",
+        examples=[1.0],
+    )
+    layers: dict[int, FiniteFloat] | None = Field(
+        None, description="layer to coefficient; the others get 0"
+    )
+    publish: bool = Field(True, description="false: stop once it is ready to be published")
+
+    def first(self) -> Change:
+        return Change(self.profile, self.coefficients, self.layers)
+
+
+class Register(First):
+    """A new tenant: an adapter with a profile, or a profile on the base alone."""
+
+    name: str = Field(pattern=_NAME, examples=["acme/support"])
+    source: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4000,
+        description="a directory on the server or a URL; null: a profile on the base",
+        examples=["s3://adapters/acme/support"],
+    )
+    limits: Limits = Limits()
+
+
+class NewRevision(First):
+    """New content for a tenant."""
+
+    source: str | None = Field(
+        None, min_length=1, max_length=4000, description="null: the tenant's own source, read again"
+    )
+    expected_revision: Expected = None
+
+
+class ChangeProfile(Body):
+    """Other coefficients for what is served now; exactly one of the first four."""
+
+    coefficients: FiniteFloat | list[FiniteFloat] | None = Field(
+        None,
+        description="one number per layer of the base, or one for all layers that carry a vector",
+    )
+    layers: dict[int, FiniteFloat] | None = Field(
+        None,
+        description="layer to coefficient; the others stay as they are",
+        examples=[{"12": 1.5}],
+    )
+    scale: FiniteFloat | None = Field(
+        None, description="a factor on all coefficients", examples=[1.2]
+    )
+    profile: dict[str, Any] | None = Field(None, description="a whole safegene.json")
+    expected_revision: Expected = None
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"scale": 1.2, "expected_revision": 3}]},
+    )
+
+    def change(self) -> Change:
+        return Change(self.profile, self.coefficients, self.layers, self.scale)
+
+
+class Publish(Body):
+    number: Number = Field(examples=[3])
+    expected_revision: Expected = None
+
+
+class Rollback(Body):
+    """`number` null: what was served before the current revision."""
+
+    number: Number | None = None
+    expected_revision: Expected = None
+
+
+class Floor(Body):
+    """`floor`: layer to least coefficient. `{}` lifts it, which lowers nobody's coefficients."""
+
+    floor: dict[int, FiniteFloat] = Field(examples=[{"12": 0.5}])
+
+
+class NewKey(Body):
+    """A key for `tenants`: names (which need not exist yet), `base`, or `*` for all."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", examples=["acme-production"])
+    scopes: list[Literal["admin", "read", "serve"]] = Field(min_length=1, examples=[["serve"]])
+    tenants: list[str] = Field(min_length=1, max_length=10_000, examples=[["acme/support"]])
+    default_tenant: str | None = Field(
+        None, description="who answers where a request names no model"
+    )
+    expires_at: AwareDatetime | None = Field(None, examples=[datetime(2030, 1, 1)])

@@ -1,0 +1,70 @@
+"""Routes of families: what they are, a floor under all coefficients, and a freeze of all tenants.
+
+Whoever changes a family changes all of its tenants, so these need a key for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from safegene_server.answers import AnswerRoute
+from safegene_server.api import bodies, shapes
+from safegene_server.api.asking import Asker, Here, whole_server
+from safegene_server.api.following import followed
+from safegene_server.registry import Registry
+from safegene_server.tenants import families
+from safegene_server.tenants.tenancy import aside
+
+router = APIRouter(route_class=AnswerRoute, tags=["families"])
+Digest = Annotated[str, Path(description="the family's digest", examples=["sha256:" + "ab" * 32])]
+
+
+@router.get("/families", summary="List families")
+async def list_families(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Family]:
+    """All of them, in the order in which they came."""
+    return shapes.Page(data=await aside(_all, tenancy.registry))
+
+
+@router.get("/families/{digest}", summary="Show a family")
+async def show_family(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family:
+    """Its layers, its bounds, its floor, and whether it is frozen."""
+    return await aside(_one, tenancy.registry, digest)
+
+
+@router.put("/families/{digest}/floor", summary="Set the floor of a family")
+async def set_floor(
+    digest: Digest, body: bodies.Floor, tenancy: Here, asker: Asker
+) -> shapes.Floored:
+    """No tenant is served below it, from now on: whoever is gets a raised revision, all at once."""
+    whole_server(asker)
+    rollout = await families.set_floor(tenancy, digest, body.floor, actor=asker.name)
+    return shapes.Floored(
+        family=await aside(_one, tenancy.registry, digest),
+        rollout=await followed(tenancy, rollout, asker),
+    )
+
+
+@router.post("/families/{digest}/freeze", summary="Freeze all tenants of a family")
+async def freeze(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family:
+    """Serving goes on; what they serve may not change until the family is unfrozen."""
+    whole_server(asker)
+    await families.set_family_frozen(tenancy, digest, True, actor=asker.name)
+    return await aside(_one, tenancy.registry, digest)
+
+
+@router.post("/families/{digest}/unfreeze", summary="Unfreeze the tenants of a family")
+async def unfreeze(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family:
+    """They may change again, except those that are frozen themselves."""
+    whole_server(asker)
+    await families.set_family_frozen(tenancy, digest, False, actor=asker.name)
+    return await aside(_one, tenancy.registry, digest)
+
+
+def _one(registry: Registry, digest: str) -> shapes.Family:
+    return shapes.family(registry.family(digest), registry.policy(digest))
+
+
+def _all(registry: Registry) -> list[shapes.Family]:
+    return [shapes.family(found, registry.policy(found.digest)) for found in registry.families()]

@@ -1,0 +1,85 @@
+"""Routes of API keys: add, list, rotate, revoke. A secret is told once, by the call that made it.
+
+A key for some tenants sees and makes only keys that reach no further than itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Path
+
+from safegene_server.access.catalog import Principal
+from safegene_server.answers import AnswerRoute
+from safegene_server.api import bodies, shapes
+from safegene_server.api.asking import Asker, Here
+from safegene_server.registry import Key
+from safegene_server.registry.words import BASE
+from safegene_server.tenants import Tenancy
+from safegene_server.tenants.tenancy import aside
+from safegene_vllm.errors import UnknownError
+
+router = APIRouter(route_class=AnswerRoute, tags=["keys"])
+KeyName = Annotated[str, Path(description="the key's name", examples=["acme-production"])]
+
+
+@router.post("/keys", status_code=201, summary="Add a key")
+async def add_key(body: bodies.NewKey, tenancy: Here, asker: Asker) -> shapes.NewKey:
+    """The answer is the only place where its secret is ever told."""
+    beyond = sorted(_beyond(asker, body.tenants))
+    if beyond:
+        raise HTTPException(
+            403, f"the key would reach further than yours: {', '.join(beyond)[:500]}"
+        )
+    made = await aside(
+        tenancy.registry.add_key,
+        body.name,
+        scopes=body.scopes,
+        tenants=body.tenants,
+        default_tenant=body.default_tenant,
+        expires_at=body.expires_at,
+        actor=asker.name,
+    )
+    await tenancy.settle()
+    return shapes.new_key(made)
+
+
+@router.get("/keys", summary="List keys")
+async def list_keys(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Key]:
+    """By name, the revoked ones among them; no secrets."""
+    found = await aside(tenancy.registry.keys)
+    return shapes.Page(data=[shapes.key(key) for key in found if not _beyond(asker, key.tenants)])
+
+
+@router.post("/keys/{name}/rotate", summary="Give a key a new secret")
+async def rotate_key(name: KeyName, tenancy: Here, asker: Asker) -> shapes.NewKey:
+    """The old secret ends with this call."""
+    await _own(tenancy, asker, name)
+    made = await aside(tenancy.registry.rotate_key, name, actor=asker.name)
+    await tenancy.settle()
+    return shapes.new_key(made)
+
+
+@router.delete("/keys/{name}", summary="Revoke a key")
+async def revoke_key(name: KeyName, tenancy: Here, asker: Asker) -> shapes.Key:
+    """It lets nobody in any more. Nothing happens if it is revoked already."""
+    key = await _own(tenancy, asker, name)
+    if key.revoked_at is None:
+        key = await aside(tenancy.registry.revoke_key, name, actor=asker.name)
+        await tenancy.settle()
+    return shapes.key(key)
+
+
+async def _own(tenancy: Tenancy, asker: Principal, name: str) -> Key:
+    """Errors: UnknownError, also for a key that reaches further than the asker's."""
+    key = await aside(tenancy.registry.key, name)
+    if _beyond(asker, key.tenants):
+        raise UnknownError(f"no key {name!r:.100} in the registry")
+    return key
+
+
+def _beyond(asker: Principal, tenants: tuple[str, ...] | list[str]) -> set[str]:
+    """What of `tenants` the asker's own key does not reach."""
+    if asker.whole_server:
+        return set()
+    return set(tenants) - asker.tenants - ({BASE} if asker.base else set())

@@ -1,0 +1,112 @@
+"""Routes of operation: rollouts, replicas, the audit, and who asks. For looking only."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, HTTPException, Query
+from pydantic import AwareDatetime
+
+from safegene_server.access.catalog import EVERY_TENANT, Principal
+from safegene_server.answers import AnswerRoute
+from safegene_server.api import shapes
+from safegene_server.api.asking import Asker, Here, whole_server
+from safegene_server.api.bodies import LARGEST, Id, Limit
+from safegene_server.api.following import follow
+from safegene_server.registry import AuditEntry, Registry
+from safegene_server.tenants.tenancy import aside
+from safegene_vllm.errors import UnknownError
+
+TENANT_ACTIONS = ("tenant.", "revision.")
+SEARCHED = 1000
+
+router = APIRouter(route_class=AnswerRoute)
+
+
+@router.get("/rollouts", summary="List rollouts", tags=["rollouts"])
+async def list_rollouts(
+    tenancy: Here,
+    asker: Asker,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> shapes.Page[shapes.Rollout]:
+    """The newest first, each with how many of the live replicas follow it."""
+    return shapes.Page(data=await aside(_rollouts, tenancy.registry, asker, limit))
+
+
+@router.get("/rollouts/{rollout}", summary="Show a rollout", tags=["rollouts"])
+async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> shapes.Rollout:
+    """How many of the live replicas follow it, and why the others do not yet."""
+    found = await aside(follow, tenancy.registry, rollout, asker)
+    if not found.tenants:
+        raise UnknownError(f"no rollout {rollout} in the registry")
+    return found
+
+
+@router.get("/replicas", summary="List live replicas", tags=["operation"])
+async def list_replicas(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Replica]:
+    """The server processes that were seen lately, and what each has applied."""
+    whole_server(asker)
+    found = await aside(tenancy.registry.replicas)
+    return shapes.Page(data=[shapes.replica(replica) for replica in found])
+
+
+@router.get("/audit", summary="Read the audit", tags=["operation"])
+async def read_audit(
+    tenancy: Here,
+    asker: Asker,
+    actor: str | None = None,
+    action: Annotated[
+        str | None, Query(description="may end in `.`: all of a kind", examples=["tenant."])
+    ] = None,
+    target: Annotated[str | None, Query(examples=["acme/support"])] = None,
+    since: AwareDatetime | None = None,
+    until: AwareDatetime | None = None,
+    cursor: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
+    limit: Limit = 100,
+) -> shapes.Page[shapes.AuditEntry]:
+    """The newest first. A key for some tenants reads of one of them at a time: its `target`."""
+    narrow = not asker.whole_server
+    if narrow and not asker.may_use((target or "").partition("@")[0]):
+        raise HTTPException(403, "the key is for some tenants; name one of them as `target`.")
+    page = await aside(
+        tenancy.registry.audit,
+        actor=actor,
+        action=action,
+        target=target,
+        since=since,
+        until=until,
+        cursor=cursor,
+        limit=limit,
+    )
+    entries = [entry for entry in page.entries if not narrow or _of_a_tenant(entry)]
+    return shapes.Page(data=[shapes.audit_entry(e) for e in entries], cursor=page.cursor)
+
+
+@router.get("/whoami", summary="Who asks", tags=["operation"])
+async def whoami(asker: Asker) -> shapes.Whoami:
+    """What the server knows of the key of this request."""
+    expires_at = asker.expires_at
+    return shapes.Whoami(
+        name=asker.name,
+        scopes=sorted(asker.scopes),
+        tenants=sorted(asker.tenants),
+        default_tenant=asker.default_tenant,
+        base=asker.base,
+        expires_at=None if expires_at is None else datetime.fromtimestamp(expires_at, UTC),
+    )
+
+
+def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[shapes.Rollout]:
+    if asker.whole_server:
+        found = registry.rollouts(limit=limit)
+    else:
+        mine = asker.tenants - {EVERY_TENANT}
+        newest = registry.rollouts(limit=SEARCHED)
+        found = tuple(r for r in newest if mine & set(r.tenants))[:limit]
+    return [follow(registry, rollout.id, asker) for rollout in found]
+
+
+def _of_a_tenant(entry: AuditEntry) -> bool:
+    """A key or a family may be named like a tenant."""
+    return entry.action.startswith(TENANT_ACTIONS)

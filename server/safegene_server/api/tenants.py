@@ -1,0 +1,188 @@
+"""Routes of tenants: register, look, change, roll back, freeze, limit, retire.
+
+A tenant's name may hold a slash, so the routes with a word after the name come first, and no tenant
+may be called like one of them.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from safegene_server.access.catalog import Principal
+from safegene_server.answers import AnswerRoute
+from safegene_server.api import bodies, shapes
+from safegene_server.api.asking import Asker, Here, own
+from safegene_server.api.bodies import ExpectedQuery, TenantName
+from safegene_server.api.following import followed
+from safegene_server.tenants import Tenancy, lifecycle
+from safegene_server.tenants.lifecycle import Published
+from safegene_server.tenants.tenancy import aside
+from safegene_vllm.errors import RegistryError
+
+WORDS = frozenset({"freeze", "limits", "profile", "publish", "revisions", "rollback", "unfreeze"})
+"""What may follow a tenant's name in a path."""
+
+router = APIRouter(route_class=AnswerRoute, tags=["tenants"])
+
+
+@router.post("/tenants", status_code=202, summary="Register a tenant")
+async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes.Onboarding:
+    """Its content is fetched, checked, tried out and published by the job in the answer.
+
+    The same request again answers with the same tenant and job.
+    """
+    second = body.name.partition("/")[2]
+    if second in WORDS:
+        raise RegistryError(
+            f"tenant name {body.name!r}: its second part may not be one of "
+            f"{', '.join(sorted(WORDS))}, which are words of this API"
+        )
+    tenant, job = await lifecycle.register(
+        tenancy,
+        own(asker, body.name),
+        source=body.source,
+        first=body.first(),
+        limits=body.limits.given(),
+        publish=body.publish,
+        actor=asker.name,
+    )
+    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
+
+
+@router.get("/tenants", summary="List tenants")
+async def list_tenants(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Tenant]:
+    """Those of the key, by name, the retired ones among them."""
+    found = await aside(tenancy.registry.tenants)
+    return shapes.Page(data=[shapes.tenant(t) for t in found if asker.may_use(t.name)])
+
+
+@router.post("/tenants/{name:path}/revisions", status_code=202, summary="Add a revision")
+async def add_revision(
+    name: TenantName, body: bodies.NewRevision, tenancy: Here, asker: Asker
+) -> shapes.Onboarding:
+    """New content from a source, brought into service by the job in the answer.
+
+    The tenant stays on what it serves until that job publishes, and if it fails.
+    """
+    job = await lifecycle.add_revision(
+        tenancy,
+        own(asker, name),
+        source=body.source,
+        first=body.first(),
+        publish=body.publish,
+        expected=body.expected_revision,
+        actor=asker.name,
+    )
+    tenant = await aside(tenancy.registry.tenant, name)
+    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
+
+
+@router.get("/tenants/{name:path}/revisions", summary="List a tenant's revisions")
+async def list_revisions(
+    name: TenantName, tenancy: Here, asker: Asker
+) -> shapes.Page[shapes.Revision]:
+    """All of them by number, with what the gate found and why some failed."""
+    found = await aside(tenancy.registry.revisions, own(asker, name))
+    return shapes.Page(data=[shapes.revision(revision) for revision in found])
+
+
+@router.patch("/tenants/{name:path}/profile", summary="Change coefficients")
+async def change_profile(
+    name: TenantName, body: bodies.ChangeProfile, tenancy: Here, asker: Asker
+) -> shapes.Switched:
+    """A new revision of the same adapter, served here when this answers.
+
+    Requests under way finish on the revision that they began with. Nothing happens if the
+    coefficients are what they were.
+    """
+    done = await lifecycle.change_profile(
+        tenancy,
+        own(asker, name),
+        body.change(),
+        expected=body.expected_revision,
+        actor=asker.name,
+    )
+    return await _switched(tenancy, done, asker)
+
+
+@router.post("/tenants/{name:path}/publish", summary="Publish a revision")
+async def publish(
+    name: TenantName, body: bodies.Publish, tenancy: Here, asker: Asker
+) -> shapes.Switched:
+    """A revision that is ready, or was served before."""
+    done = await lifecycle.publish(
+        tenancy,
+        own(asker, name),
+        body.number,
+        expected=body.expected_revision,
+        actor=asker.name,
+    )
+    return await _switched(tenancy, done, asker)
+
+
+@router.post("/tenants/{name:path}/rollback", summary="Go back to an earlier revision")
+async def roll_back(
+    name: TenantName, tenancy: Here, asker: Asker, body: bodies.Rollback | None = None
+) -> shapes.Switched:
+    """To what was served before, or with `number` further back. Again: one further back.
+
+    With `expected_revision`, a request that is sent twice goes back once.
+    """
+    body = body or bodies.Rollback()
+    done = await lifecycle.roll_back(
+        tenancy,
+        own(asker, name),
+        body.number,
+        expected=body.expected_revision,
+        actor=asker.name,
+    )
+    return await _switched(tenancy, done, asker)
+
+
+@router.post("/tenants/{name:path}/freeze", summary="Freeze a tenant")
+async def freeze(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+    """Serving goes on; what is served may not change until it is unfrozen."""
+    own(asker, name)
+    return shapes.tenant(await lifecycle.set_frozen(tenancy, name, True, actor=asker.name))
+
+
+@router.post("/tenants/{name:path}/unfreeze", summary="Unfreeze a tenant")
+async def unfreeze(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+    """It may change again, unless its family is frozen."""
+    own(asker, name)
+    return shapes.tenant(await lifecycle.set_frozen(tenancy, name, False, actor=asker.name))
+
+
+@router.put("/tenants/{name:path}/limits", summary="Set a tenant's limits")
+async def set_limits(
+    name: TenantName, body: bodies.Limits, tenancy: Here, asker: Asker
+) -> shapes.Tenant:
+    """All of them: what is left out has no limit. They are counted per server process."""
+    own(asker, name)
+    return shapes.tenant(await lifecycle.set_limits(tenancy, name, body.given(), actor=asker.name))
+
+
+@router.get("/tenants/{name:path}", summary="Show a tenant")
+async def show_tenant(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+    """What it is and what it serves."""
+    return shapes.tenant(await aside(tenancy.registry.tenant, own(asker, name)))
+
+
+@router.delete("/tenants/{name:path}", summary="Retire a tenant")
+async def retire(
+    name: TenantName, tenancy: Here, asker: Asker, expected_revision: ExpectedQuery = None
+) -> shapes.Retired:
+    """It is served no more, ever, and its jobs are cancelled. Its name and history stay."""
+    tenant, rollout = await lifecycle.retire(
+        tenancy, own(asker, name), expected=expected_revision, actor=asker.name
+    )
+    return shapes.Retired(
+        tenant=shapes.tenant(tenant), rollout=await followed(tenancy, rollout, asker)
+    )
+
+
+async def _switched(tenancy: Tenancy, done: Published, asker: Principal) -> shapes.Switched:
+    return shapes.Switched(
+        revision=shapes.revision(done.revision),
+        rollout=await followed(tenancy, done.rollout, asker),
+    )

@@ -1,0 +1,315 @@
+"""Tenant life after onboarding: changes, rollbacks, freezes, and who may be too late."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from registry_world import HEADER
+from tenancy_world import ACTOR, REFUSAL, World, world
+
+from safegene_server.tenants import Change, GateSettings, lifecycle
+from safegene_server.tenants.families import set_family_frozen, set_floor
+from safegene_server.tenants.lifecycle import Published
+from safegene_vllm.errors import (
+    BoundsError,
+    ConflictError,
+    FrozenError,
+    MissingFileError,
+    RegistryDownError,
+    TenantRefusedError,
+    UnknownError,
+)
+
+__all__ = ["world"]
+
+NAME = "acme/support"
+T = TypeVar("T")
+
+
+def run(step: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(step)
+
+
+def change(world: World, how: Change, *, expected: int | None = None) -> Published:
+    return run(lifecycle.change_profile(world.tenancy, NAME, how, expected=expected, actor=ACTOR))
+
+
+def back(world: World, number: int | None = None, *, expected: int | None = None) -> Published:
+    return run(lifecycle.roll_back(world.tenancy, NAME, number, expected=expected, actor=ACTOR))
+
+
+def test_a_change_is_a_new_revision_of_the_same_adapter(world: World) -> None:
+    world.serve(NAME)
+    staged = sorted((world.store.root / "adapters").iterdir())
+    done = change(world, Change(scale=2.0), expected=1)
+    first, second = world.registry.revisions(NAME)
+    assert (done.revision, second.state, first.state) == (second, "published", "superseded")
+    assert second.adapter_digest == first.adapter_digest and second.source == first.source
+    assert second.profile.coefficients == (2.0, 0.0, 2.0)
+    assert second.profile.calibration["made_from"]["revision"] == f"{NAME}@1"
+    assert second.gate == {"made_from": f"{NAME}@1"}
+    assert sorted((world.store.root / "adapters").iterdir()) == staged
+    assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
+    assert done.rollout is not None and world.registry.rollout_status(done.rollout.id).done
+    assert world.registry.jobs()[0].kind == "onboard" and len(world.registry.jobs()) == 1
+
+
+def test_the_same_change_again_changes_nothing(world: World) -> None:
+    world.serve(NAME)
+    once = change(world, Change(coefficients=2.0))
+    again = change(world, Change(coefficients=2.0))
+    assert again == once
+    assert len(world.registry.revisions(NAME)) == 2
+
+
+def test_a_change_of_what_was_not_seen_is_refused(world: World) -> None:
+    world.serve(NAME)
+    with pytest.raises(ConflictError, match="somebody else was first"):
+        change(world, Change(scale=2.0), expected=7)
+    assert len(world.registry.revisions(NAME)) == 1
+
+
+def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
+    world.serve(NAME)
+
+    async def both() -> None:
+        steps = [
+            lifecycle.change_profile(
+                world.tenancy, NAME, Change(scale=1.1), expected=None, actor=ACTOR
+            )
+            for _ in range(5)
+        ]
+        await asyncio.gather(*steps)
+
+    run(both())
+    served = world.registry.revision(NAME, 6)
+    assert served.state == "published"
+    assert served.profile.coefficients[0] == pytest.approx(1.1**5)
+
+
+@pytest.mark.parametrize("error", [TenantRefusedError("no slot"), RuntimeError("odd")])
+def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Exception) -> None:
+    world.serve(NAME)
+    world.replica.errors["load"] = error
+    with pytest.raises(type(error)):
+        change(world, Change(scale=2.0))
+    assert world.registry.tenant(NAME).published == 1
+    failed = world.registry.revision(NAME, 2)
+    assert failed.state == "failed" and failed.reasons
+    assert world.replica.held == {f"{NAME}@1"}
+
+
+def test_a_change_below_the_floor_or_out_of_bounds(world: World) -> None:
+    world.serve(NAME)
+    run(set_floor(world.tenancy, world.replica.header.digest, {0: 0.5}, actor=ACTOR))
+    with pytest.raises(BoundsError, match="floor"):
+        change(world, Change(scale=0.1))
+    with pytest.raises(BoundsError, match="expected"):
+        change(world, Change(scale=100.0))
+    assert world.registry.tenant(NAME).published == 1
+
+
+def test_the_gate_on_a_change(tmp_path: Path) -> None:
+    world = World(tmp_path, gate=GateSettings(), gate_on_change=True)
+    world.serve(NAME)
+    done = change(world, Change(scale=1.5))
+    assert done.revision.gate["passed"] is True
+    world.replica.answer = lambda prompt: REFUSAL
+    with pytest.raises(TenantRefusedError, match="lookalike_max_refused"):
+        change(world, Change(scale=1.5))
+    assert world.registry.tenant(NAME).published == 2
+    assert world.registry.revision(NAME, 3).gate["passed"] is False
+    assert world.replica.held >= {f"{NAME}@2"} and f"{NAME}@3" not in world.replica.held
+
+
+def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None:
+    world.serve(NAME)
+    load = world.replica.load
+
+    async def overtaken(revision: Any) -> None:
+        await load(revision)
+        world.registry.freeze_tenant(NAME, actor="other")
+
+    world.replica.load = overtaken  # type: ignore[method-assign]
+    with pytest.raises(FrozenError):
+        change(world, Change(scale=2.0))
+    assert world.registry.revision(NAME, 2).state == "ready"
+    assert world.replica.held == {f"{NAME}@1"}
+
+
+def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) -> None:
+    world.serve(NAME)
+    world.replica.errors["reconcile"] = RegistryDownError("away")
+    done = change(world, Change(scale=2.0))
+    assert world.registry.tenant(NAME).published == 2
+    assert done.rollout is not None
+    status = world.registry.rollout_status(done.rollout.id)
+    assert (status.applied, status.live) == (0, 1) and "needs" in status.lagging[0].reason
+
+
+def test_nothing_to_change(world: World) -> None:
+    with pytest.raises(UnknownError):
+        change(world, Change(scale=2.0))
+    world.registry.add_tenant(NAME, world.replica.header.digest, actor=ACTOR)
+    with pytest.raises(ConflictError, match="serves nothing"):
+        change(world, Change(scale=2.0))
+
+
+def test_back_and_further_back(world: World) -> None:
+    world.serve(NAME)
+    for _ in range(2):
+        change(world, Change(scale=1.5))
+    done = back(world, expected=3)
+    assert done.revision.number == 2
+    assert done.rollout is not None and done.rollout.kind == "rollback"
+    with pytest.raises(ConflictError):
+        back(world, expected=3)
+    assert back(world).revision.number == 1
+    assert world.catalog.view.tenants[NAME].served == f"{NAME}@1"
+    with pytest.raises(ConflictError, match="nothing to go back to"):
+        back(world)
+
+
+def test_back_to_a_number(world: World) -> None:
+    world.serve(NAME)
+    for _ in range(2):
+        change(world, Change(scale=1.5))
+    assert back(world, 1).revision.number == 1
+    with pytest.raises((UnknownError, ConflictError)):
+        back(world, 9)
+
+
+def test_back_to_what_cannot_be_loaded_changes_nothing(world: World) -> None:
+    world.serve(NAME)
+    change(world, Change(scale=1.5))
+    world.replica.errors["load"] = MissingFileError("gone")
+    with pytest.raises(MissingFileError):
+        back(world)
+    assert world.registry.tenant(NAME).published == 2
+
+
+def test_publishing_by_hand(world: World) -> None:
+    world.serve(NAME)
+    change(world, Change(scale=1.5))
+    loads = len(world.replica.loads)
+    done = run(lifecycle.publish(world.tenancy, NAME, 1, expected=2, actor=ACTOR))
+    assert done.revision.number == 1 and len(world.replica.loads) == loads + 1
+    again = run(lifecycle.publish(world.tenancy, NAME, 1, expected=1, actor=ACTOR))
+    assert again == done
+    world.replica.errors["load"] = TenantRefusedError("no")
+    with pytest.raises(TenantRefusedError):
+        change(world, Change(scale=1.2))
+    with pytest.raises(ConflictError, match="is failed"):
+        run(lifecycle.publish(world.tenancy, NAME, 3, expected=None, actor=ACTOR))
+
+
+def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
+    world.serve(NAME)
+    change(world, Change(scale=1.5))
+    run(lifecycle.set_frozen(world.tenancy, NAME, True, actor=ACTOR))
+    loads = list(world.replica.loads)
+    more: dict[str, Any] = {"expected": None, "actor": ACTOR}
+    for step in (
+        lambda: change(world, Change(scale=1.1)),
+        lambda: back(world),
+        lambda: run(lifecycle.publish(world.tenancy, NAME, 1, **more)),
+        lambda: run(lifecycle.retire(world.tenancy, NAME, **more)),
+        lambda: run(
+            lifecycle.add_revision(
+                world.tenancy, NAME, source=None, first=Change(), publish=True, **more
+            )
+        ),
+    ):
+        with pytest.raises(FrozenError):
+            step()
+    assert world.replica.loads == loads
+    run(lifecycle.set_frozen(world.tenancy, NAME, False, actor=ACTOR))
+    assert back(world).revision.number == 1
+    run(set_family_frozen(world.tenancy, world.replica.header.digest, True, actor=ACTOR))
+    with pytest.raises(FrozenError):
+        change(world, Change(scale=1.1))
+
+
+def test_retiring_ends_the_jobs_and_is_told_twice(world: World) -> None:
+    world.serve(NAME)
+    job = run(
+        lifecycle.add_revision(
+            world.tenancy,
+            NAME,
+            source=None,
+            first=Change(),
+            publish=True,
+            expected=None,
+            actor=ACTOR,
+        )
+    )
+    tenant, rollout = run(lifecycle.retire(world.tenancy, NAME, expected=1, actor=ACTOR))
+    assert tenant.state == "retired" and rollout is not None and rollout.kind == "retire"
+    assert world.registry.job(job.id).state == "cancelled"
+    assert NAME not in world.catalog.view.tenants and world.replica.held == set()
+    assert run(lifecycle.retire(world.tenancy, NAME, expected=1, actor=ACTOR)) == (tenant, None)
+    with pytest.raises(ConflictError, match="retired"):
+        change(world, Change(scale=1.1))
+
+
+def test_limits_are_live_at_once(world: World) -> None:
+    world.serve(NAME)
+    run(lifecycle.set_limits(world.tenancy, NAME, {"concurrent": 3}, actor=ACTOR))
+    assert world.catalog.view.tenants[NAME].limits.concurrent == 3
+
+
+def test_a_floor_raises_whoever_is_below(world: World) -> None:
+    world.serve(NAME)
+    digest = world.replica.header.digest
+    rollout = run(set_floor(world.tenancy, digest, {0: 1.5}, actor=ACTOR))
+    assert rollout is not None and world.registry.rollout_status(rollout.id).done
+    raised = world.registry.revision(NAME, 2)
+    assert raised.profile.coefficients == (1.5, 0.0, 1.0)
+    assert raised.source == world.registry.revision(NAME, 1).source
+    assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
+    assert run(set_floor(world.tenancy, digest, {0: 0.5}, actor=ACTOR)) is None
+
+
+def test_the_same_registration_again_is_the_same_job(world: World) -> None:
+    given: dict[str, Any] = {
+        "source": world.adapter(),
+        "first": Change(),
+        "limits": {"concurrent": 2},
+        "publish": True,
+        "actor": ACTOR,
+    }
+    _, once = run(lifecycle.register(world.tenancy, NAME, **given))
+    _, twice = run(lifecycle.register(world.tenancy, NAME, **given))
+    assert twice.id == once.id
+    assert world.work().state == "done"
+    assert run(lifecycle.register(world.tenancy, NAME, **given))[1].id == once.id
+    for other in ({"limits": {}}, {"source": "/else"}, {"publish": False}):
+        with pytest.raises(ConflictError, match="exists"):
+            run(lifecycle.register(world.tenancy, NAME, **{**given, **other}))
+
+
+def test_a_registration_that_stopped_before_its_job_is_completed(world: World) -> None:
+    source = world.adapter()
+    digest = world.replica.header.digest
+    world.registry.add_tenant(NAME, digest, actor=ACTOR, source=source)
+    given = {"source": source, "first": Change(), "limits": {}, "publish": True}
+    run(lifecycle.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
+    assert world.work().state == "done"
+
+
+def test_nothing_is_registered_of_nothing(world: World) -> None:
+    given = {"source": None, "first": Change(), "limits": {}, "publish": True}
+    with pytest.raises(ConflictError, match="neither a source nor a profile"):
+        run(lifecycle.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
+    assert world.registry.tenants() == ()
+
+
+def test_a_tenant_of_another_family_is_for_another_server(world: World) -> None:
+    world.registry.add_family(HEADER, None, actor=ACTOR)
+    world.registry.add_tenant(NAME, HEADER.digest, actor=ACTOR)
+    with pytest.raises(ConflictError, match="ask a server of that family"):
+        change(world, Change(scale=1.1))
