@@ -15,6 +15,7 @@ SafegeneError
 ├── BoundsError             a coefficient out of bounds, a wrong count, non-zero without a vector
 ├── ConfigError             a setting: the message names key, value and what was expected
 ├── HostError               a vLLM version or option that cannot be honoured
+├── ApiError                a server that we asked refused, or gave no answer
 ├── TenantRefusedError      this tenant is not served; others are
 ├── SourceError             what an owner named cannot be fetched: not allowed, down, changing
 ├── StoreError              this server's own disk cannot keep or give a file
@@ -88,6 +89,29 @@ class ConfigError(SafegeneError):
 
 class HostError(SafegeneError):
     """vLLM's version, or an option of it, cannot be honoured."""
+
+
+class ApiError(SafegeneError):
+    """A server that we asked refused, or gave no answer: then `status` is None.
+
+    `message` is the server's own; `param` the part of the request that it is about.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        advice: str = "",
+    ) -> None:
+        where = "" if status is None else f" (HTTP {status})"
+        super().__init__(f"{message}{where}{advice and '; '}{advice}")
+        self.message = message
+        self.status = status
+        self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class TenantRefusedError(SafegeneError):

@@ -1,0 +1,370 @@
+"""`Client`: a method for every route of a server's tenants, keys, rollouts, jobs and replicas.
+
+Answers are the server's own objects (see shapes); refusals are ApiError. Waits for long steps, and
+through a restart of the server while it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import httpx
+
+from safegene_vllm.client.connection import (
+    ATTEMPTS,
+    FIRST_PAUSE_S,
+    TIMEOUT_S,
+    Connection,
+    part_of_path,
+    tenant_path,
+)
+from safegene_vllm.client.shapes import (
+    ENDED,
+    AuditPage,
+    Change,
+    Family,
+    Floored,
+    Job,
+    JobState,
+    Key,
+    Replica,
+    Retired,
+    Revision,
+    Rollout,
+    Started,
+    Tenant,
+    Whoami,
+)
+from safegene_vllm.client.waiting import PATIENCE_S, POLL_S, watched
+
+
+class Client:
+    """A server at `base_url` (with or without /v1), asked with an API key. Close it, or use `with`.
+
+    Errors of every method: ApiError; ConfigError for what cannot be sent.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        attempts: int = ATTEMPTS,
+        first_pause_s: float = FIRST_PAUSE_S,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._server = Connection(
+            base_url,
+            key,
+            timeout_s=timeout_s,
+            attempts=attempts,
+            first_pause_s=first_pause_s,
+            transport=transport,
+        )
+
+    def close(self) -> None:
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self._server.url!r})"
+
+    def whoami(self) -> Whoami:
+        """What the server knows of this key: its name, scopes and tenants."""
+        return cast(Whoami, self._server.request("GET", "/whoami"))
+
+    # Tenants
+
+    def tenants(self) -> list[Tenant]:
+        return cast(list[Tenant], list(self._server.listed("/tenants")))
+
+    def tenant(self, name: str) -> Tenant:
+        return cast(Tenant, self._tenant("GET", name))
+
+    def add_tenant(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        profile: Mapping[str, Any] | None = None,
+        coefficients: Sequence[float] | float | None = None,
+        layers: Mapping[int, float] | None = None,
+        limits: Mapping[str, int] | None = None,
+        publish: bool | None = None,
+    ) -> Started:
+        """A tenant and the job that brings it in; `source` is as the server sees it.
+
+        Coefficients as for change_profile; with none, the safegene.json of the source is taken.
+        `publish=False` stops where the revision is ready.
+        """
+        change = _change(profile=profile, coefficients=coefficients, layers=layers)
+        body = {"name": name, "source": source, "limits": limits, "publish": publish, **change}
+        return cast(Started, self._server.request("POST", "/tenants", body=body))
+
+    def retire_tenant(self, name: str, *, expected_revision: int | None = None) -> Retired:
+        """The tenant is served no more; its history stays."""
+        query = {"expected_revision": expected_revision}
+        path = f"/tenants/{tenant_path(name)}"
+        return cast(Retired, self._server.request("DELETE", path, query=query))
+
+    def revisions(self, name: str) -> list[Revision]:
+        found = self._server.listed(f"/tenants/{tenant_path(name)}/revisions")
+        return cast(list[Revision], list(found))
+
+    def add_revision(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        profile: Mapping[str, Any] | None = None,
+        coefficients: Sequence[float] | float | None = None,
+        layers: Mapping[int, float] | None = None,
+        publish: bool | None = None,
+        expected_revision: int | None = None,
+    ) -> Started:
+        """New content for a tenant, and the job that brings it in; None: its source, read again."""
+        change = _change(profile=profile, coefficients=coefficients, layers=layers)
+        which = {"source": source, "publish": publish, "expected_revision": expected_revision}
+        body = {**which, **change}
+        return cast(Started, self._tenant("POST", name, "/revisions", body))
+
+    def change_profile(
+        self,
+        name: str,
+        *,
+        profile: Mapping[str, Any] | None = None,
+        coefficients: Sequence[float] | float | None = None,
+        layers: Mapping[int, float] | None = None,
+        scale: float | None = None,
+        expected_revision: int | None = None,
+    ) -> Change:
+        """Other coefficients for the same weights, live when this returns. Give one of the four.
+
+        `profile` is the content of a safegene.json; `coefficients` one number per layer, or one
+        for every layer with a vector; `layers` keeps those it does not name; `scale` multiplies
+        those served now.
+        """
+        change = _change(profile=profile, coefficients=coefficients, layers=layers, scale=scale)
+        body = {"expected_revision": expected_revision, **change}
+        return cast(Change, self._tenant("PATCH", name, "/profile", body))
+
+    def publish(self, name: str, number: int, *, expected_revision: int | None = None) -> Change:
+        """Serve a revision that is ready, or was served before."""
+        body = {"number": number, "expected_revision": expected_revision}
+        return cast(Change, self._tenant("POST", name, "/publish", body))
+
+    def rollback(
+        self, name: str, number: int | None = None, *, expected_revision: int | None = None
+    ) -> Change:
+        """Publish revision `number` again (None: the one before the published one)."""
+        body = {"number": number, "expected_revision": expected_revision}
+        return cast(Change, self._tenant("POST", name, "/rollback", body))
+
+    def freeze_tenant(self, name: str) -> Tenant:
+        """Refuse every change of what the tenant is served from, until it is unfrozen."""
+        return cast(Tenant, self._tenant("POST", name, "/freeze", {}))
+
+    def unfreeze_tenant(self, name: str) -> Tenant:
+        return cast(Tenant, self._tenant("POST", name, "/unfreeze", {}))
+
+    def set_limits(self, name: str, limits: Mapping[str, int]) -> Tenant:
+        """All limits of a tenant; one that is not named is lifted."""
+        return cast(Tenant, self._tenant("PUT", name, "/limits", dict(limits)))
+
+    def calibrate(
+        self,
+        name: str,
+        examples: Mapping[str, Sequence[Mapping[str, str | None]]],
+        *,
+        data: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        expected_revision: int | None = None,
+    ) -> Started:
+        """Have the server find the tenant's coefficients on its own engine, as a job.
+
+        `examples` has `safety`, `task` and maybe `benign`: objects with `prompt` and `answer`
+        (None: the server's own choice). `data` tells the calibration record where they are from.
+        """
+        given = {kind: [dict(row) for row in rows] for kind, rows in examples.items()}
+        which = {"data": data, "seed": seed, "expected_revision": expected_revision}
+        return cast(Started, self._tenant("POST", name, "/calibrate", {"examples": given, **which}))
+
+    # Families
+
+    def families(self) -> list[Family]:
+        return cast(list[Family], list(self._server.listed("/families")))
+
+    def family(self, digest: str) -> Family:
+        return cast(Family, self._family("GET", digest))
+
+    def set_floor(self, digest: str, floor: Mapping[int, float]) -> Floored:
+        """The least coefficient of each named layer, for every tenant of the family."""
+        body = {"floor": {str(layer): least for layer, least in floor.items()}}
+        return cast(Floored, self._family("PUT", digest, "/floor", body))
+
+    def freeze_family(self, digest: str) -> Family:
+        """Refuse every change of every tenant of the family, until it is unfrozen."""
+        return cast(Family, self._family("POST", digest, "/freeze", {}))
+
+    def unfreeze_family(self, digest: str) -> Family:
+        return cast(Family, self._family("POST", digest, "/unfreeze", {}))
+
+    # Keys
+
+    def keys(self) -> list[Key]:
+        return cast(list[Key], list(self._server.listed("/keys")))
+
+    def add_key(
+        self,
+        name: str,
+        *,
+        scopes: Sequence[str],
+        tenants: Sequence[str],
+        default_tenant: str | None = None,
+        expires_at: str | None = None,
+    ) -> Key:
+        """A key with its `secret`, which is told this once. `expires_at` is ISO 8601 with a zone.
+
+        `scopes` are among serve, read and admin; `tenants` are names, `base` or `*`.
+        """
+        body = {
+            "name": name,
+            "scopes": list(scopes),
+            "tenants": list(tenants),
+            "default_tenant": default_tenant,
+            "expires_at": expires_at,
+        }
+        return cast(Key, self._server.request("POST", "/keys", body=body))
+
+    def rotate_key(self, name: str) -> Key:
+        """Another secret for a key, told this once; the old one ends now."""
+        path = f"/keys/{part_of_path(name)}/rotate"
+        return cast(Key, self._server.request("POST", path, body={}))
+
+    def revoke_key(self, name: str) -> Key:
+        return cast(Key, self._server.request("DELETE", f"/keys/{part_of_path(name)}"))
+
+    # Rollouts, replicas, audit
+
+    def rollouts(self, *, limit: int | None = None) -> list[Rollout]:
+        """The newest first."""
+        return cast(list[Rollout], list(self._server.listed("/rollouts", {"limit": limit})))
+
+    def rollout(self, id: int) -> Rollout:
+        return cast(Rollout, self._server.request("GET", f"/rollouts/{id}"))
+
+    def replicas(self) -> list[Replica]:
+        return cast(list[Replica], list(self._server.listed("/replicas")))
+
+    def audit(
+        self,
+        *,
+        actor: str | None = None,
+        action: str | None = None,
+        target: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        limit: int | None = None,
+        cursor: int | str | None = None,
+    ) -> AuditPage:
+        """One page of who did what, the newest first; `cursor` of one page asks for the next."""
+        query = {
+            "actor": actor,
+            "action": action,
+            "target": target,
+            "since": since,
+            "until": until,
+            "limit": limit,
+            "cursor": cursor,
+        }
+        return cast(AuditPage, self._server.request("GET", "/audit", query=query))
+
+    # Jobs
+
+    def jobs(
+        self,
+        *,
+        tenant: str | None = None,
+        state: JobState | None = None,
+        limit: int | None = None,
+    ) -> list[Job]:
+        """The newest first."""
+        query = {"tenant": tenant, "state": state, "limit": limit}
+        return cast(list[Job], list(self._server.listed("/jobs", query)))
+
+    def job(self, id: int) -> Job:
+        return cast(Job, self._server.request("GET", f"/jobs/{id}"))
+
+    def cancel_job(self, id: int) -> Job:
+        """Ask the job to stop; it does so between two of its steps."""
+        return cast(Job, self._server.request("POST", f"/jobs/{id}/cancel", body={}))
+
+    # Waiting
+
+    def wait_job(
+        self,
+        id: int,
+        *,
+        timeout_s: float | None = None,
+        poll_s: float = POLL_S,
+        patience_s: float = PATIENCE_S,
+        seen: Callable[[Job], object] = bool,
+    ) -> Job:
+        """The job once it has ended, well or not; `seen` is called with every look at it.
+
+        Errors: TimeoutError after `timeout_s`; ApiError if the server is away for `patience_s`.
+        """
+        words = f"job {id} has not ended"
+        times = (timeout_s, poll_s, patience_s)
+        return watched(lambda: self.job(id), lambda job: job["state"] in ENDED, seen, words, times)
+
+    def wait_rollout(
+        self,
+        id: int,
+        *,
+        timeout_s: float | None = None,
+        poll_s: float = POLL_S,
+        patience_s: float = PATIENCE_S,
+        seen: Callable[[Rollout], object] = bool,
+    ) -> Rollout:
+        """The rollout once every live replica follows it. Errors: as of wait_job."""
+        words = f"rollout {id} is not applied by every live replica"
+        times = (timeout_s, poll_s, patience_s)
+        return watched(lambda: self.rollout(id), lambda found: found["done"], seen, words, times)
+
+    def _family(
+        self, method: str, digest: str, action: str = "", body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        path = f"/families/{part_of_path(digest)}{action}"
+        return self._server.request(method, path, body=body)
+
+    def _tenant(
+        self, method: str, name: str, action: str = "", body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self._server.request(method, f"/tenants/{tenant_path(name)}{action}", body=body)
+
+
+def _change(
+    *,
+    profile: Mapping[str, Any] | None = None,
+    coefficients: Sequence[float] | float | None = None,
+    layers: Mapping[int, float] | None = None,
+    scale: float | None = None,
+) -> dict[str, Any]:
+    """The part of a body that says which coefficients."""
+    many = coefficients if isinstance(coefficients, float | int | None) else list(coefficients)
+    named = None if layers is None else {str(layer): value for layer, value in layers.items()}
+    return {"profile": profile, "coefficients": many, "layers": named, "scale": scale}

@@ -1,0 +1,271 @@
+"""A tiny server with the shapes of /v1/safegene, on a real port, for the client and the commands.
+
+It remembers what it was asked and keeps a few tenants in a dictionary. Not a copy of the real
+rules: it accepts what it is told, and fails when a test says so.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+KEY = "sg-" + "k" * 43
+SECRET = "sg-" + "s" * 43
+AT = "2031-05-01T08:00:00.123456+00:00"
+OURS = "/v1/safegene"
+FAMILY = "sha256:" + "f" * 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request as it came; `path` is raw, after /v1/safegene."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    body: Any
+    key: str | None
+
+
+@dataclass
+class World:
+    """What the server knows and was asked. `faults` are answered first, one per request."""
+
+    asked: list[Asked] = field(default_factory=list)
+    faults: deque[Response] = field(default_factory=deque)
+    tenants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    revisions: list[dict[str, Any]] = field(default_factory=list)
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    job_states: list[str] = field(default_factory=lambda: ["queued", "running", "done"])
+    message: str = "publishing"
+    applied: list[int] = field(default_factory=lambda: [1, 2])
+    page: int = 2
+    url: str = ""
+
+    def tenant(self, name: str, **more: Any) -> dict[str, Any]:
+        made = {
+            "name": name,
+            "family": FAMILY,
+            "source": None,
+            "state": "active",
+            "limits": {},
+            "published": 1,
+            "served": f"{name}@1",
+            "created_at": AT,
+        } | more
+        self.tenants[name] = made
+        return made
+
+    def revision(self, tenant: str, coefficients: list[float], **more: Any) -> dict[str, Any]:
+        number = 1 + sum(known["tenant"] == tenant for known in self.revisions)
+        made = {
+            "name": f"{tenant}@{number}",
+            "tenant": tenant,
+            "number": number,
+            "kind": "adapter",
+            "adapter_digest": "sha256:" + "a" * 64,
+            "profile_digest": "sha256:" + "b" * 64,
+            "coefficients": coefficients,
+            "state": "published",
+            "reasons": [],
+            "gate": {},
+            "created_at": AT,
+            "created_by": "ops",
+        } | more
+        self.revisions.append(made)
+        return made
+
+    def rollout(self) -> dict[str, Any]:
+        """The next look at the one rollout there is; the last stays."""
+        applied = self.applied[0] if len(self.applied) == 1 else self.applied.pop(0)
+        lagging = [{"replica": "r2", "reason": "not seen for 9 s"}] if applied < 2 else []
+        return {
+            "id": 12,
+            "kind": "publish",
+            "tenants": ["acme/support"],
+            "revisions": ["acme/support@1"],
+            "applied": applied,
+            "live": 2,
+            "done": not lagging,
+            "lagging": lagging,
+            "created_at": AT,
+            "created_by": "ops",
+        }
+
+    def job(self, kind: str = "onboard") -> dict[str, Any]:
+        """The next look at the one job there is; the last stays."""
+        states = self.job_states
+        state = states[0] if len(states) == 1 else states.pop(0)
+        return {
+            "id": 7,
+            "kind": kind,
+            "tenant": "acme/support",
+            "revision": None,
+            "state": state,
+            "progress": {"queued": 0.0, "running": 0.5}.get(state, 1.0),
+            "message": self.message,
+            "result": {"revision": "acme/support@1", "rollout": 12} if state == "done" else None,
+            "attempts": 1,
+            "created_at": AT,
+            "updated_at": AT,
+        }
+
+    def listed(self, items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
+        begin = int(query.get("cursor", 0))
+        end = begin + self.page
+        return {"data": items[begin:end], "cursor": end if end < len(items) else None}
+
+    def answer(self, asked: Asked) -> Any:
+        """What the real routes would say, or None for 404."""
+        match asked.method, *asked.path.strip("/").split("/"):
+            case "GET", "whoami":
+                return {"name": "ops", "scopes": ["admin"], "tenants": ["*"]}
+            case "GET", "tenants":
+                return self.listed(list(self.tenants.values()), asked.query)
+            case "POST", "tenants":
+                return {"tenant": self.tenant(asked.body["name"]), "job": self.job()}
+            case method, "tenants", *parts:
+                return self.of_tenant(method, parts, asked)
+            case "GET", "families":
+                return {"data": [family()], "cursor": None}
+            case "GET", "families", _:
+                return family()
+            case "PUT", "families", _, "floor":
+                return {"family": family(floor=asked.body["floor"]), "rollout": self.rollout()}
+            case "POST", "families", _, "freeze" | "unfreeze" as word:
+                return family(frozen=word == "freeze")
+            case "GET", "keys":
+                return self.listed(list(self.keys.values()), asked.query)
+            case ("POST", "keys") | ("POST", "keys", _, "rotate"):
+                return self.key(asked)
+            case "DELETE", "keys", name:
+                return self.keys.pop(name, None)
+            case "GET", "rollouts":
+                return {"data": [self.rollout()], "cursor": None}
+            case "GET", "rollouts", "12":
+                return self.rollout()
+            case "GET", "jobs":
+                return {"data": [self.job()], "cursor": None}
+            case ("GET", "jobs", "7") | ("POST", "jobs", "7", "cancel"):
+                return self.job()
+            case "GET", "replicas":
+                one = {"id": "r1", "host": "node-1", "pid": 17, "started_at": AT, "seen_at": AT}
+                replica = one | {"applied_version": 4, "faults": ["acme/support@1: no receipt"]}
+                return {"data": [replica], "cursor": None}
+            case "GET", "audit":
+                what = {"actor": "ops", "action": "key.add", "target": "acme-app"}
+                entry = {"id": 9, "at": AT, **what, "details": {"scopes": ["serve"]}}
+                return {"data": [entry], "cursor": 9}
+        return None
+
+    def of_tenant(self, method: str, parts: list[str], asked: Asked) -> Any:
+        action = parts.pop() if "/".join(parts) not in self.tenants else ""
+        name = "/".join(parts)
+        if name not in self.tenants:
+            return None
+        tenant = self.tenants[name]
+        change = {"revision": (self.revisions or [None])[-1], "rollout": None}
+        match method, action:
+            case "GET", "":
+                return tenant
+            case "DELETE", "":
+                tenant["state"] = "retired"
+                return {"tenant": tenant, "rollout": self.rollout()}
+            case "GET", "revisions":
+                own = [known for known in self.revisions if known["tenant"] == name]
+                return self.listed(own, asked.query)
+            case "POST", "revisions" | "calibrate":
+                return {"tenant": tenant, "job": self.job(action)}
+            case ("PATCH", "profile") | ("POST", "publish" | "rollback"):
+                return change | {"rollout": self.rollout()}
+            case "POST", "freeze" | "unfreeze":
+                tenant["state"] = "frozen" if action == "freeze" else "active"
+                return tenant
+            case "PUT", "limits":
+                tenant["limits"] = asked.body
+                return tenant
+        return None
+
+    def key(self, asked: Asked) -> dict[str, Any]:
+        name = asked.body.get("name", "acme-app")
+        made = {
+            "name": name,
+            "prefix": SECRET[:8],
+            "scopes": asked.body.get("scopes", ["serve"]),
+            "tenants": asked.body.get("tenants", ["acme/support"]),
+            "default_tenant": asked.body.get("default_tenant"),
+            "expires_at": asked.body.get("expires_at"),
+            "revoked_at": None,
+            "created_at": AT,
+        }
+        self.keys[name] = made
+        return {**made, "secret": SECRET}
+
+
+def family(**more: Any) -> dict[str, Any]:
+    made = {"digest": FAMILY, "name": "pico", "source": None, "num_layers": 2, "layers": [0, 1]}
+    policy = {"floor": {"1": 0.5}, "frozen": False}
+    return made | {"bounds": [0.0, 3.0], "created_at": AT} | policy | more
+
+
+def error(status: int, message: str, *, param: str | None = None, **headers: str) -> JSONResponse:
+    """A refusal in OpenAI's shape; `Retry_After="1"` is a header."""
+    body = {"error": {"message": message, "type": "Error", "param": param, "code": status}}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return JSONResponse(body, status_code=status, headers=named)
+
+
+def app_of(world: World) -> FastAPI:
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def anything(request: Request) -> Response:
+        content = await request.body()
+        raw = request.scope["raw_path"].decode()
+        key = request.headers.get("authorization")
+        asked = Asked(
+            request.method,
+            raw.removeprefix(OURS),
+            dict(request.query_params),
+            json.loads(content) if content else None,
+            key,
+        )
+        world.asked.append(asked)
+        if world.faults:
+            return world.faults.popleft()
+        if key != f"Bearer {KEY}":
+            return error(401, "this key is not known here")
+        found = world.answer(asked) if raw.startswith(OURS + "/") else None
+        return JSONResponse({"detail": "Not Found"}, 404) if found is None else JSONResponse(found)
+
+    return app
+
+
+@contextmanager
+def served(app: Any, port: int = 0) -> Iterator[str]:
+    """The address of `app` while it is served on loopback; `port` 0 is any free one."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        end = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < end, "the test's server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
