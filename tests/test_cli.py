@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "vllm", "transformers", "fastapi", "numpy", "peft"}
 TEACHING = {"inspect", "degrade", "extract", "select", "calibrate", "profile"}
 TEACHING |= {"evaluate", "report", "export"}
+TEACHING |= {"tenant", "family", "key", "rollout", "job", "replica", "audit"}
 """The commands that people type with paths of their own: every option shows an example."""
 PRESENT = [
     name
@@ -127,12 +128,28 @@ def test_every_option_teaches_with_help(run: Run, name: str) -> None:
 
     outcome = run(name, "--help")
     assert outcome.code == 0 and name in outcome.out
-    group: Any = typer.main.get_command(build_app())
-    for parameter in group.commands[name].params:
-        if parameter.name != "help":
-            assert parameter.help, parameter.name
-            if name in TEACHING and parameter.name not in ("method", "overwrite"):
-                assert "e.g." in parameter.help, parameter.name
+    whole: Any = typer.main.get_command(build_app())
+    command = whole.commands[name]
+    parts = getattr(command, "commands", {"": command})
+    for part in parts.values():
+        for parameter in part.params:
+            if parameter.name != "help":
+                assert parameter.help, parameter.name
+                if name in TEACHING and parameter.name not in ("method", "overwrite"):
+                    assert "e.g." in parameter.help, (part.name, parameter.name)
+
+
+@pytest.mark.parametrize("name", ["tenant", "family", "key", "rollout", "job", "replica"])
+def test_a_group_tells_its_commands_and_each_shows_itself(run: Run, name: str) -> None:
+    from importlib import import_module
+
+    commands = import_module(f"safegene_vllm.cli.{name}").COMMANDS
+    told = run(name, "--help")
+    assert told.code == 0 and commands
+    for command in commands:
+        assert command in told.out
+        shown = " ".join(run(name, command, "--help").out.split())
+        assert f"Example: safegene {name} {command}" in shown
 
 
 def test_the_module_is_the_command() -> None:

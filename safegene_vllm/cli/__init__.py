@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from safegene_vllm import __version__
+from safegene_vllm.cli.terminal import clean
 from safegene_vllm.errors import SafegeneError
 
 COMMANDS = {
@@ -28,8 +29,15 @@ COMMANDS = {
     "evaluate": "safegene_vllm.cli.evaluate",
     "report": "safegene_vllm.cli.report",
     "serve": "safegene_vllm.cli.serve",
+    "tenant": "safegene_vllm.cli.tenant",
+    "family": "safegene_vllm.cli.family",
+    "key": "safegene_vllm.cli.key",
+    "rollout": "safegene_vllm.cli.rollout",
+    "job": "safegene_vllm.cli.job",
+    "replica": "safegene_vllm.cli.replica",
+    "audit": "safegene_vllm.cli.audit",
 }
-"""Where each command is, a function of its own name, in the order of the help."""
+"""Where each command is, in the order of the help: a function of its own name, or a group."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -47,18 +55,24 @@ def _options(
     """Safety vectors for a model family, calibrated per tenant, served by stock vLLM."""
 
 
-def build_app() -> typer.Typer:
-    """The command line with every command whose module is there.
-
-    A module may set CONTEXT_SETTINGS (`{"allow_extra_args": True, ...}`) for its command.
-    """
-    app = typer.Typer(
-        name="safegene",
+def _group(name: str, help: str | None) -> typer.Typer:
+    return typer.Typer(
+        name=name,
+        help=help,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+
+
+def build_app() -> typer.Typer:
+    """The command line with every command whose module is there.
+
+    A module may set CONTEXT_SETTINGS (`{"allow_extra_args": True, ...}`) for its command. One that
+    has COMMANDS (name -> function) is a group of commands, told about in HELP.
+    """
+    app = _group("safegene", None)
     app.callback()(_options)
     for name, module in COMMANDS.items():
         try:
@@ -66,6 +80,12 @@ def build_app() -> typer.Typer:
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
+            continue
+        if hasattr(loaded, "COMMANDS"):
+            group = _group(name, loaded.HELP)
+            for command, function in loaded.COMMANDS.items():
+                group.command(command)(function)
+            app.add_typer(group)
             continue
         settings = getattr(loaded, "CONTEXT_SETTINGS", None)
         app.command(name, context_settings=settings)(getattr(loaded, name))
@@ -81,5 +101,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(1)
     except (SafegeneError, OSError) as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(clean(f"{type(error).__name__}: {error}"), err=True)
         sys.exit(1)

@@ -12,7 +12,7 @@ from safegene_vllm.cli.terminal import coefficient_table, results
 from safegene_vllm.errors import ConfigError
 
 
-def parse_coefficients(text: str) -> dict[int, float]:
+def parse_coefficients(text: str, option: str = "--coefficients") -> dict[int, float]:
     """`0:0.5,3-5:1.0` as a map from layer to coefficient. Errors: ConfigError."""
     found: dict[int, float] = {}
     for part in text.split(","):
@@ -23,11 +23,11 @@ def parse_coefficients(text: str) -> dict[int, float]:
             colon = ""
         if not colon:
             raise ConfigError(
-                f"--coefficients: {part!r} is not LAYER:NUMBER; write for example 0:0.5,3-5:1.0"
+                f"{option}: {part!r} is not LAYER:NUMBER; write for example 0:0.5,3-5:1.0"
             )
-        for layer in parse_layers(layers, "--coefficients"):
+        for layer in parse_layers(layers, option):
             if layer in found:
-                raise ConfigError(f"--coefficients: layer {layer} is given twice")
+                raise ConfigError(f"{option}: layer {layer} is given twice")
             found[layer] = number
     return found
 

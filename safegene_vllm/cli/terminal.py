@@ -27,6 +27,11 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+def clean(text: str) -> str:
+    """`text` without characters that could do something to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def bar(value: float, top: float, *, width: int = 24) -> str:
     """|value| as a bar of at most `width` characters, `top` being a full one."""
     share = min(abs(value) / top, 1.0) if top > 0 else 0.0
