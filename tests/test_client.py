@@ -263,6 +263,7 @@ def test_a_refusal_carries_what_the_server_said(client: Client, world: World) ->
         (JSONResponse(["x"], 400), "x"),
         (JSONResponse({"error": "flat"}, 400), "flat"),
         (JSONResponse({"detail": "Not Found"}, 404), "does this server run SafeGene"),
+        (JSONResponse({"detail": "Method Not Allowed"}, 405), "and this release of it"),
         (RedirectResponse("https://elsewhere/v1"), "https://elsewhere/v1"),
         (JSONResponse(["not", "an", "object"]), "is this a SafeGene server"),
         (HTMLResponse("<h1>Hello</h1>"), "is this a SafeGene server"),

@@ -19,17 +19,17 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def results() -> Console:
     """stdout, for what was asked; text is printed as it is, without markup."""
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def notes() -> Console:
     """stderr, for progress and remarks."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def clean(text: str) -> str:
     """`text` without characters that could do something to a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def bar(value: float, top: float, *, width: int = 24) -> str:

@@ -321,15 +321,21 @@ class Client:
         timeout_s: float | None = None,
         poll_s: float = POLL_S,
         patience_s: float = PATIENCE_S,
-        seen: Callable[[Job], object] = bool,
+        seen: Callable[[Job], object] = lambda job: None,
     ) -> Job:
         """The job once it has ended, well or not; `seen` is called with every look at it.
 
         Errors: TimeoutError after `timeout_s`; ApiError if the server is away for `patience_s`.
         """
-        words = f"job {id} has not ended"
-        times = (timeout_s, poll_s, patience_s)
-        return watched(lambda: self.job(id), lambda job: job["state"] in ENDED, seen, words, times)
+        return watched(
+            lambda: self.job(id),
+            lambda job: job["state"] in ENDED,
+            seen,
+            words=f"job {id} has not ended",
+            timeout_s=timeout_s,
+            poll_s=poll_s,
+            patience_s=patience_s,
+        )
 
     def wait_rollout(
         self,
@@ -338,12 +344,18 @@ class Client:
         timeout_s: float | None = None,
         poll_s: float = POLL_S,
         patience_s: float = PATIENCE_S,
-        seen: Callable[[Rollout], object] = bool,
+        seen: Callable[[Rollout], object] = lambda rollout: None,
     ) -> Rollout:
         """The rollout once every live replica follows it. Errors: as of wait_job."""
-        words = f"rollout {id} is not applied by every live replica"
-        times = (timeout_s, poll_s, patience_s)
-        return watched(lambda: self.rollout(id), lambda found: found["done"], seen, words, times)
+        return watched(
+            lambda: self.rollout(id),
+            lambda rollout: rollout["done"],
+            seen,
+            words=f"rollout {id} is not applied by every live replica",
+            timeout_s=timeout_s,
+            poll_s=poll_s,
+            patience_s=patience_s,
+        )
 
     def _family(
         self, method: str, digest: str, action: str = "", body: Mapping[str, Any] | None = None

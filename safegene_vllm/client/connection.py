@@ -141,8 +141,8 @@ class Connection:
             param = None
             detail = found.get("detail") if isinstance(found, dict) else None
             message = detail if isinstance(detail, str) else reply.text[:200].strip()
-        if status == 404 and message in ("Not Found", ""):
-            message = f"{reply.request.url.path} is not there"
+        if (status == 404 and message in ("Not Found", "")) or status == 405:
+            message = f"{reply.request.method} {reply.request.url.path} is not known there"
             advice = "does this server run SafeGene with a registry, and this release of it?"
         return ApiError(
             message or reply.reason_phrase,

@@ -19,11 +19,16 @@ def watched(
     look: Callable[[], T],
     ended: Callable[[T], bool],
     seen: Callable[[T], object],
+    *,
     words: str,
-    times: tuple[float | None, float, float],
+    timeout_s: float | None,
+    poll_s: float,
+    patience_s: float,
 ) -> T:
-    """Look until it has ended; `times` are the timeout, the pause and the patience, in seconds."""
-    timeout_s, poll_s, patience_s = times
+    """What was found once it has ended; `seen` is called with every look, the last one too.
+
+    Errors: TimeoutError that begins with `words`; ApiError if nobody answers for `patience_s`.
+    """
     began = answered = time.monotonic()
     while True:
         try:
