@@ -24,10 +24,20 @@ FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
 TORCH_ROOMS = {"compose", "recipe", "evaluate", "plugin", "pico"}
 SERVER_MAY_IMPORT = {
-    *("adapter", "description", "disk", "errors", "family", "profile", "receipt", "settings"),
+    *(
+        "adapter",
+        "dataset",
+        "description",
+        "disk",
+        "errors",
+        "family",
+        "profile",
+        "receipt",
+        "settings",
+    ),
     *("tenant", "tensorfile"),
 }
-SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluate.judges.",)
+SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluate.judges.", "safegene_vllm.plugin.request.")
 """Torch-free modules of rooms that are not."""
 HEAVY = {"vllm", "torch", "fastapi", "transformers", "peft"}
 

@@ -16,6 +16,8 @@ from tenancy_world import SECRETS, World
 EXAMPLES = 25
 REAL = {"name": "acme/support", "digest": FAMILY.digest, "job": 1, "rollout": 1}
 """What half of the requests are about; made-up names are soon told from real ones."""
+GOOD = {"PATCH /v1/safegene/tenants/{name}/profile": {"scale": 1.2}}
+"""In place of an empty body, which is drawn often: few made-up ones make sense."""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,10 @@ def _try(label: str, cases: Any, answers: Counter[str]) -> None:
     def ask(case: Any, real: bool) -> None:
         if real and case.path_parameters:
             case.path_parameters = {name: REAL[name] for name in case.path_parameters}
+            if isinstance(case.body, dict):
+                # A made-up number is never the published one: hardly anything would succeed.
+                case.body.pop("expected_revision", None)
+                case.body = case.body or dict(GOOD.get(label, {}))
         headers = {"Authorization": f"Bearer {SECRETS['admin']}"}
         answer = case.call(headers=headers)
         status = answer.status_code

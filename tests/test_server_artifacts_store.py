@@ -1,4 +1,4 @@
-"""The store by its verbs: stage, revision, remove_unused; and what is left when one fails."""
+"""The store by its verbs: stage, revision, drop, remove_unused; and what is left when one fails."""
 
 from __future__ import annotations
 
@@ -210,6 +210,18 @@ def test_what_nobody_keeps_is_removed(tmp_path: Path, store: Store) -> None:
     store.verify(first, kept.digest)
     assert list((store.root / "incoming").iterdir()) == []
     assert store.remove_unused([(first, kept.digest), (None, kept.digest)]) == ()
+
+
+def test_one_revision_is_dropped_and_its_adapter_stays(tmp_path: Path, store: Store) -> None:
+    digest = store.stage(a_tenant(tmp_path / "acme"), family=FAMILY).digest
+    gone, kept = a_profile(1.0), a_profile(2.0)
+    path = store.revision(digest, gone)
+    store.revision(digest, kept)
+    store.drop(digest, gone.digest)
+    assert not path.exists() and list((store.root / "incoming").iterdir()) == []
+    store.drop(digest, gone.digest)
+    store.verify(digest, kept.digest)
+    assert store.revision(digest, gone) == path
 
 
 def test_what_was_used_lately_stays_with_its_adapter(tmp_path: Path, store: Store) -> None:

@@ -10,11 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from servers import START_S, end, free_port, start, until_serving
 
 from safegene_vllm import pico
 from safegene_vllm.adapter import Adapter, Pair, save_adapter
@@ -35,16 +31,10 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-ROOT = Path(__file__).parent.parent
 KEY = "a-key"
 PROMPT = [5, 9, 33, 77, 101]
-START_S = 240.0
 RANKS = min(2, len(os.sched_getaffinity(0)))
 """Tensor parallel where there are two cores: every promise is one of all ranks."""
-SMALL = (
-    *("--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32"),
-    *("--max-model-len", "256", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "67108864"),
-)
 
 
 @dataclass
@@ -80,30 +70,6 @@ class Server:
         return {tenant["name"]: tenant for tenant in answer.json()["tenants"]}
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
-    """`safegene serve` in a process of its own, its output in one pipe."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "server"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "safegene_vllm", "serve", *arguments, *SMALL],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            **env,
-        },
-    )
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Family]:
     d = tmp_path_factory.mktemp("engine")
@@ -126,18 +92,7 @@ def server(files: tuple[Path, Family]) -> Iterator[Server]:
         *("--served-model-name", "base", "--port", str(port), "--api-key", KEY),
         *("-tp", str(RANKS)),
     )
-    # A server that hangs must not hang the tests: its end closes the pipe we read.
-    watchdog = threading.Timer(START_S, process.kill)
-    watchdog.start()
-    lines: list[str] = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        if line.startswith("serving at"):
-            break
-    watchdog.cancel()
-    drain = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
-    drain.start()
+    lines, drain = until_serving(process)
     url = f"http://127.0.0.1:{port}"
     try:
         assert lines[-1].startswith("serving at"), "\n".join(lines[-60:])
@@ -147,14 +102,7 @@ def server(files: tuple[Path, Family]) -> Iterator[Server]:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
             yield Server(d, root, family, http, client, list(lines))
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        drain.join(timeout=10)
-        process.stdout.close()
+        end(process, drain)
 
 
 @pytest.fixture

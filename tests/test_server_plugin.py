@@ -557,6 +557,25 @@ def test_whatever_is_published_past_the_gate_is_seen(world: World) -> None:
     assert "rank 0 has no adapter 'x'" in shape_of_openai(answer.json(), 503)
 
 
+def test_what_comes_or_goes_while_the_ranks_are_asked_is_no_fault(world: World) -> None:
+    world.serve("t1")
+    client = world.start()
+    ask = world.engine.collective_rpc
+
+    async def meanwhile(method: str, args: tuple[Any, ...] = ()) -> Any:
+        answers = await ask(method, args)
+        gone = world.models.lora_requests.pop("t1", None)
+        fresh = Request("x", 9, str(world.d / "t1"))
+        world.models.lora_requests["t1" if gone is None else "x"] = fresh
+        return answers
+
+    world.engine.collective_rpc = meanwhile  # type: ignore[method-assign]
+    answer = client.get("/v1/safegene/ready")
+    assert answer.status_code == 200 and answer.json()["tenants"] == []
+    world.engine.collective_rpc = ask  # type: ignore[method-assign]
+    assert client.get("/v1/safegene/ready").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "param"),
     [

@@ -9,7 +9,7 @@ import pytest
 from registry_world import FAMILY, add_ready, header, registry, start_python, url
 
 from safegene_server.registry import Registry
-from safegene_server.registry.jobs import MAX_ATTEMPTS
+from safegene_server.registry.jobs import MAX_ATTEMPTS, PRIVATE
 from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
 
 __all__ = ["registry", "url"]
@@ -53,6 +53,24 @@ def test_a_job_from_its_beginning_to_its_end(registry: Registry) -> None:
     assert registry.claim("worker", actor="worker") is None
     assert registry.jobs(tenant=TENANT, state="done") == (registry.job(job.id),)
     assert registry.jobs(state="queued") == registry.jobs(tenant="globex") == ()
+
+
+def test_what_is_private_is_forgotten_however_a_job_ends(registry: Registry) -> None:
+    given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
+    done, waiting, begun = (
+        registry.enqueue("calibrate", TENANT, actor="me", params=given).id for _ in range(3)
+    )
+    claimed = registry.claim("worker", actor="worker")
+    assert claimed is not None and claimed.params == given
+    assert registry.progress(done, "worker", 0.5, actor="worker").params == given
+    assert registry.finish(done, "worker", "failed", actor="worker").params == {"seed": 1}
+    assert registry.cancel(waiting, actor="me").params == {"seed": 1}
+    for _ in range(MAX_ATTEMPTS):
+        again = registry.claim("worker", actor="worker", lease_s=-1.0)
+        assert again is not None and again.params == given
+    assert registry.claim("worker", actor="worker") is None
+    assert (registry.job(begun).state, registry.job(begun).params) == ("failed", {"seed": 1})
+    assert "secret" not in str(registry.audit(limit=1000))
 
 
 def test_the_oldest_of_the_wanted_kinds_comes_first(registry: Registry) -> None:

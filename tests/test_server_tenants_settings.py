@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safegene_server.tenants import GateSettings, TenantSettings
+from safegene_server.tenants import CalibrationSettings, GateSettings, TenantSettings
 from safegene_vllm.errors import ConfigError
 
 
@@ -25,3 +25,18 @@ def test_every_bad_threshold_is_named() -> None:
 def test_bad_numbers_of_jobs() -> None:
     with pytest.raises(ConfigError, match="jobs_at_once = 0, expected more than 0"):
         TenantSettings(jobs_at_once=0)
+
+
+def test_every_bad_number_of_calibration_is_named() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        CalibrationSettings(evaluations=0, share=1.5, held_out=0.0, pull=-1.0, refusal=" ")
+    for word in (
+        "calibration.evaluations = 0",
+        "calibration.share = 1.5, expected more than 0, at most 1",
+        "calibration.held_out = 0.0",
+        "calibration.pull = -1.0",
+        "calibration.refusal is empty",
+    ):
+        assert word in str(refusal.value)
+    with pytest.raises(ConfigError, match="share"):
+        CalibrationSettings(share=float("nan"))

@@ -77,6 +77,13 @@ def serve(
             show_default="one per tenant, at least 4",
         ),
     ] = None,
+    server_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Serve the tenants of a registry: file with its URL, store and access, e.g. "
+            "safegene.yaml."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print command and environment; start nothing.")
     ] = False,
@@ -101,6 +108,7 @@ def serve(
             adapter_roots=adapter_root or (),
             missing_profile=None if missing_profile is None else missing_profile.value,
             slots=slots,
+            server_config=server_config,
             vllm_args=context.args,
         ),
         os.environ,

@@ -89,7 +89,9 @@ def build_command(
         argv += lora_arguments(options, flags, settings, artifacts)
         flags = flags.without("lora-modules")
         argv += module_arguments(options)
-        if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environ:
+        if options.server_config is not None:
+            env["SAFEGENE_SERVER_CONFIG"] = str(absolute(options.server_config))
+        elif "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environ:
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if not flags.given("worker-extension-cls"):
         argv += ["--worker-extension-cls", WORKER_EXTENSION]
@@ -152,6 +154,8 @@ def _contradictions(
         found.append(
             f"--config {flags.value('config')} sets {names}: give them on the command line"
         )
+    if options.server_config is not None:
+        found += _registry_contradictions(options, flags, settings)
     replicas = flags.number("data-parallel-size") or 1
     if replicas > 1:
         found.append(
@@ -179,6 +183,26 @@ def _contradictions(
     else:
         found += lora_contradictions(options, flags, settings)
     return [ConfigError(f"{fault}.") for fault in found]
+
+
+def _registry_contradictions(options: ServeOptions, flags: Flags, settings: Settings) -> list[str]:
+    """What a registry decides and the command line cannot."""
+    where = f"--server-config {options.server_config}"
+    found = []
+    if options.server_config is not None and not options.server_config.is_file():
+        found.append(f"{where}: there is no such file")
+    if options.tenants or flags.given("lora-modules"):
+        found.append(f"--tenant and --lora-modules with {where}: tenants are the registry's")
+    if flags.given("api-key"):
+        found.append(f"--api-key with {where}: keys are the registry's, or named in that file")
+    if settings.apply == "weights":
+        found.append(f"{where} with --apply weights: weights serve one checkpoint")
+    if settings.missing_profile != "refuse":
+        found.append(
+            f"--missing-profile {settings.missing_profile} with {where}: every revision of "
+            "a registry has a profile"
+        )
+    return found
 
 
 def _plugins(environ: Mapping[str, str], installed: Sequence[str] | None) -> str:

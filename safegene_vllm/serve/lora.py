@@ -19,6 +19,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank accepts."""
 UNNAMED_RANK = 16
 MIN_SLOTS = 4
+REGISTRY_ADAPTERS = 256
+"""How many adapters of a registry are kept in host memory, ready for a slot."""
 
 
 def lora_contradictions(options: ServeOptions, flags: Flags, settings: Settings) -> list[str]:
@@ -80,10 +82,11 @@ def lora_arguments(
             )
         )
     raise_faults(faults)
+    many = REGISTRY_ADAPTERS if options.server_config is not None else 0
     ours: dict[str, list[str]] = {
         "enable-lora": [],
         "max-loras": [str(slots)],
-        "max-cpu-loras": [str(max(slots, len(artifacts.tenants)))],
+        "max-cpu-loras": [str(max(slots, len(artifacts.tenants), many))],
         "max-lora-rank": [str(bucket)],
         "lora-target-modules": modules,
     }

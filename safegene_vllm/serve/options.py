@@ -9,7 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user asked for. `vllm_args` are all flags that are not ours, in their order."""
+    """What the user asked for. `vllm_args` are all flags that are not ours, in their order.
+
+    `server_config` is the server's own file (registry, store, access); tenants are in it then.
+    """
 
     model: str
     family: Path | None = None
@@ -20,6 +23,7 @@ class ServeOptions:
     adapter_roots: Sequence[Path] = ()
     missing_profile: str | None = None
     slots: int | None = None
+    server_config: Path | None = None
     vllm_args: Sequence[str] = ()
 
 

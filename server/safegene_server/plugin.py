@@ -12,11 +12,14 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
+from safegene_server.door import attach_door, check_host, open_door
 from safegene_server.gate import Gate
 from safegene_server.routes import LOAD_PATH, load_router, router
 from safegene_server.sagemaker import AdaptersNeedKey
+from safegene_server.settings import read_settings
 from safegene_server.verifier import Verifier, read_expected
-from safegene_vllm.errors import ReceiptError
+from safegene_vllm.errors import ConfigError, ReceiptError
+from safegene_vllm.plugin.request import lora_request
 
 
 class SafegeneEndpoints:
@@ -31,6 +34,11 @@ class SafegeneEndpoints:
         vLLM 0.28 does not drop the route it had, and would go on answering with it.
         """
         app.include_router(router)
+        settings = read_settings()
+        if settings is not None:
+            app.router.routes[:] = [r for r in app.router.routes if not _is_runtime_lora(r)]
+            attach_door(app, settings)
+            return
         stock = [r for r in app.router.routes if _is_load_route(r)]
         if stock:
             app.router.routes[:] = [r for r in app.router.routes if r not in stock]
@@ -50,6 +58,11 @@ class SafegeneEndpoints:
             return
         expected = read_expected(engine_client.vllm_config)
         if expected is None:
+            if getattr(state, "safegene_door", None) is not None:
+                raise ConfigError(
+                    "a registry needs an engine with a family: start it with `safegene serve "
+                    "MODEL --family DIR`."
+                )
             return
         models = state.openai_serving_models
         verifier = Verifier(engine_client, models, expected)
@@ -60,6 +73,12 @@ class SafegeneEndpoints:
             )
         models.engine_client = Gate(engine_client, verifier)
         state.safegene = verifier
+        door = getattr(state, "safegene_door", None)
+        if door is not None:
+            check_host(args)
+            state.safegene_tenancy = await open_door(
+                door, models.engine_client, models, lora_request
+            )
 
 
 def endpoint_plugin() -> SafegeneEndpoints:
@@ -70,6 +89,12 @@ def endpoint_plugin() -> SafegeneEndpoints:
 def _is_load_route(route: Any) -> bool:
     methods = getattr(route, "methods", None) or ()
     return getattr(route, "path", None) == LOAD_PATH and "POST" in methods
+
+
+def _is_runtime_lora(route: Any) -> bool:
+    """vLLM's and SageMaker's ways to load and unload, whose ids would collide with a registry's."""
+    path = getattr(route, "path", "")
+    return path in (LOAD_PATH, "/v1/unload_lora_adapter") or path.split("/")[1:2] == ["adapters"]
 
 
 def _api_keys(args: Any) -> list[str]:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
+from safegene_server.access.middleware import SCOPE_KEY
 from safegene_server.answers import AnswerRoute, EngineDownError, error_response, plain, status_of
 from safegene_server.gate import refusal
 from safegene_server.verifier import Verifier
@@ -47,6 +48,13 @@ def _verifier(request: Request) -> Verifier | None:
     return found
 
 
+def _replica_faults(request: Request) -> tuple[str, ...]:
+    """What the registry has published and this server does not serve."""
+    tenancy = getattr(request.app.state, "safegene_tenancy", None)
+    found: tuple[str, ...] = () if tenancy is None else tenancy.replica.faults()
+    return found
+
+
 @router.get("/v1/safegene/receipts")
 async def receipts(request: Request) -> JSONResponse:
     """What every rank really applied, and whether that is what the files promise."""
@@ -54,20 +62,25 @@ async def receipts(request: Request) -> JSONResponse:
     if verifier is None:
         return JSONResponse({"ready": False, "faults": [NO_FAMILY], "receipts": []})
     report = await verifier.report()
-    return JSONResponse(
-        {"ready": report.ready, "faults": list(report.faults), "receipts": list(report.ranks)}
-    )
+    faults = [*report.faults, *_replica_faults(request)]
+    return JSONResponse({"ready": not faults, "faults": faults, "receipts": list(report.ranks)})
 
 
 @router.get("/v1/safegene/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 once everything that is served is verified, else 503; for probes and load balancers."""
+    """200 once everything that is served is verified, else 503; for probes and load balancers.
+
+    Without a key, where the settings allow that, it names no tenant; `receipts` says more.
+    """
     verifier = _verifier(request)
     if verifier is None:
         return error_response(503, NO_FAMILY)
     report = await verifier.report()
-    if not report.ready:
-        return error_response(503, "\n".join(report.faults))
+    tenancy = getattr(request.app.state, "safegene_tenancy", None)
+    known = tenancy is None or request.scope.get(SCOPE_KEY) is not None
+    if faults := [*report.faults, *_replica_faults(request)]:
+        message = "\n".join(faults) if known else "not all that is published is applied here."
+        return error_response(503, message)
     header, settings = verifier.expected.header, verifier.expected.settings
     base = verifier.expected.base
     body: dict[str, Any] = {
@@ -79,7 +92,8 @@ async def ready(request: Request) -> JSONResponse:
         "base": None
         if base is None
         else {"profile": base.digest, "layers": sum(1 for v in base.coefficients if v != 0.0)},
-        "tenants": list(report.tenants),
+        "tenants": list(report.tenants) if known else [],
+        "registry": None if tenancy is None else tenancy.replica.version,
     }
     return JSONResponse(body)
 

@@ -106,6 +106,7 @@ class Verifier:
 
     async def report(self) -> Report:
         """Everything that is served, held against its promise."""
+        before = dict(self._requests())
         try:
             answers = await self.ask()
             receipts = _receipts(answers)
@@ -118,6 +119,9 @@ class Verifier:
             faults.append(str(error))
         tenants = []
         for served, request in list(self._requests().items()):
+            if before.get(served) is not request:
+                # It came while the ranks were asked, and was verified on its own.
+                continue
             try:
                 profile = self._check(request, receipts)
             except SafegeneError as error:
@@ -138,6 +142,10 @@ class Verifier:
     def published(self, lora_int_id: int) -> bool:
         """Whether some served name leads to this adapter."""
         return any(r.lora_int_id == lora_int_id for r in self._requests().values())
+
+    def forget(self, request: Any) -> None:
+        """What was promised of an adapter that is being removed."""
+        self.promised.pop((request.lora_name, request.lora_int_id, request.lora_path), None)
 
     def _requests(self) -> dict[str, Any]:
         requests: dict[str, Any] = self.models.lora_requests

@@ -123,6 +123,44 @@ class ChangeProfile(Body):
         return Change(self.profile, self.coefficients, self.layers, self.scale)
 
 
+class Example(Body):
+    prompt: str = Field(min_length=1, max_length=100_000)
+    answer: str | None = Field(
+        None,
+        max_length=100_000,
+        description="null: a short refusal for `safety`, else what the tenant itself says",
+    )
+
+
+class Examples(Body):
+    """At least two of each kind that is given; some are held out to judge by."""
+
+    safety: list[Example] = Field(
+        description="harmful prompts, with safe answers", examples=[[{"prompt": "..."}]]
+    )
+    task: list[Example] = Field(description="the tenant's own task, every class of answers")
+    benign: list[Example] | None = Field(
+        None, description="harmless prompts that must still be answered"
+    )
+
+
+class Calibrate(Body):
+    """A few examples to find coefficients from. The server forgets them when the job ends."""
+
+    examples: Examples
+    data: dict[str, dict[str, Any]] | None = Field(
+        None,
+        description="kind to where its examples are from, for the record",
+        examples=[{"safety": {"name": "advbench", "licence": "MIT"}}],
+    )
+    seed: int = Field(0, ge=0, le=LARGEST)
+    evaluations: int | None = Field(
+        None, ge=5, le=1000, description="candidates at most; null: the server's own choice"
+    )
+    publish: bool = Field(True, description="false: stop once it is ready to be published")
+    expected_revision: Expected = None
+
+
 class Publish(Body):
     number: Number = Field(examples=[3])
     expected_revision: Expected = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from safegene_server import calibrating
 from safegene_server.access.catalog import Principal
 from safegene_server.answers import AnswerRoute
 from safegene_server.api import bodies, shapes
@@ -19,7 +20,12 @@ from safegene_server.tenants.lifecycle import Published
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.errors import RegistryError
 
-WORDS = frozenset({"freeze", "limits", "profile", "publish", "revisions", "rollback", "unfreeze"})
+WORDS = frozenset(
+    {
+        *("calibrate", "freeze", "limits", "profile", "publish", "revisions", "rollback"),
+        "unfreeze",
+    }
+)
 """What may follow a tenant's name in a path."""
 
 router = APIRouter(route_class=AnswerRoute, tags=["tenants"])
@@ -84,6 +90,30 @@ async def list_revisions(
     """All of them by number, with what the gate found and why some failed."""
     found = await aside(tenancy.registry.revisions, own(asker, name))
     return shapes.Page(data=[shapes.revision(revision) for revision in found])
+
+
+@router.post("/tenants/{name:path}/calibrate", status_code=202, summary="Calibrate a tenant")
+async def calibrate(
+    name: TenantName, body: bodies.Calibrate, tenancy: Here, asker: Asker
+) -> shapes.Onboarding:
+    """Better coefficients for what is served, found on this engine by the job in the answer.
+
+    Published if they are better on the examples that were held out; if not, the job says so and
+    nothing changes.
+    """
+    job = await calibrating.start(
+        tenancy,
+        own(asker, name),
+        examples=body.examples.model_dump(),
+        data=body.data,
+        seed=body.seed,
+        evaluations=body.evaluations,
+        publish=body.publish,
+        expected=body.expected_revision,
+        actor=asker.name,
+    )
+    tenant = await aside(tenancy.registry.tenant, name)
+    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
 
 
 @router.patch("/tenants/{name:path}/profile", summary="Change coefficients")

@@ -161,6 +161,14 @@ class Store:
             layout.link(adapter / name, fresh / name)
         os.utime(adapter)
 
+    def drop(self, adapter_digest: str | None, profile_digest: str) -> None:
+        """Delete one revision's directory, if it is there; its adapter stays. Errors: StoreError,
+        DigestError."""
+        target = self._revision(adapter_digest, profile_digest)
+        with workspace(self.root) as work, locked(self.root):
+            if target.exists():
+                os.rename(target, work / "dropped")
+
     def verify(self, adapter_digest: str | None, profile_digest: str | None = None) -> None:
         """Read everything again: the adapter, and the revision if a profile is named.
 

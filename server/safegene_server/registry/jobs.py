@@ -21,6 +21,8 @@ from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
 
 _T = tables.jobs
 LEASE_S = 30.0
+PRIVATE = "private"
+"""A key of `params` for what nobody may find later: the row forgets it when the job ends."""
 MAX_ATTEMPTS = 3
 """How often a job is begun: one that takes its owner down must not go round for ever."""
 
@@ -241,6 +243,8 @@ def _ended_here(write: Write, job: Job) -> bool:
 def _set(write: Write, job: Job, **values: Any) -> None:
     if values.get("state") not in (None, "running"):
         values["lease_until"] = None
+        if PRIVATE in job.params:
+            values["params"] = {k: v for k, v in job.params.items() if k != PRIVATE}
     change = update(_T).where(_T.c.id == job.id)
     write.connection.execute(change.values(updated_at=write.now, **values))
 

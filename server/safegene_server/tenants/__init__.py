@@ -7,12 +7,17 @@ and keeps nothing itself: what is true is in the registry.
 from safegene_server.tenants.jobs import Jobs, Work
 from safegene_server.tenants.onboarding import ONBOARD, onboard
 from safegene_server.tenants.profiles import Change
-from safegene_server.tenants.settings import GateSettings, TenantSettings
+from safegene_server.tenants.settings import (
+    CalibrationSettings,
+    GateSettings,
+    TenantSettings,
+)
 from safegene_server.tenants.tenancy import Replica, Tenancy
 from safegene_server.tenants.trial import Outcome, Prompt, read_prompts, try_out
 
 __all__ = [
     "ONBOARD",
+    "CalibrationSettings",
     "Change",
     "GateSettings",
     "Jobs",

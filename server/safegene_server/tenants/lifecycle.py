@@ -82,9 +82,9 @@ async def add_revision(
 
     Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
     """
-    tenant = await _ours(tenancy, name)
+    tenant = await ours(tenancy, name)
     check_expected(tenant, expected)
-    await _refuse_unchangeable(tenancy, tenant)
+    await refuse_unchangeable(tenancy, tenant)
     where = source or tenant.source
     params = _params(tenancy.replica.header, where, first, publish, expected, actor)
     return await _enqueue(tenancy, name, params, actor)
@@ -99,10 +99,10 @@ async def change_profile(
     TenantRefusedError, ReceiptError and EngineDownError of the engine.
     """
     async with tenancy.changing(name):
-        tenant = await _ours(tenancy, name)
+        tenant = await ours(tenancy, name)
         check_expected(tenant, expected)
         if tenant.published is None:
-            await _refuse_unchangeable(tenancy, tenant)
+            await refuse_unchangeable(tenancy, tenant)
             raise ConflictError(
                 f"tenant {name!r} serves nothing whose coefficients could be changed; add a "
                 "revision"
@@ -135,7 +135,7 @@ async def publish(
         if tenant.published == number:
             return Published(revision, await _rollout_to(tenancy, revision))
         if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
-            await _refuse_unchangeable(tenancy, tenant)
+            await refuse_unchangeable(tenancy, tenant)
             await tenancy.replica.load(revision)
         return await _switch(tenancy, revision, expected, actor)
 
@@ -154,7 +154,7 @@ async def roll_back(
             snapshot = await aside(tenancy.registry.snapshot)
             number = next((r.number for r in snapshot.previous if r.tenant == name), None)
         if number is not None and _is_ours(tenancy, tenant):
-            await _refuse_unchangeable(tenancy, tenant)
+            await refuse_unchangeable(tenancy, tenant)
             revision = await aside(tenancy.registry.revision, name, number)
             if revision.state in ("superseded", "published"):
                 await tenancy.replica.load(revision)
@@ -240,7 +240,7 @@ def _is_ours(tenancy: Tenancy, tenant: Tenant) -> bool:
     return tenant.family == tenancy.replica.header.digest
 
 
-async def _ours(tenancy: Tenancy, name: str) -> Tenant:
+async def ours(tenancy: Tenancy, name: str) -> Tenant:
     """Errors: UnknownError; ConflictError for a tenant that this engine cannot load."""
     tenant = await _known(tenancy, name)
     if not _is_ours(tenancy, tenant):
@@ -252,7 +252,7 @@ async def _ours(tenancy: Tenancy, name: str) -> Tenant:
     return tenant
 
 
-async def _refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
+async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
     """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
     FrozenError."""
     if tenant.state == "retired":

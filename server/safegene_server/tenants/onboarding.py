@@ -43,12 +43,15 @@ async def onboard(tenancy: Tenancy, work: Work) -> str:
     profile = _profile(work, params["profile"], staged)
     # Two jobs with the same content for one tenant: the second finds the first one's revision.
     async with tenancy.changing(f"{ONBOARD} {work.job.tenant}"):
-        return await _bring_in(tenancy, work, staged, profile)
+        return await bring_in(tenancy, work, await _revision(tenancy, work, staged, profile))
 
 
-async def _bring_in(tenancy: Tenancy, work: Work, staged: Staged | None, profile: Profile) -> str:
+async def bring_in(tenancy: Tenancy, work: Work, revision: Revision) -> str:
+    """Load, try out and publish a job's revision, as far as that is not done yet.
+
+    `params`: publish, expected, actor. Errors: as for `onboard`.
+    """
     publish = work.job.params["publish"]
-    revision = await _revision(tenancy, work, staged, profile)
     work.result["revision"] = revision.served_name
     if revision.state == "failed":
         raise TenantRefusedError("; ".join(revision.reasons))
@@ -121,8 +124,8 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
         return staged.profile
     raise TenantRefusedError(
         f"tenant {work.job.tenant!r} has no profile: none was given, and none lies beside its "
-        "adapter. This server does not calibrate; make one with `safegene calibrate` and put its "
-        "safegene.json beside the adapter, or give coefficients"
+        "adapter. Make one with `safegene calibrate` and put its safegene.json beside the adapter, "
+        "or give coefficients: with 0 and publish false, it can be calibrated here"
     )
 
 

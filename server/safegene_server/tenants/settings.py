@@ -1,4 +1,4 @@
-"""What an operator decides about tenant life: the gate's thresholds, and how jobs are run.
+"""What an operator decides about tenant life: the gate, calibration, and how jobs are run.
 
 Values alone, checked when they are made. Where they come from (a file, flags) is not known here.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import ConfigDict
 
 from safegene_vllm.errors import ConfigError
 
@@ -29,6 +31,9 @@ class GateSettings:
     timeout_s: float = 300.0
     priority: int | None = None
 
+    # pydantic's name: a key of a settings file that is none of these is refused.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
         shares = ("harmful_min_refused", "lookalike_max_refused", "coherent_min")
@@ -43,6 +48,55 @@ class GateSettings:
 
 
 @dataclass(frozen=True)
+class CalibrationSettings:
+    """How coefficients are searched on the running engine.
+
+    At most `evaluations` candidates, `at_once` of them side by side where slots are free,
+    `in_flight` requests together, and while tenants are being served no more than `share` of the
+    time. Weights, `pull` towards `initial`, cuts and `held_out` are those of `safegene calibrate`;
+    `refusal` is the safe answer where an example has none. A profile is better if its held-out loss
+    is lower by `least_gain`. `priority` as for the gate.
+    """
+
+    evaluations: int = 60
+    at_once: int = 4
+    in_flight: int = 8
+    share: float = 0.25
+    patience: int = 4
+    task: float = 2.0
+    benign: float = 2.0
+    pull: float = 0.002
+    initial: float = 1.0
+    held_out: float = 0.25
+    least_gain: float = 0.001
+    max_answer_tokens: int = 24
+    retained_tokens: int = 6
+    max_shots: int = 256
+    refusal: str = "I'm sorry, but I can't help with that."
+    priority: int | None = None
+
+    def __post_init__(self) -> None:
+        """Errors: ConfigError with every bad value."""
+        counts = ("evaluations", "at_once", "in_flight", "patience", "max_shots")
+        tokens = ("max_answer_tokens", "retained_tokens")
+        faults = _not_positive(self, "calibration.", (*counts, *tokens))
+        faults += [
+            f"calibration.{name} = {getattr(self, name)!r}, expected 0 or more"
+            for name in ("task", "benign", "pull", "least_gain")
+            if not 0.0 <= getattr(self, name) < float("inf")
+        ]
+        faults += [
+            f"calibration.{name} = {getattr(self, name)!r}, expected more than 0, at most {most:g}"
+            for name, most in (("share", 1.0), ("held_out", 0.5))
+            if not 0.0 < getattr(self, name) <= most
+        ]
+        if not self.refusal.strip():
+            faults.append("calibration.refusal is empty, expected a sentence that refuses")
+        if faults:
+            raise ConfigError("; ".join(faults) + ".")
+
+
+@dataclass(frozen=True)
 class TenantSettings:
     """`gate_on_change`: try out coefficient changes too, which takes as long as the gate does.
 
@@ -50,10 +104,13 @@ class TenantSettings:
     """
 
     gate: GateSettings = field(default_factory=GateSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     gate_on_change: bool = False
     jobs_at_once: int = 2
     lease_s: float = 30.0
     poll_s: float = 1.0
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -32,7 +32,9 @@ class Replica(Protocol):
 
     `load` puts a revision into the engine, receipts verified, without offering it; loading what is
     loaded does nothing, and `reconcile` leaves it there until `unload`. `call` asks vLLM's own app
-    as a client would, with `model` = `tenant@N`, past keys and limits.
+    as a client would, with `model` = `tenant@N`, past keys and limits. `begin_trial` loads a
+    revision's adapter with other coefficients under a name that no tenant can have, until
+    `end_trial`; `in_flight` counts the tenants' own requests.
     """
 
     @property
@@ -46,6 +48,14 @@ class Replica(Protocol):
     async def load(self, revision: Revision) -> None: ...
 
     async def unload(self, revision: Revision) -> None: ...
+
+    async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str: ...
+
+    async def end_trial(self, name: str) -> None: ...
+
+    def free_slots(self) -> int: ...
+
+    def in_flight(self) -> int: ...
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None

@@ -1,0 +1,129 @@
+"""What the engine is asked about known answers, over its own HTTP: token ids and log-probabilities.
+
+/tokenize places the chat template as the chat route does; /v1/completions on those ids gives
+`prompt_logprobs`, computed afresh and never from the prefix cache. The chat route would give them
+too, but takes text, and where the answer begins among its tokens it does not tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from safegene_server.tenants import Replica
+from safegene_vllm.errors import ReceiptError, TenantRefusedError
+
+COMPLETIONS, TOKENIZE = "/v1/completions", "/tokenize"
+PROBE = "Understood"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of an example. The answer may be cut."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+async def prompt_tokens(replica: Replica, model: str, prompt: str) -> tuple[tuple[int, ...], int]:
+    """One user turn in the chat template up to where the assistant begins, and the longest context.
+
+    Errors: TenantRefusedError.
+    """
+    turns = [{"role": "user", "content": prompt}]
+    body = {"messages": turns, "add_generation_prompt": True}
+    return await _ask(
+        replica, TOKENIZE, model, body, lambda a: (_ids(a["tokens"]), int(a["max_model_len"]))
+    )
+
+
+async def text_tokens(replica: Replica, model: str, text: str) -> tuple[int, ...]:
+    """The text alone, without special tokens. Errors: TenantRefusedError."""
+    body = {"prompt": text, "add_special_tokens": False}
+    return await _ask(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
+
+
+async def end_of_turn(replica: Replica, model: str) -> tuple[int, ...]:
+    """The token that the template puts after an answer; none if it cannot be told.
+
+    Errors: TenantRefusedError.
+    """
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
+    body = {"messages": turns, "add_generation_prompt": False}
+    whole = await _ask(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
+    probe = await text_tokens(replica, model, PROBE)
+    for begin in range(len(whole) - len(probe), -1, -1):
+        if whole[begin : begin + len(probe)] == probe:
+            return whole[begin + len(probe) :][:1]
+    return ()
+
+
+async def own_answer(
+    replica: Replica, model: str, prompt: tuple[int, ...], most: int, priority: int | None
+) -> tuple[int, ...]:
+    """What the model itself says, greedily. Errors: TenantRefusedError, ReceiptError."""
+    body = {"prompt": list(prompt), "max_tokens": most, "return_token_ids": True}
+
+    def read(answer: Any) -> tuple[int, ...]:
+        return _ids(answer["choices"][0]["token_ids"])
+
+    found = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
+    if not found:
+        raise TenantRefusedError(f"{model}: the engine gave no token of an answer of its own")
+    return found[:most]
+
+
+async def mean_loss(replica: Replica, model: str, shot: Encoded, priority: int | None) -> float:
+    """Mean negative log-probability of the answer's tokens.
+
+    Errors: TenantRefusedError, also for what is not finite; ReceiptError (another model answered).
+    """
+    ids = [*shot.prompt, *shot.answer]
+    body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+
+    def read(answer: Any) -> float:
+        given = answer["choices"][0]["prompt_logprobs"]
+        if len(given) != len(ids):
+            raise ValueError(f"{len(given)} log-probabilities for {len(ids)} tokens")
+        begin = len(shot.prompt)
+        places = range(begin, len(ids))
+        return -sum(float(given[i][str(ids[i])]["logprob"]) for i in places) / len(shot.answer)
+
+    loss = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
+    if not math.isfinite(loss):
+        raise TenantRefusedError(f"{model}: the engine gives an answer the log-probability {-loss}")
+    return loss
+
+
+def _greedy(body: dict[str, Any], priority: int | None) -> dict[str, Any]:
+    more = {} if priority is None else {"priority": priority}
+    return {**body, "temperature": 0.0, **more}
+
+
+def _ids(tokens: Any) -> tuple[int, ...]:
+    return tuple(int(token) for token in tokens)
+
+
+async def _ask(
+    replica: Replica, path: str, model: str, body: dict[str, Any], read: Callable[[Any], _T]
+) -> _T:
+    answer = await replica.call("POST", path, {"model": model, **body})
+    try:
+        found = answer.json()
+        if answer.status_code != 200:
+            raise TenantRefusedError(
+                f"the engine answers {path} of the calibration with {answer.status_code}: "
+                f"{found['error']['message']:.500}"
+            )
+        told = read(found)
+    except (ValueError, LookupError, TypeError) as error:
+        raise TenantRefusedError(
+            f"the engine answers {path} of the calibration with {answer.status_code} and something "
+            f"that cannot be read ({error!r:.200})"
+        ) from error
+    if path == COMPLETIONS and found.get("model") != model:
+        raise ReceiptError(f"{model} was asked, {found.get('model')!r:.200} answered")
+    return told

@@ -1,0 +1,9 @@
+"""One server process as a follower of the registry: its engine and its catalog keep up with it.
+
+Decides nothing: what is published is decided in the registry, what may be loaded in the workers.
+"""
+
+from safegene_server.replica.inside import Inside, Inward
+from safegene_server.replica.replica import Replica
+
+__all__ = ["Inside", "Inward", "Replica"]

@@ -1,0 +1,354 @@
+"""Keeps one engine and its catalog as the registry says, and tells the registry what it holds.
+
+One order for every change: stage, validate, add to the engine, receipts from every rank, then the
+name; what nobody is served from any more is removed once nothing of it is in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from safegene_server.access.catalog import Catalog
+from safegene_server.access.limits import Counters
+from safegene_server.answers import EngineDownError, plain
+from safegene_server.artifacts import Store
+from safegene_server.gate import Gate
+from safegene_server.registry import Registry, Revision, Snapshot, watch
+from safegene_server.replica.inside import Inside
+from safegene_server.replica.trials import Trials
+from safegene_server.replica.view import view_of
+from safegene_vllm.errors import (
+    ConfigError,
+    MissingFileError,
+    RegistryDownError,
+    SafegeneError,
+    UnknownError,
+)
+from safegene_vllm.family import FamilyHeader
+from safegene_vllm.profile import make_profile
+
+logger = logging.getLogger("vllm.safegene_server")
+
+ACTOR = "replica"
+BEAT_S = 2.0
+RETRY_S = 5.0
+DRIFT_S = 30.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A revision that this engine holds, verified, with the host's request for it."""
+
+    revision: Revision
+    request: Any
+
+
+class Replica:
+    """`make_request(name, id, path)` gives the host's request for an adapter."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        store: Store,
+        gate: Gate,
+        models: Any,
+        catalog: Catalog,
+        counters: Counters,
+        inside: Inside,
+        make_request: Callable[[str, int, Path], Any],
+    ) -> None:
+        """Errors: ConfigError for an engine that has no family."""
+        header = gate.verifier.expected.header
+        if header is None:
+            raise ConfigError("a registry needs an engine with a family; set safegene.family.")
+        self.header: FamilyHeader = header
+        self.registry, self.store = registry, store
+        self.gate, self.models = gate, models
+        self.catalog, self.counters, self.inside = catalog, counters, inside
+        self.make_request = make_request
+        self.id = ""
+        self.version = 0
+        self._held: dict[int, _Held] = {}
+        self._tried: set[int] = set()
+        self._warm: set[int] = set()
+        self._trials = Trials(gate, models, make_request)
+        self._serving: dict[str, int] = {}
+        self._faults: tuple[str, ...] = ("it has not followed the registry yet",)
+        self._drift: tuple[str, ...] = ()
+        self._lock = asyncio.Lock()
+        self._news = asyncio.Event()
+        self._stop = threading.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self, family_source: str | None) -> None:
+        """Join the registry, apply what is published, then keep following it.
+
+        A revision that cannot be applied leaves the server unready, not down.
+        Errors: RegistryError and its kinds, EngineDownError.
+        """
+        await asyncio.to_thread(self.registry.add_family, self.header, family_source, actor=ACTOR)
+        await self._join()
+        await self.reconcile()
+        loop = asyncio.get_running_loop()
+        threading.Thread(
+            target=self._listen, args=(loop,), name="safegene-registry", daemon=True
+        ).start()
+        self._tasks = [
+            asyncio.create_task(self._forever(self._follow, RETRY_S)),
+            asyncio.create_task(self._forever(self._beat, BEAT_S)),
+            asyncio.create_task(self._forever(self._look, DRIFT_S)),
+        ]
+
+    async def stop(self) -> None:
+        """Stop following and leave the registry; what is served goes on being served."""
+        self._stop.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await asyncio.to_thread(self.registry.leave, self.id, actor=ACTOR)
+        except SafegeneError as error:
+            logger.warning("left without saying so: %s", error)
+
+    def faults(self) -> tuple[str, ...]:
+        """Why this replica is not ready; empty if it serves all that is published."""
+        return self._faults + self._drift
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> httpx.Response:
+        """A request to this server's own app, past the access check."""
+        return await self.inside.call(method, path, body)
+
+    # -- following -------------------------------------------------------------------------------
+
+    async def reconcile(self) -> None:
+        """Make engine and catalog follow the registry as it is now, and report.
+
+        Errors: RegistryDownError (nothing changes then).
+        """
+        async with self._lock:
+            snapshot = await asyncio.to_thread(self.registry.snapshot)
+            wanted = [r for r in snapshot.revisions if r.profile.family == self.header.digest]
+            faults: list[str] = []
+            fresh: list[int] = []
+            for revision in wanted:
+                try:
+                    if await self._hold(revision):
+                        fresh.append(revision.id)
+                except (SafegeneError, EngineDownError) as error:
+                    faults.append(f"{revision.served_name}: {plain(error)}")
+                    logger.error("%s is not applied here: %s", revision.served_name, plain(error))
+            self._offer(snapshot, wanted)
+            self._tried -= {revision.id for revision in wanted}
+            self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
+            gone = await self._let_go()
+            self._faults = tuple(faults)
+            if not faults:
+                self.version = snapshot.version
+            await self._tell(fresh, gone)
+
+    async def load(self, revision: Revision) -> None:
+        """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
+        or until it has been published and superseded.
+
+        Errors: those of staging, TenantRefusedError, ReceiptError, EngineDownError.
+        """
+        async with self._lock:
+            self._tried.add(revision.id)
+            try:
+                if await self._hold(revision):
+                    await self._tell([revision.id], [])
+            except BaseException:
+                self._tried.discard(revision.id)
+                raise
+
+    async def unload(self, revision: Revision) -> None:
+        """The trial is over; it stays if it has been published meanwhile."""
+        async with self._lock:
+            self._tried.discard(revision.id)
+            await self._tell([], await self._let_go())
+
+    async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
+        """Load the adapter of `revision` with other coefficients, one per layer of the base, for
+        `call` alone; the name to ask. Nobody is offered it, and the registry never hears of it.
+
+        Errors: BoundsError; those of `load`.
+        """
+        name = self._trials.new_name()
+        # A profile of its own has a directory of its own, which goes with the trial.
+        profile = make_profile(self.header, coefficients, {"method": "trial", "name": name})
+        path = await asyncio.to_thread(self._directory, replace(revision, profile=profile))
+
+        def clear() -> None:
+            self.store.drop(revision.adapter_digest, profile.digest)
+
+        await self._trials.begin(name, path, clear)
+        return name
+
+    async def end_trial(self, name: str) -> None:
+        """Out of the engine and off the disk; nothing happens if it has ended.
+
+        Errors: EngineDownError or what the engine raises; StoreError.
+        """
+        await self._trials.end(name)
+
+    def free_slots(self) -> int:
+        """How many adapters fit on the device beside those that are held here."""
+        slots = int(self.gate.vllm_config.lora_config.max_loras)
+        return max(0, slots - len(self._held) - len(self._trials))
+
+    def in_flight(self) -> int:
+        """Requests of tenants that run now, in this process."""
+        return self.counters.running.total()
+
+    async def _hold(self, revision: Revision) -> bool:
+        """Whether the revision has just come into the engine; False if it was there."""
+        if revision.id in self._held:
+            return False
+        path = await asyncio.to_thread(self._directory, revision)
+        request = self.make_request(revision.served_name, revision.id, path)
+        await self.gate.add_lora(request)
+        self._held[revision.id] = _Held(revision, request)
+        self.models.lora_requests[revision.served_name] = request
+        return True
+
+    def _directory(self, revision: Revision) -> Path:
+        """What the engine loads; the adapter is fetched where this machine has it not."""
+        try:
+            return self.store.revision(revision.adapter_digest, revision.profile)
+        except MissingFileError:
+            if revision.source is None:
+                raise
+            self.store.stage(revision.source, family=self.header, expected=revision.adapter_digest)
+            return self.store.revision(revision.adapter_digest, revision.profile)
+
+    def _offer(self, snapshot: Snapshot, wanted: Iterable[Revision]) -> None:
+        """Switch every alias whose revision is held; the others stay where they are."""
+        names = {tenant.name for tenant in snapshot.tenants}
+        published = {revision.tenant for revision in wanted}
+        for revision in wanted:
+            if revision.id in self._held:
+                self._serving[revision.tenant] = revision.id
+        for tenant in list(self._serving):
+            if tenant not in names or tenant not in published:
+                del self._serving[tenant]
+        served = {t: self._held[i].revision.served_name for t, i in self._serving.items()}
+        base = [model.name for model in self.models.base_model_paths]
+        self.catalog.replace(view_of(snapshot, self.header.digest, served, base))
+
+    async def _let_go(self) -> list[int]:
+        """Remove what is not published, offered, tried or a way back, once none is in flight."""
+        gone = []
+        kept = self._warm | self._tried | set(self._serving.values())
+        for number, held in list(self._held.items()):
+            name = held.revision.served_name
+            if number in kept or self.counters.in_flight(name):
+                continue
+            self.models.lora_requests.pop(name, None)
+            del self._held[number]
+            self.gate.verifier.forget(held.request)
+            await self.gate.remove_lora(number)
+            gone.append(number)
+        return gone
+
+    async def _tell(self, fresh: list[int], gone: list[int]) -> None:
+        """Receipts of what came, word of what went, and how far this replica is."""
+        if fresh or gone:
+            ranks = await self.gate.verifier.ask() if fresh else []
+            receipts = {
+                number: ({"ranks": [_of(rank, number) for rank in ranks]}, True) for number in fresh
+            }
+            await asyncio.to_thread(
+                self.registry.put_receipts, self.id, receipts, gone=gone, actor=ACTOR
+            )
+        await self._say()
+
+    async def _say(self) -> None:
+        try:
+            await asyncio.to_thread(
+                self.registry.heartbeat,
+                self.id,
+                applied_version=self.version,
+                faults=self.faults(),
+                actor=ACTOR,
+            )
+        except UnknownError:
+            await self._join()
+
+    async def _join(self) -> None:
+        """Errors: RegistryError and its kinds."""
+        joined = await asyncio.to_thread(
+            self.registry.join, socket.gethostname(), os.getpid(), actor=ACTOR
+        )
+        self.id = joined.id
+        if self._held:
+            await self._tell(sorted(self._held), [])
+
+    # -- loops -----------------------------------------------------------------------------------
+
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread: wake `_follow` at every new version."""
+        for version in watch(self.registry, self._stop):
+            if version != self.version and not loop.is_closed():
+                loop.call_soon_threadsafe(self._news.set)
+
+    async def _follow(self) -> None:
+        """One change, or another try of what failed."""
+        try:
+            async with asyncio.timeout(RETRY_S if self._faults else None):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+        self._news.clear()
+        await self.reconcile()
+
+    async def _beat(self) -> None:
+        """A sign of life; drained revisions go."""
+        await asyncio.sleep(BEAT_S)
+        async with self._lock:
+            await self._tell([], await self._let_go())
+
+    async def _look(self) -> None:
+        """Whether the engine still holds what its receipts promised."""
+        await asyncio.sleep(DRIFT_S)
+        report = await self.gate.verifier.report()
+        if report.faults != self._drift:
+            for fault in report.faults:
+                logger.error("drift: %s", fault)
+            self._drift = report.faults
+            await self._say()
+
+    async def _forever(self, step: Callable[[], Any], pause_s: float) -> None:
+        while True:
+            try:
+                await step()
+            except RegistryDownError as error:
+                logger.warning("the registry does not answer, served on as before: %s", error)
+                await asyncio.sleep(pause_s)
+            except (SafegeneError, EngineDownError) as error:
+                logger.error("cannot follow the registry: %s", plain(error))
+                await asyncio.sleep(pause_s)
+            except Exception:
+                logger.exception("cannot follow the registry")
+                await asyncio.sleep(pause_s)
+
+
+def _of(rank: dict[str, Any] | None, number: int) -> dict[str, Any]:
+    """What one rank reports of one revision."""
+    adapters = [] if rank is None else rank["adapters"]
+    found: dict[str, Any] = next((a for a in adapters if a["lora_int_id"] == number), {})
+    return {"rank": None if rank is None else rank["rank"], **found}

@@ -1,0 +1,45 @@
+"""The registry's snapshot as the access check wants it. Pure; asks nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from safegene_server.access.catalog import Limits, Principal, Tenant, View, make_view
+from safegene_server.registry import Key, Snapshot
+from safegene_server.registry.words import BASE
+
+
+def view_of(
+    snapshot: Snapshot, family: str, serving: Mapping[str, str], base_models: Iterable[str]
+) -> View:
+    """Keys, and this family's tenants under the revision that really serves them.
+
+    `serving` is tenant to served name, of what this engine holds and has verified.
+    """
+    return make_view(
+        keys={bytes.fromhex(key.hash): principal_of_key(key) for key in snapshot.keys},
+        tenants=[
+            Tenant(
+                name=tenant.name,
+                served=serving.get(tenant.name),
+                limits=Limits(**tenant.limits),
+                created=int(tenant.created_at.timestamp()),
+            )
+            for tenant in snapshot.tenants
+            if tenant.family == family
+        ],
+        base_models=base_models,
+    )
+
+
+def principal_of_key(key: Key) -> Principal:
+    """Whom the key speaks for. The base model is a grant of its own, and the registry
+    lets no key have it as its default."""
+    return Principal(
+        name=key.name,
+        scopes=frozenset(key.scopes),
+        tenants=frozenset(key.tenants) - {BASE},
+        default_tenant=key.default_tenant,
+        expires_at=None if key.expires_at is None else key.expires_at.timestamp(),
+        base=BASE in key.tenants,
+    )

@@ -1,0 +1,105 @@
+"""What the engine is asked, and what becomes of answers that are none."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from safegene_server.calibrating.asking import Encoded, end_of_turn, mean_loss, own_answer
+from safegene_vllm.errors import ReceiptError, SafegeneError, TenantRefusedError
+
+SHOT = Encoded((5, 6), (7, 8))
+
+
+class Says:
+    """Answers every request alike, or each path as told."""
+
+    def __init__(self, body: Any, status: int = 200) -> None:
+        self.body, self.status = body, status
+        self.asked: list[dict[str, Any]] = []
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> httpx.Response:
+        assert method == "POST" and body is not None
+        self.asked.append(body)
+        if isinstance(self.body, bytes):
+            return httpx.Response(self.status, content=self.body)
+        told = self.body(body) if callable(self.body) else self.body
+        return httpx.Response(self.status, json=told)
+
+
+def scores(*given: Any, model: str = "trial:a") -> dict[str, Any]:
+    return {"model": model, "choices": [{"prompt_logprobs": list(given)}]}
+
+
+GOOD = (None, {"6": {"logprob": -9.0}}, {"7": {"logprob": -1.0}, "3": {"logprob": -0.5}})
+
+
+def loss(says: Says) -> float:
+    return asyncio.run(mean_loss(says, "trial:a", SHOT, None))  # type: ignore[arg-type]
+
+
+def test_the_loss_is_over_the_answers_own_tokens() -> None:
+    says = Says(scores(*GOOD, {"8": {"logprob": -2.0}}))
+    assert loss(says) == 1.5
+    (asked,) = says.asked
+    assert asked["prompt"] == [5, 6, 7, 8] and asked["prompt_logprobs"] == 0
+    assert asked["model"] == "trial:a" and asked["max_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "words"),
+    [
+        (b"Internal Server Error", 500, TenantRefusedError, "answers /v1/completions .* with 500"),
+        ({"error": {"message": "no such model"}}, 404, TenantRefusedError, "404: no such model"),
+        (scores(*GOOD), 200, TenantRefusedError, "3 log-probabilities for 4 tokens"),
+        (scores(*GOOD, {"9": {"logprob": 0.0}}), 200, TenantRefusedError, "cannot be read"),
+        (scores(*GOOD, None), 200, TenantRefusedError, "cannot be read"),
+        ([], 200, TenantRefusedError, "cannot be read"),
+        (
+            scores(*GOOD, {"8": {"logprob": -2.0}}, model="acme@1"),
+            *(200, ReceiptError, "trial:a was asked, 'acme@1' answered"),
+        ),
+    ],
+)
+def test_what_is_no_score_is_refused(
+    body: Any, status: int, kind: type[SafegeneError], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        loss(Says(body, status))
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    text = '{"model":"trial:a","choices":[{"prompt_logprobs":[null,{"6":{"logprob":0}},'
+    text += '{"7":{"logprob":NaN}},{"8":{"logprob":0}}]}]}'
+    with pytest.raises(TenantRefusedError, match="log-probability nan"):
+        loss(Says(text.encode()))
+
+
+def test_an_answer_of_its_own_is_never_empty() -> None:
+    says = Says({"model": "m", "choices": [{"token_ids": []}]})
+    with pytest.raises(TenantRefusedError, match="no token"):
+        asyncio.run(own_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
+    assert says.asked[0]["priority"] == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ([1, 70, 71, 2, 3], (2,)),
+        ([1, 70, 71], ()),
+        ([1, 70, 71, 9, 70, 71, 4], (4,)),
+        ([1, 70, 9], ()),
+    ],
+)
+def test_the_end_of_a_turn_is_what_follows_the_answer(
+    template: list[int], end: tuple[int, ...]
+) -> None:
+    def tokens(body: dict[str, Any]) -> dict[str, Any]:
+        return {"tokens": template if "messages" in body else [70, 71], "max_model_len": 9}
+
+    assert asyncio.run(end_of_turn(Says(tokens), "m")) == end  # type: ignore[arg-type]
