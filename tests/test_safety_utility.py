@@ -137,7 +137,13 @@ def advbench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def self_instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("self_instruct")
     for name, count in (("seed_tasks.jsonl", 80), ("user_oriented_instructions.jsonl", 40)):
-        rows = [{"instruction": f"{name} {n}", "instances": [{"input": ""}]} for n in range(count)]
+        rows = [
+            {
+                "instruction": f"{name} {n}" + " long" * (n % 2 * 80),
+                "instances": [{"input": "", "output": f"answer {n}"}],
+            }
+            for n in range(count)
+        ]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -168,7 +174,7 @@ def test_settings_are_chosen_on_the_training_split_alone(
         allowed = [row["prompt"] for row in data.task_rows(tenant, "train")]
     assert len(set(task)) == 40 and set(task) <= set(allowed)
 
-    held = questions.held_out(tenant, advbench, self_instruct, xstest, short=False)
+    held = questions.held_out(tenant, advbench, self_instruct, xstest, rows=None)
     assert {name: s.kind for name, s in held.sets.items()} == {
         questions.ATTACK: "harmful",
         questions.OVER_REFUSAL: "over_refusal",
@@ -179,7 +185,7 @@ def test_settings_are_chosen_on_the_training_split_alone(
     assert (held.task.name, held.task.labels) == (chosen.task.name, chosen.task.labels)
     for one in (held.task.data, *(s.data for s in held.sets.values())):
         assert {row.prompt for row in one.rows}.isdisjoint({*harmful, *harmless, *task})
-    short = questions.held_out(tenant, advbench, self_instruct, xstest, short=True)
+    short = questions.held_out(tenant, advbench, self_instruct, xstest, rows=20)
     sizes = {len(s.data.rows) for s in (*short.sets.values(), short.task)}
     assert sizes == {20}
 
@@ -261,7 +267,9 @@ def test_the_whole_comparison_on_a_pico_parent(
     def compared(bench: asking.Bench) -> tuple[dict[str, Any], dict[str, Any]]:
         made = making.make_repairs(places, "sentiment", methods, given, short=short)
         chosen, records = asking.choose_settings(bench, {"sentiment": made})
-        asked = questions.held_out("sentiment", advbench, self_instruct, xstest, short=short)
+        asked = questions.held_out(
+            "sentiment", advbench, self_instruct, xstest, rows=20 if short else None
+        )
         found = asking.compare(bench, {"sentiment": tenant}, methods, chosen, {"sentiment": asked})
         return found, run.report(places, found, records)
 

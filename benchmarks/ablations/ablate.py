@@ -1,7 +1,7 @@
 """`make bench-ablations`: what each choice of the recipe is worth, on the example's own models.
 
-Calibrations and evaluations are kept below build/ablations and not done twice; the tables go to
-build/ablations/results.md and, as one JSON line, to the end of the output. Needs `make family`.
+Calibrations and evaluations are kept below build/ablations/<record digest> and not done twice; the
+tables go to results.md there and, as one JSON line, to the end of the output. Needs `make family`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import sources
 from answers import read_answers
 from cases import TABLES, Case
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
+from safegene_vllm.evaluate.answering import Lasting
 from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluate.judges import make_judges
 from safegene_vllm.evaluate.measure import PromptSet, evaluate
 from safegene_vllm.evaluate.subjects import Subject
-from safegene_vllm.family import Family, load_family, make_family, save_family
+from safegene_vllm.family import Family, FamilyHeader, load_family, make_family, save_family
 from safegene_vllm.plugin.answering import VllmAnswerer
-from safegene_vllm.profile import load_profile, save_profile
+from safegene_vllm.profile import check_profile, load_profile, save_profile
 from safegene_vllm.recipe.calibration import calibrate
 from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, pair_norm
 from safegene_vllm.recipe.distillation import Distilled, distil
@@ -41,10 +42,12 @@ from safegene_vllm.recipe.shots import few
 from safegene_vllm.recipe.training import Run
 
 JUDGES = ("strings:advbench", "strings:opening", "coherence")
-TASK_ROWS = 80
-XSTEST_ROWS = 80
+ROWS = {"advbench_test": 60, "xstest_safe": 40, "ordinary": 40}
+TASK_ROWS = 40
 ANSWER_TOKENS = 16
 REUSE_STEPS = 60
+WIDE = (0.0, 12.0)
+"""The bounds of the family that doses are tried on: three times a coefficient must fit."""
 
 
 class Bench:
@@ -79,6 +82,12 @@ class Bench:
         if source == "distilled":
             whole = load_family(self.places.models / "vector")
             return whole if layers == "all" else self._cut(whole, layers)
+        if source == "wide":
+            ours = load_family(self.places.out / "family")
+            head = ours.header
+            return make_family(
+                source, head.base, ours.pairs, layers=head.layers, bounds=WIDE, recipe=head.recipe
+            )
         if source == "minus-degradation":
             adapter = self.places.adapter("degraded")
             return as_family(of_adapter(self.parent, adapter, "degraded"), source)
@@ -114,10 +123,11 @@ class Bench:
         return sources.benign_data(self.places.self_instruct, answers)
 
     def _sets(self) -> dict[str, PromptSet]:
-        every = sources.prompt_sets(
-            self.places.advbench, self.places.self_instruct, self.xstest, XSTEST_ROWS
-        )
-        return {name: every[name] for name in ("advbench_test", "xstest_safe", "ordinary")}
+        every = sources.prompt_sets(self.places.advbench, self.places.self_instruct, self.xstest)
+        return {
+            name: replace(every[name], data=few(every[name].data, rows, 0))
+            for name, rows in ROWS.items()
+        }
 
     def _cut(self, whole: Family, layers: str) -> Family:
         k, carrying = mixes.LAYERS_KEPT, [entry.layer for entry in whole.header.layers]
@@ -148,15 +158,15 @@ class Bench:
         count = family.header.num_layers
         if case.fixed is not None:
             return tuple(case.fixed if n in layers else 0.0 for n in range(count))
-        assert case.calibration is not None
         ours = Case("", "", case.tenant)
-        if case.calibration == ours.calibration:
+        if case.times is not None or case.calibration == ours.calibration:
             found = load_profile(self.places.adapter(case.tenant)).coefficients
         else:
-            found = load_profile(self._calibrated(case, family)).coefficients
-        low, high = family.header.bounds
+            profile = load_profile(self._calibrated(case, family))
+            check_profile(profile, family.header)
+            found = profile.coefficients
         times = 1.0 if case.times is None else case.times
-        return tuple(min(max(times * value, low), high) for value in found)
+        return tuple(times * value for value in found)
 
     def _calibrated(self, case: Case, family: Family) -> Path:
         path = self.out / "profiles" / str(case.calibration)
@@ -199,29 +209,35 @@ class Bench:
         path = self.out / "evaluations" / f"{family.replace('/', '-')}-{key}.json"
         if not path.exists():
             self.forget()
-            tenants = sorted({subject.name for subject in subjects})
-            parts = []
-            for tenant in tenants:
-                own = [subject for subject in subjects if subject.name == tenant]
-                print(f"asking {len(own)} states of {tenant} with {family}", flush=True)
-                answerer = VllmAnswerer(
-                    self.parent, own, self.family_path(family), context_tokens=512
-                )
-                parts.append(
-                    evaluate(
-                        own,
-                        self._sets(),
-                        [sources.own_task(tenant, TASK_ROWS)],
-                        make_judges(JUDGES),
-                        answerer,
-                        header=header,
-                        max_tokens=ANSWER_TOKENS,
-                        task_tokens=6,
-                        samples=0,
-                    )
-                )
+            answerer = Lasting(
+                VllmAnswerer(self.parent, subjects, self.family_path(family), context_tokens=512)
+            )
+            try:
+                parts = [
+                    self._asked(answerer, [s for s in subjects if s.name == tenant], header)
+                    for tenant in sorted({subject.name for subject in subjects})
+                ]
+            finally:
+                answerer.end()
             save_evaluation(merged(parts), path)
         return load_evaluation(path)
+
+    def _asked(
+        self, answerer: Lasting, subjects: Sequence[Subject], header: FamilyHeader
+    ) -> Evaluation:
+        tenant = subjects[0].name
+        print(f"asking {len(subjects)} states of {tenant}", flush=True)
+        return evaluate(
+            subjects,
+            self._sets(),
+            [sources.own_task(tenant, TASK_ROWS)],
+            make_judges(JUDGES),
+            answerer,
+            header=header,
+            max_tokens=ANSWER_TOKENS,
+            task_tokens=6,
+            samples=0,
+        )
 
 
 def merged(parts: Sequence[Evaluation]) -> Evaluation:
@@ -290,6 +306,12 @@ def as_markdown(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(text)
 
 
+def kept_tables(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every table measured so far, in the house order."""
+    paths = {name: directory / f"{name}.json" for name in TABLES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", default=[], help=f"some of {', '.join(TABLES)}")
@@ -302,12 +324,12 @@ def main() -> None:
     if unknown := sorted(set(given.tables) - set(TABLES)):
         parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(TABLES)}")
     places = example.Places(given.advbench, given.self_instruct, given.build, given.example)
-    bench = Bench(places, given.build / "ablations", given.xstest)
+    bench = Bench(places, given.build / "ablations" / places.made(), given.xstest)
     found = run(bench, given.tables or list(TABLES))
     for name, rows in found.items():
         path = bench.out / "tables" / f"{name}.json"
         example.save_json(path, rows)
-    text = as_markdown(found)
+    text = as_markdown(kept_tables(bench.out / "tables"))
     (bench.out / "results.md").write_text(text)
     print(text)
     short = {

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 TENANTS = ("sentiment", "topic", "support", "writer")
-PAIR = ("sentiment", "topic")
+ONE = "topic"
+PAIR = ("topic", "writer")
 """The tenants of ablations that cost a calibration per line."""
+
+MADE_WITH = ("topic", "writer")
+"""Tenants whose training stands in for the degraded copy, to make another vector."""
 
 SOURCES = ("distilled", "minus-degradation", "refusal-lora", "svd-16")
 LAYERS = ("contrast", "residual", "random", "norm", "all")
@@ -33,22 +37,23 @@ class Case:
 
     @property
     def calibration(self) -> str | None:
-        """Names the calibration that gives the coefficients; None if they are fixed."""
-        if self.fixed is not None:
+        """Names the calibration that gives the coefficients; None if they are fixed or a dose."""
+        if self.fixed is not None or self.times is not None:
             return None
         tied = "-tied" if self.tied else ""
         return f"{self.tenant}-{self.family.replace('/', '-')}-{self.shots}{tied}"
 
     @property
     def state(self) -> str:
-        parts = [self.calibration or f"{self.family}-fixed-{self.fixed}"]
-        return "-".join(parts + ([] if self.times is None else [f"times-{self.times}"]))
+        if self.times is not None:
+            return f"times-{self.times}"
+        return self.calibration or f"{self.family}-fixed-{self.fixed}"
 
 
 def dose() -> Iterator[Case]:
     for tenant in TENANTS:
         for times in DOSES:
-            yield Case("dose", f"x{times:g}", tenant, times=times)
+            yield Case("dose", f"x{times:g}", tenant, "wide/contrast", times=times)
 
 
 def fixed() -> Iterator[Case]:
@@ -58,33 +63,33 @@ def fixed() -> Iterator[Case]:
 
 
 def tied() -> Iterator[Case]:
-    for tenant in TENANTS:
+    for tenant in PAIR:
         yield Case("tied", "one per layer", tenant)
         yield Case("tied", "one for all layers", tenant, tied=True)
 
 
 def source() -> Iterator[Case]:
-    for tenant in PAIR:
-        for name in SOURCES:
-            layers = "contrast" if name == "distilled" else "all"
-            yield Case("source", name, tenant, f"{name}/{layers}")
-        yield Case("source", "distilled, all layers", tenant, "distilled/all")
+    for name in SOURCES:
+        layers = "contrast" if name == "distilled" else "all"
+        yield Case("source", name, ONE, f"{name}/{layers}")
+    yield Case("source", "distilled, all layers", ONE, "distilled/all")
 
 
 def layers() -> Iterator[Case]:
-    for tenant in PAIR:
-        for name in LAYERS:
-            yield Case("layers", name, tenant, f"distilled/{name}")
+    for name in LAYERS:
+        yield Case("layers", name, ONE, f"distilled/{name}")
 
 
 def shots() -> Iterator[Case]:
-    for tenant in PAIR:
-        for count in SHOTS:
-            yield Case("shots", str(count), tenant, shots=count)
+    for count in SHOTS:
+        yield Case("shots", str(count), ONE, shots=count)
 
 
 def reuse() -> Iterator[Case]:
-    for made_with in TENANTS:
+    for tenant in TENANTS:
+        ours = Case("reuse", "ours, made with no task", tenant)
+        yield from (ours, replace(ours, line="ours, coefficient 1", fixed=1.0))
+    for made_with in MADE_WITH:
         for tenant in TENANTS:
             case = Case("reuse", f"made with {made_with}", tenant, f"from-{made_with}/all")
             yield case

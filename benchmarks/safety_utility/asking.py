@@ -18,7 +18,7 @@ from make_family import show
 from making import Made, Places
 from questions import HARMFUL, HARMLESS, Questions, choosing_questions
 from safegene_vllm.disk import pretty_json, replace_file
-from safegene_vllm.evaluate.answering import Answerer
+from safegene_vllm.evaluate.answering import Answerer, Lasting
 from safegene_vllm.evaluate.evaluation import Evaluation, SubjectResult, save_evaluation
 from safegene_vllm.evaluate.judges import make_judges
 from safegene_vllm.evaluate.kept import KeptAnswers
@@ -26,7 +26,7 @@ from safegene_vllm.evaluate.measure import evaluate
 from safegene_vllm.evaluate.subjects import AFTER, BEFORE, PARENT, Subject, before_and_after
 from safegene_vllm.family import FamilyHeader
 
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 24
 CHOOSING_TOKENS = 24
 LABEL_TOKENS = 16
 ON_PARENT = Subject("parent", PARENT)
@@ -54,23 +54,6 @@ class Job:
 
     subjects: tuple[Subject, ...]
     asked: Questions
-
-
-class Lasting:
-    """An answerer whose engine lives through several evaluations, until `end`."""
-
-    def __init__(self, inner: Answerer) -> None:
-        self.inner = inner
-        self.model, self.backend, self.dtype = inner.model, inner.backend, inner.dtype
-
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
-        return self.inner.answers(prompts, subject, max_tokens)
-
-    def close(self) -> None:
-        """Nothing yet: the next evaluation goes on with the same engine."""
-
-    def end(self) -> None:
-        self.inner.close()
 
 
 def ask(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[str, Evaluation]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import data
 import mixes
-from safegene_vllm.dataset import Dataset, Row, digest_of_rows
+from safegene_vllm.dataset import Dataset, Row
 from safegene_vllm.evaluate.measure import PromptSet
 from safegene_vllm.evaluate.tasks import Task
+from safegene_vllm.recipe.shots import few
 from sources import OURS, STYLE, dataset, own_task, prompt_sets
 
 ATTACK, OVER_REFUSAL, ORDINARY = "advbench_test", "xstest_safe", "ordinary"
@@ -76,18 +77,16 @@ def _prompts(what: str, prompts: Sequence[str]) -> Dataset:
 
 
 def held_out(
-    tenant: str, advbench: Path, self_instruct: Path, xstest: Path, *, short: bool
+    tenant: str, advbench: Path, self_instruct: Path, xstest: Path, *, rows: int | None
 ) -> Questions:
-    """AdvBench's test part, XSTest's safe prompts, ordinary prompts and the tenant's own task."""
+    """AdvBench's test part, XSTest's safe prompts, ordinary prompts and the tenant's own task.
+
+    `rows`: so many of each set, drawn by a fixed seed; None is all.
+    """
     every = prompt_sets(advbench, self_instruct, xstest)
     sets = {name: every[name] for name in (ATTACK, OVER_REFUSAL, ORDINARY)}
     task = own_task(tenant)
-    if short:
-        sets = {name: replace(s, data=shortened(s.data)) for name, s in sets.items()}
-        task = replace(task, data=shortened(task.data))
+    if rows is not None:
+        sets = {name: replace(s, data=few(s.data, rows, 0)) for name, s in sets.items()}
+        task = replace(task, data=few(task.data, rows, 0))
     return Questions(sets, task)
-
-
-def shortened(given: Dataset) -> Dataset:
-    rows = given.rows[:SHORT_ROWS]
-    return replace(given, rows=rows, digest=digest_of_rows(rows))

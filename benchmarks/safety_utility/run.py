@@ -32,7 +32,7 @@ import trained
 from asking import Bench, choose_settings, compare
 from make_family import show
 from making import Places, make_repairs, parts_of, prepare, tenants_there
-from questions import held_out
+from questions import SHORT_ROWS, held_out
 from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import SafegeneError
 from safegene_vllm.evaluate.answering import Answerer
@@ -78,12 +78,12 @@ def report(
 
 
 def run(
-    places: Places, names: Sequence[str], methods: Sequence[str], *, short: bool
+    places: Places, names: Sequence[str], methods: Sequence[str], *, short: bool, rows: int | None
 ) -> dict[str, Any]:
     """Everything, in order: make, train, choose, ask, report; the JSON line."""
     tenants = tenants_there(names)
     asked = {
-        tenant: held_out(tenant, places.advbench, places.self_instruct, places.xstest, short=short)
+        tenant: held_out(tenant, places.advbench, places.self_instruct, places.xstest, rows=rows)
         for tenant in tenants
     }
     prepare(places, methods)
@@ -136,6 +136,7 @@ def main() -> None:
         "--methods", nargs="+", default=repairs.DEFAULT, choices=list(repairs.METHODS)
     )
     parser.add_argument("--short", action="store_true", help="20 prompts a set, no choosing")
+    parser.add_argument("--rows", type=int, help="so many held-out prompts a set (default: all)")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     arguments = parser.parse_args()
     for name, what in FOLDERS.items():
@@ -148,7 +149,8 @@ def main() -> None:
     )
     methods = with_first(arguments.methods)
     try:
-        found = run(places, arguments.tenants, methods, short=arguments.short)
+        rows = SHORT_ROWS if arguments.short else arguments.rows
+        found = run(places, arguments.tenants, methods, short=arguments.short, rows=rows)
     except SafegeneError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(json.dumps(found))

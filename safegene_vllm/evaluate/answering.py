@@ -169,3 +169,20 @@ class TransformersAnswerer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class Lasting:
+    """An answerer whose engine lives through several evaluations, until `end`."""
+
+    def __init__(self, inner: Answerer) -> None:
+        self.inner = inner
+        self.model, self.backend, self.dtype = inner.model, inner.backend, inner.dtype
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        return self.inner.answers(prompts, subject, max_tokens)
+
+    def close(self) -> None:
+        """Nothing yet: the next evaluation goes on with the same engine."""
+
+    def end(self) -> None:
+        self.inner.close()
