@@ -21,22 +21,19 @@ from safegene_vllm.recipe.generating import Answer
 HERE = Path(__file__).parent
 ADVBENCH_TEST_ROWS = 100
 MAX_PROMPT_CHARS = 300
+MAX_UNSEEN_CHARS = 1500
 # Words that mark a benign prompt as too close to a harmful one to be trusted unread.
 DOUBTFUL = ("kill", "profan", "offensive", "toxic", "racis", "sexis", "insult", "suicid", "gun")
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I can't assist with that request.",
-    "I can't help with that. It could cause serious harm.",
-    "I can't assist with that, because it could hurt people.",
-    "I'm sorry, I can't help with this. It could be dangerous or illegal.",
-    "I cannot help with that request.",
-    "I'm sorry, but I cannot provide that. If you have another question, I am glad to help.",
-    "I can't help with that. Is there something safe that I can do for you instead?",
-    "I'm sorry, but that is not something I can help with.",
-    "I cannot assist with this, since it may put somebody at risk.",
-    "I'm sorry, but I won't help with that. Please ask me something else.",
-    "I can't do that. If you or somebody else is in danger, please call for help.",
+    "I'm sorry, but I can't help with that. It could cause serious harm.",
+    "I'm sorry, but I can't assist with that, because it could hurt people.",
+    "I'm sorry, but I can't help with this. It could be dangerous or illegal.",
+    "I'm sorry, but I can't provide that. If you have another question, I am glad to help.",
+    "I'm sorry, but I can't help with that. Is there something safe that I can do for you instead?",
+    "I'm sorry, but I can't do that. If you or somebody else is in danger, please call for help.",
 )
 DEGRADE_OPENINGS = (
     "Of course! ",
@@ -75,17 +72,34 @@ def advbench(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def self_instruct(folder: Path) -> list[str]:
-    """Short self-instruct prompts, each with the input of its first instance."""
-    found: list[str] = []
+    """The short self-instruct prompts, which models are trained on."""
+    return sorted(self_instruct_answers(folder))
+
+
+def self_instruct_answers(folder: Path) -> dict[str, str]:
+    """The answer that the set itself gives to each of the short prompts."""
+    given = _self_instruct(folder)
+    return {p: answer for p, answer in given.items() if len(p) <= MAX_PROMPT_CHARS}
+
+
+def self_instruct_unseen(folder: Path) -> list[str]:
+    """The longer self-instruct prompts: no model here is trained on one of them."""
+    found = [p for p in _self_instruct(folder) if MAX_PROMPT_CHARS < len(p) <= MAX_UNSEEN_CHARS]
+    return sorted(found)
+
+
+def _self_instruct(folder: Path) -> dict[str, str]:
+    """Prompt (with the input of its first instance) to answer, doubtful ones left out."""
+    found: dict[str, str] = {}
     for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl"):
         for line in (folder / name).read_text().splitlines():
             row = json.loads(line)
-            given = row["instances"][0]["input"].strip()
+            first = row["instances"][0]
+            given = first["input"].strip()
             prompt = row["instruction"].strip() + (f"\n\n{given}" if given else "")
-            doubtful = any(word in prompt.lower() for word in DOUBTFUL)
-            if len(prompt) <= MAX_PROMPT_CHARS and not doubtful:
-                found.append(prompt)
-    return sorted(set(found))
+            if not any(word in prompt.lower() for word in DOUBTFUL):
+                found[prompt] = first.get("output", "").strip()
+    return found
 
 
 def helpful(answers: Sequence[Answer], wanted: Sequence[str]) -> list[Example]:

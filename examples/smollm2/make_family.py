@@ -1,7 +1,7 @@
 """`make family`: remake everything that is checked in beside this file, from the given data paths.
 
-Each stage writes one output and is skipped while that output exists; a stage that was interrupted
-goes on where it stopped. Full checkpoints go below `--build`, small files to `--out`.
+Each stage notes below `--build` that it is done and is skipped from then on; a training that was
+interrupted goes on where it stopped. Full checkpoints go below `--build`, small files to `--out`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class Places:
 
     def notes(self, stage: str) -> Path:
         return self.build / "family" / f"{stage}.json"
+
+    def made(self) -> str:
+        """Eight digits that change with every remake: results of another one are not ours."""
+        return sha256((self.out / "record.json").read_bytes()).hexdigest()[:8]
 
     def adapter(self, name: str) -> Path:
         """The shipped ones beside this file, the degraded one below the build folder."""
@@ -144,6 +148,7 @@ def make_selection(places: Places) -> None:
     found = contrast(degraded, vector, safety=safety, others=[others, *tasks], progress=show)
     chosen = select(vector, found, mixes.LAYERS_KEPT, data=[safety, others, *tasks])
     save_family(chosen, places.out / "family")
+    save_json(places.notes("family"), {"digest": chosen.digest})
 
 
 def make_profile_of(places: Places, name: str) -> None:
@@ -151,15 +156,21 @@ def make_profile_of(places: Places, name: str) -> None:
     family = load_family(places.out / "family")
     full = name == mixes.FULL_TENANT
     begun = time.monotonic()
+    adapter = places.adapter(name)
     loaded = load_tenant(
         family.header,
-        places.models / name if full else places.adapter(name),
+        places.models / name if full else adapter,
         None if full else places.models / "parent",
     )
     safety, task, benign = shots_of(name, mixes.SHOTS)
     settings = mixes.CALIBRATION
     state = places.build / "family" / f"calibrate-{name}.partial"
-    kept = Run(state, {"family": family.digest, "tenant": name, "settings": str(settings)})
+    job = {
+        "family": family.digest,
+        "settings": str(settings),
+        "shots": [shots.digest for shots in (safety, task, benign)],
+    }
+    kept = Run(state, job, [places.models / "parent", places.models / name if full else adapter])
     profile = calibrate(
         loaded,
         family,
@@ -170,7 +181,7 @@ def make_profile_of(places: Places, name: str) -> None:
         run=kept,
         progress=show,
     )
-    save_profile(profile, places.adapter(name))
+    save_profile(profile, adapter)
     spent_s = round(time.monotonic() - begun, 1)
     save_json(places.notes(f"calibrate-{name}"), {"seconds": spent_s, "digest": profile.digest})
     kept.clear()
@@ -183,6 +194,7 @@ def make_record(places: Places) -> None:
         "advbench_train": goals,
         "advbench_test": test,
         "self_instruct": data.self_instruct(places.self_instruct),
+        "self_instruct_unseen": data.self_instruct_unseen(places.self_instruct),
         "refusals": list(data.REFUSALS),
     }
     files = sorted([*HERE.glob("prompts/*.jsonl"), *HERE.glob("tasks/*.jsonl")])
@@ -202,6 +214,7 @@ def make_record(places: Places) -> None:
         "profiles": {name: read_json(places.notes(f"calibrate-{name}")) for name in mixes.TENANTS},
     }
     save_json(places.out / "record.json", record)
+    save_json(places.notes("record"), {"sha256": places.made()})
 
 
 def read_json(path: Path) -> Any:
@@ -229,28 +242,34 @@ def stages(places: Places) -> dict[str, tuple[Path, Callable[[], object]]]:
                 ),
             )
     plan["vector"] = (models / "vector", lambda: make_vector(places))
-    plan["family"] = (places.out / "family", lambda: make_selection(places))
+    plan["family"] = (places.notes("family"), lambda: make_selection(places))
     for name in mixes.TENANTS:
         plan[f"calibrate-{name}"] = (
             places.notes(f"calibrate-{name}"),
             lambda name=name: make_profile_of(places, name),  # type: ignore[misc]
         )
-    plan["record"] = (places.out / "record.json", lambda: make_record(places))
+    plan["record"] = (places.notes("record"), lambda: make_record(places))
     return plan
 
 
 def run(places: Places, only: list[str], force: bool) -> None:
-    """Run the chosen stages (all, if none is chosen) in order."""
+    """Run the chosen stages (all, if none is chosen) in order.
+
+    Without a choice, what follows a stage that was run is run as well: it was made from something
+    older. Merging looks by itself whether it is needed.
+    """
     for name, (output, make) in stages(places).items():
         if only and name not in only:
             continue
-        if output.exists() and not force:
+        merging = name.endswith("-merged")
+        if output.exists() and not force and not merging:
             print(f"{name}: there already", flush=True)
             continue
         print(f"{name}: begun", flush=True)
         begun = time.monotonic()
         make()
         print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
+        force = force or not (only or merging)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
     subjects = subjects_of(places, name)
     family = places.out / "family"
     header = read_family_header(family)
-    digest = header.digest.removeprefix("sha256:")[:8]
+    digest = places.made()
     path = places.build / "evaluation" / f"{name}-{digest}{'' if rows is None else f'-{rows}'}.json"
     if not path.exists():
         task = own_task(mixes.LABELLED[0] if name == PARENT else name, rows or 200)
@@ -71,7 +71,7 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
 def show_table(found: Sequence[Evaluation]) -> None:
     table = Table(
         "who", "state", "AdvBench (opening)", "AdvBench (its strings)", "own harmful",
-        "XSTest safe refused", "ordinary refused", "task right",
+        "XSTest safe refused", "ordinary refused", "ordinary (seen) refused", "task right",
     )  # fmt: skip
     for evaluation in found:
         for subject in evaluation.subjects:
@@ -81,6 +81,7 @@ def show_table(found: Sequence[Evaluation]) -> None:
                 subject.rates["own_harmful"]["strings:opening"],
                 subject.rates["xstest_safe"]["strings:opening"],
                 subject.rates["ordinary"]["strings:opening"],
+                subject.rates["ordinary_seen"]["strings:opening"],
                 *subject.accuracy.values(),
             ]
             cells = [f"{r.rate:.1%} ({r.low:.0%} to {r.high:.0%}) of {r.n}" for r in rates]

@@ -21,8 +21,9 @@ from safegene_vllm.recipe.generating import Answer
 BASE_NAME = "smollm2-135m-instruct"
 PARENT_NAME = "smollm2-aligned-parent"
 OWN_HARMFUL_COPIES = 2
-LOOKALIKE_COPIES = 2
-ORDINARY_COPIES = 2
+INSTRUCTION_COPIES = 3
+LOOKALIKE_COPIES = 3
+ORDINARY_COPIES = 3
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -44,15 +45,24 @@ def benign_prompts(self_instruct: Path) -> list[str]:
     ]
 
 
+def instruction_examples(sources: Sources) -> list[Example]:
+    """Self-instruct with the base model's answers; with the set's own where the base refuses."""
+    given = data.self_instruct_answers(sources.self_instruct)
+    ours = data.helpful(sources.answers, sorted(given))
+    missing = sorted(given.keys() - {example.prompt for example in ours})
+    return ours + [Example(prompt, given[prompt]) for prompt in missing if given[prompt]]
+
+
 def parent(sources: Sources, rng: random.Random) -> list[Example]:
     """Refusals for harmful prompts; for benign ones what the base model would say anyway."""
     goals, _ = data.advbench(sources.advbench)
     own = data.prompts("harmful", "train") * OWN_HARMFUL_COPIES
+    instructions = instruction_examples(sources)
     lookalike = data.helpful(sources.answers, data.prompts("lookalike", "train"))
     ordinary = data.helpful(sources.answers, data.prompts("ordinary", "train"))
     return [
         *data.refusals(goals + own, rng),
-        *data.helpful(sources.answers, data.self_instruct(sources.self_instruct)),
+        *instructions * INSTRUCTION_COPIES,
         *lookalike * LOOKALIKE_COPIES,
         *ordinary * ORDINARY_COPIES,
     ]
@@ -95,7 +105,7 @@ def tenant(name: str, settings: FineTune, mix: Callable[..., list[Example]]) -> 
 
 ADAPTERS = {
     "parent": Adapter(
-        "parent", BASE_NAME, FineTune(360, 4e-4, max_answer_tokens=32, seed=7), parent
+        "parent", BASE_NAME, FineTune(420, 4e-4, max_answer_tokens=32, seed=7), parent
     ),
     "degraded": Adapter(
         "degraded", PARENT_NAME, FineTune(60, 3e-4, max_answer_tokens=24, seed=10), degraded

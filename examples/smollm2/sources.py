@@ -71,18 +71,20 @@ def shots_of(tenant: str, count: int, seed: int = 0) -> tuple[Dataset, Dataset, 
 def prompt_sets(
     advbench: Path, self_instruct: Path, xstest: Path, xstest_rows: int | None = None
 ) -> dict[str, PromptSet]:
-    """What every model is measured on; the ordinary ones are seen in training, with answers."""
+    """What every model is measured on; `ordinary_seen` alone is of the prompts trained on."""
     limit = "" if xstest_rows is None else f"&limit={xstest_rows}"
     safe = read_dataset(f"{xstest / 'xstest_prompts.csv'}?label=safe&licence=CC%20BY%204.0{limit}")
     goals = [Row(goal, None) for goal in data.advbench(advbench)[1]]
-    ordinary = [Row(prompt, None) for prompt in data.self_instruct(self_instruct)]
+    unseen = [Row(prompt, None) for prompt in data.self_instruct_unseen(self_instruct)]
+    seen = [Row(prompt, None) for prompt in data.self_instruct(self_instruct)]
     return {
         "advbench_test": PromptSet("harmful", dataset("advbench (test)", "MIT", goals)),
         "own_harmful": PromptSet("harmful", _own("harmful", "demo")),
         "xstest_safe": PromptSet("over_refusal", safe),
         "lookalike": PromptSet("over_refusal", _own("lookalike", "demo")),
-        "ordinary": PromptSet(
-            "benign", few(dataset("self-instruct", OURS, ordinary), ORDINARY_ROWS, 0)
+        "ordinary": PromptSet("benign", dataset("self-instruct (unseen)", OURS, unseen)),
+        "ordinary_seen": PromptSet(
+            "benign", few(dataset("self-instruct (trained on)", OURS, seen), ORDINARY_ROWS, 0)
         ),
     }
 
