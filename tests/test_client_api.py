@@ -154,6 +154,10 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
     assert run("key", "revoke", "app")["revoked_at"] is not None
     assert {key["name"] for key in run("key", "list")["data"]} == {*SECRETS, "app"}
 
+    rows = [{"prompt": f"p {n}", "answer": "ab"[n % 2]} for n in range(6)]
+    started = client.calibrate(NAME, {"safety": rows, "task": rows}, expected_revision=None)
+    assert (started["tenant"]["name"], started["job"]["kind"]) == (NAME, "calibrate")
+
     done = client.jobs(tenant=NAME, state="done", limit=1)[0]
     assert run("job", "show", done["id"]) == run("job", "watch", done["id"]) == done
     with pytest.raises(ApiError) as caught:
