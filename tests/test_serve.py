@@ -111,6 +111,42 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
     assert launch.url == "http://127.0.0.1:9000"
 
 
+def test_a_registry_brings_the_tenants(world: SimpleNamespace, tmp_path: Path) -> None:
+    file = tmp_path / "safegene.yaml"
+    file.write_text("registry: r.sqlite\nstore: s\n")
+    launch = built(world, server_config=file)
+    assert launch.env["SAFEGENE_SERVER_CONFIG"] == str(file)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in launch.env
+    assert flag(launch, "max-cpu-loras") == ["256"] and flag(launch, "lora-modules") == []
+
+
+@pytest.mark.parametrize(
+    ("vllm_args", "options", "words"),
+    [
+        ((), {"tenants": ("t4",)}, "tenants are the registry's"),
+        (("--lora-modules", "a=b"), {}, "tenants are the registry's"),
+        (("--api-key", "k"), {}, "keys are the registry's"),
+        ((), {"missing_profile": "serve_unprotected"}, "has a profile"),
+        ((), {"apply": "weights", "model": "full"}, "--apply weights"),
+    ],
+)
+def test_what_contradicts_a_registry(
+    world: SimpleNamespace,
+    tmp_path: Path,
+    vllm_args: tuple[str, ...],
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    file = tmp_path / "safegene.yaml"
+    file.write_text("registry: r.sqlite\nstore: s\n")
+    if "model" in options:
+        options = {**options, "model": str(world.d / options["model"])}
+    with pytest.raises(SafegeneError, match=words):
+        built(world, *vllm_args, server_config=file, **options)
+    with pytest.raises(SafegeneError, match="there is no such file"):
+        built(world, server_config=tmp_path / "nothing.yaml")
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [

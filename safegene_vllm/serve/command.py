@@ -199,8 +199,8 @@ def _registry_contradictions(options: ServeOptions, flags: Flags, settings: Sett
         found.append(f"{where} with --apply weights: weights serve one checkpoint")
     if settings.missing_profile != "refuse":
         found.append(
-            f"--missing-profile {settings.missing_profile} with {where}: every revision of "
-            "a registry has a profile"
+            f"--missing-profile {settings.missing_profile} with {where}: every revision of a "
+            "registry has a profile"
         )
     return found
 

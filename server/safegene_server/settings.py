@@ -162,6 +162,8 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
             for fault in error.errors()
         )
         raise ConfigError(f"{path}: {faults}.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
