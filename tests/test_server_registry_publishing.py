@@ -70,6 +70,21 @@ def test_only_what_is_ready_is_published(registry: Registry) -> None:
         registry.publish(TENANT, 2, actor="me")
 
 
+def test_what_has_just_been_proven_is_published_in_one_step(registry: Registry) -> None:
+    registry.add_revision(TENANT, profile(), actor="me")
+    version, found = registry.version(), {"made_from": "acme/support@1"}
+    with pytest.raises(ConflictError, match="expected acme/support@7"):
+        registry.publish(TENANT, 1, actor="me", expected=7, gate=found)
+    assert states(registry) == ["registered"]
+    rollout = registry.publish(TENANT, 1, actor="me", gate=found)
+    assert rollout.version == registry.version() == version + 1
+    now = registry.revision(TENANT, 1)
+    assert (served(registry), now.state, now.gate) == (1, "published", found)
+    assert [e.action for e in registry.audit().entries[:2]] == ["tenant.publish", "revision.ready"]
+    with pytest.raises(ConflictError, match="is published and cannot become ready"):
+        registry.publish(TENANT, 1, actor="me", gate=found)
+
+
 def test_rollbacks_go_back_one_by_one(registry: Registry) -> None:
     for _ in range(3):
         add_published(registry, TENANT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from datetime import timedelta
 
@@ -16,6 +15,15 @@ from safegene_vllm.errors import RegistryError, UnknownError
 __all__ = ["registry", "url"]
 
 TENANT = "acme/support"
+
+
+def last_seen(registry: Registry, replica: str, ago_s: float) -> None:
+    """As if a replica had been silent since then."""
+    with registry.write("test") as write:
+        then = write.now - timedelta(seconds=ago_s)
+        row = tables.replicas
+        write.connection.execute(update(row).where(row.c.id == replica).values(seen_at=then))
+        write.unaudited()
 
 
 def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
@@ -49,22 +57,28 @@ def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registr
     registry.heartbeat(replica, applied_version=2, faults=["slow"], actor="node-1")
     entries = registry.audit(action="replica.state").entries
     assert [entry.details["version"] for entry in entries] == [2, 2, 1]
+    revision = add_published(registry, TENANT)
+    told = {revision.id: ({"rank": 0}, True)}
+    registry.heartbeat(replica, applied_version=2, faults=["slow"], receipts=told, actor="node-1")
+    assert [r.revision for r in registry.receipts(replica=replica)] == [revision.id]
+    registry.heartbeat(
+        replica, applied_version=2, faults=["slow"], gone=[revision.id], actor="node-1"
+    )
+    assert registry.receipts(replica=replica) == ()
+    assert len(registry.audit(action="replica.receipts").entries) == 2
+    assert len(registry.audit(action="replica.state").entries) == 3
     with pytest.raises(RegistryError, match="applied_version -1"):
         registry.heartbeat(replica, applied_version=-1, actor="node-1")
 
 
 def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: Registry) -> None:
     silent = registry.join("node-1", 1, actor="node-1").id
-    time.sleep(0.3)
     alive = registry.join("node-2", 2, actor="node-2").id
     assert [one.id for one in registry.replicas()] == [silent, alive]
-    assert [one.id for one in registry.replicas(alive_s=0.25)] == [alive]
-    with registry.write("test") as write:
-        long_ago = write.now - timedelta(seconds=replicas.FORGET_S + 1)
-        write.connection.execute(
-            update(tables.replicas).where(tables.replicas.c.id == silent).values(seen_at=long_ago)
-        )
-        write.unaudited()
+    last_seen(registry, silent, replicas.ALIVE_S + 60)
+    assert [one.id for one in registry.replicas()] == [alive]
+    assert [one.id for one in registry.replicas(alive_s=1000)] == [silent, alive]
+    last_seen(registry, silent, replicas.FORGET_S + 1)
     registry.join("node-3", 3, actor="node-3")
     assert registry.audit(action="replica.join").entries[0].details["forgotten"] == [silent]
     with pytest.raises(UnknownError):
@@ -123,13 +137,13 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
 def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
     rollout = registry.rollouts()[0]
-    registry.join("dead", 1, actor="test")
-    time.sleep(0.3)
+    dead = registry.join("dead", 1, actor="test").id
     alive = registry.join("alive", 2, actor="test").id
     registry.heartbeat(alive, applied_version=rollout.version, actor="test")
     registry.put_receipts(alive, {revision.id: ({}, True)}, actor="test")
     assert registry.rollout_status(rollout.id).live == 2
-    status = registry.rollout_status(rollout.id, alive_s=0.25)
+    last_seen(registry, dead, replicas.ALIVE_S + 60)
+    status = registry.rollout_status(rollout.id)
     assert (status.applied, status.live, status.done) == (1, 1, True)
 
 

@@ -54,12 +54,13 @@ class Engine:
         adapters = [{"lora_int_id": i, "name": r.name} for i, r in self.loaded.items()]
         return [{"rank": 0, "adapters": adapters}]
 
-    async def add_lora(self, request: Any) -> None:
+    async def add(self, request: Any) -> list[dict[str, Any]]:
         assert (request.path / "safegene.json").exists()
         if request.name in self.refuse:
             raise ReceiptError(f"{request.name}: rank 0 holds another row")
         self.log.append(f"add {request.name}")
         self.loaded[request.id] = request
+        return await self.ask()
 
     async def remove_lora(self, number: int) -> None:
         self.log.append(f"remove {self.loaded.pop(number).name}")

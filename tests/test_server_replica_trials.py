@@ -70,7 +70,7 @@ def test_what_no_rank_accepts_leaves_nothing_behind(
             raise ReceiptError("rank 0 holds another row")
 
         with monkeypatch.context() as patch:
-            patch.setattr(world.engine, "add_lora", refuse)
+            patch.setattr(world.engine, "add", refuse)
             with pytest.raises(ReceiptError):
                 await world.replica.begin_trial(served, [0.25, 2.0])
         with pytest.raises(BoundsError):
@@ -87,14 +87,14 @@ def test_one_that_is_given_up_while_it_loads_is_taken_out(
     served = world.publish("acme", 0.5)
 
     async def look() -> None:
-        loading, add = asyncio.Event(), world.engine.add_lora
+        loading, add = asyncio.Event(), world.engine.add
 
         async def slow(request: Any) -> None:
             await add(request)
             loading.set()
             await asyncio.sleep(60)
 
-        monkeypatch.setattr(world.engine, "add_lora", slow)
+        monkeypatch.setattr(world.engine, "add", slow)
         task = asyncio.create_task(world.replica.begin_trial(served, [0.25, 2.0]))
         await asyncio.wait_for(loading.wait(), 5)
         assert len(world.engine.loaded) == 2

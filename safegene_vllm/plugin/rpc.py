@@ -1,4 +1,4 @@
-"""Methods a worker gains for `collective_rpc`: may this tenant come in, what is really applied?
+"""Methods a worker gains for `collective_rpc`: load this tenant, what is really applied?
 
 For the API process and for operators' tools. Answers are plain, because they cross process
 boundaries, and a refusal is an answer: vLLM's multiprocess executor leaves the other ranks' replies
@@ -28,26 +28,26 @@ def safegene_receipt(self: Any) -> dict[str, Any] | None:
     return None if merged is None else merged.receipt(rank, world_size).to_dict()
 
 
-def safegene_admit(
+def safegene_add(
     self: Any, lora_name: str, lora_int_id: int, lora_path: str, load_inplace: bool
-) -> str | None:
-    """Stage and validate a tenant, so that loading it later cannot fail on its files.
+) -> dict[str, Any]:
+    """Stage, validate and load a tenant, and report: one call, because each one waits for a step.
 
-    Returns why it is refused, or None. In place: an admitted tenant is remembered until the adapter
-    is removed (`remove_lora`). Never raises.
+    Returns `refused` (why, or None) and `receipt` (as `safegene_receipt`; None if refused). A
+    tenant is remembered until its adapter is removed (`remove_lora`); in place too. Never raises.
     """
+    request = host.resolve("LoRARequest")(
+        lora_name, lora_int_id, lora_path, load_inplace=load_inplace
+    )
     guest = getattr(getattr(self.model_runner, "lora_manager", None), "safegene", None)
-    if guest is None:
-        return None
     try:
-        guest.admit(
-            host.resolve("LoRARequest")(
-                lora_name, lora_int_id, lora_path, load_inplace=load_inplace
-            )
-        )
+        if guest is not None:
+            guest.admit(request)
+        self.add_lora(request)
+        return {"refused": None, "receipt": safegene_receipt(self)}
     except SafegeneError as error:
-        return str(error)
+        reason = str(error)
     except Exception as error:
-        logger.exception("tenant %r could not be read", lora_name)
-        return f"{type(error).__name__}: {error}"
-    return None
+        logger.exception("tenant %r could not be loaded", lora_name)
+        reason = f"{type(error).__name__}: {error}"
+    return {"refused": reason, "receipt": None}

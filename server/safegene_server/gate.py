@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safegene_server.answers import EngineDownError, plain
-from safegene_server.verifier import Verifier
-from safegene_vllm.errors import MissingFileError, SafegeneError, TenantRefusedError
+from safegene_server.verifier import Verifier, out_of_step
+from safegene_vllm.errors import MissingFileError, TenantRefusedError
 
 refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=None)
 """Why the last `add_lora` of this task failed: vLLM passes on an abridged message only."""
@@ -33,51 +33,48 @@ class Gate:
         Errors: MissingFileError, TenantRefusedError (the engine's own message), ReceiptError,
         EngineDownError.
         """
+        await self.add(request)
+        return True
+
+    async def add(self, request: Any) -> list[dict[str, Any] | None]:
+        """The same, with what every rank reported. Errors: as `add_lora`."""
         try:
-            added = await self._load(request)
-            await self.verifier.verify(request)
+            answers = await self._load(request)
+            self.verifier.verify(request, answers)
         except Exception as error:
             refusal.set(error)
             if not self.verifier.published(request.lora_int_id):
                 await self._take_back(request.lora_int_id)
             raise
-        return added
+        return answers
 
-    async def _load(self, request: Any) -> bool:
+    async def _load(self, request: Any) -> list[dict[str, Any] | None]:
+        """The receipt of every rank, each of which has validated and loaded the tenant.
+
+        Refusals are answers: of an exception in every rank vLLM reads only the first, and takes the
+        others for answers to later calls. Errors: as `add_lora`.
+        """
         if self._missing(request.lora_path):
             raise MissingFileError(
                 f"lora_path {request.lora_path!r} is not a directory on this server; give the "
                 "local directory of a PEFT adapter with a safegene.json (a hub name must be "
                 "downloaded first)."
             )
+        wanted = request.lora_name, request.lora_int_id, request.lora_path, request.load_inplace
         try:
-            await self._admit(request)
-            return bool(await self.engine.add_lora(request))
-        except SafegeneError:
-            raise
+            answers = await self.engine.collective_rpc("safegene_add", args=wanted)
         except Exception as error:
             if getattr(self.engine, "errored", False):
                 raise EngineDownError(f"the engine is down: {plain(error)}") from error
             raise TenantRefusedError(plain(error)) from error
-
-    async def _admit(self, request: Any) -> None:
-        """Every rank validates the tenant before any loads it. Errors: TenantRefusedError.
-
-        A refusal by `add_lora` itself would be an exception in every rank, of which vLLM reads only
-        the first and takes the others for answers to later calls.
-        """
-        answers = await self.engine.collective_rpc(
-            "safegene_admit",
-            args=(
-                request.lora_name,
-                request.lora_int_id,
-                request.lora_path,
-                request.load_inplace,
-            ),
-        )
-        reasons = dict.fromkeys(answer for answer in answers if answer is not None)
+        try:
+            reasons = dict.fromkeys(a["refused"] for a in answers if a["refused"] is not None)
+            receipts = [answer["receipt"] for answer in answers]
+        except (TypeError, KeyError) as error:
+            raise out_of_step(error) from error
         if reasons:
             raise TenantRefusedError("\n".join(reasons))
+        return receipts
 
     def _missing(self, path: str) -> bool:
         """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:

@@ -130,12 +130,11 @@ class Verifier:
                 tenants.append(self._summary(served, request, profile, receipts))
         return Report(tuple(faults), tuple(answers), tuple(tenants))
 
-    async def verify(self, request: Any) -> None:
-        """Errors: ReceiptError unless every rank holds this adapter as its files promise.
-
-        Also what its files themselves may raise, and EngineDownError.
+    def verify(self, request: Any, answers: Sequence[dict[str, Any] | None]) -> None:
+        """Errors: ReceiptError unless in every rank's answer this adapter is as its files promise;
+        what the files themselves may raise.
         """
-        receipts = _receipts(await self.ask())
+        receipts = _receipts(answers)
         self._check_engine(receipts)
         self._check(request, receipts)
 
@@ -214,11 +213,15 @@ def _receipts(answers: Sequence[dict[str, Any] | None]) -> list[Receipt]:
     try:
         return [Receipt.from_dict(answer) for answer in answers if answer is not None]
     except (TypeError, KeyError) as error:
-        # What vLLM's executor hands on after a worker has raised in an earlier call.
-        raise ReceiptError(
-            f"a rank answered something that is no receipt ({error}): its replies are out of step; "
-            "restart this server."
-        ) from error
+        raise out_of_step(error) from error
+
+
+def out_of_step(error: Exception) -> ReceiptError:
+    """What vLLM's executor hands on after a worker has raised in an earlier call."""
+    return ReceiptError(
+        f"a rank answered something that is no receipt ({error}): its replies are out of step; "
+        "restart this server."
+    )
 
 
 def _of_adapter(receipts: Sequence[Receipt], lora_int_id: int) -> list[Receipt]:

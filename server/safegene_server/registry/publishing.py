@@ -6,7 +6,7 @@ so that a rollback goes to the one before, and the next rollback to the one befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
@@ -19,6 +19,7 @@ from safegene_server.registry.revisions import (
     check_floor,
     find_revision,
     find_revision_by_id,
+    step,
 )
 from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
 from safegene_vllm.errors import ConflictError, UnknownError
@@ -30,11 +31,18 @@ class Publishing(Database):
     """publish, rollback, retire."""
 
     def publish(
-        self, tenant: str, number: int, *, actor: str, expected: int | None = None
+        self,
+        tenant: str,
+        number: int,
+        *,
+        actor: str,
+        expected: int | None = None,
+        gate: Mapping[str, Any] | None = None,
     ) -> Rollout:
         """Serve `tenant@number` under the alias `tenant`; what was served is superseded.
 
-        `expected` is the number that the caller believes to be published (0: none).
+        `expected` is the number that the caller believes to be published (0: none). With `gate`,
+        what was found of a new revision, it becomes ready in the same transaction.
         Errors: RegistryError, UnknownError, FrozenError; ConflictError (not `expected`, or a
         revision that is not ready); BoundsError (below the floor).
         """
@@ -42,6 +50,8 @@ class Publishing(Database):
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             revision = find_revision(write.connection, owner, number)
+            if gate is not None:
+                revision = step(write, revision, "ready", gate=gate)
             if revision.state not in ("ready", "superseded"):
                 why = f" ({'; '.join(revision.reasons)})" if revision.reasons else ""
                 raise ConflictError(

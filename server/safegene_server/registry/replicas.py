@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from safegene_server.registry import tables, words
-from safegene_server.registry.database import Database, clock
+from safegene_server.registry.database import Database, Write, clock
 from safegene_server.registry.publishing import find_rollout, rollout_of
 from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
 from safegene_vllm.errors import RegistryError, UnknownError
@@ -51,13 +52,21 @@ class Replicas(Database):
             return _find(write.connection, fresh)
 
     def heartbeat(
-        self, replica: str, *, applied_version: int, faults: Iterable[str] = (), actor: str
+        self,
+        replica: str,
+        *,
+        applied_version: int,
+        faults: Iterable[str] = (),
+        receipts: Mapping[int, tuple[Mapping[str, Any], bool]] | None = None,
+        gone: Iterable[int] = (),
+        actor: str,
     ) -> Replica:
-        """A sign of life, audited when it says something new.
+        """A sign of life, audited when it says something new; with receipts as `put_receipts`.
 
-        Errors: UnknownError for a replica that left or was forgotten: join again.
+        Errors: UnknownError for a replica that left or was forgotten: join again; RegistryError.
         """
         told = [str(fault) for fault in faults]
+        fresh = _receipts_to_put(receipts or {}, gone)
         if type(applied_version) is not int or applied_version < 0:
             raise RegistryError(f"applied_version {applied_version!r}: expected a whole number")
         with self.write(actor, exclusive=False) as write:
@@ -67,6 +76,8 @@ class Replicas(Database):
                 .where(_T.c.id == replica)
                 .values(seen_at=write.now, applied_version=applied_version, faults=told)
             )
+            if fresh.kept or fresh.gone:
+                _put_receipts(write, replica, fresh)
             if (before.applied_version, list(before.faults)) == (applied_version, told):
                 write.unaudited()
             else:
@@ -92,37 +103,10 @@ class Replicas(Database):
 
         `gone` are revisions that the replica holds no more. Errors: RegistryError, UnknownError.
         """
-        rows = tables.receipts
-        kept = {key: (words.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
-        left = sorted(set(gone) - set(kept))
+        fresh = _receipts_to_put(receipts, gone)
         with self.write(actor, exclusive=False) as write:
             _find(write.connection, replica)
-            ids = tables.revisions.c.id
-            known = set(write.connection.execute(select(ids).where(ids.in_(kept))).scalars())
-            if known != set(kept):
-                raise UnknownError(f"no revisions with ids {sorted(set(kept) - known)}")
-            write.connection.execute(
-                delete(rows).where(
-                    rows.c.replica_id == replica, rows.c.revision_id.in_([*kept, *left])
-                )
-            )
-            for revision, (receipt, ok) in kept.items():
-                write.connection.execute(
-                    insert(rows).values(
-                        replica_id=replica,
-                        revision_id=revision,
-                        receipt=receipt,
-                        ok=bool(ok),
-                        at=write.now,
-                    )
-                )
-            write.audit(
-                "replica.receipts",
-                replica,
-                ok=sorted(key for key, (_, ok) in kept.items() if ok),
-                failed=sorted(key for key, (_, ok) in kept.items() if not ok),
-                gone=left,
-            )
+            _put_receipts(write, replica, fresh)
 
     def replicas(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
         """Those seen within `alive_s`, the oldest first."""
@@ -170,6 +154,49 @@ class Replicas(Database):
         ]
         applied = len(alive) - len(lagging)
         return RolloutStatus(found, applied, len(alive), tuple(lagging))
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """Receipts by revision id, and the revisions that have none any more."""
+
+    kept: Mapping[int, tuple[Mapping[str, Any], bool]]
+    gone: Sequence[int]
+
+
+def _receipts_to_put(
+    receipts: Mapping[int, tuple[Mapping[str, Any], bool]], gone: Iterable[int]
+) -> _Fresh:
+    """Errors: RegistryError."""
+    kept = {key: (words.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
+    return _Fresh(kept, sorted(set(gone) - set(kept)))
+
+
+def _put_receipts(write: Write, replica: str, fresh: _Fresh) -> None:
+    """Errors: UnknownError."""
+    rows, kept = tables.receipts, fresh.kept
+    ids = tables.revisions.c.id
+    known = set(write.connection.execute(select(ids).where(ids.in_(kept))).scalars())
+    if known != set(kept):
+        raise UnknownError(f"no revisions with ids {sorted(set(kept) - known)}")
+    write.connection.execute(
+        delete(rows).where(
+            rows.c.replica_id == replica, rows.c.revision_id.in_([*kept, *fresh.gone])
+        )
+    )
+    for revision, (receipt, ok) in kept.items():
+        write.connection.execute(
+            insert(rows).values(
+                replica_id=replica, revision_id=revision, receipt=receipt, ok=bool(ok), at=write.now
+            )
+        )
+    write.audit(
+        "replica.receipts",
+        replica,
+        ok=sorted(key for key, (_, ok) in kept.items() if ok),
+        failed=sorted(key for key, (_, ok) in kept.items() if not ok),
+        gone=list(fresh.gone),
+    )
 
 
 def _reason(

@@ -78,22 +78,9 @@ class Revisions(Database):
 
         Errors: UnknownError; ConflictError for a step that no check may take.
         """
-        told = [str(reason) for reason in reasons]
-        said = None if gate is None else words.plain(gate, "gate")
         with self.write(actor) as write:
             found = find_revision_by_id(write.connection, revision)
-            if state not in STEPS.get(found.state, ()):
-                allowed = ", ".join(sorted(STEPS.get(found.state, ()))) or "no other state"
-                raise ConflictError(
-                    f"{found.served_name} is {found.state} and cannot become {state}; from there "
-                    f"a check leads to {allowed}"
-                )
-            values: dict[str, Any] = {"state": state, "reasons": told}
-            if said is not None:
-                values["gate"] = said
-            write.connection.execute(update(_T).where(_T.c.id == revision).values(**values))
-            write.audit(f"revision.{state}", found.served_name, before=found.state, reasons=told)
-            return find_revision_by_id(write.connection, revision)
+            return step(write, found, state, reasons=reasons, gate=gate)
 
     def revision(self, tenant: str, number: int) -> Revision:
         """Errors: UnknownError."""
@@ -154,6 +141,31 @@ def new_revision(
         source=source,
     )
     return find_revision_by_id(write.connection, added)
+
+
+def step(
+    write: Write,
+    found: Revision,
+    state: RevisionState,
+    *,
+    reasons: Iterable[str] = (),
+    gate: Mapping[str, Any] | None = None,
+) -> Revision:
+    """One step before publication. Errors: ConflictError, RegistryError."""
+    if state not in STEPS.get(found.state, ()):
+        allowed = ", ".join(sorted(STEPS.get(found.state, ()))) or "no other state"
+        raise ConflictError(
+            f"{found.served_name} is {found.state} and cannot become {state}; from there "
+            f"a check leads to {allowed}"
+        )
+    values: dict[str, Any] = {"state": state, "reasons": [str(reason) for reason in reasons]}
+    if gate is not None:
+        values["gate"] = words.plain(gate, "gate")
+    write.connection.execute(update(_T).where(_T.c.id == found.id).values(**values))
+    write.audit(
+        f"revision.{state}", found.served_name, before=found.state, reasons=values["reasons"]
+    )
+    return find_revision_by_id(write.connection, found.id)
 
 
 def check_expected(tenant: Tenant, expected: int | None) -> None:

@@ -45,6 +45,10 @@ RETRY_S = 5.0
 DRIFT_S = 30.0
 
 
+Told = tuple[dict[str, Any], bool]
+"""A revision's receipts from every rank, and whether they are as promised."""
+
+
 @dataclass(frozen=True)
 class _Held:
     """A revision that this engine holds, verified, with the host's request for it."""
@@ -80,6 +84,8 @@ class Replica:
         self.id = ""
         self.version = 0
         self._held: dict[int, _Held] = {}
+        self._untold: dict[int, Told] = {}
+        self._untold_gone: set[int] = set()
         self._tried: set[int] = set()
         self._warm: set[int] = set()
         self._trials = Trials(gate, models, make_request)
@@ -144,22 +150,20 @@ class Replica:
             snapshot = await asyncio.to_thread(self.registry.snapshot)
             wanted = [r for r in snapshot.revisions if r.profile.family == self.header.digest]
             faults: list[str] = []
-            fresh: list[int] = []
             for revision in wanted:
                 try:
-                    if await self._hold(revision):
-                        fresh.append(revision.id)
+                    await self._hold(revision)
                 except (SafegeneError, EngineDownError) as error:
                     faults.append(f"{revision.served_name}: {plain(error)}")
                     logger.error("%s is not applied here: %s", revision.served_name, plain(error))
             self._offer(snapshot, wanted)
             self._tried -= {revision.id for revision in wanted}
             self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
-            gone = await self._let_go()
+            await self._let_go()
             self._faults = tuple(faults)
             if not faults:
                 self.version = snapshot.version
-            await self._tell(fresh, gone)
+            await self._tell()
 
     async def load(self, revision: Revision) -> None:
         """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
@@ -170,8 +174,7 @@ class Replica:
         async with self._lock:
             self._tried.add(revision.id)
             try:
-                if await self._hold(revision):
-                    await self._tell([revision.id], [])
+                await self._hold(revision)
             except BaseException:
                 self._tried.discard(revision.id)
                 raise
@@ -180,7 +183,8 @@ class Replica:
         """The trial is over; it stays if it has been published meanwhile."""
         async with self._lock:
             self._tried.discard(revision.id)
-            await self._tell([], await self._let_go())
+            await self._let_go()
+            await self._tell()
 
     async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
         """Load the adapter of `revision` with other coefficients, one per layer of the base, for
@@ -215,16 +219,17 @@ class Replica:
         """Requests of tenants that run now, in this process."""
         return self.counters.running.total()
 
-    async def _hold(self, revision: Revision) -> bool:
-        """Whether the revision has just come into the engine; False if it was there."""
+    async def _hold(self, revision: Revision) -> None:
+        """The revision is in the engine; its receipts are told with the next sign of life."""
         if revision.id in self._held:
-            return False
+            return
         path = await asyncio.to_thread(self._directory, revision)
         request = self.make_request(revision.served_name, revision.id, path)
-        await self.gate.add_lora(request)
+        ranks = await self.gate.add(request)
         self._held[revision.id] = _Held(revision, request)
+        self._untold[revision.id] = _receipt(ranks, revision.id)
+        self._untold_gone.discard(revision.id)
         self.models.lora_requests[revision.served_name] = request
-        return True
 
     def _directory(self, revision: Revision) -> Path:
         """What the engine loads; the adapter is fetched where this machine has it not."""
@@ -250,9 +255,8 @@ class Replica:
         base = [model.name for model in self.models.base_model_paths]
         self.catalog.replace(view_of(snapshot, self.header.digest, served, base))
 
-    async def _let_go(self) -> list[int]:
+    async def _let_go(self) -> None:
         """Remove what is not published, offered, tried or a way back, once none is in flight."""
-        gone = []
         kept = self._warm | self._tried | set(self._serving.values())
         for number, held in list(self._held.items()):
             name = held.revision.served_name
@@ -262,32 +266,31 @@ class Replica:
             del self._held[number]
             self.gate.verifier.forget(held.request)
             await self.gate.remove_lora(number)
-            gone.append(number)
-        return gone
+            self._untold.pop(number, None)
+            self._untold_gone.add(number)
 
-    async def _tell(self, fresh: list[int], gone: list[int]) -> None:
-        """Receipts of what came, word of what went, and how far this replica is."""
-        if fresh or gone:
-            ranks = await self.gate.verifier.ask() if fresh else []
-            receipts = {
-                number: ({"ranks": [_of(rank, number) for rank in ranks]}, True) for number in fresh
-            }
-            await asyncio.to_thread(
-                self.registry.put_receipts, self.id, receipts, gone=gone, actor=ACTOR
-            )
-        await self._say()
-
-    async def _say(self) -> None:
+    async def _tell(self) -> None:
+        """A sign of life, with receipts of what came and word of what went since the last one."""
         try:
-            await asyncio.to_thread(
-                self.registry.heartbeat,
-                self.id,
-                applied_version=self.version,
-                faults=self.faults(),
-                actor=ACTOR,
-            )
+            await self._report()
         except UnknownError:
             await self._join()
+
+    async def _report(self) -> None:
+        """Errors: UnknownError for a replica that the registry has forgotten."""
+        receipts, gone = dict(self._untold), set(self._untold_gone)
+        await asyncio.to_thread(
+            self.registry.heartbeat,
+            self.id,
+            applied_version=self.version,
+            faults=self.faults(),
+            receipts=receipts,
+            gone=gone,
+            actor=ACTOR,
+        )
+        self._untold_gone -= gone
+        for number in receipts:
+            self._untold.pop(number, None)
 
     async def _join(self) -> None:
         """Errors: RegistryError and its kinds."""
@@ -295,8 +298,11 @@ class Replica:
             self.registry.join, socket.gethostname(), os.getpid(), actor=ACTOR
         )
         self.id = joined.id
+        self._untold_gone.clear()
         if self._held:
-            await self._tell(sorted(self._held), [])
+            ranks = await self.gate.verifier.ask()
+            self._untold = {number: _receipt(ranks, number) for number in self._held}
+            await self._report()
 
     # -- loops -----------------------------------------------------------------------------------
 
@@ -320,7 +326,8 @@ class Replica:
         """A sign of life; drained revisions go."""
         await asyncio.sleep(BEAT_S)
         async with self._lock:
-            await self._tell([], await self._let_go())
+            await self._let_go()
+            await self._tell()
 
     async def _look(self) -> None:
         """Whether the engine still holds what its receipts promised."""
@@ -330,7 +337,8 @@ class Replica:
             for fault in report.faults:
                 logger.error("drift: %s", fault)
             self._drift = report.faults
-            await self._say()
+            async with self._lock:
+                await self._tell()
 
     async def _forever(self, step: Callable[[], Any], pause_s: float) -> None:
         while True:
@@ -345,6 +353,11 @@ class Replica:
             except Exception:
                 logger.exception("cannot follow the registry")
                 await asyncio.sleep(pause_s)
+
+
+def _receipt(ranks: Sequence[dict[str, Any] | None], number: int) -> Told:
+    """What all ranks report of one revision, and that it keeps its promise."""
+    return {"ranks": [_of(rank, number) for rank in ranks]}, True
 
 
 def _of(rank: dict[str, Any] | None, number: int) -> dict[str, Any]:

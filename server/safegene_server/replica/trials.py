@@ -43,13 +43,13 @@ class Trials:
     async def begin(self, name: str, path: Path, clear: Callable[[], None]) -> None:
         """Into the engine, receipts verified; `clear` is called, in a thread, when it is over.
 
-        Errors: those of `Gate.add_lora`; nothing is left behind then.
+        Errors: those of `Gate.add`; nothing is left behind then.
         """
         number = FIRST_ID + next(self._ids) % FIRST_ID
         request = self.make_request(name, number, path)
         self._running[name] = (number, request, clear)
         try:
-            await self.gate.add_lora(request)
+            await self.gate.add(request)
         except BaseException:
             with contextlib.suppress(Exception):
                 await asyncio.shield(asyncio.ensure_future(self.end(name)))

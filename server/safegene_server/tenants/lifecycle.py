@@ -120,8 +120,8 @@ async def change_profile(
             source=current.source,
             expected=current.number,
         )
-        await _prove(tenancy, revision, current, actor)
-        return await _switch(tenancy, revision, current.number, actor)
+        gate = await _prove(tenancy, revision, current, actor)
+        return await _switch(tenancy, revision, current.number, actor, gate)
 
 
 async def publish(
@@ -268,7 +268,9 @@ async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
         )
 
 
-async def _prove(tenancy: Tenancy, revision: Revision, current: Revision, actor: str) -> None:
+async def _prove(
+    tenancy: Tenancy, revision: Revision, current: Revision, actor: str
+) -> dict[str, Any]:
     """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
     gate: dict[str, Any] = {"made_from": current.served_name}
     try:
@@ -280,12 +282,17 @@ async def _prove(tenancy: Tenancy, revision: Revision, current: Revision, actor:
     except Exception as error:
         await fail(tenancy, revision, error, actor)
         raise
-    await aside(tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate)
+    return gate
 
 
 async def _switch(
-    tenancy: Tenancy, revision: Revision, expected: int | None, actor: str
+    tenancy: Tenancy,
+    revision: Revision,
+    expected: int | None,
+    actor: str,
+    gate: dict[str, Any] | None = None,
 ) -> Published:
+    """`gate` is what was found of a revision that is new, and so far not ready."""
     try:
         rollout = await aside(
             tenancy.registry.publish,
@@ -293,10 +300,16 @@ async def _switch(
             revision.number,
             actor=actor,
             expected=expected,
+            gate=gate,
         )
     except SafegeneError:
         if revision.state not in ("superseded", "published"):
             await tenancy.withdraw(revision)
+        if gate is not None:
+            # It has passed all the same, and may be published later.
+            await aside(
+                tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate
+            )
         raise
     await tenancy.settle()
     return Published(await aside(tenancy.registry.revision_by_id, revision.id), rollout)
