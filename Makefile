@@ -24,7 +24,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help venv demo serve-demo family report test test-matrix check lint format types layering bench bench-safety bench-ablations lock clean
+.PHONY: help venv demo serve-demo family report test test-matrix check lint format types layering bench bench-changes bench-safety bench-ablations lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ layering: $(READY)  ## check that imports run one way
 bench: $(READY)  ## throughput of the gain table against plain multi-LoRA; ends in one JSON line
 	@$(RUN) benchmarks/weight_load.py
 	@$(RUN) benchmarks/gain_table.py $(ARGS)
+
+bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
+	@$(RUN) benchmarks/changes.py $(ARGS)
 
 report: $(READY)  ## measure the example's parent and tenants before and after; build/evaluation/report.html
 	@$(RUN) examples/smollm2/measure.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)

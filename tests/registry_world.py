@@ -145,14 +145,24 @@ def _account() -> str:
     return "postgres" if "postgres" in names else "nobody"
 
 
+def _initdb() -> Path | None:
+    """The newest PostgreSQL of this machine."""
+    found = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    where = found[-1] if found else shutil.which("initdb")
+    return None if where is None else Path(where)
+
+
+def has_postgres() -> bool:
+    return _initdb() is not None
+
+
 @functools.cache
 def postgres() -> Postgres:
     """The session's server; skips where the machine has no binaries."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    on_path = shutil.which("initdb")
-    if not found and on_path is None:
+    initdb = _initdb()
+    if initdb is None:
         pytest.skip("no PostgreSQL binaries (initdb, pg_ctl) on this machine")
-    return Postgres(found[-1].parent if found else Path(str(on_path)).parent)
+    return Postgres(initdb.parent)
 
 
 @functools.cache

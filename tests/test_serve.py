@@ -588,6 +588,25 @@ def test_ready_is_said_once_the_receipts_do_and_signals_are_forwarded() -> None:
     assert "exited" not in rest
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(2) is Linux's")
+def test_a_parent_that_is_killed_leaves_no_server_behind() -> None:
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", PARENT, str(port), CHILD],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        while not parent.stdout.readline().startswith("serving at"):
+            pass
+        parent.kill()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
 def run_child(code: str, *args: str, **fields: Any) -> tuple[int, str]:
     out = StringIO()
     command = Launch((sys.executable, "-c", code, *args), {}, **fields)
@@ -684,6 +703,8 @@ def test_ready_lines_without_tenants() -> None:
     assert list(ready_lines(gain)) == ["ready: base model (requests without an adapter, 30 layers)"]
     nothing = {"apply": "gain", "base": None, "tenants": []}
     assert "no tenants yet" in next(ready_lines(nothing))
+    of_registry = list(ready_lines({**nothing, "registry": 7}))
+    assert of_registry == ["ready: all that the registry publishes (version 7)"]
     tenant = {"name": "a", "apply": None, "slot": 1, "layers": 0}
     assert list(ready_lines({"apply": "gain", "base": None, "tenants": [tenant]})) == [
         "ready: a (UNPROTECTED, slot 1)"

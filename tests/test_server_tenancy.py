@@ -1,152 +1,74 @@
-"""One real server on a registry: tenants come, change and go while it runs, as the openai client
-sees it. Reference for every answer: another name for the same content that was never asked before.
+"""Two real servers on one registry: tenants come, change and go while they run, as the openai
+client sees it. Reference for every answer: another name for the same content, never asked before.
+The registry is on a real PostgreSQL where the machine has one, else in a SQLite file.
 """
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from servers import end, free_port, start, until_serving
+from registry_server import ADMIN, Running, World, make_world
+from registry_world import has_postgres, postgres
 
-from safegene_server.artifacts import Store
-from safegene_server.registry import Registry, Replica, Revision
+from safegene_server.registry import Registry
 from safegene_vllm import pico
-from safegene_vllm.family import FamilyHeader, load_family, read_family_header
+from safegene_vllm.family import load_family
 from safegene_vllm.profile import make_profile
 
 pytestmark = pytest.mark.engine
 
-ADMIN, ACME, GLOBEX = (f"sg-{who}-{'0' * 40}" for who in ("admin", "acme", "globex"))
-LONG = [3 + (7 * i) % 300 for i in range(120)]
-CONFIG = """
-registry: registry.sqlite
-store: store
-sources: {roots: [ROOT]}
-tenants: {gate: {enabled: false}}
-keys:
-  - {name: admin, secret_env: ADMIN_KEY, scopes: [admin], tenants: ["*"]}
+ACME, GLOBEX = (f"sg-{who}-{'0' * 40}" for who in ("acme", "globex"))
+KEYS = """
   - name: acme
     secret_env: ACME_KEY
     tenants: [acme/support, acme/cold, acme/cold2]
     default_tenant: acme/support
   - {name: globex, secret_env: GLOBEX_KEY, tenants: [globex]}
 """
-
-
-@dataclass
-class World:
-    """What owners and operators have at hand: adapters on disk, the registry, the store."""
-
-    d: Path
-    header: FamilyHeader
-    registry: Registry
-    store: Store
-
-    def add(self, tenant: str, source: str, coefficients: list[float]) -> Revision:
-        """Register and publish; a tenant that is known gets another revision."""
-        path = self.d / "root" / source
-        if tenant not in {t.name for t in self.registry.tenants()}:
-            self.registry.add_tenant(tenant, self.header.digest, source=str(path), actor="test")
-        digest = self.store.stage(path, family=self.header).digest
-        profile = make_profile(self.header, coefficients, {"method": "test"})
-        added = self.registry.add_revision(tenant, profile, adapter_digest=digest, actor="test")
-        self.registry.set_revision_state(added.id, "ready", actor="test")
-        self.registry.publish(tenant, added.number, actor="test")
-        return added
+LONG = [3 + (7 * i) % 300 for i in range(200)]
+"""More than one block of the prefix cache, which holds 128 tokens on a CPU."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    d = tmp_path_factory.mktemp("tenancy")
-    pico.make_model("llama", d / "m")
-    family = pico.write_family(d / "m", d / "f")
-    for i, name in enumerate(("support", "globex")):
-        pico.write_tenant(d / "m", d / "root" / name, family, None, seed=10 + i)
-    (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))
-    registry = Registry(d / "registry.sqlite")
-    header = read_family_header(d / "f")
-    registry.add_family(header, str(d / "f"), actor="test")
-    yield World(d, header, registry, Store(d / "store"))
-    registry.close()
+    folder = tmp_path_factory.mktemp("tenancy")
+    url = f"sqlite:///{folder / 'registry.sqlite'}"
+    if has_postgres():
+        url = postgres().url(postgres().create("migrated"))
+    made = make_world(folder, {"support": 10, "globex": 11}, url=url, more=KEYS)
+    yield made
+    made.registry.close()
 
 
-class Running:
-    """A server process and clients for its keys."""
+class Server(Running):
+    """With the two tenants' keys, and the long prompt unless another is given."""
 
     def __init__(self, world: World) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.process: subprocess.Popen[str] = start(
-            *(str(world.d / "m"), "--family", str(world.d / "f"), "--slots", "2"),
-            *("--server-config", str(world.d / "safegene.yaml"), "--max-lora-rank", "8"),
-            *("--served-model-name", "base", "--port", str(port), "--enable-prefix-caching"),
-            ADMIN_KEY=ADMIN,
-            ACME_KEY=ACME,
-            GLOBEX_KEY=GLOBEX,
-        )
-        self.lines, self.drain = until_serving(self.process)
-        assert self.lines[-1].startswith("serving at"), "\n".join(self.lines[-60:])
-        self.pid = httpx.get(f"{self.url}/v1/safegene/ready", timeout=60).json()["pid"]
-        self._clients: dict[str, openai.OpenAI] = {}
-        self._https: dict[str, httpx.Client] = {}
-
-    def http(self, key: str) -> httpx.Client:
-        if key not in self._https:
-            headers = {"Authorization": f"Bearer {key}"}
-            self._https[key] = httpx.Client(base_url=self.url, headers=headers, timeout=60)
-        return self._https[key]
-
-    def client(self, key: str) -> openai.OpenAI:
-        if key not in self._clients:
-            url = f"{self.url}/v1"
-            self._clients[key] = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
-        return self._clients[key]
-
-    def end(self) -> None:
-        for client in (*self._clients.values(), *self._https.values()):
-            client.close()
-        end(self.process, self.drain)
+        super().__init__(world, ACME_KEY=ACME, GLOBEX_KEY=GLOBEX)
 
     def ask(
         self, key: str, model: str, prompt: list[int] | None = None, **more: Any
     ) -> tuple[str, list[int]]:
-        """(the answer's model, its tokens)."""
-        answer = self.client(key).completions.create(
-            model=model,
-            prompt=prompt or LONG,
-            max_tokens=8,
-            temperature=0,
-            extra_body={"return_token_ids": True, **more},
-        )
-        ids: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
-        return answer.model, ids
+        return super().ask(key, model, prompt or LONG, **more)
 
-    def replica(self, registry: Registry) -> Replica:
-        return next(r for r in registry.replicas(alive_s=3600.0) if r.pid == self.pid)
-
-    def follows(self, registry: Registry) -> float:
-        """Wait until this replica has applied the registry's version; how long it took."""
-        begun = time.monotonic()
-        while self.replica(registry).applied_version < registry.version():
-            assert time.monotonic() - begun < 20, registry.replicas()
-            time.sleep(0.02)
-        return time.monotonic() - begun
+    def cached(self) -> int:
+        """How many prompt tokens were taken from the prefix cache so far."""
+        lines = self.http(ADMIN).get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total{")]
+        assert len(found) == 1, found
+        return int(float(found[0].split()[-1]))
 
 
 @pytest.fixture(scope="module")
-def server(world: World) -> Iterator[Running]:
+def server(world: World) -> Iterator[Server]:
     world.add("acme/support", "support", [0.5, 1.0])
-    running = Running(world)
+    running = Server(world)
     yield running
     running.end()
 
@@ -160,7 +82,7 @@ def refused(call: Callable[[], Any], status: int) -> str:
     return str(error["message"])
 
 
-def test_a_tenant_sees_and_uses_its_own_and_nothing_else(server: Running) -> None:
+def test_a_tenant_sees_and_uses_its_own_and_nothing_else(server: Server) -> None:
     assert server.ask(ACME, "acme/support")[0] == "acme/support@1"
     assert server.ask(ACME, "acme/support@1")[0] == "acme/support@1"
     assert server.ask(ACME, "")[0] == "acme/support@1"
@@ -177,7 +99,7 @@ def test_a_tenant_sees_and_uses_its_own_and_nothing_else(server: Running) -> Non
     assert server.client(GLOBEX).models.list().data == []
 
 
-def test_every_route_needs_a_key_but_the_public_ones(server: Running) -> None:
+def test_every_route_needs_a_key_but_the_public_ones(server: Server) -> None:
     with httpx.Client(base_url=server.url, timeout=60) as http:
         assert http.get("/health").status_code == 200
         ready = http.get("/v1/safegene/ready")
@@ -194,34 +116,40 @@ def test_every_route_needs_a_key_but_the_public_ones(server: Running) -> None:
 
 
 def test_a_change_is_live_at_once_and_never_answered_from_stale_blocks(
-    server: Running, world: World
+    server: Server, world: World
 ) -> None:
+    def hits(tenant: str) -> tuple[list[int], int]:
+        """The answer's tokens, and how many of the prompt's came from the cache."""
+        before = server.cached()
+        tokens = server.ask(ACME, tenant)[1]
+        return tokens, server.cached() - before
+
     first = server.ask(ACME, "acme/support")[1]
-    assert server.ask(ACME, "acme/support")[1] == first
+    assert hits("acme/support") == (first, 128)
     added = world.add("acme/support", "support", [2.0, 0.3])
     assert server.follows(world.registry) < 2.0
-    model, changed = server.ask(ACME, "acme/support")
-    assert model == f"acme/support@{added.number}"
-    assert server.ask(ACME, "acme/support")[1] == changed
+    changed, cached = hits("acme/support")
+    assert cached == 0 and server.ask(ACME, "acme/support")[0] == f"acme/support@{added.number}"
+    assert hits("acme/support") == (changed, 128)
     world.add("acme/cold", "support", [2.0, 0.3])
     server.follows(world.registry)
-    assert server.ask(ACME, "acme/cold")[1] == changed != first
+    assert hits("acme/cold") == (changed, 0) and changed != first
     world.registry.rollback("acme/support", actor="test")
     server.follows(world.registry)
-    assert server.ask(ACME, "acme/support") == ("acme/support@1", first)
+    assert hits("acme/support") == (first, 128)
     world.add("acme/cold2", "support", [0.5, 1.0])
     server.follows(world.registry)
-    assert server.ask(ACME, "acme/cold2")[1] == first
+    assert hits("acme/cold2") == (first, 0)
 
 
 def test_a_request_in_flight_ends_on_the_revision_it_began_with(
-    server: Running, world: World
+    server: Server, world: World
 ) -> None:
     began, done = threading.Event(), []
 
     def long_request() -> None:
         stream = server.client(ACME).completions.create(
-            model="acme/support", prompt=LONG, max_tokens=120, temperature=0, stream=True,
+            model="acme/support", prompt=LONG[:120], max_tokens=120, temperature=0, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         for chunk in stream:
@@ -239,7 +167,7 @@ def test_a_request_in_flight_ends_on_the_revision_it_began_with(
     assert set(done) == {before} and len(done) > 60
 
 
-def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Running, world: World) -> None:
+def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Server, world: World) -> None:
     world.add("globex", "globex", [0.7, 0.7])
     server.follows(world.registry)
     assert server.ask(GLOBEX, "globex")[0] == "globex@1"
@@ -255,7 +183,7 @@ def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Running, world: 
 
 
 def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
-    server: Running, world: World
+    server: Server, world: World
 ) -> None:
     before = server.ask(ACME, "acme/support")
     world.registry.add_tenant("broken", world.header.digest, source="/nowhere", actor="test")
@@ -283,7 +211,7 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
 
 
-def test_a_tenants_life_over_http(server: Running, world: World) -> None:
+def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     family = load_family(world.d / "f")
     pico.write_tenant(world.d / "m", world.d / "root" / "live", family, [0.4, 0.8], seed=20)
     admin = server.http(ADMIN)
@@ -333,8 +261,10 @@ def test_a_tenants_life_over_http(server: Running, world: World) -> None:
     assert server.http(ACME).get("/v1/safegene/tenants").status_code == 403
 
 
-def test_a_second_replica_follows_the_same_registry(server: Running, world: World) -> None:
-    other = Running(world)
+def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
+    server: Server, world: World
+) -> None:
+    other = Server(world)
     try:
         assert other.ask(ACME, "acme/support") == server.ask(ACME, "acme/support")
         added = world.add("acme/support", "support", [0.9, 0.9])
@@ -345,22 +275,55 @@ def test_a_second_replica_follows_the_same_registry(server: Running, world: Worl
         last = world.registry.rollouts(limit=1)[0]
         status = world.registry.rollout_status(last.id)
         assert (status.applied, status.live) == (2, 2)
-        other.process.send_signal(signal.SIGKILL)
-        again = world.add("acme/support", "support", [0.8, 0.8])
-        server.follows(world.registry)
-        assert server.ask(ACME, "acme/support")[0] == f"acme/support@{again.number}"
+        changed = changes_until_it_dies(other)
+        assert changed > 1
     finally:
         other.end()
+    server.follows(world.registry)
+    now = world.registry.tenant("acme/support").published
+    assert server.ask(ACME, "acme/support")[0] == f"acme/support@{now}"
+    assert now in (added.number + changed, added.number + changed + 1)
+    again = world.add("acme/support", "support", [0.8, 0.8])
+    server.follows(world.registry)
+    assert server.ask(ACME, "acme/support")[0] == f"acme/support@{again.number}"
+    assert_all_is_audited(world.registry)
 
 
-def test_killed_and_started_again_it_serves_what_is_published(
-    server: Running, world: World
-) -> None:
+def changes_until_it_dies(server: Server) -> int:
+    """Change a profile through `server` again and again while it is killed; how many it told of."""
+    timer = threading.Timer(1.0, server.kill)
+    timer.start()
+    told = 0
+    while True:
+        scale = 0.9 if told % 2 else 1 / 0.9
+        try:
+            answer = server.http(ADMIN).patch(
+                "/v1/safegene/tenants/acme%2Fsupport/profile", json={"scale": scale}
+            )
+        except httpx.HTTPError:
+            timer.join()
+            return told
+        assert answer.status_code == 200, answer.text
+        told += 1
+
+
+def assert_all_is_audited(registry: Registry) -> None:
+    """Every revision and every switch has its row, and no row is without its revision."""
+    entries = registry.audit(limit=1000).entries
+    named = [e.target for e in entries if e.action == "revision.add"]
+    there = [r.served_name for t in registry.tenants() for r in registry.revisions(t.name)]
+    assert sorted(named) == sorted(there)
+    rollouts = {r.id for r in registry.rollouts(limit=1000)}
+    switches = {"tenant.publish", "tenant.rollback", "tenant.retire", "tenant.floor"}
+    told = {e.details["rollout"] for e in entries if e.action in switches}
+    assert told == rollouts
+
+
+def test_killed_and_started_again_it_serves_what_is_published(server: Server, world: World) -> None:
     expected = {m.id: server.ask(ACME, m.id) for m in server.client(ACME).models.list().data}
     world.add("acme/support", "support", [0.2, 0.1])
-    server.process.send_signal(signal.SIGKILL)
-    server.process.wait()
-    again = Running(world)
+    server.kill()
+    again = Server(world)
     try:
         before = expected.pop("acme/support")
         assert again.ask(ACME, "acme/support")[0] != before[0]

@@ -1,16 +1,17 @@
-"""One `safegene serve` as a child process of the demo: started, ready, asked for receipts, stopped.
+"""One `safegene serve` as a child process: started, ready, asked for receipts, stopped.
 
-For demo.py. Raises with the end of the server's log if it does not become ready.
+For the demo and the benchmarks. Raises with the end of the server's log if it does not become ready.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,10 @@ START_LIMIT_S = 300
 
 
 class Server:
-    """`with Server(model, family, tenants, log) as server:`; tenants None means by weight load."""
+    """`with Server(model, family, tenants, log) as server:`; tenants None means by weight load.
+
+    `extra` are more words of the command line, `env` more of its environment.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,8 @@ class Server:
         log: Path,
         *,
         name: str = "parent",
+        extra: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -46,12 +52,15 @@ class Server:
         command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--max-model-len", "1024", "--max-num-seqs", "64"]
         command += ["--kv-cache-memory-bytes", str(1 << 30), "--enforce-eager"]
-        self.command = command
+        self.command = [*command, *extra]
+        self.env = {**os.environ, **(env or {})}
 
     def __enter__(self) -> Self:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(self.command, stdout=out, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command, stdout=out, stderr=subprocess.STDOUT, env=self.env
+            )
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

@@ -6,14 +6,16 @@ very process. What to run was decided in command.py.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +28,9 @@ READY_PATH = "/v1/safegene/ready"
 POLL_S = 0.5
 REFUSED_AFTER_S = 30.0
 """How long the port may answer 401 or 404 before we say that the server is not ours."""
+
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal a process gets when its parent's thread ends."""
 
 _TAIL_LINES = 4000
 _OURS = re.compile(r"\bsafegene_vllm\.errors\.(\w+: .*)")
@@ -47,6 +52,7 @@ def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | Non
         stderr=subprocess.STDOUT,
         # Its own session: Ctrl-C reaches it once, from us, and not a second time from the terminal.
         start_new_session=True,
+        preexec_fn=_end_with_parent(),
     )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     reader = threading.Thread(target=_pump, args=(child, tail, console), daemon=True)
@@ -67,6 +73,18 @@ def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | Non
         console.print(f"vLLM exited with code {code}: {cause}", style="bold red", **_AS_IT_IS)
         code = code or 1
     return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """For the child, on Linux: a SIGTERM when we are killed and cannot pass anything on."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+    return ask
 
 
 def error_line(lines: Iterable[str]) -> str | None:
@@ -102,7 +120,9 @@ def ready_lines(body: Mapping[str, Any]) -> Iterator[str]:
         place = "not in a slot" if tenant["slot"] is None else f"slot {tenant['slot']}"
         how = f"{tenant['apply']}, {tenant['layers']} layers" if tenant["apply"] else "UNPROTECTED"
         yield f"ready: {tenant['name']} ({how}, {place})"
-    if base is None and not body["tenants"]:
+    if body.get("registry") is not None:
+        yield f"ready: all that the registry publishes (version {body['registry']})"
+    elif base is None and not body["tenants"]:
         yield "ready: no tenants yet; load one with POST /v1/load_lora_adapter"
 
 
