@@ -204,8 +204,10 @@ def test_nothing_in_flight_loses_its_revision(world: World) -> None:
             world.publish("acme", value)
             await world.replica.reconcile()
         assert world.served("acme") == "acme@4"
-        held = {request.name for request in world.engine.loaded.values()}
-        assert held == {"acme@1", "acme@3", "acme@4"}, "in flight, the way back, served"
+        in_flight_way_back_and_served = {"acme@1", "acme@3", "acme@4"}
+        async with asyncio.timeout(10):
+            while {r.name for r in world.engine.loaded.values()} != in_flight_way_back_and_served:
+                await asyncio.sleep(0.01)
         slot.close(0)
         await until(lambda: "remove acme@1" in world.engine.log)
         assert "acme@1" not in world.models.lora_requests

@@ -7,6 +7,7 @@ name; what nobody is served from any more is removed once nothing of it is in fl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -94,6 +95,7 @@ class Replica:
         self._drift: tuple[str, ...] = ()
         self._lock = asyncio.Lock()
         self._news = asyncio.Event()
+        self._loose = asyncio.Event()
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -159,11 +161,12 @@ class Replica:
             self._offer(snapshot, wanted)
             self._tried -= {revision.id for revision in wanted}
             self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
-            await self._let_go()
             self._faults = tuple(faults)
             if not faults:
                 self.version = snapshot.version
             await self._tell()
+        # Taking adapters out waits for the engine's step; whoever made the change need not.
+        self._loose.set()
 
     async def load(self, revision: Revision) -> None:
         """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
@@ -323,8 +326,11 @@ class Replica:
         await self.reconcile()
 
     async def _beat(self) -> None:
-        """A sign of life; drained revisions go."""
-        await asyncio.sleep(BEAT_S)
+        """A sign of life; what is superseded and drained goes, soon after a change."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEAT_S):
+                await self._loose.wait()
+        self._loose.clear()
         async with self._lock:
             await self._let_go()
             await self._tell()
