@@ -732,10 +732,73 @@ def test_dry_run_prints_and_starts_nothing(
     assert "secret" not in out
 
 
+DECLARED = """
+registry: r.sqlite
+store: s
+serve:
+  model: m
+  family: f
+  slots: 3
+  vllm: {port: 9000, max_lora_rank: 8, enforce_eager: true, enable_prefix_caching: false,
+         served_model_name: [one, two], limit_mm_per_prompt: {image: 0}}
+"""
+
+
+def test_one_file_says_it_all(
+    world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m").symlink_to(world.m)
+    (tmp_path / "f").symlink_to(world.f)
+    file = tmp_path / "safegene.yaml"
+    file.write_text(DECLARED)
+    assert run_cli("serve", "--server-config", str(file), "--port", "9001", "--dry-run") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        f"--model {tmp_path / 'm'}",
+        "--max-loras 3",
+        "--max-lora-rank 8",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        "--served-model-name one two",
+        "--port 9001",
+    ):
+        assert words in out, words
+    assert "limit-mm-per-prompt" in out and '"image": 0' in out
+    assert "--max-loras 4" in given(file, "--slots", "4", capsys)
+    assert "--max-loras 3" in given(file, "--dtype", "float32", capsys)
+
+
+def given(file: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert run_cli("serve", "--server-config", str(file), flag, value, "--dry-run") == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("registry: r\nstore: s\n", "no `serve:` part"),
+        ("- a\n", "no `serve:` part"),
+        ("serve: {model: m}\n", "serve.family"),
+        ("serve: {model: m, family: f, colour: red}\n", "serve.colour"),
+        ("serve: {model: m, family: f, apply: weights}\n", "serve.apply"),
+        ("serve: {model: m, family: f, slots: 0}\n", "serve.slots"),
+        ("serve: {model: [\n", "is no YAML"),
+    ],
+)
+def test_a_file_that_does_not_say_it(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "safegene.yaml"
+    file.write_text(text)
+    assert run_cli("serve", "--server-config", str(file), "--dry-run") == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("serve", "--port", "1", "model"), "MODEL comes first"),
+        (("serve",), "MODEL comes first"),
         (("serve", "m", "--tenant", "acme"), "expected NAME=DIR"),
         (("serve", "m", "--tenant", "a=x", "--tenant", "a=y"), "given twice"),
         (("serve", "m"), "--family is missing"),

@@ -13,6 +13,7 @@ from safegene_server.door import add_first_keys, check_host
 from safegene_server.registry import Registry
 from safegene_server.settings import ENV, FirstKey, ServerSettings, read_settings
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.serve import read_declared
 
 ROOT = Path(__file__).parent.parent
 LEAST = "registry: r.sqlite\nstore: store\n"
@@ -32,7 +33,12 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
     found = settings(tmp_path, example)
     assert found.registry_url() == str(tmp_path / "registry.sqlite")
     assert [key.name for key in found.keys] == ["admin", "acme-app"]
-    assert found.source_rules().roots == (Path("/srv/adapters"),)
+    assert found.source_rules().roots == (Path("/srv/adapters"), tmp_path / "tenants")
+    assert found.tenants.directory == tmp_path / "tenants"
+    (tmp_path / "model").mkdir()
+    declared = read_declared(tmp_path / "safegene.yaml")
+    assert (declared.model, declared.family) == (str(tmp_path / "model"), tmp_path / "family")
+    assert declared.flags() == ("--max-lora-rank", "16", "--port", "8000")
     assert "/v1/safegene/ready" in found.access_settings().public
     assert found.tenants.gate.harmful_min_refused == 0.75
 

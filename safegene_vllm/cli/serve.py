@@ -37,8 +37,14 @@ class MissingProfile(StrEnum):
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The base model or checkpoint; comes first.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="The base model or checkpoint; comes first. Left out, it is the one of the "
+            "`serve:` part of --server-config, and so are the flags of vLLM.",
+            show_default=False,
+        ),
+    ] = None,
     family: Annotated[
         Path | None, typer.Option(help="Directory of the safety vector.", show_default=False)
     ] = None,
@@ -81,7 +87,7 @@ def serve(
         Path | None,
         typer.Option(
             help="Serve the tenants of a registry: file with its URL, store and access, e.g. "
-            "safegene.yaml."
+            "safegene.yaml. With a `serve:` part it says everything, and MODEL is left out."
         ),
     ] = None,
     dry_run: Annotated[
@@ -93,10 +99,23 @@ def serve(
     Every flag of vLLM may follow, such as --port 8080 or --tensor-parallel-size 2. All files are
     checked before vLLM starts, and "ready" is said only once every worker's receipt agrees.
     """
-    from safegene_vllm.serve import ServeOptions, build_command, launch
+    from safegene_vllm.serve import ServeOptions, build_command, launch, read_declared
 
-    if model.startswith("-"):
-        raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {model!r}.")
+    vllm_args = tuple(context.args)
+    if model is not None and model.startswith("-"):
+        # No MODEL: the first flag of vLLM was taken for it.
+        model, vllm_args = None, (model, *vllm_args)
+    if model is None and server_config is None:
+        found = repr(vllm_args[0]) if vllm_args else "nothing"
+        raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {found}.")
+    if model is None and server_config is not None:
+        declared = read_declared(server_config)
+        model, vllm_args = declared.model, (*declared.flags(), *vllm_args)
+        family, slots = family or declared.family, slots or declared.slots
+        base_profile = base_profile or declared.base_profile
+        if apply is None and declared.apply is not None:
+            apply = ApplyMode(declared.apply)
+    assert model is not None
     command = build_command(
         ServeOptions(
             model=model,
@@ -109,7 +128,7 @@ def serve(
             missing_profile=None if missing_profile is None else missing_profile.value,
             slots=slots,
             server_config=server_config,
-            vllm_args=context.args,
+            vllm_args=vllm_args,
         ),
         os.environ,
     )

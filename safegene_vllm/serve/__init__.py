@@ -6,5 +6,6 @@
 
 from safegene_vllm.serve.command import Launch as Launch
 from safegene_vllm.serve.command import build_command as build_command
+from safegene_vllm.serve.declared import read_declared as read_declared
 from safegene_vllm.serve.options import ServeOptions as ServeOptions
 from safegene_vllm.serve.process import launch as launch

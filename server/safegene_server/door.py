@@ -28,7 +28,14 @@ from safegene_server.gate import Gate
 from safegene_server.registry import Registry
 from safegene_server.replica import Inside, Inward, Replica
 from safegene_server.settings import ServerSettings
-from safegene_server.tenants import ONBOARD, Jobs, Tenancy, onboard, read_prompts
+from safegene_server.tenants import (
+    ONBOARD,
+    Jobs,
+    Tenancy,
+    onboard,
+    read_prompts,
+    register_declared,
+)
 from safegene_vllm.errors import ConfigError, ConflictError
 
 logger = logging.getLogger("vllm.safegene_server")
@@ -128,6 +135,8 @@ async def open_door(
     jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
     tenancy = Tenancy(replica, registry, store, settings.tenants, jobs)
     door.replica = replica
+    if settings.tenants.directory is not None:
+        await register_declared(tenancy, settings.tenants.directory)
     door.jobs = asyncio.create_task(tenancy.jobs.run(tenancy))
     return tenancy
 

@@ -92,6 +92,9 @@ class ServerSettings(BaseSettings):
     sources: Sources = Sources()
     access: Access = Access()
     keys: tuple[FirstKey, ...] = ()
+    serve: dict[str, Any] | None = Field(
+        None, description="model, family and flags: read by `safegene serve`, not by the server"
+    )
     tenants: TenantSettings = Field(
         TenantSettings(), description="the gate, calibration, and how jobs are run"
     )
@@ -120,7 +123,10 @@ class ServerSettings(BaseSettings):
 
     def source_rules(self) -> SourceRules:
         """What `Store` takes. Errors: those of SourceRules."""
-        given: dict[str, Any] = {"roots": self.sources.roots, "options": self.sources.options}
+        roots = self.sources.roots
+        if roots and self.tenants.directory is not None:
+            roots = (*roots, self.tenants.directory)
+        given: dict[str, Any] = {"roots": roots, "options": self.sources.options}
         if self.sources.protocols is not None:
             given["protocols"] = self.sources.protocols
         return SourceRules(**given)
@@ -168,6 +174,10 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
 
 def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Relative paths are counted from the file's own folder."""
+    for part, key in (("tenants", "directory"), ("sources", "roots")):
+        inner = raw.get(part)
+        if isinstance(inner, Mapping) and key in inner:
+            raw[part] = {**inner, key: _absolute(folder, inner[key])}
     for key in ("store", "registry_file"):
         if isinstance(raw.get(key), str):
             raw[key] = str(folder / raw[key])
@@ -175,3 +185,10 @@ def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(registry, str) and "://" not in registry:
         raw["registry"] = str(folder / registry)
     return raw
+
+
+def _absolute(folder: Path, value: Any) -> Any:
+    """What is no path is left for the settings to refuse."""
+    if isinstance(value, list):
+        return [_absolute(folder, one) for one in value]
+    return str(folder.absolute() / value) if isinstance(value, str) else value

@@ -4,6 +4,7 @@ Between the HTTP routes, the registry, the local store and the engine of this pr
 and keeps nothing itself: what is true is in the registry.
 """
 
+from safegene_server.tenants.declared import register_declared
 from safegene_server.tenants.jobs import Jobs, Work
 from safegene_server.tenants.onboarding import ONBOARD, onboard
 from safegene_server.tenants.profiles import Change
@@ -29,5 +30,6 @@ __all__ = [
     "Work",
     "onboard",
     "read_prompts",
+    "register_declared",
     "try_out",
 ]

@@ -100,8 +100,11 @@ class CalibrationSettings:
 class TenantSettings:
     """`gate_on_change`: try out coefficient changes too, which takes as long as the gate does.
 
-    `lease_s` is how long a job waits for another server after its own has died.
+    `lease_s` is how long a job waits for another server after its own has died. Every folder of
+    `directory` with an adapter or a profile is a tenant of that name, registered at start.
     """
+
+    directory: Path | None = None
 
     gate: GateSettings = field(default_factory=GateSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)

@@ -1,0 +1,68 @@
+"""Tenants that lie in a directory of the settings: registered at start, if they are not yet known.
+
+For a server that one file and one folder describe. What the registry knows stays as it is there,
+changed over HTTP, whatever the folder says; a folder that is no tenant hurts no other.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safegene_server.tenants.lifecycle import register
+from safegene_server.tenants.profiles import Change
+from safegene_server.tenants.tenancy import Tenancy, aside
+from safegene_vllm.adapter import CONFIG_FILE
+from safegene_vllm.description import DESCRIPTION_FILE
+from safegene_vllm.errors import ConfigError, RegistryDownError, SafegeneError
+
+logger = logging.getLogger("vllm.safegene_server")
+
+ACTOR = "settings"
+
+
+def find_declared(directory: Path) -> dict[str, Path]:
+    """Tenants by name: every folder that holds an adapter or a profile, one or two levels down.
+
+    `support` is the tenant "support", `acme/support` the tenant "acme/support".
+    Errors: ConfigError if it cannot be read.
+    """
+    try:
+        folders = [f for pattern in ("*", "*/*") for f in sorted(directory.glob(pattern))]
+        if not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is no directory")
+    except OSError as error:
+        raise ConfigError(f"tenants.directory cannot be read: {error}") from error
+    return {
+        folder.relative_to(directory).as_posix(): folder
+        for folder in folders
+        if any((folder / name).is_file() for name in (CONFIG_FILE, DESCRIPTION_FILE))
+    }
+
+
+async def register_declared(tenancy: Tenancy, directory: Path) -> list[str]:
+    """Start onboarding for every tenant that the registry does not know; their names.
+
+    Errors: ConfigError; RegistryDownError.
+    """
+    found = await aside(find_declared, directory)
+    known = {tenant.name for tenant in await aside(tenancy.registry.tenants)}
+    begun = []
+    for name in sorted(found.keys() - known):
+        try:
+            await register(
+                tenancy,
+                name,
+                source=str(found[name]),
+                first=Change(),
+                limits={},
+                publish=True,
+                actor=ACTOR,
+            )
+        except RegistryDownError:
+            raise
+        except SafegeneError as error:
+            logger.error("tenant %r of %s is not registered: %s", name, directory, error)
+        else:
+            begun.append(name)
+    return begun
