@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "safegene_vllm.cli.verify",
     "evaluate": "safegene_vllm.cli.evaluate",
     "report": "safegene_vllm.cli.report",
+    "plan": "safegene_vllm.cli.plan",
     "serve": "safegene_vllm.cli.serve",
     "tenant": "safegene_vllm.cli.tenant",
     "family": "safegene_vllm.cli.family",

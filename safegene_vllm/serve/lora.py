@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 
 from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.plan.slots import LORA_RANKS
 from safegene_vllm.serve.artifacts import Artifacts
 from safegene_vllm.serve.flags import Flags
 from safegene_vllm.serve.options import ServeOptions, absolute
 from safegene_vllm.settings import Settings
 
 LORA_FLAGS = ("enable-lora", "max-loras", "max-cpu-loras", "max-lora-rank", "lora-target-modules")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank accepts."""
 UNNAMED_RANK = 16
 MIN_SLOTS = 4
 REGISTRY_ADAPTERS = 256

@@ -1,0 +1,351 @@
+"""`safegene plan`: what tenants, vector and slots take on a GPU, and which mode to serve them in.
+
+Options in, tables out; the arithmetic is safegene_vllm/plan. Starts nothing and loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from safegene_vllm.cli.terminal import clean, results, table
+from safegene_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from safegene_vllm.plan import Advice, Ask, Mode, ModelShape
+
+
+class Dtype(StrEnum):
+    """What weights, adapters and KV cache are held in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+_NAMES = {
+    "gain": "gain table",
+    "composed": "composed slots",
+    "weights": "weight load",
+    "stock": "stock, no safety",
+    "guard": "guard in front",
+}
+
+
+def plan(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A model directory or a config.json, e.g. models/aligned."
+        ),
+    ],
+    tenants: Annotated[int, typer.Option(help="How many tenants, e.g. --tenants 200.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="h100-sxm, h100-pcie, h200, a100-40, a100-80, l40s, l4, rtx-4090; or any name "
+            "with --memory-gb, --bandwidth and --tflops."
+        ),
+    ] = "h100-sxm",
+    family: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take the vector's rank, layers and sites from this, e.g. families/mine.",
+            show_default=False,
+        ),
+    ] = None,
+    vector_rank: Annotated[
+        int | None, typer.Option(help="Rank of the vector, without --family.", show_default="16")
+    ] = None,
+    vector_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the layers that carry it, e.g. --vector-share 0.5.", show_default="1"
+        ),
+    ] = None,
+    vector_targets: Annotated[
+        str | None,
+        typer.Option(help="Its sites, e.g. o_proj,down_proj.", show_default="every linear layer"),
+    ] = None,
+    adapter_rank: Annotated[
+        int,
+        typer.Option(help="Rank of the tenants' adapters; 0: tenants are profiles on the base."),
+    ] = 16,
+    adapter_targets: Annotated[
+        str | None,
+        typer.Option(help="Their sites, e.g. q_proj,v_proj.", show_default="every linear layer"),
+    ] = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Tenants are full fine-tunes, not adapters.")
+    ] = False,
+    profiles: Annotated[
+        int | None,
+        typer.Option(help="Revisions held at once, e.g. 400.", show_default="one per tenant"),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 32,
+    active: Annotated[
+        int | None,
+        typer.Option(help="Distinct tenants among them.", show_default="as many as can be"),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="LoRA slots.", show_default="one per active tenant")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    batched_tokens: Annotated[int, typer.Option(help="vLLM's --max-num-batched-tokens.")] = 8192,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights, adapters and KV.")] = Dtype.bfloat16,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="GPU memory in 10^9 bytes.", show_default="the GPU's")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GPU memory, GB/s.", show_default="the GPU's")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Dense, at the dtype.", show_default="the GPU's, bf16")
+    ] = None,
+    link_gb_s: Annotated[
+        float | None, typer.Option(help="Host to GPU, GB/s.", show_default="the GPU's PCIe")
+    ] = None,
+    utilization: Annotated[
+        float, typer.Option("--gpu-memory-utilization", help="As for vLLM.")
+    ] = 0.92,
+    overhead_gb: Annotated[
+        float, typer.Option(help="Activations, graphs and context of an engine.")
+    ] = 3.0,
+    host_memory_gb: Annotated[
+        float, typer.Option(help="Host memory for adapters that wait for a slot.")
+    ] = 64.0,
+    launch_us: Annotated[
+        float, typer.Option(help="Time that each kernel of adapters and vector adds to a step.")
+    ] = 2.0,
+    launches_per_layer: Annotated[
+        int, typer.Option(help="Kernels that the gain table adds per linear layer with a vector.")
+    ] = 3,
+    gpu_hour_price: Annotated[
+        float | None,
+        typer.Option(help="Tell what a tenant costs, e.g. --gpu-hour-price 2.5.", min=0),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, e.g. for jq .advice.command.")
+    ] = False,
+) -> None:
+    """Tell memory, time per decode step and settings for tenants on a GPU, before anything runs.
+
+    Sizes are exact; times are a roofline, the least that bytes and kernels take, good for ratios.
+
+    Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
+    """
+    from safegene_vllm.plan import Ask, advise, find_gpu, plan_modes, read_shape
+
+    shape = read_shape(model)
+    ask = Ask(
+        shape=shape,
+        gpu=find_gpu(
+            gpu,
+            memory_gb=memory_gb,
+            bandwidth_gb_s=bandwidth,
+            tflops=tflops,
+            link_gb_s=link_gb_s,
+        ),
+        tenants=tenants,
+        profiles=profiles,
+        checkpoints=checkpoints,
+        adapter_rank=adapter_rank,
+        adapter_targets=_names(adapter_targets),
+        **_vector(shape, family, vector_rank, vector_share, vector_targets),
+        dtype_bytes=2 if dtype is Dtype.bfloat16 else 4,
+        slots=slots,
+        concurrency=concurrency,
+        active=active,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        batched_tokens=batched_tokens,
+        utilization=utilization,
+        overhead_bytes=int(overhead_gb * 1e9),
+        host_bytes=int(host_memory_gb * 1e9),
+        launch_s=launch_us * 1e-6,
+        launches_per_layer=launches_per_layer,
+    )
+    modes = plan_modes(ask)
+    advice = advise(ask, modes, str(model))
+    if as_json:
+        typer.echo(json.dumps(facts(ask, modes, advice, gpu_hour_price), indent=2))
+    else:
+        show(results(), facts(ask, modes, advice, gpu_hour_price))
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
+
+
+def _vector(
+    shape: ModelShape,
+    family: Path | None,
+    rank: int | None,
+    share: float | None,
+    targets: str | None,
+) -> dict[str, Any]:
+    """Rank, layers and sites of the vector, of a family or as given. Errors: ConfigError."""
+    if family is None:
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"--vector-share {share:g}: expected above 0, at most 1.")
+        layers = None if share is None else max(1, round(share * shape.layers))
+        return {
+            "vector_rank": 16 if rank is None else rank,
+            "vector_layers": layers,
+            "vector_targets": _names(targets),
+        }
+    from safegene_vllm.adapter import layer_of
+    from safegene_vllm.family import read_family_header
+
+    if not rank is share is targets is None:
+        raise ConfigError(
+            "--family tells the vector's rank, layers and sites; leave out --vector-rank, "
+            "--vector-share and --vector-targets."
+        )
+    header = read_family_header(family)
+    if header.base.num_layers != shape.layers:
+        raise ConfigError(
+            f"--family {family} is for {header.base.num_layers} layers, the model has "
+            f"{shape.layers}; give the family of this model."
+        )
+    names = {site.rpartition(".")[2] for site in header.sites}
+    return {
+        "vector_rank": max(site.rank for site in header.sites.values()),
+        "vector_layers": len({layer_of(site) for site in header.sites}),
+        "vector_targets": tuple(site for site in shape.sites if site in names),
+    }
+
+
+def facts(
+    ask: Ask, modes: Mapping[str, Mode], advice: Advice, price: float | None
+) -> dict[str, Any]:
+    """The whole plan as plain JSON values; sizes in bytes, times in seconds."""
+    from safegene_vllm.plan.slots import pair_bytes
+
+    shape, d = ask.shape, ask.dtype_bytes
+    on_disk = pair_bytes(shape, ask.safety_targets, ask.vector_rank, d)
+    told = {}
+    for name, mode in modes.items():
+        step = asdict(mode.step) | {"bytes": mode.step.bytes}
+        told[name] = asdict(mode) | {"step": step, "fits": mode.fits}
+        told[name]["gpus_per_tenant"] = mode.gpus / ask.tenants
+        if price is not None:
+            told[name]["price_per_tenant_hour"] = price * mode.gpus / ask.tenants
+    return {
+        "model": {
+            "name": shape.name,
+            "type": shape.model_type,
+            "layers": shape.layers,
+            "parameters": shape.parameters,
+            "weight_bytes": shape.parameters * d,
+            "kv_bytes_per_token": shape.kv_bytes_per_token(d),
+        },
+        "gpu": asdict(ask.gpu),
+        "tenants": ask.tenants,
+        "held": ask.held,
+        "active": ask.active_tenants,
+        "slots": ask.device_slots,
+        "vector": {
+            "rank": ask.vector_rank,
+            "layers": ask.safety_layers,
+            "sites": list(ask.safety_targets),
+            "pair_bytes": on_disk * ask.safety_layers // shape.layers,
+        },
+        "adapter": {
+            "rank": ask.adapter_rank,
+            "sites": list(ask.own_targets),
+            "pair_bytes": pair_bytes(shape, ask.own_targets, ask.adapter_rank, d),
+        },
+        "modes": told,
+        "advice": {
+            "mode": advice.mode,
+            "command": advice.shown(),
+            "reasons": list(advice.reasons),
+            "warnings": list(advice.warnings),
+        },
+    }
+
+
+def show(console: Console, told: Mapping[str, Any]) -> None:
+    """The plan for people: sizes, one row per mode, what to run and why."""
+    model, gpu = told["model"], told["gpu"]
+    vector, adapter = told["vector"], told["adapter"]
+    console.print(
+        f"{clean(model['name'])}: {model['parameters'] / 1e9:.2f} billion parameters, "
+        f"{_gb(model['weight_bytes'])}, {model['layers']} layers, "
+        f"{model['kv_bytes_per_token'] / 1e3:.1f} kB of KV per token"
+    )
+    console.print(
+        f"{gpu['name']}: {_gb(gpu['memory_bytes'])}, {gpu['bytes_per_s'] / 1e12:.2f} TB/s"
+    )
+    console.print(
+        f"vector  rank {vector['rank']} on {vector['layers']} layers, {_mb(vector['pair_bytes'])}; "
+        f"adapter  rank {adapter['rank']}, {_mb(adapter['pair_bytes'])}; "
+        f"{told['tenants']} tenants, {told['active']} in a batch, {told['slots']} slots"
+    )
+    memory = table(
+        "mode", "GPUs", "rank", "vector", "slots", "KV left", "sequences", left=("mode",)
+    )
+    time = table(
+        *("mode", "batch", "GB/step", "launches", "step ms", "TTFT ms", "tok/s", "vs stock"),
+        left=("mode",),
+    )
+    stock = told["modes"].get("stock")
+    for name, mode in told["modes"].items():
+        step = mode["step"]
+        memory.add_row(
+            _NAMES[name],
+            str(mode["gpus"]),
+            str(mode["bucket"] or "-"),
+            _mb(mode["vector_bytes"] + mode["gain_bytes"]),
+            _gb(mode["slot_bytes"]),
+            _gb(mode["kv_bytes"]) if mode["fits"] else "does not fit",
+            f"{mode['sequences']:,}",
+        )
+        time.add_row(
+            _NAMES[name],
+            str(mode["batch"]),
+            f"{step['bytes'] / 1e9:.2f}",
+            str(step["launches"]),
+            f"{step['seconds'] * 1e3:.2f}",
+            f"{(mode['prefill_s'] + mode['added_ttft_s']) * 1e3:.1f}",
+            f"{mode['tokens_per_s']:,.0f}",
+            "" if stock is None else _ratio(mode["tokens_per_s"], stock["tokens_per_s"]),
+        )
+    console.print()
+    console.print(memory)
+    console.print()
+    console.print(time)
+    for name, mode in told["modes"].items():
+        if "price_per_tenant_hour" in mode and mode["safe"]:
+            console.print(
+                f"{_NAMES[name]}: {mode['price_per_tenant_hour']:.4f} per tenant and hour"
+            )
+    advice = told["advice"]
+    if advice["mode"] is None:
+        console.print("\nnothing to recommend:")
+    else:
+        console.print(f"\ntake {_NAMES[advice['mode']]}:\n  {clean(advice['command'])}")
+    for reason in advice["reasons"]:
+        console.print(f"- {reason}")
+    for warning in advice["warnings"]:
+        console.print(f"! {warning}")
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.3f}" if base else "-"
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:.2f} GB"
+
+
+def _mb(value: int) -> str:
+    return f"{value / 1e6:.1f} MB"

@@ -1,0 +1,90 @@
+"""A few GPUs by their makers' public data sheets: memory, bandwidth, dense bf16 rate, host link.
+
+For the planner's roofline. "80 GB" is counted as 80 · 10⁹ bytes, which is a little less than most
+drivers report, and rates are peaks that nothing reaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safegene_vllm.errors import ConfigError
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`flops_per_s` is dense bf16 with float32 sums; `link_bytes_per_s` PCIe one way, nominal."""
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float
+    flops_per_s: float
+    link_bytes_per_s: float
+
+
+def _gpu(name: str, memory_gb: float, gb_per_s: float, tflops: float, link_gb_per_s: float) -> Gpu:
+    return Gpu(name, int(memory_gb * GB), gb_per_s * GB, tflops * 1e12, link_gb_per_s * GB)
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("h100-sxm", 80, 3350, 989, 64),
+        _gpu("h100-pcie", 80, 2000, 756, 64),
+        _gpu("h200", 141, 4800, 989, 64),
+        _gpu("a100-40", 40, 1555, 312, 32),
+        _gpu("a100-80", 80, 2039, 312, 32),
+        _gpu("l40s", 48, 864, 362, 32),
+        _gpu("l4", 24, 300, 121, 32),
+        _gpu("rtx-4090", 24, 1008, 165, 32),
+    )
+}
+"""NVIDIA's data sheets; a100 are the SXM boards, tensor rates without sparsity."""
+
+
+def find_gpu(
+    name: str,
+    *,
+    memory_gb: float | None = None,
+    bandwidth_gb_s: float | None = None,
+    tflops: float | None = None,
+    link_gb_s: float | None = None,
+) -> Gpu:
+    """A GPU of the table with figures of your own in place of its; `other` needs memory, bandwidth
+    and rate. Errors: ConfigError.
+    """
+    known = GPUS.get(name)
+    if known is None:
+        missing = [
+            option
+            for option, value in (
+                ("--memory-gb", memory_gb),
+                ("--bandwidth", bandwidth_gb_s),
+                ("--tflops", tflops),
+            )
+            if value is None
+        ]
+        if missing:
+            raise ConfigError(
+                f"--gpu {name}: not in the table ({', '.join(GPUS)}); give {', '.join(missing)} "
+                "for a card of your own."
+            )
+        known = Gpu(name, 0, 0.0, 0.0, 32.0 * GB)
+    given = {
+        "--memory-gb": memory_gb,
+        "--bandwidth": bandwidth_gb_s,
+        "--tflops": tflops,
+        "--link": link_gb_s,
+    }
+    for option, value in given.items():
+        if value is not None and not 0 < value < 1e6:
+            raise ConfigError(f"{option} {value:g}: expected a number above 0.")
+    return Gpu(
+        known.name,
+        known.memory_bytes if memory_gb is None else int(memory_gb * GB),
+        known.bytes_per_s if bandwidth_gb_s is None else bandwidth_gb_s * GB,
+        known.flops_per_s if tflops is None else tflops * 1e12,
+        known.link_bytes_per_s if link_gb_s is None else link_gb_s * GB,
+    )
