@@ -24,7 +24,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help venv demo serve-demo family report test test-matrix check lint format types layering bench bench-changes bench-safety bench-ablations lock clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -89,6 +89,9 @@ bench: $(READY)  ## throughput of the gain table against plain multi-LoRA; ends 
 
 bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
 	@$(RUN) benchmarks/changes.py $(ARGS)
+
+bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
+	@$(RUN) benchmarks/scaling/run.py $(ARGS)
 
 report: $(READY)  ## measure the example's parent and tenants before and after; build/evaluation/report.html
 	@$(RUN) examples/smollm2/measure.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)

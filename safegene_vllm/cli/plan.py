@@ -204,7 +204,7 @@ def _vector(
     from safegene_vllm.adapter import layer_of
     from safegene_vllm.family import read_family_header
 
-    if not rank is share is targets is None:
+    if any(value is not None for value in (rank, share, targets)):
         raise ConfigError(
             "--family tells the vector's rank, layers and sites; leave out --vector-rank, "
             "--vector-share and --vector-targets."

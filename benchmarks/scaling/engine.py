@@ -1,0 +1,95 @@
+"""What many tenants cost one engine: to read an adapter, and to report all of them.
+
+The engine's loop does nothing else meanwhile. No engine runs: both are the worker's own code on its
+own records. Seconds are the processor's, so that a busy machine does not matter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.family import FamilyHeader
+from safegene_vllm.plan import ModelShape
+from safegene_vllm.plugin.admission import Tenant
+from safegene_vllm.plugin.gain import GainTable
+from safegene_vllm.plugin.guest import Guest
+from safegene_vllm.profile import make_profile
+
+
+@dataclass(frozen=True)
+class Held:
+    """With `tenants` in the engine: seconds of one receipt."""
+
+    tenants: int
+    receipt_s: float
+
+
+@dataclass(frozen=True)
+class Read:
+    """One adapter of `bytes` read from the page cache and checked, as a worker does on a miss."""
+
+    bytes: int
+    seconds: float
+
+
+def read_adapter(work: Path, shape: ModelShape, rank: int) -> Read:
+    """An adapter of that rank on every site of the model, random, written and read five times."""
+    make = torch.Generator().manual_seed(1)
+
+    def pair(d_out: int, d_in: int) -> Pair:
+        halves = (torch.randn(n, generator=make).bfloat16() for n in (rank * d_in, d_out * rank))
+        a, b = halves
+        return Pair(a.view(rank, d_in), b.view(d_out, rank))
+
+    pairs = {
+        f"model.layers.{layer}.{linear.name}.{site}": pair(width, linear.d_in)
+        for layer in range(shape.layers)
+        for linear in shape.linears
+        for site, width in zip(linear.sites, linear.widths, strict=True)
+    }
+    save_adapter(Adapter(pairs, None, {}), work / "adapter", base_model=shape.name)
+    seconds = []
+    for _ in range(5):
+        started = time.process_time()
+        load_adapter(work / "adapter")
+        seconds.append(time.process_time() - started)
+    size = sum(p.a.nbytes + p.b.nbytes for p in pairs.values())
+    return Read(size, statistics.median(seconds))
+
+
+def measure(header: FamilyHeader, counts: tuple[int, ...], slots: int) -> list[Held]:
+    """A worker's own receipt with each of `counts` tenants admitted, `slots` of them on the device.
+
+    The worker's code on its own records, without a model: that is all a receipt reads.
+    """
+    guest: Any = Guest.__new__(Guest)
+    guest.plan = SimpleNamespace(header=header, base_profile=None)
+    guest.settings = SimpleNamespace(apply="gain", missing_profile="refuse")
+    guest.family = SimpleNamespace(digest=header.digest)
+    guest.resident = SimpleNamespace(sites=len(header.sites), bytes=0, load_s=0.0)
+    guest.table = GainTable(slots, header.num_layers, 64, "cpu")
+    guest.manager = SimpleNamespace(lora_index_to_id=list(range(slots)))
+    guest.tenants, found = {}, []
+    for count in sorted(counts):
+        for number in range(len(guest.tenants), count):
+            row = [0.5 + 0.001 * ((number + k) % 97) for k in range(header.num_layers)]
+            name, place = f"tenant-{number:05d}@1", Path("/tenant")
+            profile = make_profile(header, row, {"method": "scaling"})
+            guest.tenants[number] = Tenant(name, str(place), place, profile, 196, name, name)
+        guest.receipt(0, 1)
+        seconds = []
+        for _ in range(3):
+            started = time.process_time()
+            answer = guest.receipt(0, 1).to_dict()
+            seconds.append(time.process_time() - started)
+            assert len(answer["adapters"]) == count
+        found.append(Held(count, statistics.median(seconds)))
+    return found

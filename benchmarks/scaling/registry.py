@@ -1,0 +1,362 @@
+"""What replicas cost a registry: the real one, asked by as many simulated replicas as are named.
+
+For counting statements, rows and seconds of each thing a replica does (server/safegene_server/
+replica does the same calls), so that 100 replicas can be told from a few. No engine runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import event, func, select
+
+from postgres import Postgres
+from safegene_server.registry import Registry, tables, watch
+from safegene_vllm.adapter import PairShape
+from safegene_vllm.family import Base, FamilyHeader, SelectedLayer
+from safegene_vllm.plan import ModelShape
+from safegene_vllm.profile import make_profile
+
+ACTOR = "replica"
+OPERATIONS = ("join", "snapshot", "receipts_all", "receipts_one", "beat", "poll", "claim")
+"""What a replica does: joins, reads everything, reports all tenants or one, says that it lives,
+asks for the version, asks for a job."""
+
+
+@dataclass
+class Cost:
+    """Of one operation: `statements` and `rows` that it reads or writes; its median seconds;
+    processor seconds of the caller (SQLite: database included), and of PostgreSQL's server.
+    """
+
+    statements: float = 0.0
+    writes: float = 0.0
+    rows: float = 0.0
+    seconds: float = 0.0
+    caller_cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
+
+
+@dataclass
+class Measured:
+    """One database with `tenants` tenants: `costs` per operation; `propagation_s` by replicas:
+    from a publication until all have reported it, `change_cpu_s` of processors then; `connections`
+    of one replica.
+    """
+
+    backend: str
+    tenants: int
+    costs: dict[str, Cost] = field(default_factory=dict)
+    propagation_s: dict[int, float] = field(default_factory=dict)
+    change_cpu_s: dict[int, float] = field(default_factory=dict)
+    statements_per_change: dict[int, float] = field(default_factory=dict)
+    audit_per_change: dict[int, float] = field(default_factory=dict)
+    receipt_rows: dict[int, int] = field(default_factory=dict)
+    connections: int | None = None
+    connections_allowed: int | None = None
+
+
+def measured_of(raw: Mapping[str, Any]) -> Measured:
+    """What `asdict` and JSON made of one, back."""
+
+    def by_count(key: str) -> dict[int, Any]:
+        return {int(count): value for count, value in raw[key].items()}
+
+    counted = ("propagation_s", "change_cpu_s", "statements_per_change", "audit_per_change")
+    return Measured(
+        **{
+            **raw,
+            **{key: by_count(key) for key in (*counted, "receipt_rows")},
+            "costs": {name: Cost(**cost) for name, cost in raw["costs"].items()},
+        }
+    )
+
+
+def header_of(shape: ModelShape) -> FamilyHeader:
+    """A family with a vector of rank 16 on every site of the model; no tensors."""
+    sites = {}
+    for layer in range(shape.layers):
+        for linear in shape.linears:
+            for name, width in zip(linear.sites, linear.widths, strict=True):
+                block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+                site = f"model.layers.{layer}.{block}.{name}"
+                sites[site] = PairShape(site, 16, width, linear.d_in, "BF16")
+    return FamilyHeader(
+        base=Base("Qwen2ForCausalLM", shape.layers, "sha256:" + "ba" * 32),
+        sites=sites,
+        layers=tuple(SelectedLayer(layer, 0.1) for layer in range(shape.layers)),
+        bounds=(0.0, 3.0),
+        recipe={"method": "scaling"},
+        name="scaling",
+        digest="sha256:" + "fa" * 32,
+    )
+
+
+def publish(registry: Registry, header: FamilyHeader, tenant: str, step: int) -> int:
+    """One more revision of a tenant, published; its id."""
+    row = [0.5 + 0.001 * ((step + layer) % 97) for layer in range(header.num_layers)]
+    profile = make_profile(header, row, {"method": "scaling"})
+    digest = f"sha256:{zlib.crc32(tenant.encode()):08x}" + "0" * 56
+    added = registry.add_revision(
+        tenant, profile, actor=ACTOR, adapter_digest=digest, source="s3://bucket/" + tenant
+    )
+    registry.set_revision_state(added.id, "ready", actor=ACTOR)
+    registry.publish(tenant, added.number, actor=ACTOR)
+    return added.id
+
+
+def fill(url: str, header: FamilyHeader, tenants: int, track: Callable[[int], Any]) -> None:
+    """Tenants with a key each, and a second publication for every tenth: its way back.
+
+    Without waiting for the disk at every commit, which what is measured later does.
+    """
+    if url.startswith("postgresql"):
+        registry = Registry(url + "&options=-csynchronous_commit%3Doff")
+    else:
+        registry = Registry(url)
+        event.listen(registry.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF"))
+        registry.engine.dispose()
+    registry.add_family(header, "s3://bucket/family", actor=ACTOR)
+    for number in range(tenants):
+        name = f"tenant-{number:05d}/app"
+        registry.add_tenant(name, header.digest, actor=ACTOR)
+        publish(registry, header, name, 0)
+        if number % 10 == 0:
+            publish(registry, header, name, 1)
+        registry.add_key(f"key-{number}", scopes=["serve"], tenants=[name], actor=ACTOR)
+        track(number)
+    registry.close()
+
+
+class Counting:
+    """Statements and rows of one registry's connections, while `on`."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.rows = 0
+        event.listen(registry.engine, "after_cursor_execute", self._count)
+
+    def _count(self, _c: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+        self.kinds[statement.lstrip().split(None, 1)[0].upper()] += 1
+        self.rows += max(getattr(cursor, "rowcount", 0) or 0, 0)
+
+    @property
+    def statements(self) -> int:
+        return sum(self.kinds.values())
+
+    @property
+    def writes(self) -> int:
+        return sum(self.kinds[kind] for kind in ("INSERT", "UPDATE", "DELETE"))
+
+
+class Replica:
+    """The registry's side of one replica: the calls of server/safegene_server/replica, in order."""
+
+    def __init__(self, url: str, header: FamilyHeader) -> None:
+        self.registry = Registry(url, migrate=False)
+        self.header = header
+        self.id = ""
+        self.version = 0
+
+    def join(self) -> None:
+        self.id = self.registry.join("host", 1, actor=ACTOR).id
+
+    def snapshot(self) -> list[int]:
+        """Ids of what is published."""
+        found = self.registry.snapshot()
+        self.version = found.version
+        return [revision.id for revision in found.revisions]
+
+    def receipts(self, ids: list[int]) -> None:
+        told = {number: ({"ranks": [_receipt(number)]}, True) for number in ids}
+        self.registry.put_receipts(self.id, told, actor=ACTOR)
+
+    def beat(self) -> None:
+        self.registry.heartbeat(self.id, applied_version=self.version, actor=ACTOR)
+
+    def poll(self) -> None:
+        self.registry.version()
+
+    def claim(self) -> None:
+        self.registry.claim(self.id, actor=self.id, kinds=["onboard"], family=self.header.digest)
+
+    def follow(self, fresh: list[int]) -> None:
+        """A change: read everything, report what is new, say how far it is."""
+        self.snapshot()
+        self.receipts(fresh)
+        self.beat()
+
+    def close(self) -> None:
+        self.registry.close()
+
+
+def _receipt(number: int) -> dict[str, Any]:
+    """As long as a worker's own report of one adapter."""
+    digest = "sha256:" + "ab" * 32
+    return {
+        "rank": 0,
+        "name": f"tenant-{number:05d}/app@1",
+        "lora_int_id": number,
+        "slot": None,
+        "profile": digest,
+        "gain_digest": digest,
+        "tenant_sites": 196,
+        "safety_sites": 196,
+        "gain_norm": 2.5,
+    }
+
+
+def cost_of(
+    registry: Registry, server: Postgres | None, times: int, do: Callable[[], object]
+) -> Cost:
+    """Cost of `do` over `times` calls, after one that is not counted."""
+    do()
+    counting = Counting(registry)
+    cpu = 0.0 if server is None else server.cpu_s()
+    took, mine = [], time.process_time()
+    for _ in range(times):
+        started = time.perf_counter()
+        do()
+        took.append(time.perf_counter() - started)
+    mine = time.process_time() - mine
+    event.remove(registry.engine, "after_cursor_execute", counting._count)
+    cpu = 0.0 if server is None else server.cpu_s() - cpu
+    return Cost(
+        counting.statements / times,
+        counting.writes / times,
+        counting.rows / times,
+        statistics.median(took),
+        mine / times,
+        cpu / times,
+    )
+
+
+def measure(
+    url: str,
+    shape: ModelShape,
+    *,
+    tenants: int,
+    replicas: tuple[int, ...],
+    server: Postgres | None,
+    track: Callable[[int], Any],
+) -> Measured:
+    """Fill the empty database at `url` and run replicas on it."""
+    header = header_of(shape)
+    fill(url, header, tenants, track)
+    registry = Registry(url)
+    found = Measured("postgresql" if registry.is_postgresql else "sqlite", tenants)
+    one = Replica(url, header)
+    one.join()
+    ids = one.snapshot()
+    work: Mapping[str, tuple[int, Callable[[], object]]] = {
+        "join": (10, one.join),
+        "snapshot": (5, one.snapshot),
+        "receipts_all": (2, lambda: one.receipts(ids)),
+        "receipts_one": (50, lambda: one.receipts(ids[:1])),
+        "beat": (200, one.beat),
+        "poll": (300, one.poll),
+        "claim": (200, one.claim),
+    }
+    for name in OPERATIONS:
+        times, do = work[name]
+        found.costs[name] = cost_of(one.registry, server, times, do)
+    one.registry.leave(one.id, actor=ACTOR)
+    one.close()
+    for count in replicas:
+        _run_together(registry, url, header, ids, count, found, server)
+    if server is not None:
+        found.connections = _connections(url, header, server)
+        found.connections_allowed = int(server.ask("SHOW max_connections"))
+    registry.close()
+    return found
+
+
+def _run_together(
+    registry: Registry,
+    url: str,
+    header: FamilyHeader,
+    ids: list[int],
+    count: int,
+    found: Measured,
+    server: Postgres | None,
+) -> None:
+    """`count` replicas join and report everything, then follow three changes at once."""
+    with _replicas(url, header, count) as fleet, ThreadPoolExecutor(count) as pool:
+        list(pool.map(lambda r: (r.join(), r.receipts(ids), r.beat()), fleet))
+        found.receipt_rows[count] = _rows(registry, tables.receipts)
+        counts = [Counting(r.registry) for r in fleet]
+        audit, took, cpu_s = _rows(registry, tables.audit), [], []
+        for change in range(3):
+            fresh = publish(registry, header, "tenant-00001/app", 10 * count + change)
+            started, before = time.perf_counter(), _cpu_s(server)
+            list(pool.map(lambda r, new=fresh: r.follow([new]), fleet))
+            took.append(time.perf_counter() - started)
+            cpu_s.append(_cpu_s(server) - before)
+        found.propagation_s[count] = statistics.median(took)
+        found.change_cpu_s[count] = statistics.median(cpu_s)
+        found.statements_per_change[count] = sum(c.statements for c in counts) / 3
+        found.audit_per_change[count] = (_rows(registry, tables.audit) - audit) / 3
+        list(pool.map(lambda r: r.registry.leave(r.id, actor=ACTOR), fleet))
+
+
+def _cpu_s(server: Postgres | None) -> float:
+    """Processor seconds of ourselves and the server together."""
+    return time.process_time() + (0.0 if server is None else server.cpu_s())
+
+
+@contextmanager
+def _replicas(url: str, header: FamilyHeader, count: int) -> Iterator[list[Replica]]:
+    fleet = [Replica(url, header) for _ in range(count)]
+    try:
+        yield fleet
+    finally:
+        for replica in fleet:
+            replica.close()
+
+
+def _rows(registry: Registry, table: Any) -> int:
+    with registry.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(table)).scalar_one())
+
+
+def _connections(url: str, header: FamilyHeader, server: Postgres) -> int:
+    """Connections of one replica that does all that it does: watches, beats, follows, looks for
+    jobs in two places, each in a thread of its own, for a few seconds.
+    """
+    before = int(server.ask(_OURS))
+    stop = threading.Event()
+    with _replicas(url, header, 1) as (replica,):
+        replica.join()
+
+        def again(do: Callable[[], object]) -> None:
+            while not stop.wait(0.02):
+                do()
+
+        def listen() -> None:
+            for _ in watch(replica.registry, stop):
+                pass
+
+        loops = [lambda: again(replica.beat), lambda: again(replica.snapshot), listen]
+        loops += [lambda: again(replica.claim)] * 2
+        threads = [threading.Thread(target=loop) for loop in loops]
+        for thread in threads:
+            thread.start()
+        time.sleep(3.0)
+        held = int(server.ask(_OURS)) - before
+        stop.set()
+        for thread in threads:
+            thread.join()
+        replica.registry.leave(replica.id, actor=ACTOR)
+    return held
+
+
+_OURS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'safegene'"
