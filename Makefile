@@ -67,6 +67,18 @@ test: $(READY)  ## run the tests
 test-matrix: $(READY)  ## run the plugin's tests on the oldest and newest supported vLLM (slow)
 	@$(RUN) tests/matrix.py $(ARGS)
 
+# The CPU's torch and Triton from the package index; no GPU, no driver, no compiler.
+KERNELS := build/kernels
+$(KERNELS)/.ready: requirements.txt requirements/kernels.txt
+	@$(PYTHON) -m venv $(KERNELS)
+	@$(KERNELS)/bin/python -m pip install -qq --no-deps '$(TORCH)' 2>$(KERNELS)/torch.log || \
+	  $(KERNELS)/bin/python -m pip install -qq --no-deps --index-url '$(TORCH_INDEX)' '$(TORCH)'
+	@$(KERNELS)/bin/python -m pip install -qq -c requirements.txt -r requirements/kernels.txt
+	@touch $@
+
+test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
+	@$(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
+
 check: lint types layering test  ## everything CI runs: format, lint, strict types, layering, tests
 
 lint: $(READY)  ## check format and lint rules
@@ -92,6 +104,8 @@ bench-changes: $(READY)  ## tenants that come and change under load; ends in one
 
 bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
 	@$(RUN) benchmarks/scaling/run.py $(ARGS)
+bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run benchmarks/kernels.py in an environment with vLLM for CUDA
+	@$(RUN) benchmarks/kernels.py $(ARGS)
 
 report: $(READY)  ## measure the example's parent and tenants before and after; build/evaluation/report.html
 	@$(RUN) examples/smollm2/measure.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)

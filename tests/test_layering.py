@@ -22,7 +22,7 @@ LIBRARY = "safegene_vllm"
 SERVER = "safegene_server"
 FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
-TORCH_ROOMS = {"compose", "recipe", "evaluate", "plugin", "pico"}
+TORCH_ROOMS = {"compose", "recipe", "evaluate", "kernels", "plugin", "pico"}
 SERVER_MAY_IMPORT = {
     *(
         "adapter",

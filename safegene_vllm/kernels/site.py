@@ -1,0 +1,44 @@
+"""One layer's share of the vector as the kernels read it, and what kind of layer it is.
+
+Plain data, so that the plugin can make it where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Site:
+    """The vector of a layer of n parts: a (n R', D_in), b (sum widths, R') of the model's dtype.
+
+    gains (S + 1, L) float32 are the gain table's rows, `layer` this layer's column of them; base ()
+    bool on the CPU says whether tokens without an adapter have a gain here (GainTable.base).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gains: torch.Tensor
+    layer: int
+    base: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kind of layer: output widths by part, D_in, the adapters' rank R, the vector's R'."""
+
+    widths: tuple[int, ...]
+    d_in: int
+    rank: int
+    safety_rank: int
+
+    def small(self) -> Shape:
+        """The same alignment and ranks, at most 271 columns a part and 2,063 inputs."""
+        widths = tuple(_cut(width, 256) for width in self.widths)
+        return Shape(widths, _cut(self.d_in, 2048), self.rank, self.safety_rank)
+
+
+def _cut(size: int, most: int) -> int:
+    return size if size <= most else most + size % 16
