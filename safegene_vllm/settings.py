@@ -42,11 +42,19 @@ class Settings(BaseModel):
     adapter_roots: tuple[Path, ...] = Field(
         (), description="if given, adapters load only from below these, and never through symlinks"
     )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto",
+        description="gain on a GPU: auto uses the kernels where they prove right at load, triton "
+        "does not start without them, torch never uses them",
+    )
     staging_dir: Path | None = Field(
         None, description="where workers keep their private copies (default: the temp directory)"
     )
     family_digest: str | None = Field(
         None, description="written by the worker so that the compile cache knows the vector"
+    )
+    kernels_used: str | None = Field(
+        None, description="written by the worker so that the compile cache knows the product"
     )
 
 

@@ -19,18 +19,26 @@ class GainTable:
     Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
     each layer, and `active` (L,) bool, whether any token has one. All are preallocated and updated
     in place, so compiled graphs and CUDA graphs see every change.
+
+    `base` (L,) bool on the CPU: whether tokens without an adapter ever had a gain in a layer. A
+    CUDA graph keeps what it found there, so row 0 is written before any is captured.
     """
 
     def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
         self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
         self.token_gains = torch.zeros(layers, max_tokens, 1, dtype=torch.float32, device=device)
         self.active = torch.zeros(layers, dtype=torch.bool, device=device)
+        self.base = torch.zeros(layers, dtype=torch.bool)
+        self.tokens = max_tokens
         self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
         self._tokens = 0
 
     def write(self, slot: int, coefficients: Sequence[float]) -> None:
         """In place: the row of `slot` (-1: no adapter). Touches no other row."""
-        self.rows[slot + 1].copy_(torch.tensor(coefficients, dtype=torch.float32))
+        row = torch.tensor(coefficients, dtype=torch.float32)
+        self.rows[slot + 1].copy_(row)
+        if slot == -1:
+            self.base |= row != 0.0
         self._spread()
 
     def read(self, slot: int) -> list[float]:

@@ -20,14 +20,17 @@ from safegene_vllm.adapter import Adapter, Pair, layer_of
 from safegene_vllm.compose import compose_adapter
 from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
 from safegene_vllm.family import load_family
+from safegene_vllm.kernels.site import Site
 from safegene_vllm.plugin import host
 from safegene_vllm.plugin.admission import Tenant, admit, read_tenant
 from safegene_vllm.plugin.engine import Plan
+from safegene_vllm.plugin.fused import FusedPunica, StepTokens, choose, safety_pair
 from safegene_vllm.plugin.gain import GainPunica, GainTable
 from safegene_vllm.plugin.segment import SegmentPunica, StepPlan
 from safegene_vllm.plugin.sites import SiteMap, local_parts, stack_parts
 from safegene_vllm.plugin.staging import Staging
 from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
+from safegene_vllm.settings import KEY
 
 
 class StepPunica:
@@ -40,6 +43,8 @@ class StepPunica:
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         self.inner.update_metadata(*args, **kwargs)
         for listener in self.listeners:
+            if isinstance(listener, StepTokens):
+                listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
             listener.set_tokens(self.inner.token_lora_indices)
 
     def __getattr__(self, name: str) -> Any:
@@ -74,6 +79,9 @@ class Guest:
         self.dummies: set[int] = set()
         self.family = None if plan.header is None else load_family(plan.settings.family or Path())
         self.resident = _Resident()
+        self.notes: tuple[str, ...] = ()
+        self.listeners: list[Any] = []
+        self._config = vllm_config
         self.table: GainTable | None = None
         self.sites: SiteMap
         self.manager: Any = None
@@ -99,17 +107,15 @@ class Guest:
         self.resident.load_s = time.perf_counter() - started
 
     def _attach_products(self, manager: Any) -> None:
-        """The gain table, the CPU product, and the step listener of both."""
+        """The gain table, the CPU product, and what listens to the host's steps."""
         wrappers = manager.punica_wrapper_mapping
         tokens = max(w._token_lora_indices.shape[0] for w in wrappers.values())
-        listeners: list[Any] = []
         if self.family is not None and self.settings.apply == "gain":
             layers = self.family.header.base.num_layers
             self.table = GainTable(manager.lora_slots, layers, tokens, self.device)
-            listeners.append(self.table)
         if self.device.type == "cpu":
             step = StepPlan(manager.lora_slots, tokens)
-            listeners.append(step)
+            self.listeners.append(step)
             linear = host.resolve("BaseLinearLayerWithLoRA")
             for layer in manager.modules.values():
                 slots = layer if isinstance(layer, linear) else None
@@ -120,7 +126,7 @@ class Guest:
                 "language models without tower or connector LoRA."
             )
         for name, wrapper in wrappers.items():
-            wrappers[name] = StepPunica(wrapper, listeners)
+            wrappers[name] = StepPunica(wrapper, self.listeners)
 
     def _find_all(self, pairs: Mapping[str, Pair]) -> None:
         """Errors: HostError for sites without a LoRA layer or of another shape."""
@@ -156,22 +162,39 @@ class Guest:
             assert place is not None and number is not None
             grouped[place.layer_name][place.part] = pair
             numbers[place.layer_name] = number
-        for name, parts in grouped.items():
-            layer = self.manager.modules[name]
-            local = local_parts(layer, parts)
-            a, bt = stack_parts(
-                local,
-                tuple(layer.output_slices),
-                dtype=self.dtype,
-                device=self.device,
-            )
-            gain, active = table.token_gains[numbers[name]], table.active[numbers[name]]
-            inner = layer.punica_wrapper
-            if isinstance(inner, SegmentPunica):
-                inner.place(local, a, bt, gain, active)
+        modules = self.manager.modules
+        found = {
+            name: (modules[name], local_parts(modules[name], p)) for name, p in grouped.items()
+        }
+        fused = self._choose(found)
+        step = StepTokens(self.manager.lora_slots, table.tokens, self.device) if fused else None
+        self.listeners += [table] if len(fused) < len(found) else []
+        self.listeners += [] if step is None else [step]
+        for name, (layer, local) in found.items():
+            number, inner = numbers[name], layer.punica_wrapper
+            where = {"dtype": self.dtype, "device": self.device}
+            if name in fused and step is not None:
+                a, b = safety_pair(local, layer.output_slices, **where)
+                share = Site(a, b, table.rows, number, table.base[number])
+                layer.set_mapping(FusedPunica(inner, share, step))
             else:
-                layer.set_mapping(GainPunica(inner, a, bt, gain))
-            self.resident.bytes += a.nbytes + bt.nbytes
+                a, b = stack_parts(local, tuple(layer.output_slices), **where)
+                gain, active = table.token_gains[number], table.active[number]
+                if isinstance(inner, SegmentPunica):
+                    inner.place(local, a, b, gain, active)
+                else:
+                    layer.set_mapping(GainPunica(inner, a, b, gain))
+            self.resident.bytes += a.nbytes + b.nbytes
+
+    def _choose(self, layers: Mapping[str, tuple[Any, list[Pair | None]]]) -> set[str]:
+        """The layers that use the GPU kernels; says so where vLLM's compile cache will see it."""
+        setting = self.settings.kernels
+        fused, self.notes = choose(setting, self.device, self.dtype, layers)
+        if self.device.type == "cuda":
+            raw = dict(self._config.additional_config[KEY])
+            raw["kernels_used"] = f"{len(fused)} of {len(layers)} layers"
+            self._config.additional_config[KEY] = raw
+        return fused
 
     # -- tenants ---------------------------------------------------------------------------------
 
@@ -317,6 +340,7 @@ class Guest:
             vllm_version=host.version(),
             adapters=adapters,
             load_s=self.resident.load_s,
+            notes=self.notes,
         )
 
     def _adapter_receipt(

@@ -93,6 +93,11 @@ TABLE: dict[str, HostName] = {
         ("update_metadata", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
         "computes LoRA products; a layer's wrapper is decorated, no class is changed",
     ),
+    "LoRAMapping": HostName(
+        "vllm.lora.layers.LoRAMapping",
+        ("index_mapping",),
+        "a step's adapter ids by token, on the CPU: whether any token has an adapter",
+    ),
     "WorkerBase": HostName(
         "vllm.v1.worker.worker_base.WorkerBase",
         ("__init__", "add_lora"),

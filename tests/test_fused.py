@@ -1,0 +1,212 @@
+"""Which layers use the kernels, what is said where they cannot, and a guest's layers with them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from safegene_vllm.adapter import Pair
+from safegene_vllm.errors import HostError
+from safegene_vllm.kernels.reference import disagreement, expected
+from safegene_vllm.kernels.site import Shape
+from safegene_vllm.plugin import fused
+from safegene_vllm.plugin import guest as guests
+from safegene_vllm.plugin.fused import safety_pair
+from safegene_vllm.plugin.gain import GainTable
+from safegene_vllm.plugin.sites import Place, stack_parts
+
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+def pair(width: int, rank: int = 4, d_in: int = 48) -> Pair:
+    generator = torch.Generator().manual_seed(width)
+    return Pair(
+        torch.randn(rank, d_in, generator=generator), torch.randn(width, rank, generator=generator)
+    )
+
+
+def layer(widths: tuple[int, ...] = (24, 8), dtype: torch.dtype = BF16) -> SimpleNamespace:
+    one = SimpleNamespace(
+        lora_a_stacked=tuple(torch.zeros(2, 1, 8, 48, dtype=dtype) for _ in widths),
+        lora_b_stacked=tuple(torch.zeros(2, 1, w, 8, dtype=dtype) for w in widths),
+        output_slices=widths,
+        tp_size=1,
+        punica_wrapper=SimpleNamespace(mark="host"),
+    )
+    one.set_mapping = lambda wrapper: setattr(one, "punica_wrapper", wrapper)
+    return one
+
+
+def layers(**named: SimpleNamespace) -> dict[str, Any]:
+    return {
+        name: (one, [pair(width) for width in one.output_slices]) for name, one in named.items()
+    }
+
+
+@pytest.fixture
+def triton_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU machine: found, and the module that would import it says how many parts."""
+    product = SimpleNamespace(MAX_PARTS=3)
+    monkeypatch.setitem(sys.modules, "safegene_vllm.kernels.product", product)
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: object())
+    yield
+
+
+def test_right_kernels_are_used_without_a_word(triton_found: None) -> None:
+    asked: list[Shape] = []
+
+    def check(shapes: list[Shape], dtype: torch.dtype, device: Any) -> None:
+        asked.extend(shapes)
+        assert (dtype, device) == (BF16, CUDA)
+
+    found = layers(qkv=layer((24, 8, 8)), o=layer((48,)))
+    assert fused.choose("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
+    assert asked == [Shape((24, 8, 8), 48, 8, 4), Shape((48,), 48, 8, 4)]
+
+
+def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptureFixture) -> None:
+    def check(*_: Any) -> str:
+        return "12 of 40 values differ"
+
+    names, notes = fused.choose("auto", CUDA, BF16, layers(o=layer()), check)
+    assert names == set()
+    assert len(notes) == 1 and "12 of 40 values differ" in notes[0] and "1 of 1 layers" in notes[0]
+    assert notes[0] in caplog.text
+    with pytest.raises(HostError, match=r"12 of 40 values differ.*'auto'"):
+        fused.choose("triton", CUDA, BF16, layers(o=layer()), check)
+
+
+def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> None:
+    strided = layer()
+    strided.lora_b_stacked = tuple(b.mT.contiguous().mT for b in strided.lora_b_stacked)
+    found = layers(
+        fits=layer(), four=layer((8, 8, 8, 8)), other=layer(dtype=torch.float32), strided=strided
+    )
+    names, notes = fused.choose("auto", CUDA, BF16, found, lambda *_: None)
+    assert names == {"fits"}
+    for said in ("3 of 4 layers", "four: 4 parts", "other: adapters in torch.float32", "strided"):
+        assert said in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "said"),
+    [("torch", CUDA, "kernels = 'torch'"), ("torch", torch.device("cpu"), "kernels = 'torch'")],
+)
+def test_torch_is_never_checked(setting: str, device: torch.device, said: str) -> None:
+    names, notes = fused.choose(setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0)
+    assert names == set()
+    assert said in notes[0]
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+    names, notes = fused.choose("auto", CUDA, BF16, layers(o=layer()))
+    assert names == set() and "Triton is not installed" in notes[0]
+    with pytest.raises(HostError, match="Triton is not installed"):
+        fused.choose("triton", CUDA, BF16, layers(o=layer()))
+
+
+def test_cpu_is_not_a_fall_back() -> None:
+    assert fused.choose("auto", torch.device("cpu"), BF16, layers(o=layer())) == (set(), ())
+    with pytest.raises(HostError, match="cpu device"):
+        fused.choose("triton", torch.device("cpu"), BF16, layers(o=layer()))
+
+
+def test_safety_pair_is_the_stacked_pair() -> None:
+    """The same product as the plain path's layout, with a missing part and unequal ranks."""
+    parts, widths = [pair(24), None, pair(8, rank=6)], (24, 10, 8)
+    a, b = fused.safety_pair(parts, widths, dtype=torch.float32, device="cpu")
+    assert a.shape == (3 * 6, 48) and b.shape == (42, 6)
+    plain_a, plain_bt = stack_parts(parts, widths, dtype=torch.float32, device="cpu")
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    hidden = (x @ a.T).view(5, 3, 6)
+    blocks = [hidden[:, i] @ block.T for i, block in enumerate(b.split(widths))]
+    torch.testing.assert_close(torch.cat(blocks, dim=1), x @ plain_a.T @ plain_bt)
+
+
+def test_a_host_that_overwrites_is_refused() -> None:
+    wrapper = object.__new__(fused.FusedPunica)
+    with pytest.raises(HostError, match="not added"):
+        wrapper.add_lora_linear(*[torch.zeros(1, 1)] * 4, 1.0, (1,), add_inputs=False)
+
+
+def test_base_gains_are_remembered_on_the_cpu() -> None:
+    table = GainTable(2, 3, 8, "cpu")
+    table.write(0, [1.0, 1.0, 1.0])
+    assert table.base.tolist() == [False] * 3
+    table.write(-1, [0.0, 2.0, 0.0])
+    assert table.base.tolist() == [False, True, False]
+    table.write(-1, [0.0, 0.0, 0.0])
+    assert table.base.tolist() == [False, True, False], "a captured graph may still launch"
+
+
+@pytest.mark.parametrize("fused_layers", ["all", "some", "none"])
+def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers: str) -> None:
+    """Layers, table and steps as in a worker, with interpreted kernels on the CPU.
+
+    The host's own product is left out, so plain layers are compared with adapters of zeros.
+    """
+    world = None
+    if fused_layers != "none":
+        world = pytest.importorskip("kernel_world", exc_type=ImportError)
+
+    modules = {
+        "model.layers.1.qkv": layer((24, 8, 8), torch.float32),
+        "model.layers.0.o": layer((48,), torch.float32),
+    }
+    chosen = {"all": set(modules), "some": {"model.layers.1.qkv"}, "none": set()}[fused_layers]
+    for name, one in modules.items():
+        one.punica_wrapper.add_lora_linear = lambda *_: None
+        for stacked in (*one.lora_a_stacked, *one.lora_b_stacked) if name in chosen else ():
+            stacked.normal_(std=0.2, generator=torch.Generator().manual_seed(stacked.shape[2]))
+    places = {
+        "model.layers.1.q": Place("q", "model.layers.1.qkv", 0),
+        "model.layers.1.v": Place("v", "model.layers.1.qkv", 2),
+        "model.layers.0.o": Place("o", "model.layers.0.o", None),
+    }
+    pairs = {name: pair(w) for name, w in zip(places, (24, 8, 48), strict=True)}
+    inner = SimpleNamespace(update_metadata=lambda *_: None, token_lora_indices=None)
+    guest = object.__new__(guests.Guest)
+    vars(guest).update(
+        device=torch.device("cpu"), dtype=torch.float32, listeners=[], notes=(),
+        settings=SimpleNamespace(kernels="auto"), resident=guests._Resident(),
+        manager=SimpleNamespace(modules=modules, lora_slots=2),
+        sites=SimpleNamespace(find=places.get),
+    )  # fmt: skip
+    monkeypatch.setattr(guests, "choose", lambda *_: (chosen, ()))
+    monkeypatch.setattr(guests, "layer_of", lambda site: int(site.split(".")[2]))
+    table = GainTable(2, 2, 64, "cpu")
+    guest._place(pairs, table)
+    table.write(0, [0.5, -1.0])
+    table.write(1, [0.0, 2.0])
+    if fused_layers == "all":
+        assert guest.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
+    assert len(guest.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
+
+    punica = guests.StepPunica(inner, guest.listeners)
+    for ids, slots in (([7, 0, 9, 7], [0, -1, 1, 0]), ([0, 0], [-1, -1]), ([9], [1])):
+        inner.token_lora_indices = torch.tensor(slots)
+        punica.update_metadata(SimpleNamespace(index_mapping=tuple(ids)), [7, 9], 3, 100)
+        for name, one in modules.items():
+            x = torch.randn(len(slots), 48, generator=torch.Generator().manual_seed(3))
+            y = torch.ones(len(slots), sum(one.output_slices))
+            stacked = one.lora_a_stacked, one.lora_b_stacked
+            parts = [pairs.get(f"model.layers.1.{part}") for part in "qkv"]
+            parts = parts if name.endswith("qkv") else [pairs["model.layers.0.o"]]
+            of_vector = safety_pair(parts, one.output_slices, dtype=y.dtype, device="cpu")
+            number = int(name.split(".")[2])
+            want, bound = expected(
+                y, x, *stacked, *of_vector, table.rows, number, torch.tensor(slots)
+            )
+            with world.launches() if world else nullcontext([]) as seen:
+                one.punica_wrapper.add_lora_linear(y, x, *stacked, 1.0, one.output_slices)
+            assert disagreement(y, want, 2.0 * bound) is None
+            assert len(seen) == (2 if any(ids) and name in chosen else 0)
+            assert one.punica_wrapper.mark == "host"
