@@ -77,7 +77,7 @@ $(KERNELS)/.ready: requirements.txt requirements/kernels.txt
 	@touch $@
 
 test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
-	@$(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
+	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
 
 check: lint types layering test  ## everything CI runs: format, lint, strict types, layering, tests
 

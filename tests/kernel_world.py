@@ -16,7 +16,8 @@ import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed here; see `make test-kernels`", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read as programs are decorated, Triton's own among them
+# Read as programs are decorated, Triton's own among them: too late if Triton is loaded already.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
