@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from safegene_server.access.middleware import AccessSettings
 from safegene_server.artifacts import Limits, SourceRules
+from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.tenants.settings import TenantSettings
 from safegene_vllm.errors import ConfigError
 
@@ -97,6 +98,9 @@ class ServerSettings(BaseSettings):
     )
     tenants: TenantSettings = Field(
         TenantSettings(), description="the gate, calibration, and how jobs are run"
+    )
+    metrics: MetricsSettings = Field(
+        MetricsSettings(), description="whose series are their own, and how often they are renewed"
     )
 
     @classmethod
