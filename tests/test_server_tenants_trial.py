@@ -45,7 +45,7 @@ class Engine:
 
 
 def tried(engine: Engine, **settings: Any) -> Outcome:
-    return asyncio.run(try_out(engine, MODEL, PROMPTS, GateSettings(**settings)))  # type: ignore[arg-type]
+    return asyncio.run(try_out(engine, MODEL, PROMPTS, GateSettings(**settings)))
 
 
 def test_the_shipped_questions() -> None:

@@ -16,10 +16,10 @@ from safegene_server.answers import plain
 from safegene_server.calibrating import asking
 from safegene_server.calibrating.asking import Encoded
 from safegene_server.calibrating.objective import Look, Losses, Objective, Vector, mean
-from safegene_server.calibrating.share import Share
 from safegene_server.calibrating.shots import Shots
 from safegene_server.registry import Revision
 from safegene_server.tenants import CalibrationSettings, Replica
+from safegene_server.tenants.share import Share
 from safegene_vllm.errors import ConfigError
 
 logger = logging.getLogger("vllm.safegene_server")

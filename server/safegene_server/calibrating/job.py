@@ -13,13 +13,13 @@ from dataclasses import asdict
 from safegene_server.calibrating.bench import Bench
 from safegene_server.calibrating.objective import Look, Losses, objective_of
 from safegene_server.calibrating.search import Space, search
-from safegene_server.calibrating.share import Share
 from safegene_server.calibrating.shots import read_shots, record_of, split, weights_of
 from safegene_server.registry import Revision
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import Tenancy, Work
 from safegene_server.tenants.jobs import JobCancelledError
 from safegene_server.tenants.onboarding import bring_in
+from safegene_server.tenants.share import Share
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.profile import Profile, make_profile

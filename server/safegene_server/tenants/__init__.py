@@ -8,13 +8,14 @@ from safegene_server.tenants.declared import register_declared
 from safegene_server.tenants.jobs import Jobs, Work
 from safegene_server.tenants.onboarding import ONBOARD, onboard
 from safegene_server.tenants.profiles import Change
+from safegene_server.tenants.questions import Prompt, read_prompts
 from safegene_server.tenants.settings import (
     CalibrationSettings,
     GateSettings,
     TenantSettings,
 )
 from safegene_server.tenants.tenancy import Replica, Tenancy
-from safegene_server.tenants.trial import Outcome, Prompt, read_prompts, try_out
+from safegene_server.tenants.trial import Outcome, try_out
 
 __all__ = [
     "ONBOARD",

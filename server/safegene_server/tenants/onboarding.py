@@ -15,9 +15,10 @@ from safegene_server.artifacts import Staged, Watch
 from safegene_server.registry import Revision
 from safegene_server.tenants.jobs import JobLostError, Work
 from safegene_server.tenants.profiles import check_record
+from safegene_server.tenants.questions import read_prompts
 from safegene_server.tenants.settings import TenantSettings
 from safegene_server.tenants.tenancy import Replica, Tenancy, aside
-from safegene_server.tenants.trial import read_prompts, try_out
+from safegene_server.tenants.trial import try_out
 from safegene_vllm.errors import (
     ConflictError,
     RegistryDownError,

@@ -1,7 +1,7 @@
-"""How much of the engine's time calibration takes: bounded while tenants are served, and measured.
+"""How much of the engine's time our own work takes: bounded while others are served, and measured.
 
-What is counted is the wall time during which something of calibration is in the engine. The true
-share is lower, since tenants' requests run in the same steps.
+For calibration and probes. What is counted is the wall time during which something of theirs is in
+the engine; the true share is lower, since tenants' requests run in the same steps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 
 class Share:
-    """`others()` counts the tenants' requests in flight; `check()` may raise to end it all."""
+    """`others()` counts the tenants' requests in flight (always 1: bounded on an idle engine too);
+    `check()` may raise to end it all."""
 
     def __init__(
         self,
         most: float,
         others: Callable[[], int],
-        check: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from safegene_server.calibrating.share import Share
+from safegene_server.tenants.share import Share
 
 
 @dataclass
