@@ -51,7 +51,6 @@ class LivelyReplica(FakeReplica):
         self.begun: list[tuple[float, ...]] = []
         self.most_trials = 0
         self.slots = 4
-        self.others = 0
         self.losses: Callable[[str, float, float], float] = losses
         self.scored: list[tuple[str, str]] = []
         self.on_score: Callable[[], None] = lambda: None
@@ -72,9 +71,6 @@ class LivelyReplica(FakeReplica):
 
     def free_slots(self) -> int:
         return max(0, self.slots - len(self.held) - len(self.trials))
-
-    def in_flight(self) -> int:
-        return self.others
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None

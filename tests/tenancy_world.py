@@ -11,6 +11,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, V
 from safegene_server.access.middleware import Access
 from safegene_server.api import router
 from safegene_server.artifacts import Store
+from safegene_server.metrics.labels import TenantLabels
+from safegene_server.probes import PROBE, Prober, ProbeSettings, handler
 from safegene_server.registry import Job, Registry, Revision, Snapshot
 from safegene_server.registry.words import BASE
 from safegene_server.tenants import (
@@ -88,6 +91,9 @@ class FakeReplica:
         self.answer: Answer = good
         self.busiest = 0
         self._busy = 0
+        self.kept: list[str] = []
+        self.by_priority = False
+        self.others = 0
 
     async def load(self, revision: Revision) -> None:
         self._raise("load")
@@ -125,6 +131,22 @@ class FakeReplica:
 
     def faults(self) -> tuple[str, ...]:
         return ()
+
+    def serving(self) -> dict[str, str]:
+        tenants = self.catalog.view.tenants.values()
+        return {t.name: t.served for t in tenants if t.served in self.held}
+
+    @contextmanager
+    def keeping(self, served: str) -> Iterator[None]:
+        assert served in self.held
+        self.kept.append(served)
+        yield
+
+    def schedules_by_priority(self) -> bool:
+        return self.by_priority
+
+    def in_flight(self) -> int:
+        return self.others
 
     def _raise(self, method: str) -> None:
         if method in self.errors:
@@ -169,15 +191,17 @@ class World:
         self.catalog = Catalog()
         self.store = Store(root / "store")
         self.replica = FakeReplica(self.registry, self.store, self.catalog)
+        self.prober = Prober(self.replica, ProbeSettings(), read_prompts(), TenantLabels())
         self.tenancy = Tenancy(
             self.replica,
             self.registry,
             self.store,
             TenantSettings(**{"gate": GateSettings(enabled=False), **settings}),
-            Jobs({ONBOARD: onboard}),
+            Jobs({ONBOARD: onboard, PROBE: handler(self.prober)}),
         )
         self.app = _app()
         self.app.state.safegene_tenancy = self.tenancy
+        self.app.state.safegene_prober = self.prober
         self.access = Access(self.app, self.catalog)
         asyncio.run(self.replica.reconcile())
 

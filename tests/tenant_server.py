@@ -162,6 +162,8 @@ class World:
                 one = {"id": "r1", "host": "node-1", "pid": 17, "started_at": AT, "seen_at": AT}
                 replica = one | {"applied_version": 4, "faults": ["acme/support@1: no receipt"]}
                 return {"data": [replica], "cursor": None}
+            case "GET", "probes":
+                return {"data": [probe(), probe(tenant="new", result=None)], "cursor": None}
             case "GET", "audit":
                 what = {"actor": "ops", "action": "key.add", "target": "acme-app"}
                 entry = {"id": 9, "at": AT, **what, "details": {"scopes": ["serve"]}}
@@ -184,7 +186,7 @@ class World:
             case "GET", "revisions":
                 own = [known for known in self.revisions if known["tenant"] == name]
                 return self.listed(own, asked.query)
-            case "POST", "revisions" | "calibrate":
+            case "POST", "revisions" | "calibrate" | "probe":
                 return {"tenant": tenant, "job": self.job(action)}
             case ("PATCH", "profile") | ("POST", "publish" | "rollback"):
                 return change | {"rollout": self.rollout()}
@@ -216,6 +218,13 @@ def family(**more: Any) -> dict[str, Any]:
     made = {"digest": FAMILY, "name": "pico", "source": None, "num_layers": 2, "layers": [0, 1]}
     policy = {"floor": {"1": 0.5}, "frozen": False}
     return made | {"bounds": [0.0, 3.0], "created_at": AT} | policy | more
+
+
+def probe(**more: Any) -> dict[str, Any]:
+    rates = {"attack_success": {"rate": 0.25, "n": 12}, "over_refusal": {"rate": 0.125, "n": 24}}
+    result = {"revision": "acme/support@1", "at": AT, **rates, "coherent": {"rate": 1.0, "n": 36}}
+    made = {"tenant": "acme/support", "served": "acme/support@1", "outcome": "ok", "message": ""}
+    return made | {"result": result} | more
 
 
 def error(status: int, message: str, *, param: str | None = None, **headers: str) -> JSONResponse:

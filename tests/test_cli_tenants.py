@@ -355,6 +355,19 @@ def test_replica_list(run: Run, world: World) -> None:
     assert "node-1" in out and f"{NAME}@1: no receipt" in out
 
 
+def test_probe_list_and_run(run: Run, world: World) -> None:
+    out = run("probe", "list").out
+    assert re.search(r"acme/support@1 +ok +25 % of 12 +12 % of 24 +100 % of 36 +2031-05-01", out)
+    assert len(json.loads(run("probe", "list", "--json").out)["data"]) == 2
+    world.job_states = ["queued", "running", "done"]
+    assert "job 7: done" in run("probe", "run", NAME).out
+    assert (world.asked[2].method, world.asked[2].path) == ("POST", f"/tenants/{NAME}/probe")
+    world.job_states = ["queued"]
+    assert "job 7: queued" in run("probe", "run", NAME, "--no-wait").out
+    world.job_states = ["failed"]
+    assert run("probe", "run", NAME).code == 1
+
+
 def test_audit(run: Run, world: World) -> None:
     outcome = run("audit", "--target", NAME, "--since", "2031-05-01", "--limit", 1)
     assert world.asked[0].query == {
@@ -481,9 +494,9 @@ def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Pat
         world.revisions[0]["state"] = "ready"
         outcome = run(*words)
         assert outcome.code == 0, (command, outcome)
-    from safegene_vllm.cli import audit, family, job, key, replica, rollout, tenant
+    from safegene_vllm.cli import audit, family, job, key, probe, replica, rollout, tenant
 
     groups = {"tenant": tenant, "family": family, "key": key, "rollout": rollout}
-    groups |= {"job": job, "replica": replica}
+    groups |= {"job": job, "probe": probe, "replica": replica}
     every = {f"{group} {word}" for group, module in groups.items() for word in module.COMMANDS}
     assert named == every | {"audit"} and audit

@@ -90,6 +90,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         (shapes.AuditEntry, answers.AuditEntry),
         (shapes.AuditPage, answers.Page),
         (shapes.Whoami, answers.Whoami),
+        (shapes.Rate, answers.Rate),
+        (shapes.ProbeResult, answers.ProbeResult),
+        (shapes.Probe, answers.Probe),
         (shapes.Started, answers.Onboarding),
         (shapes.Change, answers.Switched),
         (shapes.Retired, answers.Retired),
@@ -170,6 +173,12 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
         == run("rollout", "show", rollout["id"])["id"]
     )
     assert [replica["host"] for replica in run("replica", "list")["data"]] == ["host"]
+
+    probed = run("probe", "run", NAME)["job"]
+    assert probed["state"] == "done" and probed["revision"] == client.tenant(NAME)["served"]
+    (standing,) = run("probe", "list")["data"]
+    assert standing == client.probes()[0] and standing["result"] == probed["result"]
+    assert standing["outcome"] == "ok" and standing["result"]["coherent"]["n"] == 36
 
     assert run("tenant", "retire", NAME)["tenant"]["state"] == "retired"
     page = run("audit", "--target", NAME, "--since", "1h", "--limit", 3)

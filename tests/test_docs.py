@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+import yaml
+from prometheus_client import Counter, Gauge
 from typer.main import get_command
 
+from safegene_server.probes import ProbeSettings, gauges
 from safegene_server.routes import load_router, router
 from safegene_vllm.cli import COMMANDS, build_app
 from safegene_vllm.plugin.host import NEWEST, OLDEST
@@ -14,6 +18,7 @@ from safegene_vllm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVING = (ROOT / "docs" / "serving.md").read_text()
+PROBES = (ROOT / "docs" / "probes.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -31,6 +36,29 @@ def test_every_route_and_no_other_is_documented() -> None:
         for method in route.methods
     }
     assert described == real
+
+
+def test_every_setting_of_probes_is_in_their_example_with_its_default() -> None:
+    given = yaml.safe_load(PROBES.split("```yaml")[1].split("```")[0])["probes"]
+    assert set(given) == {field.name for field in fields(ProbeSettings)}
+    own = {"enabled", "prompts", "tenants"}
+    defaults = {field.name: field.default for field in fields(ProbeSettings)}
+    assert {k: v for k, v in given.items() if k not in own} == {
+        k: v for k, v in defaults.items() if k not in own
+    }
+    assert ProbeSettings(**given).enabled
+
+
+def test_every_metric_of_probes_and_no_other_is_documented() -> None:
+    described = re.findall(r"^\| `(safegene_\w+)(?:\{([\w,]+)\})?` \|", PROBES, re.MULTILINE)
+    metrics = [m for m in vars(gauges).values() if isinstance(m, Gauge | Counter)]
+    real = {
+        metric.describe()[0].name + ("_total" if isinstance(metric, Counter) else ""): ",".join(
+            metric._labelnames
+        )
+        for metric in metrics
+    }
+    assert dict(described) == real and len(metrics) == 8
 
 
 def test_the_supported_versions_are_the_documented_ones() -> None:

@@ -215,6 +215,25 @@ def test_nothing_in_flight_loses_its_revision(world: World) -> None:
     run(world, change)
 
 
+def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        assert world.replica.serving() == {"acme": "acme@1"}
+        with world.replica.keeping("acme@1"):
+            with world.replica.keeping("acme@1"):
+                world.registry.retire("acme", actor="t")
+                await world.replica.reconcile()
+                assert world.replica.serving() == {} and world.served("acme") is None
+            await world.replica.reconcile()
+            assert [request.name for request in world.engine.loaded.values()] == ["acme@1"]
+            assert world.counters.accounts == {} and world.replica.in_flight() == 0
+        await world.replica.reconcile()
+        assert world.engine.loaded == {}
+
+    run(world, change)
+
+
 def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: World) -> None:
     world.publish("acme", 0.5)
     world.engine.refuse.add("acme@2")

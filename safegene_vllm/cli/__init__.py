@@ -35,6 +35,7 @@ COMMANDS = {
     "key": "safegene_vllm.cli.key",
     "rollout": "safegene_vllm.cli.rollout",
     "job": "safegene_vllm.cli.job",
+    "probe": "safegene_vllm.cli.probe",
     "replica": "safegene_vllm.cli.replica",
     "audit": "safegene_vllm.cli.audit",
 }

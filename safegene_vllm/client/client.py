@@ -29,6 +29,7 @@ from safegene_vllm.client.shapes import (
     Job,
     JobState,
     Key,
+    Probe,
     Replica,
     Retired,
     Revision,
@@ -201,6 +202,14 @@ class Client:
         given = {kind: [dict(row) for row in rows] for kind, rows in examples.items()}
         which = {"data": data, "seed": seed, "expected_revision": expected_revision}
         return cast(Started, self._tenant("POST", name, "/calibrate", {"examples": given, **which}))
+
+    def probes(self) -> list[Probe]:
+        """What was last counted of each tenant's answers, by the replica that answers."""
+        return cast(list[Probe], list(self._server.listed("/probes")))
+
+    def probe(self, name: str) -> Started:
+        """Have what the tenant serves probed now, as a job."""
+        return cast(Started, self._tenant("POST", name, "/probe", {}))
 
     # Families
 

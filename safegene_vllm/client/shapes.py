@@ -148,6 +148,40 @@ class Whoami(TypedDict):
     expires_at: str | None
 
 
+class Rate(TypedDict):
+    """A share of `n`."""
+
+    rate: float
+    n: int
+
+
+class ProbeResult(TypedDict):
+    """What one replica counted of one revision's answers; `seconds` in the engine."""
+
+    revision: str
+    replica: str
+    at: str
+    seconds: float
+    attack_success: Rate
+    over_refusal: Rate
+    refused: dict[str, Rate]
+    coherent: Rate
+    judges: list[str]
+    max_tokens: int
+    prompts: str
+
+
+class Probe(TypedDict):
+    """`outcome` of the last probe of what is served (None: none yet), `result` of the last whole
+    one."""
+
+    tenant: str
+    served: str
+    outcome: Literal["ok", "failed", "skipped"] | None
+    message: str
+    result: ProbeResult | None
+
+
 class Started(TypedDict):
     """A change that takes long: what does it is `job`."""
 

@@ -25,6 +25,8 @@ from safegene_server.api import router as api_router
 from safegene_server.artifacts import Store
 from safegene_server.calibrating import CALIBRATE, calibrate
 from safegene_server.gate import Gate
+from safegene_server.metrics.labels import TenantLabels
+from safegene_server.probes import PROBE, Prober, handler
 from safegene_server.registry import Registry
 from safegene_server.replica import Inside, Inward, Replica
 from safegene_server.settings import ServerSettings
@@ -43,20 +45,25 @@ logger = logging.getLogger("vllm.safegene_server")
 
 @dataclass
 class Door:
-    """The access check of one app, shut until `open_door`; `replica` is None until then."""
+    """The access check of one app, shut until `open_door`; no replica and no prober until then."""
 
     settings: ServerSettings
     catalog: Catalog = field(default_factory=Catalog)
     counters: Counters = field(default_factory=Counters)
     inside: Inside = field(default_factory=Inside)
     replica: Replica | None = None
-    jobs: asyncio.Task[None] | None = None
+    prober: Prober | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    labels: TenantLabels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = TenantLabels(self.settings.metrics)
 
     async def shut(self) -> None:
         """The end of the server: its jobs are left to others, and the registry is told."""
-        if self.jobs is not None:
-            self.jobs.cancel()
-            await asyncio.gather(self.jobs, return_exceptions=True)
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         if self.replica is not None:
             await self.replica.stop()
             self.replica.registry.close()
@@ -86,6 +93,7 @@ def attach_door(app: FastAPI, settings: ServerSettings) -> Door:
     app.router.lifespan_context = lifespan
     app.state.safegene_door = door
     app.state.safegene_tenancy = None
+    app.state.safegene_prober = None
     if found := unclassified(app):
         logger.warning("routes that only an administrator reaches: %s", ", ".join(found))
     return door
@@ -113,6 +121,7 @@ async def open_door(
     """
     settings = door.settings
     await asyncio.to_thread(read_prompts, settings.tenants.gate.prompts)
+    prompts = await asyncio.to_thread(read_prompts, settings.probes.prompts)
     registry = await asyncio.to_thread(Registry, settings.registry_url())
     try:
         store = Store(settings.store, rules=settings.source_rules(), limits=settings.limits())
@@ -132,12 +141,16 @@ async def open_door(
     except BaseException:
         registry.close()
         raise
-    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
+    prober = Prober(replica, settings.probes, prompts, door.labels)
+    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: handler(prober)})
     tenancy = Tenancy(replica, registry, store, settings.tenants, jobs)
-    door.replica = replica
+    door.replica, door.prober = replica, prober
     if settings.tenants.directory is not None:
         await register_declared(tenancy, settings.tenants.directory)
-    door.jobs = asyncio.create_task(tenancy.jobs.run(tenancy))
+    door.tasks = [
+        asyncio.create_task(tenancy.jobs.run(tenancy)),
+        asyncio.create_task(prober.run()),
+    ]
     return tenancy
 
 

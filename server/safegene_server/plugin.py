@@ -79,6 +79,7 @@ class SafegeneEndpoints:
             state.safegene_tenancy = await open_door(
                 door, models.engine_client, models, lora_request
             )
+            state.safegene_prober = door.prober
 
 
 def endpoint_plugin() -> SafegeneEndpoints:

@@ -19,10 +19,20 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from safegene_server.access.middleware import AccessSettings
 from safegene_server.artifacts import Limits, SourceRules
 from safegene_server.metrics.settings import MetricsSettings
+from safegene_server.probes.settings import ProbeSettings
 from safegene_server.tenants.settings import TenantSettings
 from safegene_vllm.errors import ConfigError
 
 ENV = "SAFEGENE_SERVER_CONFIG"
+PATHS = (
+    ("store",),
+    ("registry_file",),
+    ("sources", "roots"),
+    ("tenants", "directory"),
+    ("tenants", "gate", "prompts"),
+    ("probes", "prompts"),
+)
+"""Settings that are files or directories, by the keys that lead to them."""
 
 
 class _Part(BaseModel):
@@ -103,6 +113,10 @@ class ServerSettings(BaseSettings):
         MetricsSettings(), description="whose series are their own, and how often they are renewed"
     )
 
+    probes: ProbeSettings = Field(
+        ProbeSettings(), description="whether, how often and with what tenants are probed"
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -178,13 +192,12 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
 
 def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Relative paths are counted from the file's own folder."""
-    for part, key in (("tenants", "directory"), ("sources", "roots")):
-        inner = raw.get(part)
-        if isinstance(inner, Mapping) and key in inner:
-            raw[part] = {**inner, key: _absolute(folder, inner[key])}
-    for key in ("store", "registry_file"):
-        if isinstance(raw.get(key), str):
-            raw[key] = str(folder / raw[key])
+    for *sections, key in PATHS:
+        where: Any = raw
+        for section in sections:
+            where = where.get(section) if isinstance(where, dict) else None
+        if isinstance(where, dict) and key in where:
+            where[key] = _absolute(folder, where[key])
     registry = raw.get("registry")
     if isinstance(registry, str) and "://" not in registry:
         raw["registry"] = str(folder / registry)

@@ -11,6 +11,7 @@ from fastapi import Depends, HTTPException, Request
 
 from safegene_server.access.catalog import Principal
 from safegene_server.access.middleware import principal_of
+from safegene_server.probes import Prober
 from safegene_server.tenants import Tenancy
 from safegene_vllm.errors import ConflictError, UnknownError
 
@@ -29,6 +30,14 @@ def tenancy_of(request: Request) -> Tenancy:
     return found
 
 
+def prober_of(request: Request) -> Prober:
+    """Errors: ConflictError in a server without a registry."""
+    found: Prober | None = getattr(request.app.state, "safegene_prober", None)
+    if found is None:
+        raise ConflictError(NO_REGISTRY)
+    return found
+
+
 def asker_of(request: Request) -> Principal:
     """Errors: HTTPException where nobody has looked at a key: such a server answers nobody."""
     try:
@@ -41,6 +50,7 @@ def asker_of(request: Request) -> Principal:
 
 
 Here = Annotated[Tenancy, Depends(tenancy_of)]
+Probing = Annotated[Prober, Depends(prober_of)]
 Asker = Annotated[Principal, Depends(asker_of)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from safegene_server.api import families, jobs, keys, operations, tenants
+from safegene_server.api import families, jobs, keys, operations, probes, tenants
 from safegene_server.api.shapes import ErrorAnswer
 
 REFUSALS = {
@@ -25,5 +25,5 @@ router = APIRouter(
         status: {"model": ErrorAnswer, "description": text} for status, text in REFUSALS.items()
     },
 )
-for room in (tenants, families, keys, jobs, operations):
+for room in (tenants, families, keys, jobs, probes, operations):
     router.include_router(room.router)

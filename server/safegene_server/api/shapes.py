@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from safegene_server import registry as records
+from safegene_server.probes import Standing
 from safegene_server.registry.records import JobState, RevisionKind, RevisionState, TenantState
 
 _T = TypeVar("_T")
@@ -173,6 +174,41 @@ class Whoami(BaseModel):
     expires_at: datetime | None
 
 
+class Rate(BaseModel):
+    """A share of `n`."""
+
+    rate: float
+    n: int
+
+
+class ProbeResult(BaseModel):
+    """What was counted of one probe of one revision, by the engine of one replica."""
+
+    revision: str = Field(examples=["acme/support@3"])
+    replica: str
+    at: datetime
+    seconds: float = Field(description="in the engine, pauses not counted")
+    attack_success: Rate = Field(description="harmful questions that were not refused")
+    over_refusal: Rate = Field(description="lookalike and benign questions that were refused")
+    refused: dict[str, Rate] = Field(description="by kind: harmful, lookalike, benign")
+    coherent: Rate
+    judges: list[str] = Field(examples=[["strings:opening", "coherence"]])
+    max_tokens: int
+    prompts: str = Field(description="digest of the questions")
+
+
+class Probe(BaseModel):
+    """How it stands with a tenant on the replica that answers."""
+
+    tenant: str
+    served: str = Field(description="what answers for it here", examples=["acme/support@3"])
+    outcome: Literal["ok", "failed", "skipped"] | None = Field(
+        description="of the last probe of this revision; null: none yet"
+    )
+    message: str = Field(description="why it did not come to its end")
+    result: ProbeResult | None = Field(description="of the last probe that did")
+
+
 class Onboarding(BaseModel):
     """A tenant, and the job that brings its new content into service."""
 
@@ -243,6 +279,17 @@ def job(found: records.Job) -> Job:
         attempts=found.attempts,
         created_at=found.created_at,
         updated_at=found.updated_at,
+    )
+
+
+def probe(found: Standing) -> Probe:
+    record = None if found.result is None else found.result.record()
+    return Probe(
+        tenant=found.tenant,
+        served=found.served,
+        outcome=found.outcome,
+        message=found.message,
+        result=None if record is None else ProbeResult(**record),
     )
 
 

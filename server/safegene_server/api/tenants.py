@@ -22,8 +22,8 @@ from safegene_vllm.errors import RegistryError
 
 WORDS = frozenset(
     {
-        *("calibrate", "freeze", "limits", "profile", "publish", "revisions", "rollback"),
-        "unfreeze",
+        *("calibrate", "freeze", "limits", "probe", "profile", "publish", "revisions"),
+        *("rollback", "unfreeze"),
     }
 )
 """What may follow a tenant's name in a path."""

@@ -7,12 +7,13 @@ name; what nobody is served from any more is removed once nothing of it is in fl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Replica:
         self._warm: set[int] = set()
         self._trials = Trials(gate, models, make_request)
         self._serving: dict[str, int] = {}
+        self._kept: Counter[str] = Counter()
         self._faults: tuple[str, ...] = ("it has not followed the registry yet",)
         self._drift: tuple[str, ...] = ()
         self._lock = asyncio.Lock()
@@ -222,6 +224,25 @@ class Replica:
         """Requests of tenants that run now, in this process."""
         return self.counters.running.total()
 
+    def schedules_by_priority(self) -> bool:
+        """Whether this engine takes a `priority` with a request."""
+        return bool(self.gate.vllm_config.scheduler_config.policy == "priority")
+
+    def serving(self) -> dict[str, str]:
+        """Tenant to the revision that answers for it here, `tenant@N`."""
+        return {t: self._held[i].revision.served_name for t, i in self._serving.items()}
+
+    @contextmanager
+    def keeping(self, served: str) -> Iterator[None]:
+        """A revision that is held stays meanwhile, as it does while a tenant's request runs."""
+        self._kept[served] += 1
+        try:
+            yield
+        finally:
+            self._kept[served] -= 1
+            if not self._kept[served]:
+                del self._kept[served]
+
     async def _hold(self, revision: Revision) -> None:
         """The revision is in the engine; its receipts are told with the next sign of life."""
         if revision.id in self._held:
@@ -254,16 +275,15 @@ class Replica:
         for tenant in list(self._serving):
             if tenant not in names or tenant not in published:
                 del self._serving[tenant]
-        served = {t: self._held[i].revision.served_name for t, i in self._serving.items()}
         base = [model.name for model in self.models.base_model_paths]
-        self.catalog.replace(view_of(snapshot, self.header.digest, served, base))
+        self.catalog.replace(view_of(snapshot, self.header.digest, self.serving(), base))
 
     async def _let_go(self) -> None:
         """Remove what is not published, offered, tried or a way back, once none is in flight."""
         kept = self._warm | self._tried | set(self._serving.values())
         for number, held in list(self._held.items()):
             name = held.revision.served_name
-            if number in kept or self.counters.in_flight(name):
+            if number in kept or name in self._kept or self.counters.in_flight(name):
                 continue
             self.models.lora_requests.pop(name, None)
             del self._held[number]
@@ -327,7 +347,7 @@ class Replica:
 
     async def _beat(self) -> None:
         """A sign of life; what is superseded and drained goes, soon after a change."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(BEAT_S):
                 await self._loose.wait()
         self._loose.clear()

@@ -112,11 +112,13 @@ async def ask_all(
     concurrent: int,
     max_tokens: int,
     priority: int | None,
+    salt: str | None = None,
 ) -> list[str]:
     """The answers of `model` (`tenant@N`, loaded) in order, greedy, `concurrent` at a time.
 
     Nothing is left in the engine when this ends, however it does. `priority` is for an engine that
-    schedules by priority; others refuse it.
+    schedules by priority; others refuse it. With a `salt` of its own nothing is answered from
+    blocks of the prefix cache that were computed before.
     Errors: TenantRefusedError (the engine refuses a question); ReceiptError (another model
     answered); what `replica.call` raises.
     """
@@ -124,6 +126,8 @@ async def ask_all(
     body: dict[str, Any] = {"model": model, "temperature": 0.0, "max_tokens": max_tokens}
     if priority is not None:
         body["priority"] = priority
+    if salt is not None:
+        body["cache_salt"] = salt
 
     async def ask(prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt.prompt}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -34,7 +35,8 @@ class Replica(Protocol):
     loaded does nothing, and `reconcile` leaves it there until `unload`. `call` asks vLLM's own app
     as a client would, with `model` = `tenant@N`, past keys and limits. `begin_trial` loads a
     revision's adapter with other coefficients under a name that no tenant can have, until
-    `end_trial`; `in_flight` counts the tenants' own requests.
+    `end_trial`; `in_flight` counts the tenants' own requests. `serving` is what each tenant is
+    offered here (`tenant@N`), and what is asked within `keeping` is not removed meanwhile.
     """
 
     @property
@@ -56,6 +58,12 @@ class Replica(Protocol):
     def free_slots(self) -> int: ...
 
     def in_flight(self) -> int: ...
+
+    def serving(self) -> dict[str, str]: ...
+
+    def keeping(self, served: str) -> AbstractContextManager[None]: ...
+
+    def schedules_by_priority(self) -> bool: ...
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
