@@ -7,8 +7,9 @@ into the host: manager.py does that and calls in here.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ class Guest:
         self.seen: dict[tuple[str, str], str] = {}
         self.dummies: set[int] = set()
         self.family = None if plan.header is None else load_family(plan.settings.family or Path())
+        sites = () if plan.header is None else plan.header.sites
+        self._sites_of = Counter(layer_of(site) for site in sites)
         self.resident = _Resident()
         self.notes: tuple[str, ...] = ()
         self.listeners: list[Any] = []
@@ -318,11 +321,16 @@ class Guest:
 
     # -- receipts --------------------------------------------------------------------------------
 
-    def receipt(self, rank: int, world_size: int) -> Receipt:
-        """What this worker has really applied, gain rows read back from the device."""
+    def receipt(self, rank: int, world_size: int, only: int | None = None) -> Receipt:
+        """What this worker has really applied, gain rows read back from the device.
+
+        With `only`, of the adapters that one alone: a thousand are not told of for each newcomer.
+        """
         slots = {i: s for s, i in enumerate(self.manager.lora_index_to_id) if i is not None}
         adapters = tuple(
-            self._adapter_receipt(i, t, slots.get(i)) for i, t in sorted(self.tenants.items())
+            self._adapter_receipt(i, t, slots.get(i))
+            for i, t in sorted(self.tenants.items())
+            if only is None or i == only
         )
         base = self.plan.base_profile
         base_row = None if self.table is None else gain_digest(self.table.read(-1))
@@ -356,15 +364,9 @@ class Guest:
             profile=None if tenant.profile is None else tenant.profile.digest,
             gain_digest=gain_digest(row) if row else None,
             tenant_sites=tenant.sites,
-            safety_sites=0 if self.plan.header is None else self._safety_sites(row),
-            gain_norm=float(torch.tensor(row).norm()) if row else 0.0,
+            safety_sites=sum(self._sites_of[n] for n, value in enumerate(row) if value != 0.0),
+            gain_norm=math.hypot(*row),
         )
-
-    def _safety_sites(self, row: list[float]) -> int:
-        """How many sites carry a non-zero share of the vector under this row."""
-        assert self.plan.header is not None
-        numbers = [layer_of(site) for site in self.plan.header.sites]
-        return sum(1 for n in numbers if n is not None and n < len(row) and row[n] != 0.0)
 
 
 def _more(faults: list[str]) -> str:

@@ -16,13 +16,16 @@ from safegene_vllm.plugin import host
 logger = logging.getLogger("vllm.safegene")
 
 
-def safegene_receipt(self: Any) -> dict[str, Any] | None:
-    """This worker's Receipt as a dictionary, or None in an engine without a `safegene` key."""
+def safegene_receipt(self: Any, only: int | None = None) -> dict[str, Any] | None:
+    """This worker's Receipt as a dictionary, or None in an engine without a `safegene` key.
+
+    With `only`, it tells of no adapter but the one with this id.
+    """
     rank, world_size = self.rank, self.parallel_config.world_size
     manager = getattr(self.model_runner, "lora_manager", None)
     guest = getattr(manager, "safegene", None)
     if guest is not None:
-        receipt: dict[str, Any] = guest.receipt(rank, world_size).to_dict()
+        receipt: dict[str, Any] = guest.receipt(rank, world_size, only).to_dict()
         return receipt
     merged = getattr(self.model_runner.get_model(), "safegene_merged", None)
     return None if merged is None else merged.receipt(rank, world_size).to_dict()
@@ -33,8 +36,9 @@ def safegene_add(
 ) -> dict[str, Any]:
     """Stage, validate and load a tenant, and report: one call, because each one waits for a step.
 
-    Returns `refused` (why, or None) and `receipt` (as `safegene_receipt`; None if refused). A
-    tenant is remembered until its adapter is removed (`remove_lora`); in place too. Never raises.
+    Returns `refused` (why, or None) and `receipt` (as `safegene_receipt`, of this adapter alone;
+    None if refused). A tenant is remembered until its adapter is removed (`remove_lora`); in place
+    too. Never raises.
     """
     request = host.resolve("LoRARequest")(
         lora_name, lora_int_id, lora_path, load_inplace=load_inplace
@@ -44,7 +48,7 @@ def safegene_add(
         if guest is not None:
             guest.admit(request)
         self.add_lora(request)
-        return {"refused": None, "receipt": safegene_receipt(self)}
+        return {"refused": None, "receipt": safegene_receipt(self, lora_int_id)}
     except SafegeneError as error:
         reason = str(error)
     except Exception as error:
