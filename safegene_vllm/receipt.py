@@ -31,7 +31,11 @@ class AdapterReceipt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """One worker's report. Digests are `sha256:<hex>`; norms are Euclidean, without unit."""
+    """One worker's report. Digests are `sha256:<hex>`; norms are Euclidean, without unit.
+
+    `adapter_bytes` are those of the adapters that are loaded, in host memory, each once. An adapter
+    is evicted when another takes its slot; `slot_evictions` counts since the worker's start.
+    """
 
     rank: int
     world_size: int
@@ -47,6 +51,10 @@ class Receipt:
     adapters: tuple[AdapterReceipt, ...] = ()
     load_s: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    adapter_bytes: int = 0
+    slots_total: int = 0
+    slots_used: int = 0
+    slot_evictions: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

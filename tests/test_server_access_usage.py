@@ -123,3 +123,101 @@ def test_anthropics_stream_tells_prompt_and_answer_apart() -> None:
     assert metered(*events(start, DELTA, end), kind=SSE) == 10
     # Broken off: the prompt is known, the answer is counted.
     assert metered(*events(start, DELTA, DELTA), kind=SSE) == 7 + 3
+
+
+# -- what is kept back, and who is told ------------------------------------------------------------
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
+DONE = b"data: [DONE]\n\n"
+
+
+class Told:
+    """A watch that wants everything."""
+
+    def __init__(self) -> None:
+        self.documents: list[dict[str, object]] = []
+        self.events: list[bytes] = []
+
+    def wants(self, event: bytes) -> bool:
+        return True
+
+    def read(self, document: dict[str, object]) -> None:
+        self.documents.append(document)
+
+    def spoke(self, event: bytes) -> None:
+        self.events.append(event)
+
+
+def streamed(*chunks: bytes, hide: bool, kind: bytes = SSE) -> tuple[bytes, Meter, Told]:
+    """(what the client got, the meter, what its watch was told)."""
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+
+    async def run() -> tuple[bytes, Meter, Told]:
+        told = Told()
+        meter = Meter(send, ESTIMATE, told, hide_usage=hide)
+        headers = [(b"content-type", kind)]
+        await meter.send({"type": "http.response.start", "status": 200, "headers": headers})
+        for chunk in chunks:
+            await meter.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await meter.send({"type": "http.response.body", "body": b"", "more_body": False})
+        meter.settle()
+        return b"".join(sent), meter, told
+
+    return asyncio.run(run())
+
+
+def test_a_usage_that_the_client_did_not_ask_for_is_kept_back_and_counted() -> None:
+    chunks = (*events(DELTA, USAGE), DONE)
+    got, meter, _ = streamed(*chunks, hide=True)
+    assert got == chunks[0] + DONE
+    assert (meter.prompt, meter.completion, meter.tokens) == (7, 2, 9)
+    got, meter, _ = streamed(b"".join(chunks), hide=True)
+    assert got == chunks[0] + DONE
+    assert meter.tokens == 9
+    assert streamed(*chunks, hide=False)[0] == b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"choices": [{"delta": {"content": "x"}}], "usage": {"prompt_tokens": 7}},
+        {"choices": [], "usage": None},
+        {"choices": [{"delta": {"content": '"choices": [], "usage": {}'}}]},
+        {"usage": {"prompt_tokens": 7}},
+    ],
+)
+def test_nothing_but_the_usage_is_kept_back(event: dict[str, object]) -> None:
+    chunks = events(event)
+    assert streamed(*chunks, hide=True)[0] == chunks[0]
+
+
+def test_an_answer_in_one_piece_keeps_its_usage() -> None:
+    whole = json.dumps(USAGE).encode()
+    got, meter, told = streamed(whole, hide=True, kind=b"application/json")
+    assert (got, meter.tokens) == (whole, 9)
+    assert told.documents == [USAGE]
+
+
+def test_a_watch_hears_every_event_and_reads_each_document_once() -> None:
+    _, meter, told = streamed(*events(DELTA, USAGE), DONE, hide=False)
+    assert told.documents == [DELTA, USAGE, {}]
+    assert told.events == [*events(DELTA, USAGE), DONE, b""]
+    assert meter.complete and not meter.broken
+
+
+def test_a_stream_that_breaks_says_so() -> None:
+    _, meter, _ = streamed(*events(DELTA, {"error": {"message": "no"}}), hide=False)
+    assert meter.broken
+
+
+def test_a_client_that_is_gone_when_something_is_sent() -> None:
+    async def send(message: Message) -> None:
+        raise OSError
+
+    meter = Meter(send, ESTIMATE)
+    with pytest.raises(OSError):
+        asyncio.run(meter.send({"type": "http.response.start", "status": 200, "headers": []}))
+    assert meter.left

@@ -11,7 +11,8 @@ from artifact_fixtures import a_profile
 from tenancy_world import OURS, World, refused, world
 
 from safegene_server.answers import EngineDownError
-from safegene_server.api.tenants import WORDS, router
+from safegene_server.api import probes, tenants
+from safegene_server.api.tenants import WORDS
 from safegene_vllm.errors import ReceiptError, TenantRefusedError
 from safegene_vllm.profile import profile_json
 
@@ -149,7 +150,9 @@ def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -
 
 
 def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:
-    used = {path.rpartition("}/")[2] for path in (r.path for r in router.routes) if "}/" in path}  # type: ignore[attr-defined]
+    routes = (*tenants.router.routes, *probes.router.routes)
+    paths = {route.path for route in routes}  # type: ignore[attr-defined]
+    used = {path.rpartition("}/")[2] for path in paths if "}/" in path}
     assert used == WORDS
     for word in sorted(WORDS):
         body = {"name": f"acme/{word}", "coefficients": 1.0}

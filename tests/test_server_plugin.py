@@ -130,6 +130,7 @@ class Models:
     def __init__(self, engine: Engine) -> None:
         self.engine_client: Any = engine
         self.lora_requests: dict[str, Request] = {}
+        self.base_model_paths = [SimpleNamespace(name="base")]
         self.count = 0
         self.abridged = "an abridged message"
 

@@ -78,6 +78,8 @@ class Guest:
         self.tenants: dict[int, Tenant] = {}
         self.seen: dict[tuple[str, str], str] = {}
         self.dummies: set[int] = set()
+        self.bytes: dict[int, int] = {}
+        self.evictions = 0
         self.family = None if plan.header is None else load_family(plan.settings.family or Path())
         sites = () if plan.header is None else plan.header.sites
         self._sites_of = Counter(layer_of(site) for site in sites)
@@ -236,6 +238,7 @@ class Guest:
         self.admit(request)
         tenant = self.tenants[request.lora_int_id]
         if (shared := self._resident_model(tenant)) is not None:
+            self.bytes[request.lora_int_id] = self.bytes[shared.id]
             return host.resolve("LoRAModel")(request.lora_int_id, shared.rank, dict(shared.loras))
         adapter = read_tenant(tenant)
         if self.settings.apply == "composed" and tenant.profile is not None:
@@ -281,6 +284,7 @@ class Guest:
                     1,
                 )
             rank = max(rank, pair.rank)
+        self.bytes[lora_int_id] = sum(w.lora_a.nbytes + w.lora_b.nbytes for w in weights.values())
         return host.resolve("LoRAModel")(lora_int_id, rank, weights)
 
     def _zero_pair(self) -> dict[str, Pair]:
@@ -291,9 +295,14 @@ class Guest:
 
     def forget(self, lora_int_id: int) -> None:
         """Drop a removed adapter's staged copy."""
+        self.bytes.pop(lora_int_id, None)
         tenant = self.tenants.pop(lora_int_id, None)
         if tenant is not None:
             self.staging.drop(tenant.staged)
+
+    def evicted(self, lora_int_id: int) -> None:
+        """An adapter has taken a slot that another had; the host's own dummies do not count."""
+        self.evictions += lora_int_id not in self.dummies
 
     def activated(self, lora_int_id: int, slot: int) -> None:
         """Write and read back the gain row of the slot an adapter has just entered.
@@ -349,7 +358,22 @@ class Guest:
             adapters=adapters,
             load_s=self.resident.load_s,
             notes=self.notes,
+            adapter_bytes=self._adapter_bytes(),
+            slots_total=len(self.manager.lora_index_to_id),
+            slots_used=len(slots),
+            slot_evictions=self.evictions,
         )
+
+    def _adapter_bytes(self) -> int:
+        """What the loaded adapters take; revisions that share one count once."""
+        loaded = self.manager.list_adapters()
+        own = self.settings.apply == "composed"
+        sizes = {
+            number if own or tenant.weights is None else tenant.weights: self.bytes.get(number, 0)
+            for number, tenant in self.tenants.items()
+            if number in loaded
+        }
+        return sum(sizes.values())
 
     def _adapter_receipt(
         self, lora_int_id: int, tenant: Tenant, slot: int | None

@@ -26,8 +26,11 @@ class SafegeneModelManager(_ModelManager):
     guest: Guest | None = None
 
     def activate_adapter(self, lora_id: int) -> bool:
+        full = None not in self.lora_index_to_id
         entered = bool(super().activate_adapter(lora_id))
         if entered and self.guest is not None:
+            if full:
+                self.guest.evicted(lora_id)
             try:
                 self.guest.activated(lora_id, self.lora_index_to_id.index(lora_id))
             except Exception:

@@ -26,6 +26,7 @@ from safegene_server.artifacts import Store
 from safegene_server.calibrating import CALIBRATE, calibrate
 from safegene_server.gate import Gate
 from safegene_server.metrics.labels import TenantLabels
+from safegene_server.metrics.wiring import Metrics
 from safegene_server.probes import PROBE, Prober, handler
 from safegene_server.registry import Registry
 from safegene_server.replica import Inside, Inward, Replica
@@ -45,19 +46,23 @@ logger = logging.getLogger("vllm.safegene_server")
 
 @dataclass
 class Door:
-    """The access check of one app, shut until `open_door`; no replica and no prober until then."""
+    """The access check of one app, shut until `open_door`; no replica and no prober until then.
+
+    `labels` are for whoever else has metrics with a tenant.
+    """
 
     settings: ServerSettings
+    metrics: Metrics
     catalog: Catalog = field(default_factory=Catalog)
     counters: Counters = field(default_factory=Counters)
     inside: Inside = field(default_factory=Inside)
     replica: Replica | None = None
     prober: Prober | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    labels: TenantLabels = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.labels = TenantLabels(self.settings.metrics)
+    @property
+    def labels(self) -> TenantLabels:
+        return self.metrics.labels
 
     async def shut(self) -> None:
         """The end of the server: its jobs are left to others, and the registry is told."""
@@ -71,14 +76,17 @@ class Door:
 
 def attach_door(app: FastAPI, settings: ServerSettings) -> Door:
     """Routes of tenant life, and the access check around the whole app. Errors: ConfigError."""
-    door = Door(settings)
+    args = getattr(app.state, "args", None)
+    door = Door(settings, Metrics(settings.metrics, args))
+    told = bool(getattr(args, "enable_force_include_usage", False))
     app.include_router(api_router)
     app.add_middleware(Inward, inside=door.inside, whole=app)
     app.add_middleware(
         Access,
         catalog=door.catalog,
-        settings=settings.access_settings(),
+        settings=settings.access_settings(usage_told=told),
         counters=door.counters,
+        traffic=door.metrics.traffic,
     )
     inner = app.router.lifespan_context
 
@@ -91,6 +99,7 @@ def attach_door(app: FastAPI, settings: ServerSettings) -> Door:
                 await door.shut()
 
     app.router.lifespan_context = lifespan
+    door.metrics.attach(app, edge=False)
     app.state.safegene_door = door
     app.state.safegene_tenancy = None
     app.state.safegene_prober = None

@@ -8,11 +8,13 @@ loaded before this is in place; the plugin verifies them at start.
 from __future__ import annotations
 
 import contextlib
+import time
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from safegene_server.answers import EngineDownError, plain
+from safegene_server.metrics import catalogue
 from safegene_server.verifier import Verifier, out_of_step
 from safegene_vllm.errors import MissingFileError, TenantRefusedError
 
@@ -38,6 +40,7 @@ class Gate:
 
     async def add(self, request: Any) -> list[dict[str, Any] | None]:
         """The same, with what every rank reported. Errors: as `add_lora`."""
+        begun_s = time.perf_counter()
         try:
             answers = await self._load(request)
             self.verifier.verify(request, answers)
@@ -46,6 +49,7 @@ class Gate:
             if not self.verifier.published(request.lora_int_id):
                 await self._take_back(request.lora_int_id)
             raise
+        catalogue.LOAD_SECONDS.observe(time.perf_counter() - begun_s)
         return answers
 
     async def _load(self, request: Any) -> list[dict[str, Any] | None]:

@@ -14,9 +14,10 @@ from starlette.datastructures import State
 
 from safegene_server.door import attach_door, check_host, open_door
 from safegene_server.gate import Gate
+from safegene_server.metrics.wiring import Metrics
 from safegene_server.routes import LOAD_PATH, load_router, router
 from safegene_server.sagemaker import AdaptersNeedKey
-from safegene_server.settings import read_settings
+from safegene_server.settings import metrics_alone, read_settings
 from safegene_server.verifier import Verifier, read_expected
 from safegene_vllm.errors import ConfigError, ReceiptError
 from safegene_vllm.plugin.request import lora_request
@@ -39,6 +40,7 @@ class SafegeneEndpoints:
             app.router.routes[:] = [r for r in app.router.routes if not _is_runtime_lora(r)]
             attach_door(app, settings)
             return
+        Metrics(metrics_alone(), getattr(app.state, "args", None)).attach(app, edge=True)
         stock = [r for r in app.router.routes if _is_load_route(r)]
         if stock:
             app.router.routes[:] = [r for r in app.router.routes if r not in stock]
@@ -80,6 +82,9 @@ class SafegeneEndpoints:
                 door, models.engine_client, models, lora_request
             )
             state.safegene_prober = door.prober
+        metrics = getattr(state, "safegene_metrics", None)
+        if metrics is not None:
+            metrics.start(verifier, None if door is None else door.replica)
 
 
 def endpoint_plugin() -> SafegeneEndpoints:

@@ -154,10 +154,12 @@ class ServerSettings(BaseSettings):
             weights_bytes=self.sources.max_weights_bytes, timeout_s=self.sources.timeout_s
         )
 
-    def access_settings(self) -> AccessSettings:
+    def access_settings(self, *, usage_told: bool = False) -> AccessSettings:
         """Errors: ConfigError."""
         return AccessSettings(
-            public=frozenset(self.access.public), max_body_bytes=self.access.max_body_bytes
+            public=frozenset(self.access.public),
+            max_body_bytes=self.access.max_body_bytes,
+            usage_told=usage_told,
         )
 
 
@@ -181,13 +183,35 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
     try:
         return ServerSettings(**_below(path.parent, dict(raw)))
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise ConfigError(f"{path}: {faults}.") from None
+        raise ConfigError(f"{path}: {_faults(error)}.") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+class _Metrics(BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="ignore", frozen=True, env_prefix="SAFEGENE_SERVER_", env_nested_delimiter="__"
+    )
+
+    metrics: MetricsSettings = MetricsSettings()
+
+
+def metrics_alone() -> MetricsSettings:
+    """Those of a server without a file, from the environment (SAFEGENE_SERVER_METRICS__...).
+
+    Errors: ConfigError.
+    """
+    try:
+        return _Metrics().metrics
+    except ValidationError as error:
+        raise ConfigError(f"SAFEGENE_SERVER_METRICS: {_faults(error)}.") from None
+
+
+def _faults(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r}: {fault['msg']}"
+        for fault in error.errors()
+    )
 
 
 def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ change or go afterwards; workers serve their own copy). Changes nothing in the e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Verifier:
         self.models = models
         self.expected = expected
         self.promised: dict[tuple[str, int, str], Profile | None] = {}
+        self.told: Callable[[Report], None] = lambda report: None
+        """Called with every report that is made; set by whoever wants to know."""
 
     async def ask(self) -> list[dict[str, Any] | None]:
         """One answer per rank. Errors: EngineDownError, ReceiptError (the plugin is not there)."""
@@ -106,6 +108,11 @@ class Verifier:
 
     async def report(self) -> Report:
         """Everything that is served, held against its promise."""
+        found = await self._report()
+        self.told(found)
+        return found
+
+    async def _report(self) -> Report:
         before = dict(self._requests())
         try:
             answers = await self.ask()
@@ -137,6 +144,23 @@ class Verifier:
         receipts = _receipts(answers)
         self._check_engine(receipts)
         self._check(request, receipts)
+
+    def profiles(self) -> list[tuple[str, Profile | None]]:
+        """Served names of adapters and the profiles that were promised for them, once verified."""
+        found = []
+        for served, request in self._requests().items():
+            key = (request.lora_name, request.lora_int_id, request.lora_path)
+            if key in self.promised:
+                found.append((served, self.promised[key]))
+        return found
+
+    def protected(self, served: str) -> bool:
+        """Whether what answers under this name, an adapter or the base, has a profile."""
+        request = self._requests().get(served)
+        if request is None:
+            return self.expected.base is not None
+        key = (request.lora_name, request.lora_int_id, request.lora_path)
+        return self.promised.get(key) is not None
 
     def published(self, lora_int_id: int) -> bool:
         """Whether some served name leads to this adapter."""

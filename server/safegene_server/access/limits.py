@@ -100,18 +100,20 @@ class Counters:
         account = self.accounts.setdefault(target.account, Account())
         now, limits = self.clock(), target.limits
         if limits.concurrent is not None and account.running >= limits.concurrent:
-            raise _too_many(target, f"{limits.concurrent} requests at once", 1.0)
+            raise _too_many(target, "concurrent", f"{limits.concurrent} requests at once", 1.0)
         most = limits.requests_per_minute
         if most is not None and account.requests.used(now) >= most:
             wait_s = account.requests.wait_s(now, most - 1)
-            raise _too_many(target, f"{most} requests per minute", wait_s)
+            told = f"{most} requests per minute"
+            raise _too_many(target, "requests_per_minute", told, wait_s)
         most = limits.tokens_per_minute
         if most is not None and estimate_tokens:
             used = account.tokens.used(now) + account.reserved
             if used and used + estimate_tokens > most:
                 room = max(most - estimate_tokens - account.reserved, 0)
                 wait_s = account.tokens.wait_s(now, room)
-                raise _too_many(target, f"{most} tokens per minute", wait_s)
+                told = f"{most} tokens per minute"
+                raise _too_many(target, "tokens_per_minute", told, wait_s)
         if limits.requests_per_minute is not None:
             account.requests.add(now, 1)
         account.running += 1
@@ -120,10 +122,10 @@ class Counters:
         return Slot(self, target, estimate_tokens)
 
 
-def _too_many(target: Target, limit: str, wait_s: float) -> Refusal:
+def _too_many(target: Target, reason: str, limit: str, wait_s: float) -> Refusal:
     after_s = max(1, math.ceil(wait_s))
     message = (
         f"`{target.account}` has reached its limit of {limit} on this server; "
         f"try again in {after_s} s."
     )
-    return Refusal(429, message, headers={"Retry-After": str(after_s)})
+    return Refusal(429, message, headers={"Retry-After": str(after_s)}, reason=reason)

@@ -2,8 +2,9 @@
 
 A request is let through by its route's rule, its key and its key's scopes; where it names a model,
 also by the catalog and the limits, and then its body goes on with the revision's name in it. An
-answer passes untouched, chunk by chunk. Belongs inside a CORS middleware, which answers preflights
-without a key, and outside of whatever reads bodies.
+answer passes untouched, chunk by chunk, but for one event: where traffic is counted, every stream
+is asked for its usage, and a client that did not ask is not shown it. Belongs inside a CORS
+middleware, which answers preflights without a key, and outside of whatever reads bodies.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from safegene_server.access.limits import Counters
 from safegene_server.access.refusal import Refusal, refuse
 from safegene_server.access.table import LIST, MODELS, WEBSOCKET, Rule, route_path, rule_for
 from safegene_server.access.usage import Meter, estimate_prompt
+from safegene_server.metrics.labels import NOBODY
+from safegene_server.metrics.traffic import Exchange, Traffic
 from safegene_vllm.errors import ConfigError
 
 SCOPE_KEY = "safegene.principal"
+_TELL_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Routes whose streams tell their usage only if they are asked to."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class AccessSettings:
 
     The defaults of `refused_fields` reach what other tenants left in the engine: answers kept under
     an id, work that outlives its request and its limits, and blocks of another engine's cache.
+    `usage_told`: every stream tells its usage to its client (--enable-force-include-usage).
     """
 
     public: frozenset[str] = frozenset({"/health", "/ping"})
     max_body_bytes: int = 16 * 2**20
     max_depth: int = 64
+    usage_told: bool = False
     refused_fields: frozenset[str] = frozenset(
         {"background", "ec_transfer_params", "kv_transfer_params", "previous_response_id"}
     )
@@ -53,7 +60,10 @@ class AccessSettings:
 
 
 class Access:
-    """ASGI middleware. `counters` tells what is in flight; `now` gives Unix time in seconds."""
+    """ASGI middleware. `counters` tells what is in flight; `now` gives Unix time in seconds.
+
+    `traffic` counts what passes and what is refused; without it nothing is counted.
+    """
 
     def __init__(
         self,
@@ -62,12 +72,14 @@ class Access:
         settings: AccessSettings | None = None,
         counters: Counters | None = None,
         now: Callable[[], float] = time.time,
+        traffic: Traffic | None = None,
     ) -> None:
         self.app = app
         self.catalog = catalog
         self.settings = settings or AccessSettings()
         self.counters = counters or Counters()
         self.now = now
+        self.traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -79,6 +91,7 @@ class Access:
         path = route_path(scope)
         rule = rule_for(method, path, self.settings.public)
         view = self.catalog.view
+        exchange = Exchange(self.traffic) if self.traffic is not None and rule.tokens else None
         try:
             if rule.need == "public":
                 principal = None
@@ -87,12 +100,13 @@ class Access:
                 check_scope(principal, rule)
             answer = _models_answer(view, principal, path) if rule is LIST and principal else None
         except Refusal as refusal:
+            self._count(refusal, exchange)
             await refuse(refusal, scope, receive, send)
             return
         if answer is not None:
             await JSONResponse(answer)(scope, receive, send)
         elif principal is not None and rule.model:
-            await self._serve(rule, view, principal, scope, receive, send)
+            await self._serve(rule, view, principal, exchange, scope, receive, send)
         else:
             await self.app({**scope, SCOPE_KEY: principal}, receive, send)
 
@@ -101,15 +115,21 @@ class Access:
         rule: Rule,
         view: View,
         principal: Principal,
+        exchange: Exchange | None,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
         """A request that names a model, from its body to the end of its answer."""
         headers = list(scope["headers"])
+        tenant = NOBODY
+        if exchange is not None:
+            headers = exchange.trace(headers)
         try:
             raw = await body.read_body(headers, receive, self.settings.max_body_bytes)
             if raw is None:
+                if exchange is not None:
+                    exchange.gone()
                 return
             document = body.parse(raw, self.settings.max_depth)
             if view is not self.catalog.view:
@@ -120,28 +140,62 @@ class Access:
             self._check_fields(document)
             # From here to the slot nothing waits, so a revision found is at once one in flight.
             target = models.resolve(view, principal, document.get("model"))
+            tenant = NOBODY if target.account in view.base_models else target.account
             document["model"] = target.served
+            hide = exchange is not None and self._ask_usage(route_path(scope), document)
             payload = body.encode(document)
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
             slot = self.counters.admit(target, estimate)
         except Refusal as refusal:
+            self._count(refusal, exchange, tenant)
             await refuse(refusal, scope, receive, send)
             return
-        meter = None
-        if estimate and target.limits.tokens_per_minute is not None:
-            meter = Meter(send, estimate)
+        meter = Meter(send, estimate, exchange, hide_usage=hide)
         inner = {**scope, "headers": body.headers_for(headers, payload), SCOPE_KEY: principal}
+        again = body.replay(payload, receive)
         try:
-            outgoing = send if meter is None else meter.send
-            await self.app(inner, body.replay(payload, receive), outgoing)
+            if exchange is not None:
+                exchange.leads_to(tenant, target.served, judge=not document.get("echo"))
+                await exchange.follow(self.app, inner, again, meter)
+            elif estimate and target.limits.tokens_per_minute is not None:
+                await self.app(inner, again, meter.send)
+            else:
+                await self.app(inner, again, send)
         finally:
-            slot.close(0 if meter is None else meter.tokens)
+            slot.close(meter.tokens if rule.tokens else 0)
+
+    def _count(self, refusal: Refusal, exchange: Exchange | None, tenant: str = NOBODY) -> None:
+        if exchange is not None:
+            exchange.refused(refusal.reason, tenant)
+        elif self.traffic is not None:
+            self.traffic.rejected(refusal.reason, tenant)
+
+    def _ask_usage(self, path: str, document: dict[str, Any]) -> bool:
+        """Ask for a stream's usage; whether the client did not, and is not to see it."""
+        if (
+            path not in _TELL_USAGE
+            or self.settings.usage_told
+            or document.get("stream") is not True
+        ):
+            return False
+        options = document.get("stream_options") or {}
+        if not isinstance(options, dict) or options.get("include_usage"):
+            return False
+        document["stream_options"] = {
+            **options,
+            "include_usage": True,
+            "continuous_usage_stats": False,
+        }
+        return True
 
     def _check_fields(self, document: dict[str, Any]) -> None:
         for name in sorted(self.settings.refused_fields & document.keys()):
             if document[name]:
                 raise Refusal(
-                    400, f"`{name}` is not offered on this server; leave it out.", param=name
+                    400,
+                    f"`{name}` is not offered on this server; leave it out.",
+                    param=name,
+                    reason="field",
                 )
 
 
@@ -154,11 +208,14 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
     kind, _, secret = (sent[0] if len(sent) == 1 else b"").partition(b" ")
     secret = secret.strip()
     if kind.lower() != b"bearer" or not secret:
-        raise _unauthorized("this route needs a key: send one `Authorization: Bearer KEY` header.")
+        raise _unauthorized(
+            "this route needs a key: send one `Authorization: Bearer KEY` header.", "no_key"
+        )
     principal = view.keys.get(key_digest(secret))
     if principal is None or (principal.expires_at is not None and principal.expires_at <= now):
         raise _unauthorized(
             "the key is unknown, revoked or expired; ask the operator for another.",
+            "unknown_key",
             ', error="invalid_token"',
         )
     return principal
@@ -169,9 +226,11 @@ def check_scope(principal: Principal, rule: Rule) -> None:
     scopes = principal.scopes
     if rule.need not in scopes and not (rule.need == "read" and "admin" in scopes):
         held = ", ".join(sorted(scopes)) or "none"
-        raise Refusal(403, f"this route needs the scope `{rule.need}`; the key has: {held}.")
+        message = f"this route needs the scope `{rule.need}`; the key has: {held}."
+        raise Refusal(403, message, reason="scope")
     if rule.whole_server and not principal.whole_server:
-        raise Refusal(403, "this route concerns all tenants; the key is for some of them.")
+        message = "this route concerns all tenants; the key is for some of them."
+        raise Refusal(403, message, reason="scope")
 
 
 def principal_of(scope: Scope) -> Principal | None:
@@ -187,5 +246,6 @@ def _models_answer(view: View, principal: Principal, path: str) -> dict[str, Any
     return models.describe(view, principal, path.removeprefix(f"{MODELS}/"))
 
 
-def _unauthorized(message: str, more: str = "") -> Refusal:
-    return Refusal(401, message, headers={"WWW-Authenticate": f'Bearer realm="safegene"{more}'})
+def _unauthorized(message: str, reason: str, more: str = "") -> Refusal:
+    headers = {"WWW-Authenticate": f'Bearer realm="safegene"{more}'}
+    return Refusal(401, message, headers=headers, reason=reason)

@@ -32,7 +32,9 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
     """
     if asked is not None and not isinstance(asked, str):
         found = type(asked).__name__
-        raise Refusal(400, f"`model` is a {found}; expected a string.", param="model")
+        raise Refusal(
+            400, f"`model` is a {found}; expected a string.", param="model", reason="model"
+        )
     name = asked or principal.default_tenant
     if not name:
         raise Refusal(
@@ -40,6 +42,7 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
             "the request names no `model`, and this key has no default tenant; name one of those "
             "that GET /v1/models lists.",
             param="model",
+            reason="model",
         )
     target = find(view, principal, name)
     if target is None:
@@ -50,7 +53,10 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
 def not_found(name: str) -> Refusal:
     shown = name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…"
     return Refusal(
-        404, f"The model `{shown}` does not exist or you do not have access to it.", param="model"
+        404,
+        f"The model `{shown}` does not exist or you do not have access to it.",
+        param="model",
+        reason="model",
     )
 
 

@@ -16,7 +16,8 @@ POLICY_VIOLATION = 1008
 
 
 class Refusal(SafegeneError):
-    """A request that goes no further; `param` names the field of the body that is to blame."""
+    """A request that goes no further; `param` names the field of the body that is to blame,
+    `reason` why in one word, for counting: most have a body that will not do."""
 
     def __init__(
         self,
@@ -25,11 +26,13 @@ class Refusal(SafegeneError):
         *,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        reason: str = "body",
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.headers = headers
+        self.reason = reason
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,20 +1,22 @@
-"""How many tokens an answer cost, read from the answer on its way out.
+"""What an answer cost and when it spoke, read from the answer on its way out.
 
-Looks at the messages without holding them back or changing them. The engine's own `usage` counts
-where the answer has it; a stream that was not asked for it is counted by its events, about one a
-token. An estimate is used only to charge a limit, never shown.
+Looks at the messages without holding them back. The engine's own `usage` counts where the answer
+has it; a stream without it is counted by its events, about one a token. An estimate is used only
+to charge a limit, never shown. Every document is parsed once, for whoever wants to know.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import Message, Send
 
 BYTES_PER_TOKEN = 4
 READ_BYTES = 8 * 2**20
 """A longer answer in one piece is not parsed for its usage but charged by its length."""
+_DATA = b"data: "
+_LAST = (b"data: [DONE]", b'"response.completed"', b'"message_stop"')
 
 
 def estimate_prompt(body_bytes: int) -> int:
@@ -22,64 +24,127 @@ def estimate_prompt(body_bytes: int) -> int:
     return max(1, body_bytes // BYTES_PER_TOKEN)
 
 
-class Meter:
-    """Stands in for `send` during one request; `tokens` is what to charge, at any moment."""
+class Watch(Protocol):
+    """Whoever follows an answer; told after a message was sent on."""
 
-    def __init__(self, send: Send, estimate_tokens: int) -> None:
+    def wants(self, event: bytes) -> bool:
+        """Whether the documents in these events of a stream are to be read."""
+        ...
+
+    def read(self, document: dict[str, Any]) -> None:
+        """A whole answer, or one event that was wanted."""
+        ...
+
+    def spoke(self, event: bytes) -> None:
+        """Events of a stream have gone out, after those among them that were wanted were read."""
+        ...
+
+
+class Meter:
+    """Stands in for `send` during one request; `tokens` is what to charge, at any moment.
+
+    `hide_usage`: a stream's last event, which tells the usage and nothing else, is kept back: we
+    asked for it, the client did not. `prompt` and `completion` are the engine's own counts, None
+    and 0 while it has told none.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        estimate_tokens: int,
+        watch: Watch | None = None,
+        *,
+        hide_usage: bool = False,
+    ) -> None:
         self._send = send
         self._estimate = estimate_tokens
-        self._status: int | None = None
-        self._streams = False
+        self._watch = watch
+        self._hide = hide_usage
         self._events = 0
         self._bytes = 0
         self._parts: list[bytes] = []
-        self._prompt: int | None = None
-        self._completion = 0
+        self.status: int | None = None
+        self.streams = False
+        self.prompt: int | None = None
+        self.completion = 0
+        self.complete = False
+        """The answer has been sent to its end."""
+        self.broken = False
+        """A stream told of an error after it had begun."""
+        self.left = False
+        """The client was gone when something was to be sent."""
 
     async def send(self, message: Message) -> None:
-        await self._send(message)
-        if message["type"] == "http.response.body":
-            self._look(message.get("body", b""))
-        elif message["type"] == "http.response.start":
-            self._status = message["status"]
+        kind, chunk = message["type"], message.get("body", b"")
+        if self._hide and self.streams and b'"usage"' in chunk:
+            message = self._without_usage(message)
+            if not message["body"] and message.get("more_body", False):
+                self._look(chunk)
+                return
+        try:
+            await self._send(message)
+        except OSError:
+            self.left = True
+            raise
+        if kind == "http.response.body":
+            self._look(chunk)
+            if not message.get("more_body", False):
+                self.complete = True
+        elif kind == "http.response.start":
+            self.status = message["status"]
             kinds = [v for k, v in message.get("headers", ()) if k.lower() == b"content-type"]
-            self._streams = bool(kinds) and kinds[0].startswith(b"text/event-stream")
+            self.streams = bool(kinds) and kinds[0].startswith(b"text/event-stream")
 
     @property
     def tokens(self) -> int:
         """Nothing for an error; the estimate while nothing better is known."""
-        if self._status is not None and self._status >= 400:
+        if self.status is not None and self.status >= 400:
             return 0
-        if not self._streams and 0 < self._bytes <= READ_BYTES:
-            self._read(b"".join(self._parts))
-        if self._prompt is not None:
+        self.settle()
+        if self.prompt is not None:
             # A stream cut short may have told of its prompt and not yet of its answer.
-            return self._prompt + (self._completion or self._events)
-        length = self._events if self._streams else self._bytes // BYTES_PER_TOKEN
+            return self.prompt + (self.completion or self._events)
+        length = self._events if self.streams else self._bytes // BYTES_PER_TOKEN
         return self._estimate + length
 
     def _look(self, chunk: bytes) -> None:
-        if self._streams:
-            self._events += chunk.count(b"\ndata: ") + chunk.startswith(b"data: ")
-            if b'"usage"' in chunk:
-                for line in chunk.split(b"\n"):
-                    if line.startswith(b"data: ") and b'"usage"' in line:
-                        self._read(line[len(b"data: ") :])
+        if not self.streams:
+            self._bytes += len(chunk)
+            if self._bytes <= READ_BYTES:
+                self._parts.append(chunk)
+            else:
+                self._parts.clear()
             return
-        self._bytes += len(chunk)
-        if self._bytes <= READ_BYTES:
-            self._parts.append(chunk)
-        else:
-            self._parts.clear()
+        self._events += chunk.count(b"\n" + _DATA) + chunk.startswith(_DATA)
+        watch = self._watch
+        wanted = watch is not None and watch.wants(chunk)
+        if wanted or b'"usage"' in chunk:
+            for line in chunk.split(b"\n"):
+                if line.startswith(_DATA) and (wanted or b'"usage"' in line):
+                    found = _document(line[len(_DATA) :])
+                    self._take(found)
+                    if wanted and watch is not None:
+                        watch.read(found)
+        if watch is not None:
+            watch.spoke(chunk)
+        if chunk.startswith(b'data: {"error"'):
+            self.broken = True
+        elif any(mark in chunk for mark in _LAST):
+            self.complete = True
 
-    def _read(self, document: bytes) -> None:
-        """Take the usage of a whole answer or of one event; what is no JSON tells nothing."""
-        try:
-            found = json.loads(document)
-        except (ValueError, RecursionError):
+    def settle(self) -> None:
+        """Read an answer that is no stream, as far as it is there; a complete one once."""
+        if self.streams or not self._parts:
             return
-        if not isinstance(found, dict):
-            return
+        found = _document(b"".join(self._parts))
+        self._take(found)
+        if self.complete:
+            self._parts.clear()
+            if self._watch is not None:
+                self._watch.read(found)
+
+    def _take(self, found: dict[str, Any]) -> None:
+        """The usage of a whole answer or of one event."""
         # The Responses API and Anthropic's first event wrap what they report.
         inner = found.get("response") or found.get("message")
         usage = found.get("usage") or (inner.get("usage") if isinstance(inner, dict) else None)
@@ -87,9 +152,30 @@ class Meter:
             return
         prompt = _count(usage, "prompt_tokens", "input_tokens")
         if prompt is not None:
-            self._prompt = max(prompt, self._prompt or 0)
+            self.prompt = max(prompt, self.prompt or 0)
         completion = _count(usage, "completion_tokens", "output_tokens")
-        self._completion = max(completion or 0, self._completion)
+        self.completion = max(completion or 0, self.completion)
+
+    def _without_usage(self, message: Message) -> Message:
+        kept = [e for e in message["body"].split(b"\n\n") if not _is_usage(e)]
+        return {**message, "body": b"\n\n".join(kept)}
+
+
+def _is_usage(event: bytes) -> bool:
+    """Whether an event has the usage of the whole answer and no piece of the answer."""
+    if not event.startswith(_DATA) or b'"usage"' not in event:
+        return False
+    found = _document(event[len(_DATA) :])
+    return found.get("choices") == [] and isinstance(found.get("usage"), dict)
+
+
+def _document(text: bytes) -> dict[str, Any]:
+    """What is no JSON object tells nothing."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _count(usage: dict[str, Any], *names: str) -> int | None:

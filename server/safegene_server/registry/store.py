@@ -12,6 +12,7 @@ from sqlalchemy import URL, select
 
 from safegene_server.registry import tables
 from safegene_server.registry.auditing import Auditing
+from safegene_server.registry.counting import Counting
 from safegene_server.registry.families import Families, all_families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
@@ -24,7 +25,9 @@ from safegene_server.registry.schema import open_schema
 from safegene_server.registry.tenants import Tenants, living_tenants
 
 
-class Registry(Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, Auditing):
+class Registry(
+    Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, Auditing, Counting
+):
     """One registry; safe to share between threads, opened anew by every process."""
 
     def __init__(self, url: str | Path | URL, *, migrate: bool = True) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,8 +23,11 @@ from safegene_server.access.limits import Counters
 from safegene_server.answers import EngineDownError, plain
 from safegene_server.artifacts import Store
 from safegene_server.gate import Gate
+from safegene_server.metrics import catalogue
 from safegene_server.registry import Registry, Revision, Snapshot, watch
 from safegene_server.replica.inside import Inside
+from safegene_server.replica.lag import Lag
+from safegene_server.replica.teller import ACTOR, Teller, Told, receipt_of
 from safegene_server.replica.trials import Trials
 from safegene_server.replica.view import view_of
 from safegene_vllm.errors import (
@@ -34,21 +35,15 @@ from safegene_vllm.errors import (
     MissingFileError,
     RegistryDownError,
     SafegeneError,
-    UnknownError,
 )
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.profile import make_profile
 
 logger = logging.getLogger("vllm.safegene_server")
 
-ACTOR = "replica"
 BEAT_S = 2.0
 RETRY_S = 5.0
 DRIFT_S = 30.0
-
-
-Told = tuple[dict[str, Any], bool]
-"""A revision's receipts from every rank, and whether they are as promised."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +78,12 @@ class Replica:
         self.gate, self.models = gate, models
         self.catalog, self.counters, self.inside = catalog, counters, inside
         self.make_request = make_request
-        self.id = ""
         self.version = 0
+        self.lag = Lag()
+        self.changed: Callable[[], None] = lambda: None
+        """Called when other revisions are offered than before; set by whoever wants to know."""
         self._held: dict[int, _Held] = {}
-        self._untold: dict[int, Told] = {}
-        self._untold_gone: set[int] = set()
+        self._teller = Teller(registry, self._recall)
         self._tried: set[int] = set()
         self._warm: set[int] = set()
         self._trials = Trials(gate, models, make_request)
@@ -101,6 +97,11 @@ class Replica:
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def id(self) -> str:
+        """This replica in the registry; empty before it has joined."""
+        return self._teller.id
+
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self, family_source: str | None) -> None:
@@ -110,7 +111,7 @@ class Replica:
         Errors: RegistryError and its kinds, EngineDownError.
         """
         await asyncio.to_thread(self.registry.add_family, self.header, family_source, actor=ACTOR)
-        await self._join()
+        await self._teller.join(self.version, self.faults())
         await self.reconcile()
         loop = asyncio.get_running_loop()
         threading.Thread(
@@ -151,7 +152,10 @@ class Replica:
         Errors: RegistryDownError (nothing changes then).
         """
         async with self._lock:
+            begun_s = self.lag.clock()
             snapshot = await asyncio.to_thread(self.registry.snapshot)
+            waited_s = self.lag.seconds()
+            self.lag.hear(snapshot.version)
             wanted = [r for r in snapshot.revisions if r.profile.family == self.header.digest]
             faults: list[str] = []
             for revision in wanted:
@@ -160,12 +164,19 @@ class Replica:
                 except (SafegeneError, EngineDownError) as error:
                     faults.append(f"{revision.served_name}: {plain(error)}")
                     logger.error("%s is not applied here: %s", revision.served_name, plain(error))
+            before = dict(self._serving)
             self._offer(snapshot, wanted)
+            if self._serving != before:
+                took_s = self.lag.clock() - begun_s + waited_s
+                for _ in self._serving.items() - before.items():
+                    catalogue.APPLY_SECONDS.observe(took_s)
+                self.changed()
             self._tried -= {revision.id for revision in wanted}
             self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
             self._faults = tuple(faults)
             if not faults:
                 self.version = snapshot.version
+                self.lag.apply(snapshot.version)
             await self._tell()
         # Taking adapters out waits for the engine's step; whoever made the change need not.
         self._loose.set()
@@ -215,6 +226,13 @@ class Replica:
         """
         await self._trials.end(name)
 
+    def offered(self) -> list[tuple[str, Revision]]:
+        """Tenants and the revisions that their names lead to here, the first published first."""
+        return sorted(
+            ((tenant, self._held[number].revision) for tenant, number in self._serving.items()),
+            key=lambda one: one[1].id,
+        )
+
     def free_slots(self) -> int:
         """How many adapters fit on the device beside those that are held here."""
         slots = int(self.gate.vllm_config.lora_config.max_loras)
@@ -251,8 +269,7 @@ class Replica:
         request = self.make_request(revision.served_name, revision.id, path)
         ranks = await self.gate.add(request)
         self._held[revision.id] = _Held(revision, request)
-        self._untold[revision.id] = _receipt(ranks, revision.id)
-        self._untold_gone.discard(revision.id)
+        self._teller.came(revision.id, receipt_of(ranks, revision.id))
         self.models.lora_requests[revision.served_name] = request
 
     def _directory(self, revision: Revision) -> Path:
@@ -289,49 +306,22 @@ class Replica:
             del self._held[number]
             self.gate.verifier.forget(held.request)
             await self.gate.remove_lora(number)
-            self._untold.pop(number, None)
-            self._untold_gone.add(number)
+            self._teller.went(number)
 
     async def _tell(self) -> None:
-        """A sign of life, with receipts of what came and word of what went since the last one."""
-        try:
-            await self._report()
-        except UnknownError:
-            await self._join()
+        await self._teller.tell(self.version, self.faults())
 
-    async def _report(self) -> None:
-        """Errors: UnknownError for a replica that the registry has forgotten."""
-        receipts, gone = dict(self._untold), set(self._untold_gone)
-        await asyncio.to_thread(
-            self.registry.heartbeat,
-            self.id,
-            applied_version=self.version,
-            faults=self.faults(),
-            receipts=receipts,
-            gone=gone,
-            actor=ACTOR,
-        )
-        self._untold_gone -= gone
-        for number in receipts:
-            self._untold.pop(number, None)
-
-    async def _join(self) -> None:
-        """Errors: RegistryError and its kinds."""
-        joined = await asyncio.to_thread(
-            self.registry.join, socket.gethostname(), os.getpid(), actor=ACTOR
-        )
-        self.id = joined.id
-        self._untold_gone.clear()
-        if self._held:
-            ranks = await self.gate.verifier.ask()
-            self._untold = {number: _receipt(ranks, number) for number in self._held}
-            await self._report()
+    async def _recall(self) -> dict[int, Told]:
+        """The receipts of all that is held. Errors: EngineDownError, ReceiptError."""
+        ranks = await self.gate.verifier.ask() if self._held else []
+        return {number: receipt_of(ranks, number) for number in self._held}
 
     # -- loops -----------------------------------------------------------------------------------
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: wake `_follow` at every new version."""
         for version in watch(self.registry, self._stop):
+            self.lag.hear(version)
             if version != self.version and not loop.is_closed():
                 loop.call_soon_threadsafe(self._news.set)
 
@@ -379,15 +369,3 @@ class Replica:
             except Exception:
                 logger.exception("cannot follow the registry")
                 await asyncio.sleep(pause_s)
-
-
-def _receipt(ranks: Sequence[dict[str, Any] | None], number: int) -> Told:
-    """What all ranks report of one revision, and that it keeps its promise."""
-    return {"ranks": [_of(rank, number) for rank in ranks]}, True
-
-
-def _of(rank: dict[str, Any] | None, number: int) -> dict[str, Any]:
-    """What one rank reports of one revision."""
-    adapters = [] if rank is None else rank["adapters"]
-    found: dict[str, Any] = next((a for a in adapters if a["lora_int_id"] == number), {})
-    return {"rank": None if rank is None else rank["rank"], **found}

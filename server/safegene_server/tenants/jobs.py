@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from safegene_server.answers import EngineDownError, plain
+from safegene_server.metrics import catalogue
 from safegene_server.registry import Job, Registry
 from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
 
@@ -47,6 +48,7 @@ class Work:
     lease_s: float
     result: dict[str, Any] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    begun_s: float = field(default_factory=time.monotonic)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def step(self, progress: float, message: str) -> None:
@@ -83,6 +85,7 @@ class Work:
                 message=message,
                 result=self.result,
             )
+        catalogue.JOB_SECONDS.labels(self.job.kind).observe(time.monotonic() - self.begun_s)
 
     async def _tell(self, progress: float, message: str) -> None:
         try:

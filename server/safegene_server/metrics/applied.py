@@ -1,0 +1,141 @@
+"""What this engine has really applied, from the receipts of its ranks and the profiles it serves.
+
+Told by the verifier of every look at the receipts, whoever asked for it; asks nobody itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from safegene_server.metrics import catalogue
+from safegene_server.metrics.labels import NOBODY, TenantLabels
+from safegene_server.metrics.series import Labels, Series
+from safegene_server.verifier import Expected, Report
+from safegene_vllm import __version__
+from safegene_vllm.profile import Profile
+from safegene_vllm.receipt import Receipt
+
+STATES = ("registered", "checking", "failed", "ready", "published", "superseded", "retired")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A tenant's name, the revision it leads to (the engine's own name), and its profile."""
+
+    tenant: str
+    revision: str
+    profile: Profile | None
+
+
+class Applied:
+    """`offered` says what is served now, the first published first; `base` is the base's name.
+
+    `now` gives Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        labels: TenantLabels,
+        expected: Expected,
+        offered: Callable[[], Iterable[Served]],
+        base: str,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.labels = labels
+        self.expected = expected
+        self.offered = offered
+        self.base = base
+        self.now = now
+        self._norms: dict[str, float] = {}
+        self._evictions = 0
+        self._info = Series(catalogue.REVISION_INFO)
+        self._gain_norm = Series(catalogue.GAIN_NORM)
+        self._coefficient = Series(catalogue.COEFFICIENT)
+        self._layers = Series(catalogue.ACTIVE_LAYERS)
+        self._build = Series(catalogue.BUILD_INFO)
+
+    def take(self, report: Report) -> None:
+        """A look at the receipts: what each rank holds, and whether that is as promised."""
+        receipts = [Receipt.from_dict(rank) for rank in report.ranks if rank is not None]
+        for receipt in receipts:
+            rank = str(receipt.rank)
+            catalogue.SITES.labels(rank, "expected").set(receipt.sites_expected)
+            catalogue.SITES.labels(rank, "applied").set(receipt.sites_applied)
+            catalogue.VECTOR_BYTES.labels(rank).set(receipt.vector_bytes)
+            catalogue.ADAPTER_BYTES.labels(rank).set(receipt.adapter_bytes)
+            if report.ready:
+                catalogue.RECEIPT_AT.labels(rank).set(self.now())
+        if receipts:
+            self._take_slots(receipts[0])
+            self._build.replace({self._build_of(receipts[0]): 1.0})
+            # Every rank holds a whole row; what the weakest holds is what a tenant can rely on.
+            norms: dict[str, float] = {}
+            for adapter in (a for receipt in receipts for a in receipt.adapters):
+                norms[adapter.name] = min(adapter.gain_norm, norms.get(adapter.name, math.inf))
+            self._norms = norms
+        self.refresh()
+
+    def refresh(self) -> None:
+        """What is served has changed: the same receipts, other names."""
+        header = self.expected.header
+        selected = [] if header is None else [chosen.layer for chosen in header.layers]
+        family = "" if header is None else header.name
+        served = [*self.offered(), Served(NOBODY, self.base, self.expected.base)]
+        info: dict[Labels, float] = {}
+        norms: dict[Labels, float] = {}
+        stats: dict[Labels, float] = {}
+        layers: dict[Labels, float] = {}
+        inert = False
+        for one in served:
+            profile = one.profile
+            values = [] if profile is None else [profile.coefficients[i] for i in selected]
+            inert = inert or (profile is not None and not any(values))
+            if one.tenant != NOBODY and not self.labels.own(one.tenant):
+                continue
+            if profile is None and one.tenant == NOBODY:
+                continue
+            digest = "" if profile is None else profile.digest
+            apply = "" if profile is None else str(self.expected.settings.apply)
+            info[one.tenant, one.revision, family, digest, apply] = 1.0
+            whole = (one.tenant,)
+            layers[whole] = sum(1 for value in values if value != 0.0)
+            promised = 0.0 if profile is None else math.hypot(*profile.coefficients)
+            norms[whole] = self._norms.get(one.revision, promised)
+            if values:
+                stats[one.tenant, "min"] = min(values)
+                stats[one.tenant, "mean"] = math.fsum(values) / len(values)
+                stats[one.tenant, "max"] = max(values)
+        self._info.replace(info)
+        self._gain_norm.replace(norms)
+        self._coefficient.replace(stats)
+        self._layers.replace(layers)
+        for mode, is_open in self._modes(inert).items():
+            catalogue.UNPROTECTED_MODE.labels(mode).set(is_open)
+
+    def _modes(self, inert: bool) -> Mapping[str, bool]:
+        """Each way in which an answer may come without safety; docs/metrics.md names them."""
+        header, settings = self.expected.header, self.expected.settings
+        return {
+            "no_family": header is None,
+            "serve_unprotected": settings.missing_profile == "serve_unprotected",
+            "base_without_profile": header is not None and self.expected.base is None,
+            "zero_profile": inert,
+        }
+
+    def _take_slots(self, receipt: Receipt) -> None:
+        """Every rank moves the same adapters, so one of them tells of all."""
+        catalogue.SLOTS.labels("used").set(receipt.slots_used)
+        catalogue.SLOTS.labels("total").set(receipt.slots_total)
+        if receipt.slot_evictions < self._evictions:
+            # The engine has been started anew.
+            self._evictions = 0
+        catalogue.EVICTIONS.inc(receipt.slot_evictions - self._evictions)
+        self._evictions = receipt.slot_evictions
+
+    def _build_of(self, receipt: Receipt) -> Labels:
+        header = self.expected.header
+        family = "" if header is None else header.name
+        return (__version__, receipt.vllm_version, receipt.apply, family)

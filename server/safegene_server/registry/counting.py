@@ -1,0 +1,61 @@
+"""How many there are of what, and since when names lead where they do: for metrics alone.
+
+One short read, whatever the number of tenants; nothing here names a reason or a content.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, select
+
+from safegene_server.registry import tables
+from safegene_server.registry.database import Database, clock
+from safegene_server.registry.replicas import ALIVE_S
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`revisions` by state, `jobs` by (kind, state); `since` has a moment per published tenant.
+
+    `level` replicas have applied `version`, `late` ones have not; only those seen lately count.
+    """
+
+    version: int
+    revisions: Mapping[str, int]
+    jobs: Mapping[tuple[str, str], int]
+    level: int
+    late: int
+    since: Mapping[str, datetime]
+
+
+class Counting(Database):
+    """figures."""
+
+    def figures(self, *, alive_s: float = ALIVE_S) -> Figures:
+        """The counts as of now. Errors: RegistryDownError."""
+        r, j, p = tables.revisions, tables.jobs, tables.replicas
+        a, t = tables.aliases, tables.tenants
+        with self.read() as connection:
+            version = int(connection.execute(select(tables.version.c.value)).scalar_one())
+            revisions = connection.execute(select(r.c.state, func.count()).group_by(r.c.state))
+            jobs = connection.execute(
+                select(j.c.kind, j.c.state, func.count()).group_by(j.c.kind, j.c.state)
+            )
+            seen = p.c.seen_at >= clock(connection) - timedelta(seconds=alive_s)
+            applied = Counter(
+                at >= version
+                for at in connection.execute(select(p.c.applied_version).where(seen)).scalars()
+            )
+            since = connection.execute(select(t.c.name, a.c.since).join(t, t.c.id == a.c.tenant_id))
+            return Figures(
+                version=version,
+                revisions={row[0]: row[1] for row in revisions},
+                jobs={(kind, state): number for kind, state, number in jobs},
+                level=applied[True],
+                late=applied[False],
+                since={row[0]: row[1] for row in since},
+            )
