@@ -7,9 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from typer.main import get_command
 
+from safegene_server.metrics import catalogue
+from safegene_server.metrics.applied import STATES
+from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.probes import ProbeSettings, gauges
 from safegene_server.routes import load_router, router
 from safegene_vllm.cli import COMMANDS, build_app
@@ -19,6 +22,7 @@ from safegene_vllm.settings import Settings
 ROOT = Path(__file__).resolve().parents[1]
 SERVING = (ROOT / "docs" / "serving.md").read_text()
 PROBES = (ROOT / "docs" / "probes.md").read_text()
+METRICS = (ROOT / "docs" / "metrics.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -59,6 +63,31 @@ def test_every_metric_of_probes_and_no_other_is_documented() -> None:
         for metric in metrics
     }
     assert dict(described) == real and len(metrics) == 8
+
+
+def test_every_metric_and_no_other_is_documented_with_type_and_labels() -> None:
+    section = METRICS.split("## Every metric")[1].split("\n## ")[0]
+    row = re.compile(r"^\| `(safegene_\w+)` \| ([cgh]) \|([\w, ]*)\| (.+) \|$", re.MULTILINE)
+    found = row.findall(section)
+    assert len(found) == len(re.findall(r"^\| `", section, re.MULTILINE))
+    described = {name: (kind, labels.strip()) for name, kind, labels, _ in found}
+    kinds = {Counter: "c", Gauge: "g", Histogram: "h"}
+    real = {}
+    for metric in vars(catalogue).values():
+        if type(metric) in kinds:
+            name = metric._name + ("_total" if type(metric) is Counter else "")
+            real[name] = (kinds[type(metric)], ", ".join(metric._labelnames))
+    others = {name for name in described if name.startswith("safegene_probe_")}
+    assert {name: told for name, told in described.items() if name not in others} == real
+    assert len(described) == len(found), "a metric is described twice"
+
+
+def test_the_values_of_labels_are_documented() -> None:
+    for value in (*catalogue.OUTCOMES, *catalogue.REASONS, *STATES, catalogue.RULE):
+        assert f"`{value}`" in METRICS, value
+    example = METRICS.split("metrics:\n")[1].split("```")[0]
+    named = re.findall(r"^  (\w+):", example, re.MULTILINE)
+    assert named == [field.name for field in fields(MetricsSettings)]
 
 
 def test_the_supported_versions_are_the_documented_ones() -> None:

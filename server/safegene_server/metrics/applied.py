@@ -30,6 +30,18 @@ class Served:
     profile: Profile | None
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What is computed of a profile once: `info` is family, digest and way of application."""
+
+    profile: Profile | None
+    info: tuple[str, str, str]
+    stats: Mapping[str, float]
+    layers: int
+    norm: float
+    inert: bool
+
+
 class Applied:
     """`offered` says what is served now, the first published first; `base` is the base's name.
 
@@ -49,6 +61,7 @@ class Applied:
         self.offered = offered
         self.base = base
         self.now = now
+        self._rows: dict[str, _Row] = {}
         self._norms: dict[str, float] = {}
         self._evictions = 0
         self._info = Series(catalogue.REVISION_INFO)
@@ -80,40 +93,49 @@ class Applied:
 
     def refresh(self) -> None:
         """What is served has changed: the same receipts, other names."""
-        header = self.expected.header
-        selected = [] if header is None else [chosen.layer for chosen in header.layers]
-        family = "" if header is None else header.name
         served = [*self.offered(), Served(NOBODY, self.base, self.expected.base)]
+        known, self._rows = self._rows, {}
         info: dict[Labels, float] = {}
         norms: dict[Labels, float] = {}
         stats: dict[Labels, float] = {}
         layers: dict[Labels, float] = {}
         inert = False
         for one in served:
-            profile = one.profile
-            values = [] if profile is None else [profile.coefficients[i] for i in selected]
-            inert = inert or (profile is not None and not any(values))
-            if one.tenant != NOBODY and not self.labels.own(one.tenant):
+            row = known.get(one.revision)
+            if row is None or row.profile is not one.profile:
+                row = self._row(one)
+            self._rows[one.revision] = row
+            inert = inert or row.inert
+            mine = self.labels.own(one.tenant) if one.tenant else one.profile is not None
+            if not mine:
                 continue
-            if profile is None and one.tenant == NOBODY:
-                continue
-            digest = "" if profile is None else profile.digest
-            apply = "" if profile is None else str(self.expected.settings.apply)
-            info[one.tenant, one.revision, family, digest, apply] = 1.0
             whole = (one.tenant,)
-            layers[whole] = sum(1 for value in values if value != 0.0)
-            promised = 0.0 if profile is None else math.hypot(*profile.coefficients)
-            norms[whole] = self._norms.get(one.revision, promised)
-            if values:
-                stats[one.tenant, "min"] = min(values)
-                stats[one.tenant, "mean"] = math.fsum(values) / len(values)
-                stats[one.tenant, "max"] = max(values)
+            info[one.tenant, one.revision, *row.info] = 1.0
+            norms[whole] = self._norms.get(one.revision, row.norm)
+            layers[whole] = row.layers
+            for stat, value in row.stats.items():
+                stats[one.tenant, stat] = value
         self._info.replace(info)
         self._gain_norm.replace(norms)
         self._coefficient.replace(stats)
         self._layers.replace(layers)
         for mode, is_open in self._modes(inert).items():
             catalogue.UNPROTECTED_MODE.labels(mode).set(is_open)
+
+    def _row(self, one: Served) -> _Row:
+        header, profile = self.expected.header, one.profile
+        family = "" if header is None else header.name
+        if header is None or profile is None:
+            return _Row(profile, (family, "", ""), {}, 0, 0.0, False)
+        values = [profile.coefficients[chosen.layer] for chosen in header.layers]
+        return _Row(
+            profile,
+            (family, profile.digest, str(self.expected.settings.apply)),
+            {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)},
+            sum(1 for value in values if value != 0.0),
+            math.hypot(*profile.coefficients),
+            not any(values),
+        )
 
     def _modes(self, inert: bool) -> Mapping[str, bool]:
         """Each way in which an answer may come without safety; docs/metrics.md names them."""

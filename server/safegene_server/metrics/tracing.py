@@ -36,16 +36,17 @@ class Tracing:
     def __init__(self) -> None:
         """Errors: ImportError without OpenTelemetry."""
         from opentelemetry import trace
+        from opentelemetry.context import Context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._trace = trace
+        self._trace, self._nothing = trace, Context()
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, headers: Headers) -> tuple[Span, Headers]:
         """A span below the caller's own, if the headers name one; the headers that name ours."""
         sent = {k.decode(): v.decode("latin-1") for k, v in headers if k in _CONTEXT}
         # Only what the request says: whatever else runs in this process is none of its business.
-        parent = self._propagator.extract(sent, context=self._trace.context_api.Context())
+        parent = self._propagator.extract(sent, context=self._nothing)
         tracer = self._trace.get_tracer("safegene_server")
         span = tracer.start_span(SPAN, context=parent, kind=self._trace.SpanKind.SERVER)
         told: dict[str, str] = {}

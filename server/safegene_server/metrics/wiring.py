@@ -5,6 +5,7 @@ For the entry point. A server without a family of ours counts nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,7 +20,9 @@ from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.metrics.tracing import tracing_of
 from safegene_server.metrics.traffic import Traffic
 from safegene_server.replica import Replica
-from safegene_server.verifier import Verifier
+from safegene_server.verifier import Report, Verifier
+
+logger = logging.getLogger("vllm.safegene_server")
 
 
 class Metrics:
@@ -68,7 +71,15 @@ class Metrics:
             return
         base = next((model.name for model in models.base_model_paths), "")
         applied = Applied(self.labels, verifier.expected, offered, base)
-        verifier.told = applied.take
+
+        def told(report: Report) -> None:
+            try:
+                applied.take(report)
+            except Exception:
+                # Whoever asked whether all is well gets an answer, whatever the gauges do.
+                logger.exception("metrics could not be renewed")
+
+        verifier.told = told
         self.observing = Observing(self.settings.period_s, verifier.report)
         if replica is None:
             self.observing.start()
