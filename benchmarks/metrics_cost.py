@@ -19,14 +19,16 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "server")]
 
 CHUNKS = 64
 CHAT = "/v1/chat/completions"
-Scope = Receive = Send = Any
 
 
 def scrape(tenants: int, named: int, shared: bool) -> dict[str, float]:

@@ -73,7 +73,7 @@ def test_every_metric_and_no_other_is_documented_with_type_and_labels() -> None:
     described = {name: (kind, labels.strip()) for name, kind, labels, _ in found}
     kinds = {Counter: "c", Gauge: "g", Histogram: "h"}
     real = {}
-    for metric in vars(catalogue).values():
+    for metric in (*vars(catalogue).values(), *catalogue.replica_gauges()):
         if type(metric) in kinds:
             name = metric._name + ("_total" if type(metric) is Counter else "")
             real[name] = (kinds[type(metric)], ", ".join(metric._labelnames))

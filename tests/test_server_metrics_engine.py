@@ -9,9 +9,11 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from servers import end, free_port, start, until_serving
 from test_server_tenancy import ACME, ADMIN, GLOBEX, LONG, Running, World, world  # noqa: F401
 
-from safegene_vllm import __version__
+from safegene_vllm import __version__, pico
+from safegene_vllm.family import load_family
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
@@ -31,8 +33,10 @@ def server(world: World) -> Iterator[Running]:  # noqa: F811
 
 
 class Scrape:
-    def __init__(self, server: Running) -> None:
-        answer = server.http(ADMIN).get("/metrics")
+    """One answer of /metrics, by a client that may ask for it."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        answer = http.get("/metrics")
         assert answer.status_code == 200, answer.text
         self.samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -53,7 +57,7 @@ class Scrape:
 
 def until(server: Running, name: str, value: float, **labels: str) -> Scrape:
     begun_s = time.monotonic()
-    while (found := Scrape(server)).value(name, **labels) != value:
+    while (found := Scrape(server.http(ADMIN))).value(name, **labels) != value:
         assert time.monotonic() - begun_s < 60, found.value(name, **labels)
         time.sleep(0.1)
     return found
@@ -92,7 +96,7 @@ def test_what_is_served_is_told(server: Running, world: World) -> None:  # noqa:
 
 
 def test_requests_are_counted_exactly(server: Running) -> None:
-    begun = Scrape(server)
+    begun = Scrape(server.http(ADMIN))
     client = server.client(ACME)
     body = {"model": "acme/support", "prompt": LONG, "max_tokens": TOKENS, "temperature": 0}
     more = {"extra_body": {"ignore_eos": True}}
@@ -118,7 +122,7 @@ def test_requests_are_counted_exactly(server: Running) -> None:
             base_url=f"{server.url}/v1", api_key="wrong", max_retries=0
         ).completions.create(**body)
 
-    found = Scrape(server)
+    found = Scrape(server.http(ADMIN))
 
     def grown(name: str, **labels: str) -> float:
         return (found.value(name, **labels) or 0.0) - (begun.value(name, **labels) or 0.0)
@@ -142,7 +146,9 @@ def test_requests_are_counted_exactly(server: Running) -> None:
 
 
 def test_a_client_that_leaves_is_counted_as_such(server: Running) -> None:
-    before = Scrape(server).value("requests_total", outcome="cancelled", **SUPPORT) or 0.0
+    before = (
+        Scrape(server.http(ADMIN)).value("requests_total", outcome="cancelled", **SUPPORT) or 0.0
+    )
     body = {"model": "acme/support", "prompt": LONG, "max_tokens": 130, "stream": True}
     with server.http(ACME).stream(
         "POST", "/v1/completions", json={**body, "ignore_eos": True}
@@ -152,7 +158,7 @@ def test_a_client_that_leaves_is_counted_as_such(server: Running) -> None:
 
 
 def test_a_change_and_an_eviction_are_told(server: Running, world: World) -> None:  # noqa: F811
-    before = Scrape(server)
+    before = Scrape(server.http(ADMIN))
     world.add("acme/support", "support", [0.3, 0.4])
     server.follows(world.registry)
     # Two slots, and the revision that a rollback would need stays in the engine: one has to go.
@@ -163,3 +169,50 @@ def test_a_change_and_an_eviction_are_told(server: Running, world: World) -> Non
     assert found.value("revision_load_seconds_count") == 3
     served = {one["revision"] for one in found.labels("revision_info")}
     assert served == {"acme/support@2", "globex@1"}
+
+
+def test_a_server_without_a_registry(world: World) -> None:  # noqa: F811
+    """Tenants of the command line: told apart by their served names, with no key but vLLM's."""
+    family = load_family(world.d / "f")
+    for name, coefficients in (("t0", [0.6, 0.8]), ("t1", [1.0, 1.0])):
+        pico.write_tenant(world.d / "m", world.d / name, family, coefficients, seed=7)
+    port = free_port()
+    process = start(
+        *(str(world.d / "m"), "--family", str(world.d / "f"), "--slots", "2"),
+        *("--tenant", f"t0={world.d / 't0'}", "--tenant", f"t1={world.d / 't1'}"),
+        *("--served-model-name", "base", "--port", str(port)),
+        SAFEGENE_SERVER_METRICS__MAX_TENANTS="1",
+    )
+    lines, drain = until_serving(process)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        assert lines[-1].startswith("serving at"), "\n".join(lines[-60:])
+        with (
+            httpx.Client(base_url=url, timeout=60) as http,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            body = {"prompt": LONG, "max_tokens": TOKENS, "extra_body": {"ignore_eos": True}}
+            for model in ("t0", "t1", "base"):
+                client.completions.create(model=model, **body)
+            list(client.completions.create(model="t0", **body, stream=True))
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="nobody", **body)
+            found = Scrape(http)
+    finally:
+        end(process, drain)
+    assert found.value("requests_total", tenant="t0", outcome="ok") == 2
+    assert found.value("requests_total", tenant="other", outcome="ok") == 1
+    assert found.value("requests_total", tenant="", outcome="ok") == 1
+    assert found.value("requests_total", tenant="", outcome="client_error") == 1
+    assert found.value("rejected_requests_total", tenant="", reason="model") == 1
+    assert found.value("unprotected_requests_total", tenant="") == 1
+    assert found.value("unprotected_requests_total", tenant="t0") == 0
+    assert found.value("prompt_tokens_total", tenant="t0") == len(LONG)
+    assert TOKENS < (found.value("generation_tokens_total", tenant="t0") or 0) <= 2 * TOKENS
+    assert found.value("gain_norm", tenant="t0") == pytest.approx(1.0, abs=1e-6)
+    assert {one["tenant"] for one in found.labels("revision_info")} == {"t0"}
+    assert found.value("sites", rank="0", state="applied") == len(world.header.sites)
+    assert found.value("unprotected_mode", mode="base_without_profile") == 1
+    assert found.value("slots", state="used") == 2
+    for name in ("registry_up", "registry_lag_seconds", "replica_ready", "replica_faults"):
+        assert found.value(name) is None, "a 0 would say that a registry is down"

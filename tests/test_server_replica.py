@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from metrics_world import growth
 
 from safegene_server.access.catalog import Catalog, key_digest
 from safegene_server.access.limits import Counters
@@ -173,6 +174,34 @@ def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
 
     run(world, look)
     assert world.registry.replicas() == ()
+
+
+def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> None:
+    changes: list[list[tuple[str, str]]] = []
+
+    def changed() -> None:
+        changes.append([(tenant, r.served_name) for tenant, r in world.replica.offered()])
+
+    world.replica.changed = changed
+    world.publish("acme", 0.5)
+    world.publish("globex", 0.5)
+
+    async def change() -> None:
+        assert world.replica.lag.known == world.registry.version()
+        world.engine.refuse = {"acme@2"}
+        world.publish("acme", 0.9)
+        await world.replica.reconcile()
+        assert world.replica.lag.known > world.replica.version
+        assert world.replica.lag.seconds() > 0.0
+        world.engine.refuse = set()
+        await world.replica.reconcile()
+        assert world.replica.lag.seconds() == 0.0
+
+    with growth() as grown:
+        run(world, change)
+    first = [("acme", "acme@1"), ("globex", "globex@1")]
+    assert changes == [first, [("globex", "globex@1"), ("acme", "acme@2")]]
+    assert grown.by("safegene_revision_apply_seconds_count") == 3
 
 
 def test_changes_are_followed_without_being_told(world: World) -> None:

@@ -6,6 +6,9 @@ several processes share /metrics, and only one of them writes them. docs/metrics
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 from prometheus_client import Counter, Gauge, Histogram
 
 OUTCOMES = ("ok", "client_error", "server_error", "cancelled")
@@ -159,16 +162,9 @@ BUILD_INFO = _gauge(
 # -- registry, replica, jobs ---------------------------------------------------------------------
 
 REVISIONS = _gauge("safegene_revisions", "Revisions in the registry by state.", "state")
-REGISTRY_UP = _gauge("safegene_registry_up", "1 if the registry answered when last asked.")
 REGISTRY_VERSION = _gauge(
     "safegene_registry_version", "The registry's version as known and as applied here.", "state"
 )
-REGISTRY_LAG = _gauge(
-    "safegene_registry_lag_seconds",
-    "How long this replica has known of a version that it does not serve; 0 when level.",
-)
-REPLICA_READY = _gauge("safegene_replica_ready", "1 if all that is published is served here.")
-REPLICA_FAULTS = _gauge("safegene_replica_faults", "Why it is not ready: how many reasons.")
 REPLICAS = _gauge(
     "safegene_replicas", "Replicas that the registry has seen lately, level or late.", "state"
 )
@@ -176,3 +172,27 @@ JOBS = _gauge("safegene_jobs", "Jobs in the registry.", "kind", "state")
 JOB_SECONDS = Histogram(
     "safegene_job_seconds", "Jobs that came to their end here.", ("kind",), buckets=_JOB_S
 )
+
+
+class ReplicaGauges(NamedTuple):
+    """The gauges of a replica that have no label."""
+
+    registry_up: Gauge
+    lag: Gauge
+    ready: Gauge
+    faults: Gauge
+
+
+@cache
+def replica_gauges() -> ReplicaGauges:
+    """Made by a server with a registry alone: a gauge without labels begins at 0, which would say
+    of any other server that its registry is down."""
+    return ReplicaGauges(
+        _gauge("safegene_registry_up", "1 if the registry answered when it was last asked."),
+        _gauge(
+            "safegene_registry_lag_seconds",
+            "How long this replica has known of a version that it does not serve; 0 when level.",
+        ),
+        _gauge("safegene_replica_ready", "1 if all that is published is served here."),
+        _gauge("safegene_replica_faults", "Why it is not ready: how many reasons."),
+    )

@@ -75,6 +75,7 @@ class Following:
         self.registry = registry
         self.replica = replica
         self._asked: asyncio.Future[Figures] | None = None
+        self._gauges = catalogue.replica_gauges()
         self._jobs = Series(catalogue.JOBS)
         self._since = Series(catalogue.PUBLISHED_AT)
 
@@ -85,11 +86,11 @@ class Following:
     async def level(self) -> None:
         """How far this replica is; costs no question."""
         faults = self.replica.faults()
-        catalogue.REPLICA_READY.set(not faults)
-        catalogue.REPLICA_FAULTS.set(len(faults))
+        self._gauges.ready.set(not faults)
+        self._gauges.faults.set(len(faults))
         catalogue.REGISTRY_VERSION.labels("known").set(self.replica.lag.known)
         catalogue.REGISTRY_VERSION.labels("applied").set(self.replica.version)
-        catalogue.REGISTRY_LAG.set(self.replica.lag.seconds())
+        self._gauges.lag.set(self.replica.lag.seconds())
 
     async def count(self) -> None:
         """What the registry counts, or that it does not answer; one question at a time."""
@@ -99,17 +100,17 @@ class Following:
             figures = await asyncio.wait_for(asyncio.shield(self._asked), PATIENCE_S)
         except TimeoutError:
             # The thread is still waiting; it is asked about next time.
-            catalogue.REGISTRY_UP.set(0)
+            self._gauges.registry_up.set(0)
             return
         except RegistryDownError:
             self._asked = None
-            catalogue.REGISTRY_UP.set(0)
+            self._gauges.registry_up.set(0)
             return
         except Exception:
             self._asked = None
             raise
         self._asked = None
-        catalogue.REGISTRY_UP.set(1)
+        self._gauges.registry_up.set(1)
         for state in STATES:
             catalogue.REVISIONS.labels(state).set(figures.revisions.get(state, 0))
         catalogue.REPLICAS.labels("live").set(figures.level)

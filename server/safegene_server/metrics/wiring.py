@@ -6,9 +6,10 @@ For the entry point. A server without a family of ours counts nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
@@ -20,9 +21,10 @@ from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.metrics.tracing import tracing_of
 from safegene_server.metrics.traffic import Traffic
 from safegene_server.replica import Replica
-from safegene_server.verifier import Report, Verifier
+from safegene_server.verifier import Verifier
 
 logger = logging.getLogger("vllm.safegene_server")
+Told = TypeVar("Told")
 
 
 class Metrics:
@@ -71,31 +73,35 @@ class Metrics:
             return
         base = next((model.name for model in models.base_model_paths), "")
         applied = Applied(self.labels, verifier.expected, offered, base)
-
-        def told(report: Report) -> None:
-            try:
-                applied.take(report)
-            except Exception:
-                # Whoever asked whether all is well gets an answer, whatever the gauges do.
-                logger.exception("metrics could not be renewed")
-
-        verifier.told = told
+        verifier.told = _harmless(applied.take)
         self.observing = Observing(self.settings.period_s, verifier.report)
         if replica is None:
             self.observing.start()
             return
 
-        def changed() -> None:
+        def changed(_: None = None) -> None:
             self.traffic.expect(one.tenant for one in offered())
             applied.refresh()
 
-        replica.changed = changed
+        replica.changed = partial(_harmless(changed), None)
         following = Following(self.labels, replica.registry, replica)
         self.observing.start(*following.steps(self.settings.period_s))
 
     async def stop(self) -> None:
         if self.observing is not None:
             await self.observing.stop()
+
+
+def _harmless(tell: Callable[[Told], None]) -> Callable[[Told], None]:
+    """Whoever verifies or serves goes on, whatever the gauges do."""
+
+    def told(what: Told) -> None:
+        try:
+            tell(what)
+        except Exception:
+            logger.exception("metrics could not be renewed")
+
+    return told
 
 
 def _is_first(engine: Any) -> bool:
