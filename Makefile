@@ -15,8 +15,8 @@ TORCH = $(shell grep -m 1 '^torch==' requirements.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # What is linted and what is typed, as far as it exists.
-CODE := $(wildcard safegene_vllm server examples benchmarks tests)
-TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks)
+CODE := $(wildcard safegene_vllm server examples benchmarks deploy tests)
+TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy)
 
 # More words for the program behind a target: make test ARGS="-k gain"
 ARGS ?=
@@ -25,6 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: help venv demo serve-demo family report test test-matrix check deploy-check lint format types layering bench bench-safety bench-ablations lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +81,10 @@ test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted a
 	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
 
 check: lint types layering test  ## everything CI runs: format, lint, strict types, layering, tests
+check: lint types layering deploy-check test  ## everything CI runs: format, lint, types, layering, deploy/, tests
+
+deploy-check: $(READY)  ## check everything in deploy/ that needs neither a cluster nor a container
+	@PYTHONPATH=.:server $(RUN) -m deploy.check $(ARGS)
 
 lint: $(READY)  ## check format and lint rules
 	@$(RUN) -m ruff format --check $(CODE)
@@ -121,7 +126,7 @@ bench-ablations: $(READY)  ## what each choice of the recipe is worth; ARGS name
 lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt from pyproject.toml (Python 3.11, Linux)
 	@$(PYTHON) -m venv build/lock
 	@build/lock/bin/python -m pip install -qq uv
-	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra recipe --extra dev \
+	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra recipe --extra deploy --extra dev \
 	  --override requirements/overrides.txt --python-version 3.11 \
 	  $(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)',--torch-backend cpu) \
 	  --no-annotate --custom-compile-command 'make lock' --quiet $(ARGS) --output-file requirements.txt

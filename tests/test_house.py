@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("safegene_vllm", "server")
-CODE = (*SHIPPED, "examples", "benchmarks", "tests")
+CODE = (*SHIPPED, "examples", "benchmarks", "deploy", "tests")
 MAX_LINES = 400
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}
 NEVER_LOCKED = {"torchvision", "torchaudio", "torchcodec", "triton", "llama-cpp-python", "llm"}
@@ -31,7 +31,8 @@ def short(paths: list[Path]) -> list[str]:
 
 
 def documents() -> list[Path]:
-    return [p for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if p.is_file()]
+    pages = (*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("deploy/**/*.md")))
+    return [p for p in (ROOT / "README.md", *pages) if p.is_file()]
 
 
 def make_targets_in(text: str) -> set[str]:
