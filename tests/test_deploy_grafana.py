@@ -1,0 +1,69 @@
+"""The dashboards: their JSON is what the code makes, and nothing lies on top of anything."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.grafana import build
+
+FOLDER = Path(build.__file__).parent
+BOARDS = {path.stem: json.loads(path.read_text()) for path in build.FOLDER.glob("*.json")}
+
+
+def test_what_is_checked_in_is_what_the_code_makes() -> None:
+    assert build.stale() == [], "run `python -m deploy.grafana.build`"
+    assert build.main(["--check"]) == 0
+
+
+def test_a_stale_dashboard_is_named_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    (tmp_path / "old.json").write_text("{}")
+    assert build.main(["--check"]) == 1
+    assert "old.json is stale" in capsys.readouterr().err
+    (tmp_path / "old.json").unlink()
+    assert build.main([]) == 0
+    assert build.main(["--check"]) == 0
+    assert build.main(["--chek"]) == 2
+
+
+def test_there_are_three_with_ids_of_their_own() -> None:
+    assert {board["uid"] for board in BOARDS.values()} == {
+        "safegene-fleet",
+        "safegene-tenant",
+        "safegene-engine",
+    }
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_tell_what_they_show_and_do_not_overlap(name: str) -> None:
+    panels: list[dict[str, Any]] = BOARDS[name]["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) > 10
+    for panel in panels:
+        if panel["type"] == "row":
+            continue
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert panel["options"] is not None
+        refs = [target["refId"] for target in panel["targets"]]
+        assert refs == sorted(set(refs))
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+    for one, other in combinations([panel["gridPos"] for panel in panels], 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below, (one, other)
+
+
+def test_provisioning_names_the_source_and_the_folder_that_compose_mounts() -> None:
+    sources = yaml.safe_load((FOLDER / "provisioning/datasources/prometheus.yml").read_text())
+    assert [source["uid"] for source in sources["datasources"]] == ["prometheus"]
+    providers = yaml.safe_load((FOLDER / "provisioning/dashboards/safegene.yml").read_text())
+    assert providers["providers"][0]["options"]["path"] == "/var/lib/grafana/dashboards"
