@@ -1,0 +1,132 @@
+"""Pictures of panels, drawn from what a live Prometheus answers to the dashboards' own queries.
+
+    python -m deploy.grafana.pictures --prometheus http://127.0.0.1:9090 --minutes 10 \
+        --tenant acme/support --out docs/dashboards
+
+For the documents and for places without a Grafana. matplotlib draws; the layout is not Grafana's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from deploy.grafana.build import FOLDER
+from deploy.prometheus.expressions import filled
+from deploy.prometheus.stack import Stack, StackError
+
+PICTURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "safety": ("fleet", ("Gain norm", "Mean coefficient", "Sites of the vector", "Lag")),
+    "traffic": ("fleet", ("Requests", "Turned away", "Refusals in answers", "Jobs")),
+    "tenant": ("tenant", ("Coefficients", "Tokens per second", "Time to first token", "Requests")),
+    "engine": ("engine", ("Slots", "Memory", "Requests in the engine", "A scrape takes")),
+    "probes": ("tenant", ("Attack success", "Over-refusal", "Coherent answers", "Probe runs")),
+}
+"""File -> dashboard and the panels on the picture, each a line chart."""
+STEPS = 120
+WORDS = {"s": "s", "reqps": "per s", "bytes": "MB"}
+
+
+class PictureError(ValueError):
+    """A panel that is not there, or a picture without any data; names both."""
+
+
+def panel_of(board: str, title: str) -> dict[str, Any]:
+    """Errors: PictureError."""
+    panels: list[dict[str, Any]] = json.loads((FOLDER / f"{board}.json").read_text())["panels"]
+    for panel in panels:
+        if panel["title"] == title and panel["type"] == "timeseries":
+            return panel
+    raise PictureError(f"no line chart {title!r} on {board}.json; its titles are there")
+
+
+def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: float) -> int:
+    """One panel as Prometheus answers it now; how many series of data were drawn.
+
+    Errors: StackError.
+    """
+    end = time.time()
+    count = 0
+    for target in panel["targets"]:
+        expr = filled(target["expr"], tenant=tenant)
+        threshold = expr.startswith("safegene:threshold:")
+        series = stack.history(expr, end - 60 * minutes, end, 60 * minutes / STEPS)
+        count += 0 if threshold else len(series)
+        for one in series:
+            at = [(moment - end) / 60 for moment, _ in one["values"]]
+            values = [float(value) for _, value in one["values"]]
+            name = re.sub(
+                r"\{\{(\w+)\}\}",
+                lambda found, labels=one["metric"]: labels.get(found[1]) or "none",
+                target["legendFormat"],
+            )
+            look = {"color": "red", "linestyle": "--"} if threshold else {}
+            axes.plot(at, values, label=name, linewidth=1.2, **look)
+    defaults = panel["fieldConfig"]["defaults"]
+    unit = defaults.get("unit", "")
+    if unit == "percentunit":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif unit == "bytes":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
+    axes.set_title(panel["title"], fontsize=9, loc="left")
+    axes.set_ylabel(WORDS.get(unit, ""), fontsize=8)
+    axes.set_ylim(0, defaults.get("max"))
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.3)
+    if 0 < len(axes.get_lines()) <= 10:
+        axes.legend(fontsize=6, loc="best")
+    return count
+
+
+def picture(name: str, stack: Stack, tenant: str, minutes: float, folder: Path) -> Path:
+    """`name`.png in `folder`. Errors: PictureError, StackError."""
+    board, titles = PICTURES[name]
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    places = figure.subplots(2, 2).flat
+    drawn = 0
+    for axes, title in zip(places, titles, strict=True):
+        drawn += draw(axes, stack, panel_of(board, title), tenant, minutes)
+    if not drawn:
+        raise PictureError(f"{name}: none of {', '.join(titles)} has data at {stack.url}")
+    figure.supxlabel("minutes ago", fontsize=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.grafana.pictures", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--prometheus", required=True, help="its address")
+    parser.add_argument("--minutes", type=float, default=10, help="how far back (10)")
+    parser.add_argument("--tenant", required=True, help="whose dashboard is drawn")
+    parser.add_argument("--out", type=Path, default=Path("docs/dashboards"))
+    parser.add_argument("names", nargs="*", help="which (all)")
+    given = parser.parse_args(arguments)
+    unknown = sorted(set(given.names) - set(PICTURES))
+    if unknown:
+        parser.error(f"no picture {', '.join(unknown)}; there are {', '.join(PICTURES)}")
+    stack = Stack(given.prometheus.rstrip("/"))
+    try:
+        for name in given.names or PICTURES:
+            print(picture(name, stack, given.tenant, given.minutes, given.out))
+    except (StackError, PictureError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

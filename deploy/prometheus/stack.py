@@ -1,0 +1,249 @@
+"""A real Prometheus and a real Alertmanager on loopback, run from this folder's own files.
+
+For checks and pictures on one machine, not for production: two seconds between scrapes, a webhook
+in this process in place of the receivers, and all of it is gone at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlparse
+
+import httpx
+import yaml
+
+from deploy.check import tools
+
+HERE = Path(__file__).parent
+START_S = 60.0
+
+
+class StackError(RuntimeError):
+    """Prometheus or Alertmanager did not start, or refused a query; the message has its words."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One series of an answer and its latest value."""
+
+    labels: dict[str, str]
+    value: float
+
+
+@dataclass
+class Stack:
+    """`url` is Prometheus's. `notices` are the alerts that Alertmanager has delivered so far, each
+    with the receiver's `path`, `status` (firing or resolved), `labels` and `annotations`."""
+
+    url: str
+    notices: list[dict[str, Any]] = field(default_factory=list)
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30), repr=False)
+
+    def ask(self, path: str, **params: str) -> Any:
+        """Prometheus's API below /api/v1. Errors: StackError."""
+        try:
+            answer = self.http.get(f"{self.url}/api/v1/{path}", params=params)
+            body = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise StackError(
+                f"Prometheus at {self.url} gave no answer to {path}: {error}"
+            ) from error
+        if body["status"] != "success":
+            raise StackError(f"{params or path}: {body['error']}")
+        return body["data"]
+
+    def query(self, expr: str) -> list[Sample]:
+        """Its value now; a scalar is one sample without labels. Errors: StackError."""
+        data = self.ask("query", query=expr)
+        if data["resultType"] == "scalar":
+            return [Sample({}, float(data["result"][1]))]
+        return [Sample(one["metric"], float(one["value"][1])) for one in data["result"]]
+
+    def history(self, expr: str, begin: float, end: float, step_s: float) -> list[Any]:
+        """Series over time: {"metric": labels, "values": [[time, "value"], ...]}, Unix seconds."""
+        span = {"start": str(begin), "end": str(end), "step": str(step_s)}
+        found: list[Any] = self.ask("query_range", query=expr, **span)["result"]
+        return found
+
+    def names(self) -> set[str]:
+        """Names of all series there are."""
+        return set(self.ask("label/__name__/values"))
+
+    def firing(self) -> dict[str, list[dict[str, str]]]:
+        """Alert -> labels of each that fires."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for alert in self.ask("alerts")["alerts"]:
+            if alert["state"] == "firing":
+                found.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
+        return found
+
+    def until(self, what: str, condition: Any, timeout_s: float = 180.0) -> Any:
+        """The first true value of `condition()`. Errors: StackError naming `what`, after a time."""
+        end = time.monotonic() + timeout_s
+        while not (found := condition()):
+            if time.monotonic() > end:
+                raise StackError(f"{what}: not within {timeout_s:.0f} s; firing: {self.firing()}")
+            time.sleep(0.5)
+        return found
+
+
+@contextmanager
+def running(
+    targets: Sequence[str],
+    folder: Path,
+    *,
+    key: str | None = None,
+    every_s: float = 2.0,
+    hurry: bool = False,
+) -> Iterator[Stack]:
+    """Prometheus over `targets` (URLs) as replicas of one registry, and Alertmanager beside it.
+
+    `folder`: an empty one for its files. `key`: one that may read /metrics. `hurry`: alerts do not
+    wait (`for`), and what compares with an hour ago compares with now, as for a stack that lives
+    for minutes. Errors: StackError; ToolsMissingError.
+    """
+    programs = tools.find_all(["prometheus", "alertmanager"])
+    web, mail = free_port(), free_port()
+    stack = Stack(f"http://127.0.0.1:{web}")
+    with ExitStack() as ends:
+        ends.enter_context(stack.http)
+        hook = ends.enter_context(_webhook(stack.notices))
+        _write_alertmanager(folder, hook, hurry)
+        _write_prometheus(folder, targets, mail, key, every_s, hurry)
+        ends.enter_context(
+            _process(
+                [
+                    *(str(programs["alertmanager"]), f"--config.file={folder}/alertmanager.yml"),
+                    *(f"--storage.path={folder}/alertmanager", "--cluster.listen-address="),
+                    f"--web.listen-address=127.0.0.1:{mail}",
+                ],
+                folder / "alertmanager.log",
+                f"http://127.0.0.1:{mail}/-/ready",
+            )
+        )
+        ends.enter_context(
+            _process(
+                [
+                    *(str(programs["prometheus"]), f"--config.file={folder}/prometheus.yml"),
+                    *(
+                        f"--storage.tsdb.path={folder}/data",
+                        f"--web.listen-address=127.0.0.1:{web}",
+                    ),
+                ],
+                folder / "prometheus.log",
+                f"{stack.url}/-/ready",
+            )
+        )
+        yield stack
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _write_prometheus(
+    folder: Path, targets: Sequence[str], mail: int, key: str | None, every_s: float, hurry: bool
+) -> None:
+    config = yaml.safe_load((HERE / "prometheus.yml").read_text())
+    interval = f"{round(every_s * 1000)}ms"
+    config["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
+    config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{mail}"]
+    job = next(one for one in config["scrape_configs"] if one["job_name"] == "safegene")
+    parts = [urlparse(target) for target in targets]
+    job["scheme"] = parts[0].scheme
+    job["static_configs"] = [{"targets": [part.netloc for part in parts]}]
+    job["scrape_timeout"] = interval
+    if key is None:
+        del job["authorization"]
+    else:
+        (folder / "key").write_text(key)
+        (folder / "key").chmod(0o600)
+        job["authorization"]["credentials_file"] = str(folder / "key")
+    config["scrape_configs"] = [job]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    shutil.copytree(HERE / "rules", folder / "rules")
+    if hurry:
+        for path in (folder / "rules").glob("*.yml"):
+            rules = re.sub(r"^ +for: .*\n", "", path.read_text(), flags=re.MULTILINE)
+            path.write_text(re.sub(r" offset \w+", "", rules))
+
+
+def _write_alertmanager(folder: Path, hook: str, hurry: bool) -> None:
+    config = yaml.safe_load((HERE / "alertmanager.yml").read_text())
+    for receiver in config["receivers"]:
+        for webhook in receiver["webhook_configs"]:
+            webhook["url"] = hook + urlparse(webhook["url"]).path
+    if hurry:
+        for route in (config["route"], *config["route"]["routes"]):
+            route |= {"group_wait": "1s", "group_interval": "1s"}
+    (folder / "alertmanager.yml").write_text(yaml.safe_dump(config))
+
+
+@contextmanager
+def _webhook(notices: list[dict[str, Any]]) -> Iterator[str]:
+    class Hook(BaseHTTPRequestHandler):
+        protocol_version: ClassVar[str] = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            notices.extend({**alert, "path": self.path} for alert in told["alerts"])
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def _process(command: list[str], log: Path, ready: str) -> Iterator[None]:
+    """`command` from when `ready` answers to the end of the block. Errors: StackError."""
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + START_S
+        while not _answers(ready):
+            if process.poll() is not None or time.monotonic() > end:
+                words = log.read_text().splitlines()[-5:]
+                raise StackError("\n  ".join([f"{command[0]} did not start:", *words]))
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
