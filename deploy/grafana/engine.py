@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from deploy.grafana.panels import RATES, choice, frame, lines, number, rows
+from deploy.grafana.panels import RATES, choice, frame, lines, number, row, rows
 
 HERE = 'job=~"$job",instance=~"$instance"'
 
@@ -19,8 +19,9 @@ def build() -> dashboard.Dashboard:
             choice("instance", "Replica", 'safegene_build_info{job=~"$job"}'),
         ],
     )
-    made = made.with_row(dashboard.Row("What the workers carry"))
-    for panel in (
+    made = row(
+        made,
+        "What the workers carry",
         rows(
             "Replicas",
             "Versions, way of application, family, and whether each is ready.",
@@ -82,11 +83,11 @@ def build() -> dashboard.Dashboard:
             unit="s",
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("vLLM"))
-    for panel in (
+    made = row(
+        made,
+        "vLLM",
         lines(
             "Requests in the engine",
             "Running and waiting, by vLLM's own count.",
@@ -142,11 +143,11 @@ def build() -> dashboard.Dashboard:
             unit=RATES,
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("Jobs and Prometheus itself"))
-    for panel in (
+    made = row(
+        made,
+        "Jobs and Prometheus itself",
         lines(
             "Jobs",
             "How long jobs take: 95 % of an hour's within.",
@@ -170,6 +171,5 @@ def build() -> dashboard.Dashboard:
             f"max(scrape_samples_scraped{{{HERE}}})",
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
     return made

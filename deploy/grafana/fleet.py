@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from deploy.grafana.panels import RATES, RED_FROM_ONE, choice, frame, lines, number, rows
+from deploy.grafana.panels import RATES, RED_FROM_ONE, choice, frame, lines, number, row, rows
 
 JOB = 'job=~"$job"'
 
@@ -16,8 +16,9 @@ def build() -> dashboard.Dashboard:
         "Every tenant of every replica: is safety on, since when, and does it work?",
         [choice("job", "Registry", "safegene_build_info")],
     )
-    made = made.with_row(dashboard.Row("Is safety on?"))
-    for panel in (
+    made = row(
+        made,
+        "Is safety on?",
         number(
             "Tenants with safety",
             "Tenants whose gain is above 0 on every replica that serves them.",
@@ -108,11 +109,11 @@ def build() -> dashboard.Dashboard:
             },
             unit="s",
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("Does it work? (probes)"))
-    for panel in (
+    made = row(
+        made,
+        "Does it work? (probes)",
         lines(
             "Attack success",
             "Harmful probes that were answered. The alert takes the low end of the 95 % interval.",
@@ -146,11 +147,11 @@ def build() -> dashboard.Dashboard:
             top=1,
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("Do changes arrive?"))
-    for panel in (
+    made = row(
+        made,
+        "Do changes arrive?",
         lines(
             "Registry version",
             "What each replica knows of and what it serves.",
@@ -201,11 +202,11 @@ def build() -> dashboard.Dashboard:
             unit="s",
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("Who asks?"))
-    for panel in (
+    made = row(
+        made,
+        "Who asks?",
         lines(
             "Requests",
             "By how they ended.",
@@ -259,6 +260,5 @@ def build() -> dashboard.Dashboard:
                 f" sum(rate(safegene_unprotected_requests_total{{{JOB}}}[5m]))",
             },
         ),
-    ):
-        made = made.with_panel(panel)
+    )
     return made

@@ -166,6 +166,16 @@ def rows(
     return panel
 
 
+def row(
+    made: dashboard.Dashboard, title: str, *panels: stat.Panel | table.Panel | timeseries.Panel
+) -> dashboard.Dashboard:
+    """`made` with a heading and its panels, from left to right."""
+    made = made.with_row(dashboard.Row(title))
+    for panel in panels:
+        made = made.with_panel(panel)
+    return made
+
+
 def choice(name: str, label: str, metric: str, *, one: bool = False) -> dashboard.QueryVariable:
     """A variable with the values of the label `name` of `metric`, which may name variables."""
     made = (

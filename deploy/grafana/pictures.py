@@ -65,13 +65,9 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
         for one in series:
             at = [(moment - end) / 60 for moment, _ in one["values"]]
             values = [float(value) for _, value in one["values"]]
-            name = re.sub(
-                r"\{\{(\w+)\}\}",
-                lambda found, labels=one["metric"]: labels.get(found[1]) or "none",
-                target["legendFormat"],
-            )
-            look = {"color": "red", "linestyle": "--"} if threshold else {}
-            axes.plot(at, values, label=name, linewidth=1.2, **look)
+            (drawn,) = axes.plot(at, values, label=_legend(target, one["metric"]), linewidth=1.2)
+            if threshold:
+                drawn.set(color="red", linestyle="--")
     defaults = panel["fieldConfig"]["defaults"]
     unit = defaults.get("unit", "")
     if unit == "percentunit":
@@ -86,6 +82,14 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
     if 0 < len(axes.get_lines()) <= 10:
         axes.legend(fontsize=6, loc="best")
     return count
+
+
+def _legend(target: dict[str, Any], labels: dict[str, str]) -> str:
+    """Grafana's legend, such as `{{tenant}}`, with the labels of a series."""
+    words: str = target["legendFormat"]
+    for label in re.findall(r"\{\{(\w+)\}\}", words):
+        words = words.replace(f"{{{{{label}}}}}", labels.get(label) or "none")
+    return words
 
 
 def picture(name: str, stack: Stack, tenant: str, minutes: float, folder: Path) -> Path:

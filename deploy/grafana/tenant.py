@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from deploy.grafana.panels import RATES, RED_FROM_ONE, choice, frame, lines, number, rows
+from deploy.grafana.panels import RATES, RED_FROM_ONE, choice, frame, lines, number, row, rows
 
 ONE = 'job=~"$job",tenant="$tenant"'
 
@@ -28,8 +28,9 @@ def build() -> dashboard.Dashboard:
             choice("tenant", "Tenant", 'safegene_requests_total{job=~"$job"}', one=True),
         ],
     )
-    made = made.with_row(dashboard.Row("Is safety on?"))
-    for panel in (
+    made = row(
+        made,
+        "Is safety on?",
         number(
             "Revision",
             "What is served under the tenant's name.",
@@ -89,11 +90,11 @@ def build() -> dashboard.Dashboard:
             },
             height=5,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("Does it work?"))
-    for panel in (
+    made = row(
+        made,
+        "Does it work?",
         lines(
             "Attack success",
             "Harmful probes that were answered, with the ends of the 95 % interval that count.",
@@ -151,11 +152,11 @@ def build() -> dashboard.Dashboard:
             {"{{outcome}}": f"sum by (outcome) (increase(safegene_probe_runs_total{{{ONE}}}[1h]))"},
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
 
-    made = made.with_row(dashboard.Row("How is it served?"))
-    for panel in (
+    made = row(
+        made,
+        "How is it served?",
         lines(
             "Requests",
             "By how they ended.",
@@ -200,6 +201,5 @@ def build() -> dashboard.Dashboard:
             unit="s",
             width=8,
         ),
-    ):
-        made = made.with_panel(panel)
+    )
     return made

@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", action="store_true", help="print numbers per tenant")
     parser.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
     given = parser.parse_args(arguments)
-    key = given.key_file.read_text().strip() if given.key_file else None
     try:
+        key = given.key_file.read_text().strip() if given.key_file else None
         with (
             tempfile.TemporaryDirectory() as folder,
             running(given.target, Path(folder), key=key, hurry=not given.patient) as stack,
