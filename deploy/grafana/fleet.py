@@ -170,7 +170,7 @@ def build() -> dashboard.Dashboard:
         ),
         lines(
             "Replicas and faults",
-            "Replicas as the registry sees them; registry and faults as replicas see them.",
+            "Level with the registry or late, as it sees them; the registry and faults as they do.",
             {
                 "{{state}}": f"max by (state) (safegene_replicas{{{JOB}}})",
                 "registry up": f"min(safegene_registry_up{{{JOB}}})",
