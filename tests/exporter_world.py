@@ -133,13 +133,13 @@ def _metrics(modules: Sequence[str] = (*MODULES, "vllm")) -> list[Any]:
     from prometheus_client import Counter, Gauge, Histogram
 
     kinds = (Counter, Gauge, Histogram)
-    ours = [
-        value
-        for module in modules
-        if module != "vllm"
-        for value in vars(importlib.import_module(module)).values()
-        if isinstance(value, kinds)
-    ]
+    ours = []
+    for module in modules:
+        if module != "vllm":
+            here = importlib.import_module(module)
+            # The gauges without labels are made by a server with a registry alone.
+            late = here.replica_gauges() if hasattr(here, "replica_gauges") else ()
+            ours += [one for one in (*vars(here).values(), *late) if isinstance(one, kinds)]
     if "vllm" not in modules:
         return ours
     engine = ("model_name",)
