@@ -25,6 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: help venv demo serve-demo family report test test-matrix check lint format types layering bench bench-serving bench-safety bench-ablations lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -99,9 +100,12 @@ types: $(READY)  ## check types (strict)
 layering: $(READY)  ## check that imports run one way
 	@PYTHONPATH=.:server $(VENV)/bin/lint-imports --no-logo
 
-bench: $(READY)  ## throughput of the gain table against plain multi-LoRA; ends in one JSON line
-	@$(RUN) benchmarks/weight_load.py
-	@$(RUN) benchmarks/gain_table.py $(ARGS)
+bench: $(READY)  ## prefill and decode of the gain table by themselves; ends in one JSON line
+	@$(RUN) benchmarks/serving/engine_steps.py $(ARGS)
+
+# SHORT=1: a pico model and few arms, under three minutes.
+bench-serving: $(READY)  ## what safety costs in a real server, beside every other way (hours; SHORT=1: minutes)
+	@$(RUN) benchmarks/serving/bench_serving.py $(if $(SHORT),--short) $(ARGS)
 
 bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
 	@$(RUN) benchmarks/changes.py $(ARGS)

