@@ -278,3 +278,8 @@ def test_axes_are_options() -> None:
         ("tenants_8", 8, ["lora", "gain_100"]),
     ]
     assert found[0].engine == found[1].engine
+    asked = bench_serving.parse(["--cells", "main", "--engine", "seed=3", "max-num-seqs=64"])
+    (made,) = bench_serving.cells_of(asked, cpu=True)
+    assert (made.engine["seed"], made.engine["max-num-seqs"]) == ("3", "64")
+    with pytest.raises(SystemExit):
+        bench_serving.parse(["--engine", "--seed"])

@@ -46,13 +46,22 @@ SHORT = {
     "mode": ("eager",),
     "cells": ("main",),
     "arms": ("gain_100", "composed_100", "guard", "system_prompt"),
-    "requests": 8,
+    "requests": 24,
     "rounds": 2,
     "changes": 1,
+    "starts": 1,
 }
 """What --short asks for where nothing else is said."""
 OUTSIDE = 128
 """Tokens of room beside prompt, output, guard and system prompt."""
+
+
+def _setting(text: str) -> tuple[str, str]:
+    """FLAG=VALUE as a pair."""
+    name, equals, value = text.partition("=")
+    if not equals or not name or name.startswith("-"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE, FLAG without dashes")
+    return name, value
 
 
 def engine_flags(load: Load, *, pico: bool) -> dict[str, object]:
@@ -78,6 +87,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32, help="requests of one run of an arm")
     parser.add_argument("--changes", type=int, default=3, help="loads and changes that are timed")
+    parser.add_argument("--starts", type=int, default=5, help="starts where loading is compared")
     first = "the first is the centre, the others are measured around it"
     for name in ("tenants", "prompt_tokens", "output_tokens", "concurrency", "rank"):
         flag = f"--{name.replace('_', '-')}"
@@ -96,6 +106,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=max(1, cores - 1),
         help="per engine, on CPU (default: all cores but one, for its API process and the asking)",
+    )
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        type=_setting,
+        default=(),
+        metavar="FLAG=VALUE",
+        help="more vLLM flags for every arm, such as gpu-memory-utilization=0.1",
     )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "serving")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
@@ -131,9 +149,10 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
         load,
         compiled=axes.mode[0] == "compiled",
         changes=arguments.changes,
-        engine=engine_flags(longest, pico=arguments.short and arguments.model is None),
+        engine=engine_flags(longest, pico=arguments.short and arguments.model is None)
+        | dict(arguments.engine),
     )
-    cells = make_cells(axes, centre, arguments.cells, on_cpu=cpu)
+    cells = make_cells(axes, centre, arguments.cells, on_cpu=cpu, starts=arguments.starts)
     if arguments.arms is None:
         return cells
     wanted = [parse_arm(name) for name in (fair_base(cpu), *arguments.arms)]

@@ -83,8 +83,12 @@ def _arms(names: Sequence[str], on_cpu: bool) -> tuple[Arm, ...]:
     return on_this_device(list(found), on_cpu)
 
 
-def make_cells(axes: Axes, centre: Cell, groups: Sequence[str], *, on_cpu: bool) -> list[Cell]:
-    """The cells of `groups`, in house order; each has its fair base among its arms.
+def make_cells(
+    axes: Axes, centre: Cell, groups: Sequence[str], *, on_cpu: bool, starts: int = 5
+) -> list[Cell]:
+    """The cells of `groups`, in house order; those with tenants have their fair base among them.
+
+    `starts`: how often engines are started where loading a checkpoint is compared.
 
     Errors: ConfigError for an unknown group, or an axis value that cannot be.
     """
@@ -120,7 +124,7 @@ def make_cells(axes: Axes, centre: Cell, groups: Sequence[str], *, on_cpu: bool)
                 centre,
                 name="checkpoint",
                 arms=_arms(("base", "merged_100", "weights_100"), on_cpu),
-                starts=5,
+                starts=starts,
             )
         ],
         "layers": [
