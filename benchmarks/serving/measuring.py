@@ -6,6 +6,7 @@ of every result. Every round is kept as soon as it is whole.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ ENGINE_BYTES = 2 << 30
 """Room for one engine's processes beside weights, slots and cache."""
 IDLE_SHARE = 0.05
 """More than this of one core used by idle engines is told."""
+SETTLE_S = 2.0
+"""Between two runs: a worker of vLLM's spins on its core for a second after its last step."""
 WARM = -1
 
 Say = Callable[[str], None]
@@ -132,6 +135,7 @@ def _asked(
     if number == WARM:
         few = max(len(tenants), load.concurrency)
         load = replace(load, requests=min(load.requests, few))
+    time.sleep(SETTLE_S)
     before = sum(other.cpu_s() for other in others)
     tokenizer, at = bench.model, seed(cell, number, arm)
     found = ask(server.url, tokenizer, load, tenants, at, wrap=wrap)
