@@ -200,7 +200,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 def tell(found: dict[str, Any], folder: Path, console: Console) -> None:
     """Tables for people; the page and its plots below `folder`."""
     for cell in found["cells"]:
-        console.print(shown.table(shown.arm_rows(found, cell), shown.settings_text(found, cell)))
+        title = f"{cell}: {shown.settings_text(found, cell)}"
+        console.print(shown.table(shown.arm_rows(found, cell), title))
         console.print(shown.table(shown.ratio_rows(found, cell), f"{cell}: ratios in one round"))
     console.print(shown.table(shown.predicted_rows(found), "predicted against measured"))
     console.print(shown.table(shown.aim_rows(found), "aims"))

@@ -36,21 +36,18 @@ _ROW_IN = 0.3
 @drawing
 def draw_ratios(result: Mapping[str, Any], cell: str, metric: str = SPEED) -> Figure:
     """A line per comparison of the cell: its median, the least and the greatest; 1 is equal."""
-    arms = {name: found["title"] for name, found in result["cells"][cell]["arms"].items()}
     lines = []
     for name, found in result["ratios"].items():
         where, pair, what = name.split(".")
         if where == cell and what == metric:
-            arm, _, other = pair.partition("_over_")
-            lines.append((f"{arms[arm]}\n/ {arms[other]}", found))
-    figure, axes = new_figure(_ROW_IN * 1.5 * len(lines) + 0.9)
+            lines.append((label(pair.replace("_over_", " / ")), found))
+    figure, axes = new_figure(_ROW_IN * len(lines) + 0.9)
     axes.axvline(1.0, color=INK, linewidth=1.0)
     for place, (_, found) in enumerate(lines):
         axes.plot([found["min"], found["max"]], [place, place], color=AFTER, linewidth=1.4)
         axes.plot([found["median"]], [place], "o", color=AFTER, markersize=5)
-    names = ["\n".join(label(part, 46) for part in name.split("\n")) for name, _ in lines]
-    axes.set_yticks(range(len(lines)), names)
-    axes.set(ylim=(len(lines) - 0.4, -0.6), xlabel=f"ratio of {metric}, median and range")
+    axes.set_yticks(range(len(lines)), [name for name, _ in lines])
+    axes.set(ylim=(len(lines) - 0.4, -0.6), xlabel=f"ratio of {metric}")
     axes.grid(axis="x", color=GRID, linewidth=0.7)
     return figure
 
@@ -95,7 +92,7 @@ def draw_axis(result: Mapping[str, Any], group: str) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [str(value) for value in values])
     axes.set(xlabel=AXES[group], ylabel="output tokens per second")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * max(f["max"] for line in by_arm.values() for _, f, _ in line))
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     figure.legend(loc="outside upper left", ncols=1)
     return figure
