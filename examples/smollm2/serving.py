@@ -1,6 +1,6 @@
 """One `safegene serve` as a child process: started, ready, asked for receipts, stopped.
 
-For the demo and the benchmarks. Raises with the end of the server's log if it does not become ready.
+For the demo and the benchmarks. Raises with the end of its log if it does not become ready.
 """
 
 from __future__ import annotations
