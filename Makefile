@@ -110,7 +110,7 @@ bench-changes: $(READY)  ## tenants that come and change under load; ends in one
 	@$(RUN) benchmarks/changes.py $(ARGS)
 
 bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
-	@$(RUN) benchmarks/scaling/run.py $(ARGS)
+	@$(RUN) benchmarks/scaling/bench_scaling.py $(ARGS)
 
 bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run benchmarks/kernels.py in an environment with vLLM for CUDA
 	@$(RUN) benchmarks/kernels.py $(ARGS)

@@ -82,7 +82,7 @@ def page(stack: Stack) -> str:
         for row in table
     ]
     alerts = [
-        f"{name}: {', '.join(each.get('tenant') or each.get('instance', '') for each in labels)}"
+        f"{name}: {', '.join(each.get("tenant") or each.get("mode") or each.get("instance", "") for each in labels)}"
         for name, labels in sorted(stack.firing().items())
     ]
     return "\n".join([*lines, "", "alerts: " + ("; ".join(alerts) or "none")])

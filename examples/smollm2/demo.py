@@ -43,6 +43,7 @@ AT_ONCE = 48
 ANSWER_TOKENS = 24
 LABEL_TOKENS = 16
 SHOWN_CHARS = 56
+NO_KEY = "none"
 TASK_ROWS = 40
 
 
@@ -68,10 +69,12 @@ def prompt_sets() -> tuple[list[str], list[str]]:
     ]
 
 
-async def ask_all(url: str, model: str, prompts: Sequence[str], tokens: int) -> list[str]:
+async def ask_all(
+    url: str, model: str, prompts: Sequence[str], tokens: int, key: str = NO_KEY
+) -> list[str]:
     """Answers in order, asked at once through the official client."""
     gate = asyncio.Semaphore(AT_ONCE)
-    async with AsyncOpenAI(base_url=url, api_key="none", timeout=300, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=url, api_key=key, timeout=300, max_retries=0) as client:
 
         async def one(prompt: str) -> str:
             async with gate:
@@ -86,12 +89,12 @@ async def ask_all(url: str, model: str, prompts: Sequence[str], tokens: int) -> 
         return await asyncio.gather(*map(one, prompts))
 
 
-def question(url: str, model: str, tenant: str) -> Found:
+def question(url: str, model: str, tenant: str, key: str = NO_KEY) -> Found:
     """All prompt sets and the tenant's own task put to one served model."""
     harmful, harmless = prompt_sets()
-    answers = asyncio.run(ask_all(url, model, [*harmful, *harmless], ANSWER_TOKENS))
+    answers = asyncio.run(ask_all(url, model, [*harmful, *harmless], ANSWER_TOKENS, key))
     rows = own_task(tenant, TASK_ROWS).data.rows
-    labels = asyncio.run(ask_all(url, model, [row.prompt for row in rows], LABEL_TOKENS))
+    labels = asyncio.run(ask_all(url, model, [row.prompt for row in rows], LABEL_TOKENS, key))
     return Found(answers[: len(harmful)], answers[len(harmful) :], labels)
 
 
@@ -152,6 +155,24 @@ def run_full(world: World, dose: str) -> tuple[Found, dict[str, Any]]:
     log = ROOT / "build" / f"server-{FULL_TENANT}-{dose}.log"
     with Server(world.full, FAMILY, None, log, name=FULL_TENANT) as server:
         return question(server.url, FULL_TENANT, FULL_TENANT), server.receipts()[0]
+
+
+def observe(world: World) -> None:
+    """`make demo ARGS=--observe`: all doses on a registry, and a page made of PromQL alone."""
+    from observing import KEY, last_look, observed
+
+    with observed(world, ROOT / "build") as (server, stack):
+        with Progress(console=CONSOLE) as progress:
+            task_id = progress.add_task("", total=len(SLOT_TENANTS) * len(DOSES))
+            for tenant in SLOT_TENANTS:
+                for dose in DOSES:
+                    name = served_name(tenant, dose)
+                    progress.update(task_id, description=f"asking {name}")
+                    question(server.url, name, tenant, KEY)
+                    progress.advance(task_id)
+        with CONSOLE.status("probing what has not been probed yet ..."):
+            found = last_look(server, stack)
+    CONSOLE.print(found, soft_wrap=True, markup=False, highlight=False)
 
 
 def _adapter(receipts: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -217,12 +238,18 @@ def keep_serving(world: World) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="serve until Ctrl-C, print curl lines")
+    parser.add_argument(
+        "--observe", action="store_true", help="on a registry, watched by a real Prometheus"
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
     with CONSOLE.status("preparing the parent, the full checkpoint and the tenants ..."):
         world = build_world(ROOT / "build")
     if arguments.keep:
         keep_serving(world)
+        return
+    if arguments.observe:
+        observe(world)
         return
     CONSOLE.print(f"ready to serve after {time.perf_counter() - started:.0f} s")
     with Progress(console=CONSOLE) as progress:
