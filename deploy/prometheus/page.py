@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from deploy.prometheus.stack import Stack
 
@@ -22,6 +22,11 @@ def _since(value: float) -> str:
 
 def _ms(value: float) -> str:
     return f"{1000 * value:.0f} ms"
+
+
+def _whose(labels: Mapping[str, str]) -> str:
+    """What an alert is about, by the first label that says so."""
+    return labels.get("tenant") or labels.get("mode") or labels.get("instance", "")
 
 
 COLUMNS: tuple[tuple[str, str, Show], ...] = (
@@ -82,7 +87,7 @@ def page(stack: Stack) -> str:
         for row in table
     ]
     alerts = [
-        f"{name}: {', '.join(each.get("tenant") or each.get("mode") or each.get("instance", "") for each in labels)}"
+        f"{name}: {', '.join(map(_whose, labels))}"
         for name, labels in sorted(stack.firing().items())
     ]
     return "\n".join([*lines, "", "alerts: " + ("; ".join(alerts) or "none")])

@@ -104,7 +104,8 @@ def serve(
     vllm_args = tuple(context.args)
     if model is not None and model.startswith("-"):
         # No MODEL: the first flag of vLLM was taken for it.
-        model, vllm_args = None, (model, *vllm_args)
+        vllm_args = (model, *vllm_args)
+        model = None
     if model is None and server_config is None:
         found = repr(vllm_args[0]) if vllm_args else "nothing"
         raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {found}.")
