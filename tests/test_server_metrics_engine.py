@@ -9,8 +9,9 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from registry_server import ADMIN, Running, World
 from servers import end, free_port, start, until_serving
-from test_server_tenancy import ACME, ADMIN, GLOBEX, LONG, Running, World, world  # noqa: F401
+from test_server_tenancy import ACME, GLOBEX, LONG, Server, world  # noqa: F401
 
 from safegene_vllm import __version__, pico
 from safegene_vllm.family import load_family
@@ -27,7 +28,7 @@ def server(world: World) -> Iterator[Running]:  # noqa: F811
     world.registry.set_limits("globex", {"requests_per_minute": 1}, actor="test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEGENE_SERVER_METRICS__PERIOD_S", "1")
-        running = Running(world)
+        running = Server(world)
     yield running
     running.end()
 
