@@ -67,6 +67,7 @@ def echo_app() -> FastAPI:
         if method not in ("MOUNT", "WEBSOCKET"):
             app.add_api_route(path, echo, methods=[method])
     app.add_api_route("/v1/safegene/tenants", echo, methods=["GET", "POST"])
+    app.add_api_route("/v1/safegene/whoami", echo, methods=["GET"])
     app.add_api_route("/unheard/of", echo, methods=["GET", "POST"])
     return app
 

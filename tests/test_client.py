@@ -91,6 +91,8 @@ CALLS: list[tuple[Call, str, str, Any]] = [
         {"coefficients": 0.0},
     ),
     (lambda c: c.publish(NAME, 2), "POST", "/tenants/acme/support/publish", {"number": 2}),
+    (lambda c: c.probes(), "GET", "/probes", None),
+    (lambda c: c.probe(NAME), "POST", "/tenants/acme/support/probe", {}),
     (lambda c: c.rollback(NAME), "POST", "/tenants/acme/support/rollback", {}),
     (lambda c: c.rollback(NAME, 1), "POST", "/tenants/acme/support/rollback", {"number": 1}),
     (lambda c: c.freeze_tenant(NAME), "POST", "/tenants/acme/support/freeze", {}),

@@ -39,7 +39,11 @@ from safegene_vllm.errors import ConfigError
         [("Authorization", "Bearer sg-late")],
         [("Authorization", b"Bearer \xff\xfe")],
         [("Authorization", "Bearer sg-acme"), ("Authorization", "Bearer sg-other")],
-        [("x-api-key", "sg-acme")],
+        [("x-api-key", "sg-nobody")],
+        [("x-api-key", "")],
+        [("x-api-key", "Bearer sg-acme")],
+        [("x-api-key", "sg-acme"), ("x-api-key", "sg-acme")],
+        [("x-api-key", "sg-acme"), ("Authorization", "Bearer sg-acme")],
     ],
 )
 def test_no_key_no_route(headers: Any) -> None:
@@ -65,6 +69,12 @@ def test_no_key_no_route(headers: Any) -> None:
 def test_the_scheme_is_read_in_any_case() -> None:
     headers = {"Authorization": "bEARER   sg-acme "}
     assert ask(guarded(), "GET", "/v1/models", headers=headers).status_code == 200
+
+
+def test_a_key_may_come_as_anthropics_clients_send_it() -> None:
+    answer = ask(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
+    assert answer.status_code == 200
+    assert answer.content == ask(guarded(), "GET", "/v1/models", "acme").content
 
 
 def test_a_key_ends_at_its_time() -> None:
@@ -95,6 +105,7 @@ def test_a_revoked_key_is_out_with_the_next_view() -> None:
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/models", {"acme", "plain", "other", "base", "soon"}),
+        ("GET", "/v1/safegene/whoami", set(KEYS) - {"late"}),
         ("GET", "/v1/safegene/tenants", {"read", "read-acme", "admin", "admin-acme"}),
         ("POST", "/v1/safegene/tenants", {"admin", "admin-acme"}),
         ("GET", "/metrics", {"read", "admin"}),

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
 from safegene_server.access.table import (
+    ANY_KEY,
     GENERATE,
     LIST,
     OPERATE,
@@ -62,7 +63,7 @@ PATHS = st.text(alphabet="/av", max_size=8)
         ("GET", "/v1/safegene/tenants/acme/support", OUR_READ),
         ("PATCH", "/v1/safegene/tenants/acme/support/profile", OUR_CHANGE),
         ("DELETE", "/v1/safegene/keys/mine", OUR_CHANGE),
-        ("GET", "/v1/safegene/whoami", OUR_READ),
+        ("GET", "/v1/safegene/whoami", ANY_KEY),
         ("POST", "/v1/safegene/tenants", OUR_CHANGE),
         ("OPTIONS", "/v1/safegene/tenants", OUR_CHANGE),
         ("GET", "/v1/safegenes", OPERATE),

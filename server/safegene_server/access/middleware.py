@@ -204,12 +204,12 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
 
     The key is searched by its hash, so the time taken tells nothing about keys that exist.
     """
-    sent = [value for name, value in headers if name == b"authorization"]
-    kind, _, secret = (sent[0] if len(sent) == 1 else b"").partition(b" ")
-    secret = secret.strip()
-    if kind.lower() != b"bearer" or not secret:
+    secret = _sent(headers)
+    if not secret:
         raise _unauthorized(
-            "this route needs a key: send one `Authorization: Bearer KEY` header.", "no_key"
+            "this route needs a key: send one `Authorization: Bearer KEY` header, or one "
+            "`x-api-key: KEY`.",
+            "no_key",
         )
     principal = view.keys.get(key_digest(secret))
     if principal is None or (principal.expires_at is not None and principal.expires_at <= now):
@@ -221,9 +221,23 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
     return principal
 
 
+def _sent(headers: body.HeaderList) -> bytes:
+    """The one key that is sent, as OpenAI's clients do or as Anthropic's; nothing for several."""
+    bearer = [value for name, value in headers if name == b"authorization"]
+    plain = [value for name, value in headers if name == b"x-api-key"]
+    if len(bearer) + len(plain) != 1:
+        return b""
+    if plain:
+        return plain[0].strip()
+    kind, _, secret = bearer[0].partition(b" ")
+    return secret.strip() if kind.lower() == b"bearer" else b""
+
+
 def check_scope(principal: Principal, rule: Rule) -> None:
     """`admin` includes `read`; neither includes `serve`. Errors: Refusal, 403."""
     scopes = principal.scopes
+    if rule.need == "key":
+        return
     if rule.need not in scopes and not (rule.need == "read" and "admin" in scopes):
         held = ", ".join(sorted(scopes)) or "none"
         message = f"this route needs the scope `{rule.need}`; the key has: {held}."

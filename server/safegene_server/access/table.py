@@ -18,12 +18,12 @@ MODELS = "/v1/models"
 WEBSOCKET = "WEBSOCKET"
 MOUNT = "MOUNT"
 
-Need = Literal["public", "serve", "read", "admin"]
+Need = Literal["public", "key", "serve", "read", "admin"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a route needs of a key.
+    """What a route needs of a key; `key` is any one, whatever its scopes.
 
     `model`: its JSON body names a model, which is resolved. `tokens`: its answer costs tokens.
     `whole_server`: it shows or changes all tenants at once, so a key for some of them will not do.
@@ -36,6 +36,7 @@ class Rule:
 
 
 PUBLIC = Rule("public")
+ANY_KEY = Rule("key")
 LIST = Rule("serve")
 GENERATE = Rule("serve", model=True, tokens=True)
 RENDER = Rule("serve", model=True)
@@ -175,6 +176,8 @@ def rule_for(method: str, path: str, public: frozenset[str] = frozenset()) -> Ru
 
 def _our_rule(method: str, path: str) -> Rule:
     """Ours are read or admin by their method; some are about all tenants at once."""
+    if method == "GET" and path == f"{OURS}/whoami":
+        return ANY_KEY
     if method == "GET":
         return WATCH if path in _OUR_WATCH else OUR_READ
     return OPERATE if path.startswith(_FAMILIES) else OUR_CHANGE
