@@ -16,6 +16,9 @@ from safegene_server.access.models import Target
 from safegene_server.access.refusal import Refusal
 
 WINDOW_S = 60.0
+SLACK_S = 1e-6
+"""A minute may be so much shorter, or who waits exactly as long as told is told to wait again: sums
+of floating-point seconds are off by less."""
 
 
 class Minute:
@@ -30,7 +33,7 @@ class Minute:
         self.total += amount
 
     def used(self, now: float) -> int:
-        while self.entries and self.entries[0][0] <= now - WINDOW_S:
+        while self.entries and self.entries[0][0] <= now - WINDOW_S + SLACK_S:
             self.total -= self.entries.popleft()[1]
         return self.total
 
