@@ -18,7 +18,8 @@ from tenancy_world import FakeReplica, World
 
 from safegene_server.calibrating import CALIBRATE, calibrate
 from safegene_server.registry import Revision
-from safegene_server.tenants import ONBOARD, CalibrationSettings, Jobs, onboard
+from safegene_server.tenants import ONBOARD, CalibrationSettings, GateSettings, Jobs, onboard
+from safegene_server.tenants.trial import CHAT
 
 NAME = "acme/support"
 END = 256
@@ -75,6 +76,8 @@ class LivelyReplica(FakeReplica):
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
+        if path == CHAT:
+            return await super().call(method, path, body)
         assert method == "POST" and body is not None and body["model"] in self.trials
         self._raise(path)
         if path == "/tokenize":
@@ -119,18 +122,24 @@ class LivelyReplica(FakeReplica):
 
 
 class CalibrationWorld(World):
-    """A published tenant at coefficient 1, and a replica that knows how good others are."""
+    """A published tenant at coefficient 1, and a replica that knows how good others are.
+
+    With `served` False there is no tenant yet."""
 
     replica: LivelyReplica
 
-    def __init__(self, root: Path, **settings: Any) -> None:
-        super().__init__(root, calibration=CalibrationSettings(**settings))
+    def __init__(
+        self, root: Path, *, served: bool = True, gate: bool = False, **settings: Any
+    ) -> None:
+        chosen = CalibrationSettings(**settings)
+        super().__init__(root, calibration=chosen, gate=GateSettings(enabled=gate))
         self.replica = LivelyReplica(self.registry, self.store, self.catalog)
         jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
         self.tenancy = replace(self.tenancy, replica=self.replica, jobs=jobs)
         self.app.state.safegene_tenancy = self.tenancy
         asyncio.run(self.replica.reconcile())
-        self.serve(NAME)
+        if served:
+            self.serve(NAME)
 
     def start(self, **more: Any) -> int:
         """The id of a job that was just asked for."""
@@ -138,6 +147,12 @@ class CalibrationWorld(World):
         told = self.told("POST", f"/tenants/{NAME}/calibrate", body)
         assert told["tenant"]["name"] == NAME and told["job"]["kind"] == CALIBRATE
         return int(told["job"]["id"])
+
+    def take_over(self, job: int) -> None:
+        """The lease of a job runs out."""
+        owner = self.registry.job(job).owner
+        assert owner is not None
+        self.registry.progress(job, owner, 0.0, "", actor="test", lease_s=-1.0)
 
 
 @pytest.fixture

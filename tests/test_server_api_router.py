@@ -8,6 +8,9 @@ import pytest
 from tenancy_world import OURS, World, refused, world
 
 from safegene_server.access.table import rule_for, unclassified
+from safegene_server.api.bodies import Calibration
+from safegene_server.calibrating.shots import read_shots
+from safegene_server.tenants import CalibrationSettings
 
 __all__ = ["world"]
 
@@ -43,6 +46,11 @@ def test_what_is_sent_has_examples(document: dict[str, Any]) -> None:
     text = str(document)
     for example in ("s3://adapters/acme/support", "acme/support", "acme-production"):
         assert example in text
+    schemas = document["components"]["schemas"]
+    for name in ("Register", "NewRevision"):
+        (whole,) = schemas[name]["properties"]["calibrate"]["examples"]
+        shots = read_shots(Calibration(**whole).asked().examples, CalibrationSettings())
+        assert set(shots) == {"safety", "task"}
 
 
 def test_the_secret_of_a_key_is_in_two_answers_only(document: dict[str, Any]) -> None:

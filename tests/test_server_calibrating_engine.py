@@ -39,8 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     d = tmp_path_factory.mktemp("calibrating")
     pico_chat_model(d / "m")
     family = pico.write_family(d / "m", d / "f")
-    for i, name in enumerate(("support", "globex")):
-        pico.write_tenant(d / "m", d / "root" / name, family, 0.0 if i == 0 else 0.7, seed=10 + i)
+    for i, (name, value) in enumerate((("support", 0.0), ("globex", 0.7), ("newcomer", None))):
+        pico.write_tenant(d / "m", d / "root" / name, family, value, seed=10 + i)
     (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))
     port = free_port()
     small = tuple(a for a in servers.SMALL if a != "--skip-tokenizer-init")
@@ -83,17 +83,17 @@ def ended(client: httpx.Client, job: int) -> Any:
         time.sleep(0.2)
 
 
-def said(client: httpx.Client, prompts: list[str]) -> list[dict[str, str]]:
+def said(client: httpx.Client, prompts: list[str], model: str = "support") -> list[dict[str, str]]:
     """What the tenant says to each, in letters, since its own tokens are seldom text."""
-    body: dict[str, Any] = {"model": "support", "prompt": LETTERS, "add_special_tokens": False}
+    body: dict[str, Any] = {"model": model, "prompt": LETTERS, "add_special_tokens": False}
     letters = ask(client, "POST", "/tokenize", body)["tokens"]
     assert len(letters) == len(LETTERS)
     rows = []
     for prompt in prompts:
         turns = [{"role": "user", "content": prompt}]
-        body = {"model": "support", "messages": turns, "add_generation_prompt": True}
+        body = {"model": model, "messages": turns, "add_generation_prompt": True}
         asked = ask(client, "POST", "/tokenize", body)["tokens"]
-        body = {"model": "support", "prompt": asked, "max_tokens": 6, "temperature": 0}
+        body = {"model": model, "prompt": asked, "max_tokens": 6, "temperature": 0}
         body["allowed_token_ids"] = letters
         told = ask(client, "POST", "/v1/completions", body)["choices"][0]["text"]
         assert len(told) == 6
@@ -152,13 +152,51 @@ def test_it_raises_what_was_held_out_and_nobody_else_notices(server: httpx.Clien
     assert now == 3 and result["revision"] == "support@3"
     revisions = ask(server, "GET", "/v1/safegene/tenants/support/revisions")["data"]
     assert any(revisions[-1]["coefficients"])
-    receipts = ask(server, "GET", "/v1/safegene/receipts")
+    assert {"support@3", "globex@1"} <= held_without_trials(server)
+
+
+def held_without_trials(client: httpx.Client) -> set[str]:
+    """What the one worker holds, none of it a trial."""
+    receipts = ask(client, "GET", "/v1/safegene/receipts")
     assert receipts["ready"], receipts["faults"]
     (rank,) = receipts["receipts"]
     names = {adapter["name"] for adapter in rank["adapters"]}
     assert names and not [name for name in names if name.startswith("trial:")]
     trials = [number for number in rank["adapters"] if number["lora_int_id"] >= 2**30]
     assert trials == []
+    return names
+
+
+def test_a_newcomer_without_a_profile_is_calibrated_and_served_in_one_call(
+    server: httpx.Client,
+) -> None:
+    """The answers are what the same adapter says at 2.0, and it begins at 1.0."""
+    support = ask(server, "GET", "/v1/safegene/tenants/support")["source"]
+    source = str(Path(support).parent / "newcomer")
+    model = {"name": "model", "source": source, "coefficients": 2.0}
+    told = ask(server, "POST", "/v1/safegene/tenants", model)
+    assert ended(server, told["job"]["id"])["state"] == "done"
+    safety, task = (
+        said(server, [f"{kind} {n}" for n in range(6)], "model") for kind in ("bad", "task")
+    )
+    ask(server, "DELETE", "/v1/safegene/tenants/model")
+    before = answer_of_globex(server)
+    calibrate = {"examples": {"safety": safety, "task": task}, "seed": 1}
+    body = {"name": "newcomer", "source": source, "calibrate": calibrate}
+    told = ask(server, "POST", "/v1/safegene/tenants", body)
+    assert told["job"]["kind"] == "calibrate" and told["tenant"]["served"] is None
+    job = ended(server, told["job"]["id"])
+    assert job["state"] == "done" and job["message"] == "newcomer@2 is published", job
+    result = job["result"]
+    assert result["better"] and result["held_out"]["found"] < result["held_out"]["current"]
+    first, second = ask(server, "GET", "/v1/safegene/tenants/newcomer/revisions")["data"]
+    assert (first["state"], set(first["coefficients"])) == ("registered", {1.0})
+    assert second["state"] == "published" and second["coefficients"] != first["coefficients"]
+    assert ask(server, "POST", "/v1/safegene/tenants", body)["job"]["id"] == job["id"]
+    asked = {"model": "newcomer", "prompt": LONG, "max_tokens": 2, "temperature": 0}
+    assert ask(server, "POST", "/v1/completions", asked)["model"] == "newcomer@2"
+    assert answer_of_globex(server)[0] == before[0]
+    assert "newcomer@2" in held_without_trials(server)
 
 
 def test_a_trial_is_nobodys_model(server: httpx.Client) -> None:

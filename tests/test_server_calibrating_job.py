@@ -176,24 +176,17 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld) -> None:
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
     assert bench.registry.job(job).state == "running" and bench.replica.trials == {}
     bench.replica.errors.clear()
-    take_over(bench, job)
+    bench.take_over(job)
     bench.replica.errors["load"] = EngineDownError("gone")
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
     assert bench.registry.revision(NAME, 2).state == "checking"
     bench.replica.errors.clear()
-    take_over(bench, job)
+    bench.take_over(job)
     begun = len(bench.replica.begun)
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
     assert bench.registry.job(job).state == "done" and published(bench)[0] == f"{NAME}@2"
     assert len(bench.replica.begun) == begun, "what was found is not looked for again"
     assert len(bench.registry.revisions(NAME)) == 2
-
-
-def take_over(world: CalibrationWorld, job: int) -> None:
-    """The lease of a job runs out."""
-    owner = world.registry.job(job).owner
-    assert owner is not None
-    world.registry.progress(job, owner, 0.0, "", actor="test", lease_s=-1.0)
 
 
 def test_somebody_else_was_first(bench: CalibrationWorld) -> None:

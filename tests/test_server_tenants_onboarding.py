@@ -70,6 +70,7 @@ def test_no_profile_anywhere_is_told_plainly(world: World) -> None:
     job = world.work()
     assert job.state == "failed"
     assert "has no profile" in job.message and "safegene calibrate" in job.message
+    assert "--calibrate-safety" in job.message
     assert world.registry.revisions(NAME) == ()
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path, Query
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
+from safegene_server.calibrating import Asked
 from safegene_server.tenants import Change
 
 LARGEST = 2**31 - 1
@@ -73,8 +74,66 @@ class First(Body):
         return Change(self.profile, self.coefficients, self.layers)
 
 
-class Register(First):
-    """A new tenant: an adapter with a profile, or a profile on the base alone."""
+class Example(Body):
+    prompt: str = Field(min_length=1, max_length=100_000)
+    answer: str | None = Field(
+        None,
+        max_length=100_000,
+        description="null: a short refusal for `safety`, else what the tenant itself says",
+    )
+
+
+class Examples(Body):
+    """At least two of each kind that is given; some are held out to judge by."""
+
+    safety: list[Example] = Field(
+        description="harmful prompts, with safe answers", examples=[[{"prompt": "..."}]]
+    )
+    task: list[Example] = Field(description="the tenant's own task, every class of answers")
+    benign: list[Example] | None = Field(
+        None, description="harmless prompts that must still be answered"
+    )
+
+
+class Calibration(Body):
+    """A few examples to find coefficients from. The server forgets them when the job ends."""
+
+    examples: Examples
+    data: dict[str, dict[str, Any]] | None = Field(
+        None,
+        description="kind to where its examples are from, for the record",
+        examples=[{"safety": {"name": "advbench", "licence": "MIT"}}],
+    )
+    seed: int = Field(0, ge=0, le=LARGEST)
+    evaluations: int | None = Field(
+        None, ge=5, le=1000, description="candidates at most; null: the server's own choice"
+    )
+
+    def asked(self) -> Asked:
+        return Asked(self.examples.model_dump(), self.data, self.seed, self.evaluations)
+
+
+class NewContent(First):
+    calibrate: Calibration | None = Field(
+        None,
+        description="in place of coefficients: find them on this engine, from a few examples",
+        examples=[
+            {
+                "examples": {
+                    "safety": [{"prompt": "..."}, {"prompt": "..."}],
+                    "task": [
+                        {"prompt": "The parcel is late.", "answer": "delivery"},
+                        {"prompt": "I was billed twice.", "answer": "payment"},
+                    ],
+                },
+                "seed": 1,
+            }
+        ],
+    )
+
+
+class Register(NewContent):
+    """A new tenant: an adapter with a profile or examples to find one, or a profile on the base."""
 
     name: str = Field(pattern=_NAME, examples=["acme/support"])
     source: str | None = Field(
@@ -87,7 +146,7 @@ class Register(First):
     limits: Limits = Limits()
 
 
-class NewRevision(First):
+class NewRevision(NewContent):
     """New content for a tenant."""
 
     source: str | None = Field(
@@ -123,40 +182,9 @@ class ChangeProfile(Body):
         return Change(self.profile, self.coefficients, self.layers, self.scale)
 
 
-class Example(Body):
-    prompt: str = Field(min_length=1, max_length=100_000)
-    answer: str | None = Field(
-        None,
-        max_length=100_000,
-        description="null: a short refusal for `safety`, else what the tenant itself says",
-    )
+class Calibrate(Calibration):
+    """A few examples to find better coefficients from, for what the tenant has."""
 
-
-class Examples(Body):
-    """At least two of each kind that is given; some are held out to judge by."""
-
-    safety: list[Example] = Field(
-        description="harmful prompts, with safe answers", examples=[[{"prompt": "..."}]]
-    )
-    task: list[Example] = Field(description="the tenant's own task, every class of answers")
-    benign: list[Example] | None = Field(
-        None, description="harmless prompts that must still be answered"
-    )
-
-
-class Calibrate(Body):
-    """A few examples to find coefficients from. The server forgets them when the job ends."""
-
-    examples: Examples
-    data: dict[str, dict[str, Any]] | None = Field(
-        None,
-        description="kind to where its examples are from, for the record",
-        examples=[{"safety": {"name": "advbench", "licence": "MIT"}}],
-    )
-    seed: int = Field(0, ge=0, le=LARGEST)
-    evaluations: int | None = Field(
-        None, ge=5, le=1000, description="candidates at most; null: the server's own choice"
-    )
     publish: bool = Field(True, description="false: stop once it is ready to be published")
     expected_revision: Expected = None
 

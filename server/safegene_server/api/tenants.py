@@ -6,6 +6,8 @@ may be called like one of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 
 from safegene_server import calibrating
@@ -35,7 +37,8 @@ router = APIRouter(route_class=AnswerRoute, tags=["tenants"])
 async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes.Onboarding:
     """Its content is fetched, checked, tried out and published by the job in the answer.
 
-    The same request again answers with the same tenant and job.
+    With `calibrate`, that job finds its coefficients first, on this engine. The same request again
+    answers with the same tenant and job.
     """
     second = body.name.partition("/")[2]
     if second in WORDS:
@@ -43,15 +46,18 @@ async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes
             f"tenant name {body.name!r}: its second part may not be one of "
             f"{', '.join(sorted(WORDS))}, which are words of this API"
         )
-    tenant, job = await lifecycle.register(
-        tenancy,
-        own(asker, body.name),
-        source=body.source,
-        first=body.first(),
-        limits=body.limits.given(),
-        publish=body.publish,
-        actor=asker.name,
-    )
+    given: dict[str, Any] = {
+        "source": body.source,
+        "first": body.first(),
+        "limits": body.limits.given(),
+        "publish": body.publish,
+        "actor": asker.name,
+    }
+    name = own(asker, body.name)
+    if body.calibrate is None:
+        tenant, job = await lifecycle.register(tenancy, name, **given)
+    else:
+        tenant, job = await calibrating.register(tenancy, name, body.calibrate.asked(), **given)
     return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
 
 
@@ -70,15 +76,18 @@ async def add_revision(
 
     The tenant stays on what it serves until that job publishes, and if it fails.
     """
-    job = await lifecycle.add_revision(
-        tenancy,
-        own(asker, name),
-        source=body.source,
-        first=body.first(),
-        publish=body.publish,
-        expected=body.expected_revision,
-        actor=asker.name,
-    )
+    given: dict[str, Any] = {
+        "source": body.source,
+        "first": body.first(),
+        "publish": body.publish,
+        "expected": body.expected_revision,
+        "actor": asker.name,
+    }
+    own(asker, name)
+    if body.calibrate is None:
+        job = await lifecycle.add_revision(tenancy, name, **given)
+    else:
+        job = await calibrating.add_revision(tenancy, name, body.calibrate.asked(), **given)
     tenant = await aside(tenancy.registry.tenant, name)
     return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
 
@@ -104,10 +113,7 @@ async def calibrate(
     job = await calibrating.start(
         tenancy,
         own(asker, name),
-        examples=body.examples.model_dump(),
-        data=body.data,
-        seed=body.seed,
-        evaluations=body.evaluations,
+        body.asked(),
         publish=body.publish,
         expected=body.expected_revision,
         actor=asker.name,

@@ -6,6 +6,6 @@ copy of the model there is `safegene calibrate`.
 """
 
 from safegene_server.calibrating.job import CALIBRATE, calibrate
-from safegene_server.calibrating.starting import start
+from safegene_server.calibrating.starting import Asked, add_revision, register, start
 
-__all__ = ["CALIBRATE", "calibrate", "start"]
+__all__ = ["CALIBRATE", "Asked", "add_revision", "calibrate", "register", "start"]

@@ -1,7 +1,8 @@
 """The job that calibrates a tenant on this engine, and brings what it found into service.
 
-A job whose server died is begun again from the start (candidates live in the engine only and go
-with it), unless its revision is in the registry already: then it goes on from there.
+It begins at a revision that is there, or at new content, which it stages. A job whose server died
+is begun again from the start (candidates live in the engine only and go with it); a revision that
+it had added already is taken up, not added once more.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from safegene_server.calibrating.bench import Bench
-from safegene_server.calibrating.objective import Look, Losses, objective_of
+from safegene_server.calibrating.objective import Look, Losses, Vector, objective_of
 from safegene_server.calibrating.search import Space, search
 from safegene_server.calibrating.shots import read_shots, record_of, split, weights_of
 from safegene_server.registry import Revision
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import Tenancy, Work
 from safegene_server.tenants.jobs import JobCancelledError
-from safegene_server.tenants.onboarding import bring_in
+from safegene_server.tenants.onboarding import bring_in, stage
 from safegene_server.tenants.share import Share
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.family import FamilyHeader
@@ -26,38 +28,41 @@ from safegene_vllm.profile import Profile, make_profile
 
 CALIBRATE = "calibrate"
 METHOD = "few-shot gradient-free"
+INITIAL = "initial"
+"""The method of the coefficients that a search of new content begins with."""
 SEARCH_ENDS = 0.35
 """Of the job's progress; loading, the gate and publishing are the rest."""
 
 
 async def calibrate(tenancy: Tenancy, work: Work) -> str:
-    """The handler of CALIBRATE. `params`: revision, data, seed, evaluations, publish, expected,
-    actor; private: examples.
+    """The handler of CALIBRATE. `params`: revision (a number) or source, data, seed, evaluations,
+    publish, expected, actor; private: examples.
 
     Errors: SafegeneError, EngineDownError; JobLostError.
     """
-    registry, params = tenancy.registry, work.job.params
-    name, actor = work.job.tenant, params["actor"]
-    made = await _made_before(tenancy, work)
-    if made is None:
-        current = await aside(registry.revision, name, params["revision"])
-        profile = await _better(tenancy, work, current)
-        if profile is None:
-            held = work.result["held_out"]
-            return (
-                f"nothing found is better than {current.served_name}: held-out loss "
-                f"{held['found']:.4f} against {held['current']:.4f}; nothing was changed"
-            )
-        made = await aside(
-            registry.add_revision,
-            name,
-            profile,
-            actor=actor,
-            adapter_digest=current.adapter_digest,
-            source=current.source,
-            expected=params["expected"],
-        )
-    return await bring_in(tenancy, work, made)
+    params, name = work.job.params, work.job.tenant
+    made = await _made_before(tenancy, work, METHOD)
+    if made is not None:
+        return await bring_in(tenancy, work, made)
+    if "revision" in params:
+        current = await aside(tenancy.registry.revision, name, params["revision"])
+    else:
+        current = await _first(tenancy, work)
+        if current.state != "registered":
+            # An earlier attempt found nothing better, and has begun to bring it in.
+            return await bring_in(tenancy, work, current)
+    profile = await _better(tenancy, work, current)
+    if profile is not None:
+        made = await _add(tenancy, work, profile, current.adapter_digest, current.source)
+        return await bring_in(tenancy, work, made)
+    held = work.result["held_out"]
+    told = (
+        f"nothing found is better than {current.served_name}: held-out loss {held['found']:.4f} "
+        f"against {held['current']:.4f}; "
+    )
+    if "revision" in params:
+        return told + "nothing was changed"
+    return told + await bring_in(tenancy, work, current)
 
 
 def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
@@ -67,13 +72,48 @@ def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
     return Space(lower, (high,) * len(lower))
 
 
-async def _made_before(tenancy: Tenancy, work: Work) -> Revision | None:
-    """The revision that an earlier attempt of this job has added."""
+async def _made_before(tenancy: Tenancy, work: Work, method: str) -> Revision | None:
+    """The revision with such coefficients that an earlier attempt of this job has added."""
     for known in reversed(await aside(tenancy.registry.revisions, work.job.tenant)):
         calibration = known.profile.calibration
-        if calibration.get("method") == METHOD and calibration.get("job") == work.job.id:
+        if calibration.get("method") == method and calibration.get("job") == work.job.id:
             return known
     return None
+
+
+async def _first(tenancy: Tenancy, work: Work) -> Revision:
+    """The revision of new content that the search begins with: staged, and not tried out."""
+    known = await _made_before(tenancy, work, INITIAL)
+    if known is not None:
+        return known
+    source, header = work.job.params["source"], tenancy.replica.header
+    staged = await stage(tenancy, work, source)
+    await work.step(0.0, "checking")
+    policy = await aside(tenancy.registry.policy, header.digest)
+    at = space_of(header, policy.floor).scaled(tenancy.settings.calibration.initial)
+    profile = _profile(header, at, {"method": INITIAL, "job": work.job.id})
+    digest = None if staged is None else staged.digest
+    return await _add(tenancy, work, profile, digest, source)
+
+
+async def _add(
+    tenancy: Tenancy, work: Work, profile: Profile, adapter_digest: str | None, source: str | None
+) -> Revision:
+    params = work.job.params
+    return await aside(
+        tenancy.registry.add_revision,
+        work.job.tenant,
+        profile,
+        actor=params["actor"],
+        adapter_digest=adapter_digest,
+        source=source,
+        expected=params["expected"],
+    )
+
+
+def _profile(header: FamilyHeader, at: Vector, record: Mapping[str, Any]) -> Profile:
+    values = dict(zip((entry.layer for entry in header.layers), at, strict=True))
+    return make_profile(header, values, record)
 
 
 async def _better(tenancy: Tenancy, work: Work, current: Revision) -> Profile | None:
@@ -133,8 +173,7 @@ async def _better(tenancy: Tenancy, work: Work, current: Revision) -> Profile | 
         "after": _rounded(found.best.parts),
         **outcome,
     }
-    values = dict(zip((entry.layer for entry in header.layers), found.best.at, strict=True))
-    return make_profile(header, values, record)
+    return _profile(header, found.best.at, record)
 
 
 def _check(work: Work) -> None:

@@ -1,68 +1,134 @@
 """The beginning of a calibration: everything that can be refused before anybody waits for it.
 
-The examples lie in the job's private parameters, which the registry forgets when the job ends.
+Of what a tenant has, or of new content that comes without a profile. The examples lie in the job's
+private parameters, which the registry forgets when the job ends; their digests stay.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from safegene_server.calibrating.job import CALIBRATE
+from safegene_server.calibrating.job import CALIBRATE, space_of
 from safegene_server.calibrating.search import LEAST_BUDGET
 from safegene_server.calibrating.shots import KINDS, read_shots
-from safegene_server.registry import Job, Revision
+from safegene_server.registry import Job, Revision, Tenant
 from safegene_server.registry.jobs import PRIVATE
-from safegene_server.registry.revisions import check_expected
-from safegene_server.tenants import Tenancy
-from safegene_server.tenants.lifecycle import ours, refuse_unchangeable
+from safegene_server.tenants import Change, Tenancy
+from safegene_server.tenants.lifecycle import changeable, enqueue, enrol
 from safegene_server.tenants.tenancy import aside
-from safegene_vllm.errors import ConfigError, ConflictError
+from safegene_vllm.dataset import digest_of_rows
+from safegene_vllm.errors import BoundsError, ConfigError, ConflictError
 
 RECORD_BYTES = 1 << 14
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a search works from: `examples` by kind, `data` that tells the record where they are
+    from, and how many candidates at most (None: the server's own number)."""
+
+    examples: Mapping[str, Any]
+    data: Mapping[str, Any] | None = None
+    seed: int = 0
+    evaluations: int | None = None
+
+
 async def start(
+    tenancy: Tenancy, name: str, asked: Asked, *, publish: bool, expected: int | None, actor: str
+) -> Job:
+    """The job that looks for better coefficients of what the tenant serves, or of its newest
+    revision while it serves nothing.
+
+    Errors: ConfigError, UnknownError, ConflictError, FrozenError.
+    """
+    params = await _params(tenancy, asked, publish, actor)
+    tenant = await changeable(tenancy, name, expected)
+    revision = await _revision(tenancy, name, tenant.published)
+    params |= {"revision": revision.number, "expected": tenant.published or 0}
+    return await enqueue(tenancy, name, CALIBRATE, params, actor)
+
+
+async def register(
     tenancy: Tenancy,
     name: str,
+    asked: Asked,
     *,
-    examples: Mapping[str, Any],
-    data: Mapping[str, Any] | None,
-    seed: int,
-    evaluations: int | None,
+    source: str | None,
+    first: Change,
+    limits: Mapping[str, int],
+    publish: bool,
+    actor: str,
+) -> tuple[Tenant, Job]:
+    """A new tenant of this server's family, and the job that finds its coefficients and brings it
+    into service. The same registration again answers with the same tenant and job.
+
+    Errors: ConfigError, BoundsError (`first` gives coefficients too), RegistryError, ConflictError
+    (no source, or the name is taken), FrozenError.
+    """
+    params = await _params(tenancy, asked, publish, actor)
+    params |= {"source": _searchable(source, first), "expected": 0}
+    return await enrol(tenancy, name, CALIBRATE, params, source=source, limits=limits, actor=actor)
+
+
+async def add_revision(
+    tenancy: Tenancy,
+    name: str,
+    asked: Asked,
+    *,
+    source: str | None,
+    first: Change,
     publish: bool,
     expected: int | None,
     actor: str,
 ) -> Job:
-    """The job that looks for better coefficients of what the tenant serves, or of its newest
-    revision while it serves nothing. `data` tells the record where the examples are from.
+    """New content for a tenant, whose coefficients the job finds; its own source is read again if
+    no other is given.
 
-    Errors: ConfigError, UnknownError, ConflictError, FrozenError.
+    Errors: ConfigError, BoundsError, UnknownError, ConflictError, FrozenError.
     """
-    settings = tenancy.settings.calibration
-    read_shots(examples, settings)
-    budget = settings.evaluations if evaluations is None else evaluations
+    params = await _params(tenancy, asked, publish, actor)
+    tenant = await changeable(tenancy, name, expected)
+    where = _searchable(source or tenant.source, first)
+    params |= {"source": where, "expected": tenant.published or 0}
+    return await enqueue(tenancy, name, CALIBRATE, params, actor)
+
+
+async def _params(tenancy: Tenancy, asked: Asked, publish: bool, actor: str) -> dict[str, Any]:
+    """What every such job works from. Errors: ConfigError."""
+    settings, header = tenancy.settings.calibration, tenancy.replica.header
+    shots = read_shots(asked.examples, settings)
+    budget = settings.evaluations if asked.evaluations is None else asked.evaluations
     if budget < LEAST_BUDGET:
         raise ConfigError(f"evaluations = {budget}, expected at least {LEAST_BUDGET}")
-    told = _data(data)
-    tenant = await ours(tenancy, name)
-    check_expected(tenant, expected)
-    await refuse_unchangeable(tenancy, tenant)
-    revision = await _revision(tenancy, name, tenant.published)
-    params = {
-        "revision": revision.number,
+    told = _data(asked.data)
+    space_of(header, (await aside(tenancy.registry.policy, header.digest)).floor)
+    return {
         "data": told,
-        "seed": seed,
+        "seed": asked.seed,
         "evaluations": budget,
         "publish": publish,
-        "expected": tenant.published or 0,
         "actor": actor,
-        PRIVATE: {"examples": {kind: list(examples.get(kind) or ()) for kind in KINDS}},
+        "shots": {kind: digest_of_rows(rows) for kind, rows in shots.items()},
+        PRIVATE: {"examples": {kind: list(asked.examples.get(kind) or ()) for kind in KINDS}},
     }
-    job = await aside(tenancy.registry.enqueue, CALIBRATE, name, actor=actor, params=params)
-    tenancy.jobs.wake()
-    return job
+
+
+def _searchable(source: str | None, first: Change) -> str:
+    """Errors: BoundsError, ConflictError."""
+    if first.form is not None:
+        raise BoundsError(
+            f"calibrate and {first.form} are given; expected one of them: what calibrate finds are "
+            "the coefficients"
+        )
+    if source is None:
+        raise ConflictError(
+            "calibrate is given without a source; give the adapter whose coefficients are to be "
+            "found"
+        )
+    return source
 
 
 async def _revision(tenancy: Tenancy, name: str, published: int | None) -> Revision:
@@ -72,7 +138,7 @@ async def _revision(tenancy: Tenancy, name: str, published: int | None) -> Revis
     if not revisions:
         raise ConflictError(
             f"tenant {name!r} has no revision whose coefficients could be calibrated; add one, "
-            "such as with coefficients 0 and publish false"
+            "with these examples as its `calibrate`"
         )
     return revisions[-1]
 

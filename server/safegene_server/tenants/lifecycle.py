@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_server.registry import Job, Revision, Rollout, Tenant
+from safegene_server.registry.jobs import PRIVATE
 from safegene_server.registry.revisions import check_expected
 from safegene_server.tenants.onboarding import ONBOARD, fail, gated
 from safegene_server.tenants.profiles import Change, changed_profile, first_profile
@@ -48,8 +49,26 @@ async def register(
     The same registration again answers with the same tenant and job.
     Errors: RegistryError, ConflictError (the name is taken), FrozenError, FormatError, BoundsError.
     """
+    params = _params(tenancy.replica.header, source, first, publish, None, actor)
+    return await enrol(tenancy, name, ONBOARD, params, source=source, limits=limits, actor=actor)
+
+
+async def enrol(
+    tenancy: Tenancy,
+    name: str,
+    kind: str,
+    params: Mapping[str, Any],
+    *,
+    source: str | None,
+    limits: Mapping[str, int],
+    actor: str,
+) -> tuple[Tenant, Job]:
+    """A new tenant, and a job of `kind` to bring it in; the same again answers with the same two.
+
+    What is private in `params` is forgotten with the job, so the rest must tell two jobs apart.
+    Errors: RegistryError, ConflictError (the name is taken), FrozenError.
+    """
     registry, family = tenancy.registry, tenancy.replica.header
-    params = _params(family, source, first, publish, None, actor)
     try:
         tenant = await aside(
             registry.add_tenant, name, family.digest, actor=actor, source=source, limits=limits
@@ -60,12 +79,13 @@ async def register(
         if asked != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
             raise
         for job in (jobs := await aside(registry.jobs, tenant=name)):
-            if job.params == params and job.state in ("queued", "running", "done"):
+            same = (job.kind, _told(job.params)) == (kind, _told(params))
+            if same and job.state in ("queued", "running", "done"):
                 return tenant, job
         revisions = await aside(registry.revisions, name)
         if jobs or revisions:
             raise
-    return tenant, await _enqueue(tenancy, name, params, actor)
+    return tenant, await enqueue(tenancy, name, kind, params, actor)
 
 
 async def add_revision(
@@ -82,12 +102,10 @@ async def add_revision(
 
     Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
     """
-    tenant = await ours(tenancy, name)
-    check_expected(tenant, expected)
-    await refuse_unchangeable(tenancy, tenant)
+    tenant = await changeable(tenancy, name, expected)
     where = source or tenant.source
     params = _params(tenancy.replica.header, where, first, publish, expected, actor)
-    return await _enqueue(tenancy, name, params, actor)
+    return await enqueue(tenancy, name, ONBOARD, params, actor)
 
 
 async def change_profile(
@@ -226,10 +244,17 @@ def _params(
     }
 
 
-async def _enqueue(tenancy: Tenancy, name: str, params: Mapping[str, Any], actor: str) -> Job:
-    job = await aside(tenancy.registry.enqueue, ONBOARD, name, actor=actor, params=params)
+async def enqueue(
+    tenancy: Tenancy, name: str, kind: str, params: Mapping[str, Any], actor: str
+) -> Job:
+    """A job of the tenant, looked at without delay. Errors: RegistryError, UnknownError."""
+    job = await aside(tenancy.registry.enqueue, kind, name, actor=actor, params=params)
     tenancy.jobs.wake()
     return job
+
+
+def _told(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key != PRIVATE}
 
 
 async def _known(tenancy: Tenancy, name: str) -> Tenant:
@@ -249,6 +274,15 @@ async def ours(tenancy: Tenancy, name: str) -> Tenant:
             f"{tenancy.replica.header.name!r} {tenancy.replica.header.digest}; ask a server of "
             "that family"
         )
+    return tenant
+
+
+async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenant:
+    """A tenant that may have new content. Errors: those of `ours`; ConflictError (not `expected`
+    is published, or it is retired), FrozenError."""
+    tenant = await ours(tenancy, name)
+    check_expected(tenant, expected)
+    await refuse_unchangeable(tenancy, tenant)
     return tenant
 
 

@@ -39,7 +39,7 @@ async def onboard(tenancy: Tenancy, work: Work) -> str:
     Errors: SafegeneError, EngineDownError; JobLostError.
     """
     params = work.job.params
-    staged = await _stage(tenancy, work, params["source"])
+    staged = await stage(tenancy, work, params["source"])
     await work.step(0.3, "checking")
     profile = _profile(work, params["profile"], staged)
     # Two jobs with the same content for one tenant: the second finds the first one's revision.
@@ -104,7 +104,11 @@ async def fail(tenancy: Tenancy, revision: Revision, error: Exception, actor: st
     )
 
 
-async def _stage(tenancy: Tenancy, work: Work, source: str | None) -> Staged | None:
+async def stage(tenancy: Tenancy, work: Work, source: str | None) -> Staged | None:
+    """A job's content, fetched and checked; a cancel stops the fetch.
+
+    Errors: those of `Store.stage`; JobCancelledError, JobLostError.
+    """
     await work.step(0.0, "staging" if source else "starting")
     if source is None:
         return None
@@ -125,8 +129,10 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
         return staged.profile
     raise TenantRefusedError(
         f"tenant {work.job.tenant!r} has no profile: none was given, and none lies beside its "
-        "adapter. Make one with `safegene calibrate` and put its safegene.json beside the adapter, "
-        "or give coefficients: with 0 and publish false, it can be calibrated here"
+        "adapter. Have one found on this engine, with `calibrate` and a few examples in a revision "
+        "(`safegene tenant update ... --calibrate-safety ... --calibrate-task ...`); or make one "
+        "with `safegene calibrate` and put its safegene.json beside the adapter; or give "
+        "coefficients"
     )
 
 
