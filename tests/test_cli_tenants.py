@@ -209,11 +209,17 @@ def test_tenant_freeze_and_unfreeze(run: Run, world: World) -> None:
     assert json.loads(run("tenant", "unfreeze", NAME, "--json").out)["state"] == "active"
 
 
-def test_tenant_calibrate_sends_drawn_examples(run: Run, world: World, tmp_path: Path) -> None:
+@pytest.fixture
+def data(tmp_path: Path) -> None:
+    """Nine rows of each kind, where commands run."""
     harm = "".join(json.dumps({"prompt": f"harm {n}"}) + "\n" for n in range(9))
     task = "".join(json.dumps({"prompt": f"t {n}", "answer": "ab"[n % 2]}) + "\n" for n in range(9))
     (tmp_path / "harm.jsonl").write_text(harm)
     (tmp_path / "task.jsonl").write_text(task)
+
+
+@pytest.mark.usefixtures("data")
+def test_tenant_calibrate_sends_drawn_examples(run: Run, world: World) -> None:
     command = (
         *("tenant", "calibrate", NAME, "--safety", "harm.jsonl?licence=MIT"),
         *("--task", "task.jsonl?licence=private", "--shots", 4, "--seed", 1),
@@ -226,6 +232,52 @@ def test_tenant_calibrate_sends_drawn_examples(run: Run, world: World, tmp_path:
     assert answers == ["a", "a", "b", "b"] and body["examples"]["safety"][0]["answer"] is None
     assert body["data"]["task"]["licence"] == "private" and body["seed"] == 1
     assert run(*command).code == 0 and last(world, "POST").body == body
+
+
+@pytest.mark.usefixtures("data")
+def test_new_content_is_sent_with_the_examples_that_calibrate_would_send(
+    run: Run, world: World
+) -> None:
+    drawn = ("safety", "harm.jsonl?licence=MIT"), ("task", "task.jsonl?licence=private")
+    options = [*drawn, ("shots", "4"), ("seed", "1")]
+    short = [word for name, value in options for word in (f"--{name}", value)]
+    assert run("tenant", "calibrate", NAME, *short).code == 0
+    sent = world.asked[0].body
+    assert set(sent) == {"examples", "data", "seed"}
+    long = [word for name, value in options for word in (f"--calibrate-{name}", value)]
+    added = run("tenant", "add", "acme/new", "--source", "s3://b/acme", *long)
+    assert added.code == 0 and "rollout 12: done" in added.out, added.err
+    body = next(asked.body for asked in world.asked if asked.path == "/tenants")
+    assert body == {
+        **{"name": "acme/new", "source": "s3://b/acme", "limits": {}, "publish": True},
+        "calibrate": sent,
+    }
+    assert run("tenant", "update", NAME, *long, "--no-wait").code == 0
+    assert last(world, "POST").body == {"publish": True, "calibrate": sent}
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "x", "--coefficient", "1"], "give one of them"),
+        ([], "give --source"),
+    ],
+)
+def test_a_calibration_that_makes_no_sense_is_refused_before_the_server_is_asked(
+    run: Run, world: World, arguments: list[str], words: str
+) -> None:
+    data = (
+        "--calibrate-safety",
+        "harm.jsonl?licence=MIT",
+        "--calibrate-task",
+        "task.jsonl?licence=x",
+    )
+    outcome = run("tenant", "add", NAME, *arguments, *data)
+    assert outcome.code == 1 and words in outcome.err and world.asked == []
+    outcome = run("tenant", "add", NAME, "--source", "x", *data[:2])
+    assert outcome.code == 1 and "--calibrate-safety and --calibrate-task" in outcome.err
+    assert world.asked == []
 
 
 @pytest.mark.parametrize(

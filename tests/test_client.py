@@ -70,6 +70,18 @@ CALLS: list[tuple[Call, str, str, Any]] = [
         "/tenants",
         {"name": NAME, "layers": {"3": 0.5}, "publish": False},
     ),
+    (
+        lambda c: c.add_tenant(NAME, source="s3://b/acme", calibrate={"examples": EXAMPLES}),
+        "POST",
+        "/tenants",
+        {"name": NAME, "source": "s3://b/acme", "calibrate": {"examples": EXAMPLES}},
+    ),
+    (
+        lambda c: c.add_revision(NAME, calibrate={"examples": EXAMPLES, "seed": 2}),
+        "POST",
+        "/tenants/acme/support/revisions",
+        {"calibrate": {"examples": EXAMPLES, "seed": 2}},
+    ),
     (lambda c: c.retire_tenant(NAME), "DELETE", "/tenants/acme/support", None),
     (lambda c: c.revisions(NAME), "GET", "/tenants/acme/support/revisions", None),
     (

@@ -158,8 +158,17 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
     assert {key["name"] for key in run("key", "list")["data"]} == {*SECRETS, "app"}
 
     rows = [{"prompt": f"p {n}", "answer": "ab"[n % 2]} for n in range(6)]
-    started = client.calibrate(NAME, {"safety": rows, "task": rows}, expected_revision=None)
+    examples = {"safety": rows, "task": rows}
+    started = client.calibrate(NAME, examples, evaluations=5, expected_revision=None)
     assert (started["tenant"]["name"], started["job"]["kind"]) == (NAME, "calibrate")
+    given = {"examples": examples, "data": {"task": {"name": "p"}}, "seed": 1, "evaluations": 5}
+    started = client.add_tenant("acme", source=source, calibrate=given)
+    assert (started["tenant"]["name"], started["job"]["kind"]) == ("acme", "calibrate")
+    assert client.add_tenant("acme", source=source, calibrate=given)["job"] == started["job"]
+    started = client.add_revision("acme", calibrate=given, expected_revision=0)
+    assert started["job"]["kind"] == "calibrate"
+    with pytest.raises(ApiError, match="calibrate and coefficients are given"):
+        client.add_tenant("other", source=source, coefficients=1.0, calibrate=given)
 
     done = client.jobs(tenant=NAME, state="done", limit=1)[0]
     assert run("job", "show", done["id"]) == run("job", "watch", done["id"]) == done

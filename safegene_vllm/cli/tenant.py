@@ -27,12 +27,19 @@ from safegene_vllm.cli.remote import (
     show_list,
     show_rollout,
 )
-from safegene_vllm.cli.tenant_calibrate import calibrate
+from safegene_vllm.cli.tenant_calibrate import calibrate, calibration_of_new
 from safegene_vllm.cli.tenant_options import (
+    SEED,
+    SHOTS,
     Coefficient,
     Coefficients,
     Limit,
     Name,
+    NewBenign,
+    NewSafety,
+    NewSeed,
+    NewShots,
+    NewTask,
     Profile,
     Publish,
     Source,
@@ -56,6 +63,11 @@ def add(
     profile: Profile = None,
     coefficient: Coefficient = None,
     coefficients: Coefficients = None,
+    calibrate_safety: NewSafety = None,
+    calibrate_task: NewTask = None,
+    calibrate_benign: NewBenign = None,
+    calibrate_shots: NewShots = SHOTS,
+    calibrate_seed: NewSeed = SEED,
     limit: Limit = None,
     publish: Publish = True,
     wait: Wait = True,
@@ -68,11 +80,16 @@ def add(
     """Bring in a tenant: fetched, checked, loaded, tried, published, or kept with the reasons.
 
     Without --source it is nothing but a profile on the base. Without --profile or coefficients, the
-    safegene.json beside its adapter is taken.
+    safegene.json beside its adapter is taken; or with --calibrate-safety and --calibrate-task, the
+    server finds coefficients from examples, which leave this machine for it.
 
     Example: safegene tenant add acme/support --source s3://models/acme/support --limit concurrent=8
     """
     limits, change = parse_limits(limit or []), given_change(coefficient, coefficients, profile)
+    data = calibrate_safety, calibrate_task, calibrate_benign
+    change |= calibration_of_new(change, *data, calibrate_shots, calibrate_seed)
+    if source is None and "calibrate" in change:
+        raise ConfigError("give --source: what --calibrate-... finds is for its adapter")
     if source is None and not change:
         raise ConfigError("give --source, or --profile or coefficients for a tenant without one")
     with connect(url, key, key_file) as client:
@@ -122,6 +139,11 @@ def update(
     profile: Profile = None,
     coefficient: Coefficient = None,
     coefficients: Coefficients = None,
+    calibrate_safety: NewSafety = None,
+    calibrate_task: NewTask = None,
+    calibrate_benign: NewBenign = None,
+    calibrate_shots: NewShots = SHOTS,
+    calibrate_seed: NewSeed = SEED,
     publish: Publish = True,
     expect: Expected = None,
     wait: Wait = True,
@@ -133,11 +155,13 @@ def update(
 ) -> None:
     """Bring in new weights of a tenant as its next revision; the last one serves until then.
 
-    Without --source, what the tenant came from is read again.
+    Without --source, what the tenant came from is read again. Coefficients as of `tenant add`.
 
     Example: safegene tenant update acme/support --source s3://models/acme/support-2
     """
     change = given_change(coefficient, coefficients, profile)
+    data = calibrate_safety, calibrate_task, calibrate_benign
+    change |= calibration_of_new(change, *data, calibrate_shots, calibrate_seed)
     with connect(url, key, key_file) as client:
         started = client.add_revision(
             name, source=source, publish=publish, expected_revision=expect, **change

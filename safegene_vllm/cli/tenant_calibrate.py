@@ -6,9 +6,8 @@ a second copy of the model and gradients, there is `safegene calibrate`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from collections.abc import Mapping
+from typing import Any
 
 from safegene_vllm.cli.remote import (
     LOCAL,
@@ -25,35 +24,27 @@ from safegene_vllm.cli.remote import (
     show_job,
     show_json,
 )
-from safegene_vllm.cli.tenant_options import Name
+from safegene_vllm.cli.tenant_options import (
+    OF_NEW,
+    SEED,
+    SHOTS,
+    Benign,
+    Name,
+    Safety,
+    Seed,
+    Shots,
+    Task,
+)
 from safegene_vllm.errors import ConfigError
 
 
 def calibrate(
     name: Name,
-    safety: Annotated[
-        list[str],
-        typer.Option(
-            help="Harmful prompts, with safe answers or without; a data source as of `safegene "
-            "calibrate`, e.g. --safety 'advbench.csv?licence=MIT'."
-        ),
-    ],
-    task: Annotated[
-        list[str],
-        typer.Option(
-            help="The tenant's own task: prompts, with answers or without, e.g. --task "
-            "'reviews.jsonl?licence=private'."
-        ),
-    ],
-    benign: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Harmless prompts that must still be answered, e.g. --benign "
-            "'lookalike.jsonl?licence=MIT'."
-        ),
-    ] = None,
-    shots: Annotated[int, typer.Option(help="Examples drawn of each kind, e.g. --shots 32.")] = 16,
-    seed: Annotated[int, typer.Option(help="Draws the examples, e.g. --seed 1.")] = 0,
+    safety: Safety,
+    task: Task,
+    benign: Benign = None,
+    shots: Shots = SHOTS,
+    seed: Seed = SEED,
     expect: Expected = None,
     wait: Wait = True,
     timeout: Timeout = None,
@@ -69,6 +60,50 @@ def calibrate(
     Example: safegene tenant calibrate acme/support --safety 'advbench.csv?licence=MIT' --task
     'tickets.jsonl?licence=private'
     """
+    given = _drawn(safety, task, benign, shots, seed)
+    with connect(url, key, key_file) as client:
+        answer: dict[str, Any] = dict(client.calibrate(name, **given, expected_revision=expect))
+        if wait:
+            answer["job"] = follow_job(client, answer["job"], timeout)
+    if as_json:
+        show_json(answer)
+    else:
+        show_job(answer["job"])
+    end_with(answer["job"])
+
+
+def calibration_of_new(
+    change: Mapping[str, Any],
+    safety: list[str] | None,
+    task: list[str] | None,
+    benign: list[str] | None,
+    shots: int,
+    seed: int,
+) -> dict[str, Any]:
+    """`calibrate` of new content as the client takes it; nothing if no data are given.
+
+    Errors: ConfigError, also if `change` gives coefficients besides.
+    """
+    if not (safety or task or benign):
+        return {}
+    if change:
+        raise ConfigError(f"{OF_NEW}... and coefficients or a profile are given; give one of them")
+    return {"calibrate": _drawn(safety or [], task or [], benign, shots, seed, prefix=OF_NEW)}
+
+
+def _drawn(
+    safety: list[str],
+    task: list[str],
+    benign: list[str] | None,
+    shots: int,
+    seed: int,
+    *,
+    prefix: str = "--",
+) -> dict[str, Any]:
+    """`examples`, `data` and `seed` as the server takes them: what was drawn of each data source.
+
+    `prefix` is how the options begin that named them. Errors: ConfigError.
+    """
     from safegene_vllm.cli.data import read_all
     from safegene_vllm.recipe.shots import check_classes, few
 
@@ -77,23 +112,18 @@ def calibrate(
         "task": read_all(task, "task data", labels=True),
         "benign": read_all(benign or [], "benign data"),
     }
-    drawn = {kind: few(data, shots, seed) for kind, data in read.items() if data is not None}
-    if "safety" not in drawn or "task" not in drawn:
-        raise ConfigError("give --safety and --task: calibration needs examples of both")
-    check_classes(drawn["task"])
+    found = {kind: few(data, shots, seed) for kind, data in read.items() if data is not None}
+    if "safety" not in found or "task" not in found:
+        raise ConfigError(
+            f"give {prefix}safety and {prefix}task: calibration needs examples of both"
+        )
+    check_classes(found["task"])
     examples = {
         kind: [{"prompt": row.prompt, "answer": row.answer} for row in data.rows]
-        for kind, data in drawn.items()
+        for kind, data in found.items()
     }
-    records = {kind: data.record() for kind, data in drawn.items()}
-    with connect(url, key, key_file) as client:
-        answer: dict[str, Any] = dict(
-            client.calibrate(name, examples, data=records, seed=seed, expected_revision=expect)
-        )
-        if wait:
-            answer["job"] = follow_job(client, answer["job"], timeout)
-    if as_json:
-        show_json(answer)
-    else:
-        show_job(answer["job"])
-    end_with(answer["job"])
+    return {
+        "examples": examples,
+        "data": {kind: data.record() for kind, data in found.items()},
+        "seed": seed,
+    }

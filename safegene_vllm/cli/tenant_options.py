@@ -56,6 +56,50 @@ Limit = Annotated[
 ]
 
 
+def _data(prefix: str, kind: str, what: str, example: str) -> Any:
+    option = f"{prefix}{kind}"
+    return typer.Option(option, help=f"{what}, e.g. {option} '{example}'.")
+
+
+def _safety(prefix: str) -> Any:
+    what = "Harmful prompts, with safe answers or without; a data source as of `safegene calibrate`"
+    return _data(prefix, "safety", what, "advbench.csv?licence=MIT")
+
+
+def _task(prefix: str) -> Any:
+    what = "The tenant's own task: prompts, with answers or without"
+    return _data(prefix, "task", what, "reviews.jsonl?licence=private")
+
+
+def _benign(prefix: str) -> Any:
+    what = "Harmless prompts that must still be answered"
+    return _data(prefix, "benign", what, "lookalike.jsonl?licence=MIT")
+
+
+def _shots(prefix: str) -> Any:
+    option = f"{prefix}shots"
+    return typer.Option(option, help=f"Examples drawn of each kind, e.g. {option} 32.")
+
+
+def _seed(prefix: str) -> Any:
+    return typer.Option(f"{prefix}seed", help=f"Draws the examples, e.g. {prefix}seed 1.")
+
+
+OF_NEW = "--calibrate-"
+"""How the options of a calibration begin where there is more to say than that."""
+Safety = Annotated[list[str], _safety("--")]
+Task = Annotated[list[str], _task("--")]
+Benign = Annotated[list[str] | None, _benign("--")]
+Shots = Annotated[int, _shots("--")]
+Seed = Annotated[int, _seed("--")]
+NewSafety = Annotated[list[str] | None, _safety(OF_NEW)]
+NewTask = Annotated[list[str] | None, _task(OF_NEW)]
+NewBenign = Annotated[list[str] | None, _benign(OF_NEW)]
+NewShots = Annotated[int, _shots(OF_NEW)]
+NewSeed = Annotated[int, _seed(OF_NEW)]
+SHOTS, SEED = 16, 0
+
+
 def parse_limits(entries: list[str]) -> dict[str, int]:
     """`concurrent=8` and the like as a map; `none` alone is no limit. Errors: ConfigError."""
     found: dict[str, int] = {}

@@ -103,16 +103,19 @@ class Client:
         profile: Mapping[str, Any] | None = None,
         coefficients: Sequence[float] | float | None = None,
         layers: Mapping[int, float] | None = None,
+        calibrate: Mapping[str, Any] | None = None,
         limits: Mapping[str, int] | None = None,
         publish: bool | None = None,
     ) -> Started:
         """A tenant and the job that brings it in; `source` is as the server sees it.
 
-        Coefficients as for change_profile; with none, the safegene.json of the source is taken.
-        `publish=False` stops where the revision is ready.
+        Coefficients as for change_profile; with none, the safegene.json of the source is taken, or
+        with `calibrate` (`examples`, maybe `data`, `seed` and `evaluations`, as for calibrate) the
+        job finds them first. `publish=False` stops where the revision is ready.
         """
         change = _change(profile=profile, coefficients=coefficients, layers=layers)
-        body = {"name": name, "source": source, "limits": limits, "publish": publish, **change}
+        which = {"name": name, "source": source, "calibrate": calibrate}
+        body = {**which, "limits": limits, "publish": publish, **change}
         return cast(Started, self._server.request("POST", "/tenants", body=body))
 
     def retire_tenant(self, name: str, *, expected_revision: int | None = None) -> Retired:
@@ -133,13 +136,17 @@ class Client:
         profile: Mapping[str, Any] | None = None,
         coefficients: Sequence[float] | float | None = None,
         layers: Mapping[int, float] | None = None,
+        calibrate: Mapping[str, Any] | None = None,
         publish: bool | None = None,
         expected_revision: int | None = None,
     ) -> Started:
-        """New content for a tenant, and the job that brings it in; None: its source, read again."""
+        """New content for a tenant, and the job that brings it in; None: its source, read again.
+
+        Coefficients and `calibrate` as for add_tenant.
+        """
         change = _change(profile=profile, coefficients=coefficients, layers=layers)
         which = {"source": source, "publish": publish, "expected_revision": expected_revision}
-        body = {**which, **change}
+        body = {**which, "calibrate": calibrate, **change}
         return cast(Started, self._tenant("POST", name, "/revisions", body))
 
     def change_profile(
@@ -192,16 +199,19 @@ class Client:
         *,
         data: Mapping[str, Any] | None = None,
         seed: int = 0,
+        evaluations: int | None = None,
         expected_revision: int | None = None,
     ) -> Started:
         """Have the server find the tenant's coefficients on its own engine, as a job.
 
         `examples` has `safety`, `task` and maybe `benign`: objects with `prompt` and `answer`
         (None: the server's own choice). `data` tells the calibration record where they are from.
+        `evaluations` are the candidates at most (None: the server's own number).
         """
         given = {kind: [dict(row) for row in rows] for kind, rows in examples.items()}
-        which = {"data": data, "seed": seed, "expected_revision": expected_revision}
-        return cast(Started, self._tenant("POST", name, "/calibrate", {"examples": given, **which}))
+        how = {"data": data, "seed": seed, "evaluations": evaluations}
+        body = {"examples": given, **how, "expected_revision": expected_revision}
+        return cast(Started, self._tenant("POST", name, "/calibrate", body))
 
     def probes(self) -> list[Probe]:
         """What was last counted of each tenant's answers, by the replica that answers."""
