@@ -37,6 +37,7 @@ from safegene_vllm.client.shapes import (
     Started,
     Tenant,
     Whoami,
+    change_body,
 )
 from safegene_vllm.client.waiting import PATIENCE_S, POLL_S, watched
 
@@ -113,7 +114,7 @@ class Client:
         with `calibrate` (`examples`, maybe `data`, `seed` and `evaluations`, as for calibrate) the
         job finds them first. `publish=False` stops where the revision is ready.
         """
-        change = _change(profile=profile, coefficients=coefficients, layers=layers)
+        change = change_body(profile=profile, coefficients=coefficients, layers=layers)
         which = {"name": name, "source": source, "calibrate": calibrate}
         body = {**which, "limits": limits, "publish": publish, **change}
         return cast(Started, self._server.request("POST", "/tenants", body=body))
@@ -144,7 +145,7 @@ class Client:
 
         Coefficients and `calibrate` as for add_tenant.
         """
-        change = _change(profile=profile, coefficients=coefficients, layers=layers)
+        change = change_body(profile=profile, coefficients=coefficients, layers=layers)
         which = {"source": source, "publish": publish, "expected_revision": expected_revision}
         body = {**which, "calibrate": calibrate, **change}
         return cast(Started, self._tenant("POST", name, "/revisions", body))
@@ -165,7 +166,7 @@ class Client:
         for every layer with a vector; `layers` keeps those it does not name; `scale` multiplies
         those served now.
         """
-        change = _change(profile=profile, coefficients=coefficients, layers=layers, scale=scale)
+        change = change_body(profile=profile, coefficients=coefficients, layers=layers, scale=scale)
         body = {"expected_revision": expected_revision, **change}
         return cast(Change, self._tenant("PATCH", name, "/profile", body))
 
@@ -386,16 +387,3 @@ class Client:
         self, method: str, name: str, action: str = "", body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         return self._server.request(method, f"/tenants/{tenant_path(name)}{action}", body=body)
-
-
-def _change(
-    *,
-    profile: Mapping[str, Any] | None = None,
-    coefficients: Sequence[float] | float | None = None,
-    layers: Mapping[int, float] | None = None,
-    scale: float | None = None,
-) -> dict[str, Any]:
-    """The part of a body that says which coefficients."""
-    many = coefficients if isinstance(coefficients, float | int | None) else list(coefficients)
-    named = None if layers is None else {str(layer): value for layer, value in layers.items()}
-    return {"profile": profile, "coefficients": many, "layers": named, "scale": scale}

@@ -1,10 +1,11 @@
-"""What a server's answers look like: plain dictionaries, described for editors and type checkers.
+"""What a server is told and answers: plain dictionaries, described for editors and type checkers.
 
 They are handed on as they came: a newer server may say more. Moments are ISO 8601 texts in UTC.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -208,3 +209,16 @@ class Floored(TypedDict):
 
     family: Family
     rollout: Rollout | None
+
+
+def change_body(
+    *,
+    profile: Mapping[str, Any] | None = None,
+    coefficients: Sequence[float] | float | None = None,
+    layers: Mapping[int, float] | None = None,
+    scale: float | None = None,
+) -> dict[str, Any]:
+    """The part of a body that says which coefficients."""
+    many = coefficients if isinstance(coefficients, float | int | None) else list(coefficients)
+    named = None if layers is None else {str(layer): value for layer, value in layers.items()}
+    return {"profile": profile, "coefficients": many, "layers": named, "scale": scale}
