@@ -109,6 +109,9 @@ bench-serving: $(READY)  ## what safety costs in a real server, beside every oth
 bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
 	@$(RUN) benchmarks/changes.py $(ARGS)
 
+bench-live: $(READY)  ## coefficients found on the running engine beside those found with gradients
+	@$(RUN) benchmarks/live_calibration.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
+
 bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
 	@$(RUN) benchmarks/scaling/bench_scaling.py $(ARGS)
 
