@@ -111,6 +111,8 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
         f"{NAME}@1",
         {"concurrent": 8},
     )
+    # Seen a moment ago: this replica gives a sign of life only when it follows a change.
+    assert [replica["host"] for replica in run("replica", "list")["data"]] == ["host"]
     before = client.revisions(NAME)[0]["coefficients"]
 
     changed = run("tenant", "set", NAME, "--scale", 2, "--expect", 1)
@@ -181,7 +183,6 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
         == rollout["id"]
         == run("rollout", "show", rollout["id"])["id"]
     )
-    assert [replica["host"] for replica in run("replica", "list")["data"]] == ["host"]
 
     probed = run("probe", "run", NAME)["job"]
     assert probed["state"] == "done" and probed["revision"] == client.tenant(NAME)["served"]
@@ -207,3 +208,21 @@ def test_a_tenant_that_fails_is_told_with_its_reasons(
     assert exit_.value.code == 1
     assert "has no profile" in capsys.readouterr().err
     assert client.tenant(NAME)["served"] is None
+
+
+def test_new_content_comes_with_examples_in_place_of_coefficients(
+    server: Server, client: Client
+) -> None:
+    source = server.world.adapter("bare", profile=None)
+    rows = [{"prompt": f"p {n}", "answer": "ab"[n % 2]} for n in range(6)]
+    examples = {"safety": rows, "task": rows}
+    given = {"examples": examples, "data": {"task": {"name": "p"}}, "seed": 1, "evaluations": 5}
+    started = client.add_tenant(NAME, source=source, calibrate=given)
+    assert (started["tenant"]["name"], started["job"]["kind"]) == (NAME, "calibrate")
+    assert client.add_tenant(NAME, source=source, calibrate=given)["job"] == started["job"]
+    again = client.add_revision(NAME, calibrate=given, expected_revision=0)
+    assert again["job"]["kind"] == "calibrate" and again["job"]["id"] != started["job"]["id"]
+    with pytest.raises(ApiError, match="calibrate and coefficients are given"):
+        client.add_tenant("other", source=source, coefficients=1.0, calibrate=given)
+    with pytest.raises(ApiError, match="has no revision"):
+        client.calibrate(NAME, examples, evaluations=5)
