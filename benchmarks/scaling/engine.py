@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.adapter import Adapter, Pair, layer_of, load_adapter, save_adapter
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.plan import ModelShape
 from safegene_vllm.plugin.admission import Tenant
@@ -76,7 +77,9 @@ def measure(header: FamilyHeader, counts: tuple[int, ...], slots: int) -> list[H
     guest.family = SimpleNamespace(digest=header.digest)
     guest.resident = SimpleNamespace(sites=len(header.sites), bytes=0, load_s=0.0)
     guest.table = GainTable(slots, header.num_layers, 64, "cpu")
-    guest.manager = SimpleNamespace(lora_index_to_id=list(range(slots)))
+    guest.manager = SimpleNamespace(lora_index_to_id=list(range(slots)), list_adapters=dict)
+    guest.notes, guest.bytes, guest.evictions = (), {}, 0
+    guest._sites_of = Counter(layer_of(site) for site in header.sites)
     guest.tenants, found = {}, []
     for count in sorted(counts):
         for number in range(len(guest.tenants), count):
