@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
@@ -75,13 +74,6 @@ def rows(task: str) -> list[Row]:
                 {"id": f"{task}-{number:03d}", "prompt": prompt, "answer": label, "split": name}
             )
     return made
-
-
-def is_correct(task: str, answer: str, label: str) -> bool:
-    """True if the first label that the answer names is the right one; whole words, any case."""
-    names = sorted(TASKS[task]["train"].templates)
-    found = re.search(rf"\b({'|'.join(names)})\b", answer, re.IGNORECASE)
-    return found is not None and found.group(1).lower() == label.lower()
 
 
 def write(path: Path, made: Sequence[Row]) -> None:
