@@ -61,8 +61,9 @@ XSTEST ?= data/xstest
 family: $(READY)  ## remake the example's parent, vector, tenants and profiles (an hour on two cores)
 	@$(RUN) examples/smollm2/make_family.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' $(ARGS)
 
-test: $(READY)  ## run the tests
-	@$(RUN) -m pytest $(ARGS)
+# A file's tests share their engines, so a file stays with one process; an engine takes memory.
+test: $(READY)  ## run the tests, a process per core
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-matrix: $(READY)  ## run the plugin's tests on the oldest and newest supported vLLM (slow)
 	@$(RUN) tests/matrix.py $(ARGS)
@@ -79,7 +80,6 @@ $(KERNELS)/.ready: requirements.txt requirements/kernels.txt
 test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
 	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
 
-check: lint types layering test  ## everything CI runs: format, lint, strict types, layering, tests
 check: lint types layering deploy-check test  ## everything CI runs: format, lint, types, layering, deploy/, tests
 
 deploy-check: $(READY)  ## check everything in deploy/ that needs neither a cluster nor a container

@@ -94,13 +94,19 @@ class FakeReplica:
         self.kept: list[str] = []
         self.by_priority = False
         self.others = 0
+        self.applied_version = 0
 
     async def load(self, revision: Revision) -> None:
         self._raise("load")
         self.store.revision(revision.adapter_digest, revision.profile)
         self.held.add(revision.served_name)
         self.loads.append(revision.served_name)
-        self.registry.put_receipts(self.id, {revision.id: ({}, True)}, actor="replica")
+        self.registry.heartbeat(
+            self.id,
+            applied_version=self.applied_version,
+            receipts={revision.id: ({}, True)},
+            actor="replica",
+        )
 
     async def unload(self, revision: Revision) -> None:
         self._raise("unload")
@@ -111,8 +117,10 @@ class FakeReplica:
         snapshot = self.registry.snapshot()
         published = {revision.id: ({}, True) for revision in snapshot.revisions}
         self.held = {r.served_name for r in (*snapshot.revisions, *snapshot.previous)}
-        self.registry.put_receipts(self.id, published, actor="replica")
-        self.registry.heartbeat(self.id, applied_version=snapshot.version, actor="replica")
+        self.applied_version = snapshot.version
+        self.registry.heartbeat(
+            self.id, applied_version=snapshot.version, receipts=published, actor="replica"
+        )
         self.catalog.replace(view_of(snapshot))
 
     async def call(

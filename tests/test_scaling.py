@@ -111,7 +111,7 @@ def test_limits_are_products_of_costs_and_periods() -> None:
     assert found["PostgreSQL: connections"].first_at == pytest.approx(15)
     assert found["PostgreSQL: one core"].asked == pytest.approx(100 * 4.5 * 0.001)
     follows = found["PostgreSQL: one replica follows"]
-    assert follows.asked == pytest.approx(3 * 0.005) and follows.of == "tenants"
+    assert follows.asked == pytest.approx(2 * 0.005) and follows.of == "tenants"
 
 
 def test_more_tenants_lie_on_a_line() -> None:

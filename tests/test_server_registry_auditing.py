@@ -156,12 +156,6 @@ CASES: dict[str, tuple[Prepare, Act, str, str]] = {
         "replica.state",
         "",
     ),
-    "put_receipts": (
-        joined,
-        lambda r, it: r.put_receipts(it, {}, gone=[1], actor="auditor"),
-        "replica.receipts",
-        "",
-    ),
     "leave": (joined, lambda r, it: r.leave(it, actor="auditor"), "replica.leave", ""),
     "enqueue": (
         NOTHING,
@@ -184,7 +178,7 @@ CASES: dict[str, tuple[Prepare, Act, str, str]] = {
     ),
     "cancel": (job, lambda r, it: r.cancel(it, actor="auditor"), "job.cancel", "job:1"),
 }
-NOT_FOLLOWED = {"add_revision", "set_revision_state", "join", "heartbeat", "put_receipts", "leave"}
+NOT_FOLLOWED = {"add_revision", "set_revision_state", "join", "heartbeat", "leave"}
 NOT_FOLLOWED |= {"enqueue", "claim", "progress", "finish", "cancel"}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from registry_world import add_published, registry, url
@@ -43,7 +45,6 @@ def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
     assert registry.replicas() == ()
     for call in (
         lambda: registry.heartbeat(joined.id, applied_version=3, actor="node-1"),
-        lambda: registry.put_receipts(joined.id, {}, actor="node-1"),
         lambda: registry.leave(joined.id, actor="node-1"),
     ):
         with pytest.raises(UnknownError, match="join again"):
@@ -88,20 +89,22 @@ def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: R
 def test_receipts_are_replaced_one_by_one(registry: Registry) -> None:
     first, second = add_published(registry, TENANT), add_published(registry, TENANT)
     one, two = (registry.join(host, 1, actor=host).id for host in ("node-1", "node-2"))
-    registry.put_receipts(one, {first.id: ({"rank": 0}, False)}, actor="node-1")
-    registry.put_receipts(two, {second.id: ({"rank": 7}, True)}, actor="node-2")
-    registry.put_receipts(
-        one, {first.id: ({"rank": 1}, True), second.id: ({"rank": 2}, True)}, actor="node-1"
-    )
+
+    def put(replica: str, receipts: dict[int, Any], gone: Sequence[int] = ()) -> None:
+        registry.heartbeat(replica, applied_version=0, receipts=receipts, gone=gone, actor="node")
+
+    put(one, {first.id: ({"rank": 0}, False)})
+    put(two, {second.id: ({"rank": 7}, True)})
+    put(one, {first.id: ({"rank": 1}, True), second.id: ({"rank": 2}, True)})
     found = [(r.revision, dict(r.receipt), r.ok) for r in registry.receipts(replica=one)]
     assert found == [(first.id, {"rank": 1}, True), (second.id, {"rank": 2}, True)]
-    registry.put_receipts(one, {}, gone=[first.id], actor="node-1")
+    put(one, {}, gone=[first.id])
     assert [r.revision for r in registry.receipts(replica=one)] == [second.id]
     assert {r.replica for r in registry.receipts(revision=second.id)} == {one, two}
     with pytest.raises(UnknownError, match=r"no revisions with ids \[99\]"):
-        registry.put_receipts(one, {99: ({}, True), second.id: ({}, False)}, actor="node-1")
+        put(one, {99: ({}, True), second.id: ({}, False)})
     with pytest.raises(RegistryError, match="receipt is not plain JSON"):
-        registry.put_receipts(one, {second.id: ({"norm": float("inf")}, True)}, actor="node-1")
+        put(one, {second.id: ({"norm": float("inf")}, True)})
     assert all(r.ok for r in registry.receipts())
     registry.leave(one, actor="node-1")
     assert [r.replica for r in registry.receipts()] == [two]
@@ -112,13 +115,13 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     rollout = registry.rollouts()[0]
     assert not registry.rollout_status(rollout.id).done
     ids = [registry.join(f"node-{n}", n, actor="test").id for n in range(4)]
-    for replica in ids[1:]:
-        registry.heartbeat(replica, applied_version=rollout.version, actor="test")
-    registry.put_receipts(ids[1], {revision.id: ({}, True)}, actor="test")
-    registry.put_receipts(ids[2], {revision.id: ({}, False)}, actor="test")
+    at = rollout.version
+    kept, broken = ({revision.id: ({}, ok)} for ok in (True, False))
+    registry.heartbeat(ids[1], applied_version=at, receipts=kept, actor="test")
     registry.heartbeat(
-        ids[2], applied_version=rollout.version, faults=["rank 1 is silent"], actor="test"
+        ids[2], applied_version=at, faults=["rank 1 is silent"], receipts=broken, actor="test"
     )
+    registry.heartbeat(ids[3], applied_version=at, actor="test")
     status = registry.rollout_status(rollout.id)
     assert (status.rollout, status.applied, status.live) == (rollout, 1, 4)
     assert {lag.replica.id: lag.reason for lag in status.lagging} == {
@@ -128,8 +131,7 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     }
     assert not status.done
     for replica in ids:
-        registry.heartbeat(replica, applied_version=rollout.version, actor="test")
-        registry.put_receipts(replica, {revision.id: ({}, True)}, actor="test")
+        registry.heartbeat(replica, applied_version=at, receipts=kept, actor="test")
     status = registry.rollout_status(rollout.id)
     assert (status.applied, status.live, status.lagging, status.done) == (4, 4, (), True)
 
@@ -139,8 +141,12 @@ def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
     rollout = registry.rollouts()[0]
     dead = registry.join("dead", 1, actor="test").id
     alive = registry.join("alive", 2, actor="test").id
-    registry.heartbeat(alive, applied_version=rollout.version, actor="test")
-    registry.put_receipts(alive, {revision.id: ({}, True)}, actor="test")
+    registry.heartbeat(
+        alive,
+        applied_version=rollout.version,
+        receipts={revision.id: ({}, True)},
+        actor="test",
+    )
     assert registry.rollout_status(rollout.id).live == 2
     last_seen(registry, dead, replicas.ALIVE_S + 60)
     status = registry.rollout_status(rollout.id)

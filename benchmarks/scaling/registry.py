@@ -176,12 +176,10 @@ class Replica:
         self.version = found.version
         return [revision.id for revision in found.revisions]
 
-    def receipts(self, ids: list[int]) -> None:
-        told = {number: ({"ranks": [_receipt(number)]}, True) for number in ids}
-        self.registry.put_receipts(self.id, told, actor=ACTOR)
-
-    def beat(self) -> None:
-        self.registry.heartbeat(self.id, applied_version=self.version, actor=ACTOR)
+    def beat(self, fresh: list[int] | None = None) -> None:
+        """A sign of life, with the receipts of what is new."""
+        told = {number: ({"ranks": [_receipt(number)]}, True) for number in fresh or ()}
+        self.registry.heartbeat(self.id, applied_version=self.version, receipts=told, actor=ACTOR)
 
     def poll(self) -> None:
         self.registry.version()
@@ -192,8 +190,7 @@ class Replica:
     def follow(self, fresh: list[int]) -> None:
         """A change: read everything, report what is new, say how far it is."""
         self.snapshot()
-        self.receipts(fresh)
-        self.beat()
+        self.beat(fresh)
 
     def close(self) -> None:
         self.registry.close()
@@ -260,8 +257,8 @@ def measure(
     work: Mapping[str, tuple[int, Callable[[], object]]] = {
         "join": (10, one.join),
         "snapshot": (5, one.snapshot),
-        "receipts_all": (2, lambda: one.receipts(ids)),
-        "receipts_one": (50, lambda: one.receipts(ids[:1])),
+        "receipts_all": (2, lambda: one.beat(ids)),
+        "receipts_one": (50, lambda: one.beat(ids[:1])),
         "beat": (200, one.beat),
         "poll": (300, one.poll),
         "claim": (200, one.claim),
@@ -291,7 +288,7 @@ def _run_together(
 ) -> None:
     """`count` replicas join and report everything, then follow three changes at once."""
     with _replicas(url, header, count) as fleet, ThreadPoolExecutor(count) as pool:
-        list(pool.map(lambda r: (r.join(), r.receipts(ids), r.beat()), fleet))
+        list(pool.map(lambda r: (r.join(), r.beat(ids)), fleet))
         found.receipt_rows[count] = _rows(registry, tables.receipts)
         counts = [Counting(r.registry) for r in fleet]
         audit, took, cpu_s = _rows(registry, tables.audit), [], []

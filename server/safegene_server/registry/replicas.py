@@ -27,7 +27,7 @@ FORGET_S = 24 * 3600.0
 
 
 class Replicas(Database):
-    """join, heartbeat, leave, put_receipts, replicas, receipts, rollouts, rollout_status."""
+    """join, heartbeat, leave, replicas, receipts, rollouts, rollout_status."""
 
     def join(self, host: str, pid: int, *, actor: str) -> Replica:
         """A new replica, alive and with nothing applied; long silent ones are forgotten."""
@@ -61,7 +61,10 @@ class Replicas(Database):
         gone: Iterable[int] = (),
         actor: str,
     ) -> Replica:
-        """A sign of life, audited when it says something new; with receipts as `put_receipts`.
+        """A sign of life, audited when it says something new, with the receipts it brings.
+
+        `receipts` by revision id, each with whether it keeps its promise, replace older ones;
+        `gone` are revisions that the replica holds no more.
 
         Errors: UnknownError for a replica that left or was forgotten: join again; RegistryError.
         """
@@ -90,23 +93,6 @@ class Replicas(Database):
             _find(write.connection, replica)
             write.connection.execute(delete(_T).where(_T.c.id == replica))
             write.audit("replica.leave", replica)
-
-    def put_receipts(
-        self,
-        replica: str,
-        receipts: Mapping[int, tuple[Mapping[str, Any], bool]],
-        *,
-        actor: str,
-        gone: Iterable[int] = (),
-    ) -> None:
-        """Receipts by revision id, each with whether it keeps its promise, in place of older ones.
-
-        `gone` are revisions that the replica holds no more. Errors: RegistryError, UnknownError.
-        """
-        fresh = _receipts_to_put(receipts, gone)
-        with self.write(actor, exclusive=False) as write:
-            _find(write.connection, replica)
-            _put_receipts(write, replica, fresh)
 
     def replicas(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
         """Those seen within `alive_s`, the oldest first."""
