@@ -137,7 +137,7 @@ class CalibrationWorld(World):
         jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
         self.tenancy = replace(self.tenancy, replica=self.replica, jobs=jobs)
         self.app.state.safegene_tenancy = self.tenancy
-        asyncio.run(self.replica.reconcile())
+        asyncio.run(self.replica.apply())
         if served:
             self.serve(NAME)
 

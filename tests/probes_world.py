@@ -73,7 +73,7 @@ class ProbeWorld(World):
         )
         self.registry.set_revision_state(added.id, "ready", actor="test")
         self.registry.publish(name, added.number, actor="test")
-        asyncio.run(self.replica.reconcile())
+        asyncio.run(self.replica.apply())
         return added.served_name
 
     def next(self) -> str | None:

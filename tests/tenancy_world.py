@@ -112,8 +112,8 @@ class FakeReplica:
         self._raise("unload")
         self.held.discard(revision.served_name)
 
-    async def reconcile(self) -> None:
-        self._raise("reconcile")
+    async def apply(self) -> None:
+        self._raise("apply")
         snapshot = self.registry.snapshot()
         published = {revision.id: ({}, True) for revision in snapshot.revisions}
         self.held = {r.served_name for r in (*snapshot.revisions, *snapshot.previous)}
@@ -211,7 +211,7 @@ class World:
         self.app.state.safegene_tenancy = self.tenancy
         self.app.state.safegene_prober = self.prober
         self.access = Access(self.app, self.catalog)
-        asyncio.run(self.replica.reconcile())
+        asyncio.run(self.replica.apply())
 
     def ask(
         self, method: str, path: str, body: Any = None, *, key: str = "admin", **more: Any

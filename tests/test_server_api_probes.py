@@ -59,7 +59,7 @@ def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
 def test_a_key_sees_its_own(world: ProbeWorld) -> None:
     secret = "g" * 40
     world.registry.add_key("g", scopes=["read"], tenants=["globex"], actor="t", secret=secret)
-    asyncio.run(world.replica.reconcile())
+    asyncio.run(world.replica.apply())
     for key, names in (("read", {NAME, "globex"}), ("acme", {NAME}), (secret, {"globex"})):
         found = world.told("GET", "/probes", key=key)["data"]
         assert {probe["tenant"] for probe in found} == names

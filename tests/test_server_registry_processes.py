@@ -198,8 +198,11 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_registry(registry: Registr
     chance = random.Random(4)
     for round_number in range(2):
         writers = [start(registry, WRITE_ON, f"w{round_number}-{n}") for n in range(2)]
+        busy = registry.version() + 5
         go(*writers)
-        time.sleep(0.2 + chance.random() / 2)
+        while registry.version() < busy:
+            time.sleep(0.01)
+        time.sleep(chance.random() / 2)
         for writer in writers:
             writer.kill()
         for writer in writers:

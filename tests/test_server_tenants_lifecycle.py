@@ -143,7 +143,7 @@ def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None
 
 def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) -> None:
     world.serve(NAME)
-    world.replica.errors["reconcile"] = RegistryDownError("away")
+    world.replica.errors["apply"] = RegistryDownError("away")
     done = change(world, Change(scale=2.0))
     assert world.registry.tenant(NAME).published == 2
     assert done.rollout is not None

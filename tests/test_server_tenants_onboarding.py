@@ -187,7 +187,7 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
         "load": (world.replica, "load"),
         "ready": (world.registry, "set_revision_state"),
         "publish": (world.registry, "publish"),
-        "finish": (world.tenancy.replica, "reconcile"),
+        "finish": (world.tenancy.replica, "apply"),
     }
     place, name = places[step]
     real = getattr(place, name)

@@ -151,6 +151,16 @@ class Replica:
 
         Errors: RegistryDownError (nothing changes then).
         """
+        await self.apply()
+        async with self._lock:
+            await self._tell()
+
+    async def apply(self) -> None:
+        """Make engine and catalog follow the registry as it is now; the report comes right after,
+        in the background, for whoever made the change need not wait for it.
+
+        Errors: RegistryDownError (nothing changes then).
+        """
         async with self._lock:
             begun_s = self.lag.clock()
             snapshot = await asyncio.to_thread(self.registry.snapshot)
@@ -177,8 +187,6 @@ class Replica:
             if not faults:
                 self.version = snapshot.version
                 self.lag.apply(snapshot.version)
-            await self._tell()
-        # Taking adapters out waits for the engine's step; whoever made the change need not.
         self._loose.set()
 
     async def load(self, revision: Revision) -> None:
@@ -295,8 +303,11 @@ class Replica:
         base = [model.name for model in self.models.base_model_paths]
         self.catalog.replace(view_of(snapshot, self.header.digest, self.serving(), base))
 
-    async def _let_go(self) -> None:
-        """Remove what is not published, offered, tried or a way back, once none is in flight."""
+    async def _let_go(self) -> bool:
+        """Remove what is not published, offered, tried or a way back, once none is in flight;
+        whether anything went.
+        """
+        gone = False
         kept = self._warm | self._tried | set(self._serving.values())
         for number, held in list(self._held.items()):
             name = held.revision.served_name
@@ -307,6 +318,8 @@ class Replica:
             self.gate.verifier.forget(held.request)
             await self.gate.remove_lora(number)
             self._teller.went(number)
+            gone = True
+        return gone
 
     async def _tell(self) -> None:
         await self._teller.tell(self.version, self.faults())
@@ -333,17 +346,19 @@ class Replica:
         except TimeoutError:
             pass
         self._news.clear()
-        await self.reconcile()
+        await self.apply()
 
     async def _beat(self) -> None:
-        """A sign of life; what is superseded and drained goes, soon after a change."""
+        """A sign of life, at once after a change; then what is superseded and drained goes, which
+        waits for the engine's step."""
         with suppress(TimeoutError):
             async with asyncio.timeout(BEAT_S):
                 await self._loose.wait()
         self._loose.clear()
         async with self._lock:
-            await self._let_go()
             await self._tell()
+            if await self._let_go():
+                await self._tell()
 
     async def _look(self) -> None:
         """Whether the engine still holds what its receipts promised."""

@@ -32,7 +32,7 @@ class Replica(Protocol):
     """The engine of this process, as it follows the registry.
 
     `load` puts a revision into the engine, receipts verified, without offering it; loading what is
-    loaded does nothing, and `reconcile` leaves it there until `unload`. `call` asks vLLM's own app
+    loaded does nothing, and `apply` leaves it there until `unload`. `call` asks vLLM's own app
     as a client would, with `model` = `tenant@N`, past keys and limits. `begin_trial` loads a
     revision's adapter with other coefficients under a name that no tenant can have, until
     `end_trial`; `in_flight` counts the tenants' own requests. `serving` is what each tenant is
@@ -45,7 +45,7 @@ class Replica(Protocol):
     @property
     def header(self) -> FamilyHeader: ...
 
-    async def reconcile(self) -> None: ...
+    async def apply(self) -> None: ...
 
     async def load(self, revision: Revision) -> None: ...
 
@@ -93,7 +93,7 @@ class Tenancy:
     async def settle(self) -> None:
         """Follow the registry now. A failure here is told by the rollout, not by the change, which
         is in the registry already."""
-        await _told(self.replica.reconcile, "this server does not follow the registry yet")
+        await _told(self.replica.apply, "this server does not follow the registry yet")
 
     async def withdraw(self, revision: Revision) -> None:
         """Out of the engine, if it can be; nobody is offered it."""
