@@ -139,6 +139,7 @@ def test_a_float64_weight_is_merged_in_float64() -> None:
         (torch.ones(3, 4, dtype=torch.int8), ShapeError, "quantized"),
         (torch.ones(3, 4).to(torch.float8_e4m3fn), ShapeError, "quantized"),
         (torch.full((3, 4), 65504.0, dtype=torch.float16), NonFiniteError, "rows 0"),
+        (torch.full((3, 4), torch.nan), NonFiniteError, "NaN"),
     ],
 )
 def test_a_weight_that_cannot_be_merged_is_refused(
