@@ -1,15 +1,17 @@
 """`--load-format safegene`: adds λ_l · B·A to each weight while the checkpoint streams in.
 
 For full checkpoints, at no cost per token. Works on checkpoint names, before the host fuses or
-shards, with one tensor in flight. Every site of the vector must pass by exactly once, or the engine
-does not start. Not for quantized weights (refused in engine.py).
+shards, in a thread of its own and a few tensors ahead of the host. Every site of the vector must
+pass by exactly once, or the engine does not start. Not for quantized weights (refused in
+engine.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from safegene_vllm.plugin import host
 from safegene_vllm.plugin.engine import plan_of
 from safegene_vllm.profile import Profile
 from safegene_vllm.receipt import Receipt, gain_digest
+
+AHEAD = 2
+"""Tensors that may be merged before the host asks for them: this many more are in memory."""
 
 _Loader: Any = host.resolve("DefaultModelLoader")
 
@@ -85,9 +90,17 @@ class SafegeneModelLoader(_Loader):
             return
         self._sites.clear()
         by_weight = {merged_weight_name(site): site for site in self._family.pairs}
-        for name, weight in stream:
-            site = by_weight.get(name)
-            yield name, (weight if site is None else self._protected(site, weight))
+        waiting: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        with ThreadPoolExecutor(1, "safegene-merge") as merging:
+            for name, weight in stream:
+                site = by_weight.get(name)
+                waiting.append((name, merging.submit(self._protected, site, weight)))
+                if len(waiting) > AHEAD:
+                    name, merged = waiting.popleft()
+                    yield name, merged.result()
+            while waiting:
+                name, merged = waiting.popleft()
+                yield name, merged.result()
         faults = [
             f"{site} came {self._sites[site]} times"
             for site in self._family.pairs
@@ -103,8 +116,10 @@ class SafegeneModelLoader(_Loader):
             self._family, self._profile, self._sites.total(), self._added_s
         )
 
-    def _protected(self, site: str, weight: torch.Tensor) -> torch.Tensor:
+    def _protected(self, site: str | None, weight: torch.Tensor) -> torch.Tensor:
         """`weight` (D_out, D_in) plus this site's share of the vector, in weight's dtype."""
+        if site is None:
+            return weight
         started = time.perf_counter()
         pair = self._family.pairs[site]
         if tuple(weight.shape) != (pair.d_out, pair.d_in):
