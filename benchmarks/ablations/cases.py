@@ -13,7 +13,7 @@ ONE = "topic"
 PAIR = ("topic", "writer")
 """The tenants of ablations that cost a calibration per line."""
 
-MADE_WITH = ("topic", "writer")
+MADE_WITH = ("topic",)
 """Tenants whose training stands in for the degraded copy, to make another vector."""
 
 SOURCES = ("distilled", "minus-degradation", "refusal-lora", "svd-16")
