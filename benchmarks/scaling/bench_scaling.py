@@ -12,10 +12,9 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.table import Table
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "benchmarks" / "scaling")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / p) for p in ("server", "benchmarks", "benchmarks/scaling"))]
 
 import engine
 import fleet
@@ -35,6 +34,7 @@ import plots
 import registry
 import traffic
 from postgres import postgres
+from provenance import commit
 from safegene_vllm.plan import Ask, ModelShape, find_gpu, plan_modes, read_shape
 from safegene_vllm.plan.slots import slot_bytes
 from safegene_vllm.report.figure import save
@@ -53,11 +53,11 @@ def step_lines(ask: Ask) -> dict[str, list[tuple[float, float]]]:
     for tenants in BATCHES:
         now = replace(ask, tenants=64, concurrency=64, active=tenants, slots=64)
         modes = plan_modes(now)
-        fused = plan_modes(replace(now, launches_per_layer=0))
+        plain = plan_modes(replace(now, kernels="torch"))
         for name, mode in (
             ("gain table", modes["gain"]),
             ("composed slots", modes["composed"]),
-            ("gain table, no launch of its own", fused["gain"]),
+            ("gain table, plain torch", plain["gain"]),
             ("multi-LoRA without safety", modes["stock"]),
         ):
             lines.setdefault(name, []).append((tenants, mode.step.seconds * 1e3))
@@ -108,12 +108,17 @@ def simulate(
     return found
 
 
-def kept(path: Path, fresh: bool, make: Callable[[], Any]) -> Any:
-    """The JSON value in `path`; made and written there if it is not there yet, or `fresh`."""
-    if fresh or not path.exists():
+def kept(arguments: argparse.Namespace, name: str, make: Callable[[], Any]) -> Any:
+    """The JSON value of this name, made and written if this commit has not; or if --fresh."""
+    path = arguments.out / commit() / f"{name}.json"
+    if arguments.fresh or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(make(), indent=1) + "\n")
     return json.loads(path.read_text())
+
+
+def listed(numbers: Iterable[int]) -> str:
+    return "-".join(map(str, numbers))
 
 
 def measure_registries(
@@ -144,8 +149,8 @@ def measure_registries(
                         )
                     )
 
-                path = arguments.out / f"registry-{name}-{tenants}.json"
-                found.append(registry.measured_of(kept(path, arguments.fresh, make)))
+                key = f"registry-{name}-{tenants}-by-{listed(arguments.together)}"
+                found.append(registry.measured_of(kept(arguments, key, make)))
                 progress.remove_task(task)
     return found
 
@@ -291,11 +296,10 @@ def main() -> None:
     ask = Ask(shape, find_gpu(arguments.gpu), tenants=arguments.tenants, concurrency=128)
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("reading an adapter", total=None)
-        path = arguments.out / "adapter.json"
         read = engine.Read(
             **kept(
-                path,
-                arguments.fresh,
+                arguments,
+                f"adapter-{shape.name}",
                 lambda: asdict(engine.read_adapter(Path(folder), shape, ask.adapter_rank)),
             )
         )
@@ -304,8 +308,8 @@ def main() -> None:
         counts = tuple(arguments.engine_tenants)
         task = progress.add_task("receipts", total=None)
         receipts = kept(
-            arguments.out / "receipts-{}.json".format("-".join(map(str, counts))),
-            arguments.fresh,
+            arguments,
+            f"receipts-{shape.name}-{listed(counts)}",
             lambda: [asdict(h) for h in engine.measure(registry.header_of(shape), counts, 32)],
         )
         progress.remove_task(task)
@@ -338,12 +342,9 @@ def main() -> None:
     }
     draw(arguments.out, ask, told, limits)
     tell(Console(), told)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
     head = {
         "benchmark": "scaling",
-        "commit": commit,
+        "commit": commit(),
         "sqlalchemy": version("sqlalchemy"),
         "device": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -124,19 +124,17 @@ def limits(measured: Measured, replicas: int, changes_per_day: float) -> list[Li
 def engine_limits(held: Sequence[Held], tenants: int, load_s: float) -> list[Limit]:
     """One engine's parts with `tenants`; between and beyond what was measured by a straight line.
 
-    A replica that starts brings its tenants in one by one, each with a receipt of all so far, and
-    reads `load_s` of adapter for each.
+    A replica that starts brings its tenants in one by one, each reported alone, and reads `load_s`
+    of adapter for each.
     """
     slope = (held[-1].receipt_s - held[0].receipt_s) / (held[-1].tenants - held[0].tenants)
     base = max(held[-1].receipt_s - slope * held[-1].tenants, 0.0)
     stall = base + slope * tenants
-    start = tenants * (load_s + base) + slope * tenants * (tenants + 1) / 2
-    per, half = load_s + base + slope / 2, slope / 2
-    ready = (-per + (per * per + 4 * half * START_S) ** 0.5) / (2 * half) if half else START_S / per
+    each = load_s + base + slope
     return [
         Limit("engine: stands still for a receipt", stall, STALL_S, "s",
               (STALL_S - base) / slope if slope > 0 else None, "tenants"),
-        Limit("engine: a replica starts", start, START_S, "s", ready, "tenants"),
+        Limit("engine: a replica starts", tenants * each, START_S, "s", START_S / each, "tenants"),
     ]  # fmt: skip
 
 

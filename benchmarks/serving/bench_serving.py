@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "smollm2"))
+sys.path[:0] = [str(ROOT / "examples" / "smollm2"), str(ROOT / "benchmarks")]
 
 from rich.console import Console
 from rich.progress import Progress

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -255,21 +256,34 @@ def stages(places: Places) -> dict[str, tuple[Path, Callable[[], object]]]:
 def run(places: Places, only: list[str], force: bool) -> None:
     """Run the chosen stages (all, if none is chosen) in order.
 
-    Without a choice, what follows a stage that was run is run as well: it was made from something
-    older. Merging looks by itself whether it is needed.
+    Without a choice, what follows a stage that is run is run as well: it was made from something
+    older. That is noted before the stage begins, so it holds for a run that is cut off too. Merging
+    looks by itself whether it is needed.
     """
-    for name, (output, make) in stages(places).items():
+    plan = stages(places)
+    order = list(plan)
+    for place, (name, (output, make)) in enumerate(plan.items()):
         if only and name not in only:
             continue
         merging = name.endswith("-merged")
         if output.exists() and not force and not merging:
             print(f"{name}: there already", flush=True)
             continue
+        if not (only or merging):
+            for later in order[place + 1 :]:
+                forget(plan[later][0])
         print(f"{name}: begun", flush=True)
         begun = time.monotonic()
         make()
         print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
-        force = force or not (only or merging)
+
+
+def forget(output: Path) -> None:
+    """The stage's output is made anew: a note, or a checkpoint that nothing else remembers."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
 
 
 def main() -> None:

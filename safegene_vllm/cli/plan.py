@@ -29,6 +29,13 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Kernels(StrEnum):
+    """As in the engine's settings, safegene.kernels."""
+
+    triton = "triton"
+    torch = "torch"
+
+
 _NAMES = {
     "gain": "gain table",
     "composed": "composed slots",
@@ -124,9 +131,9 @@ def plan(
     launch_us: Annotated[
         float, typer.Option(help="Time that each kernel of adapters and vector adds to a step.")
     ] = 2.0,
-    launches_per_layer: Annotated[
-        int, typer.Option(help="Kernels that the gain table adds per linear layer with a vector.")
-    ] = 3,
+    kernels: Annotated[
+        Kernels, typer.Option(help="What the gain table runs on; CUDA without Triton: torch.")
+    ] = Kernels.triton,
     gpu_hour_price: Annotated[
         float | None,
         typer.Option(help="Tell what a tenant costs, e.g. --gpu-hour-price 2.5.", min=0),
@@ -170,7 +177,7 @@ def plan(
         overhead_bytes=int(overhead_gb * 1e9),
         host_bytes=int(host_memory_gb * 1e9),
         launch_s=launch_us * 1e-6,
-        launches_per_layer=launches_per_layer,
+        kernels=kernels.value,
     )
     modes = plan_modes(ask)
     advice = advise(ask, modes, str(model))

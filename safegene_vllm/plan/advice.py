@@ -93,7 +93,7 @@ def _choose(ask: Ask, modes: Mapping[str, Mode]) -> tuple[str | None, list[str]]
         )
     if faster:
         reasons.append(
-            f"by the launches given, composed slots would decode faster "
+            f"by bytes and launches, composed slots would decode faster "
             f"({_ms(composed.step.seconds)} against {_ms(gain.step.seconds)} a step); measure "
             "both if decode speed is what you pay for"
         )

@@ -8,10 +8,10 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.plan.gpus import Gpu
 from safegene_vllm.plan.shape import ModelShape
 
-LAUNCHES_PER_LAYER = 3
-"""Kernels that the gain table adds per linear layer with a vector: shrink, gain, expand."""
-HOST_LAUNCHES_PER_LAYER = 2
-"""Kernels of the host's own LoRA product per linear layer: shrink, expand."""
+HOST_LAUNCHES = 3
+"""Kernels of the host's own LoRA product per linear layer: zeroes, shrink, expand."""
+GAIN_LAUNCHES = {"triton": 2, "torch": HOST_LAUNCHES + 3}
+"""Kernels per linear layer with a vector, the tenants' product included, by safegene.kernels."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Ask:
     `concurrency`: sequences decoded at once, spread over as many tenants as possible unless
     `active` says how many. `vector_layers` counts selected layers. Empty targets: every linear
     layer. `host_bytes`: host memory for adapters. `guard_*`: tokens around the prompt, and of the
-    verdict, of a guard on the same weights that is asked once per request.
+    verdict, of a guard on the same weights that is asked once per request. `kernels`: what the
+    gain table runs on, "triton" or "torch".
     """
 
     shape: ModelShape
@@ -47,7 +48,7 @@ class Ask:
     overhead_bytes: int = 3 * 10**9
     host_bytes: int = 64 * 10**9
     launch_s: float = 2e-6
-    launches_per_layer: int = LAUNCHES_PER_LAYER
+    kernels: str = "triton"
     guard_prompt_tokens: int = 150
     guard_output_tokens: int = 1
 
@@ -64,7 +65,6 @@ class Ask:
             "prompt tokens": (self.prompt_tokens, 1),
             "output tokens": (self.output_tokens, 1),
             "batched tokens": (self.batched_tokens, 1),
-            "launches per layer": (self.launches_per_layer, 0),
             "guard prompt tokens": (self.guard_prompt_tokens, 0),
             "guard output tokens": (self.guard_output_tokens, 0),
         }
@@ -78,6 +78,8 @@ class Ask:
                 f"vector layers {self.vector_layers}: expected 1 to {self.shape.layers}, the "
                 "layers of this model"
             )
+        if self.kernels not in GAIN_LAUNCHES:
+            faults.append(f"kernels {self.kernels!r}: expected {' or '.join(GAIN_LAUNCHES)}")
         if not 0 < self.utilization <= 1:
             faults.append(f"memory utilization {self.utilization}: expected above 0, at most 1")
         if min(self.overhead_bytes, self.host_bytes, self.launch_s) < 0:

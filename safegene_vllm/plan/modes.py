@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from safegene_vllm.plan.ask import HOST_LAUNCHES_PER_LAYER, Ask
+from safegene_vllm.plan.ask import GAIN_LAUNCHES, HOST_LAUNCHES, Ask
 from safegene_vllm.plan.slots import (
     gain_bytes,
     pair_bytes,
@@ -109,10 +109,13 @@ def plan_mode(ask: Ask, name: str) -> Mode:
 
 
 def _gain(ask: Ask) -> Mode:
-    """The vector once beside the slots; its kernels come on top of the host's."""
+    """The vector once beside the slots; our kernels run both products, torch's come on top."""
     shape, d = ask.shape, ask.dtype_bytes
     targets = {*ask.own_targets, *ask.safety_targets}
-    vector = vector_bytes(shape, ask.safety_targets, ask.vector_rank, ask.safety_layers, d)
+    stacked = ask.kernels == "torch"
+    vector = vector_bytes(
+        shape, ask.safety_targets, ask.vector_rank, ask.safety_layers, d, stacked=stacked
+    )
     carried = len(wrapped(shape, ask.safety_targets)) * ask.safety_layers
     return _slotted(
         ask,
@@ -121,7 +124,7 @@ def _gain(ask: Ask) -> Mode:
         targets=targets,
         vector=vector,
         gains=gain_bytes(shape.layers, ask.device_slots, ask.batched_tokens),
-        launches=carried * ask.launches_per_layer,
+        launches=carried * (GAIN_LAUNCHES[ask.kernels] - HOST_LAUNCHES),
         own_bytes=pair_bytes(shape, ask.own_targets, ask.adapter_rank, d),
     )
 
@@ -238,7 +241,7 @@ def _slotted(
     tokens, sequences = _capacity(ask, kv)
     batch = min(ask.concurrency, sequences)
     active = min(ask.active_tenants, slots, batch)
-    launches += shape.layers * len(wrapped(shape, targets)) * HOST_LAUNCHES_PER_LAYER
+    launches += shape.layers * len(wrapped(shape, targets)) * HOST_LAUNCHES
     step = _step(ask, batch, active * slot, vector, launches, slot)
     # A server keeps the revision before the current one ready as well; with the gain table both
     # share the adapter's memory where only coefficients differ.

@@ -56,15 +56,28 @@ def pair_bytes(shape: ModelShape, targets: Iterable[str], rank: int, dtype_bytes
 
 
 def vector_bytes(
-    shape: ModelShape, targets: Iterable[str], rank: int, layers: int, dtype_bytes: int
+    shape: ModelShape,
+    targets: Iterable[str],
+    rank: int,
+    layers: int,
+    dtype_bytes: int,
+    *,
+    stacked: bool,
 ) -> int:
     """The vector of the gain table, on the device: what a receipt calls vector_bytes.
 
-    Per linear layer one stacked pair: A (n R, D_in) and Bᵀ (n R, D_out), n the parts that have a
-    site; Bᵀ holds zeros where a part's rows meet another part's columns.
+    Per linear layer one pair. For the kernels A (n R, D_in) and B (D_out, R), n the layer's parts;
+    `stacked`, for torch, A (n R, D_in) and Bᵀ (n R, D_out), n the parts that have a site, where Bᵀ
+    holds zeros wherever a part's rows meet another part's columns.
     """
     named = frozenset(targets)
-    rows = sum(linear.parts_of(named) * (linear.d_in + linear.d_out) for linear in shape.linears)
+    rows = 0
+    for linear in shape.linears:
+        parts = linear.parts_of(named)
+        if stacked:
+            rows += parts * (linear.d_in + linear.d_out)
+        elif parts:
+            rows += len(linear.widths) * linear.d_in + linear.d_out
     return layers * rows * rank * dtype_bytes
 
 

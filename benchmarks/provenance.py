@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("safegene_vllm", "server", "benchmarks")
 """The folders whose uncommitted changes make another version of what is measured."""
 
