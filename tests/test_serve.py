@@ -567,6 +567,23 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def until_it_listens(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"nobody listens on {port}")
+
+
+def until_nobody_listens(port: int) -> None:
+    deadline = time.monotonic() + 20
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
 def test_ready_is_said_once_the_receipts_do_and_signals_are_forwarded() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-u", "-c", PARENT, str(free_port()), CHILD],
@@ -588,6 +605,58 @@ def test_ready_is_said_once_the_receipts_do_and_signals_are_forwarded() -> None:
     assert "exited" not in rest
 
 
+DEAF = textwrap.dedent(
+    """
+    import signal, subprocess, sys, time
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    enough, port = int(sys.argv[1]), int(sys.argv[2])
+    server = ["-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    engine = subprocess.Popen([sys.executable, *server])
+    while len(heard) < enough:
+        time.sleep(0.05)
+    engine.kill()
+    print("ends by itself", flush=True)
+    """
+)
+STARTING = textwrap.dedent(
+    """
+    import sys
+    from rich.console import Console
+    from safegene_vllm.serve import Launch, launch, process
+    process.UNREADY_STOP_S = 1.0
+    url, *argv = sys.argv[1:]
+    sys.exit(launch(Launch((sys.executable, "-c", *argv), {}, url), Console(width=200)))
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("enough", "code", "last"),
+    [
+        (2, 0, "ends by itself"),
+        (99, 128 + signal.SIGTERM, "vLLM does not end while it starts: killed"),
+    ],
+)
+def test_a_server_that_is_deaf_while_it_starts_is_asked_again_then_killed_with_its_engine(
+    enough: int, code: int, last: str
+) -> None:
+    url, port = f"http://127.0.0.1:{free_port()}", free_port()
+    parent = subprocess.Popen(
+        [sys.executable, "-u", "-c", STARTING, url, DEAF, str(enough), str(port)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert parent.stdout is not None
+    until_it_listens(port)
+    parent.send_signal(signal.SIGTERM)
+    lines = parent.communicate(timeout=60)[0].splitlines()
+    assert parent.returncode == code
+    assert lines[-1] == last
+    until_nobody_listens(port)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(2) is Linux's")
 def test_a_parent_that_is_killed_leaves_no_server_behind() -> None:
     port = free_port()
@@ -601,10 +670,7 @@ def test_a_parent_that_is_killed_leaves_no_server_behind() -> None:
         while not parent.stdout.readline().startswith("serving at"):
             pass
         parent.kill()
-    deadline = time.monotonic() + 20
-    with pytest.raises(ConnectionRefusedError):
-        while time.monotonic() < deadline:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    until_nobody_listens(port)
 
 
 def run_child(code: str, *args: str, **fields: Any) -> tuple[int, str]:
@@ -647,12 +713,7 @@ def test_another_process_on_the_port_is_not_our_server(monkeypatch: pytest.Monke
     port = free_port()
     older = subprocess.Popen([sys.executable, "-c", CHILD, str(port), "0", "k"])
     try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
+        until_it_listens(port)
         code = "import time, sys; time.sleep(2); sys.exit('OSError: Address already in use')"
         status, out = run_child(code, url=f"http://127.0.0.1:{port}", api_key="k")
     finally:

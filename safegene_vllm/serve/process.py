@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -28,6 +28,12 @@ READY_PATH = "/v1/safegene/ready"
 POLL_S = 0.5
 REFUSED_AFTER_S = 30.0
 """How long the port may answer 401 or 404 before we say that the server is not ours."""
+UNREADY_STOP_S = 8.0
+"""How long a server that is not ready yet may take to end, before it is asked again, then killed.
+
+vLLM 0.32 goes on starting if it is asked while it waits for its engine's first word: the
+KeyboardInterrupt that it makes of SIGTERM ends in its own `zmq_socket_ctx`. The next is heard.
+"""
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when its parent's thread ends."""
@@ -43,7 +49,8 @@ def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | Non
     """Run the server until it ends; its exit code (128 + signal number if a signal ended it), never
     0 unless it was asked to end.
 
-    Its log goes to `console` as it comes. SIGINT, SIGTERM and SIGHUP are passed on to it.
+    Its log goes to `console` as it comes. SIGINT, SIGTERM and SIGHUP are passed on to it. Once
+    it has been ready it may take its time to end; until then, one that does not end is killed.
     """
     child = subprocess.Popen(
         launch.argv,
@@ -59,20 +66,34 @@ def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | Non
     reader.start()
     stopping = threading.Event()
     with _forwarded(child, stopping):
-        refused = _wait_until_ready(launch, child, stopping, console)
+        ready, refused = _wait_until_ready(launch, child, stopping, console)
         if refused is not None:
             console.print(f"not ready: {refused}", style="bold red", **_AS_IT_IS)
             child.terminate()
-        code = child.wait()
+        code = child.wait() if ready else _end_unready(child, console)
     reader.join(timeout=5.0)
     if refused is not None:
-        return code or 1
-    if not stopping.is_set():
+        code = code or 1
+    elif not stopping.is_set():
         # Whoever restarts servers goes by the code, and vLLM leaves with 0 when its engine dies.
         cause = error_line(tail) or "its log above does not name an error"
         console.print(f"vLLM exited with code {code}: {cause}", style="bold red", **_AS_IT_IS)
         code = code or 1
     return code if code >= 0 else 128 - code
+
+
+def _end_unready(child: subprocess.Popen[bytes], console: Console) -> int:
+    """The code of a server that has ended by itself or was asked to end before it was ready; the
+    code of SIGTERM if it had to be killed, with all processes of its session.
+    """
+    for _ in range(2):
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(UNREADY_STOP_S)
+        child.terminate()
+    console.print("vLLM does not end while it starts: killed", style="bold red", **_AS_IT_IS)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    return -signal.SIGTERM
 
 
 def _end_with_parent() -> Callable[[], None] | None:
@@ -161,8 +182,8 @@ def _wait_until_ready(
     child: subprocess.Popen[bytes],
     stopping: threading.Event,
     console: Console,
-) -> str | None:
-    """Print the ready lines when the time comes; None also if the child or a signal comes first.
+) -> tuple[bool, str | None]:
+    """Print the ready lines when the time comes. (False, None): the child or a signal came first.
 
     A text says why this server will never be ready, though it runs.
     """
@@ -183,15 +204,15 @@ def _wait_until_ready(
                     console.print(line, **_AS_IT_IS)
                 where = launch.uds or launch.url
                 console.print(f"serving at {where} after {seconds:.0f} s", **_AS_IT_IS)
-                return None
+                return True, None
             if answer in (401, 404):
                 refused_since = refused_since or time.monotonic()
                 if time.monotonic() - refused_since > REFUSED_AFTER_S:
-                    return _why_refused(answer, launch)
+                    return False, _why_refused(answer, launch)
             message = f": {body['error']['message']}" if "error" in body and answer == 503 else ""
             status.update(f"starting vLLM, {seconds:.0f} s{message}")
             stopping.wait(POLL_S)
-    return None
+    return False, None
 
 
 def _ask(client: httpx.Client) -> tuple[int, dict[str, Any]]:
