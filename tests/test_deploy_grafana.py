@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from deploy.grafana import build
+from deploy.grafana.pictures import with_holes
 
 FOLDER = Path(build.__file__).parent
 BOARDS = {path.stem: json.loads(path.read_text()) for path in build.FOLDER.glob("*.json")}
@@ -32,6 +33,13 @@ def test_a_stale_dashboard_is_named_and_made_anew(
     assert build.main([]) == 0
     assert build.main(["--check"]) == 0
     assert build.main(["--chek"]) == 2
+
+
+def test_a_picture_has_no_line_where_there_is_no_series() -> None:
+    at, values = with_holes([(0.0, "1"), (2.0, "1"), (8.0, "0"), (10.0, "0")], 2.0)
+    assert at == [0.0, 2.0, 6.0, 8.0, 10.0]
+    assert values == pytest.approx([1.0, 1.0, float("nan"), 0.0, 0.0], nan_ok=True)
+    assert with_holes([], 2.0) == ([], [])
 
 
 def test_there_are_three_with_ids_of_their_own() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -56,16 +57,21 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
     Errors: StackError.
     """
     end = time.time()
+    step_s = 60 * minutes / STEPS
     count = 0
     for target in panel["targets"]:
         expr = filled(target["expr"], tenant=tenant)
         threshold = expr.startswith("safegene:threshold:")
-        series = stack.history(expr, end - 60 * minutes, end, 60 * minutes / STEPS)
+        series = stack.history(expr, end - 60 * minutes, end, step_s)
         count += 0 if threshold else len(series)
         for one in series:
-            at = [(moment - end) / 60 for moment, _ in one["values"]]
-            values = [float(value) for _, value in one["values"]]
-            (drawn,) = axes.plot(at, values, label=_legend(target, one["metric"]), linewidth=1.2)
+            at, values = with_holes(one["values"], step_s)
+            minutes_ago = [(moment - end) / 60 for moment in at]
+            label = _legend(target, one["metric"])
+            # Not clipped and above the frame: 0 and 100 % lie on it.
+            (drawn,) = axes.plot(
+                minutes_ago, values, label=label, linewidth=1.2, clip_on=False, zorder=3
+            )
             if threshold:
                 drawn.set(color="red", linestyle="--")
     defaults = panel["fieldConfig"]["defaults"]
@@ -82,6 +88,21 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
     if 0 < len(axes.get_lines()) <= 10:
         axes.legend(fontsize=6, loc="best")
     return count
+
+
+def with_holes(
+    values: Sequence[tuple[float, str]], step_s: float
+) -> tuple[list[float], list[float]]:
+    """Times and values of a series, with a NaN in each gap: no line where there was no series."""
+    at: list[float] = []
+    found: list[float] = []
+    for moment, value in values:
+        if at and moment - at[-1] > 1.5 * step_s:
+            at.append(moment - step_s)
+            found.append(math.nan)
+        at.append(moment)
+        found.append(float(value))
+    return at, found
 
 
 def _legend(target: dict[str, Any], labels: dict[str, str]) -> str:
