@@ -7,6 +7,7 @@ are multiplied with is compose's business. The rules are in docs/format.md.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,10 @@ def parse_profile(raw: Mapping[str, Any], where: str) -> Profile:
         if not is_number(value):
             faults.append(
                 HeaderError(f"{where}: coefficient {layer} is {value!r}, expected a number")
+            )
+        elif isinstance(value, int) and abs(value) > sys.float_info.max:
+            faults.append(
+                HeaderError(f"{where}: coefficient {layer} is larger than any float can be")
             )
     raise_faults(faults)
     coefficients = tuple(float(value) for value in fields["coefficients"])

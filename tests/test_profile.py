@@ -254,3 +254,10 @@ def test_a_description_that_is_not_on_disk_is_read_by_the_same_rules(saved: Path
         parse_profile({**raw, "coefficients": [True, 0.0, 0.5]}, "row 7")
     with pytest.raises(VersionError, match="row 7"):
         parse_profile({**raw, "format_version": 2}, "row 7")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["large", "small"])
+def test_a_whole_number_that_no_float_can_be_is_refused(value: int) -> None:
+    raw = {**profile_json(Profile("sha256:" + "0" * 64, (1.0, 0.0))), "coefficients": [value, 0.0]}
+    with pytest.raises(HeaderError, match="coefficient 0 is larger than any float"):
+        parse_profile(raw, "here")

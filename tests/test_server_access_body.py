@@ -13,6 +13,7 @@ from starlette.types import Message, Receive
 
 from safegene_server.access.body import encode, headers_for, parse, read_body, replay
 from safegene_server.access.refusal import Refusal
+from safegene_server.answers import error_response
 
 JSON = [(b"content-type", b"application/json")]
 DEPTH = 8
@@ -132,6 +133,15 @@ def test_the_deepest_body_that_is_taken() -> None:
 )
 def test_a_key_named_twice(body: bytes, name: str) -> None:
     assert refused(body, f"{name!r} twice").param == name
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"\\ud800": 1, "\\ud800": 2}', b'{"a": {"\\udfff": 1, "\\udfff": 2}}']
+)
+def test_half_a_surrogate_named_twice_can_be_told(body: bytes) -> None:
+    refusal = refused(body, "twice")
+    answer = error_response(refusal.status, str(refusal), param=refusal.param)
+    assert json.loads(bytes(answer.body))["error"]["param"] in (r"\ud800", r"\udfff")
 
 
 def test_a_body_in_pieces() -> None:

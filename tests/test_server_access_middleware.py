@@ -175,6 +175,20 @@ def test_the_answer_names_the_revision() -> None:
     refused(chat(access, "base"), 400)
 
 
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b'{"model": "\\ud800"}', 404),
+        (b'{"model": "acme@\\udc00"}', 404),
+        (b'{"\\ud800": 1, "\\ud800": 2}', 400),
+        (b'{"model": "acme", "\\ud800": 1}', 400),
+    ],
+)
+def test_half_a_surrogate_is_refused_like_any_other_text(content: bytes, status: int) -> None:
+    kind = {"content-type": "application/json"}
+    refused(ask(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
+
+
 def test_a_change_of_alias_counts_from_the_next_request() -> None:
     access = guarded()
     assert chat(access, "acme", model="acme").json()["model"] == "acme@7"

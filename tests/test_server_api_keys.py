@@ -89,3 +89,12 @@ def test_one_name_once(world: World) -> None:
     add(world)
     body = {"name": "new", "scopes": ["read"], "tenants": ["acme"]}
     refused(world.ask("POST", "/keys", body), 409, "exists")
+
+
+@pytest.mark.parametrize(
+    "moment", ["9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+14:00", "9999-01-01T00:00:00Z"]
+)
+def test_no_key_ends_where_calendars_do(world: World, moment: str) -> None:
+    body = {"name": "new", "scopes": ["read"], "tenants": ["acme"], "expires_at": moment}
+    refused(world.ask("POST", "/keys", body), 400, "expected a year from 1900 to 9000")
+    refused(world.ask("DELETE", "/keys/new"), 404)

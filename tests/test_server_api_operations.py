@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
 from tenancy_world import World, refused, world
 
 __all__ = ["world"]
@@ -93,3 +97,26 @@ def test_who_asks(world: World) -> None:
         "base": False,
         "expires_at": None,
     }
+
+
+def test_a_key_of_the_last_moment_there_is_may_ask_who_it_is(world: World) -> None:
+    made = world.registry.add_key(
+        "last",
+        scopes=["read"],
+        tenants=["*"],
+        expires_at=datetime.max.replace(tzinfo=UTC),
+        actor="x",
+    )
+    asyncio.run(world.replica.apply())
+    told = world.told("GET", "/whoami", key=made.secret)
+    assert told["expires_at"] == "9999-12-31T23:59:59Z"
+
+
+@pytest.mark.parametrize("name", ["since", "until"])
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_the_audit_is_not_asked_of_times_that_cannot_be(
+    world: World, name: str, moment: str
+) -> None:
+    answer = world.ask("GET", "/audit", params={name: moment})
+    refused(answer, 400, "expected a year from 1900 to 9000")
+    assert answer.json()["error"]["param"] == name

@@ -19,6 +19,7 @@ from safegene_vllm.profile import profile_json
 __all__ = ["world"]
 
 NAME = "acme/support"
+JSON = {"content-type": "application/json"}
 FORMS = ("/tenants/acme/support", "/tenants/acme%2Fsupport")
 TENANT = {"name", "family", "source", "state", "limits", "published", "served", "created_at"}
 REVISION = {
@@ -135,9 +136,8 @@ def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words:
     "content", [b"", b"{", b"null", b"[]", b'"x"', b"\xff", b'{"name": NaN}', b"[" * 100_000]
 )
 def test_bodies_that_are_none(world: World, content: bytes) -> None:
-    headers = {"content-type": "application/json"}
     for method, path in (("POST", "/tenants"), ("PATCH", "/tenants/acme/profile")):
-        refused(world.ask(method, path, content=content, headers=headers), 400)
+        refused(world.ask(method, path, content=content, headers=JSON), 400)
 
 
 def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -> None:
@@ -147,6 +147,19 @@ def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -
         deep = {"a": deep}
     body = {"profile": {**profile_json(a_profile(2.0)), "calibration": deep}}
     refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+
+
+def test_numbers_that_no_float_can_be_are_refused(world: World) -> None:
+    world.serve(NAME)
+    huge = 10**400
+    whole = {**profile_json(a_profile(2.0)), "coefficients": [huge, 0, 1]}
+    for body in ({"profile": whole}, {"coefficients": [huge, 0, 1]}, {"scale": huge}):
+        refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+
+
+@pytest.mark.parametrize("body", [{"\ud800": 1}, {"name": "\ud800", "coefficients": 1.0}])
+def test_half_a_surrogate_is_refused(world: World, body: dict[str, Any]) -> None:
+    refused(world.ask("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
 
 
 def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:

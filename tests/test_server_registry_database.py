@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def test_a_read_cannot_write(registry: Registry) -> None:
     ):
         connection.execute(insert(tables.policies).values(ROW))
     assert not registry.policy(FAMILY).frozen
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_moment_that_has_no_place_in_utc_is_refused(registry: Registry, moment: str) -> None:
+    with pytest.raises(RegistryError, match="no database can hold"):
+        registry.audit(since=datetime.fromisoformat(moment))
 
 
 def test_a_write_without_an_audit_row_is_undone(registry: Registry) -> None:

@@ -44,7 +44,11 @@ class EngineDownError(Exception):
 
 
 def error_body(status: int, message: str, *, param: str | None = None) -> dict[str, Any]:
-    """The body of an error, its type named as vLLM names it (`BadRequestError`, ...)."""
+    """The body of an error, its type named as vLLM names it (`BadRequestError`, ...).
+
+    Half of a surrogate pair, which a client's JSON may hold and no UTF-8 can, is shown escaped.
+    """
+    message, param = _writable(message), None if param is None else _writable(param)
     name = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
     kind = name if name.endswith("Error") else f"{name}Error"
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
@@ -59,6 +63,10 @@ def error_response(
 ) -> JSONResponse:
     body = error_body(status, message, param=param)
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def plain(error: BaseException | str) -> str:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Path, Query
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
 from safegene_server.calibrating import Asked
 from safegene_server.tenants import Change
@@ -37,6 +37,16 @@ ExpectedQuery = Annotated[
 TenantName = Annotated[
     str, Path(description="a tenant; its `/` may be written `%2F`", examples=["acme/support"])
 ]
+
+
+def _between(value: datetime) -> datetime:
+    """Errors: ValueError where another time zone, or a store, could not tell this moment."""
+    if not 1900 <= value.year <= 9000:
+        raise ValueError("expected a year from 1900 to 9000")
+    return value
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_between)]
 Id = Annotated[int, Path(ge=1, le=LARGEST)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
@@ -216,4 +226,4 @@ class NewKey(Body):
     default_tenant: str | None = Field(
         None, description="who answers where a request names no model"
     )
-    expires_at: AwareDatetime | None = Field(None, examples=[datetime(2030, 1, 1)])
+    expires_at: Moment | None = Field(None, examples=[datetime(2030, 1, 1)])

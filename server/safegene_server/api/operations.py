@@ -6,13 +6,12 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query
-from pydantic import AwareDatetime
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
 from safegene_server.answers import AnswerRoute
 from safegene_server.api import shapes
 from safegene_server.api.asking import Asker, Here, whole_server
-from safegene_server.api.bodies import LARGEST, Id, Limit
+from safegene_server.api.bodies import LARGEST, Id, Limit, Moment
 from safegene_server.api.following import follow
 from safegene_server.registry import AuditEntry, Registry
 from safegene_server.tenants.tenancy import aside
@@ -20,6 +19,7 @@ from safegene_vllm.errors import UnknownError
 
 TENANT_ACTIONS = ("tenant.", "revision.")
 SEARCHED = 1000
+LAST_S = datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp()
 
 router = APIRouter(route_class=AnswerRoute)
 
@@ -60,8 +60,8 @@ async def read_audit(
         str | None, Query(description="may end in `.`: all of a kind", examples=["tenant."])
     ] = None,
     target: Annotated[str | None, Query(examples=["acme/support"])] = None,
-    since: AwareDatetime | None = None,
-    until: AwareDatetime | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
     cursor: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
     limit: Limit = 100,
 ) -> shapes.Page[shapes.AuditEntry]:
@@ -93,8 +93,13 @@ async def whoami(asker: Asker) -> shapes.Whoami:
         tenants=sorted(asker.tenants),
         default_tenant=asker.default_tenant,
         base=asker.base,
-        expires_at=None if expires_at is None else datetime.fromtimestamp(expires_at, UTC),
+        expires_at=None if expires_at is None else _moment(expires_at),
     )
+
+
+def _moment(unix_s: float) -> datetime:
+    """A key of the last second there is has a time that rounds to the year 10000."""
+    return datetime.fromtimestamp(min(unix_s, LAST_S), UTC)
 
 
 def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[shapes.Rollout]:

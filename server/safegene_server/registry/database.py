@@ -19,7 +19,13 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, select, update
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    InterfaceError,
+    OperationalError,
+    StatementError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from safegene_server.registry import tables, words
@@ -34,6 +40,7 @@ WAIT_S = 10.0
 PAUSE_S = 30.0
 """How long a writer may hold others up without a word before PostgreSQL hangs up on it."""
 
+_UNWRITABLE = (UnicodeEncodeError, OverflowError)
 _INSTALL = "install the server's dependencies: pip install 'safegene-vllm[server]'"
 
 
@@ -135,9 +142,13 @@ class Database:
         """A database that does not answer, in our words and without its password."""
         try:
             yield
-        except (DataError, UnicodeEncodeError, OverflowError) as error:
+        except (DataError, *_UNWRITABLE) as error:
             raise RegistryError(f"a value that no database can hold: {_cause(error)}") from error
-        except (DBAPIError, PoolTimeoutError) as error:
+        except (StatementError, PoolTimeoutError) as error:
+            if isinstance(getattr(error, "orig", None), _UNWRITABLE):
+                # A parameter's own type could not write it, before the driver was asked.
+                told = f"a value that no database can hold: {_cause(error)}"
+                raise RegistryError(told) from error
             down = isinstance(error, OperationalError | InterfaceError | PoolTimeoutError)
             if not down and not getattr(error, "connection_invalidated", False):
                 raise
