@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -233,8 +234,24 @@ def test_bad_bodies_never_reach_the_app() -> None:
     ]:
         refused(ask(access, "POST", CHAT, "acme", content=content, headers=kind), status)
     refused(ask(access, "POST", CHAT, "acme", content=b"{}"), 415)
-    big = ask(access, "POST", "/unheard/of", "admin", json={"model": "x" * 200})
-    assert big.json()["bytes"] > 200
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("/v1/safegene/tenants", "admin-acme"), ("/unheard/of", "admin")]
+)
+def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
+    access = guarded(settings=AccessSettings(max_body_bytes=100))
+
+    async def pieces(size_bytes: int) -> AsyncIterator[bytes]:
+        yield b'{"model": "'
+        yield b"x" * (size_bytes - 13)
+        yield b'"}'
+
+    assert ask(access, "POST", path, key, json={"model": "x" * 80}).json()["bytes"] > 80
+    refused(ask(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
+    assert ask(access, "POST", path, key, content=pieces(100)).json()["bytes"] == 100
+    answer = ask(access, "POST", path, key, content=pieces(101))
+    assert answer.status_code == 413
 
 
 @settings(max_examples=60, deadline=None)

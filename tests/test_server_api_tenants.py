@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from artifact_fixtures import a_profile
 from tenancy_world import OURS, World, refused, world
 
+from safegene_server.access.middleware import Access, AccessSettings
 from safegene_server.answers import EngineDownError
 from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import WORDS
@@ -160,6 +162,41 @@ def test_numbers_that_no_float_can_be_are_refused(world: World) -> None:
 @pytest.mark.parametrize("body", [{"\ud800": 1}, {"name": "\ud800", "coefficients": 1.0}])
 def test_half_a_surrogate_is_refused(world: World, body: dict[str, Any]) -> None:
     refused(world.ask("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
+
+
+def test_a_body_over_the_limit_is_refused_as_it_comes(world: World) -> None:
+    world.access = Access(world.app, world.catalog, AccessSettings(max_body_bytes=1000))
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 500
+
+    refused(world.ask("POST", "/tenants", content=pieces(), headers=JSON), 413, "1000 bytes")
+
+
+def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
+    world.serve(NAME)
+    world.serve("other", start=5)
+    path = "/tenants/acme/support/revisions"
+    for _ in range(tenants.MOST_QUEUED):
+        world.told("POST", path, {})
+    refused(world.ask("POST", path, {}), 409, "jobs of tenant 'acme/support' wait already")
+    examples = {"safety": [{"prompt": "a"}], "task": [{"prompt": "b", "answer": "c"}]}
+    calibrate = {"examples": examples}
+    path = "/tenants/acme/support/calibrate"
+    refused(world.ask("POST", path, calibrate), 409, "wait already")
+    assert world.told("POST", "/tenants/other/revisions", {})
+    world.work()
+    assert world.told("POST", "/tenants/acme/support/revisions", {})
+
+
+@pytest.mark.parametrize("kind", ["safety", "task", "benign"])
+def test_examples_are_a_thousand_at_most(world: World, kind: str) -> None:
+    examples: dict[str, Any] = {"safety": [], "task": []}
+    examples[kind] = [{"prompt": "a", "answer": "b"}] * 1001
+    answer = world.ask("POST", "/tenants/acme/support/calibrate", {"examples": examples})
+    refused(answer, 400, "at most 1000 items")
+    assert answer.json()["error"]["param"] == f"examples.{kind}"
 
 
 def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:

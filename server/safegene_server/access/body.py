@@ -1,7 +1,7 @@
 """A JSON body read once, understood strictly, and written again for the app behind.
 
 What is handed on is written from what was understood, so no second parser can read it differently.
-For bodies that name a model; every other body passes through unread.
+For bodies that name a model; every other body passes through unread, and is counted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
 from safegene_server.access.refusal import Refusal
@@ -24,9 +25,7 @@ async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> 
     Errors: Refusal, 413 over the limit, 415 or 400 for headers that promise no plain JSON.
     """
     _check_headers(headers)
-    announced = _values(headers, b"content-length")
-    if announced and announced[0].isdigit() and int(announced[0][:20]) > limit_bytes:
-        raise _too_large(limit_bytes)
+    _check_announced(headers, limit_bytes)
     whole = bytearray()
     while True:
         message = await receive()
@@ -37,6 +36,26 @@ async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> 
             raise _too_large(limit_bytes)
         if not message.get("more_body", False):
             return bytes(whole)
+
+
+def bounded(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
+    """`receive` for whoever reads a body itself: over the limit it raises HTTPException, 413.
+
+    Errors: Refusal, 413 if more is announced.
+    """
+    _check_announced(headers, limit_bytes)
+    read_bytes = 0
+
+    async def counted() -> Message:
+        nonlocal read_bytes
+        message = await receive()
+        read_bytes += len(message.get("body", b""))
+        if read_bytes > limit_bytes:
+            # An app answers this one where it reads; FastAPI would make a 400 of any other.
+            raise HTTPException(413, str(_too_large(limit_bytes)))
+        return message
+
+    return counted
 
 
 def parse(body: bytes, max_depth: int) -> dict[str, Any]:
@@ -89,6 +108,12 @@ def replay(payload: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return again
+
+
+def _check_announced(headers: HeaderList, limit_bytes: int) -> None:
+    announced = _values(headers, b"content-length")
+    if announced and announced[0].isdigit() and int(announced[0][:20]) > limit_bytes:
+        raise _too_large(limit_bytes)
 
 
 def _check_headers(headers: HeaderList) -> None:

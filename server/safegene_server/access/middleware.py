@@ -99,6 +99,9 @@ class Access:
                 principal = authenticate(view, scope["headers"], self.now())
                 check_scope(principal, rule)
             answer = _models_answer(view, principal, path) if rule is LIST and principal else None
+            if scope["type"] == "http" and not rule.model:
+                limit_bytes = self.settings.max_body_bytes
+                receive = body.bounded(scope["headers"], receive, limit_bytes)
         except Refusal as refusal:
             self._count(refusal, exchange)
             await refuse(refusal, scope, receive, send)

@@ -15,6 +15,8 @@ from safegene_server.calibrating import Asked
 from safegene_server.tenants import Change
 
 LARGEST = 2**31 - 1
+MOST_EXAMPLES = 1000
+"""Of one kind: a search draws tens of them, and every one is kept until its job ends."""
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?$"
 
 Number = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -97,11 +99,15 @@ class Examples(Body):
     """At least two of each kind that is given; some are held out to judge by."""
 
     safety: list[Example] = Field(
-        description="harmful prompts, with safe answers", examples=[[{"prompt": "..."}]]
+        max_length=MOST_EXAMPLES,
+        description="harmful prompts, with safe answers",
+        examples=[[{"prompt": "..."}]],
     )
-    task: list[Example] = Field(description="the tenant's own task, every class of answers")
+    task: list[Example] = Field(
+        max_length=MOST_EXAMPLES, description="the tenant's own task, every class of answers"
+    )
     benign: list[Example] | None = Field(
-        None, description="harmless prompts that must still be answered"
+        None, max_length=MOST_EXAMPLES, description="harmless prompts that must still be answered"
     )
 
 

@@ -20,8 +20,10 @@ from safegene_server.api.following import followed
 from safegene_server.tenants import Tenancy, lifecycle
 from safegene_server.tenants.lifecycle import Published
 from safegene_server.tenants.tenancy import aside
-from safegene_vllm.errors import RegistryError
+from safegene_vllm.errors import ConflictError, RegistryError
 
+MOST_QUEUED = 4
+"""Jobs of one tenant that may wait: they are done one after the other, for all tenants in turn."""
 WORDS = frozenset(
     {
         *("calibrate", "freeze", "limits", "probe", "profile", "publish", "revisions"),
@@ -83,7 +85,7 @@ async def add_revision(
         "expected": body.expected_revision,
         "actor": asker.name,
     }
-    own(asker, name)
+    await _room_for_a_job(tenancy, own(asker, name))
     if body.calibrate is None:
         job = await lifecycle.add_revision(tenancy, name, **given)
     else:
@@ -110,9 +112,10 @@ async def calibrate(
     Published if they are better on the examples that were held out; if not, the job says so and
     nothing changes.
     """
+    await _room_for_a_job(tenancy, own(asker, name))
     job = await calibrating.start(
         tenancy,
-        own(asker, name),
+        name,
         body.asked(),
         publish=body.publish,
         expected=body.expected_revision,
@@ -215,6 +218,16 @@ async def retire(
     return shapes.Retired(
         tenant=shapes.tenant(tenant), rollout=await followed(tenancy, rollout, asker)
     )
+
+
+async def _room_for_a_job(tenancy: Tenancy, name: str) -> None:
+    """Errors: ConflictError while as many of the tenant's jobs wait as may."""
+    waiting = await aside(tenancy.registry.jobs, tenant=name, state="queued", limit=MOST_QUEUED)
+    if len(waiting) == MOST_QUEUED:
+        raise ConflictError(
+            f"{MOST_QUEUED} jobs of tenant {name!r} wait already; try again when one has begun, or "
+            "cancel one"
+        )
 
 
 async def _switched(tenancy: Tenancy, done: Published, asker: Principal) -> shapes.Switched:
