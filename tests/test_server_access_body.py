@@ -212,6 +212,7 @@ def test_the_headers_handed_on_tell_the_truth() -> None:
         (b"transfer-encoding", b"chunked"),
         (b"content-type", b"application/json; charset=utf-8"),
         (b"x-request-id", b"7"),
+        (b"x-vllm-priority", b"-1"),
     ]
     assert headers_for(sent, b"{}") == [
         (b"host", b"h"),

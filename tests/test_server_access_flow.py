@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from safegene_server.access.catalog import Catalog, Principal, Tenant, key_digest, make_view
+from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, key_digest, make_view
 from safegene_server.access.limits import Counters
 from safegene_server.access.middleware import Access
 
@@ -159,6 +159,25 @@ def test_what_changes_during_an_upload_counts(tenants: Any, keys: Any, status: i
     assert sent[0]["status"] == status
     if status == 200:
         assert json.loads(sent[1]["body"])["model"] == "acme@8"
+
+
+def test_several_answers_of_one_request_count_as_several() -> None:
+    access = guarded()
+    refused(chat(access, "other", n=2), 400, "asks for 2 answers")
+    for path, body in ((CHAT, {"n": 3}), ("/v1/completions", {"prompt": ["a"] * 3})):
+        answer = ask(access, "POST", path, "acme", json=body)
+        assert answer.status_code == 200
+    assert access.counters.accounts["acme"].running == 0
+    key = Principal("m", SERVE, frozenset({"metered"}), "metered")
+    tenant = Tenant("metered", "metered@1", limits=Limits(requests_per_minute=4))
+    view = make_view(keys={key_digest("sg-m"): key}, tenants=[tenant])
+    access = guarded(counters=Counters(lambda: 0.0))
+    access.catalog.replace(view)
+    assert chat(access, "m", n=3).status_code == 200
+    refused(chat(access, "m", n=2), 429, "4 requests per minute")
+    # To count words takes no answer of the engine.
+    assert ask(access, "POST", "/tokenize", "m", json={"n": 9}).status_code == 200
+    refused(chat(access, "m"), 429, "4 requests per minute")
 
 
 def test_requests_per_minute() -> None:

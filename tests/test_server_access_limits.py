@@ -55,6 +55,34 @@ def test_so_many_at_once() -> None:
     assert retry_after(counters, wanted) == 1
 
 
+def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
+    clock = Clock()
+    counters = Counters(clock)
+    wanted = target(concurrent=8, requests_per_minute=12)
+    slot = counters.admit(wanted, 1, 6)
+    with pytest.raises(Refusal) as caught:
+        counters.admit(wanted, 1, 3)
+    assert (caught.value.status, caught.value.reason) == (429, "concurrent")
+    small = counters.admit(wanted, 1, 2)
+    slot.close(0)
+    small.close(0)
+    assert counters.accounts["acme"].running == 0
+    with pytest.raises(Refusal) as caught:
+        counters.admit(wanted, 1, 5)
+    assert (caught.value.status, caught.value.reason) == (429, "requests_per_minute")
+    assert (caught.value.headers or {})["Retry-After"] == "60"
+    counters.admit(wanted, 1, 4).close(0)
+    assert counters.in_flight("acme@1") == 0
+
+
+@pytest.mark.parametrize("limit", ["concurrent", "requests_per_minute"])
+def test_what_no_waiting_would_let_in_is_told_at_once(limit: str) -> None:
+    with pytest.raises(Refusal, match=r"asks for 9 answers.* has a limit of 8") as caught:
+        Counters(Clock()).admit(target(**{limit: 8}), 1, 9)
+    assert (caught.value.status, caught.value.headers) == (400, None)
+    assert caught.value.reason == limit
+
+
 def test_one_tenants_revisions_share_its_limits_but_are_counted_apart() -> None:
     counters = Counters(Clock())
     old = counters.admit(target(revision=1, concurrent=2), 1)

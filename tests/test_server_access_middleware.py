@@ -16,7 +16,7 @@ from access_world import CHAT, KEYS, TENANTS, VIEW, ask, chat, echo_app, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_server.access.catalog import Catalog, Tenant, make_view
+from safegene_server.access.catalog import Catalog, Principal, Tenant, key_digest, make_view
 from safegene_server.access.limits import Counters
 from safegene_server.access.middleware import Access, AccessSettings
 from safegene_server.access.table import RULES
@@ -209,6 +209,24 @@ def test_fields_that_reach_into_the_engine_are_refused(name: str) -> None:
     assert unset.status_code == 200
     opened = guarded(settings=AccessSettings(refused_fields=frozenset()))
     assert ask(opened, "POST", "/v1/responses", "acme", json={name: 1}).status_code == 200
+
+
+def test_nobody_but_who_runs_the_server_goes_before_everybody() -> None:
+    both = frozenset({"serve", "admin"})
+    keys = {
+        key_digest("sg-acme"): Principal("acme", both, frozenset({"acme"}), "acme"),
+        key_digest("sg-all"): Principal("all", frozenset({"serve"}), frozenset({"*"}), "acme"),
+        key_digest("sg-root"): Principal("root", both, frozenset({"*"}), "acme"),
+    }
+    access = Access(echo_app(), Catalog(make_view(keys=keys, tenants=TENANTS)))
+    for key in ("acme", "all"):
+        for value in (-1, -(2**63), "-1", -1.0, [1], True):
+            answer = chat(access, key, priority=value)
+            refused(answer, 400, "`priority`")
+            assert answer.json()["error"]["param"] == "priority"
+        for value in (0, 5, None):
+            assert chat(access, key, priority=value).json()["got"]["priority"] == value
+    assert chat(access, "root", priority=-1).json()["got"]["priority"] == -1
 
 
 def test_one_sees_only_ones_own_models() -> None:

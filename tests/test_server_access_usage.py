@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from starlette.types import Message
 
-from safegene_server.access.usage import READ_BYTES, Meter, estimate_prompt
+from safegene_server.access.usage import READ_BYTES, Meter, count_answers, estimate_prompt
 
 ESTIMATE = 50
+
+
+@pytest.mark.parametrize(
+    ("document", "answers"),
+    [
+        ({}, 1),
+        ({"n": 1}, 1),
+        ({"n": None}, 1),
+        ({"n": 100}, 100),
+        ({"n": "100"}, 100),
+        ({"n": "4.0"}, 4),
+        ({"n": 0}, 1),
+        ({"n": -3}, 1),
+        ({"n": "many"}, 1),
+        ({"n": [9]}, 1),
+        ({"n": "inf"}, 1),
+        ({"prompt": "one"}, 1),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": []}, 1),
+        ({"prompt": ["a", "b", "c"]}, 3),
+        ({"prompt": [[1, 2], [3]], "n": 4}, 8),
+        ({"messages": [{"role": "user"}, {"role": "assistant"}], "n": 2}, 2),
+        ({"messages": [[{"role": "user"}], [{"role": "user"}]]}, 2),
+        ({"input": [{"role": "user"}, {"role": "user"}]}, 1),
+        ({"input": ["a", "b"]}, 2),
+        ({"query": "q", "documents": ["a", "b", "c"]}, 3),
+        ({"questions": {"a": {}, "b": {}}}, 2),
+    ],
+)
+def test_how_many_answers_a_body_asks_for(document: dict[str, Any], answers: int) -> None:
+    assert count_answers(document) == answers
 
 
 def metered(*chunks: bytes, kind: bytes = b"application/json", status: int = 200) -> int:

@@ -16,7 +16,8 @@ from starlette.types import Message, Receive
 from safegene_server.access.refusal import Refusal
 
 HeaderList = list[tuple[bytes, bytes]]
-_REPLACED = {b"content-length", b"content-type", b"transfer-encoding"}
+_REPLACED = {b"content-length", b"content-type", b"transfer-encoding", b"x-vllm-priority"}
+"""Headers that are not handed on: the body's own, and vLLM's priority, which the body may name."""
 
 
 async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> bytes | None:
@@ -92,7 +93,8 @@ def encode(document: dict[str, Any]) -> bytes:
 
 
 def headers_for(headers: HeaderList, payload: bytes) -> HeaderList:
-    """The request's headers, with type and length of what is really handed on."""
+    """The request's headers, with type and length of what is really handed on, and nothing that
+    would count more than the body."""
     return [
         *((name, value) for name, value in headers if name not in _REPLACED),
         (b"content-type", b"application/json"),

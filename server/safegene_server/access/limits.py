@@ -50,7 +50,7 @@ class Minute:
 
 @dataclass
 class Account:
-    """One tenant's counts; `reserved` are the tokens expected of what runs."""
+    """One tenant's counts; `running` are answers, `reserved` the tokens expected of them."""
 
     running: int = 0
     reserved: int = 0
@@ -61,10 +61,13 @@ class Account:
 class Slot:
     """One admitted request, to be closed exactly when it has ended, however it ended."""
 
-    def __init__(self, counters: Counters, target: Target, estimate_tokens: int) -> None:
+    def __init__(
+        self, counters: Counters, target: Target, estimate_tokens: int, answers: int
+    ) -> None:
         self._counters = counters
         self._target = target
         self._estimate = estimate_tokens
+        self._answers = answers
         self._open = True
 
     def close(self, tokens: int) -> None:
@@ -73,7 +76,7 @@ class Slot:
             return
         self._open = False
         counters, account = self._counters, self._counters.accounts[self._target.account]
-        account.running -= 1
+        account.running -= self._answers
         account.reserved -= self._estimate
         if tokens and self._target.limits.tokens_per_minute is not None:
             account.tokens.add(counters.clock(), tokens)
@@ -94,19 +97,23 @@ class Counters:
         """Requests that still run on one revision: it may leave the engine at 0."""
         return self.running[served]
 
-    def admit(self, target: Target, estimate_tokens: int) -> Slot:
-        """A place for one request. Errors: Refusal, 429 with Retry-After; it is not counted then.
+    def admit(self, target: Target, estimate_tokens: int, answers: int = 1) -> Slot:
+        """A place for one request, which counts as often as it asks for an answer.
 
         An estimate of 0 costs no tokens and asks for none. A request larger than the whole budget
-        of tokens is let in when nothing else uses any, or it would never be.
+        of tokens is let in when nothing else uses any, or it would never be. Errors: Refusal, 429
+        with Retry-After, or 400 for more answers than are ever let in; it is not counted then.
         """
         account = self.accounts.setdefault(target.account, Account())
         now, limits = self.clock(), target.limits
-        if limits.concurrent is not None and account.running >= limits.concurrent:
-            raise _too_many(target, "concurrent", f"{limits.concurrent} requests at once", 1.0)
+        most = limits.concurrent
+        if most is not None and account.running + answers > most:
+            _refuse_never(target, "concurrent", answers, most)
+            raise _too_many(target, "concurrent", f"{most} requests at once", 1.0)
         most = limits.requests_per_minute
-        if most is not None and account.requests.used(now) >= most:
-            wait_s = account.requests.wait_s(now, most - 1)
+        if most is not None and account.requests.used(now) + answers > most:
+            _refuse_never(target, "requests_per_minute", answers, most)
+            wait_s = account.requests.wait_s(now, most - answers)
             told = f"{most} requests per minute"
             raise _too_many(target, "requests_per_minute", told, wait_s)
         most = limits.tokens_per_minute
@@ -118,11 +125,20 @@ class Counters:
                 told = f"{most} tokens per minute"
                 raise _too_many(target, "tokens_per_minute", told, wait_s)
         if limits.requests_per_minute is not None:
-            account.requests.add(now, 1)
-        account.running += 1
+            account.requests.add(now, answers)
+        account.running += answers
         account.reserved += estimate_tokens
         self.running[target.served] += 1
-        return Slot(self, target, estimate_tokens)
+        return Slot(self, target, estimate_tokens, answers)
+
+
+def _refuse_never(target: Target, reason: str, answers: int, most: int) -> None:
+    if answers > most:
+        message = (
+            f"the request asks for {answers} answers, and `{target.account}` has a limit of "
+            f"{most} ({reason}); ask for fewer prompts or a smaller `n` at a time."
+        )
+        raise Refusal(400, message, reason=reason)
 
 
 def _too_many(target: Target, reason: str, limit: str, wait_s: float) -> Refusal:

@@ -22,7 +22,7 @@ from safegene_server.access.catalog import Catalog, Principal, View, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.refusal import Refusal, refuse
 from safegene_server.access.table import LIST, MODELS, WEBSOCKET, Rule, route_path, rule_for
-from safegene_server.access.usage import Meter, estimate_prompt
+from safegene_server.access.usage import Meter, count_answers, estimate_prompt
 from safegene_server.metrics.labels import NOBODY
 from safegene_server.metrics.traffic import Exchange, Traffic
 from safegene_vllm.errors import ConfigError
@@ -140,7 +140,7 @@ class Access:
                 view = self.catalog.view
                 principal = authenticate(view, headers, self.now())
                 check_scope(principal, rule)
-            self._check_fields(document)
+            self._check_fields(document, principal)
             # From here to the slot nothing waits, so a revision found is at once one in flight.
             target = models.resolve(view, principal, document.get("model"))
             tenant = NOBODY if target.account in view.base_models else target.account
@@ -148,7 +148,8 @@ class Access:
             hide = exchange is not None and self._ask_usage(route_path(scope), document)
             payload = body.encode(document)
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
-            slot = self.counters.admit(target, estimate)
+            answers = count_answers(document) if rule.tokens else 1
+            slot = self.counters.admit(target, estimate, answers)
         except Refusal as refusal:
             self._count(refusal, exchange, tenant)
             await refuse(refusal, scope, receive, send)
@@ -191,7 +192,8 @@ class Access:
         }
         return True
 
-    def _check_fields(self, document: dict[str, Any]) -> None:
+    def _check_fields(self, document: dict[str, Any], principal: Principal) -> None:
+        """Errors: Refusal, 400; also for a priority that only who runs the server may ask for."""
         for name in sorted(self.settings.refused_fields & document.keys()):
             if document[name]:
                 raise Refusal(
@@ -200,6 +202,16 @@ class Access:
                     param=name,
                     reason="field",
                 )
+        priority = document.get("priority")
+        late = priority is None or (type(priority) is int and priority >= 0)
+        if not late and not (principal.whole_server and "admin" in principal.scopes):
+            raise Refusal(
+                400,
+                "`priority` is less than 0, or no whole number; below 0, which is before all "
+                "others, takes a key with the scope `admin` for all tenants.",
+                param="priority",
+                reason="field",
+            )
 
 
 def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:

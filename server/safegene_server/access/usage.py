@@ -8,6 +8,7 @@ to charge a limit, never shown. Every document is parsed once, for whoever wants
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from starlette.types import Message, Send
@@ -15,6 +16,10 @@ from starlette.types import Message, Send
 BYTES_PER_TOKEN = 4
 READ_BYTES = 8 * 2**20
 """A longer answer in one piece is not parsed for its usage but charged by its length."""
+_SEVERAL = (
+    *("prompt", "prompt_embeds", "messages", "input", "texts", "items", "documents"),
+    *("text_1", "text_2"),
+)
 _DATA = b"data: "
 _LAST = (b"data: [DONE]", b'"response.completed"', b'"message_stop"')
 
@@ -22,6 +27,26 @@ _LAST = (b"data: [DONE]", b'"response.completed"', b'"message_stop"')
 def estimate_prompt(body_bytes: int) -> int:
     """Tokens of a request not yet run: a quarter of its bytes, at least one."""
     return max(1, body_bytes // BYTES_PER_TOKEN)
+
+
+def count_answers(document: Mapping[str, Any]) -> int:
+    """How many requests of the engine a body is: its prompts times `n`.
+
+    What is a list in some routes and one conversation in others is told by what it holds.
+    """
+    prompts = 1
+    for name in _SEVERAL:
+        found = document.get(name)
+        if isinstance(found, list) and found and isinstance(found[0], str | list):
+            prompts = max(prompts, len(found))
+    questions = document.get("questions")
+    if isinstance(questions, dict):
+        prompts = max(prompts, len(questions))
+    try:
+        # As lenient as the host, which reads "4" and 4.0 as 4.
+        return prompts * max(1, int(float(document.get("n") or 1)))
+    except (TypeError, ValueError, OverflowError):
+        return prompts
 
 
 class Watch(Protocol):
