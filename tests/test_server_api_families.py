@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from artifact_fixtures import FAMILY
 from tenancy_world import World, refused, world
 
@@ -18,6 +20,14 @@ def test_what_a_family_is(world: World) -> None:
     assert tuple(family["bounds"]) == FAMILY.bounds
     assert (family["floor"], family["frozen"]) == ({}, False)
     refused(world.ask("GET", "/families/sha256:none"), 404, "no family")
+
+
+def test_where_a_family_lies_is_for_keys_for_all_tenants(world: World) -> None:
+    second = replace(FAMILY, name="second", digest="sha256:" + "2" * 64)
+    world.registry.add_family(second, "/srv/families/f", actor="test")
+    for path in (f"/families/{second.digest}", "/families"):
+        assert "/srv/families/f" in world.ask("GET", path, key="read").text
+        assert "/srv" not in world.ask("GET", path, key="acme").text
 
 
 def test_a_floor_raises_tenants_and_is_shown(world: World) -> None:

@@ -15,7 +15,8 @@ from safegene_server.access.middleware import Access, AccessSettings
 from safegene_server.answers import EngineDownError
 from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import WORDS
-from safegene_vllm.errors import ReceiptError, TenantRefusedError
+from safegene_server.artifacts import SourceRules
+from safegene_vllm.errors import ReceiptError, StoreError, TenantRefusedError
 from safegene_vllm.profile import profile_json
 
 __all__ = ["world"]
@@ -288,3 +289,62 @@ def test_no_path_of_the_store_is_in_any_answer(world: World) -> None:
     paths = ("/tenants", "/tenants/acme/support/revisions", "/jobs", "/rollouts", "/audit")
     for path in paths:
         assert store not in json.dumps(world.told("GET", path)), OURS + path
+
+
+def test_messages_name_no_path_of_the_store(world: World) -> None:
+    world.serve(NAME)
+    inside = f"{world.store.root}/revisions/ab-cd"
+    error = StoreError(f"{inside} cannot be written.\n{inside}: it is\u00a0full")
+    world.replica.errors["load"] = error
+    path = "/tenants/acme/support"
+    answer = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
+    told = refused(answer, 507)
+    assert told == str(error).replace(str(world.store.root), "STORE")
+    assert answer.headers["content-length"] == str(len(answer.content))
+    world.told("POST", f"{path}/revisions", {})
+    world.work()
+    assert str(world.store.root) in world.registry.jobs()[0].message
+    for asked in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
+        found = world.ask("GET", asked)
+        assert str(world.store.root) not in found.text
+        assert "STORE/revisions/ab-cd cannot be written" in found.text, asked
+
+
+def test_what_only_begins_like_the_store_is_told_whole(world: World) -> None:
+    for name, source in (
+        ("one", f"{world.store.root}-not"),
+        ("two", f"/srv{world.store.root}/x"),
+    ):
+        body = {"name": name, "source": source}
+        assert world.told("POST", "/tenants", body)["tenant"]["source"] == source
+        world.work()
+        assert source in world.told("GET", "/jobs")["data"][0]["message"]
+
+
+def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: World) -> None:
+    world.serve(NAME)
+    other = world.adapter("other", start=5)
+    root = world.root / "sources"
+    world.store.rules = SourceRules(roots=(root,))
+    for source in ("/etc", other, "s3://models/acme", str(root), str(root / NAME / "x")):
+        body = {"source": source}
+        answer = world.ask("POST", "/tenants/acme/support/revisions", body, key="acme")
+        assert str(root) not in refused(answer, 403, "a key for some tenants").replace(source, "")
+        answer = world.ask("POST", "/tenants", {"name": "acme", **body}, key="acme")
+        refused(answer, 403, "a key for some tenants")
+        refused(world.ask("POST", "/tenants", {"name": "other", **body}, key="acme"), 404)
+    path = "/tenants/acme/support/revisions"
+    refused(world.ask("POST", path, {"source": str(root / "acme")}, key="acme"), 403)
+    assert world.told("POST", path, {"source": str(root / NAME)}, key="acme")
+    assert world.told("POST", "/tenants/acme/support/revisions", {}, key="acme")
+
+
+def test_the_roots_of_sources_are_told_to_keys_for_all_tenants(world: World) -> None:
+    roots = (world.root / "one", world.root / "two")
+    world.store.rules = SourceRules(roots=roots)
+    world.told("POST", "/tenants", {"name": NAME, "source": "/no/where"})
+    assert world.work().state == "failed"
+    whole = world.told("GET", "/jobs")["data"][0]["message"]
+    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in whole
+    narrow = world.told("GET", "/jobs", key="acme")["data"][0]["message"]
+    assert "/no/where is outside the allowed roots; move" in narrow

@@ -9,28 +9,29 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from safegene_server.answers import AnswerRoute
+from safegene_server.access.catalog import Principal
 from safegene_server.api import bodies, shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, whole_server
 from safegene_server.api.following import followed
-from safegene_server.registry import Registry
+from safegene_server.registry import Family, Registry
 from safegene_server.tenants import families
 from safegene_server.tenants.tenancy import aside
 
-router = APIRouter(route_class=AnswerRoute, tags=["families"])
+router = APIRouter(route_class=TenancyRoute, tags=["families"])
 Digest = Annotated[str, Path(description="the family's digest", examples=["sha256:" + "ab" * 32])]
 
 
 @router.get("/families", summary="List families")
 async def list_families(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Family]:
     """All of them, in the order in which they came."""
-    return shapes.Page(data=await aside(_all, tenancy.registry))
+    return shapes.Page(data=await aside(_all, tenancy.registry, asker))
 
 
 @router.get("/families/{digest}", summary="Show a family")
 async def show_family(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family:
     """Its layers, its bounds, its floor, and whether it is frozen."""
-    return await aside(_one, tenancy.registry, digest)
+    return await aside(_one, tenancy.registry, digest, asker)
 
 
 @router.put("/families/{digest}/floor", summary="Set the floor of a family")
@@ -41,7 +42,7 @@ async def set_floor(
     whole_server(asker)
     rollout = await families.set_floor(tenancy, digest, body.floor, actor=asker.name)
     return shapes.Floored(
-        family=await aside(_one, tenancy.registry, digest),
+        family=await aside(_one, tenancy.registry, digest, asker),
         rollout=await followed(tenancy, rollout, asker),
     )
 
@@ -51,7 +52,7 @@ async def freeze(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family:
     """Serving goes on; what they serve may not change until the family is unfrozen."""
     whole_server(asker)
     await families.set_family_frozen(tenancy, digest, True, actor=asker.name)
-    return await aside(_one, tenancy.registry, digest)
+    return await aside(_one, tenancy.registry, digest, asker)
 
 
 @router.post("/families/{digest}/unfreeze", summary="Unfreeze the tenants of a family")
@@ -59,12 +60,17 @@ async def unfreeze(digest: Digest, tenancy: Here, asker: Asker) -> shapes.Family
     """They may change again, except those that are frozen themselves."""
     whole_server(asker)
     await families.set_family_frozen(tenancy, digest, False, actor=asker.name)
-    return await aside(_one, tenancy.registry, digest)
+    return await aside(_one, tenancy.registry, digest, asker)
 
 
-def _one(registry: Registry, digest: str) -> shapes.Family:
-    return shapes.family(registry.family(digest), registry.policy(digest))
+def _one(registry: Registry, digest: str, asker: Principal) -> shapes.Family:
+    return _told(registry, registry.family(digest), asker)
 
 
-def _all(registry: Registry) -> list[shapes.Family]:
-    return [shapes.family(found, registry.policy(found.digest)) for found in registry.families()]
+def _all(registry: Registry, asker: Principal) -> list[shapes.Family]:
+    return [_told(registry, found, asker) for found in registry.families()]
+
+
+def _told(registry: Registry, found: Family, asker: Principal) -> shapes.Family:
+    told = shapes.family(found, registry.policy(found.digest))
+    return told if asker.whole_server else told.model_copy(update={"source": None})

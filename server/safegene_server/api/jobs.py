@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
-from safegene_server.answers import AnswerRoute
 from safegene_server.api import shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, own
 from safegene_server.api.bodies import Id, Limit
 from safegene_server.registry import Job, Registry
@@ -20,7 +20,7 @@ from safegene_server.tenants import Tenancy
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.errors import UnknownError
 
-router = APIRouter(route_class=AnswerRoute, tags=["jobs"])
+router = APIRouter(route_class=TenancyRoute, tags=["jobs"])
 
 
 @router.get("/jobs", summary="List jobs")

@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path
 
 from safegene_server.access.catalog import Principal
-from safegene_server.answers import AnswerRoute
 from safegene_server.api import bodies, shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here
 from safegene_server.registry import Key
 from safegene_server.registry.words import BASE
@@ -19,7 +19,7 @@ from safegene_server.tenants import Tenancy
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.errors import UnknownError
 
-router = APIRouter(route_class=AnswerRoute, tags=["keys"])
+router = APIRouter(route_class=TenancyRoute, tags=["keys"])
 KeyName = Annotated[str, Path(description="the key's name", examples=["acme-production"])]
 
 

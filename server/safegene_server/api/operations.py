@@ -8,8 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
-from safegene_server.answers import AnswerRoute
 from safegene_server.api import shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, whole_server
 from safegene_server.api.bodies import LARGEST, Id, Limit, Moment
 from safegene_server.api.following import follow
@@ -21,7 +21,7 @@ TENANT_ACTIONS = ("tenant.", "revision.")
 SEARCHED = 1000
 LAST_S = datetime.max.replace(microsecond=0, tzinfo=UTC).timestamp()
 
-router = APIRouter(route_class=AnswerRoute)
+router = APIRouter(route_class=TenancyRoute)
 
 
 @router.get("/rollouts", summary="List rollouts", tags=["rollouts"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from safegene_server import probes
-from safegene_server.answers import AnswerRoute
 from safegene_server.api import shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, Probing, own
 from safegene_server.api.bodies import TenantName
 from safegene_server.tenants.tenancy import aside
 
-router = APIRouter(route_class=AnswerRoute, tags=["probes"])
+router = APIRouter(route_class=TenancyRoute, tags=["probes"])
 
 
 @router.get("/probes", summary="List probes")

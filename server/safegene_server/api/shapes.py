@@ -131,7 +131,9 @@ class Family(BaseModel):
 
     digest: str
     name: str
-    source: str | None
+    source: str | None = Field(
+        description="where the server has it from; null for keys for some tenants"
+    )
     num_layers: int
     layers: list[int] = Field(description="layers that carry a vector")
     bounds: tuple[float, float] = Field(description="least and largest coefficient")

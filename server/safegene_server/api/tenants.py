@@ -6,14 +6,15 @@ may be called like one of them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 
 from safegene_server import calibrating
 from safegene_server.access.catalog import Principal
-from safegene_server.answers import AnswerRoute
 from safegene_server.api import bodies, shapes
+from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, own
 from safegene_server.api.bodies import ExpectedQuery, TenantName
 from safegene_server.api.following import followed
@@ -32,7 +33,7 @@ WORDS = frozenset(
 )
 """What may follow a tenant's name in a path."""
 
-router = APIRouter(route_class=AnswerRoute, tags=["tenants"])
+router = APIRouter(route_class=TenancyRoute, tags=["tenants"])
 
 
 @router.post("/tenants", status_code=202, summary="Register a tenant")
@@ -48,6 +49,8 @@ async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes
             f"tenant name {body.name!r}: its second part may not be one of "
             f"{', '.join(sorted(WORDS))}, which are words of this API"
         )
+    name = own(asker, body.name)
+    _may_read(tenancy, asker, name, body.source)
     given: dict[str, Any] = {
         "source": body.source,
         "first": body.first(),
@@ -55,7 +58,6 @@ async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes
         "publish": body.publish,
         "actor": asker.name,
     }
-    name = own(asker, body.name)
     if body.calibrate is None:
         tenant, job = await lifecycle.register(tenancy, name, **given)
     else:
@@ -78,6 +80,7 @@ async def add_revision(
 
     The tenant stays on what it serves until that job publishes, and if it fails.
     """
+    _may_read(tenancy, asker, own(asker, name), body.source)
     given: dict[str, Any] = {
         "source": body.source,
         "first": body.first(),
@@ -85,7 +88,7 @@ async def add_revision(
         "expected": body.expected_revision,
         "actor": asker.name,
     }
-    await _room_for_a_job(tenancy, own(asker, name))
+    await _room_for_a_job(tenancy, name)
     if body.calibrate is None:
         job = await lifecycle.add_revision(tenancy, name, **given)
     else:
@@ -217,6 +220,23 @@ async def retire(
     )
     return shapes.Retired(
         tenant=shapes.tenant(tenant), rollout=await followed(tenancy, rollout, asker)
+    )
+
+
+def _may_read(tenancy: Tenancy, asker: Principal, name: str, source: str | None) -> None:
+    """Sources are read with the server's own rights and credentials, whoever names them.
+
+    Errors: HTTPException unless the key is for all tenants, or the source is the one folder that
+    is this tenant's.
+    """
+    own_folders = {root / name for root in tenancy.store.rules.roots}
+    if source is None or asker.whole_server or Path(source) in own_folders:
+        return
+    raise HTTPException(
+        403,
+        f"a key for some tenants may name one source for {name!r}: the folder of that name in a "
+        "directory that the server's `sources.roots` lists. Leave `source` out to have the "
+        "tenant's own read again, or ask whoever has a key for all tenants.",
     )
 
 
