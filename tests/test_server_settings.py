@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from traceback import format_exception
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,31 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, words: st
     with pytest.raises(ConfigError, match=words) as caught:
         settings(tmp_path, text)
     assert str(tmp_path / "safegene.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "registy: postgresql://u:hush@h/db\nstore: s\n",
+        "registry: {url: postgresql://u:hush@h/db}\nstore: s\n",
+        "registry: [postgresql://u:hush@h/db]\nstore: s\n",
+        LEAST + "keys: [{name: a, secret: hush}]\n",
+        LEAST + "keys: hush\n",
+        "store: s\nregistry: postgresql://u:hush@h/db: x\n",
+        'store: s\nregistry: "postgresql://u:\\hush@h"\n',
+    ],
+)
+def test_no_fault_shows_a_secret(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(tmp_path, text)
+    assert "hush" not in "".join(format_exception(caught.value))
+
+
+def test_a_number_that_will_not_do_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"access\.max_body_bytes = 0: .* greater than 0"):
+        settings(tmp_path, LEAST + "access: {max_body_bytes: 0}\n")
+    with pytest.raises(ConfigError, match="is no YAML: line 3: mapping values"):
+        settings(tmp_path, LEAST + "access: a: b\n")
 
 
 def test_one_registry_is_named(tmp_path: Path) -> None:

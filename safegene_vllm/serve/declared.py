@@ -43,7 +43,11 @@ def read_declared(path: Path) -> Declared:
     except OSError as error:
         raise ConfigError(f"--server-config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--server-config {path} is no YAML: {error}") from error
+        # Without the line itself: the file may hold a password.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        what = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"--server-config {path}{where} is no YAML: {what}.") from None
     part = raw.get("serve") if isinstance(raw, Mapping) else None
     if not isinstance(part, Mapping):
         raise ConfigError(

@@ -166,7 +166,7 @@ class ServerSettings(BaseSettings):
 def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | None:
     """The settings that the environment names; None if it names none.
 
-    Errors: ConfigError naming the file, every bad key, its value and what is expected.
+    Errors: ConfigError naming the file, every bad key and what is expected; no secrets.
     """
     named = environ.get(ENV)
     if not named:
@@ -177,7 +177,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
     except OSError as error:
         raise ConfigError(f"{ENV}={named}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+        raise ConfigError(f"{path} is no YAML: {_yaml_fault(error)}.") from None
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} holds {type(raw).__name__}, expected keys such as `registry:`.")
     try:
@@ -208,10 +208,21 @@ def metrics_alone() -> MetricsSettings:
 
 
 def _faults(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r}: {fault['msg']}"
-        for fault in error.errors()
-    )
+    """Every bad key and what is expected. What was found may be a secret; a number is none."""
+    told = []
+    for fault in error.errors():
+        value = fault.get("input")
+        known = isinstance(value, int | float) and fault["type"] != "extra_forbidden"
+        found = f" = {value!r}" if known else ""
+        told.append(f"{'.'.join(map(str, fault['loc']))}{found}: {fault['msg']}")
+    return "; ".join(told)
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Where and what, without the line itself, which may hold a password."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"line {mark.line + 1}: "
+    return where + (getattr(error, "problem", None) or type(error).__name__)
 
 
 def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
