@@ -343,6 +343,27 @@ def test_the_base_model_is_no_tenant_and_what_has_no_profile_is_unprotected() ->
     assert grown.by("safegene_unprotected_requests_total", tenant="acme") == 0
 
 
+@pytest.mark.parametrize(("pieces", "counted"), [((HEAD,), 1), ((HEAD, piece("a")), 1), ((), 0)])
+def test_a_part_of_an_answer_without_a_profile_counts_too(pieces: Any, counted: int) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for body in pieces:
+            await send({"type": "http.response.body", "body": event(body), "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+
+    told = traffic()
+    told.protected = lambda served: False
+    body = json.dumps({"model": "acme", "stream": True}).encode()
+    receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
+    run, _ = speak(guarded(app, traffic=told), "acme", {}, receive)
+    with growth() as grown:
+        asyncio.run(run)
+    assert grown.by("safegene_requests_total", tenant="acme", outcome="cancelled") == 1
+    assert grown.by("safegene_unprotected_requests_total", tenant="acme") == counted
+
+
 def test_tenants_without_a_place_of_their_own_share_one() -> None:
     counted = traffic(max_tenants=1)
     counted.expect(["acme"])

@@ -85,7 +85,7 @@ REFUSALS = Counter(
 )
 UNPROTECTED_REQUESTS = Counter(
     "safegene_unprotected_requests_total",
-    "Requests that were answered by something that has no profile.",
+    "Requests that were answered, to the end or not, by something that has no profile.",
     ("tenant",),
 )
 

@@ -206,7 +206,9 @@ class Exchange:
             of.judged.inc(judged)
             of.refusals.inc(refusals)
         protected = self.traffic.protected
-        if outcome == "ok" and protected is not None and not protected(self.served):
+        # What a client has read of an answer that broke off was as unprotected as the whole.
+        spoken = outcome == "ok" or self._first_s is not None or meter.completion > 0
+        if spoken and protected is not None and not protected(self.served):
             of.unprotected.inc()
 
 
