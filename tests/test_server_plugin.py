@@ -517,6 +517,62 @@ def test_a_silent_engine_is_503(world: World, monkeypatch: pytest.MonkeyPatch) -
     assert "no receipts within" in shape_of_openai(answer.json(), 503)
 
 
+def test_readiness_without_a_key_looks_once_a_second(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(verifier, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    client = world.start()
+    ask, asked = world.engine.collective_rpc, []
+    faults: list[str] = []
+
+    async def counted(method: str, args: tuple[Any, ...] = ()) -> Any:
+        asked.append(method)
+        await asyncio.sleep(0.01)
+        return await ask(method, args)
+
+    world.engine.collective_rpc = counted  # type: ignore[method-assign]
+    for _ in range(2):
+        assert client.get("/v1/safegene/ready").status_code == 200
+    assert len(asked) == 2  # without a registry the launcher may ask, and everybody with a key
+    replica = SimpleNamespace(faults=lambda: tuple(faults), version=3)
+    world.app.state.safegene_tenancy = SimpleNamespace(replica=replica)
+    for second in (1, 2):
+        for _ in range(3):
+            body = client.get("/v1/safegene/ready").json()
+            assert (body["ready"], body["tenants"], body["registry"]) == (True, [], 3)
+        assert len(asked) == 2 + second
+        now[0] += 1.0
+    faults.append("acme@2 cannot be applied")
+    answer = client.get("/v1/safegene/ready")
+    assert "not all that is published" in shape_of_openai(answer.json(), 503)
+
+
+def test_those_who_ask_at_once_share_one_look(world: World) -> None:
+    world.start()
+    looking: verifier.Verifier = world.app.state.safegene
+    asked, go = [], asyncio.Event()
+
+    async def slow(method: str, args: tuple[Any, ...] = ()) -> Any:
+        asked.append(method)
+        await go.wait()
+        return world.engine.told()
+
+    async def all_at_once() -> None:
+        world.engine.collective_rpc = slow  # type: ignore[method-assign]
+        asking = [asyncio.create_task(looking.recent()) for _ in range(50)]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        await asyncio.sleep(0)
+        go.set()
+        reports = await asyncio.gather(*asking[1:])
+        assert all(report is reports[0] and report.ready for report in reports)
+        assert asking[0].cancelled()
+
+    asyncio.run(all_at_once())
+    assert asked == ["safegene_receipt"]
+
+
 def test_a_path_that_is_not_there_is_404(world: World) -> None:
     answer = load(world.start(), "x", "/nowhere/at/all")
     assert answer.status_code == 404

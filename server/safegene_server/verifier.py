@@ -8,6 +8,7 @@ change or go afterwards; workers serve their own copy). Changes nothing in the e
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from safegene_vllm.receipt import Receipt, check_engine, check_tenant, gain_dige
 from safegene_vllm.settings import Settings, parse_settings
 
 RECEIPT_TIMEOUT_S = 60.0
+SHARED_S = 1.0
+"""How old a report may be for who needs no key to ask for it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Verifier:
         self.promised: dict[tuple[str, int, str], Profile | None] = {}
         self.told: Callable[[Report], None] = lambda report: None
         """Called with every report that is made; set by whoever wants to know."""
+        self._look: asyncio.Future[Report] | None = None
+        self._look_until_s = 0.0
 
     async def ask(self) -> list[dict[str, Any] | None]:
         """One answer per rank. Errors: EngineDownError, ReceiptError (the plugin is not there)."""
@@ -111,6 +116,16 @@ class Verifier:
         found = await self._report()
         self.told(found)
         return found
+
+    async def recent(self) -> Report:
+        """A report of the last second, for those who may ask as often as they like: one look at the
+        ranks, shared by all who ask meanwhile."""
+        now_s = time.monotonic()
+        if self._look is None or (self._look.done() and now_s >= self._look_until_s):
+            self._look = asyncio.ensure_future(self.report())
+            self._look_until_s = now_s + SHARED_S
+        # Whoever hangs up ends nobody else's look.
+        return await asyncio.shield(self._look)
 
     async def _report(self) -> Report:
         before = dict(self._requests())

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from safegene_server.metrics.applied import Applied, Served
+from safegene_server.metrics.bounding import withhold
 from safegene_server.metrics.edge import Edge
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.observing import Following, Observing
@@ -85,7 +86,8 @@ class Metrics:
 
         replica.changed = partial(_harmless(changed), None)
         following = Following(self.labels, replica.registry, replica)
-        self.observing.start(*following.steps(self.settings.period_s))
+        period_s = self.settings.period_s
+        self.observing.start(*following.steps(period_s), (withhold(), period_s))
 
     async def stop(self) -> None:
         if self.observing is not None:
