@@ -128,6 +128,10 @@ class World:
     def answer(self, asked: Asked) -> Any:
         """What the real routes would say, or None for 404."""
         match asked.method, *asked.path.strip("/").split("/"):
+            case "GET", "ready":
+                return {"ready": True, "tenants": list(self.tenants)}
+            case "GET", "receipts":
+                return {"ready": True, "faults": [], "receipts": [{"rank": 0}]}
             case "GET", "whoami":
                 return {"name": "ops", "scopes": ["admin"], "tenants": ["*"]}
             case "GET", "tenants":

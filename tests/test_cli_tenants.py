@@ -232,6 +232,8 @@ def test_tenant_calibrate_sends_drawn_examples(run: Run, world: World) -> None:
     assert answers == ["a", "a", "b", "b"] and body["examples"]["safety"][0]["answer"] is None
     assert body["data"]["task"]["licence"] == "private" and body["seed"] == 1
     assert run(*command).code == 0 and last(world, "POST").body == body
+    assert run(*command, "--no-publish").code == 0
+    assert last(world, "POST").body == {**body, "publish": False}
 
 
 @pytest.mark.usefixtures("data")
@@ -242,7 +244,8 @@ def test_new_content_is_sent_with_the_examples_that_calibrate_would_send(
     options = [*drawn, ("shots", "4"), ("seed", "1")]
     short = [word for name, value in options for word in (f"--{name}", value)]
     assert run("tenant", "calibrate", NAME, *short).code == 0
-    sent = world.asked[0].body
+    sent = {**world.asked[0].body}
+    assert sent.pop("publish") is True
     assert set(sent) == {"examples", "data", "seed"}
     long = [word for name, value in options for word in (f"--calibrate-{name}", value)]
     added = run("tenant", "add", "acme/new", "--source", "s3://b/acme", *long)

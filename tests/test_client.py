@@ -121,6 +121,14 @@ CALLS: list[tuple[Call, str, str, Any]] = [
         "/tenants/acme/support/calibrate",
         {"examples": EXAMPLES, "seed": 3},
     ),
+    (
+        lambda c: c.calibrate(NAME, EXAMPLES, publish=False),
+        "POST",
+        "/tenants/acme/support/calibrate",
+        {"examples": EXAMPLES, "seed": 0, "publish": False},
+    ),
+    (lambda c: c.ready(), "GET", "/ready", None),
+    (lambda c: c.receipts(), "GET", "/receipts", None),
     (lambda c: c.families(), "GET", "/families", None),
     (lambda c: c.family("d"), "GET", "/families/d", None),
     (

@@ -30,6 +30,7 @@ from safegene_vllm.cli.tenant_options import (
     SHOTS,
     Benign,
     Name,
+    Publish,
     Safety,
     Seed,
     Shots,
@@ -45,6 +46,7 @@ def calibrate(
     benign: Benign = None,
     shots: Shots = SHOTS,
     seed: Seed = SEED,
+    publish: Publish = True,
     expect: Expected = None,
     wait: Wait = True,
     timeout: Timeout = None,
@@ -62,7 +64,8 @@ def calibrate(
     """
     given = _drawn(safety, task, benign, shots, seed)
     with connect(url, key, key_file) as client:
-        answer: dict[str, Any] = dict(client.calibrate(name, **given, expected_revision=expect))
+        begun = client.calibrate(name, **given, publish=publish, expected_revision=expect)
+        answer: dict[str, Any] = dict(begun)
         if wait:
             answer["job"] = follow_job(client, answer["job"], timeout)
     if as_json:

@@ -88,6 +88,14 @@ class Client:
         """What the server knows of this key: its name, scopes and tenants."""
         return cast(Whoami, self._server.request("GET", "/whoami"))
 
+    def ready(self) -> dict[str, Any]:
+        """What the replica that answers serves; ApiError 503 unless all of it is as published."""
+        return self._server.request("GET", "/ready")
+
+    def receipts(self) -> dict[str, Any]:
+        """What each of its ranks has really applied, and the faults found."""
+        return self._server.request("GET", "/receipts")
+
     # Tenants
 
     def tenants(self) -> list[Tenant]:
@@ -201,16 +209,18 @@ class Client:
         data: Mapping[str, Any] | None = None,
         seed: int = 0,
         evaluations: int | None = None,
+        publish: bool | None = None,
         expected_revision: int | None = None,
     ) -> Started:
         """Have the server find the tenant's coefficients on its own engine, as a job.
 
         `examples` has `safety`, `task` and maybe `benign`: objects with `prompt` and `answer`
         (None: the server's own choice). `data` tells the calibration record where they are from.
-        `evaluations` are the candidates at most (None: the server's own number).
+        `evaluations` are the candidates at most (None: the server's own number). `publish` as for
+        add_tenant.
         """
         given = {kind: [dict(row) for row in rows] for kind, rows in examples.items()}
-        how = {"data": data, "seed": seed, "evaluations": evaluations}
+        how = {"data": data, "seed": seed, "evaluations": evaluations, "publish": publish}
         body = {"examples": given, **how, "expected_revision": expected_revision}
         return cast(Started, self._tenant("POST", name, "/calibrate", body))
 
