@@ -57,9 +57,12 @@ class LivelyReplica(FakeReplica):
         self.on_score: Callable[[], None] = lambda: None
         self.bodies: list[dict[str, Any]] = []
         self.context = 4096
+        self.hanging: str | None = None
+        self.on_hang: Callable[[], None] = lambda: None
 
     async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
         self._raise("begin_trial")
+        await self._hang("begin_trial")
         assert revision.tenant == NAME and len(coefficients) == self.header.num_layers
         name = f"trial:{len(self.begun)}"
         self.trials[name] = tuple(coefficients)
@@ -68,7 +71,23 @@ class LivelyReplica(FakeReplica):
         return name
 
     async def end_trial(self, name: str) -> None:
+        await self._hang("end_trial")
+        assert not self._busy, "something is asked of a trial that ends"
         del self.trials[name]
+
+    async def _hang(self, what: str) -> None:
+        """For a minute where the engine is told to; a call that is given up takes a moment more."""
+        if what != self.hanging:
+            return
+        self.on_hang()
+        self._busy += 1
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.05)
+            raise
+        finally:
+            self._busy -= 1
 
     def free_slots(self) -> int:
         return max(0, self.slots - len(self.held) - len(self.trials))
@@ -84,6 +103,7 @@ class LivelyReplica(FakeReplica):
             tokens = self._template(body) if "messages" in body else list(body["prompt"].encode())
             return httpx.Response(200, json={"tokens": tokens, "max_model_len": self.context})
         assert path == "/v1/completions"
+        await self._hang(path)
         self.bodies.append(body)
         self._busy += 1
         self.busiest = max(self.busiest, self._busy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,42 @@ def test_a_cancelled_job_ends_between_batches_and_leaves_nothing(bench: Calibrat
     assert len(bench.registry.revisions(NAME)) == 1
 
 
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+def test_an_engine_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
+    world = CalibrationWorld(tmp_path, timeout_s=0.2)
+    world.start()
+    world.replica.hanging = what
+    ended = world.work()
+    assert ended.state == "failed" and "longer than 0.2 s for a few requests" in ended.message
+    assert world.replica.trials == {} and published(world)[0] == f"{NAME}@1"
+    world.registry.close()
+
+
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, what: str) -> None:
+    job = bench.start()
+    bench.tenancy = replace(bench.tenancy, settings=replace(bench.tenancy.settings, lease_s=0.4))
+
+    def cancel() -> None:
+        if not bench.registry.job(job).cancel_requested:
+            bench.registry.cancel(job, actor="test")
+
+    bench.replica.hanging, bench.replica.on_hang = what, cancel
+    assert bench.work().state == "cancelled"
+    assert bench.replica.trials == {}
+
+
+def test_a_trial_that_the_engine_does_not_give_back_ends_the_job_all_the_same(
+    bench: CalibrationWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("safegene_server.calibrating.bench.END_S", 0.05)
+    bench.start()
+    bench.replica.hanging = "end_trial"
+    bench.replica.errors["/v1/completions"] = TenantRefusedError("no room")
+    assert bench.work().state == "failed"
+    assert "trials stay loaded until the engine answers" in caplog.text
+
+
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
     job = bench.start()
     assert "bad 1" in json.dumps(dict(bench.registry.job(job).params))
@@ -221,6 +258,17 @@ def test_examples_longer_than_the_context_are_named(bench: CalibrationWorld) -> 
     assert ended.state == "failed" and "do not fit the engine's context: safety (7 + 24" in (
         ended.message
     )
+
+
+def test_what_is_too_long_is_found_before_the_tenant_is_asked_for_an_answer(
+    bench: CalibrationWorld,
+) -> None:
+    bench.replica.context = 64
+    benign = [{"prompt": f"good {n} " + "x" * 60 * n, "answer": None} for n in range(3)]
+    bench.start(examples=examples(benign=benign))
+    ended = bench.work()
+    assert ended.state == "failed" and "do not fit the engine's context: benign (" in ended.message
+    assert bench.replica.bodies == []
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.replica import Inside, Inward
-from safegene_vllm.errors import ConfigError
+from safegene_server.tenants import Prompt
+from safegene_server.tenants.questions import CHAT, ask_all
+from safegene_vllm.errors import ConfigError, TenantRefusedError
+
+Handler = Callable[[Request], Coroutine[Any, Any, Any]]
+Decorator = Callable[[Handler], Handler]
 
 
 class Shut:
@@ -41,3 +49,122 @@ def test_it_goes_past_what_stands_in_front_and_finds_the_whole_app() -> None:
         assert (answer.status_code, answer.json()) == (200, {"word": "there", "body": "y"})
 
     asyncio.run(ask())
+
+
+def cancellable(handler: Handler) -> Handler:
+    """As vLLM's `with_cancellation`: the handler is a task of its own, cancelled when the client
+    disconnects and not when the request's own task is; nobody waits for its end."""
+
+    @functools.wraps(handler)
+    async def wrapper(raw_request: Request) -> Any:
+        async def listen() -> None:
+            while (await raw_request.receive())["type"] != "http.disconnect":
+                pass
+
+        handling = asyncio.create_task(handler(raw_request))
+        listening = asyncio.create_task(listen())
+        both = {handling, listening}
+        done, pending = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return handling.result() if handling in done else None
+
+    return wrapper
+
+
+def vllm_s_own() -> Decorator:
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    found: Decorator = with_cancellation
+    return found
+
+
+class Slow:
+    """An app whose engine holds a request until it is aborted; prompts "no" are refused."""
+
+    def __init__(self, decorate: Decorator = cancellable, *, stubborn: bool = False) -> None:
+        self.app, self.inside = FastAPI(), Inside()
+        self.begun: list[str] = []
+        self.held: set[str] = set()
+        self.all_begun = asyncio.Event()
+
+        async def asked(raw_request: Request) -> Any:
+            body = await raw_request.json()
+            name = body["messages"][0]["content"]
+            self.begun.append(name)
+            self.held.add(name)
+            if len(self.begun) == 3:
+                self.all_begun.set()
+            try:
+                if name == "no":
+                    await self.all_begun.wait()
+                    self.held.discard(name)
+                    return JSONResponse({"error": {"message": "too long"}}, 400)
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                await asyncio.sleep(60 if stubborn else 0)  # the abort is on its way
+                self.held.discard(name)
+                raise
+
+        route = asked if stubborn else decorate(asked)
+        self.app.add_api_route(CHAT, route, methods=["POST"])
+        self.app.add_middleware(Inward, inside=self.inside, whole=self.app)
+        self.app.middleware_stack = self.app.build_middleware_stack()
+
+    async def ask(self, *names: str) -> list[str]:
+        prompts = [Prompt(name, "benign") for name in names]
+        return await ask_all(
+            self.inside, "acme@1", prompts, concurrent=3, max_tokens=1, priority=None
+        )
+
+
+@pytest.mark.parametrize(
+    "decorate",
+    [
+        pytest.param(lambda: cancellable, id="like vLLM's"),
+        pytest.param(vllm_s_own, id="vLLM's", marks=pytest.mark.engine),
+    ],
+)
+def test_what_is_given_up_leaves_nothing_in_the_engine(decorate: Callable[[], Decorator]) -> None:
+    async def by_a_sibling() -> None:
+        slow = Slow(decorate())
+        with pytest.raises(TenantRefusedError, match="too long"):
+            await slow.ask("a", "no", "b")
+        assert sorted(slow.begun) == ["a", "b", "no"] and slow.held == set()
+
+    async def by_a_timeout() -> None:
+        slow = Slow(decorate())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await slow.ask("a", "b")
+        assert sorted(slow.begun) == ["a", "b"] and slow.held == set()
+
+    async def cancelled_twice() -> None:
+        slow = Slow(decorate())
+        asking = asyncio.create_task(slow.ask("a", "b", "c"))
+        await slow.all_begun.wait()
+        asking.cancel()
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert slow.held == set()
+
+    for case in (by_a_sibling, by_a_timeout, cancelled_twice):
+        asyncio.run(case())
+
+
+def test_an_app_that_does_not_end_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("safegene_server.replica.inside.END_S", 0.05)
+
+    async def ask() -> None:
+        slow = Slow(stubborn=True)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await slow.ask("a")
+
+    asyncio.run(asyncio.wait_for(ask(), 5))
+    assert f"POST {CHAT} did not end within 0.05 s" in caplog.text

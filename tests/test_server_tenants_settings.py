@@ -29,9 +29,12 @@ def test_bad_numbers_of_jobs() -> None:
 
 def test_every_bad_number_of_calibration_is_named() -> None:
     with pytest.raises(ConfigError) as refusal:
-        CalibrationSettings(evaluations=0, share=1.5, held_out=0.0, pull=-1.0, refusal=" ")
+        CalibrationSettings(
+            evaluations=0, timeout_s=0.0, share=1.5, held_out=0.0, pull=-1.0, refusal=" "
+        )
     for word in (
         "calibration.evaluations = 0",
+        "calibration.timeout_s = 0.0",
         "calibration.share = 1.5, expected more than 0, at most 1",
         "calibration.held_out = 0.0",
         "calibration.pull = -1.0",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -20,11 +20,19 @@ from safegene_server.calibrating.shots import Shots
 from safegene_server.registry import Revision
 from safegene_server.tenants import CalibrationSettings, Replica
 from safegene_server.tenants.share import Share
-from safegene_vllm.errors import ConfigError
+from safegene_server.tenants.together import together
+from safegene_vllm.dataset import Row
+from safegene_vllm.errors import ConfigError, TenantRefusedError
 
 logger = logging.getLogger("vllm.safegene_server")
+LOOK_S = 0.5
+"""How often a job that waits for the engine looks whether it is to go on."""
+END_S = 60.0
+"""How long it waits for the end of what it has given up; an engine that hangs never tells."""
 Part = Mapping[str, Sequence[Encoded]]
 _T = TypeVar("_T")
+Call = Callable[[], Coroutine[Any, Any, _T]]
+_ending: set[asyncio.Task[None]] = set()
 
 
 class Bench:
@@ -47,7 +55,9 @@ class Bench:
         """Examples as token ids. Task and benign answers that are missing are what the tenant says
         at the coefficients `untouched`; missing refusals are the setting's.
 
-        Errors: ConfigError (longer than the context); those of `asking` and `begin_trial`.
+        Errors: ConfigError (longer than the context); TenantRefusedError (the engine takes longer
+        than the setting); those of `asking`, of `begin_trial` and of the share's check. Those of
+        the other methods are the same.
         """
         async with self._loaded([untouched]) as (model,):
             end = (await self._each([lambda: asking.end_of_turn(self.replica, model)]))[0]
@@ -88,14 +98,24 @@ class Bench:
     async def _loaded(self, candidates: Sequence[Vector]) -> Any:
         """Their names in the engine; out of it again however this ends."""
         names: list[str] = []
+
+        async def begin(at: Vector) -> None:
+            names.append(await self.replica.begin_trial(self.revision, self._whole(at)))
+
         try:
             for at in candidates:
                 async with self.share.turn():
-                    names.append(await self.replica.begin_trial(self.revision, self._whole(at)))
+                    await self._within(begin(at))
             yield names
         finally:
-            # A cancelled job must not leave its trials behind either.
-            await asyncio.shield(asyncio.ensure_future(self._end(names)))
+            # A cancelled job must not leave its trials behind either; an engine that hangs gives
+            # them back when it goes on.
+            ending = asyncio.ensure_future(self._end(names))
+            _ending.add(ending)
+            ending.add_done_callback(_ending.discard)
+            await asyncio.wait({ending}, timeout=END_S)
+            if not ending.done():
+                logger.error("SafeGene: trials stay loaded until the engine answers again")
 
     async def _end(self, names: Sequence[str]) -> None:
         for name in names:
@@ -116,7 +136,7 @@ class Bench:
         order = [(kind, shot) for kind, shots in part.items() for shot in shots]
         asked = list(itertools.product(order, names))
 
-        def one(shot: Encoded, name: str) -> Callable[[], Awaitable[float]]:
+        def one(shot: Encoded, name: str) -> Call[float]:
             return lambda: asking.mean_loss(self.replica, name, shot, self.settings.priority)
 
         losses = await self._each([one(shot, name) for (_, shot), name in asked])
@@ -125,63 +145,91 @@ class Bench:
             found.setdefault((name, kind), []).append(loss)
         return [{kind: mean(found[name, kind]) for kind in part} for name in names]
 
-    async def _each(self, calls: Sequence[Callable[[], Awaitable[_T]]]) -> list[_T]:
+    async def _each(self, calls: Sequence[Call[_T]]) -> list[_T]:
         """All of them in order, a few at a time, each few one turn of the engine's time."""
         results: list[_T] = []
         for begin in range(0, len(calls), self.settings.in_flight):
+            few = calls[begin : begin + self.settings.in_flight]
             async with self.share.turn():
-                tasks = [
-                    asyncio.ensure_future(call())
-                    for call in calls[begin : begin + self.settings.in_flight]
-                ]
-                try:
-                    results += await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.wait(tasks)
+                results += await self._within(together(call() for call in few))
         return results
 
+    async def _within(self, doing: Coroutine[Any, Any, _T]) -> _T:
+        """What comes of it. Errors: TenantRefusedError (too late); those of the share's check and
+        of `doing`, which has ended then unless the engine hangs."""
+        task, clock = asyncio.ensure_future(doing), asyncio.get_running_loop().time
+        timeout_s = self.settings.timeout_s
+        until_s = clock() + timeout_s
+        try:
+            while not task.done():
+                self.share.check()
+                if clock() >= until_s:
+                    raise TenantRefusedError(
+                        f"the engine took longer than {timeout_s:g} s for a few requests of the "
+                        "calibration; raise calibration.timeout_s if it is only busy"
+                    )
+                await asyncio.wait({task}, timeout=min(LOOK_S, until_s - clock()))
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait({task}, timeout=END_S)
+
     async def _encoded(self, model: str, shots: Shots, end: tuple[int, ...]) -> Part:
-        part: dict[str, list[Encoded]] = {}
-        too_long = []
-        for kind, rows in shots.items():
-            safety = kind == "safety"
-            most = self.settings.max_answer_tokens if safety else self.settings.retained_tokens
-            texts = [row.answer or (self.settings.refusal if safety else None) for row in rows]
-            heads = await self._each([self._head(model, row.prompt) for row in rows])
-            answers = await self._each(
-                [
-                    self._answer(model, head, text, end, most)
-                    for (head, _), text in zip(heads, texts, strict=True)
-                ]
-            )
-            part[kind] = [Encoded(h, a) for (h, _), a in zip(heads, answers, strict=True)]
-            too_long += [
-                f"{kind} ({len(shot.prompt)} + {len(shot.answer)} tokens)"
-                for shot, (_, room) in zip(part[kind], heads, strict=True)
-                if len(shot.prompt) + len(shot.answer) >= room
-            ]
+        rows = [(kind, row) for kind, of_kind in shots.items() for row in of_kind]
+        most = [self._most(kind) for kind, _ in rows]
+        heads = await self._each([self._head(model, row.prompt) for _, row in rows])
+        given = await self._each([self._given(model, *row, end) for row in rows])
+        # Before the tenant is asked for the answers that are missing: it refuses what is too long.
+        sizes = [
+            m if answer is None else len(answer) for m, answer in zip(most, given, strict=True)
+        ]
+        too_long = [
+            f"{kind} ({len(head)} + {size} tokens)"
+            for (kind, _), (head, room), size in zip(rows, heads, sizes, strict=True)
+            if len(head) + size >= room
+        ]
         if too_long:
             raise ConfigError(
                 f"{len(too_long)} examples do not fit the engine's context: "
                 f"{', '.join(too_long[:5])}; shorten or remove them"
             )
+        own = [
+            self._own(model, head, answer, length)
+            for (head, _), answer, length in zip(heads, given, most, strict=True)
+        ]
+        answers = await self._each(own)
+        part: dict[str, list[Encoded]] = {kind: [] for kind in shots}
+        for (kind, _), (head, _), answer in zip(rows, heads, answers, strict=True):
+            part[kind].append(Encoded(head, answer))
         return part
 
-    def _head(
-        self, model: str, prompt: str
-    ) -> Callable[[], Awaitable[tuple[tuple[int, ...], int]]]:
+    def _most(self, kind: str) -> int:
+        safety = kind == "safety"
+        return self.settings.max_answer_tokens if safety else self.settings.retained_tokens
+
+    def _head(self, model: str, prompt: str) -> Call[tuple[tuple[int, ...], int]]:
         return lambda: asking.prompt_tokens(self.replica, model, prompt)
 
-    def _answer(
-        self, model: str, head: tuple[int, ...], text: str | None, end: tuple[int, ...], most: int
-    ) -> Callable[[], Awaitable[tuple[int, ...]]]:
-        async def tokens() -> tuple[int, ...]:
+    def _given(
+        self, model: str, kind: str, shot: Row, end: tuple[int, ...]
+    ) -> Call[tuple[int, ...] | None]:
+        """The answer that an example comes with; None if the tenant is to give it."""
+
+        async def tokens() -> tuple[int, ...] | None:
+            text = shot.answer or (self.settings.refusal if kind == "safety" else None)
             if text is None:
-                return await asking.own_answer(
-                    self.replica, model, head, most, self.settings.priority
-                )
-            return (*await asking.text_tokens(self.replica, model, text), *end)[:most]
+                return None
+            found = await asking.text_tokens(self.replica, model, text)
+            return (*found, *end)[: self._most(kind)]
+
+        return tokens
+
+    def _own(
+        self, model: str, head: tuple[int, ...], given: tuple[int, ...] | None, most: int
+    ) -> Call[tuple[int, ...]]:
+        async def tokens() -> tuple[int, ...]:
+            if given is not None:
+                return given
+            return await asking.own_answer(self.replica, model, head, most, self.settings.priority)
 
         return tokens

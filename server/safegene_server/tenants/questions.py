@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import httpx
 
+from safegene_server.tenants.together import together
 from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
 from safegene_vllm.evaluate.judges import is_coherent, is_refusal
 
@@ -134,13 +135,7 @@ async def ask_all(
         async with turn:
             return _answer(await replica.call("POST", CHAT, {**body, "messages": turns}), model)
 
-    tasks = [asyncio.ensure_future(ask(prompt)) for prompt in prompts]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await together(ask(prompt) for prompt in prompts)
 
 
 def tally(prompts: Sequence[Prompt], answers: Sequence[str]) -> Tally:

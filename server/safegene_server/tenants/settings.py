@@ -55,7 +55,8 @@ class CalibrationSettings:
     `in_flight` requests together, and while tenants are being served no more than `share` of the
     time. Weights, `pull` towards `initial`, cuts and `held_out` are those of `safegene calibrate`;
     `refusal` is the safe answer where an example has none. A profile is better if its held-out loss
-    is lower by `least_gain`. `priority` as for the gate.
+    is lower by `least_gain`. Requests asked together, or a candidate's load, that take longer than
+    `timeout_s` are given up. `priority` as for the gate.
     """
 
     evaluations: int = 60
@@ -73,13 +74,14 @@ class CalibrationSettings:
     retained_tokens: int = 6
     max_shots: int = 256
     refusal: str = "I'm sorry, but I can't help with that."
+    timeout_s: float = 300.0
     priority: int | None = None
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
         counts = ("evaluations", "at_once", "in_flight", "patience", "max_shots")
         tokens = ("max_answer_tokens", "retained_tokens")
-        faults = _not_positive(self, "calibration.", (*counts, *tokens))
+        faults = _not_positive(self, "calibration.", (*counts, *tokens, "timeout_s"))
         faults += [
             f"calibration.{name} = {getattr(self, name)!r}, expected 0 or more"
             for name in ("task", "benign", "pull", "least_gain")
