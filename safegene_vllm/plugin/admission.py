@@ -43,8 +43,31 @@ class Tenant:
         return self.weights is not None
 
 
+class Fresh:
+    """The adapter that was read last to be let in, so that whoever loads it in the same call need
+    not read it again. Drop it at the end of the call, however it ends."""
+
+    def __init__(self) -> None:
+        self._read: tuple[Path, Adapter] | None = None
+
+    def keep(self, staged: Path, adapter: Adapter) -> None:
+        self._read = staged, adapter
+
+    def take(self, tenant: Tenant) -> Adapter | None:
+        """The tenant's own adapter, once; from its staged copy where another or none was kept.
+        None for a profile alone. Errors: those of `load_adapter`."""
+        read, self._read = self._read, None
+        if read is not None and read[0] == tenant.staged:
+            return read[1]
+        return load_adapter(tenant.staged) if tenant.has_adapter else None
+
+    def drop(self) -> None:
+        self._read = None
+
+
 def admit(request: Any, guest: Guest) -> Tenant:
-    """Stage and validate the tenant behind a LoRARequest.
+    """Stage and validate the tenant behind a LoRARequest; an adapter that was read for it is kept
+    in `guest.fresh`.
 
     Errors: FormatError (a file), FamilyMismatchError and BoundsError (its profile),
     TenantRefusedError (path, missing profile, rank, sites, changed content). Nothing is kept then.
@@ -70,19 +93,19 @@ def admit(request: Any, guest: Guest) -> Tenant:
         )
         _check_unchanged(tenant, guest)
     except SafegeneError as error:
-        guest.staging.drop(staged)
+        _forget(staged, guest)
         message = str(error).replace(str(staged), path)
         prefix = "" if repr(name) in message else f"tenant {name!r} ({path}): "
         raise type(error)(prefix + message) from error
     except Exception:
-        guest.staging.drop(staged)
+        _forget(staged, guest)
         raise
     return tenant
 
 
-def read_tenant(tenant: Tenant) -> Adapter | None:
-    """The tenant's own adapter again, from its staged copy; None for a profile alone."""
-    return load_adapter(tenant.staged) if tenant.has_adapter else None
+def _forget(staged: Path, guest: Guest) -> None:
+    guest.fresh.drop()
+    guest.staging.drop(staged)
 
 
 def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
@@ -118,6 +141,7 @@ def _fitting_sites(
         return twin.sites
     adapter = load_adapter(staged)
     _check_fit(adapter, profile, name, guest)
+    guest.fresh.keep(staged, adapter)
     return len(adapter.pairs)
 
 

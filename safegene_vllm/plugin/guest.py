@@ -23,7 +23,7 @@ from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
 from safegene_vllm.family import load_family
 from safegene_vllm.kernels.site import Site
 from safegene_vllm.plugin import host
-from safegene_vllm.plugin.admission import Tenant, admit, read_tenant
+from safegene_vllm.plugin.admission import Fresh, Tenant, admit
 from safegene_vllm.plugin.engine import Plan
 from safegene_vllm.plugin.fused import FusedPunica, StepTokens, choose, safety_pair
 from safegene_vllm.plugin.gain import GainPunica, GainTable
@@ -77,6 +77,7 @@ class Guest:
         self.staging = Staging(plan.settings.staging_dir)
         self.tenants: dict[int, Tenant] = {}
         self.seen: dict[tuple[str, str], str] = {}
+        self.fresh = Fresh()
         self.dummies: set[int] = set()
         self.bytes: dict[int, int] = {}
         self.evictions = 0
@@ -224,6 +225,7 @@ class Guest:
     def admit(self, request: Any) -> None:
         """Let a tenant in without loading it: from here on only its staged copy is read.
 
+        `fresh` is to be dropped at the end of the call, if this is not part of `load`.
         Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
         """
         self.check_identity(request)
@@ -240,7 +242,7 @@ class Guest:
         if (shared := self._resident_model(tenant)) is not None:
             self.bytes[request.lora_int_id] = self.bytes[shared.id]
             return host.resolve("LoRAModel")(request.lora_int_id, shared.rank, dict(shared.loras))
-        adapter = read_tenant(tenant)
+        adapter = self.fresh.take(tenant)
         if self.settings.apply == "composed" and tenant.profile is not None:
             assert self.family is not None
             adapter = compose_adapter(adapter, self.family, tenant.profile)

@@ -54,4 +54,7 @@ def safegene_add(
     except Exception as error:
         logger.exception("tenant %r could not be loaded", lora_name)
         reason = f"{type(error).__name__}: {error}"
+    finally:
+        if guest is not None:
+            guest.fresh.drop()
     return {"refused": reason, "receipt": None}

@@ -1,0 +1,127 @@
+"""A tenant let in and loaded by one call, without an engine: how often its adapter is read."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from safegene_vllm.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.plugin import admission, rpc
+from safegene_vllm.plugin import guest as guests
+from safegene_vllm.plugin.staging import Staging
+
+SITE = "model.layers.0.self_attn.q_proj"
+
+
+class Request(SimpleNamespace):
+    def __init__(self, name: str, number: int, path: str, load_inplace: bool = False) -> None:
+        super().__init__(
+            lora_name=name, lora_int_id=number, lora_path=path, load_inplace=load_inplace
+        )
+
+
+class Worker:
+    """A worker whose host keeps what the guest loads; `refusing` makes the host's part fail."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.refusing = root, False
+        self.read: list[Path] = []
+        self.adapters: list[weakref.ref[Adapter]] = []
+        self.loaded: dict[int, Any] = {}
+        self.guest = object.__new__(guests.Guest)
+        vars(self.guest).update(
+            settings=SimpleNamespace(
+                adapter_roots=(root,), missing_profile="serve_unprotected", apply="gain"
+            ),
+            staging=Staging(root / "staging"),
+            plan=SimpleNamespace(header=None),
+            family=None,
+            tenants={},
+            seen={},
+            bytes={},
+            max_rank=8,
+            prefix_cache=True,
+            fresh=admission.Fresh(),
+            manager=SimpleNamespace(list_adapters=lambda: self.loaded),
+            sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
+        )
+        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.guest))
+        load_adapter = admission.load_adapter
+
+        def counted(directory: Path) -> Adapter:
+            self.read.append(directory)
+            adapter = load_adapter(directory)
+            self.adapters.append(weakref.ref(adapter))
+            return adapter
+
+        monkeypatch.setattr(admission, "load_adapter", counted)
+        monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
+        monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
+        monkeypatch.setattr(guests.Guest, "_host_model", lambda _self, _id, adapter: adapter.pairs)
+
+    def add_lora(self, request: Any) -> None:
+        if self.refusing:
+            raise TenantRefusedError("no room")
+        self.loaded[request.lora_int_id] = self.guest.load(request)
+
+    def adapter(self, name: str, rank: int = 4) -> str:
+        pair = Pair(torch.randn(rank, 8), torch.randn(6, rank))
+        save_adapter(Adapter({SITE: pair}, None, {}), self.root / name, base_model="pico")
+        return str(self.root / name)
+
+    def add(self, number: int, path: str) -> str | None:
+        answer = rpc.safegene_add(self, f"t@{number}", number, path, False)
+        refused: str | None = answer["refused"]
+        gc.collect()
+        # What the host has made of them is its own; nobody else holds an adapter after the call.
+        assert all(adapter() is None for adapter in self.adapters)
+        return refused
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    return Worker(tmp_path, monkeypatch)
+
+
+def test_a_new_adapter_is_read_once(worker: Worker) -> None:
+    assert worker.add(1, worker.adapter("a")) is None
+    assert worker.read == [worker.guest.tenants[1].staged]
+    assert worker.add(2, worker.adapter("b")) is None
+    assert worker.read == [worker.guest.tenants[number].staged for number in (1, 2)]
+    assert not torch.equal(worker.loaded[1][SITE].a, worker.loaded[2][SITE].a)
+
+
+def test_it_is_read_again_after_it_has_left_memory(worker: Worker) -> None:
+    path = worker.adapter("a")
+    assert worker.add(1, path) is None
+    worker.loaded.clear()
+    worker.guest.load(Request("t@1", 1, path))
+    assert worker.read == [worker.guest.tenants[1].staged] * 2
+
+
+def test_nothing_is_kept_of_what_the_host_did_not_take(worker: Worker) -> None:
+    path, worker.refusing = worker.adapter("a"), True
+    assert worker.add(1, path) == "no room"
+    worker.refusing = False
+    assert worker.add(1, path) is None
+    assert worker.read == [worker.guest.tenants[1].staged] * 2
+
+
+def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
+    assert "slots hold --max-lora-rank 8" in (worker.add(1, worker.adapter("a", rank=9)) or "")
+    path = worker.adapter("b")
+    assert worker.add(2, path) is None
+    worker.adapter("b")
+    assert (
+        "has changed since it was first loaded"
+        in (rpc.safegene_add(worker, "t@2", 3, path, False)["refused"])
+    )
+    assert worker.guest.fresh.take(worker.guest.tenants[2]) is not None
+    assert worker.read[-1] == worker.guest.tenants[2].staged
