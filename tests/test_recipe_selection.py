@@ -117,8 +117,12 @@ def test_both_kinds_of_prompts_are_needed(degraded: Loaded, family: Family) -> N
 
 def test_prompts_longer_than_the_context_are_named(degraded: Loaded, family: Family) -> None:
     long = dataset(("short", None), ("x" * 600, None))
+    told: list[tuple[int, int, str]] = []
     with pytest.raises(ConfigError, match=r"benign: the prompts of rows \[2\] are longer.* 512"):
-        contrast(degraded, family, safety=HARM, others=[long])
+        contrast(
+            degraded, family, safety=HARM, others=[long], progress=lambda *words: told.append(words)
+        )
+    assert told == [], "nothing is scored before all prompts are seen to fit"
 
 
 # The best layers

@@ -107,10 +107,12 @@ def contrast(
             "needs both kinds"
         )
     attached = Attached(family.pairs, family.header.num_layers, degraded.device)
-    found = [
-        _changes(degraded, attached, _encoded(degraded, part, what), stream, progress)
+    # Both before either is scored, which takes minutes.
+    parts = [
+        _encoded(degraded, part, what)
         for part, what in (([r.prompt for r in safety.rows], "safety"), (prompts, "benign"))
     ]
+    found = [_changes(degraded, attached, rows, stream, progress) for rows in parts]
     return Contrast(found[0], found[1], mu, stream)
 
 
