@@ -175,7 +175,8 @@ def extract(
         Dtype | None,
         typer.Option(
             help="What the vector is stored as, e.g. --dtype bfloat16 for half the size (default: "
-            "float32; a LoRA keeps its own dtype where that loses nothing)."
+            "float32; a LoRA keeps its own dtype where that loses nothing; distill rounds to "
+            "bfloat16, whatever it is stored as)."
         ),
     ] = None,
     bounds: Annotated[

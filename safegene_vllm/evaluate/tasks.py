@@ -70,7 +70,6 @@ def _table_of(
 _TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 _BY_TOPIC = {topic.lower(): topic for topic in _TOPICS}
 _RELATIONS = ("entailment", "neutral", "contradiction")
-_NEWS_TEXT = ("title", "description")
 
 
 def _relation(column: str, value: str) -> str | None:
