@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Is called with the bytes that are done and the bytes there are."""
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM accepts as --max-lora-rank."""
-
 _BLOCK_BYTES = 16 << 20
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
@@ -67,11 +64,6 @@ class Exported:
     sites: int
     changed: int
     max_rank: int
-
-
-def rank_bucket(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that holds `rank`; None if none does."""
-    return next((bucket for bucket in VLLM_RANKS if bucket >= rank), None)
 
 
 def _record(form: str, family: Family, profile: Profile, more: Mapping[str, Any]) -> bytes:

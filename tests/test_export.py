@@ -27,10 +27,8 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.export import (
     RECORD_FILE,
-    VLLM_RANKS,
     export_adapter,
     export_checkpoint,
-    rank_bucket,
 )
 from safegene_vllm.family import Family
 from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_family, write_tenant
@@ -191,18 +189,6 @@ def test_an_export_never_replaces_a_tenant(llama: Case, tmp_path: Path) -> None:
                 tmp_path / "t",
                 overwrite=overwrite,
             )
-
-
-@pytest.mark.parametrize(
-    ("rank", "bucket"), [(1, 1), (2, 8), (8, 8), (9, 16), (24, 32), (321, 512), (513, None)]
-)
-def test_rank_buckets(rank: int, bucket: int | None) -> None:
-    assert rank_bucket(rank) == bucket
-
-
-def test_the_buckets_are_the_hosts() -> None:
-    lora = pytest.importorskip("vllm.config.lora")
-    assert lora.MaxLoRARanks.__args__ == VLLM_RANKS
 
 
 # A merged checkpoint

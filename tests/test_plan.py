@@ -217,7 +217,7 @@ def test_profiles_on_the_base_need_slots_of_rank_one(qwen: ModelShape) -> None:
 
 
 def test_ranks_round_up() -> None:
-    assert [rank_bucket(r) for r in (1, 2, 8, 9, 24, 257)] == [1, 8, 8, 16, 32, 320]
+    assert [rank_bucket(r) for r in (1, 2, 8, 9, 24, 257, 321)] == [1, 8, 8, 16, 32, 320, 512]
     with pytest.raises(ConfigError, match="rank 513: vLLM's slots hold up to 512"):
         rank_bucket(513)
 

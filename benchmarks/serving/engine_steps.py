@@ -27,8 +27,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from provenance import origin
-from random_world import World, bucket
+from random_world import World
 from ratios import Spread, spread
+from safegene_vllm.plan.slots import rank_bucket
 from shown import spread_text
 
 ARMS = ("stock", "ours, no vector", "gain table", "composed")
@@ -112,7 +113,7 @@ def measure(
         for arm in ARMS:
             progress.update(task, description=f"starting: {arm}")
             mine, theirs = context.Pipe()
-            slots = bucket(rank + (family_rank if arm == "composed" else 0))
+            slots = rank_bucket(rank + (family_rank if arm == "composed" else 0))
             child = context.Process(
                 target=serve_arm,
                 args=(theirs, arm, model, world, load, options | {"max_lora_rank": slots}),

@@ -23,8 +23,9 @@ import psutil
 
 from arms import BY_HAND, OURS, PROTECTED, Arm
 from cells import Cell
-from random_world import World, bucket
+from random_world import World
 from safegene_vllm.errors import SafegeneError
+from safegene_vllm.plan.slots import rank_bucket
 
 ROOT = Path(__file__).resolve().parents[2]
 API_SERVER = "vllm.entrypoints.openai.api_server"
@@ -58,7 +59,7 @@ def profile_of(arm: Arm, tenant: int) -> int:
 def slot_rank(arm: Arm, cell: Cell) -> int:
     """The rank bucket that the arm's slots need."""
     beside = arm.kind in ("composed", *BY_HAND)
-    return bucket(cell.rank + (cell.vector_rank if beside else 0))
+    return rank_bucket(cell.rank + (cell.vector_rank if beside else 0))
 
 
 def command(arm: Arm, cell: Cell, world: World, port: int) -> list[str]:

@@ -17,8 +17,7 @@ import torch
 
 from safegene_vllm.adapter import Adapter, layer_of, load_adapter, save_adapter
 from safegene_vllm.checkpoint import read_checkpoint
-from safegene_vllm.errors import ConfigError
-from safegene_vllm.export import VLLM_RANKS, export_adapter, export_checkpoint, rank_bucket
+from safegene_vllm.export import export_adapter, export_checkpoint
 from safegene_vllm.family import (
     Family,
     base_of_checkpoint,
@@ -56,14 +55,6 @@ def spread_layers(layers: int, percent: int) -> tuple[int, ...]:
     """`percent` of the layers, at least one, evenly spread."""
     count = max(1, round(layers * percent / 100))
     return tuple((2 * i + 1) * layers // (2 * count) for i in range(count))
-
-
-def bucket(rank: int) -> int:
-    """The --max-lora-rank that holds `rank`. Errors: ConfigError beyond vLLM's largest."""
-    found = rank_bucket(rank)
-    if found is None:
-        raise ConfigError(f"rank {rank}: vLLM holds up to {VLLM_RANKS[-1]}; choose smaller ranks")
-    return found
 
 
 @dataclass(frozen=True)

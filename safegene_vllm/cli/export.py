@@ -74,8 +74,9 @@ def export(
     check_out(out, tenant, checkpoint, profile, family, overwrite=overwrite)
     import torch
 
-    from safegene_vllm.export import export_adapter, export_checkpoint, rank_bucket
+    from safegene_vllm.export import export_adapter, export_checkpoint
     from safegene_vllm.family import load_family
+    from safegene_vllm.plan.slots import rank_bucket
     from safegene_vllm.profile import load_profile
     from safegene_vllm.tenant import kind_of
 
@@ -98,10 +99,8 @@ def export(
         raise ConfigError(f"{tenant} is a checkpoint; export it with --checkpoint {tenant}")
     wanted = None if dtype is None else getattr(torch, dtype.value)
     done = export_adapter(tenant, loaded, coefficients, out, dtype=wanted)
-    bucket = rank_bucket(done.max_rank)
-    need = (
-        f"vLLM needs --max-lora-rank {bucket} or more"
-        if bucket
-        else "more than any --max-lora-rank of vLLM; merge it into a checkpoint instead"
-    )
+    try:
+        need = f"vLLM needs --max-lora-rank {rank_bucket(done.max_rank)} or more"
+    except ConfigError:
+        need = "more than any --max-lora-rank of vLLM; merge it into a checkpoint instead"
     results().print(f"{done.path}: {done.sites} sites, rank {done.max_rank}; {need}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.family import read_family_header
+from safegene_vllm.plan.slots import rank_bucket
 from safegene_vllm.plugin.offline import Answer, Ask, engine, worst
 from safegene_vllm.profile import load_profile, make_profile, save_profile
 from safegene_vllm.receipt import check_engine
@@ -148,12 +149,15 @@ def _same(what: str, left: list[Answer], right: list[Answer]) -> Check:
 
 
 def _rank_bucket(tenants: Sequence[Path], family: Path) -> int:
-    """The smallest slot rank that holds every tenant composed with the vector."""
+    """The smallest slot rank that holds every tenant composed with the vector.
+
+    Errors: ConfigError if vLLM has no such rank.
+    """
     from safegene_vllm.adapter import read_adapter_shapes
 
     own = max((s.rank for t in tenants for s in read_adapter_shapes(t).values()), default=0)
     extra = max(s.rank for s in read_family_header(family).sites.values())
-    return next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= own + extra)
+    return rank_bucket(max(8, own + extra))
 
 
 def _with_row(tenant: Path | None, target: Path, family: Path, value: float) -> Path:
