@@ -16,6 +16,7 @@ REFUSALS = {
     403: "The key may not do this.",
     404: "There is no such thing, or it is not this key's.",
     409: "The state forbids it: frozen, changed by somebody else, or no registry on this server.",
+    413: "The body is larger than this server takes.",
     503: "The engine or the registry does not answer; try again.",
 }
 
