@@ -34,6 +34,7 @@ from safegene_vllm.errors import (
     SchemaError,
     SourceError,
     StoreError,
+    TenantRefusedError,
     UnknownError,
 )
 from safegene_vllm.family import Family, read_family_header
@@ -504,6 +505,23 @@ def test_a_dead_engine_is_503(world: World) -> None:
     world.engine.refuse = RuntimeError("EngineCore died")
     answer = load(client, "t1", world.d / "t1")
     assert "the engine is down" in shape_of_openai(answer.json(), 503)
+
+
+def test_an_engine_that_removes_nothing_says_so_in_our_errors(world: World) -> None:
+    client = world.start()
+    gate = world.models.engine_client
+
+    async def broken(lora_int_id: int) -> bool:
+        raise RuntimeError("EngineCore died")
+
+    assert asyncio.run(gate.remove_lora(1)) is True
+    world.engine.remove_lora = broken  # type: ignore[method-assign]
+    with pytest.raises(TenantRefusedError, match="EngineCore died"):
+        asyncio.run(gate.remove_lora(1))
+    world.engine.errored = True
+    with pytest.raises(answers.EngineDownError, match="the engine is down"):
+        asyncio.run(gate.remove_lora(1))
+    client.close()
 
 
 def test_a_silent_engine_is_503(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=N
 
 
 class Gate:
-    """The engine client as the model list sees it; everything but `add_lora` goes to the host."""
+    """The engine client as the model list sees it; all but adding and removing goes to the host."""
 
     def __init__(self, engine: Any, verifier: Verifier) -> None:
         self.engine = engine
@@ -68,9 +68,7 @@ class Gate:
         try:
             answers = await self.engine.collective_rpc("safegene_add", args=wanted)
         except Exception as error:
-            if getattr(self.engine, "errored", False):
-                raise EngineDownError(f"the engine is down: {plain(error)}") from error
-            raise TenantRefusedError(plain(error)) from error
+            raise self._told(error) from error
         try:
             reasons = dict.fromkeys(a["refused"] for a in answers if a["refused"] is not None)
             receipts = [answer["receipt"] for answer in answers]
@@ -79,6 +77,19 @@ class Gate:
         if reasons:
             raise TenantRefusedError("\n".join(reasons))
         return receipts
+
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        """Out of the engine. Errors: TenantRefusedError (the engine's message), EngineDownError."""
+        try:
+            return bool(await self.engine.remove_lora(lora_int_id))
+        except Exception as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> Exception:
+        """What the engine raised, as one of our errors."""
+        if getattr(self.engine, "errored", False):
+            return EngineDownError(f"the engine is down: {plain(error)}")
+        return TenantRefusedError(plain(error))
 
     def _missing(self, path: str) -> bool:
         """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:
