@@ -6,6 +6,7 @@ Registry and store are real; the engine is a fake that remembers what it was tol
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ from metrics_world import growth
 from safegene_server.access.catalog import Catalog, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.models import resolve
+from safegene_server.answers import EngineDownError
 from safegene_server.artifacts import Store
-from safegene_server.registry import Registry, Revision
+from safegene_server.registry import Registry, Revision, Snapshot
 from safegene_server.replica import Inside, Replica
 from safegene_server.replica.view import principal_of_key
 from safegene_vllm import pico
@@ -294,7 +296,7 @@ def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
 
 def test_another_machine_fetches_what_its_store_has_not(world: World, tmp_path: Path) -> None:
     world.publish("acme", 0.5)
-    world.replica.store = Store(tmp_path / "other-store")
+    world.replica.supply.store = Store(tmp_path / "other-store")
 
     async def look() -> None:
         assert world.served("acme") == "acme@1"
@@ -309,7 +311,7 @@ def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
     family = pico.write_family(tmp_path / "m", tmp_path / "f2")
     world.publish("acme", 0.5)
     pico.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=2)
-    world.replica.store = Store(tmp_path / "other-store")
+    world.replica.supply.store = Store(tmp_path / "other-store")
 
     async def look() -> None:
         assert world.served("acme") is None
@@ -354,6 +356,52 @@ def test_a_registry_that_is_down_changes_nothing_that_is_served(
         monkeypatch.undo()
         world.publish("acme", 0.6)
         await until(lambda: world.served("acme") == "acme@2", 10)
+
+    run(world, change)
+
+
+def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safegene_server.replica.replica.RETRY_S", 0.05)
+    world.publish("acme", 0.5)
+    snapshot, failed = world.registry.snapshot, threading.Event()
+
+    def down_once() -> Snapshot:
+        if not failed.is_set():
+            failed.set()
+            raise RegistryDownError("the database does not answer")
+        return snapshot()
+
+    async def change() -> None:
+        monkeypatch.setattr(world.registry, "snapshot", down_once)
+        world.publish("acme", 0.6)
+        await until(lambda: world.served("acme") == "acme@2")
+        assert failed.is_set()
+
+    run(world, change)
+
+
+def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        tried = world.add("acme", 0.9)
+        await world.replica.load(tried)
+        await world.replica.reconcile()
+        assert len(world.registry.receipts()) == 2
+        remove = world.engine.remove_lora
+
+        async def dead(number: int) -> None:
+            raise EngineDownError("the engine is down")
+
+        world.engine.remove_lora = dead  # type: ignore[method-assign]
+        with pytest.raises(EngineDownError):
+            await world.replica.unload(tried)
+        world.engine.remove_lora = remove  # type: ignore[method-assign]
+        assert set(world.models.lora_requests) == {"acme@1"}
+        await world.replica.reconcile()
+        assert [receipt.revision for receipt in world.registry.receipts()] == [1]
 
     run(world, change)
 

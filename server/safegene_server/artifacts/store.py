@@ -189,9 +189,10 @@ class Store:
     def remove_unused(
         self, keep: Iterable[tuple[str | None, str]], *, idle_s: float = 3600.0
     ) -> tuple[str, ...]:
-        """Delete what is neither in `keep` nor was staged or asked for in the last `idle_s`.
+        """Delete what is neither in `keep` nor was staged, asked for or kept in the last `idle_s`.
 
-        `keep` holds (adapter digest or None, profile digest). Returns what was deleted, as paths
+        `keep` holds (adapter digest or None, profile digest): it counts as used now, for other
+        processes too. Returns what was deleted, as paths
         below the root. Errors: StoreError; DigestError for a digest that is none.
         """
         pairs = tuple(keep)
@@ -205,8 +206,9 @@ class Store:
                 (ADAPTERS, _ADAPTER_NAME, {hexadecimal(a) for a, _ in pairs if a is not None}),
             ):
                 for path in sorted((self.root / room).iterdir()):
-                    ours = pattern.fullmatch(path.name) is not None
-                    if ours and path.name not in kept and path.stat().st_mtime <= before_s:
+                    if path.name in kept:
+                        os.utime(path)
+                    elif pattern.fullmatch(path.name) and path.stat().st_mtime <= before_s:
                         os.rename(path, work / f"{room}-{path.name}")
                         removed.append(f"{room}/{path.name}")
         return tuple(removed)

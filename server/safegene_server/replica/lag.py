@@ -1,4 +1,5 @@
-"""How long a replica has known of a version of the registry that it does not serve.
+"""How long a replica has known of something that it does not serve: a version of the registry, or
+a revision.
 
 For one replica to note what it hears and what it has applied; safe to hear in another thread.
 """
@@ -6,7 +7,7 @@ For one replica to note what it hears and what it has applied; safe to hear in a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class Lag:
@@ -27,7 +28,26 @@ class Lag:
         """Everything up to this version is served."""
         self._waiting = [(waits, at) for waits, at in self._waiting if waits > version]
 
+    def heard_s(self, version: int) -> float:
+        """When this version was heard of, by `clock`; now if it is served or unheard of."""
+        return next((at for waits, at in self._waiting if waits == version), self.clock())
+
     def seconds(self) -> float:
         """Since the oldest version that is not served was heard of; 0 when level."""
         waiting = self._waiting
         return self.clock() - waiting[0][1] if waiting else 0.0
+
+
+class Waiting:
+    """Since when each revision has been known that is published and not offered."""
+
+    def __init__(self) -> None:
+        self._since_s: dict[int, float] = {}
+
+    def expect(self, revisions: Iterable[int], since_s: float) -> None:
+        """These wait, the others no more; for those that are new, since `since_s`."""
+        self._since_s = {r: self._since_s.get(r, since_s) for r in revisions}
+
+    def pop_s(self, revision: int) -> float:
+        """Since when it has waited; it is offered now."""
+        return self._since_s.pop(revision)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,15 @@ from safegene_server.artifacts import Store
 from safegene_server.gate import Gate
 from safegene_server.metrics import catalogue
 from safegene_server.registry import Registry, Revision, Snapshot, watch
+from safegene_server.replica.holding import Holding
 from safegene_server.replica.inside import Inside
-from safegene_server.replica.lag import Lag
+from safegene_server.replica.lag import Lag, Waiting
+from safegene_server.replica.supply import Supply
 from safegene_server.replica.teller import ACTOR, Teller, Told, receipt_of
 from safegene_server.replica.trials import Trials
 from safegene_server.replica.view import view_of
 from safegene_vllm.errors import (
     ConfigError,
-    MissingFileError,
     RegistryDownError,
     SafegeneError,
 )
@@ -44,14 +44,9 @@ logger = logging.getLogger("vllm.safegene_server")
 BEAT_S = 2.0
 RETRY_S = 5.0
 DRIFT_S = 30.0
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A revision that this engine holds, verified, with the host's request for it."""
-
-    revision: Revision
-    request: Any
+CLEAN_S = 600.0
+FETCH_S = 30.0
+"""How long the start waits for adapters that must be fetched; they come later all the same."""
 
 
 class Replica:
@@ -74,26 +69,26 @@ class Replica:
         if header is None:
             raise ConfigError("a registry needs an engine with a family; set safegene.family.")
         self.header: FamilyHeader = header
-        self.registry, self.store = registry, store
-        self.gate, self.models = gate, models
+        self.registry, self.gate, self.models = registry, gate, models
         self.catalog, self.counters, self.inside = catalog, counters, inside
-        self.make_request = make_request
         self.version = 0
         self.lag = Lag()
         self.changed: Callable[[], None] = lambda: None
         """Called when other revisions are offered than before; set by whoever wants to know."""
-        self._held: dict[int, _Held] = {}
         self._teller = Teller(registry, self._recall)
+        self._holding = Holding(gate, models, make_request, self._teller)
         self._tried: set[int] = set()
         self._warm: set[int] = set()
         self._trials = Trials(gate, models, make_request)
         self._serving: dict[str, int] = {}
-        self._kept: Counter[str] = Counter()
+        self._waiting = Waiting()
+        self._known: tuple[Revision, ...] = ()
         self._faults: tuple[str, ...] = ("it has not followed the registry yet",)
         self._drift: tuple[str, ...] = ()
         self._lock = asyncio.Lock()
         self._news = asyncio.Event()
         self._loose = asyncio.Event()
+        self.supply = Supply(store, header, self._news.set, RETRY_S)
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -121,11 +116,13 @@ class Replica:
             asyncio.create_task(self._forever(self._follow, RETRY_S)),
             asyncio.create_task(self._forever(self._beat, BEAT_S)),
             asyncio.create_task(self._forever(self._look, DRIFT_S)),
+            asyncio.create_task(self._forever(self._clean, CLEAN_S)),
         ]
 
     async def stop(self) -> None:
         """Stop following and leave the registry; what is served goes on being served."""
         self._stop.set()
+        self.supply.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -147,47 +144,68 @@ class Replica:
     # -- following -------------------------------------------------------------------------------
 
     async def reconcile(self) -> None:
-        """Make engine and catalog follow the registry as it is now, and report.
+        """Make engine and catalog follow the registry as it is now, and report. What must be
+        fetched for it is waited for, up to FETCH_S.
 
         Errors: RegistryDownError (nothing changes then).
         """
         await self.apply()
+        if self.supply.fetches:
+            await self.supply.fetches.settled(FETCH_S)
+            await self.apply()
         async with self._lock:
             await self._tell()
 
     async def apply(self) -> None:
-        """Make engine and catalog follow the registry as it is now; the report comes right after,
-        in the background, for whoever made the change need not wait for it.
+        """Make engine and catalog follow the registry as it is now, as far as this machine has the
+        adapters; the others are fetched, and applied once they are here. The report comes right
+        after, in the background, for whoever made the change need not wait for it.
 
         Errors: RegistryDownError (nothing changes then).
         """
         async with self._lock:
             begun_s = self.lag.clock()
             snapshot = await asyncio.to_thread(self.registry.snapshot)
-            waited_s = self.lag.seconds()
             self.lag.hear(snapshot.version)
             wanted = [r for r in snapshot.revisions if r.profile.family == self.header.digest]
-            faults: list[str] = []
-            for revision in wanted:
-                try:
-                    await self._hold(revision)
-                except (SafegeneError, EngineDownError) as error:
-                    faults.append(f"{revision.served_name}: {plain(error)}")
-                    logger.error("%s is not applied here: %s", revision.served_name, plain(error))
-            before = dict(self._serving)
+            offered = set(self._serving.values())
+            late = [revision.id for revision in wanted if revision.id not in offered]
+            self._waiting.expect(late, min(begun_s, self.lag.heard_s(snapshot.version)))
+            self.supply.fetches.keep(late)
+            if any(number not in self._holding.revisions for number in late):
+                # Keys, limits and who is gone wait for no adapter.
+                self._offer(snapshot, wanted)
+            faults, coming = await self._bring(wanted)
             self._offer(snapshot, wanted)
-            if self._serving != before:
-                took_s = self.lag.clock() - begun_s + waited_s
-                for _ in self._serving.items() - before.items():
-                    catalogue.APPLY_SECONDS.observe(took_s)
-                self.changed()
             self._tried -= {revision.id for revision in wanted}
             self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
+            self._known = (*snapshot.revisions, *snapshot.previous)
             self._faults = tuple(faults)
-            if not faults:
+            if not faults and not coming:
                 self.version = snapshot.version
                 self.lag.apply(snapshot.version)
+            elif not self.version:
+                # Never level so far, so not ready; later on the former revisions are served.
+                self._faults += tuple(f"{name}: it is being fetched" for name in coming)
         self._loose.set()
+
+    async def _bring(self, wanted: Iterable[Revision]) -> tuple[list[str], list[str]]:
+        """What can be had now into the engine; the faults, and the names of what is on its way."""
+        faults: list[str] = []
+        coming: list[str] = []
+        for revision in wanted:
+            if revision.id in self._holding.revisions:
+                continue
+            try:
+                path = await self.supply.here(revision)
+                if path is None:
+                    coming.append(revision.served_name)
+                else:
+                    await self._holding.add(revision, path)
+            except (SafegeneError, EngineDownError) as error:
+                faults.append(f"{revision.served_name}: {plain(error)}")
+                logger.error("%s is not applied here: %s", revision.served_name, plain(error))
+        return faults, coming
 
     async def load(self, revision: Revision) -> None:
         """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
@@ -195,13 +213,17 @@ class Replica:
 
         Errors: those of staging, TenantRefusedError, ReceiptError, EngineDownError.
         """
-        async with self._lock:
-            self._tried.add(revision.id)
-            try:
-                await self._hold(revision)
-            except BaseException:
-                self._tried.discard(revision.id)
-                raise
+        self._tried.add(revision.id)
+        try:
+            async with self._lock:
+                if revision.id in self._holding.revisions:
+                    return
+            path = await asyncio.to_thread(self.supply.directory, revision)
+            async with self._lock:
+                await self._holding.add(revision, path)
+        except BaseException:
+            self._tried.discard(revision.id)
+            raise
 
     async def unload(self, revision: Revision) -> None:
         """The trial is over; it stays if it has been published meanwhile."""
@@ -219,10 +241,10 @@ class Replica:
         name = self._trials.new_name()
         # A profile of its own has a directory of its own, which goes with the trial.
         profile = make_profile(self.header, coefficients, {"method": "trial", "name": name})
-        path = await asyncio.to_thread(self._directory, replace(revision, profile=profile))
+        path = await asyncio.to_thread(self.supply.directory, replace(revision, profile=profile))
 
         def clear() -> None:
-            self.store.drop(revision.adapter_digest, profile.digest)
+            self.supply.store.drop(revision.adapter_digest, profile.digest)
 
         await self._trials.begin(name, path, clear)
         return name
@@ -236,15 +258,16 @@ class Replica:
 
     def offered(self) -> list[tuple[str, Revision]]:
         """Tenants and the revisions that their names lead to here, the first published first."""
+        held = self._holding.revisions
         return sorted(
-            ((tenant, self._held[number].revision) for tenant, number in self._serving.items()),
+            ((tenant, held[number]) for tenant, number in self._serving.items()),
             key=lambda one: one[1].id,
         )
 
     def free_slots(self) -> int:
         """How many adapters fit on the device beside those that are held here."""
         slots = int(self.gate.vllm_config.lora_config.max_loras)
-        return max(0, slots - len(self._held) - len(self._trials))
+        return max(0, slots - len(self._holding.revisions) - len(self._trials))
 
     def in_flight(self) -> int:
         """Requests of tenants that run now, in this process."""
@@ -256,52 +279,30 @@ class Replica:
 
     def serving(self) -> dict[str, str]:
         """Tenant to the revision that answers for it here, `tenant@N`."""
-        return {t: self._held[i].revision.served_name for t, i in self._serving.items()}
+        held = self._holding.revisions
+        return {tenant: held[number].served_name for tenant, number in self._serving.items()}
 
-    @contextmanager
-    def keeping(self, served: str) -> Iterator[None]:
+    def keeping(self, served: str) -> AbstractContextManager[None]:
         """A revision that is held stays meanwhile, as it does while a tenant's request runs."""
-        self._kept[served] += 1
-        try:
-            yield
-        finally:
-            self._kept[served] -= 1
-            if not self._kept[served]:
-                del self._kept[served]
-
-    async def _hold(self, revision: Revision) -> None:
-        """The revision is in the engine; its receipts are told with the next sign of life."""
-        if revision.id in self._held:
-            return
-        path = await asyncio.to_thread(self._directory, revision)
-        request = self.make_request(revision.served_name, revision.id, path)
-        ranks = await self.gate.add(request)
-        self._held[revision.id] = _Held(revision, request)
-        self._teller.came(revision.id, receipt_of(ranks, revision.id))
-        self.models.lora_requests[revision.served_name] = request
-
-    def _directory(self, revision: Revision) -> Path:
-        """What the engine loads; the adapter is fetched where this machine has it not."""
-        try:
-            return self.store.revision(revision.adapter_digest, revision.profile)
-        except MissingFileError:
-            if revision.source is None:
-                raise
-            self.store.stage(revision.source, family=self.header, expected=revision.adapter_digest)
-            return self.store.revision(revision.adapter_digest, revision.profile)
+        return self._holding.keeping(served)
 
     def _offer(self, snapshot: Snapshot, wanted: Iterable[Revision]) -> None:
         """Switch every alias whose revision is held; the others stay where they are."""
+        before = dict(self._serving)
         names = {tenant.name for tenant in snapshot.tenants}
         published = {revision.tenant for revision in wanted}
         for revision in wanted:
-            if revision.id in self._held:
+            if revision.id in self._holding.revisions:
                 self._serving[revision.tenant] = revision.id
         for tenant in list(self._serving):
             if tenant not in names or tenant not in published:
                 del self._serving[tenant]
         base = [model.name for model in self.models.base_model_paths]
         self.catalog.replace(view_of(snapshot, self.header.digest, self.serving(), base))
+        if self._serving != before:
+            for _, number in self._serving.items() - before.items():
+                catalogue.APPLY_SECONDS.observe(self.lag.clock() - self._waiting.pop_s(number))
+            self.changed()
 
     async def _let_go(self) -> bool:
         """Remove what is not published, offered, tried or a way back, once none is in flight;
@@ -309,15 +310,11 @@ class Replica:
         """
         gone = False
         kept = self._warm | self._tried | set(self._serving.values())
-        for number, held in list(self._held.items()):
-            name = held.revision.served_name
-            if number in kept or name in self._kept or self.counters.in_flight(name):
+        for number, revision in list(self._holding.revisions.items()):
+            name = revision.served_name
+            if number in kept or self._holding.is_kept(name) or self.counters.in_flight(name):
                 continue
-            self.models.lora_requests.pop(name, None)
-            del self._held[number]
-            self.gate.verifier.forget(held.request)
-            await self.gate.remove_lora(number)
-            self._teller.went(number)
+            await self._holding.remove(number)
             gone = True
         return gone
 
@@ -326,8 +323,9 @@ class Replica:
 
     async def _recall(self) -> dict[int, Told]:
         """The receipts of all that is held. Errors: EngineDownError, ReceiptError."""
-        ranks = await self.gate.verifier.ask() if self._held else []
-        return {number: receipt_of(ranks, number) for number in self._held}
+        held = self._holding.revisions
+        ranks = await self.gate.verifier.ask() if held else []
+        return {number: receipt_of(ranks, number) for number in held}
 
     # -- loops -----------------------------------------------------------------------------------
 
@@ -346,7 +344,12 @@ class Replica:
         except TimeoutError:
             pass
         self._news.clear()
-        await self.apply()
+        try:
+            await self.apply()
+        except BaseException:
+            # Nobody tells of a version twice, so this one is still news.
+            self._news.set()
+            raise
 
     async def _beat(self) -> None:
         """A sign of life, at once after a change; then what is superseded and drained goes, which
@@ -370,6 +373,12 @@ class Replica:
             self._drift = report.faults
             async with self._lock:
                 await self._tell()
+
+    async def _clean(self) -> None:
+        """What no tenant of the registry is served from or goes back to, and nothing holds, may go
+        from the disk."""
+        await asyncio.sleep(CLEAN_S)
+        await self.supply.clean((*self._known, *self._holding.revisions.values()))
 
     async def _forever(self, step: Callable[[], Any], pause_s: float) -> None:
         while True:

@@ -1,0 +1,85 @@
+"""Adapters that this machine has not, fetched beside everything else, a few at a time.
+
+For one replica, in its event loop: a slow source delays its own revision and nothing else. A fetch
+that fails is begun again after a while, for as long as the revision is wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from safegene_server.registry import Revision
+
+AT_ONCE = 4
+
+
+class Fetches:
+    """`fetch` blocks, and ends early once the event is set; `news` is called whenever one ends."""
+
+    def __init__(
+        self,
+        fetch: Callable[[Revision, threading.Event], object],
+        news: Callable[[], None],
+        retry_s: float,
+    ) -> None:
+        self.fetch, self.news, self.retry_s = fetch, news, retry_s
+        # Threads of their own: a few slow sources must not keep a sign of life from its thread.
+        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="safegene-fetch")
+        self._running: dict[int, tuple[asyncio.Task[None], threading.Event]] = {}
+        self._failed: dict[int, Exception] = {}
+        self._ended = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def want(self, revision: Revision) -> None:
+        """Fetch it, unless that is under way. Errors: what the last attempt ended with."""
+        if revision.id not in self._running:
+            stop = threading.Event()
+            task = asyncio.create_task(self._until_here(revision, stop))
+            self._running[revision.id] = task, stop
+        if revision.id in self._failed:
+            raise self._failed[revision.id].with_traceback(None)
+
+    def keep(self, wanted: Iterable[int]) -> None:
+        """Stop what nobody waits for any more."""
+        for number in self._running.keys() - set(wanted):
+            task, stop = self._running.pop(number)
+            self._failed.pop(number, None)
+            stop.set()
+            task.cancel()
+
+    async def settled(self, within_s: float) -> None:
+        """Until every one that is under way has ended once, for `within_s` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._running.keys() - self._failed.keys():
+                    self._ended.clear()
+                    await self._ended.wait()
+
+    def stop(self) -> None:
+        self.keep(())
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _until_here(self, revision: Revision, stop: threading.Event) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await loop.run_in_executor(self._threads, self.fetch, revision, stop)
+            except Exception as error:
+                self._failed[revision.id] = error
+                self._tell()
+                await asyncio.sleep(self.retry_s)
+            else:
+                del self._running[revision.id]
+                self._failed.pop(revision.id, None)
+                self._tell()
+                return
+
+    def _tell(self) -> None:
+        self._ended.set()
+        self.news()
