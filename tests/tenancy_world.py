@@ -89,6 +89,7 @@ class FakeReplica:
         self.asked: list[dict[str, Any]] = []
         self.errors: dict[str, Exception] = {}
         self.answer: Answer = good
+        self.status = 200
         self.busiest = 0
         self._busy = 0
         self.kept: list[str] = []
@@ -110,7 +111,9 @@ class FakeReplica:
 
     async def unload(self, revision: Revision) -> None:
         self._raise("unload")
-        self.held.discard(revision.served_name)
+        snapshot = self.registry.snapshot()
+        spared = {r.served_name for r in (*snapshot.revisions, *snapshot.previous)}
+        self.held -= {revision.served_name} - spared
 
     async def apply(self) -> None:
         self._raise("apply")
@@ -134,6 +137,8 @@ class FakeReplica:
         self.busiest = max(self.busiest, self._busy)
         await asyncio.sleep(0)
         self._busy -= 1
+        if self.status != 200:
+            return httpx.Response(self.status, json={"error": {"message": "no", "code": 0}})
         message = {"role": "assistant", "content": self.answer(body["messages"][0]["content"])}
         return httpx.Response(200, json={"model": body["model"], "choices": [{"message": message}]})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import pytest
 from registry_world import HEADER
 from tenancy_world import ACTOR, REFUSAL, World, world
 
+from safegene_server.answers import EngineDownError
 from safegene_server.tenants import Change, GateSettings, lifecycle
 from safegene_server.tenants.families import set_family_frozen, set_floor
 from safegene_server.tenants.lifecycle import Published
@@ -23,6 +24,7 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     UnknownError,
 )
+from safegene_vllm.profile import make_profile
 
 __all__ = ["world"]
 
@@ -205,6 +207,88 @@ def test_publishing_by_hand(world: World) -> None:
         change(world, Change(scale=1.2))
     with pytest.raises(ConflictError, match="is failed"):
         run(lifecycle.publish(world.tenancy, NAME, 3, expected=None, actor=ACTOR))
+
+
+@pytest.mark.parametrize("state", ["registered", "checking"])
+def test_publishing_what_is_being_tried_out_leaves_it_to_its_job(world: World, state: str) -> None:
+    world.serve(NAME)
+    (first,) = world.registry.revisions(NAME)
+    tried = world.registry.add_revision(
+        NAME,
+        make_profile(world.replica.header, 2.0),
+        actor=ACTOR,
+        adapter_digest=first.adapter_digest,
+    )
+    if state != "registered":
+        world.registry.set_revision_state(tried.id, "checking", actor=ACTOR)
+    run(world.replica.load(tried))
+    with pytest.raises(ConflictError, match=f"is {state}"):
+        run(lifecycle.publish(world.tenancy, NAME, 2, expected=None, actor=ACTOR))
+    assert f"{NAME}@2" in world.replica.held
+
+
+def loaded_by_refused(world: World, step: Callable[[], Any]) -> set[str]:
+    """What is left in the engine of a step that the registry refuses at the end."""
+    held = set(world.replica.held)
+    loads = len(world.replica.loads)
+    with pytest.raises(BoundsError, match="floor"):
+        step()
+    assert len(world.replica.loads) == loads + 1
+    return world.replica.held - held
+
+
+def test_a_publication_or_rollback_that_is_refused_leaves_nothing_loaded(world: World) -> None:
+    world.serve(NAME)
+    for _ in range(3):
+        change(world, Change(scale=1.4))
+    world.replica.held.discard(f"{NAME}@1")
+    run(set_floor(world.tenancy, world.replica.header.digest, {0: 1.2}, actor=ACTOR))
+    publish = lifecycle.publish(world.tenancy, NAME, 1, expected=None, actor=ACTOR)
+    assert loaded_by_refused(world, lambda: run(publish)) == set()
+    assert loaded_by_refused(world, lambda: back(world, 1)) == set()
+
+
+def test_a_rollback_to_what_is_kept_warm_keeps_it_so(world: World) -> None:
+    world.serve(NAME)
+    change(world, Change(scale=2.5))
+    run(set_floor(world.tenancy, world.replica.header.digest, {0: 2.0}, actor=ACTOR))
+    assert world.replica.held == {f"{NAME}@1", f"{NAME}@2"}
+    with pytest.raises(BoundsError, match="floor"):
+        back(world)
+    assert world.replica.held == {f"{NAME}@1", f"{NAME}@2"}
+
+
+@pytest.mark.parametrize("away", [EngineDownError("dead"), RegistryDownError("away")])
+def test_a_change_that_an_outage_ended_is_condemned_by_nobody(
+    tmp_path: Path, away: Exception
+) -> None:
+    world = World(tmp_path, gate=GateSettings(), gate_on_change=True)
+    world.serve(NAME)
+    world.replica.errors["call"] = away
+    with pytest.raises(type(away)):
+        change(world, Change(scale=2.0))
+    revision = world.registry.revision(NAME, 2)
+    assert (revision.state, revision.reasons) == ("registered", ())
+    assert world.replica.held == {f"{NAME}@1"}
+    del world.replica.errors["call"]
+    assert change(world, Change(scale=2.0)).revision.state == "published"
+
+
+def test_what_is_read_again_is_where_the_served_revision_came_from(world: World) -> None:
+    world.serve(NAME)
+    again: dict[str, Any] = {"first": Change(), "expected": None, "actor": ACTOR}
+
+    def update(source: str | None, *, publish: bool = True) -> str | None:
+        step = lifecycle.add_revision(world.tenancy, NAME, source=source, publish=publish, **again)
+        run(step)
+        assert world.work().state == "done"
+        return world.registry.revisions(NAME)[-1].source
+
+    moved = world.adapter("moved", start=5)
+    assert update(moved) == moved
+    unpublished = world.adapter("unpublished", start=6)
+    assert update(unpublished, publish=False) == unpublished
+    assert update(None) == moved
 
 
 def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:

@@ -16,8 +16,9 @@ from tenancy_world import ACTOR, REFUSAL, World, world
 from safegene_server.answers import EngineDownError
 from safegene_server.registry import Job, Revision
 from safegene_server.tenants import GateSettings, lifecycle
+from safegene_server.tenants.jobs import JobLostError
 from safegene_server.tenants.profiles import Change
-from safegene_vllm.errors import ReceiptError, TenantRefusedError
+from safegene_vllm.errors import ReceiptError, RegistryDownError, TenantRefusedError
 from safegene_vllm.profile import make_profile, profile_json, save_profile
 
 __all__ = ["world"]
@@ -134,6 +135,40 @@ def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one
     assert world.registry.tenant(NAME).published == 1
     assert [r.state for r in world.registry.revisions(NAME)] == ["published", "failed"]
     assert world.replica.held == {f"{NAME}@1"}
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_engine_that_fails_at_a_question_condemns_no_tenant(tmp_path: Path, status: int) -> None:
+    world = World(tmp_path, gate=GateSettings(), lease_s=0.1)
+    world.replica.status = status
+    register(world, source=world.adapter())
+    assert world.work().state == "running", "it is left to its lease"
+    assert only_revision(world).state == "checking" and world.replica.held == set()
+    time.sleep(0.15)
+    world.replica.status = 200
+    assert world.work().state == "done"
+    assert only_revision(world).state == "published"
+
+
+def test_a_question_that_is_refused_is_the_tenant_s_fault(tmp_path: Path) -> None:
+    world = World(tmp_path, gate=GateSettings())
+    world.replica.status = 400
+    register(world, source=world.adapter())
+    assert world.work().state == "failed" and only_revision(world).state == "failed"
+
+
+@pytest.mark.parametrize("away", [JobLostError("somebody else's"), RegistryDownError("away")])
+def test_what_a_lost_job_has_loaded_goes_again(world: World, away: Exception) -> None:
+    register(world, source=world.adapter())
+    load = world.replica.load
+
+    async def lost(revision: Revision) -> None:
+        await load(revision)
+        raise away
+
+    world.replica.load = lost  # type: ignore[method-assign]
+    assert world.work().state == "running"
+    assert only_revision(world).state == "checking" and world.replica.held == set()
 
 
 def test_ready_without_being_published(world: World) -> None:

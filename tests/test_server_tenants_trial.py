@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tenancy_world import REFUSAL, Answer, good
 
+from safegene_server.answers import EngineDownError
 from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, try_out
 from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
 
@@ -108,7 +109,7 @@ def test_how_it_asks_is_set() -> None:
             TenantRefusedError,
             "no t",
         ),
-        ({"status": 500, "json": "oops"}, TenantRefusedError, "500"),
+        ({"status": 500, "json": "oops"}, EngineDownError, "500"),
         ({"json": {"model": MODEL, "choices": []}}, TenantRefusedError, "no chat completion"),
         ({"json": ["x"]}, TenantRefusedError, "no chat completion"),
     ],

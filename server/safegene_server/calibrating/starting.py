@@ -17,7 +17,7 @@ from safegene_server.calibrating.shots import KINDS, read_shots
 from safegene_server.registry import Job, Revision, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import Change, Tenancy
-from safegene_server.tenants.lifecycle import changeable, enqueue, enrol
+from safegene_server.tenants.lifecycle import changeable, enqueue, enrol, last_source
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.dataset import digest_of_rows
 from safegene_vllm.errors import BoundsError, ConfigError, ConflictError
@@ -84,14 +84,14 @@ async def add_revision(
     expected: int | None,
     actor: str,
 ) -> Job:
-    """New content for a tenant, whose coefficients the job finds; its own source is read again if
-    no other is given.
+    """New content for a tenant, whose coefficients the job finds; where it came from last is read
+    again if no source is given.
 
     Errors: ConfigError, BoundsError, UnknownError, ConflictError, FrozenError.
     """
     params = await _params(tenancy, asked, publish, actor)
     tenant = await changeable(tenancy, name, expected)
-    where = _searchable(source or tenant.source, first)
+    where = _searchable(source or await last_source(tenancy, tenant), first)
     params |= {"source": where, "expected": tenant.published or 0}
     return await enqueue(tenancy, name, CALIBRATE, params, actor)
 

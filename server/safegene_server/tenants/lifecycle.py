@@ -7,9 +7,11 @@ a rollback and the rest are done when the function returns, and live in this pro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from safegene_server.answers import EngineDownError
 from safegene_server.registry import Job, Revision, Rollout, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.registry.revisions import check_expected
@@ -98,12 +100,12 @@ async def add_revision(
     expected: int | None,
     actor: str,
 ) -> Job:
-    """New content for a tenant; its own source is read again if no other is given.
+    """New content for a tenant; where it came from last is read again if no source is given.
 
     Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
     """
     tenant = await changeable(tenancy, name, expected)
-    where = source or tenant.source
+    where = source or await last_source(tenancy, tenant)
     params = _params(tenancy.replica.header, where, first, publish, expected, actor)
     return await enqueue(tenancy, name, ONBOARD, params, actor)
 
@@ -138,8 +140,10 @@ async def change_profile(
             source=current.source,
             expected=current.number,
         )
-        gate = await _prove(tenancy, revision, current, actor)
-        return await _switch(tenancy, revision, current.number, actor, gate)
+        async with tenancy.trying(revision):
+            gate = await _prove(tenancy, revision, current, actor)
+            rollout = await _switch(tenancy, revision, current.number, actor, gate)
+        return await _live(tenancy, rollout)
 
 
 async def publish(
@@ -152,10 +156,13 @@ async def publish(
         revision = await aside(tenancy.registry.revision, name, number)
         if tenant.published == number:
             return Published(revision, await _rollout_to(tenancy, revision))
-        if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
-            await refuse_unchangeable(tenancy, tenant)
-            await tenancy.replica.load(revision)
-        return await _switch(tenancy, revision, expected, actor)
+        async with AsyncExitStack() as stack:
+            if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
+                await refuse_unchangeable(tenancy, tenant)
+                await stack.enter_async_context(tenancy.trying(revision))
+                await tenancy.replica.load(revision)
+            rollout = await _switch(tenancy, revision, expected, actor)
+        return await _live(tenancy, rollout)
 
 
 async def roll_back(
@@ -171,17 +178,17 @@ async def roll_back(
         if number is None:
             snapshot = await aside(tenancy.registry.snapshot)
             number = next((r.number for r in snapshot.previous if r.tenant == name), None)
-        if number is not None and _is_ours(tenancy, tenant):
-            await refuse_unchangeable(tenancy, tenant)
-            revision = await aside(tenancy.registry.revision, name, number)
-            if revision.state in ("superseded", "published"):
-                await tenancy.replica.load(revision)
-        rollout = await aside(
-            tenancy.registry.rollback, name, number, actor=actor, expected=expected
-        )
-        await tenancy.settle()
-        now = await aside(tenancy.registry.revision_by_id, rollout.revisions[0])
-        return Published(now, rollout)
+        async with AsyncExitStack() as stack:
+            if number is not None and _is_ours(tenancy, tenant):
+                await refuse_unchangeable(tenancy, tenant)
+                revision = await aside(tenancy.registry.revision, name, number)
+                if revision.state in ("superseded", "published"):
+                    await stack.enter_async_context(tenancy.trying(revision))
+                    await tenancy.replica.load(revision)
+            rollout = await aside(
+                tenancy.registry.rollback, name, number, actor=actor, expected=expected
+            )
+        return await _live(tenancy, rollout)
 
 
 async def retire(
@@ -286,6 +293,15 @@ async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenan
     return tenant
 
 
+async def last_source(tenancy: Tenancy, tenant: Tenant) -> str | None:
+    """Where the revision that is served came from, or else the newest; before there is one, what
+    the tenant was registered with."""
+    revisions = await aside(tenancy.registry.revisions, tenant.name)
+    served = [revision for revision in revisions if revision.number == tenant.published]
+    sources = [revision.source for revision in served or revisions]
+    return (sources[-1] if sources else None) or tenant.source
+
+
 async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
     """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
     FrozenError."""
@@ -311,7 +327,7 @@ async def _prove(
         await tenancy.replica.load(revision)
         if tenancy.settings.gate_on_change:
             gate |= await gated(tenancy.replica, revision, tenancy.settings)
-    except RegistryDownError:
+    except (RegistryDownError, EngineDownError):
         raise
     except Exception as error:
         await fail(tenancy, revision, error, actor)
@@ -325,10 +341,10 @@ async def _switch(
     expected: int | None,
     actor: str,
     gate: dict[str, Any] | None = None,
-) -> Published:
+) -> Rollout:
     """`gate` is what was found of a revision that is new, and so far not ready."""
     try:
-        rollout = await aside(
+        return await aside(
             tenancy.registry.publish,
             revision.tenant,
             revision.number,
@@ -337,16 +353,19 @@ async def _switch(
             gate=gate,
         )
     except SafegeneError:
-        if revision.state not in ("superseded", "published"):
-            await tenancy.withdraw(revision)
         if gate is not None:
             # It has passed all the same, and may be published later.
             await aside(
                 tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate
             )
         raise
+
+
+async def _live(tenancy: Tenancy, rollout: Rollout) -> Published:
+    """What a switch has led to, followed by this server."""
     await tenancy.settle()
-    return Published(await aside(tenancy.registry.revision_by_id, revision.id), rollout)
+    now = await aside(tenancy.registry.revision_by_id, rollout.revisions[0])
+    return Published(now, rollout)
 
 
 async def _rollout_to(tenancy: Tenancy, revision: Revision) -> Rollout | None:

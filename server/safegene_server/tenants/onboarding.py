@@ -58,11 +58,12 @@ async def bring_in(tenancy: Tenancy, work: Work, revision: Revision) -> str:
         raise TenantRefusedError("; ".join(revision.reasons))
     if revision.state in ("published", "superseded", "retired"):
         return f"{revision.served_name} was published before this job was begun again"
-    ready = await _prove(tenancy, work, revision)
-    if not publish:
-        await tenancy.withdraw(ready)
-        return f"{ready.served_name} is ready; publish it to serve it"
-    return await _publish(tenancy, work, ready)
+    async with tenancy.trying(revision):
+        ready = await _prove(tenancy, work, revision)
+        if publish:
+            return await _publish(tenancy, work, ready)
+    await tenancy.withdraw(ready)
+    return f"{ready.served_name} is ready; publish it to serve it"
 
 
 async def gated(replica: Replica, revision: Revision, settings: TenantSettings) -> dict[str, Any]:
@@ -88,12 +89,11 @@ class GateError(TenantRefusedError):
 
 
 async def fail(tenancy: Tenancy, revision: Revision, error: Exception, actor: str) -> None:
-    """Keep the revision with its reasons, out of the engine."""
+    """Keep the revision with its reasons."""
     gate = error.record if isinstance(error, GateError) else None
     reasons = [UNEXPECTED]
     if isinstance(error, SafegeneError):
         reasons = plain(error).splitlines()
-    await tenancy.withdraw(revision)
     await aside(
         tenancy.registry.set_revision_state,
         revision.id,
@@ -192,14 +192,8 @@ async def _publish(tenancy: Tenancy, work: Work, revision: Revision) -> str:
         # A publication before the last server's death, or one asked for by hand, will do.
         now = await aside(tenancy.registry.revision_by_id, revision.id)
         if now.state != "published":
-            await tenancy.withdraw(revision)
+            # It is ready all the same, and can be published once what forbids it is over.
             raise
-    except RegistryDownError:
-        raise
-    except SafegeneError:
-        # It is ready all the same, and can be published once what forbids it is over.
-        await tenancy.withdraw(revision)
-        raise
     else:
         work.result["rollout"] = rollout.id
     await tenancy.settle()

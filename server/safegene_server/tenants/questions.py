@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import httpx
 
+from safegene_server.answers import EngineDownError
 from safegene_server.tenants.together import together
 from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
 from safegene_vllm.evaluate.judges import is_coherent, is_refusal
@@ -120,8 +121,8 @@ async def ask_all(
     Nothing is left in the engine when this ends, however it does. `priority` is for an engine that
     schedules by priority; others refuse it. With a `salt` of its own nothing is answered from
     blocks of the prefix cache that were computed before.
-    Errors: TenantRefusedError (the engine refuses a question); ReceiptError (another model
-    answered); what `replica.call` raises.
+    Errors: TenantRefusedError (the engine refuses a question); EngineDownError (it fails);
+    ReceiptError (another model answered); what `replica.call` raises.
     """
     turn = asyncio.Semaphore(concurrent)
     body: dict[str, Any] = {"model": model, "temperature": 0.0, "max_tokens": max_tokens}
@@ -170,6 +171,9 @@ def _prompt(line: str) -> Prompt | None:
 
 def _answer(response: httpx.Response, model: str) -> str:
     status = response.status_code
+    if status >= 500:
+        # Says something of the engine, and nothing of the tenant.
+        raise EngineDownError(f"{model}: the engine answers a question with {status}")
     try:
         found = response.json()
         if status != 200:

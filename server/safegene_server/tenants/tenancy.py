@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -32,11 +32,12 @@ class Replica(Protocol):
     """The engine of this process, as it follows the registry.
 
     `load` puts a revision into the engine, receipts verified, without offering it; loading what is
-    loaded does nothing, and `apply` leaves it there until `unload`. `call` asks vLLM's own app
-    as a client would, with `model` = `tenant@N`, past keys and limits. `begin_trial` loads a
-    revision's adapter with other coefficients under a name that no tenant can have, until
-    `end_trial`; `in_flight` counts the tenants' own requests. `serving` is what each tenant is
-    offered here (`tenant@N`), and what is asked within `keeping` is not removed meanwhile.
+    loaded does nothing, and `apply` leaves it there until `unload`, which spares what is served or
+    would be gone back to. `call` asks vLLM's own app as a client would, with `model` = `tenant@N`,
+    past keys and limits. `begin_trial` loads a revision's adapter with other coefficients under a
+    name that no tenant can have, until `end_trial`; `in_flight` counts the tenants' own requests.
+    `serving` is what each tenant is offered here (`tenant@N`), and what is asked within `keeping`
+    is not removed meanwhile.
     """
 
     @property
@@ -94,6 +95,16 @@ class Tenancy:
         """Follow the registry now. A failure here is told by the rollout, not by the change, which
         is in the registry already."""
         await _told(self.replica.apply, "this server does not follow the registry yet")
+
+    @asynccontextmanager
+    async def trying(self, revision: Revision) -> AsyncIterator[None]:
+        """What is loaded of a revision meanwhile goes again if it comes to nothing, however that
+        happens; what is served or kept as a way back stays."""
+        try:
+            yield
+        except BaseException:
+            await self.withdraw(revision)
+            raise
 
     async def withdraw(self, revision: Revision) -> None:
         """Out of the engine, if it can be; nobody is offered it."""
