@@ -67,17 +67,11 @@ def test_names_that_no_tenant_has(name: str) -> None:
 
 
 @given(st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?\Z"))
-def test_served_names_are_read_as_they_are_written(name: str) -> None:
+def test_names_of_tenants(name: str) -> None:
     if name == "base":
         return
-    assert words.parse_served_name(name) == (name, None)
-    assert words.parse_served_name(words.served_name(name, 17)) == (name, 17)
-
-
-@pytest.mark.parametrize("name", ["a@", "a@0", "a@01", "a@-1", "a@x", "a@1@2", "a@99999999999"])
-def test_served_names_that_nothing_has(name: str) -> None:
-    with pytest.raises(RegistryError):
-        words.parse_served_name(name)
+    assert words.tenant_name(name) == name
+    assert words.served_name(name, 17) == f"{name}@17"
 
 
 def test_limits_are_replaced_as_a_whole(registry: Registry) -> None:

@@ -62,13 +62,9 @@ class Families(Database):
 
     def families(self) -> tuple[Family, ...]:
         """All of them, in the order in which they came."""
+        query = select(_T).order_by(_T.c.created_at, _T.c.digest)
         with self.read() as connection:
-            return all_families(connection)
-
-
-def all_families(connection: Connection) -> tuple[Family, ...]:
-    rows = connection.execute(select(_T).order_by(_T.c.created_at, _T.c.digest))
-    return tuple(_family(row) for row in rows)
+            return tuple(_family(row) for row in connection.execute(query))
 
 
 def find_family(connection: Connection, digest: str) -> Family:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert
 
 from safegene_server.registry import tables
 from safegene_server.registry.database import Database, Write
@@ -18,7 +18,7 @@ from safegene_server.registry.families import find_family
 from safegene_server.registry.publishing import switch
 from safegene_server.registry.records import Policy, Revision, Rollout, Tenant
 from safegene_server.registry.revisions import find_revision, new_revision
-from safegene_server.registry.tenants import find_policy, living_tenants, policy_of
+from safegene_server.registry.tenants import find_policy, living_tenants
 from safegene_vllm.errors import BoundsError, FrozenError
 from safegene_vllm.family import FamilyHeader
 from safegene_vllm.profile import Profile, check_profile
@@ -89,11 +89,6 @@ class Policies(Database):
         with self.read() as connection:
             find_family(connection, family)
             return find_policy(connection, family)
-
-
-def all_policies(connection: Connection) -> tuple[Policy, ...]:
-    rows = connection.execute(select(tables.policies).order_by(tables.policies.c.family_digest))
-    return tuple(policy_of(row) for row in rows)
 
 
 def _checked_floor(header: FamilyHeader, floor: Mapping[int, float]) -> dict[int, float]:

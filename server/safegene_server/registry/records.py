@@ -215,9 +215,7 @@ class Snapshot:
     """
 
     version: int
-    families: tuple[Family, ...]
     tenants: tuple[Tenant, ...]
     revisions: tuple[Revision, ...]
     previous: tuple[Revision, ...]
     keys: tuple[Key, ...]
-    policies: tuple[Policy, ...]

@@ -13,10 +13,10 @@ from sqlalchemy import URL, select
 from safegene_server.registry import tables
 from safegene_server.registry.auditing import Auditing
 from safegene_server.registry.counting import Counting
-from safegene_server.registry.families import Families, all_families
+from safegene_server.registry.families import Families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
-from safegene_server.registry.policies import Policies, all_policies
+from safegene_server.registry.policies import Policies
 from safegene_server.registry.publishing import Publishing, previous_ids
 from safegene_server.registry.records import Snapshot
 from safegene_server.registry.replicas import Replicas
@@ -60,10 +60,8 @@ class Registry(
             previous = connection.execute(query.where(revisions.c.id.in_(previous_ids())))
             return Snapshot(
                 version=int(version),
-                families=all_families(connection),
                 tenants=tenants,
                 revisions=tuple(revision_of(row) for row in published),
                 previous=tuple(revision_of(row) for row in previous),
                 keys=usable_keys(connection),
-                policies=all_policies(connection),
             )

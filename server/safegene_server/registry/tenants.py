@@ -97,12 +97,10 @@ class Tenants(Database):
         with self.read() as connection:
             return find_tenant(connection, name)
 
-    def tenants(self, *, state: TenantState | None = None) -> tuple[Tenant, ...]:
-        """All tenants by name, the retired ones among them; or those in one state."""
+    def tenants(self) -> tuple[Tenant, ...]:
+        """All tenants by name, the retired ones among them."""
+        query = _query().order_by(_T.c.name)
         with self.read() as connection:
-            query = _query().order_by(_T.c.name)
-            if state is not None:
-                query = query.where(_T.c.state == state)
             return tuple(_tenant(row) for row in connection.execute(query))
 
 

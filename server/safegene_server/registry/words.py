@@ -42,19 +42,6 @@ def served_name(tenant: str, number: int) -> str:
     return f"{tenant}@{number}"
 
 
-def parse_served_name(value: str) -> tuple[str, int | None]:
-    """Tenant and number of `tenant@N`; the number is None for the alias `tenant`.
-
-    Errors: RegistryError.
-    """
-    name, at, number = value.partition("@")
-    if not at:
-        return tenant_name(name), None
-    if not re.fullmatch(r"[1-9][0-9]{0,9}", number):
-        raise RegistryError(f"{value!r:.200}: expected a number from 1 after '@'")
-    return tenant_name(name), revision_number(int(number))
-
-
 def revision_number(value: int) -> int:
     """Errors: RegistryError."""
     if type(value) is not int or not 1 <= value <= _LARGEST:
