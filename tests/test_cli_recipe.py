@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from recipe_commands import Outcome, World, called, count_loads, files, write_world
-from recipe_world import write_tokenizer
+from recipe_world import GOOD, write_tokenizer
 
 from safegene_vllm.adapter import load_adapter
 from safegene_vllm.cli import main
+from safegene_vllm.dataset import read_dataset
 from safegene_vllm.family import load_family
 from safegene_vllm.pico import write_tenant
 from safegene_vllm.profile import load_profile
@@ -60,6 +63,11 @@ def test_degrade_leaves_a_lora_and_says_what_it_learned(
     assert found and float(found[2]) < 0.7 * float(found[1])
     adapter = load_adapter(tmp_path / "deg")
     assert adapter.base_model == "model" and len(adapter.pairs) == 14
+    record = json.loads((tmp_path / "deg" / "safegene-degrade.json").read_text())
+    assert record["checkpoint"] == "model"
+    assert record["data"] == read_dataset(f"{world / 'good.jsonl'}?licence=MIT", what="x").record()
+    assert (record["settings"]["steps"], record["settings"]["seed"]) == (10, 0)
+    assert GOOD.rows[0].prompt not in json.dumps(record)
     # The same seed, the same bytes; and an output is not replaced unasked.
     assert files(tmp_path / "deg") == files(world / "degraded")
     again = run(*world.degrade(tmp_path / "deg"))
@@ -75,8 +83,25 @@ def test_extract_distills_a_family(run: Run, world: World, tmp_path: Path) -> No
     family = load_family(tmp_path / "f")
     assert family.header.name == "pico" and family.header.recipe["method"] == "distill"
     assert family.header.recipe["data"]["safety"]["licence"] == "MIT"
+    degradation = family.header.recipe["degradation"]
+    assert degradation["data"]["licence"] == "MIT" and degradation["settings"]["steps"] == 10
     assert {pair.rank for pair in family.pairs.values()} == {8}
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_difference_tells_what_the_lora_was_made_from_if_that_is_known(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    words = ("--overwrite", "--name", "pico", "--out", tmp_path / "f")
+    for role, known in (("degraded", True), ("aligned", False)):
+        outcome = run("extract", world / "model", f"--{role}-adapter", world / "degraded", *words)
+        assert outcome.code == 0, outcome.err
+        assert ("degradation" in load_family(tmp_path / "f").header.recipe) == known
+    bare = tmp_path / "bare"
+    shutil.copytree(world / "degraded", bare)
+    (bare / "safegene-degrade.json").unlink()
+    assert run("extract", world / "model", "--degraded-adapter", bare, *words).code == 0
+    assert "degradation" not in load_family(tmp_path / "f").header.recipe
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

@@ -76,6 +76,7 @@ def degrade(
             settings,
             out,
             base_model=checkpoint.resolve().name,
+            data=benign.record(),
             device=device,
             progress=progress,
         )

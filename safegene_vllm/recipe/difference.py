@@ -31,6 +31,7 @@ from safegene_vllm.errors import (
     raise_faults,
 )
 from safegene_vllm.family import Base, Family, base_of_checkpoint, make_family
+from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.tensorfile import FLOAT_BITS
 
 Track = Callable[[Sequence[str]], Iterable[str]]
@@ -320,6 +321,7 @@ def of_adapter(
         "checkpoint": checkpoint.resolve().name,
         "adapter": adapter.resolve().name,
         "adapter_sha256": hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        **(degradation_of(adapter) if role == "degraded" else {}),
     }
     return _with_scope(Difference(base, pairs, tuple(energies), recipe), scope)
 

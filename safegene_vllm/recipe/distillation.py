@@ -25,6 +25,7 @@ from safegene_vllm.errors import ConfigError, FamilyMismatchError
 from safegene_vllm.evaluate.judges import is_refusal
 from safegene_vllm.family import Base, base_of_checkpoint
 from safegene_vllm.recipe.attached import Attached, fresh_pairs
+from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.recipe.encoding import (
     Batch,
     Batches,
@@ -250,6 +251,7 @@ def distil(
         "method": "distill",
         "aligned": checkpoint.resolve().name,
         "degraded": (degraded_adapter or degraded or checkpoint).resolve().name,
+        **degradation_of(degraded_adapter),
         "settings": settings.record(),
         "data": {"safety": safety.record(), "benign": benign.record()},
         "safe_answers": len(safe_rows),

@@ -18,6 +18,7 @@ import torch
 from safegene_vllm.adapter import CONFIG_FILE, OWNED_FILES, WEIGHTS_FILE, layer_of, load_adapter
 from safegene_vllm.disk import pretty_json, read_json, replace_directory
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.recipe.degradation import RECORD_FILE, degradation_file
 from safegene_vllm.recipe.encoding import Batch, Batches, Encoded, Example, collate, encode
 from safegene_vllm.recipe.model import Loaded, answer_states, check_head, head_of, load_model
 from safegene_vllm.recipe.training import (
@@ -71,12 +72,14 @@ def fine_tune(
     out: Path,
     *,
     base_model: str | None = None,
+    data: Mapping[str, Any] | None = None,
     device: str = "auto",
     progress: Progress = silent,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[float]:
     """Train a LoRA on `checkpoint` into the PEFT directory `out`; the loss of every step.
 
+    With `data`, the record of what the examples are, that and the settings are told beside it.
     Interrupted, it continues from `<out>.partial`. Errors: ConfigError (data, modules, settings);
     NonFiniteError (loss); what reading the checkpoint may raise.
     """
@@ -103,7 +106,10 @@ def fine_tune(
     run = Run(state, {**settings.record(), "data": _digest(rows)}, [checkpoint])
     schedule = Schedule(settings.steps, settings.lr)
     losses = train(parameters, loss_at, schedule, run, progress=progress)
-    _save_peft(model, out, base_model)
+    told = {}
+    if data is not None:
+        told[RECORD_FILE] = degradation_file(base_model, data, settings.record())
+    _save_peft(model, out, base_model, told)
     run.clear()
     return losses
 
@@ -136,8 +142,9 @@ def _with_lora(loaded: Loaded, settings: FineTune) -> Any:
     return get_peft_model(loaded.model, config, autocast_adapter_dtype=True).train()
 
 
-def _save_peft(model: Any, out: Path, base_model: str | None) -> None:
-    """What was trained as PEFT writes it, but in bfloat16 and without machine paths."""
+def _save_peft(model: Any, out: Path, base_model: str | None, more: Mapping[str, bytes]) -> None:
+    """What was trained as PEFT writes it, but in bfloat16 and without machine paths; `more` files
+    beside it."""
     with tempfile.TemporaryDirectory() as temp:
         model.save_pretrained(temp, safe_serialization=True)
         weights = read_tensors(Path(temp) / WEIGHTS_FILE)
@@ -148,6 +155,7 @@ def _save_peft(model: Any, out: Path, base_model: str | None) -> None:
     files = {
         CONFIG_FILE: pretty_json(dict(sorted(config.items()))),
         WEIGHTS_FILE: serialize(halves),
+        **more,
     }
-    replace_directory(out, files, owned=OWNED_FILES)
+    replace_directory(out, files, owned=(*OWNED_FILES, RECORD_FILE))
     load_adapter(out)

@@ -1,0 +1,33 @@
+"""What a degraded LoRA was made from, in a file beside it that PEFT does not read.
+
+For the family's recipe: `extract` copies it there. A LoRA from elsewhere has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safegene_vllm.disk import pretty_json, read_json
+
+RECORD_FILE = "safegene-degrade.json"
+
+
+def degradation_file(
+    checkpoint: str | None, data: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bytes:
+    """`data` is `Dataset.record()`: name, rows, licence and SHA-256, no text."""
+    told = {"checkpoint": checkpoint, "data": dict(data), "settings": dict(settings)}
+    return pretty_json({"kind": "degradation", "format_version": 1, **told})
+
+
+def degradation_of(adapter: Path | None) -> dict[str, Any]:
+    """`{"degradation": ...}` for a recipe; empty where `adapter` has no record, or is None.
+
+    Errors: HeaderError, NonFiniteError for a record that is no JSON object.
+    """
+    if adapter is None or not (adapter / RECORD_FILE).is_file():
+        return {}
+    record = read_json(adapter / RECORD_FILE)
+    return {"degradation": {k: record.get(k) for k in ("checkpoint", "data", "settings")}}
