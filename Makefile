@@ -53,7 +53,8 @@ demo: $(READY)  ## serve several protected fine-tunes of one small model and sho
 serve-demo: $(READY)  ## the same, then leave the server running and print curl lines
 	@$(RUN) examples/smollm2/demo.py --keep $(ARGS)
 
-# Third-party prompts are read from these folders (see examples/smollm2/README.md), never copied.
+# Third-party prompts are read from these folders, never copied: AdvBench's harmful_behaviors.csv,
+# self-instruct's seed_tasks.jsonl, and XSTest's xstest_prompts.csv.
 ADVBENCH ?= data/advbench
 SELF_INSTRUCT ?= data/self_instruct
 XSTEST ?= data/xstest
