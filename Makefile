@@ -54,7 +54,7 @@ serve-demo: $(READY)  ## the same, then leave the server running and print curl 
 	@$(RUN) examples/smollm2/demo.py --keep $(ARGS)
 
 # Third-party prompts are read from these folders, never copied: AdvBench's harmful_behaviors.csv,
-# self-instruct's seed_tasks.jsonl, and XSTest's xstest_prompts.csv.
+# self-instruct's seed_tasks.jsonl and user_oriented_instructions.jsonl, XSTest's xstest_prompts.csv.
 ADVBENCH ?= data/advbench
 SELF_INSTRUCT ?= data/self_instruct
 XSTEST ?= data/xstest
