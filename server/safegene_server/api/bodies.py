@@ -166,7 +166,7 @@ class NewRevision(NewContent):
     """New content for a tenant."""
 
     source: str | None = Field(
-        None, min_length=1, max_length=4000, description="null: the tenant's own source, read again"
+        None, min_length=1, max_length=4000, description="null: the served source, read again"
     )
     expected_revision: Expected = None
 

@@ -233,7 +233,10 @@ def _ended_here(write: Write, job: Job) -> bool:
         write.audit("job.cancelled", _target(job.id), owner=job.owner)
         return True
     if job.attempts >= MAX_ATTEMPTS:
-        message = f"begun {job.attempts} times, and each time its owner was gone before the end"
+        message = (
+            f"begun {job.attempts} times, and never brought to its end: its server was gone, or "
+            "the engine failed"
+        )
         _set(write, job, state="failed", message=message)
         write.audit("job.failed", _target(job.id), owner=job.owner, message=message)
         return True
