@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from servers import free_port
 
 from safegene_vllm import cli, pico
 from safegene_vllm.adapter import Adapter, Pair, save_adapter
@@ -106,6 +107,7 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
     )
     assert launch.env == {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         "VLLM_PLUGINS": "theirs,safegene,safegene_server",
     }
     assert launch.url == "http://127.0.0.1:9000"
@@ -278,11 +280,16 @@ def test_a_path_with_a_comma_is_given_as_json(world: SimpleNamespace, tmp_path: 
     assert [json.loads(entry) for entry in entries] == [{"name": "x", "path": str(place)}]
 
 
+def test_idle_connections_stay_as_long_as_the_user_says(world: SimpleNamespace) -> None:
+    launch = built(world, environ={"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3"})
+    assert "VLLM_HTTP_TIMEOUT_KEEP_ALIVE" not in launch.env
+
+
 def test_weights_have_no_lora_flags(world: SimpleNamespace) -> None:
     launch = built(world, model=str(world.full), apply="weights")
     assert flag(launch, "load-format") == ["safegene"]
     assert not [t for t in launch.argv if "lora" in t]
-    assert set(launch.env) == {"VLLM_PLUGINS"}
+    assert set(launch.env) == {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_PLUGINS"}
     implied = built(world, "--load-format", "safegene", model=str(world.full))
     assert config(implied) == config(launch)
     assert implied.argv.count("--load-format") == 1
@@ -559,12 +566,6 @@ PARENT = textwrap.dedent(
     sys.exit(launch(Launch(argv, {}, f"http://127.0.0.1:{port}", api_key="k"), Console(width=200)))
     """
 )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def until_it_listens(port: int) -> None:

