@@ -246,6 +246,9 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each answer")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between changes")
+    parser.add_argument(
+        "--step-tokens", type=int, help="tokens a step may hold; default: what vLLM takes"
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     options = parser.parse_args()
     told = origin(torch.get_num_threads())
@@ -256,6 +259,8 @@ def main() -> None:
         sources = write_tenants(work / "tenants", options.tenants)
         extra = ["--server-config", str(work / "safegene.yaml"), "--slots", "8"]
         extra += ["--enable-prefix-caching"]
+        if options.step_tokens:
+            extra += ["--max-num-batched-tokens", str(options.step_tokens)]
         env = {"BENCHMARK_KEY": KEY}
         log = options.build / "bench-changes.log"
         with Server(world.parent, FAMILY, {}, log, extra=extra, env=env) as server:

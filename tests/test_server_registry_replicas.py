@@ -124,6 +124,7 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     registry.heartbeat(ids[3], applied_version=at, actor="test")
     status = registry.rollout_status(rollout.id)
     assert (status.rollout, status.applied, status.live) == (rollout, 1, 4)
+    assert status.revisions == (registry.revision(TENANT, 1),)
     assert {lag.replica.id: lag.reason for lag in status.lagging} == {
         ids[0]: f"is at version 0, needs {rollout.version}; has no receipt for acme/support@1",
         ids[2]: "has a receipt for acme/support@1 that does not keep its promise; rank 1 is silent",

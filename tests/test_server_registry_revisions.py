@@ -48,6 +48,17 @@ def test_a_revision_comes_back_as_it_was(registry: Registry) -> None:
     assert (bare.kind, bare.adapter_digest) == ("profile", None)
 
 
+def test_what_a_tenant_serves_comes_with_it(registry: Registry) -> None:
+    add_ready(registry, TENANT)
+    assert registry.serving(TENANT) == (registry.tenant(TENANT), None)
+    for number in (2, 3):
+        published = add_published(registry, TENANT)
+        assert registry.serving(TENANT) == (registry.tenant(TENANT), published)
+        assert published.number == number
+    with pytest.raises(UnknownError):
+        registry.serving("nobody")
+
+
 def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
     registry.add_tenant("globex", FAMILY, actor="me")
     names = [TENANT, "globex", "globex", TENANT, "globex"]

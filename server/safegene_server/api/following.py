@@ -16,12 +16,11 @@ def follow(registry: Registry, rollout: int, asker: Principal) -> shapes.Rollout
     """Its tenants and revisions as far as the key may see them. Errors: UnknownError."""
     status = registry.rollout_status(rollout)
     found = status.rollout
-    revisions = [registry.revision_by_id(revision) for revision in found.revisions]
     return shapes.Rollout(
         id=found.id,
         kind=found.kind,
         tenants=[name for name in found.tenants if asker.may_use(name)],
-        revisions=[r.served_name for r in revisions if asker.may_use(r.tenant)],
+        revisions=[r.served_name for r in status.revisions if asker.may_use(r.tenant)],
         applied=status.applied,
         live=status.live,
         done=status.done,

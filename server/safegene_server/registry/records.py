@@ -153,9 +153,11 @@ class Lag:
 
 @dataclass(frozen=True)
 class RolloutStatus:
-    """`applied` of `live` replicas follow the rollout; `lagging` are the others."""
+    """`applied` of `live` replicas follow the rollout; `lagging` are the others. `revisions` are
+    those it led to, as they are now."""
 
     rollout: Rollout
+    revisions: tuple[Revision, ...]
     applied: int
     live: int
     lagging: tuple[Lag, ...]

@@ -17,6 +17,7 @@ from safegene_server.registry import tables, words
 from safegene_server.registry.database import Database, Write, clock
 from safegene_server.registry.publishing import find_rollout, rollout_of
 from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
+from safegene_server.registry.revisions import find_revisions
 from safegene_vllm.errors import RegistryError, UnknownError
 
 _T = tables.replicas
@@ -131,7 +132,9 @@ class Replicas(Database):
         with self.read() as connection:
             found = find_rollout(connection, rollout)
             alive = _alive(connection, clock(connection), alive_s)
-            wanted = _still_published(connection, found.revisions)
+            revisions = find_revisions(connection, found.revisions)
+            # A later rollout speaks for those that are not published now.
+            wanted = {r.id: r.served_name for r in revisions if r.state == "published"}
             receipts = _receipts_of(connection, list(wanted))
         lagging = [
             Lag(replica, reason)
@@ -139,7 +142,7 @@ class Replicas(Database):
             if (reason := _reason(replica, found, wanted, receipts))
         ]
         applied = len(alive) - len(lagging)
-        return RolloutStatus(found, applied, len(alive), tuple(lagging))
+        return RolloutStatus(found, revisions, applied, len(alive), tuple(lagging))
 
 
 @dataclass(frozen=True)
@@ -204,18 +207,6 @@ def _reason(
     if reasons:
         reasons += replica.faults
     return "; ".join(reasons) or None
-
-
-def _still_published(connection: Connection, revisions: Sequence[int]) -> dict[int, str]:
-    """Revision id -> served name; a later rollout speaks for those that are not published now."""
-    r, t = tables.revisions, tables.tenants
-    rows = connection.execute(
-        select(r.c.id, t.c.name, r.c.number)
-        .join(t, t.c.id == r.c.tenant_id)
-        .where(r.c.id.in_(revisions), r.c.state == "published")
-        .order_by(r.c.id)
-    )
-    return {row.id: words.served_name(row.name, row.number) for row in rows}
 
 
 def _receipts_of(connection: Connection, revisions: list[int]) -> dict[tuple[str, int], bool]:

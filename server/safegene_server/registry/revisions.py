@@ -5,7 +5,7 @@ For adding content and for what the gate found. Which revision is served is publ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
@@ -30,7 +30,7 @@ STEPS: Mapping[str, frozenset[str]] = {
 
 
 class Revisions(Database):
-    """add_revision, set_revision_state, revision, revision_by_id, revisions."""
+    """add_revision, set_revision_state, revision, revision_by_id, serving, revisions."""
 
     def add_revision(
         self,
@@ -91,6 +91,14 @@ class Revisions(Database):
         """Errors: UnknownError."""
         with self.read() as connection:
             return find_revision_by_id(connection, revision)
+
+    def serving(self, tenant: str) -> tuple[Tenant, Revision | None]:
+        """A tenant and what it serves, as they are at one moment. Errors: UnknownError."""
+        with self.read() as connection:
+            owner = find_tenant(connection, tenant)
+            if owner.published is None:
+                return owner, None
+            return owner, find_revision(connection, owner, owner.published)
 
     def revisions(self, tenant: str) -> tuple[Revision, ...]:
         """All of a tenant's revisions by number. Errors: UnknownError."""
@@ -209,6 +217,13 @@ def find_revision_by_id(connection: Connection, revision: int) -> Revision:
     if row is None:
         raise UnknownError(f"no revision with id {revision!r:.40} in the registry")
     return revision_of(row)
+
+
+def find_revisions(connection: Connection, revisions: Sequence[int]) -> tuple[Revision, ...]:
+    """Those of them that are known, in their order."""
+    rows = connection.execute(revision_query().where(_T.c.id.in_(revisions)))
+    found = {row.id: revision_of(row) for row in rows}
+    return tuple(found[number] for number in revisions if number in found)
 
 
 def revision_query() -> Select[tuple[Any, ...]]:

@@ -6,8 +6,9 @@ a rollback and the rest are done when the function returns, and live in this pro
 
 from __future__ import annotations
 
+from asyncio import ensure_future
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from safegene_server.tenants.profiles import Change, changed_profile, first_prof
 from safegene_server.tenants.tenancy import Tenancy, aside
 from safegene_vllm.errors import ConflictError, FrozenError, RegistryDownError, SafegeneError
 from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import profile_json
+from safegene_vllm.profile import Profile, profile_json
 
 ROLLOUTS_SEARCHED = 1000
 
@@ -119,18 +120,19 @@ async def change_profile(
     TenantRefusedError, ReceiptError and EngineDownError of the engine.
     """
     async with tenancy.changing(name):
-        tenant = await ours(tenancy, name)
+        tenant, current = await aside(tenancy.registry.serving, name)
+        check_ours(tenancy, tenant)
         check_expected(tenant, expected)
-        if tenant.published is None:
+        if current is None:
             await refuse_unchangeable(tenancy, tenant)
             raise ConflictError(
                 f"tenant {name!r} serves nothing whose coefficients could be changed; add a "
                 "revision"
             )
-        current = await aside(tenancy.registry.revision, name, tenant.published)
         profile = changed_profile(tenancy.replica.header, current, change)
         if profile is current.profile:
             return Published(current, await _rollout_to(tenancy, current))
+        making = ensure_future(aside(_make_directory, tenancy, current.adapter_digest, profile))
         revision = await aside(
             tenancy.registry.add_revision,
             name,
@@ -140,6 +142,7 @@ async def change_profile(
             source=current.source,
             expected=current.number,
         )
+        await making
         async with tenancy.trying(revision):
             gate = await _prove(tenancy, revision, current, actor)
             rollout = await _switch(tenancy, revision, current.number, actor, gate)
@@ -273,15 +276,20 @@ def _is_ours(tenancy: Tenancy, tenant: Tenant) -> bool:
 
 
 async def ours(tenancy: Tenancy, name: str) -> Tenant:
-    """Errors: UnknownError; ConflictError for a tenant that this engine cannot load."""
+    """Errors: UnknownError; those of `check_ours`."""
     tenant = await _known(tenancy, name)
+    check_ours(tenancy, tenant)
+    return tenant
+
+
+def check_ours(tenancy: Tenancy, tenant: Tenant) -> None:
+    """Errors: ConflictError for a tenant that this engine cannot load."""
     if not _is_ours(tenancy, tenant):
         raise ConflictError(
-            f"tenant {name!r} belongs to family {tenant.family}, this server serves "
+            f"tenant {tenant.name!r} belongs to family {tenant.family}, this server serves "
             f"{tenancy.replica.header.name!r} {tenancy.replica.header.digest}; ask a server of "
             "that family"
         )
-    return tenant
 
 
 async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenant:
@@ -316,6 +324,13 @@ async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
             f"family {tenant.family} is frozen, and tenant {tenant.name!r} with it; unfreeze the "
             "family first"
         )
+
+
+def _make_directory(tenancy: Tenancy, adapter_digest: str | None, profile: Profile) -> None:
+    """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
+    stands in the way is met again, and told, when it is loaded."""
+    with suppress(SafegeneError):
+        tenancy.store.revision(adapter_digest, profile)
 
 
 async def _prove(
@@ -363,9 +378,9 @@ async def _switch(
 
 async def _live(tenancy: Tenancy, rollout: Rollout) -> Published:
     """What a switch has led to, followed by this server."""
+    reading = ensure_future(aside(tenancy.registry.revision_by_id, rollout.revisions[0]))
     await tenancy.settle()
-    now = await aside(tenancy.registry.revision_by_id, rollout.revisions[0])
-    return Published(now, rollout)
+    return Published(await reading, rollout)
 
 
 async def _rollout_to(tenancy: Tenancy, revision: Revision) -> Rollout | None:
