@@ -6,10 +6,12 @@ client sends takes the engine down. Two slots, so that tenants are evicted all t
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -272,6 +274,19 @@ def test_paths_are_kept_below_the_roots(server: Server, unharmed: None) -> None:
     )
     refused(server.load("x", inner), 400, "cannot be read")
     refused(server.load("x", server.root / "none"), 404, "is not a directory")
+
+
+def test_an_idle_connection_outlives_vllms_five_seconds(server: Server) -> None:
+    url = server.http.base_url
+    connection = http.client.HTTPConnection(url.host, url.port, timeout=30)
+    for pause_s in (0, 7):
+        time.sleep(pause_s)
+        if connection.sock is not None:
+            connection.auto_open = 0  # what is closed meanwhile is not opened again
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read() == b""
+    connection.close()
 
 
 def test_sagemakers_route_passes_the_same_gate(server: Server, unharmed: None) -> None:

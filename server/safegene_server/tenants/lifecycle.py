@@ -329,7 +329,7 @@ async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
 def _make_directory(tenancy: Tenancy, adapter_digest: str | None, profile: Profile) -> None:
     """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
     stands in the way is met again, and told, when it is loaded."""
-    with suppress(SafegeneError):
+    with suppress(Exception):
         tenancy.store.revision(adapter_digest, profile)
 
 
