@@ -18,6 +18,7 @@ import aims
 import arms
 import bench_serving
 import cells
+import launching
 import measuring
 import predicted
 import provenance
@@ -74,7 +75,7 @@ def test_an_arm_with_a_vector_has_it_on_all_layers_unless_it_says_otherwise() ->
     assert "1 profile" in parse_arm("gain_100_p1").title
 
 
-@pytest.mark.parametrize("name", ["gian", "lora_50", "gain_0", "gain_101", "weights_100_p2", ""])
+@pytest.mark.parametrize("name", ["gian", "lora_50", "gain_0", "gain_101", "composed_100_p2", ""])
 def test_an_arm_that_cannot_be_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=repr(name)):
         parse_arm(name)
@@ -91,14 +92,26 @@ def test_comparisons_are_against_the_product_that_the_arms_share() -> None:
 
 
 def test_profiles_and_checkpoints_are_compared_among_themselves() -> None:
-    many = [parse_arm(f"gain_100_p{n}") for n in (1, 8, 64)]
+    many = [parse_arm(name) for name in ("gain_100_p1", "gain_100_p8", "gain_100")]
     pairs = {(a.profiles, b.profiles) for a, b in arms.comparisons(many, True)}
-    assert pairs == {(8, 1), (64, 1), (64, 8)}
+    assert pairs == {(8, 1), (None, 1), (None, 8)}
     checkpoints = [parse_arm(name) for name in ("base", "merged", "weights")]
     assert [(a.kind, b.kind) for a, b in arms.comparisons(checkpoints, True)] == [
         ("weights", "base"),
         ("weights", "merged"),
     ]
+
+
+def test_arms_that_share_an_engine_are_compared_with_it_and_get_other_prompts() -> None:
+    gain, aside, one, other = map(parse_arm, ("gain_50", "aside_50", "gain_50_p1", "aside_100"))
+    assert aside.engine(True) == one.engine(False) == gain == gain.engine(True)
+    assert (gain.safety, aside.safety, one.safety) == ("all", "aside", "1")
+    pairs = set(arms.comparisons([gain, aside, one, other], True))
+    assert pairs == {(gain, aside), (gain, one), (one, aside)}
+    made = cell("gain_50", "aside_50", "gain_100")
+    assert len({measuring.seed(made, 0, arm) for arm in (gain, aside, one)}) == 3
+    assert launching.is_switched(gain, made)
+    assert not launching.is_switched(parse_arm("gain_100"), made)
 
 
 def test_cells_vary_one_axis_around_the_centre() -> None:
@@ -110,7 +123,7 @@ def test_cells_vary_one_axis_around_the_centre() -> None:
     assert by_name["rank_64"].rank == 64 and by_name["rank_64"].tenants == 4
     assert by_name["compiled"].compiled and not by_name["main"].compiled
     assert by_name["profiles"].tenants == 64 and by_name["profiles"].load.requests >= 64
-    others = [c for c in found if c.name not in ("checkpoint", "profiles")]
+    others = [c for c in found if c.name not in ("checkpoint", "profiles", "paired")]
     assert all(Arm(arms.fair_base(True)) in c.arms for c in others)
 
 
@@ -258,8 +271,8 @@ def test_uncommitted_changes_are_another_commit(tmp_path: Path) -> None:
 # the command
 
 
-def test_the_short_run_is_one_small_cell() -> None:
-    (made,) = bench_serving.cells_of(bench_serving.parse(["--short"]), cpu=True)
+def test_the_short_run_is_two_small_cells() -> None:
+    made, paired = bench_serving.cells_of(bench_serving.parse(["--short"]), cpu=True)
     assert [arm.name for arm in made.arms] == [
         "lora",
         "gain_100",
@@ -267,7 +280,8 @@ def test_the_short_run_is_one_small_cell() -> None:
         "guard",
         "system_prompt",
     ]
-    assert made.tenants == 2
+    assert [arm.name for arm in paired.arms] == ["gain_100", "aside_100"]
+    assert made.tenants == paired.tenants == 2
     asked = bench_serving.parse(["--short", "--rounds", "7"])
     assert asked.rounds == 7
 

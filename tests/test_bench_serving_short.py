@@ -28,6 +28,8 @@ def test_the_short_run_ends_in_one_line_with_every_ratio(tmp_path: Path) -> None
     for name in ARMS - {"lora"}:
         ratio = found["ratios"][f"main.{name}_over_lora.output_tokens_per_s"]
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    paired = found["ratios"]["paired.gain_100_over_aside_100.output_tokens_per_s"]
+    assert paired["n"] == 2 and found["cells"]["paired"]["arms"]["aside_100"]["after"] == {}
     # A guard is a second request before every request: it cannot be free.
     assert found["ratios"]["main.guard_over_lora.ttft_p50_ms"]["median"] > 1
     # One resident vector, against slots of twice the rank for every tenant.

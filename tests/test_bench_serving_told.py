@@ -251,7 +251,7 @@ def test_a_server_that_does_not_start_tells_its_log(
 @pytest.fixture
 def result(tmp_path: Path, world: random_world.World) -> dict[str, Any]:
     """Two rounds of one cell with made-up numbers, gathered; another cell was not measured."""
-    kept, made = Kept(tmp_path, ORIGIN), cell("lora", "gain_50", "gain_100", "guard")
+    kept, made = Kept(tmp_path, ORIGIN), cell("lora", "gain_50", "gain_100", "guard", "lora_stock")
     for k in range(2):
         found = {
             arm.name: {ratios.SPEED: 100.0 - n - k, "ttft_p50_ms": 10.0 + n, "itl_p50_ms": 2.0}
@@ -284,7 +284,7 @@ def test_tables_show_what_was_measured_and_dashes_for_the_rest(result: dict[str,
     assert rows[0][heading.index("RSS MiB")] == "2"
     heading, rows = shown.aim_rows(result)
     verdicts = {row[0]: row[3] for row in rows}
-    assert verdicts["gain table on half of the layers, throughput"] == "met"
+    assert verdicts["our LoRA product over the host's, first token"] == "missed"
     assert verdicts["weight load over the merged checkpoint, throughput"] == "not measured"
     table = shown.table(shown.ratio_rows(result, "main"), "ratios")
     assert table.row_count == len(shown.ratio_rows(result, "main")[1]) > 3
@@ -312,6 +312,23 @@ def test_publishing_writes_result_plots_and_page(result: dict[str, Any], tmp_pat
     assert performance_page.rewrite(docs).read_bytes() == before
     (folder / "notes.md").write_text("## Why\n")
     assert performance_page.rewrite(docs).read_text().endswith("## Why\n")
+
+
+def test_what_is_published_joins_what_was_before_cell_by_cell(result: dict[str, Any]) -> None:
+    now = {**result, "commit": "def5678", "missing": ["main"]}
+    told = {"commit": "def5678", **result["cells"]["main"]}
+    now |= {"cells": {"paired": told}, "predicted": {}}
+    half = "paired.gain_50_over_aside_50.output_tokens_per_s"
+    now["ratios"] = {half: {"median": 0.99, "min": 0.9, "max": 1.0, "n": 2}}
+    both = performance_page.joined(result, now)
+    assert both["cells"] == {"main": result["cells"]["main"], "paired": told}
+    assert both["cells"]["main"]["commit"] == "abc1234" and both["commit"] == "def5678"
+    assert both["ratios"] == {**result["ratios"], **now["ratios"]} and not both["missing"]
+    assert {a["ratio"]: a["met"] for a in both["aims"]}[half] is True
+    again = performance_page.joined(both, result)
+    assert again["cells"]["main"] == result["cells"]["main"] and half in again["ratios"]
+    for other in ({"torch": "2.14"}, {"processor": "Another"}, {"model": "big"}):
+        assert performance_page.joined(result, now | other) == now | other
 
 
 @pytest.mark.parametrize("change", [{"short": True}, {"commit": "abc+123"}])

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arms import fair_base
 from ratios import BETWEEN, FIRST, SPEED
 
 
@@ -47,8 +46,7 @@ class Aim:
 
 
 def aims(on_cpu: bool) -> tuple[Aim, ...]:
-    fair = fair_base(on_cpu)
-    half, whole = f"main.gain_50_over_{fair}", f"main.gain_100_over_{fair}"
+    half, whole = "paired.gain_50_over_aside_50", "paired.gain_100_over_aside_100"
     by_hand = "exported_100" if on_cpu else "exported_stock_100"
     told = [
         Aim("gain table on half of the layers, throughput", f"{half}.{SPEED}", low=0.98),
@@ -57,13 +55,16 @@ def aims(on_cpu: bool) -> tuple[Aim, ...]:
         Aim("gain table on all layers, throughput", f"{whole}.{SPEED}", low=0.95),
         Aim(
             "64 distinct profiles against 1, throughput",
-            f"profiles.gain_100_p64_over_gain_100_p1.{SPEED}",
+            f"profiles.gain_100_over_gain_100_p1.{SPEED}",
             low=0.98,
         ),
-        Aim(
-            "gain table over adapters merged by hand, throughput",
-            f"by_hand.gain_100_over_{by_hand}.{SPEED}",
-            low=1.2,
+        *(
+            Aim(
+                f"gain table over adapters merged by hand, throughput{where}",
+                f"{cell}.gain_100_over_{by_hand}.{SPEED}",
+                low=1.2,
+            )
+            for cell, where in (("by_hand", ""), ("by_hand_large", ", 8 tenants of rank 64"))
         ),
         Aim(
             "weight load over the merged checkpoint, throughput",

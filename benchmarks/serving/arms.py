@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from safegene_vllm.errors import ConfigError
 
@@ -17,6 +18,7 @@ TITLES = {
     "lora_stock": "LoRA tenants without safety, stock vLLM",
     "lora": "LoRA tenants without safety, our LoRA product",
     "gain": "gain table",
+    "aside": "the same engine with its vector set aside",
     "composed": "composed slots",
     "exported_stock": "adapters merged by hand, stock vLLM",
     "exported": "adapters merged by hand, our LoRA product",
@@ -25,7 +27,7 @@ TITLES = {
     "guard": "a guard request before every request",
     "system_prompt": "a safety system prompt",
 }
-WITH_VECTOR = ("gain", "composed", "exported_stock", "exported", "weights", "merged")
+WITH_VECTOR = ("gain", "aside", "composed", "exported_stock", "exported", "weights", "merged")
 WITHOUT_TENANTS = ("base", "weights", "merged")
 OURS = ("lora", "gain", "composed", "exported", "weights")
 """Kinds whose engine runs with the plugin."""
@@ -33,7 +35,7 @@ BY_HAND = ("exported_stock", "exported")
 PROTECTED = ("gain", "composed", "weights")
 """Kinds that the plugin applies the vector of, and whose workers say so in receipts."""
 RIDERS = ("guard", "system_prompt")
-"""Kinds without an engine of their own: they are asked of the fair base's."""
+"""Kinds that differ in what is asked, of the fair base's engine."""
 CPU_ONLY = ("lora", "exported")
 """Our LoRA product exists on CPU alone; on a GPU the host's own serves."""
 
@@ -42,7 +44,11 @@ _NAME = re.compile(r"([a-z_]+?)(?:_(\d+))?(?:_p(\d+))?")
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm. `layers`: per cent of layers with a vector; `profiles` None: one per tenant."""
+    """One arm. `layers`: per cent of layers with a vector; `profiles` None: one per tenant.
+
+    An arm that differs from another only in what the engine is told (`safety`) has no engine of its
+    own: both share a process, so that nothing else can differ.
+    """
 
     kind: str
     layers: int = 0
@@ -64,8 +70,22 @@ class Arm:
     def has_tenants(self) -> bool:
         return self.kind not in WITHOUT_TENANTS
 
+    @property
+    def safety(self) -> str:
+        """What the engine is told before this arm is asked (see switching)."""
+        if self.kind == "aside":
+            return "aside"
+        return "all" if self.profiles is None else str(self.profiles)
+
+    @property
+    def rides(self) -> bool:
+        """Whether it is asked of another arm's engine."""
+        return self.kind in RIDERS or self.safety != "all"
+
     def engine(self, on_cpu: bool) -> Arm:
         """The arm whose engine answers for this one."""
+        if self.safety != "all":
+            return Arm("gain", self.layers)
         return Arm(fair_base(on_cpu)) if self.kind in RIDERS else self
 
 
@@ -87,8 +107,8 @@ def parse_arm(text: str) -> Arm:
     profiles = int(match[3]) if match[3] else None
     if (match[2] and kind not in WITH_VECTOR) or layers > 100 or (match[2] and layers < 1):
         raise ConfigError(f"arm {text!r}: 1 to 100 % of layers, and only of an arm with a vector")
-    if profiles is not None and (kind not in ("gain", "composed") or profiles < 1):
-        raise ConfigError(f"arm {text!r}: _pN, N at least 1, is for gain and composed")
+    if profiles is not None and (kind != "gain" or profiles < 1):
+        raise ConfigError(f"arm {text!r}: _pN, N at least 1, is for gain")
     return Arm(kind, layers, profiles)
 
 
@@ -101,7 +121,8 @@ def comparisons(arms: Sequence[Arm], on_cpu: bool) -> list[tuple[Arm, Arm]]:
     """(arm, what it is compared with), for every ratio that is reported of one cell.
 
     Everything over its fair base; the gain table over every other way to add safety, and over
-    itself with fewer profiles; ours over the host's product where both are there.
+    itself without its vector or with fewer profiles; ours over the host's product where both are
+    there.
     """
     found: list[tuple[Arm, Arm]] = []
     for arm in arms:
@@ -113,11 +134,12 @@ def comparisons(arms: Sequence[Arm], on_cpu: bool) -> list[tuple[Arm, Arm]]:
             fewer = (
                 arm.kind == other.kind == "gain"
                 and arm.layers == other.layers
-                and (arm.profiles or 0) > (other.profiles or 0) > 0
+                and (arm.profiles or inf) > (other.profiles or inf)
             )
+            aside = (arm.kind, arm.layers) == ("gain", other.layers) and other.kind == "aside"
             checkpoint = arm.kind == "weights" and other.kind in ("merged", "base")
             stock = (arm.kind, other.kind) in (("lora", "lora_stock"), ("gain", "lora_stock"))
             alone = arm.kind == fair_base(on_cpu) and other.kind == "base"
-            if over_fair or others or fewer or checkpoint or stock or alone:
+            if over_fair or others or fewer or aside or checkpoint or stock or alone:
                 found.append((arm, other))
     return found

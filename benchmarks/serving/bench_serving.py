@@ -44,8 +44,8 @@ SHORT = {
     "concurrency": (4,),
     "rank": (8,),
     "mode": ("eager",),
-    "cells": ("main",),
-    "arms": ("gain_100", "composed_100", "guard", "system_prompt"),
+    "cells": ("main", "paired"),
+    "arms": ("gain_100", "aside_100", "composed_100", "guard", "system_prompt"),
     "requests": 24,
     "rounds": 2,
     "changes": 1,
@@ -155,7 +155,8 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
     cells = make_cells(axes, centre, arguments.cells, on_cpu=cpu, starts=arguments.starts)
     if arguments.arms is None:
         return cells
-    wanted = [parse_arm(name) for name in (fair_base(cpu), *arguments.arms)]
+    named = [parse_arm(name) for name in (fair_base(cpu), *arguments.arms)]
+    wanted = list(dict.fromkeys([*(arm.engine(cpu) for arm in named), *named]))
     chosen = [replace(c, arms=tuple(a for a in wanted if a in c.arms)) for c in cells]
     return [cell for cell in chosen if len(cell.arms) > 1]
 

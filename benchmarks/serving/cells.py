@@ -72,8 +72,11 @@ class Axes:
     mode: Sequence[str] = ("eager", "compiled")
 
 
+LARGE_TENANTS, LARGE_RANK = 8, 64
+"""Where slots weigh as much as the base: doubling their rank bucket is then a matter of bytes."""
+
 GROUPS = (
-    *("main", "by_hand", "checkpoint", "layers", "profiles"),
+    *("main", "paired", "by_hand", "checkpoint", "layers", "profiles"),
     *("tenants", "rank", "length", "concurrency", "mode"),
 )
 
@@ -112,12 +115,30 @@ def make_cells(
                 ),
             )
         ],
+        "paired": [
+            replace(
+                centre,
+                name="paired",
+                arms=_arms(
+                    [f"{kind}_{n}" for n in axes.layers[:2] for kind in ("gain", "aside")], on_cpu
+                ),
+            )
+        ],
         "by_hand": [
             replace(
                 centre,
                 name="by_hand",
                 arms=_arms((fair, whole, "exported_100", "exported_stock_100"), on_cpu),
-            )
+            ),
+            replace(
+                centre,
+                name="by_hand_large",
+                tenants=LARGE_TENANTS,
+                rank=LARGE_RANK,
+                arms=_arms(
+                    (fair, whole, "exported_100" if on_cpu else "exported_stock_100"), on_cpu
+                ),
+            ),
         ],
         "checkpoint": [
             replace(
@@ -140,7 +161,7 @@ def make_cells(
                 name="profiles",
                 tenants=max(axes.profiles),
                 load=_at_least(centre.load, max(axes.profiles)),
-                arms=_arms([f"gain_100_p{n}" for n in sorted(axes.profiles)], on_cpu),
+                arms=_arms([whole, *(f"{whole}_p{n}" for n in sorted(axes.profiles)[:-1])], on_cpu),
             )
         ],
         "tenants": [

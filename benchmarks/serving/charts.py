@@ -27,6 +27,8 @@ from safegene_vllm.report.figure import (
 
 AXES = {"tenants": "tenants", "rank": "rank of the tenants' adapters", "concurrency": "in flight"}
 """Groups of cells that are points on one axis, and the axis' name."""
+WHOLE = ("main", "paired", "by_hand", "by_hand_large", "checkpoint", "layers", "profiles")
+"""Cells with a plot of their own."""
 _CENTRE = {"tenants": ("tenants",), "rank": ("rank",), "concurrency": ("load", "concurrency")}
 _COLOURS = (AFTER, BEFORE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", INK)
 _MARKERS = ("o", "s", "^", "v", "P", "X", "D", "*")
@@ -103,7 +105,7 @@ def write_charts(result: Mapping[str, Any], folder: Path, stem: str) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     for cell in _with_ratios(result):
-        if cell in ("main", "by_hand", "checkpoint", "layers", "profiles"):
+        if cell in WHOLE:
             figures[cell] = draw_ratios(result, cell)
     for group in AXES:
         if len(axis_points(result, group)) > 1:

@@ -36,7 +36,8 @@ def cell_result(cell: Cell, kept: Kept) -> Result | None:
             "starts": medians(starts, arm.name),
             "after": {name: float(f"{value:.6g}") for name, value in more.items()},
         }
-    return {"settings": cell.settings(), "rounds": len(rounds), "arms": arms}
+    commit = kept.origin["commit"]
+    return {"commit": commit, "settings": cell.settings(), "rounds": len(rounds), "arms": arms}
 
 
 def gather(

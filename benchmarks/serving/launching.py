@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 API_SERVER = "vllm.entrypoints.openai.api_server"
 BASE = "base"
 """The name that the base model is served under."""
+SWITCH = "switching.Switch"
+"""What is mixed into the worker of an engine that several arms share."""
 SPARE_ADAPTERS = 4
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
@@ -51,9 +53,11 @@ def tenant_path(world: World, arm: Arm, tenant: int, number: int) -> Path:
     return world.plain(tenant)
 
 
-def profile_of(arm: Arm, tenant: int) -> int:
-    """Which profile the tenant has: its own, or one of `arm.profiles`."""
-    return tenant if arm.profiles is None else tenant % arm.profiles
+def is_switched(arm: Arm, cell: Cell) -> bool:
+    """Whether other arms of the cell are the same engine, told something else."""
+    return arm.kind == "gain" and any(
+        other.safety != "all" and other.layers == arm.layers for other in cell.arms
+    )
 
 
 def slot_rank(arm: Arm, cell: Cell) -> int:
@@ -69,7 +73,7 @@ def command(arm: Arm, cell: Cell, world: World, port: int) -> list[str]:
     for name, value in cell.engine.items():
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     tenants = {
-        f"t{i}": tenant_path(world, arm, i, profile_of(arm, i))
+        f"t{i}": tenant_path(world, arm, i, i)
         for i in range(cell.tenants if arm.has_tenants else 0)
     }
     if tenants:
@@ -78,6 +82,7 @@ def command(arm: Arm, cell: Cell, world: World, port: int) -> list[str]:
         flags += ["--max-lora-rank", str(slot_rank(arm, cell))]
         flags += ["--lora-target-modules", *world.modules()]
     if arm.kind in PROTECTED:
+        flags += ["--worker-extension-cls", SWITCH] if is_switched(arm, cell) else []
         ours = [sys.executable, "-m", "safegene_vllm", "serve", str(world.model)]
         ours += ["--family", str(world.family(arm.layers)), "--apply", arm.kind]
         if arm.kind == "weights":
@@ -99,13 +104,17 @@ def command(arm: Arm, cell: Cell, world: World, port: int) -> list[str]:
 def environment(arm: Arm, threads: int) -> dict[str, str]:
     """What the process is given: our plugins or none, and the same threads for every engine."""
     path = os.pathsep.join(
-        [str(ROOT), str(ROOT / "server"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [
+            *(str(ROOT / folder) for folder in (".", "server", "benchmarks/serving")),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
     )
     return {
         **os.environ,
         "PYTHONPATH": path,
         "VLLM_PLUGINS": "safegene,safegene_server" if arm.kind in OURS else "",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -130,6 +139,7 @@ class Server:
     log: Path
     url: str = ""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    safety: str = "all"
 
     def start(self) -> dict[str, float]:
         """Start and wait until it serves: `start_s` from the spawn, `load_weights_s` by its log.
@@ -164,6 +174,16 @@ class Server:
         found = {"start_s": time.perf_counter() - started}
         loaded = _LOADED.findall(self.log.read_text(errors="replace"))
         return found | ({"load_weights_s": float(loaded[-1])} if loaded else {})
+
+    def switch(self, safety: str) -> None:
+        """Tell the worker which arm it is from now on. Errors: BenchError if it cannot be."""
+        if not is_switched(self.arm, self.cell) or safety == self.safety:
+            return
+        body = {"method": "switch_safety", "args": [safety]}
+        answer = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60)
+        if answer.status_code != 200:
+            raise BenchError(f"{self.arm.name} cannot be {safety!r}: {answer.text[:500]}")
+        self.safety = safety
 
     def processes(self) -> list[psutil.Process]:
         """The server's own process and all below it."""

@@ -55,9 +55,9 @@ class Bench:
 def seed(cell: Cell, number: int, arm: Arm) -> int:
     """The seed of a round's prompts: the same for all arms with an engine of their own.
 
-    Riders share an engine with their base, whose cached prompts must not help them.
+    Riders share an engine with another arm, whose cached prompts must not help them.
     """
-    rider = arm.kind if arm.kind in RIDERS else ""
+    rider = arm.name if arm.rides else ""
     return zlib.crc32(f"{cell.name}/{number}/{rider}".encode()) % (1 << 31)
 
 
@@ -98,7 +98,7 @@ def running(bench: Bench, cell: Cell) -> Iterator[dict[Arm, Server]]:
         done = len(bench.kept.read(cell, "start"))
         for turn in range(done, max(cell.starts, done + 1)):
             found: dict[str, dict[str, float]] = {arm.name: {} for arm in cell.arms}
-            for arm in order([a for a in cell.arms if a.kind not in RIDERS], turn):
+            for arm in order([a for a in cell.arms if not a.rides], turn):
                 if arm in servers:
                     servers.pop(arm).stop()
                 needed, free = room_needed(cell, arm, world), psutil.virtual_memory().available
@@ -135,6 +135,7 @@ def _asked(
     if number == WARM:
         few = max(len(tenants), load.concurrency)
         load = replace(load, requests=min(load.requests, few))
+    server.switch(arm.safety)
     time.sleep(SETTLE_S)
     before = sum(other.cpu_s() for other in others)
     tokenizer, at = bench.model, seed(cell, number, arm)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import shown
+from aims import aims
 from cells import GROUPS
 from charts import write_charts
 from safegene_vllm.disk import read_json, replace_file
@@ -27,7 +28,7 @@ HEAD = """# Performance
 What safety costs when it is served, against what would be run otherwise. Written by
 `make bench-serving ARGS=--publish` from measured results; change the program, not this page.
 
-Every arm is a server of its own, asked through HTTP by vLLM's own `bench serve`: random prompts of
+Arms are servers of their own, asked through HTTP by vLLM's own `bench serve`: random prompts of
 exact length, greedy, the full output length, a closed loop. All arms of a cell have the same engine
 settings, are alive together and are asked in turn, forwards and backwards (A B, B A); all arms get
 the same prompts in a round. A ratio is formed within a round; told are the median and, in brackets,
@@ -35,6 +36,9 @@ the least and the greatest round. Above 1 is better for tokens per second, below
 
 - Tenants and vectors hold random values, on every linear site of the layers they are on; speed
   reads no values. Each tenant has coefficients of its own unless the arm says otherwise.
+- In `paired`, and for fewer profiles, both sides of a ratio are one process that is switched
+  between runs: two processes that do the same work differ by more than safety costs. They get
+  different prompts there, for neither may find the other's in the prefix cache.
 - "Tenants without safety" on our LoRA product is the fair base on CPU, where vLLM's own product
   gathers a copy of the weights for every token; on a GPU both are vLLM's.
 - The guard is one more request to the same engine before every request: a template of its own in
@@ -60,7 +64,7 @@ def _origin(result: Mapping[str, Any]) -> str:
     return (
         f"{device}, {result['cores']} cores, {result['memory_gib']} GiB{threads}; "
         f"{result['vllm']}, torch {result['torch']}, Python {result['python']}; "
-        f"model {result['model']}; commit `{result['commit']}`."
+        f"model {result['model']}."
     )
 
 
@@ -153,9 +157,33 @@ def rewrite(docs: Path) -> Path:
     return docs / PAGE
 
 
+def joined(last: Mapping[str, Any], now: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`now` with those cells of `last` that it has not; `now` alone if anything but the commit
+    is another. Every cell names its own commit."""
+    same = ("vllm", "torch", "python", "device", "processor", "cores", "threads", "model", "short")
+    if any(last.get(name) != now.get(name) for name in same):
+        return now
+    cells = now["cells"]
+
+    def add(part: str) -> dict[str, Any]:
+        old = {k: v for k, v in last[part].items() if k.split(".")[0] not in cells}
+        return {**old, **now[part]}
+
+    ratios = add("ratios")
+    return {
+        **now,
+        "cells": add("cells"),
+        "ratios": ratios,
+        "predicted": add("predicted"),
+        "aims": [aim.judged(ratios) for aim in aims(now["device"] == "cpu")],
+        "missing": [cell for cell in now["missing"] if cell not in last["cells"]],
+    }
+
+
 def publish(result: Mapping[str, Any], docs: Path) -> Path:
     """Put `result` and its plots into docs/performance, in place of the device's last, and rewrite.
 
+    Cells that were measured before, with the same versions and model, and not now, stay.
     Errors: ConfigError for a short run, or one of a dirty tree: neither is to be quoted.
     """
     if result["short"] or "+" in result["commit"]:
@@ -167,6 +195,9 @@ def publish(result: Mapping[str, Any], docs: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{stem}-*.svg"):
         old.unlink()
-    replace_file(folder / f"{stem}.json", (json.dumps(result, indent=1) + "\n").encode())
+    last = folder / f"{stem}.json"
+    if last.is_file():
+        result = joined(read_json(last), result)
+    replace_file(last, (json.dumps(result, indent=1) + "\n").encode())
     write_charts(result, folder, stem)
     return rewrite(docs)

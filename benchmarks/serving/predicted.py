@@ -16,7 +16,10 @@ from random_world import World, spread_layers
 from ratios import BETWEEN, FIRST
 from safegene_vllm.adapter import layer_of
 
-MODELLED = ("base", "lora", "lora_stock", "gain", "composed", "exported", "weights", "merged")
+MODELLED = (
+    *("base", "lora", "lora_stock", "gain", "aside", "composed"),
+    *("exported", "weights", "merged"),
+)
 """Kinds that read each byte once; the host's CPU product gathers copies, token by token."""
 BYTES = 2
 """Of one value in bf16 or fp16."""

@@ -117,7 +117,7 @@ def settings_text(result: Mapping[str, Any], cell: str) -> str:
         f"{settings['tenants']} tenants of rank {settings['rank']}, vector of rank "
         f"{settings['vector_rank']}, {mode}; {load['requests']} requests of "
         f"{load['prompt_tokens']} + {load['output_tokens']} tokens, {load['concurrency']} at a "
-        f"time; {told['rounds']} rounds"
+        f"time; {told['rounds']} rounds, commit `{told['commit']}`"
     )
 
 

@@ -1,0 +1,91 @@
+"""The serving benchmark's switch in a real worker: arms that share an engine are what they say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks/serving", "benchmarks")]
+
+from engines import Answer, Ask, Engine, engine
+
+from random_world import World, write_pico
+
+OPEN = {"family": None, "missing_profile": "serve_unprotected"}
+SWITCHED = {"worker_extension_cls": "switching.Switch"}
+PROMPTS = [[3 + 5 * i + 2 * k for k in range(6 + 30 * i)] for i in range(2)]
+"""One of few tokens and one of many: the products take different ways."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    return World(root / "made", write_pico(root / "pico"), 8, 8)
+
+
+def answers(served: Engine, tenants: list[Path]) -> list[Answer]:
+    return served.ask([Ask(prompt, tenant) for prompt in PROMPTS for tenant in tenants], 6)
+
+
+@pytest.fixture(scope="module")
+def plain(world: World) -> list[Answer]:
+    """Of an engine that has no vector."""
+    with engine(world.model, OPEN, enforce_eager=True) as served:
+        return answers(served, [world.plain(i) for i in range(2)])
+
+
+@pytest.fixture(scope="module")
+def served(world: World, plain: list[Answer]) -> Iterator[Engine]:
+    settings = {"family": str(world.family(100)), "apply": "gain"}
+    with engine(world.model, settings, max_loras=2, **SWITCHED) as running:
+        yield running
+
+
+def switch(served: Engine, to: str) -> int:
+    (changed,) = served.llm.collective_rpc("switch_safety", args=(to,))
+    return int(changed)
+
+
+def test_a_vector_set_aside_is_an_engine_without_one_and_comes_back(
+    served: Engine, world: World, plain: list[Answer]
+) -> None:
+    tenants = [world.protected(i, 100, i) for i in range(2)]
+    before = answers(served, tenants)
+    assert before != plain
+    assert switch(served, "aside") > 0
+    assert answers(served, tenants) == plain
+    assert switch(served, "all") == 0
+    assert answers(served, tenants) == before
+
+
+def test_fewer_profiles_are_gains_that_tenants_share(served: Engine, world: World) -> None:
+    own = [world.protected(i, 100, 40 * i) for i in range(2)]
+    before = answers(served, own)
+    either = [
+        answers(served, [world.protected(i, 100, profile) for i in range(2)]) for profile in (0, 40)
+    ]
+    assert before not in either and either[0] != either[1]
+    answers(served, own)  # they take the slots again, in an order of the engine's
+    assert switch(served, "1") == 1
+    assert answers(served, own) in either
+    switch(served, "all")
+    assert answers(served, own) == before
+
+
+def test_an_engine_without_a_vector_refuses_to_be_switched(world: World) -> None:
+    with engine(world.model, OPEN, **SWITCHED) as bare, pytest.raises(Exception, match="no vector"):
+        switch(bare, "aside")
+
+
+def test_a_compiled_engine_refuses_to_set_its_vector_aside(served: Engine) -> None:
+    config = served.llm.llm_engine.vllm_config.model_config
+    config.enforce_eager = False
+    try:
+        with pytest.raises(Exception, match="--mode eager"):
+            switch(served, "aside")
+    finally:
+        config.enforce_eager = True
