@@ -260,7 +260,7 @@ def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
             assert [request.name for request in world.engine.loaded.values()] == ["acme@1"]
             assert world.counters.accounts == {} and world.replica.in_flight() == 0
         await world.replica.reconcile()
-        assert world.engine.loaded == {}
+        await until(lambda: world.engine.loaded == {})
 
     run(world, change)
 

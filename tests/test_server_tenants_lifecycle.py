@@ -57,7 +57,8 @@ def test_a_change_is_a_new_revision_of_the_same_adapter(world: World) -> None:
     assert second.gate == {"made_from": f"{NAME}@1"}
     assert sorted((world.store.root / "adapters").iterdir()) == staged
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
-    assert done.rollout is not None and world.registry.rollout_status(done.rollout.id).done
+    assert done.status is not None
+    assert world.registry.rollout_status(done.status.rollout.id).done
     assert world.registry.jobs()[0].kind == "onboard" and len(world.registry.jobs()) == 1
 
 
@@ -168,8 +169,8 @@ def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) ->
     world.replica.errors["apply"] = RegistryDownError("away")
     done = change(world, Change(scale=2.0))
     assert world.registry.tenant(NAME).published == 2
-    assert done.rollout is not None
-    status = world.registry.rollout_status(done.rollout.id)
+    assert done.status is not None
+    status = world.registry.rollout_status(done.status.rollout.id)
     assert (status.applied, status.live) == (0, 1) and "needs" in status.lagging[0].reason
 
 
@@ -187,7 +188,7 @@ def test_back_and_further_back(world: World) -> None:
         change(world, Change(scale=1.5))
     done = back(world, expected=3)
     assert done.revision.number == 2
-    assert done.rollout is not None and done.rollout.kind == "rollback"
+    assert done.status is not None and done.status.rollout.kind == "rollback"
     with pytest.raises(ConflictError):
         back(world, expected=3)
     assert back(world).revision.number == 1

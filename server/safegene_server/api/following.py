@@ -1,20 +1,16 @@
-"""How far a rollout is, for the answers that tell of one.
-
-For asking the registry; blocks, so the routes call it in a thread.
-"""
+"""How far a rollout is, for the answers that tell of one: as much of it as a key may see."""
 
 from __future__ import annotations
 
 from safegene_server.access.catalog import Principal
 from safegene_server.api import shapes
-from safegene_server.registry import Registry, Rollout
+from safegene_server.registry import Rollout, RolloutStatus
 from safegene_server.tenants import Tenancy
 from safegene_server.tenants.tenancy import aside
 
 
-def follow(registry: Registry, rollout: int, asker: Principal) -> shapes.Rollout:
-    """Its tenants and revisions as far as the key may see them. Errors: UnknownError."""
-    status = registry.rollout_status(rollout)
+def shown(status: RolloutStatus, asker: Principal) -> shapes.Rollout:
+    """Its tenants and revisions as far as the key may see them."""
     found = status.rollout
     return shapes.Rollout(
         id=found.id,
@@ -43,4 +39,4 @@ async def followed(
 ) -> shapes.Rollout | None:
     if rollout is None:
         return None
-    return await aside(follow, tenancy.registry, rollout.id, asker)
+    return shown(await aside(tenancy.registry.rollout_status, rollout.id), asker)

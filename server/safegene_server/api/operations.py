@@ -12,7 +12,7 @@ from safegene_server.api import shapes
 from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, whole_server
 from safegene_server.api.bodies import LARGEST, Id, Limit, Moment
-from safegene_server.api.following import follow
+from safegene_server.api.following import shown
 from safegene_server.registry import AuditEntry, Registry
 from safegene_server.tenants.tenancy import aside
 from safegene_vllm.errors import UnknownError
@@ -37,7 +37,7 @@ async def list_rollouts(
 @router.get("/rollouts/{rollout}", summary="Show a rollout", tags=["rollouts"])
 async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> shapes.Rollout:
     """How many of the live replicas follow it, and why the others do not yet."""
-    found = await aside(follow, tenancy.registry, rollout, asker)
+    found = shown(await aside(tenancy.registry.rollout_status, rollout), asker)
     if not found.tenants:
         raise UnknownError(f"no rollout {rollout} in the registry")
     return found
@@ -109,7 +109,7 @@ def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[shapes.R
         mine = asker.tenants - {EVERY_TENANT}
         newest = registry.rollouts(limit=SEARCHED)
         found = tuple(r for r in newest if mine & set(r.tenants))[:limit]
-    return [follow(registry, rollout.id, asker) for rollout in found]
+    return [shown(registry.rollout_status(rollout.id), asker) for rollout in found]
 
 
 def _of_a_tenant(entry: AuditEntry) -> bool:

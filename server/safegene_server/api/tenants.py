@@ -17,7 +17,7 @@ from safegene_server.api import bodies, shapes
 from safegene_server.api.answering import TenancyRoute
 from safegene_server.api.asking import Asker, Here, own
 from safegene_server.api.bodies import ExpectedQuery, TenantName
-from safegene_server.api.following import followed
+from safegene_server.api.following import followed, shown
 from safegene_server.tenants import Tenancy, lifecycle
 from safegene_server.tenants.lifecycle import Published
 from safegene_server.tenants.tenancy import aside
@@ -144,7 +144,7 @@ async def change_profile(
         expected=body.expected_revision,
         actor=asker.name,
     )
-    return await _switched(tenancy, done, asker)
+    return _switched(done, asker)
 
 
 @router.post("/tenants/{name:path}/publish", summary="Publish a revision")
@@ -159,7 +159,7 @@ async def publish(
         expected=body.expected_revision,
         actor=asker.name,
     )
-    return await _switched(tenancy, done, asker)
+    return _switched(done, asker)
 
 
 @router.post("/tenants/{name:path}/rollback", summary="Go back to an earlier revision")
@@ -178,7 +178,7 @@ async def roll_back(
         expected=body.expected_revision,
         actor=asker.name,
     )
-    return await _switched(tenancy, done, asker)
+    return _switched(done, asker)
 
 
 @router.post("/tenants/{name:path}/freeze", summary="Freeze a tenant")
@@ -250,8 +250,8 @@ async def _room_for_a_job(tenancy: Tenancy, name: str) -> None:
         )
 
 
-async def _switched(tenancy: Tenancy, done: Published, asker: Principal) -> shapes.Switched:
+def _switched(done: Published, asker: Principal) -> shapes.Switched:
     return shapes.Switched(
         revision=shapes.revision(done.revision),
-        rollout=await followed(tenancy, done.rollout, asker),
+        rollout=None if done.status is None else shown(done.status, asker),
     )

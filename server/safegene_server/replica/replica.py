@@ -42,6 +42,8 @@ from safegene_vllm.profile import make_profile
 logger = logging.getLogger("vllm.safegene_server")
 
 BEAT_S = 2.0
+AFTER_S = 0.05
+"""Before a change is reported: whoever made it is answered first."""
 RETRY_S = 5.0
 DRIFT_S = 30.0
 CLEAN_S = 600.0
@@ -352,11 +354,13 @@ class Replica:
             raise
 
     async def _beat(self) -> None:
-        """A sign of life, at once after a change; then what is superseded and drained goes, which
+        """A sign of life, soon after a change; then what is superseded and drained goes, which
         waits for the engine's step."""
         with suppress(TimeoutError):
             async with asyncio.timeout(BEAT_S):
                 await self._loose.wait()
+        if self._loose.is_set():
+            await asyncio.sleep(AFTER_S)
         self._loose.clear()
         async with self._lock:
             await self._tell()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_server.answers import EngineDownError
-from safegene_server.registry import Job, Revision, Rollout, Tenant
+from safegene_server.registry import Job, Revision, Rollout, RolloutStatus, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.registry.revisions import check_expected
 from safegene_server.tenants.onboarding import ONBOARD, fail, gated
@@ -28,13 +28,13 @@ ROLLOUTS_SEARCHED = 1000
 
 @dataclass(frozen=True)
 class Published:
-    """What a tenant serves now, and the rollout that other replicas follow to it.
+    """What a tenant serves now, and how far replicas follow the rollout that led to it.
 
-    `rollout` is None where nothing had to change and the one that did is long past.
+    `status` is None where nothing had to change and the one that did is long past.
     """
 
     revision: Revision
-    rollout: Rollout | None
+    status: RolloutStatus | None
 
 
 async def register(
@@ -378,15 +378,16 @@ async def _switch(
 
 async def _live(tenancy: Tenancy, rollout: Rollout) -> Published:
     """What a switch has led to, followed by this server."""
-    reading = ensure_future(aside(tenancy.registry.revision_by_id, rollout.revisions[0]))
     await tenancy.settle()
-    return Published(await reading, rollout)
+    status = await aside(tenancy.registry.rollout_status, rollout.id)
+    return Published(status.revisions[0], status)
 
 
-async def _rollout_to(tenancy: Tenancy, revision: Revision) -> Rollout | None:
+async def _rollout_to(tenancy: Tenancy, revision: Revision) -> RolloutStatus | None:
     """The newest rollout that led to this revision."""
     rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
-    return next((r for r in rollouts if revision.id in r.revisions), None)
+    found = next((r.id for r in rollouts if revision.id in r.revisions), None)
+    return None if found is None else await aside(tenancy.registry.rollout_status, found)
 
 
 async def _cancel(tenancy: Tenancy, job: Job, actor: str) -> None:
