@@ -1,7 +1,8 @@
 """`make bench-changes`: tenants that come, change and go back while others are being served.
 
 One `safegene serve` on a registry, the example's model, and the official openai client. Measures
-onboarding and changes of coefficients under load, and counts every request that failed, was torn
+onboarding (and how long it holds up somebody else's answer), changes of coefficients under load,
+and counts every request that failed, was torn
 (named two revisions, or had no end) or was answered by coefficients that were already replaced when
 it was sent. Ends in one JSON line.
 """
@@ -37,6 +38,8 @@ from serving import Server
 from world import FAMILY, SLOT_TENANTS, TENANTS, build_world
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 112)
+NEWCOMERS = 8
+"""Tenants that come while one answer after another streams, and go again."""
 KEY = "sg-benchmark-" + "0" * 40
 CONFIG = """
 registry: registry.sqlite
@@ -150,8 +153,8 @@ def write_tenants(folder: Path, count: int) -> list[Path]:
     return made
 
 
-async def onboard(admin: Client, client: AsyncOpenAI, source: Path) -> tuple[float, float]:
-    """(seconds until it is published, seconds until its first token), both from the call."""
+async def take_in(admin: Client, source: Path) -> float:
+    """Seconds from the call until a tenant is published."""
     begun = time.perf_counter()
     told = await asyncio.to_thread(admin.add_tenant, source.name, source=str(source))
     job = told["job"]
@@ -160,9 +163,51 @@ async def onboard(admin: Client, client: AsyncOpenAI, source: Path) -> tuple[flo
         job = await asyncio.to_thread(admin.job, job["id"])
     if job["state"] != "done":
         raise RuntimeError(f"{source.name} was not taken in: {job['message']}")
-    published_s = time.perf_counter() - begun
+    return time.perf_counter() - begun
+
+
+async def onboard(admin: Client, client: AsyncOpenAI, source: Path) -> tuple[float, float]:
+    """(seconds until it is published, seconds until its first token), both from the call."""
+    published_s = await take_in(admin, source)
     answer = await ask(client, source.name, QUESTIONS[0], 1)
     return published_s, published_s + answer.ttft_s
+
+
+async def stalls(
+    admin: Client, client: AsyncOpenAI, tenant: str, newcomers: Sequence[Path]
+) -> tuple[list[float], list[float]]:
+    """While one answer after another streams: (the longest pause between two tokens during each
+    onboarding, all pauses while nobody came), in seconds."""
+    ended = asyncio.Event()
+    pauses: list[tuple[float, float]] = []
+
+    async def listen() -> None:
+        while not ended.is_set():
+            stream = await client.chat.completions.create(
+                model=tenant,
+                messages=[{"role": "user", "content": QUESTIONS[0]}],
+                max_tokens=128,
+                **GREEDY,
+            )
+            last = None
+            async for chunk in stream:
+                now = time.perf_counter()
+                if last is not None and chunk.choices:
+                    pauses.append((now, now - last))
+                last = now
+
+    listening = asyncio.create_task(listen())
+    windows = []
+    for source in newcomers:
+        await asyncio.sleep(1.0)
+        begun = time.perf_counter()
+        windows.append((begun, begun + await take_in(admin, source)))
+        await asyncio.to_thread(admin.retire_tenant, source.name)
+    ended.set()
+    await listening
+    during = [[p for at, p in pauses if a < at and at - p < b] for a, b in windows]
+    quiet = [p for at, p in pauses if not any(a - 1 < at < b + 1 for a, b in windows)]
+    return [max(found) for found in during if found], quiet
 
 
 def middle(values: Sequence[float], share: float = 0.5) -> float:
@@ -176,7 +221,9 @@ async def measure(url: str, sources: Sequence[Path], options: argparse.Namespace
     admin = Client(url.removesuffix("/v1"), KEY)
     seen = Seen()
     async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=300) as client:
+        sources, newcomers = sources[: options.tenants], sources[options.tenants :]
         came = [await onboard(admin, client, source) for source in sources]
+        during, quiet = await stalls(admin, client, sources[0].name, newcomers)
         seen.revisions = {source.name: 1 for source in sources}
         idle = await change_once(client, admin, seen)
         begun = time.perf_counter()
@@ -203,6 +250,9 @@ async def measure(url: str, sources: Sequence[Path], options: argparse.Namespace
         "onboarding_published_s_p50": middle([a for a, _ in came]),
         "onboarding_first_token_s_p50": middle([b for _, b in came]),
         "onboarding_first_token_s_max": max(b for _, b in came),
+        "stall_by_onboarding_s_p50": middle(during),
+        "stall_by_onboarding_s_max": max(during),
+        "pause_between_tokens_s_p50": middle(quiet),
         "change_idle_s": idle,
         "change_s_p50": middle([a for a, _ in times]),
         "change_s_p95": middle([a for a, _ in times], 0.95),
@@ -256,7 +306,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="safegene-changes-") as folder:
         work = Path(folder)
         (work / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(work / "tenants")))
-        sources = write_tenants(work / "tenants", options.tenants)
+        sources = write_tenants(work / "tenants", options.tenants + NEWCOMERS)
         extra = ["--server-config", str(work / "safegene.yaml"), "--slots", "8"]
         extra += ["--enable-prefix-caching"]
         if options.step_tokens:

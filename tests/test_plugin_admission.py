@@ -1,8 +1,10 @@
-"""A tenant let in and loaded by one call, without an engine: how often its adapter is read."""
+"""A tenant let in and loaded, without an engine: how often its adapter is read, and by whom."""
 
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
 from safegene_vllm.errors import TenantRefusedError
-from safegene_vllm.plugin import admission, rpc
+from safegene_vllm.plugin import admission, arrivals, rpc
 from safegene_vllm.plugin import guest as guests
 from safegene_vllm.plugin.staging import Staging
 
@@ -33,6 +35,9 @@ class Worker:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.refusing = root, False
         self.read: list[Path] = []
+        self.readers: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
         self.adapters: list[weakref.ref[Adapter]] = []
         self.loaded: dict[int, Any] = {}
         self.guest = object.__new__(guests.Guest)
@@ -48,20 +53,25 @@ class Worker:
             bytes={},
             max_rank=8,
             prefix_cache=True,
-            fresh=admission.Fresh(),
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
             sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
+        )
+        self.guest.arrivals = arrivals.Arrivals(
+            lambda request: admission.admit(request, self.guest), self.guest.staging.drop
         )
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.guest))
         load_adapter = admission.load_adapter
 
         def counted(directory: Path) -> Adapter:
             self.read.append(directory)
+            self.readers.append(threading.current_thread().name)
+            self.gate.wait(30)
             adapter = load_adapter(directory)
             self.adapters.append(weakref.ref(adapter))
             return adapter
 
         monkeypatch.setattr(admission, "load_adapter", counted)
+        monkeypatch.setattr(arrivals, "load_adapter", counted)
         monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
         monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
         monkeypatch.setattr(guests.Guest, "_host_model", lambda _self, _id, adapter: adapter.pairs)
@@ -75,6 +85,16 @@ class Worker:
         pair = Pair(torch.randn(rank, 8), torch.randn(6, rank))
         save_adapter(Adapter({SITE: pair}, None, {}), self.root / name, base_model="pico")
         return str(self.root / name)
+
+    def begin(self, number: int, path: str) -> bool:
+        return rpc.safegene_begin(self, f"t@{number}", number, path)
+
+    def begun(self, number: int, path: str) -> None:
+        """Begin, and ask until it has ended."""
+        deadline = time.monotonic() + 30
+        while not self.begin(number, path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def add(self, number: int, path: str) -> str | None:
         answer = rpc.safegene_add(self, f"t@{number}", number, path, False)
@@ -123,5 +143,82 @@ def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
         "has changed since it was first loaded"
         in (rpc.safegene_add(worker, "t@2", 3, path, False)["refused"])
     )
-    assert worker.guest.fresh.take(worker.guest.tenants[2]) is not None
+    assert worker.guest.arrivals.adapter(worker.guest.tenants[2]) is not None
     assert worker.read[-1] == worker.guest.tenants[2].staged
+
+
+# read ahead
+
+
+def test_what_was_begun_is_read_by_a_thread_and_not_again(worker: Worker) -> None:
+    path = worker.adapter("a")
+    worker.begun(1, path)
+    assert worker.guest.tenants == {} and worker.loaded == {}
+    assert worker.add(1, path) is None
+    assert worker.read == [worker.guest.tenants[1].staged] and worker.loaded[1]
+    assert worker.readers[0].startswith("safegene-admit")
+    assert worker.begin(1, path) and len(worker.read) == 1
+
+
+def test_others_are_let_in_while_one_is_being_read(worker: Worker) -> None:
+    slow, quick = worker.adapter("a"), worker.adapter("b")
+    assert worker.add(2, quick) is None
+    worker.gate.clear()
+    assert not worker.begin(1, slow)
+    # A revision of what is there has nothing to be read.
+    worker.guest.admit(Request("t@3", 3, quick))
+    assert 3 in worker.guest.tenants and not worker.begin(1, slow)
+    worker.gate.set()
+    assert worker.add(1, slow) is None
+    assert set(worker.guest.tenants) == {1, 2, 3}
+
+
+def test_adding_waits_for_what_was_begun(worker: Worker) -> None:
+    path = worker.adapter("a")
+    worker.gate.clear()
+    assert not worker.begin(1, path)
+    threading.Timer(0.2, worker.gate.set).start()
+    assert worker.add(1, path) is None and len(worker.read) == 1
+
+
+def test_what_is_refused_in_the_thread_is_told_when_it_is_added(worker: Worker) -> None:
+    path = worker.adapter("a", rank=9)
+    worker.begun(1, path)
+    assert "slots hold --max-lora-rank 8" in (worker.add(1, path) or "")
+    assert worker.guest.tenants == {} and worker.loaded == {}
+    missing = str(worker.root / "nothing")
+    worker.begun(2, missing)
+    assert "expected adapter_config.json" in (worker.add(2, missing) or "")
+
+
+def test_what_was_begun_is_for_its_own_name_and_path_only(worker: Worker) -> None:
+    one, other = worker.adapter("a"), worker.adapter("b")
+    worker.begun(1, one)
+    assert rpc.safegene_add(worker, "t@1", 1, other, False)["refused"] is None
+    assert worker.guest.tenants[1].path == other
+    assert torch.equal(worker.loaded[1][SITE].a, load_adapter(Path(other)).pairs[SITE].a)
+
+
+def test_what_was_checked_is_loaded_even_if_its_source_has_changed(worker: Worker) -> None:
+    path = worker.adapter("a")
+    checked = load_adapter(Path(path)).pairs[SITE].a
+    worker.begun(1, path)
+    worker.adapter("a")
+    assert worker.add(1, path) is None
+    assert torch.equal(worker.loaded[1][SITE].a, checked)
+
+
+def test_what_nobody_comes_for_is_forgotten(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.begun(1, worker.adapter("a"))
+    monkeypatch.setattr(arrivals, "PATIENCE_S", -1.0)
+    worker.begun(2, worker.adapter("b"))
+    gc.collect()
+    assert worker.adapters[0]() is None and worker.adapters[1]() is not None
+    assert not worker.read[0].exists() and worker.read[1].exists()
+
+
+def test_an_engine_without_tenants_has_nothing_to_read(worker: Worker) -> None:
+    worker.model_runner = SimpleNamespace()
+    assert worker.begin(1, "/nowhere")

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
-from safegene_server import answers, verifier
+from safegene_server import answers, gate, verifier
 from safegene_server.plugin import endpoint_plugin
 from safegene_vllm import pico
 from safegene_vllm.errors import (
@@ -72,8 +72,14 @@ class Engine:
         self.refuse: Exception | None = None
         self.admissions: list[str | None] = [None, None]
         self.removed: list[int] = []
+        self.reading: list[list[bool]] = []
+        self.called: list[str] = []
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        self.called.append(method)
+        if method == "safegene_begin":
+            assert [type(value) for value in args] == [str, int, str]
+            return self.reading.pop(0) if self.reading else [True, True]
         if method == "safegene_add":
             assert [type(value) for value in args] == [str, int, str, bool]
             await self.add_lora(Request(*args))
@@ -410,6 +416,41 @@ def test_a_tenant_is_published_once_its_receipts_agree(world: World) -> None:
     assert [t["name"] for t in tenants] == ["t1"]
 
 
+def test_every_rank_has_read_an_adapter_before_it_is_added(world: World) -> None:
+    client = world.start()
+    (world.d / "t1" / "adapter_model.safetensors").write_bytes(b"read by the engine alone")
+    world.engine.reading = [[False, False], [True, False], [True, True]]
+    world.engine.called.clear()
+    assert load(client, "t1", world.d / "t1").status_code == 200
+    assert world.engine.called == [*["safegene_begin"] * 3, "safegene_add"]
+
+
+def test_an_adapter_that_takes_too_long_to_read_is_added_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = world.start()
+    monkeypatch.setattr(gate, "READ_S", -1.0)
+    (world.d / "t1" / "adapter_model.safetensors").write_bytes(b"slow")
+    world.engine.reading = [[False, False]] * 3
+    world.engine.called.clear()
+    assert load(client, "t1", world.d / "t1").status_code == 200
+    assert world.engine.called == ["safegene_begin", "safegene_add"]
+
+
+def test_a_revision_of_an_adapter_that_was_read_is_added_at_once(world: World) -> None:
+    client = world.start()
+    first, second = (world.d / t / "adapter_model.safetensors" for t in ("t1", "t2"))
+    first.write_bytes(b"shared")
+    first.chmod(0o444)
+    second.hardlink_to(first)
+    world.engine.called.clear()
+    assert load(client, "t1", world.d / "t1").status_code == 200
+    assert load(client, "t2", world.d / "t2").status_code == 200
+    # A profile alone has nothing to be read.
+    assert load(client, "t0", world.d / "t0").status_code == 200
+    assert world.engine.called == ["safegene_begin", *["safegene_add"] * 3]
+
+
 def test_a_tenant_whose_receipts_disagree_is_taken_back(world: World) -> None:
     client = world.start()
     world.engine.twist = second_rank_without
@@ -604,8 +645,13 @@ def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
     world = make_world(world.d, settings)
     client = world.start()
     world.engine.refuse = RuntimeError("outside safegene.adapter_roots")
-    for path in ("/nowhere", "/usr"):
+    outside = world.d.parent / "outside"
+    outside.mkdir()
+    (outside / "adapter_model.safetensors").write_bytes(b"not to be looked at")
+    world.engine.called.clear()
+    for path in ("/nowhere", "/usr", str(outside)):
         assert load(client, "x", path).status_code == 400
+    assert world.engine.called == ["safegene_add"] * 3
     assert load(client, "x", world.d / "none").status_code == 404
 
 

@@ -43,32 +43,10 @@ class Tenant:
         return self.weights is not None
 
 
-class Fresh:
-    """The adapter that was read last to be let in, so that whoever loads it in the same call need
-    not read it again. Drop it at the end of the call, however it ends."""
+def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
+    """Stage and validate the tenant behind a LoRARequest; with its adapter, if it was read for it.
 
-    def __init__(self) -> None:
-        self._read: tuple[Path, Adapter] | None = None
-
-    def keep(self, staged: Path, adapter: Adapter) -> None:
-        self._read = staged, adapter
-
-    def take(self, tenant: Tenant) -> Adapter | None:
-        """The tenant's own adapter, once; from its staged copy where another or none was kept.
-        None for a profile alone. Errors: those of `load_adapter`."""
-        read, self._read = self._read, None
-        if read is not None and read[0] == tenant.staged:
-            return read[1]
-        return load_adapter(tenant.staged) if tenant.has_adapter else None
-
-    def drop(self) -> None:
-        self._read = None
-
-
-def admit(request: Any, guest: Guest) -> Tenant:
-    """Stage and validate the tenant behind a LoRARequest; an adapter that was read for it is kept
-    in `guest.fresh`.
-
+    Changes nothing of the guest but what it has staged and seen, so a thread may do it.
     Errors: FormatError (a file), FamilyMismatchError and BoundsError (its profile),
     TenantRefusedError (path, missing profile, rank, sites, changed content). Nothing is kept then.
     """
@@ -82,30 +60,28 @@ def admit(request: Any, guest: Guest) -> Tenant:
         profile = _profile_of(staged, name, guest)
         own = [(f, d) for f, d in copy.digests.items() if f in (CONFIG, WEIGHTS)]
         weights = _digest_of(own) if own else None
+        sites, adapter = (
+            (0, None) if weights is None else _fitting(weights, staged, profile, name, guest)
+        )
         tenant = Tenant(
             name=name,
             path=path,
             staged=staged,
             profile=profile,
-            sites=0 if weights is None else _fitting_sites(weights, staged, profile, name, guest),
+            sites=sites,
             content=_digest_of(copy.digests.items()),
             weights=weights,
         )
         _check_unchanged(tenant, guest)
     except SafegeneError as error:
-        _forget(staged, guest)
+        guest.staging.drop(staged)
         message = str(error).replace(str(staged), path)
         prefix = "" if repr(name) in message else f"tenant {name!r} ({path}): "
         raise type(error)(prefix + message) from error
     except Exception:
-        _forget(staged, guest)
+        guest.staging.drop(staged)
         raise
-    return tenant
-
-
-def _forget(staged: Path, guest: Guest) -> None:
-    guest.fresh.drop()
-    guest.staging.drop(staged)
+    return tenant, adapter
 
 
 def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
@@ -128,21 +104,20 @@ def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
     return profile
 
 
-def _fitting_sites(
+def _fitting(
     weights: str, staged: Path, profile: Profile | None, name: str, guest: Guest
-) -> int:
-    """How many sites the adapter has, all of them seen to fit.
+) -> tuple[int, Adapter | None]:
+    """How many sites the adapter has, all of them seen to fit; and what was read of it.
 
     What fits does not depend on the profile, unless it is composed: an adapter that another
     revision has brought in is not read again. Errors: as `load_adapter` and `_check_fit`.
     """
     twin = guest.twin(weights)
     if twin is not None and guest.settings.apply != "composed":
-        return twin.sites
+        return twin.sites, None
     adapter = load_adapter(staged)
     _check_fit(adapter, profile, name, guest)
-    guest.fresh.keep(staged, adapter)
-    return len(adapter.pairs)
+    return len(adapter.pairs), adapter
 
 
 def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Guest) -> None:

@@ -23,7 +23,8 @@ from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
 from safegene_vllm.family import load_family
 from safegene_vllm.kernels.site import Site
 from safegene_vllm.plugin import host
-from safegene_vllm.plugin.admission import Fresh, Tenant, admit
+from safegene_vllm.plugin.admission import Tenant, admit
+from safegene_vllm.plugin.arrivals import Arrivals
 from safegene_vllm.plugin.engine import Plan
 from safegene_vllm.plugin.fused import FusedPunica, StepTokens, choose, safety_pair
 from safegene_vllm.plugin.gain import GainPunica, GainTable
@@ -77,7 +78,7 @@ class Guest:
         self.staging = Staging(plan.settings.staging_dir)
         self.tenants: dict[int, Tenant] = {}
         self.seen: dict[tuple[str, str], str] = {}
-        self.fresh = Fresh()
+        self.arrivals = Arrivals(lambda request: admit(request, self), self.staging.drop)
         self.dummies: set[int] = set()
         self.bytes: dict[int, int] = {}
         self.evictions = 0
@@ -225,12 +226,11 @@ class Guest:
     def admit(self, request: Any) -> None:
         """Let a tenant in without loading it: from here on only its staged copy is read.
 
-        `fresh` is to be dropped at the end of the call, if this is not part of `load`.
         Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
         """
         self.check_identity(request)
         if request.lora_int_id not in self.tenants:
-            self.tenants[request.lora_int_id] = admit(request, self)
+            self.tenants[request.lora_int_id] = self.arrivals.tenant(request)
 
     def load(self, request: Any) -> Any:
         """The host's form of a tenant, from its staged copy; validated on the first call.
@@ -242,7 +242,7 @@ class Guest:
         if (shared := self._resident_model(tenant)) is not None:
             self.bytes[request.lora_int_id] = self.bytes[shared.id]
             return host.resolve("LoRAModel")(request.lora_int_id, shared.rank, dict(shared.loras))
-        adapter = self.fresh.take(tenant)
+        adapter = self.arrivals.adapter(tenant)
         if self.settings.apply == "composed" and tenant.profile is not None:
             assert self.family is not None
             adapter = compose_adapter(adapter, self.family, tenant.profile)
@@ -250,7 +250,7 @@ class Guest:
 
     def twin(self, weights: str) -> Tenant | None:
         """An admitted tenant with the same adapter, whatever its name and profile."""
-        return next((t for t in self.tenants.values() if t.weights == weights), None)
+        return next((t for t in list(self.tenants.values()) if t.weights == weights), None)
 
     def _resident_model(self, tenant: Tenant) -> Any | None:
         """The host's form of the same adapter where another revision has it in memory.

@@ -25,6 +25,7 @@ def install() -> None:
         return
     host.resolve("register_model_loader")("safegene")(SafegeneModelLoader)
     worker.__init__ = _checked(worker.__init__)
+    worker.safegene_begin = rpc.safegene_begin
     worker.safegene_add = rpc.safegene_add
     worker.safegene_receipt = rpc.safegene_receipt
 

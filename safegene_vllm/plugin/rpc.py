@@ -22,13 +22,25 @@ def safegene_receipt(self: Any, only: int | None = None) -> dict[str, Any] | Non
     With `only`, it tells of no adapter but the one with this id.
     """
     rank, world_size = self.rank, self.parallel_config.world_size
-    manager = getattr(self.model_runner, "lora_manager", None)
-    guest = getattr(manager, "safegene", None)
+    guest = _guest(self)
     if guest is not None:
         receipt: dict[str, Any] = guest.receipt(rank, world_size, only).to_dict()
         return receipt
     merged = getattr(self.model_runner.get_model(), "safegene_merged", None)
     return None if merged is None else merged.receipt(rank, world_size).to_dict()
+
+
+def safegene_begin(self: Any, lora_name: str, lora_int_id: int, lora_path: str) -> bool:
+    """Start to read and check a tenant in a thread; whether that has ended, well or not.
+
+    Asked until it says so, before `safegene_add`, which then has only the slot to fill while the
+    engine's steps wait for it. Never raises; what is wrong with the tenant, `safegene_add` tells.
+    """
+    guest = _guest(self)
+    if guest is None or lora_int_id in guest.tenants:
+        return True
+    request = host.resolve("LoRARequest")(lora_name, lora_int_id, lora_path)
+    return bool(guest.arrivals.begin(request))
 
 
 def safegene_add(
@@ -43,7 +55,7 @@ def safegene_add(
     request = host.resolve("LoRARequest")(
         lora_name, lora_int_id, lora_path, load_inplace=load_inplace
     )
-    guest = getattr(getattr(self.model_runner, "lora_manager", None), "safegene", None)
+    guest = _guest(self)
     try:
         if guest is not None:
             guest.admit(request)
@@ -56,5 +68,10 @@ def safegene_add(
         reason = f"{type(error).__name__}: {error}"
     finally:
         if guest is not None:
-            guest.fresh.drop()
+            guest.arrivals.drop()
     return {"refused": reason, "receipt": None}
+
+
+def _guest(worker: Any) -> Any:
+    """What serves tenants in this worker's slots, or None."""
+    return getattr(getattr(worker.model_runner, "lora_manager", None), "safegene", None)

@@ -7,7 +7,9 @@ loaded before this is in place; the plugin verifies them at start.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import stat
 import time
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,12 +24,18 @@ refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=N
 """Why the last `add_lora` of this task failed: vLLM passes on an abridged message only."""
 
 
+WEIGHTS = "adapter_model.safetensors"
+READ_S, POLL_S = 60.0, 0.005
+"""How long an adapter may be read before the engine waits for it, and how often it is asked."""
+
+
 class Gate:
     """The engine client as the model list sees it; all but adding and removing goes to the host."""
 
     def __init__(self, engine: Any, verifier: Verifier) -> None:
         self.engine = engine
         self.verifier = verifier
+        self._read: set[tuple[int, int]] = set()
 
     async def add_lora(self, request: Any) -> bool:
         """The host's contract: an exception means that the name is not published.
@@ -64,9 +72,13 @@ class Gate:
                 "local directory of a PEFT adapter with a safegene.json (a hub name must be "
                 "downloaded first)."
             )
-        wanted = request.lora_name, request.lora_int_id, request.lora_path, request.load_inplace
+        wanted = request.lora_name, request.lora_int_id, request.lora_path
         try:
-            answers = await self.engine.collective_rpc("safegene_add", args=wanted)
+            if not request.load_inplace:
+                await self._read_ahead(*wanted)
+            answers = await self.engine.collective_rpc(
+                "safegene_add", args=(*wanted, request.load_inplace)
+            )
         except Exception as error:
             raise self._told(error) from error
         try:
@@ -77,6 +89,26 @@ class Gate:
         if reasons:
             raise TenantRefusedError("\n".join(reasons))
         return receipts
+
+    async def _read_ahead(self, name: str, number: int, path: str) -> None:
+        """Have every rank read and check the adapter beside its steps, before they wait for it.
+
+        Not for one more name of a file that they have read: that costs less than the question.
+        """
+        weights = Path(path).expanduser() / WEIGHTS
+        if not self._inside(path) or not weights.is_file():
+            return
+        file = _shared_file(weights)
+        if file is not None and file in self._read:
+            return
+        until_s = time.monotonic() + READ_S
+        wanted = name, number, path
+        while not all(await self.engine.collective_rpc("safegene_begin", args=wanted)):
+            if time.monotonic() > until_s:
+                return
+            await asyncio.sleep(POLL_S)
+        if file is not None:
+            self._read.add(file)
 
     async def remove_lora(self, lora_int_id: int) -> bool:
         """Out of the engine. Errors: TenantRefusedError (the engine's message), EngineDownError."""
@@ -94,10 +126,13 @@ class Gate:
     def _missing(self, path: str) -> bool:
         """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:
         they are not even looked at."""
-        directory = Path(path).expanduser()
+        return self._inside(path) and not Path(path).expanduser().is_dir()
+
+    def _inside(self, path: str) -> bool:
+        """Whether the path may be looked at here."""
+        directory = Path(path).expanduser().absolute()
         roots = self.verifier.expected.settings.adapter_roots
-        inside = any(directory.absolute().is_relative_to(root.absolute()) for root in roots)
-        return (not roots or inside) and not directory.is_dir()
+        return not roots or any(directory.is_relative_to(root.absolute()) for root in roots)
 
     async def _take_back(self, lora_int_id: int) -> None:
         """Remove what a failed load left behind in some ranks; nothing serves it."""
@@ -110,3 +145,13 @@ class Gate:
         if name == "engine":
             raise AttributeError(name)
         return getattr(self.engine, name)
+
+
+def _shared_file(path: Path) -> tuple[int, int] | None:
+    """Which file it is, if it is a read-only one of several names, as a store of revisions makes
+    them; workers read such a one once."""
+    with contextlib.suppress(OSError):
+        about = path.lstat()
+        if stat.S_ISREG(about.st_mode) and about.st_nlink > 1 and not about.st_mode & 0o222:
+            return about.st_dev, about.st_ino
+    return None
