@@ -22,6 +22,9 @@ MIXES = {
     "zipf": [0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 0, 1, 4] * 4,
     "interleaved": [0, 1] * 30,
     "base only": [-1] * 7,
+    "prompts beside decoding": [0, 1, 3] + [2] * 20 + [0] + [-1] * 17 + [4] * 16 + [2, -1],
+    "short prompts and many decoding": ([0] * 12 + [3] * 15 + [1, 2]) * 2 + [4] * 16,
+    "two prompts of one adapter": [1] * 30 + [0] * 5 + [1] * 17 + [-1] * 40,
     "one token": [3],
 }
 
@@ -75,7 +78,7 @@ def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> N
     expected = plain_loop(host_layer, y, x, slots)
     before = y.clone()
     torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
     )
     torch.testing.assert_close(
         y.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype]
@@ -91,7 +94,7 @@ def test_padding_after_the_steps_tokens_is_left_alone() -> None:
     plan.set_tokens(torch.tensor([0, 1]))
     y, x = torch.zeros(6, sum(WIDTHS)), torch.ones(6, D_IN)
     torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
     )
     assert y[:2].abs().sum() > 0
     assert torch.equal(y[2:], torch.zeros(4, sum(WIDTHS)))
@@ -105,7 +108,7 @@ def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
     y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
     x = torch.ones(3, D_IN, dtype=torch.float16)
     torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, plan.others, plan.order, plan.groups, []
+        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
     )
     assert not torch.isfinite(y[0]).all()
     assert torch.isfinite(y[1:]).all()
@@ -170,10 +173,11 @@ def test_an_older_longer_step_leaves_no_gain_behind() -> None:
     assert table.active.tolist() == [False, False, False]
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("rank", [1, 8, 32, 40])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int) -> None:
-    """Few tokens: adapters and vector share products, and a gain of 0 leaves the adapters' bits."""
+def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: str) -> None:
+    """Adapters and vector share products, and a gain of 0 leaves the adapters' bits."""
     host_layer, plain = filled(8, dtype)
     other_layer = layer(8, dtype)
     store = SlotStore(other_layer)
@@ -194,22 +198,24 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int) -> No
         strict=True,
     ):
         mine.copy_(theirs)
-    slots = MIXES["distinct"]
-    plan = StepPlan(SLOTS, 16)
+    slots = MIXES[mix]
+    plan = StepPlan(SLOTS, 128)
+    plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
-    gain = torch.tensor([[0.0], [0.5], [2.0], [0.0], [1.0], [0.7]])
+    gains = {-1: 0.7, 0: 0.0, 1: 0.5, 2: 2.0, 3: 0.0, 4: 1.0}
+    gain = torch.tensor([[gains[slot]] for slot in slots])
     a, bt = stack_parts(parts, WIDTHS, dtype=dtype, device="cpu")
     safety = [a, bt, gain, torch.tensor(True)]
     x = torch.randn(len(slots), D_IN, generator=generator).to(dtype)
     y, bare = torch.zeros(2, len(slots), sum(WIDTHS), dtype=dtype)
     step = plan.others, plan.order, plan.groups
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, *step, safety)
-    torch.ops.safegene.lora_linear(bare, x, plain.a, plain.b, plain.rank, *step, [])
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.vector, *step, safety)
+    torch.ops.safegene.lora_linear(bare, x, plain.a, plain.b, plain.rank, 0, *step, [])
     expected = plain_loop(host_layer, torch.zeros_like(y), x, slots)
     expected += ((x.double() @ a.double().T) * gain.double()) @ bt.double()
     torch.testing.assert_close(
         y.double(), expected, atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype]
     )
     if rank <= RESERVED:
-        for t in (0, 3):
-            assert torch.equal(y[t], bare[t]), "gain 0 changed a bit"
+        for t, slot in enumerate(slots):
+            assert gains[slot] or torch.equal(y[t], bare[t]), "gain 0 changed a bit"
