@@ -40,6 +40,8 @@ from world import FAMILY, SLOT_TENANTS, TENANTS, build_world
 CONSOLE = Console(width=None if sys.stdout.isatty() else 112)
 NEWCOMERS = 8
 """Tenants that come while one answer after another streams, and go again."""
+QUIET_S = 4.0
+"""Between two of them, and before and after them all."""
 KEY = "sg-benchmark-" + "0" * 40
 CONFIG = """
 registry: registry.sqlite
@@ -189,7 +191,7 @@ async def stalls(
                 max_tokens=128,
                 **GREEDY,
             )
-            last = None
+            last = None  # a first token waits for its prompt, whoever comes
             async for chunk in stream:
                 now = time.perf_counter()
                 if last is not None and chunk.choices:
@@ -199,15 +201,18 @@ async def stalls(
     listening = asyncio.create_task(listen())
     windows = []
     for source in newcomers:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(QUIET_S)
         begun = time.perf_counter()
         windows.append((begun, begun + await take_in(admin, source)))
         await asyncio.to_thread(admin.retire_tenant, source.name)
+    await asyncio.sleep(QUIET_S)
     ended.set()
     await listening
     during = [[p for at, p in pauses if a < at and at - p < b] for a, b in windows]
     quiet = [p for at, p in pauses if not any(a - 1 < at < b + 1 for a, b in windows)]
-    return [max(found) for found in during if found], quiet
+    if not all(during) or not quiet:
+        raise RuntimeError("an onboarding met no answer that streamed; nothing can be said of it")
+    return [max(found) for found in during], quiet
 
 
 def middle(values: Sequence[float], share: float = 0.5) -> float:

@@ -212,11 +212,25 @@ def test_what_nobody_comes_for_is_forgotten(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.begun(1, worker.adapter("a"))
-    monkeypatch.setattr(arrivals, "PATIENCE_S", -1.0)
+    later = time.monotonic() + arrivals.PATIENCE_S + 1
+    monkeypatch.setattr(arrivals, "time", SimpleNamespace(monotonic=lambda: later))
     worker.begun(2, worker.adapter("b"))
     gc.collect()
     assert worker.adapters[0]() is None and worker.adapters[1]() is not None
     assert not worker.read[0].exists() and worker.read[1].exists()
+
+
+def test_what_is_taken_back_before_it_is_added_is_forgotten(worker: Worker) -> None:
+    worker.begun(1, worker.adapter("a"))
+    worker.gate.clear()
+    assert not worker.begin(2, worker.adapter("b"))
+    worker.guest.forget(1)
+    worker.guest.forget(2)
+    worker.gate.set()
+    worker.begun(3, worker.adapter("c"))
+    gc.collect()
+    assert [adapter() is None for adapter in worker.adapters] == [True, True, False]
+    assert [staged.exists() for staged in worker.read] == [False, False, True]
 
 
 def test_an_engine_without_tenants_has_nothing_to_read(worker: Worker) -> None:

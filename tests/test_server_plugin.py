@@ -425,7 +425,7 @@ def test_every_rank_has_read_an_adapter_before_it_is_added(world: World) -> None
     assert world.engine.called == [*["safegene_begin"] * 3, "safegene_add"]
 
 
-def test_an_adapter_that_takes_too_long_to_read_is_added_all_the_same(
+def test_an_adapter_that_takes_too_long_to_read_is_refused_and_the_engine_goes_on(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = world.start()
@@ -433,8 +433,10 @@ def test_an_adapter_that_takes_too_long_to_read_is_added_all_the_same(
     (world.d / "t1" / "adapter_model.safetensors").write_bytes(b"slow")
     world.engine.reading = [[False, False]] * 3
     world.engine.called.clear()
-    assert load(client, "t1", world.d / "t1").status_code == 200
-    assert world.engine.called == ["safegene_begin", "safegene_add"]
+    answer = load(client, "t1", world.d / "t1")
+    assert "was not read within" in shape_of_openai(answer.json(), 400)
+    assert world.engine.called == ["safegene_begin"] and world.engine.removed == [1]
+    assert world.models.lora_requests == {}
 
 
 def test_a_revision_of_an_adapter_that_was_read_is_added_at_once(world: World) -> None:
@@ -649,9 +651,10 @@ def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
     outside.mkdir()
     (outside / "adapter_model.safetensors").write_bytes(b"not to be looked at")
     world.engine.called.clear()
-    for path in ("/nowhere", "/usr", str(outside)):
+    around = str(world.d / "t1" / ".." / ".." / "outside")
+    for path in ("/nowhere", "/usr", str(outside), around):
         assert load(client, "x", path).status_code == 400
-    assert world.engine.called == ["safegene_add"] * 3
+    assert world.engine.called == ["safegene_add"] * 4
     assert load(client, "x", world.d / "none").status_code == 404
 
 

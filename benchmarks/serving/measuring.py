@@ -179,6 +179,7 @@ def _after(bench: Bench, cell: Cell, servers: Mapping[Arm, Server]) -> dict[str,
     starts = list(bench.kept.read(cell, "start").values())[-1]
     for arm, server in servers.items():
         bench.say(f"{cell.name}: loads and changes, {arm.title}")
+        server.switch("all")
         numbers = server.memory() | safety_bytes(server)
         numbers |= changes(server, cell.changes)
         found[arm.name] = numbers | restarted(server, starts[arm.name]["start_s"] or 0.0)

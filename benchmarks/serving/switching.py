@@ -13,13 +13,13 @@ from typing import Any
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.plugin.fused import FusedPunica
 from safegene_vllm.plugin.gain import GainPunica, GainTable
-from safegene_vllm.plugin.segment import SegmentPunica
+from safegene_vllm.plugin.segment import SegmentPunica, StepPlan
 
 
-def set_aside(layers: list[Any]) -> list[Callable[[], Any]]:
-    """Take the safety product out of the layers; what puts it back."""
+def set_aside(guest: Any) -> list[Callable[[], Any]]:
+    """Take the safety product out of the layers, and its part of every step; what puts it back."""
     undo: list[Callable[[], Any]] = []
-    for layer in layers:
+    for layer in guest.manager.modules.values():
         wrapper = layer.punica_wrapper
         if isinstance(wrapper, SegmentPunica) and wrapper.safety and (store := wrapper.store):
             vector = store.a[:, store.slots * store.rank :]
@@ -30,6 +30,10 @@ def set_aside(layers: list[Any]) -> list[Callable[[], Any]]:
         elif isinstance(wrapper, GainPunica | FusedPunica):
             undo.append(partial(layer.set_mapping, wrapper))
             layer.set_mapping(wrapper.inner)
+    if undo:
+        listening = list(guest.listeners)
+        undo.append(partial(guest.listeners.__setitem__, slice(None), listening))
+        guest.listeners[:] = [one for one in listening if isinstance(one, StepPlan)]
     return undo
 
 
@@ -58,7 +62,7 @@ class Switch:
         if to == "aside":
             if not self.vllm_config.model_config.enforce_eager:
                 raise ConfigError("a compiled engine keeps its vector; ask with --mode eager")
-            self._put_back = set_aside(list(guest.manager.modules.values()))
+            self._put_back = set_aside(guest)
         else:
             self._put_back = share_profiles(guest.table, int(to))
         if not self._put_back:

@@ -45,7 +45,7 @@ class Arrivals:
         """Start to read a tenant unless that has begun; whether it has ended, well or not."""
         now, key = time.monotonic(), _key(request)
         for other, begun in list(self._begun.items()):
-            if other != key and begun.reading.done() and now - begun.asked_s > PATIENCE_S:
+            if begun.reading.done() and now - begun.asked_s > PATIENCE_S:
                 self._forget(other)
         found = self._begun.get(key)
         if found is None:
@@ -72,12 +72,19 @@ class Arrivals:
             return read[1]
         return load_adapter(tenant.staged) if tenant.has_adapter else None
 
+    def forget(self, lora_int_id: int) -> None:
+        """Nobody comes for what has been begun under this id."""
+        for key in [key for key in self._begun if key[0] == lora_int_id]:
+            self._forget(key)
+
     def drop(self) -> None:
         """Keep no adapter any longer than the call that it was read for."""
         self._read = None
 
     def _forget(self, key: _Key) -> None:
-        reading = self._begun.pop(key).reading
+        self._begun.pop(key).reading.add_done_callback(self._discarded)
+
+    def _discarded(self, reading: Future[Admitted]) -> None:
         if reading.exception() is None:
             self._discard(reading.result()[0].staged)
 

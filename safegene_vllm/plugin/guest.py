@@ -296,7 +296,8 @@ class Guest:
         return {site: Pair(torch.zeros(1, pair.d_in), torch.zeros(pair.d_out, 1))}
 
     def forget(self, lora_int_id: int) -> None:
-        """Drop a removed adapter's staged copy."""
+        """Drop a removed adapter's staged copy, and what is on its way under its id."""
+        self.arrivals.forget(lora_int_id)
         self.bytes.pop(lora_int_id, None)
         tenant = self.tenants.pop(lora_int_id, None)
         if tenant is not None:

@@ -105,9 +105,12 @@ class Staging:
     def _linked(self, about: os.stat_result, target: Path) -> str | None:
         """Link a file that was copied before; its digest, or None if it was not."""
         copy, digest = self._known.get(_file_of(about), (None, None))
-        if copy is None or not _shared(about) or not copy.exists():
+        if copy is None or not _shared(about):
             return None
-        os.link(copy, target)
+        try:
+            os.link(copy, target)
+        except FileNotFoundError:
+            return None
         return digest
 
     def drop(self, directory: Path) -> None:

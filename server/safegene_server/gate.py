@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import stat
 import time
 from contextvars import ContextVar
@@ -25,8 +26,8 @@ refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=N
 
 
 WEIGHTS = "adapter_model.safetensors"
-READ_S, POLL_S = 60.0, 0.005
-"""How long an adapter may be read before the engine waits for it, and how often it is asked."""
+READ_S, POLL_S = 300.0, 0.005
+"""How long an adapter may be read, and how often it is asked after."""
 
 
 class Gate:
@@ -35,7 +36,7 @@ class Gate:
     def __init__(self, engine: Any, verifier: Verifier) -> None:
         self.engine = engine
         self.verifier = verifier
-        self._read: set[tuple[int, int]] = set()
+        self._files: dict[int, tuple[int, int]] = {}
 
     async def add_lora(self, request: Any) -> bool:
         """The host's contract: an exception means that the name is not published.
@@ -58,6 +59,9 @@ class Gate:
                 await self._take_back(request.lora_int_id)
             raise
         catalogue.LOAD_SECONDS.observe(time.perf_counter() - begun_s)
+        file = self._weights_file(request.lora_path)
+        if file is not None:
+            self._files[request.lora_int_id] = file
         return answers
 
     async def _load(self, request: Any) -> list[dict[str, Any] | None]:
@@ -91,27 +95,29 @@ class Gate:
         return receipts
 
     async def _read_ahead(self, name: str, number: int, path: str) -> None:
-        """Have every rank read and check the adapter beside its steps, before they wait for it.
+        """Have every rank read and check the adapter beside its steps, which then wait for its slot
+        alone. Not for a revision of what they hold: that costs less than the question.
 
-        Not for one more name of a file that they have read: that costs less than the question.
+        Errors: TenantRefusedError for an adapter that is not read in time.
         """
-        weights = Path(path).expanduser() / WEIGHTS
-        if not self._inside(path) or not weights.is_file():
+        if not self._inside(path) or not (_plain(path) / WEIGHTS).is_file():
             return
-        file = _shared_file(weights)
-        if file is not None and file in self._read:
+        file, apply = self._weights_file(path), self.verifier.expected.settings.apply
+        if file is not None and file in self._files.values() and apply != "composed":
             return
         until_s = time.monotonic() + READ_S
         wanted = name, number, path
         while not all(await self.engine.collective_rpc("safegene_begin", args=wanted)):
             if time.monotonic() > until_s:
-                return
+                raise TenantRefusedError(
+                    f"adapter {name!r} at {path} was not read within {READ_S:g} s; ask again when "
+                    "its storage is faster, or copy it to a local disk first."
+                )
             await asyncio.sleep(POLL_S)
-        if file is not None:
-            self._read.add(file)
 
     async def remove_lora(self, lora_int_id: int) -> bool:
         """Out of the engine. Errors: TenantRefusedError (the engine's message), EngineDownError."""
+        self._files.pop(lora_int_id, None)
         try:
             return bool(await self.engine.remove_lora(lora_int_id))
         except Exception as error:
@@ -126,13 +132,23 @@ class Gate:
     def _missing(self, path: str) -> bool:
         """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:
         they are not even looked at."""
-        return self._inside(path) and not Path(path).expanduser().is_dir()
+        return self._inside(path) and not _plain(path).is_dir()
 
     def _inside(self, path: str) -> bool:
         """Whether the path may be looked at here."""
-        directory = Path(path).expanduser().absolute()
         roots = self.verifier.expected.settings.adapter_roots
-        return not roots or any(directory.is_relative_to(root.absolute()) for root in roots)
+        return not roots or any(_plain(path).is_relative_to(root.absolute()) for root in roots)
+
+    def _weights_file(self, path: str) -> tuple[int, int] | None:
+        """Which file an adapter's weights are, if it is a read-only one of several names, as a
+        store of revisions makes them; workers read such a one once."""
+        if self._inside(path):
+            with contextlib.suppress(OSError):
+                about = (_plain(path) / WEIGHTS).lstat()
+                shared = about.st_nlink > 1 and not about.st_mode & 0o222
+                if stat.S_ISREG(about.st_mode) and shared:
+                    return about.st_dev, about.st_ino
+        return None
 
     async def _take_back(self, lora_int_id: int) -> None:
         """Remove what a failed load left behind in some ranks; nothing serves it."""
@@ -147,11 +163,6 @@ class Gate:
         return getattr(self.engine, name)
 
 
-def _shared_file(path: Path) -> tuple[int, int] | None:
-    """Which file it is, if it is a read-only one of several names, as a store of revisions makes
-    them; workers read such a one once."""
-    with contextlib.suppress(OSError):
-        about = path.lstat()
-        if stat.S_ISREG(about.st_mode) and about.st_nlink > 1 and not about.st_mode & 0o222:
-            return about.st_dev, about.st_ino
-    return None
+def _plain(path: str) -> Path:
+    """Absolute, without a `..` that would lead out of a root."""
+    return Path(os.path.normpath(Path(path).expanduser().absolute()))

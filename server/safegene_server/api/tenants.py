@@ -135,7 +135,8 @@ async def change_profile(
     """A new revision of the same adapter, served here when this answers.
 
     Requests under way finish on the revision that they began with. Nothing happens if the
-    coefficients are what they were.
+    coefficients are what they were. `rollout` counts the servers that have reported, which this one
+    does a moment after it has answered.
     """
     done = await lifecycle.change_profile(
         tenancy,
