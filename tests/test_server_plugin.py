@@ -658,6 +658,12 @@ def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
     assert load(client, "x", world.d / "none").status_code == 404
 
 
+def test_a_root_may_be_written_with_dots(world: World) -> None:
+    settings = {"family": str(world.d / "f"), "adapter_roots": [str(world.d / "t1" / "..")]}
+    client = make_world(world.d, settings).start()
+    assert load(client, "x", world.d / "none").status_code == 404
+
+
 def test_the_hosts_own_refusals_pass(world: World) -> None:
     client = world.start()
     load(client, "t1", world.d / "t1")

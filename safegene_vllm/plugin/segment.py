@@ -150,10 +150,8 @@ def lora_linear(
         _own(y[run], x[run], a, b, rank, vector, others, slot, _gain_of(gain, first))
     index = _below(order[:scattered], tokens)
     if len(index) and few and scattered <= DENSE_TOKENS:
-        part, theirs = (
-            y.index_select(0, index),
-            safety[2].index_select(0, index) if safety else None,
-        )
+        part = y.index_select(0, index)
+        theirs = safety[2].index_select(0, index) if safety else None
         _dense(part, x.index_select(0, index), a, b, rank, others.index_select(0, index), theirs)
         y.index_copy_(0, index, part)
     else:

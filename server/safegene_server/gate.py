@@ -19,13 +19,13 @@ from typing import Any
 from safegene_server.answers import EngineDownError, plain
 from safegene_server.metrics import catalogue
 from safegene_server.verifier import Verifier, out_of_step
+from safegene_vllm.adapter import WEIGHTS_FILE
 from safegene_vllm.errors import MissingFileError, TenantRefusedError
 
 refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=None)
 """Why the last `add_lora` of this task failed: vLLM passes on an abridged message only."""
 
 
-WEIGHTS = "adapter_model.safetensors"
 READ_S, POLL_S = 300.0, 0.005
 """How long an adapter may be read, and how often it is asked after."""
 
@@ -100,7 +100,7 @@ class Gate:
 
         Errors: TenantRefusedError for an adapter that is not read in time.
         """
-        if not self._inside(path) or not (_plain(path) / WEIGHTS).is_file():
+        if not self._inside(path) or not (_plain(path) / WEIGHTS_FILE).is_file():
             return
         file, apply = self._weights_file(path), self.verifier.expected.settings.apply
         if file is not None and file in self._files.values() and apply != "composed":
@@ -137,14 +137,14 @@ class Gate:
     def _inside(self, path: str) -> bool:
         """Whether the path may be looked at here."""
         roots = self.verifier.expected.settings.adapter_roots
-        return not roots or any(_plain(path).is_relative_to(root.absolute()) for root in roots)
+        return not roots or any(_plain(path).is_relative_to(_plain(str(root))) for root in roots)
 
     def _weights_file(self, path: str) -> tuple[int, int] | None:
         """Which file an adapter's weights are, if it is a read-only one of several names, as a
         store of revisions makes them; workers read such a one once."""
         if self._inside(path):
             with contextlib.suppress(OSError):
-                about = (_plain(path) / WEIGHTS).lstat()
+                about = (_plain(path) / WEIGHTS_FILE).lstat()
                 shared = about.st_nlink > 1 and not about.st_mode & 0o222
                 if stat.S_ISREG(about.st_mode) and shared:
                     return about.st_dev, about.st_ino
