@@ -658,10 +658,14 @@ def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
     assert load(client, "x", world.d / "none").status_code == 404
 
 
-def test_a_root_may_be_written_with_dots(world: World) -> None:
-    settings = {"family": str(world.d / "f"), "adapter_roots": [str(world.d / "t1" / "..")]}
-    client = make_world(world.d, settings).start()
-    assert load(client, "x", world.d / "none").status_code == 404
+def test_below_a_root_written_with_dots_adapters_are_read_ahead(world: World) -> None:
+    roots = [str(world.d / "t1" / "..")]
+    world = make_world(world.d, {"family": str(world.d / "f"), "adapter_roots": roots})
+    client = world.start()
+    (world.d / "t1" / "adapter_model.safetensors").write_bytes(b"read by the engine alone")
+    world.engine.called.clear()
+    assert load(client, "t1", world.d / "t1").status_code == 200
+    assert world.engine.called == ["safegene_begin", "safegene_add"]
 
 
 def test_the_hosts_own_refusals_pass(world: World) -> None:
