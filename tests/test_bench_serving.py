@@ -294,6 +294,9 @@ def test_axes_are_options() -> None:
         ("tenants_8", 8, ["lora", "gain_100"]),
     ]
     assert found[0].engine == found[1].engine
+    words[-1:] = ["gain", "aside"]
+    found = bench_serving.cells_of(bench_serving.parse(words), cpu=True)
+    assert [[a.name for a in c.arms] for c in found] == [["gain_100", "aside_100"]]
     asked = bench_serving.parse(["--cells", "main", "--engine", "seed=3", "max-num-seqs=64"])
     (made,) = bench_serving.cells_of(asked, cpu=True)
     assert (made.engine["seed"], made.engine["max-num-seqs"]) == ("3", "64")

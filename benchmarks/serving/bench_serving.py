@@ -155,9 +155,11 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
     cells = make_cells(axes, centre, arguments.cells, on_cpu=cpu, starts=arguments.starts)
     if arguments.arms is None:
         return cells
-    named = [parse_arm(name) for name in (fair_base(cpu), *arguments.arms)]
-    wanted = list(dict.fromkeys([*(arm.engine(cpu) for arm in named), *named]))
-    chosen = [replace(c, arms=tuple(a for a in wanted if a in c.arms)) for c in cells]
+    named = {parse_arm(name) for name in arguments.arms}
+    wanted = named | {arm.engine(cpu) for arm in named}
+    if not any(arm.kind == "aside" for arm in named):  # which is a base to compare with
+        wanted.add(parse_arm(fair_base(cpu)))
+    chosen = [replace(c, arms=tuple(a for a in c.arms if a in wanted)) for c in cells]
     return [cell for cell in chosen if len(cell.arms) > 1]
 
 

@@ -104,6 +104,7 @@ def make_cells(
     fair = fair_base(on_cpu)
     half, whole = f"gain_{axes.layers[0]}", "gain_100"
     short = (fair, half, whole, "composed_100")
+    around = (*short, "aside_100")
     found = {
         "main": [
             replace(
@@ -152,7 +153,13 @@ def make_cells(
             replace(
                 centre,
                 name="layers",
-                arms=_arms((fair, *(f"gain_{n}" for n in sorted(axes.layers))), on_cpu),
+                arms=_arms(
+                    (
+                        fair,
+                        *(f"{kind}_{n}" for n in sorted(axes.layers) for kind in ("gain", "aside")),
+                    ),
+                    on_cpu,
+                ),
             )
         ],
         "profiles": [
@@ -170,12 +177,12 @@ def make_cells(
                 name=f"tenants_{n}",
                 tenants=n,
                 load=_at_least(centre.load, n),
-                arms=_arms(short, on_cpu),
+                arms=_arms(around, on_cpu),
             )
             for n in axes.tenants[1:]
         ],
         "rank": [
-            replace(centre, name=f"rank_{n}", rank=n, arms=_arms(short, on_cpu))
+            replace(centre, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu))
             for n in axes.rank[1:]
         ],
         "length": [
@@ -183,7 +190,7 @@ def make_cells(
                 centre,
                 name=f"prompt_{p}_output_{o}",
                 load=replace(centre.load, prompt_tokens=p, output_tokens=o),
-                arms=_arms(short, on_cpu),
+                arms=_arms(around, on_cpu),
             )
             for p in axes.prompt_tokens
             for o in axes.output_tokens
@@ -194,7 +201,7 @@ def make_cells(
                 centre,
                 name=f"concurrency_{n}",
                 load=replace(centre.load, concurrency=n),
-                arms=_arms(short, on_cpu),
+                arms=_arms(around, on_cpu),
             )
             for n in axes.concurrency[1:]
         ],
