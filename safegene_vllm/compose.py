@@ -23,7 +23,13 @@ from safegene_vllm.profile import Profile, check_profile
 
 BLOCK_ENTRIES = 1 << 17
 """Entries of a weight that are merged at a time, in place: they fit a core's cache."""
-_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Dtypes that can be merged into, and integers of their size."""
 
 
 def merged_weight_name(site: str) -> str:
@@ -45,12 +51,12 @@ def merge_into(
     """The merged weight: a new tensor (D_out, D_in) of weight's dtype and device.
 
     Semantics: weight + coefficient · scaling · b @ a, added in float32 (float64 for a float64
-    weight), `rows` rows at a time: the peak is one tensor and a block. At coefficient 0.0 the very
-    same tensor comes back. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
+    weight), `rows` rows at a time: the peak is one tensor and two blocks. At coefficient 0.0
+    the very same tensor comes back. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
     """
     if coefficient == 0.0:
         return weight
-    if weight.dtype not in _MERGEABLE:
+    if weight.dtype not in _BITS:
         raise ShapeError(
             f"weight has dtype {weight.dtype}, expected float32, bfloat16 or float16; a quantized "
             "weight cannot be added to: serve the tenant through the LoRA slot"
@@ -64,17 +70,26 @@ def merge_into(
     factor = coefficient * pair.scaling
     merged = torch.empty_like(weight)
     rows = rows or max(1, BLOCK_ENTRIES // pair.d_in)
+    starts = range(0, pair.d_out, rows)
     work = torch.empty(min(rows, pair.d_out), pair.d_in, dtype=wide, device=weight.device)
-    for start in range(0, pair.d_out, rows):
+    # Without its sign a float's bits order as integers, those of Inf and NaN above all others.
+    of_bits = _BITS[weight.dtype]
+    bits, without_sign = merged.view(of_bits), torch.iinfo(of_bits).max
+    seen = torch.empty_like(work, dtype=of_bits)
+    most = torch.empty(len(starts), dtype=of_bits, device=weight.device)
+    for number, start in enumerate(starts):
         block = slice(start, start + rows)
-        added = torch.mm(b[block], a, out=work[: b[block].shape[0]])
-        merged[block] = added.mul_(factor).add_(weight[block])
-        least, most = torch.aminmax(merged[block])
-        if not (torch.isfinite(least) and torch.isfinite(most)):
-            raise NonFiniteError(
-                f"the merged weight holds NaN or Inf in rows {start}..{start + rows - 1} as "
-                f"{weight.dtype}; lower the coefficient ({coefficient}) or use bfloat16"
-            )
+        sums = work[: b[block].shape[0]].copy_(weight[block])
+        merged[block] = sums.addmm_(b[block], a, alpha=factor)
+        unsigned = torch.bitwise_and(bits[block], without_sign, out=seen[: sums.shape[0]])
+        torch.amax(unsigned, dim=(0, 1), out=most[number])
+    infinite = int(torch.tensor(torch.inf, dtype=weight.dtype).view(of_bits))
+    if (highest := int(most.max())) >= infinite:
+        start = starts[int((most == highest).nonzero()[0])]
+        raise NonFiniteError(
+            f"the merged weight holds NaN or Inf in rows {start}..{start + rows - 1} as "
+            f"{weight.dtype}; lower the coefficient ({coefficient}) or use bfloat16"
+        )
     return merged
 
 

@@ -112,6 +112,10 @@ def test_arms_that_share_an_engine_are_compared_with_it_and_get_other_prompts() 
     assert len({measuring.seed(made, 0, arm) for arm in (gain, aside, one)}) == 3
     assert launching.is_switched(gain, made)
     assert not launching.is_switched(parse_arm("gain_100"), made)
+    weights, reloaded = parse_arm("weights"), parse_arm("reloaded")
+    assert reloaded.engine(True) == weights and reloaded.safety == "reloaded"
+    assert launching.is_switched(weights, cell("weights_100", "reloaded_100"))
+    assert arms.comparisons([reloaded, weights], True) == [(weights, reloaded)]
 
 
 def test_cells_vary_one_axis_around_the_centre() -> None:

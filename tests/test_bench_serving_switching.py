@@ -89,3 +89,17 @@ def test_a_compiled_engine_refuses_to_set_its_vector_aside(served: Engine) -> No
             switch(served, "aside")
     finally:
         config.enforce_eager = True
+
+
+def test_weights_read_again_are_those_of_the_path_and_come_back(
+    world: World, tmp_path: Path
+) -> None:
+    family, profile = world.family(100), world.checkpoint_profile(100)
+    settings = {"family": str(family), "profile": str(profile), "apply": "weights"}
+    bare = [Ask(prompt) for prompt in PROMPTS]
+    with engine(world.merged(100), None, plugins="", enable_lora=False) as merged:
+        expected = merged.ask(bare, 6)
+    with engine(world.model, settings, **SWITCHED) as served:
+        for to in (str(world.merged(100)), "all", str(world.model), "all"):
+            served.llm.collective_rpc("switch_weights", args=(to,))
+            assert (served.ask(bare, 6) == expected) == (to != str(world.model))

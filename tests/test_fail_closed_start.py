@@ -15,7 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engines import engine
+from safetensors.torch import load_file
 
 import safegene_vllm
 from safegene_vllm.errors import (
@@ -127,6 +129,26 @@ def test_a_site_missing_from_the_checkpoint(house: Path, tmp_path: Path) -> None
     )  # fmt: skip
 
 
+def test_a_draft_model_alone_is_read_without_the_vector(
+    house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the path of the other: weights of the served model may come from a second one."""
+    from safegene_vllm.plugin.loader import SafegeneModelLoader
+
+    stored = load_file(next((house / "model").glob("*.safetensors")))
+    theirs = SafegeneModelLoader.__mro__[1]
+    monkeypatch.setattr(theirs, "get_all_weights", lambda *_: iter(stored.items()))
+    loader = object.__new__(SafegeneModelLoader)
+    loader._family = load_family(house / "family")
+    loader._profile = make_profile(loader._family.header, 1.0)
+    sites = {f"{site}.weight" for site in loader._family.pairs}
+    for runner_type, changed in (("generate", sites), ("draft", set())):
+        config = SimpleNamespace(runner_type=runner_type, model="elsewhere")
+        found = dict(loader.get_all_weights(config, model := SimpleNamespace()))
+        assert {n for n, w in found.items() if not torch.equal(w, stored[n])} == changed
+        assert hasattr(model, "safegene_merged") == bool(changed)
+
+
 @pytest.mark.parametrize(
     ("row", "error", "words"),
     [
@@ -152,16 +174,20 @@ def fake_config(house: Path, **changes: Any) -> Any:
     """Just what the option check reads; the real object is used in every other test here."""
     flat = {
         "fully_sharded": False, "pipeline": 1, "sleep": False, "runner": "generate",
-        "quantization": None, "load_format": "auto", "lora": True, **changes,
+        "quantization": None, "load_format": "auto", "lora": True, "transfer": None,
+        "elastic": False, **changes,
     }  # fmt: skip
     apply = "weights" if flat["load_format"] == "safegene" else "gain"
     return SimpleNamespace(
         additional_config={"safegene": {"family": str(house / "family"), "apply": apply}},
         load_config=SimpleNamespace(load_format=flat["load_format"]),
+        weight_transfer_config=flat["transfer"],
         lora_config=SimpleNamespace(fully_sharded_loras=flat["fully_sharded"])
         if flat["lora"]
         else None,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=flat["pipeline"]),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=flat["pipeline"], enable_elastic_ep=flat["elastic"]
+        ),
         model_config=SimpleNamespace(
             model=str(flat.get("model", house / "model")),
             enable_sleep_mode=flat["sleep"],
@@ -179,6 +205,8 @@ def fake_config(house: Path, **changes: Any) -> Any:
         ({"pipeline": 2}, "pipeline-parallel"),
         ({"sleep": True}, "sleep-mode"),
         ({"runner": "pooling"}, "--runner pooling"),
+        ({"transfer": object()}, "--weight-transfer-config"),
+        ({"elastic": True}, "--enable-elastic-ep"),
     ],
 )
 def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str) -> None:
@@ -189,7 +217,13 @@ def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str)
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"quantization": "fp8"}, "quantized"), ({}, "--enable-lora")],
+    [
+        ({"quantization": "fp8"}, "quantized"),
+        ({}, "--enable-lora"),
+        ({"transfer": object()}, "--weight-transfer-config"),
+        ({"elastic": True}, "--enable-elastic-ep"),
+        ({"runner": "draft"}, "--runner draft"),
+    ],
 )
 def test_weight_load_with_what_it_cannot_be_combined_with(
     house: Path, tmp_path: Path, changes: dict, words: str

@@ -197,6 +197,26 @@ def test_in_place_reload_and_reused_id(house: Path, running: tuple[Engine, Answe
         e.llm.llm_engine.add_lora(stolen)
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("reload_weights", {}),
+        ("reset_weights", {}),
+        ("update_config", {"overrides": {}}),
+        ("discard", {"tags": ("weights",)}),
+        ("sleep", {"level": 1}),
+        ("load_model", {}),
+    ],
+)
+def test_weights_replaced_under_the_vector(
+    house: Path, running: tuple[Engine, Answer], method: str, arguments: dict
+) -> None:
+    e, before = running
+    with pytest.raises(Exception, match=f"{method} would replace weights"):
+        e.llm.collective_rpc(method, kwargs=arguments)
+    assert e.ask([Ask(PROMPT, house / "tenants" / "good")])[0] == before
+
+
 def test_changed_content_under_the_same_name_and_path(
     house: Path, running: tuple[Engine, Answer]
 ) -> None:
@@ -252,3 +272,26 @@ def test_serve_unprotected_is_said_in_the_receipt(house: Path) -> None:
     assert receipt.unprotected_mode
     assert receipt.adapters[0].profile is None
     assert receipt.adapters[0].safety_sites == 0
+
+
+def test_weights_that_carry_the_vector_are_kept(house: Path, tmp_path: Path) -> None:
+    """And may be put aside: sleep at level 1 takes nothing away."""
+    shutil.copytree(house / "model", tmp_path / "full")
+    save_profile(Profile(family_digest(house), (0.5, 1.0)), tmp_path / "full")
+    settings = {"family": str(house / "family"), "apply": "weights"}
+    with engine(tmp_path / "full", settings) as e:
+        before, receipts = e.ask([Ask(PROMPT)]), e.receipts()
+        for method, arguments in (
+            ("reload_weights", {"weights_path": str(house / "model")}),
+            ("update_config", {"overrides": {"load_config": {"load_format": "auto"}}}),
+            ("reset_weights", {}),
+            ("discard", {"tags": ("weights",)}),
+            ("sleep", {"level": 2}),
+            ("load_model", {}),
+        ):
+            with pytest.raises(Exception, match=f"{method}.* would replace weights"):
+                e.llm.collective_rpc(method, kwargs=arguments)
+        e.llm.collective_rpc("sleep", kwargs={"level": 1})
+        e.llm.collective_rpc("wake_up")
+        assert e.ask([Ask(PROMPT)]) == before
+        assert e.receipts() == receipts

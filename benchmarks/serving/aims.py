@@ -68,7 +68,7 @@ def aims(on_cpu: bool) -> tuple[Aim, ...]:
         ),
         Aim(
             "weight load over the merged checkpoint, throughput",
-            f"checkpoint.weights_100_over_merged_100.{SPEED}",
+            f"checkpoint.weights_100_over_reloaded_100.{SPEED}",
             low=0.99,
             high=1.01,
         ),

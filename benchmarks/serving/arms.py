@@ -24,11 +24,15 @@ TITLES = {
     "exported": "adapters merged by hand, our LoRA product",
     "weights": "weight load",
     "merged": "the same checkpoint merged on disk",
+    "reloaded": "weight load's engine, the checkpoint merged on disk read into it",
     "guard": "a guard request before every request",
     "system_prompt": "a safety system prompt",
 }
-WITH_VECTOR = ("gain", "aside", "composed", "exported_stock", "exported", "weights", "merged")
-WITHOUT_TENANTS = ("base", "weights", "merged")
+WITH_VECTOR = (
+    *("gain", "aside", "composed", "exported_stock", "exported"),
+    *("weights", "merged", "reloaded"),
+)
+WITHOUT_TENANTS = ("base", "weights", "merged", "reloaded")
 OURS = ("lora", "gain", "composed", "exported", "weights")
 """Kinds whose engine runs with the plugin."""
 BY_HAND = ("exported_stock", "exported")
@@ -73,8 +77,8 @@ class Arm:
     @property
     def safety(self) -> str:
         """What the engine is told before this arm is asked (see switching)."""
-        if self.kind == "aside":
-            return "aside"
+        if self.kind in ("aside", "reloaded"):
+            return self.kind
         return "all" if self.profiles is None else str(self.profiles)
 
     @property
@@ -85,7 +89,7 @@ class Arm:
     def engine(self, on_cpu: bool) -> Arm:
         """The arm whose engine answers for this one."""
         if self.safety != "all":
-            return Arm("gain", self.layers)
+            return Arm("weights" if self.kind == "reloaded" else "gain", self.layers)
         return Arm(fair_base(on_cpu)) if self.kind in RIDERS else self
 
 
@@ -137,7 +141,7 @@ def comparisons(arms: Sequence[Arm], on_cpu: bool) -> list[tuple[Arm, Arm]]:
                 and (arm.profiles or inf) > (other.profiles or inf)
             )
             aside = (arm.kind, arm.layers) == ("gain", other.layers) and other.kind == "aside"
-            checkpoint = arm.kind == "weights" and other.kind in ("merged", "base")
+            checkpoint = arm.kind == "weights" and other.kind in ("merged", "reloaded", "base")
             stock = (arm.kind, other.kind) in (("lora", "lora_stock"), ("gain", "lora_stock"))
             alone = arm.kind == fair_base(on_cpu) and other.kind == "base"
             if over_fair or others or fewer or aside or checkpoint or stock or alone:

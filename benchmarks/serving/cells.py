@@ -145,7 +145,7 @@ def make_cells(
             replace(
                 centre,
                 name="checkpoint",
-                arms=_arms(("base", "merged_100", "weights_100"), on_cpu),
+                arms=_arms(("base", "merged_100", "weights_100", "reloaded_100"), on_cpu),
                 starts=starts,
             )
         ],

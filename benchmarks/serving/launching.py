@@ -55,9 +55,7 @@ def tenant_path(world: World, arm: Arm, tenant: int, number: int) -> Path:
 
 def is_switched(arm: Arm, cell: Cell) -> bool:
     """Whether other arms of the cell are the same engine, told something else."""
-    return arm.kind == "gain" and any(
-        other.safety != "all" and other.layers == arm.layers for other in cell.arms
-    )
+    return any(other.safety != "all" and other.engine(on_cpu=True) == arm for other in cell.arms)
 
 
 def slot_rank(arm: Arm, cell: Cell) -> int:
@@ -179,8 +177,10 @@ class Server:
         """Tell the worker which arm it is from now on. Errors: BenchError if it cannot be."""
         if not is_switched(self.arm, self.cell) or safety == self.safety:
             return
-        body = {"method": "switch_safety", "args": [safety]}
-        answer = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60)
+        told = str(self.world.merged(self.arm.layers)) if safety == "reloaded" else safety
+        method = "switch_weights" if self.arm.kind == "weights" else "switch_safety"
+        body = {"method": method, "args": [told]}
+        answer = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=START_LIMIT_S)
         if answer.status_code != 200:
             raise BenchError(f"{self.arm.name} cannot be {safety!r}: {answer.text[:500]}")
         self.safety = safety

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from changing import changes, restarted
 from kept import Kept
 from launching import BASE, BenchError, Server, safety_bytes, slot_rank
 from loadgen import Wrap, ask
+from placing import beside, place
 from random_world import World
 from riding import filler, guarded, prefixed
 
@@ -111,6 +112,8 @@ def running(bench: Bench, cell: Cell) -> Iterator[dict[Arm, Server]]:
                 server = Server(arm, cell, world, bench.threads, log)
                 bench.say(f"{cell.name}: starting {arm.title}")
                 found[arm.name] = server.start()
+                if bench.on_cpu:
+                    place(server.processes(), bench.threads)
                 servers[arm] = server
             bench.kept.write(cell, "start", turn, found)
         yield servers
@@ -139,7 +142,8 @@ def _asked(
     time.sleep(SETTLE_S)
     before = sum(other.cpu_s() for other in others)
     tokenizer, at = bench.model, seed(cell, number, arm)
-    found = ask(server.url, tokenizer, load, tenants, at, wrap=wrap)
+    with beside(bench.threads) if bench.on_cpu else nullcontext():
+        found = ask(server.url, tokenizer, load, tenants, at, wrap=wrap)
     idle = (sum(other.cpu_s() for other in others) - before) / found["duration_s"]
     if idle > IDLE_SHARE and number != WARM:
         bench.say(f"{cell.name}: idle engines used {idle:.0%} of a core beside {arm.name}")

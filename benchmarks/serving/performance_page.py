@@ -36,9 +36,12 @@ the least and the greatest round. Above 1 is better for tokens per second, below
 
 - Tenants and vectors hold random values, on every linear site of the layers they are on; speed
   reads no values. Each tenant has coefficients of its own unless the arm says otherwise.
-- In `paired`, and for fewer profiles, both sides of a ratio are one process that is switched
-  between runs: two processes that do the same work differ by more than safety costs. They get
-  different prompts there, for neither may find the other's in the prefix cache.
+- In `paired` and along the axes, for fewer profiles and for weight load, both sides of a ratio are
+  one process that is switched between runs: two processes that do the same work differ by more than
+  safety costs. They get different prompts there, for neither may find the other's in the prefix
+  cache. Weights that are read into a running engine leave traces in its `RSS`.
+- On a CPU an engine's worker has its cores to itself; all else, vLLM's engine and API processes and
+  the asking, runs on the others.
 - "Tenants without safety" on our LoRA product is the fair base on CPU, where vLLM's own product
   gathers a copy of the weights for every token; on a GPU both are vLLM's.
 - The guard is one more request to the same engine before every request: a template of its own in

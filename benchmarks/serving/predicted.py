@@ -18,7 +18,7 @@ from safegene_vllm.adapter import layer_of
 
 MODELLED = (
     *("base", "lora", "lora_stock", "gain", "aside", "composed"),
-    *("exported", "weights", "merged"),
+    *("exported", "weights", "merged", "reloaded"),
 )
 """Kinds that read each byte once; the host's CPU product gathers copies, token by token."""
 BYTES = 2

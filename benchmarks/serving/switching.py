@@ -1,4 +1,4 @@
-"""What the benchmark changes in a running worker: its vector set aside, or fewer profiles.
+"""What the benchmark changes in a running worker: its vector set aside, fewer profiles, weights.
 
 vLLM mixes `Switch` into the worker of the benchmark's own servers (--worker-extension-cls). Two
 arms are then one process with one memory, and their ratio holds nothing but what was switched.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from vllm.config import set_current_vllm_config
 
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.plugin.fused import FusedPunica
@@ -68,3 +70,20 @@ class Switch:
         if not self._put_back:
             raise ConfigError(f"nothing to switch to {to!r}: this engine has no vector")
         return len(self._put_back)
+
+    def switch_weights(self: Any, to: str) -> None:
+        """`all` reads the checkpoint with the vector, as served; a path that checkpoint as it is.
+
+        By vLLM's own reload of the model runner: the worker's is refused (plugin/replacing.py).
+        """
+        config = self.vllm_config
+        where = ((config.load_config, "load_format"), (config.model_config, "model"))
+        before = [getattr(part, name) for part, name in where]
+        with set_current_vllm_config(config):
+            try:
+                if to != "all":
+                    config.load_config.load_format = "safetensors"
+                self.model_runner.reload_weights(weights_path=None if to == "all" else to)
+            finally:
+                for (part, name), value in zip(where, before, strict=True):
+                    setattr(part, name, value)

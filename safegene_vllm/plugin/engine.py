@@ -44,8 +44,9 @@ def plan_of(vllm_config: Any) -> Plan | None:
     return Plan(settings, header, profile)
 
 
-def prepare_engine(vllm_config: Any) -> None:
-    """Check everything that can be known before loading; called by every worker as it starts.
+def prepare_engine(vllm_config: Any) -> Plan | None:
+    """The checked plan of this engine, or None without a `safegene` key; called by every worker as
+    it starts, for everything that can be known before loading.
 
     In place: writes the family's digest into additional_config, so that vLLM's compile cache never
     reuses a graph traced for another vector.
@@ -55,7 +56,7 @@ def prepare_engine(vllm_config: Any) -> None:
     """
     plan = plan_of(vllm_config)
     if plan is None:
-        return
+        return None
     faults = _refused_options(vllm_config, plan.settings)
     if faults:
         raise HostError(
@@ -66,6 +67,7 @@ def prepare_engine(vllm_config: Any) -> None:
         raw = dict(vllm_config.additional_config[KEY])
         raw["family_digest"] = plan.header.digest
         vllm_config.additional_config[KEY] = raw
+    return plan
 
 
 def check_base(model_config: Any, header: FamilyHeader) -> None:
@@ -95,6 +97,13 @@ def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
     """Why each option in the way cannot be honoured; empty when all is well."""
     lora = vllm_config.lora_config
     faults = []
+    runner = vllm_config.model_config.runner_type
+    if runner != "generate":
+        faults.append(f"--runner {runner} (only generate is tested)")
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        faults.append("--weight-transfer-config replaces weights that the vector was checked with")
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        faults.append("--enable-elastic-ep takes weights from other engines, past the checks")
     if settings.apply == "weights":
         if lora is not None:
             faults.append(
@@ -117,8 +126,6 @@ def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
         faults.append("--pipeline-parallel-size > 1 is not supported; use tensor parallelism")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         faults.append("--enable-sleep-mode can discard the vector (level 2) without a trace")
-    if vllm_config.model_config.runner_type != "generate":
-        faults.append(f"--runner {vllm_config.model_config.runner_type} (only generate is tested)")
     if not host.resolve("current_platform").can_update_inplace():
         faults.append("this platform cannot update tensors in place")
     return faults

@@ -12,6 +12,7 @@ from typing import Any
 
 from safegene_vllm.plugin import host, rpc
 from safegene_vllm.plugin.engine import prepare_engine
+from safegene_vllm.plugin.replacing import keep_weights
 
 
 def install() -> None:
@@ -35,7 +36,9 @@ def _checked(init: Any) -> Any:
 
     @functools.wraps(init)
     def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        prepare_engine(vllm_config)
+        plan = prepare_engine(vllm_config)
         init(self, vllm_config, *args, **kwargs)
+        if plan is not None and plan.settings.family is not None:
+            keep_weights(self, plan.settings.apply)
 
     return checked

@@ -1,13 +1,14 @@
 """`--load-format safegene`: adds λ_l · B·A to each weight while the checkpoint streams in.
 
 For full checkpoints, at no cost per token. Works on checkpoint names, before the host fuses or
-shards, in a thread of its own and a few tensors ahead of the host. Every site of the vector must
+shards, in threads of its own and a few tensors ahead of the host. Every site of the vector must
 pass by exactly once, or the engine does not start. Not for quantized weights (refused in
 engine.py).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ from safegene_vllm.plugin.engine import plan_of
 from safegene_vllm.profile import Profile
 from safegene_vllm.receipt import Receipt, gain_digest
 
-AHEAD = 2
+MERGING = min(4, os.cpu_count() or 1)
+"""Threads that merge, beside the one in which the host copies."""
+AHEAD = MERGING + 1
 """Tensors that may be merged before the host asks for them: this many more are in memory."""
 
 _Loader: Any = host.resolve("DefaultModelLoader")
@@ -34,7 +37,10 @@ _Loader: Any = host.resolve("DefaultModelLoader")
 
 @dataclass(frozen=True)
 class Merged:
-    """What was added to one worker's weights, kept on the model for its receipt."""
+    """What was added to one worker's weights, kept on the model for its receipt.
+
+    `load_s`: seconds of merging, added up over threads.
+    """
 
     family: Family
     profile: Profile
@@ -69,9 +75,6 @@ class SafegeneModelLoader(_Loader):
         super().__init__(load_config)
         self._family = load_family(plan.settings.family)
         self._profile = plan.base_profile
-        self._main_model = config.model_config.model
-        self._sites: Counter[str] = Counter()
-        self._added_s = 0.0
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         """The stock loader knows no format of this name; to it we are safetensors."""
@@ -85,26 +88,32 @@ class SafegeneModelLoader(_Loader):
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors by name, the vector added. A draft model's pass unchanged."""
         stream = super().get_all_weights(model_config, model)
-        if model_config.model != self._main_model:
+        if model_config.runner_type == "draft":
             yield from stream
             return
-        self._sites.clear()
         by_weight = {merged_weight_name(site): site for site in self._family.pairs}
-        waiting: deque[tuple[str, Future[torch.Tensor]]] = deque()
-        with ThreadPoolExecutor(1, "safegene-merge") as merging:
+        came: Counter[str | None] = Counter()
+        merge_s = 0.0
+        waiting: deque[tuple[str, Future[tuple[torch.Tensor, float]]]] = deque()
+        with ThreadPoolExecutor(MERGING, "safegene-merge") as merging:
+
+            def done() -> tuple[str, torch.Tensor]:
+                nonlocal merge_s
+                name, merged = waiting.popleft()
+                weight, seconds = merged.result()
+                merge_s += seconds
+                return name, weight
+
             for name, weight in stream:
                 site = by_weight.get(name)
+                came[site] += 1
                 waiting.append((name, merging.submit(self._protected, site, weight)))
                 if len(waiting) > AHEAD:
-                    name, merged = waiting.popleft()
-                    yield name, merged.result()
+                    yield done()
             while waiting:
-                name, merged = waiting.popleft()
-                yield name, merged.result()
+                yield done()
         faults = [
-            f"{site} came {self._sites[site]} times"
-            for site in self._family.pairs
-            if self._sites[site] != 1
+            f"{site} came {came[site]} times" for site in self._family.pairs if came[site] != 1
         ]
         if faults:
             shown = "; ".join(faults[:5]) + (f"; {len(faults) - 5} more" if faults[5:] else "")
@@ -113,13 +122,16 @@ class SafegeneModelLoader(_Loader):
                 f"checkpoint {model_config.model}: {shown}; each must come once."
             )
         model.safegene_merged = Merged(
-            self._family, self._profile, self._sites.total(), self._added_s
+            self._family, self._profile, came.total() - came[None], merge_s
         )
 
-    def _protected(self, site: str | None, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` (D_out, D_in) plus this site's share of the vector, in weight's dtype."""
+    def _protected(self, site: str | None, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """`weight` (D_out, D_in) plus this site's share of the vector, in weight's dtype; seconds.
+
+        Called in several threads.
+        """
         if site is None:
-            return weight
+            return weight, 0.0
         started = time.perf_counter()
         pair = self._family.pairs[site]
         if tuple(weight.shape) != (pair.d_out, pair.d_in):
@@ -134,7 +146,5 @@ class SafegeneModelLoader(_Loader):
             )
         number = layer_of(site)
         assert number is not None
-        self._sites[site] += 1
-        out = merge_into(weight, pair, self._profile.coefficients[number])
-        self._added_s += time.perf_counter() - started
-        return out
+        merged = merge_into(weight, pair, self._profile.coefficients[number])
+        return merged, time.perf_counter() - started
