@@ -62,6 +62,22 @@ def test_a_vector_set_aside_is_an_engine_without_one_and_comes_back(
     assert answers(served, tenants) == before
 
 
+def test_steps_in_turn_are_timed_with_the_vector_and_without(served: Engine, world: World) -> None:
+    tenants = [world.protected(i, 100, i) for i in range(2)]
+    before = answers(served, tenants)
+    served.llm.collective_rpc("take_turns")
+    mixed = [
+        served.ask([Ask([*prompt, 7], tenant) for prompt in PROMPTS for tenant in tenants], 40)
+        for _ in range(2)
+    ]
+    (told,) = served.llm.collective_rpc("end_turns")
+    assert len(mixed) == 2 and answers(served, tenants) == before
+    assert set(told) == {"all", "aside"}
+    for found in told.values():
+        assert set(found) == {"decode_step_ms", "prompt_token_us"}
+        assert all(0 < value < 1e6 for value in found.values())
+
+
 def test_fewer_profiles_are_gains_that_tenants_share(served: Engine, world: World) -> None:
     own = [world.protected(i, 100, 40 * i) for i in range(2)]
     before = answers(served, own)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ratios import BETWEEN, FIRST, SPEED
+from ratios import BETWEEN, DECODE_STEP, FIRST, PROMPT_TOKEN, SPEED
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ def aims(on_cpu: bool) -> tuple[Aim, ...]:
         Aim("gain table on half of the layers, throughput", f"{half}.{SPEED}", low=0.98),
         Aim("gain table on half of the layers, first token", f"{half}.{FIRST}", high=1.03),
         Aim("gain table on half of the layers, between tokens", f"{half}.{BETWEEN}", high=1.03),
+        Aim(
+            "gain table on half of the layers, a prompt token",
+            f"{half}.{PROMPT_TOKEN}",
+            high=1.03,
+        ),
+        Aim("gain table on half of the layers, a decode step", f"{half}.{DECODE_STEP}", high=1.03),
         Aim("gain table on all layers, throughput", f"{whole}.{SPEED}", low=0.95),
         Aim(
             "64 distinct profiles against 1, throughput",

@@ -43,6 +43,8 @@ class Cell:
     """How often each engine is started, in turn: more than once where start-up is compared."""
     changes: int = 3
     """How many loads and changes of a tenant are timed per arm."""
+    in_turns: bool = False
+    """Whether steps with and without the vector are timed in turn, beside the runs."""
     engine: dict[str, Any] = field(default_factory=dict, hash=False)
     """Engine settings that are the same for all arms: vLLM flags by name."""
 
@@ -120,6 +122,7 @@ def make_cells(
             replace(
                 centre,
                 name="paired",
+                in_turns=True,
                 arms=_arms(
                     [f"{kind}_{n}" for n in axes.layers[:2] for kind in ("gain", "aside")], on_cpu
                 ),

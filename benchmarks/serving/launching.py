@@ -178,12 +178,16 @@ class Server:
         if not is_switched(self.arm, self.cell) or safety == self.safety:
             return
         told = str(self.world.merged(self.arm.layers)) if safety == "reloaded" else safety
-        method = "switch_weights" if self.arm.kind == "weights" else "switch_safety"
-        body = {"method": method, "args": [told]}
+        self.tell("switch_weights" if self.arm.kind == "weights" else "switch_safety", told)
+        self.safety = safety
+
+    def tell(self, method: str, *args: str) -> Any:
+        """Call a method of the worker; its answer. Errors: BenchError."""
+        body = {"method": method, "args": args}
         answer = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=START_LIMIT_S)
         if answer.status_code != 200:
-            raise BenchError(f"{self.arm.name} cannot be {safety!r}: {answer.text[:500]}")
-        self.safety = safety
+            raise BenchError(f"{self.arm.name}, {method} {args}: {answer.text[:500]}")
+        return answer.json()["results"][0]
 
     def processes(self) -> list[psutil.Process]:
         """The server's own process and all below it."""

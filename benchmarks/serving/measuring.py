@@ -33,6 +33,8 @@ IDLE_SHARE = 0.05
 SETTLE_S = 2.0
 """Between two runs: a worker of vLLM's spins on its core for a second after its last step."""
 WARM = -1
+TURNS_WAVES, TURNS_OUTPUT = 12, 16
+"""Requests per concurrent one, and tokens of an answer, of a run whose steps take turns."""
 
 Say = Callable[[str], None]
 
@@ -150,6 +152,25 @@ def _asked(
     return found | {"idle_cpu_share": idle}
 
 
+def _in_turns(bench: Bench, cell: Cell, server: Server, at: int) -> dict[str, Any]:
+    """A longer run of short answers in which the worker switches between its steps, and times them.
+
+    Between two runs the machine itself changes by more than safety costs; between two steps not.
+    """
+    tenants = [f"t{i}" for i in range(cell.tenants)]
+    requests = TURNS_WAVES * cell.load.concurrency
+    load = replace(cell.load, requests=requests, output_tokens=TURNS_OUTPUT)
+    server.switch("all")
+    time.sleep(SETTLE_S)
+    server.tell("take_turns")
+    try:
+        with beside(bench.threads) if bench.on_cpu else nullcontext():
+            ask(server.url, bench.model, load, tenants, at)
+    finally:
+        told: dict[str, Any] = server.tell("end_turns")
+    return told
+
+
 def is_done(bench: Bench, cell: Cell) -> bool:
     kept = bench.kept
     whole = not kept.missing(cell, "round", bench.rounds) and kept.read(cell, "after")
@@ -173,6 +194,14 @@ def measure(bench: Bench, cell: Cell, done: Callable[[], Any] = lambda: None) ->
                 bench.say(f"{cell.name}: round {number + 1} of {bench.rounds}, {arm.title}")
                 found[arm.name] = _asked(bench, cell, servers, arm, number, wraps.get(arm.kind))
                 done()
+            for arm in cell.arms if cell.in_turns else ():
+                if arm.safety == "aside":
+                    bench.say(f"{cell.name}: round {number + 1}, steps in turn, {arm.title}")
+                    engine = arm.engine(bench.on_cpu)
+                    at = seed(cell, bench.rounds + number, arm)  # prompts of no other run
+                    told = _in_turns(bench, cell, servers[engine], at)
+                    found[engine.name] |= told["all"]
+                    found[arm.name] |= told["aside"]
             bench.kept.write(cell, "round", number, found)
         bench.kept.write(cell, "after", 0, _after(bench, cell, servers))
 

@@ -42,6 +42,9 @@ the least and the greatest round. Above 1 is better for tokens per second, below
   cache. Weights that are read into a running engine leave traces in its `RSS`.
 - On a CPU an engine's worker has its cores to itself; all else, vLLM's engine and API processes and
   the asking, runs on the others.
+- `decode step` and `prompt token` are the worker's own: under the same load its vector is set aside
+  and put back between its steps, every few decode steps and every step with a prompt. From run to
+  run the machine changes by more than safety costs, from step to step it does not.
 - "Tenants without safety" on our LoRA product is the fair base on CPU, where vLLM's own product
   gathers a copy of the weights for every token; on a GPU both are vLLM's.
 - The guard is one more request to the same engine before every request: a template of its own in

@@ -19,7 +19,11 @@ Spread = dict[str, float]
 
 SPEED = "output_tokens_per_s"
 FIRST, BETWEEN = "ttft_p50_ms", "itl_p50_ms"
-COMPARED = (SPEED, "total_tokens_per_s", FIRST, "ttft_p99_ms", BETWEEN, "itl_p99_ms", "e2e_p50_ms")
+DECODE_STEP, PROMPT_TOKEN = "decode_step_ms", "prompt_token_us"
+COMPARED = (
+    *(SPEED, "total_tokens_per_s", FIRST, "ttft_p99_ms", BETWEEN, "itl_p99_ms", "e2e_p50_ms"),
+    *(DECODE_STEP, PROMPT_TOKEN),
+)
 """What ratios are formed of, round by round."""
 STARTS = ("start_s", "load_weights_s")
 """What ratios are formed of, start by start."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ratios import BETWEEN, FIRST, SPEED
+from ratios import BETWEEN, DECODE_STEP, FIRST, PROMPT_TOKEN, SPEED
 
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Heading and rows."""
@@ -36,6 +36,8 @@ COLUMNS = (
     Column("p99", "rounds", "ttft_p99_ms", "{:.0f}"),
     Column("between tokens p50 ms", "rounds", BETWEEN),
     Column("p99", "rounds", "itl_p99_ms", "{:.0f}"),
+    Column("decode step ms", "rounds", DECODE_STEP),
+    Column("prompt token µs", "rounds", PROMPT_TOKEN, "{:.0f}"),
     Column("RSS MiB", "after", "rss_bytes", "{:.0f}", MIB),
     Column("peak MiB", "after", "peak_bytes", "{:.0f}", MIB),
     Column("vector MiB", "after", "vector_bytes", "{:.2f}", MIB),
@@ -78,15 +80,15 @@ def ratio_rows(result: Mapping[str, Any], cell: str) -> Rows:
     pairs = dict.fromkeys(
         name.split(".")[1] for name in result["ratios"] if name.split(".")[0] == cell
     )
+    heading = {SPEED: "output tok/s", FIRST: "first token p50", BETWEEN: "between tokens p50"}
+    if any(f"{cell}.{pair}.{DECODE_STEP}" in result["ratios"] for pair in pairs):
+        heading |= {DECODE_STEP: "decode step", PROMPT_TOKEN: "prompt token"}
     rows = []
     for pair in pairs:
         arm, _, other = pair.partition("_over_")
-        cells = [
-            spread_text(result["ratios"].get(f"{cell}.{pair}.{metric}"))
-            for metric in (SPEED, FIRST, BETWEEN)
-        ]
+        cells = [spread_text(result["ratios"].get(f"{cell}.{pair}.{metric}")) for metric in heading]
         rows.append((f"{arms[arm]} / {arms[other]}", *cells))
-    return ("ratio", "output tok/s", "first token p50", "between tokens p50"), rows
+    return ("ratio", *heading.values()), rows
 
 
 def aim_rows(result: Mapping[str, Any]) -> Rows:

@@ -6,7 +6,11 @@ arms are then one process with one memory, and their ratio holds nothing but wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -47,6 +51,61 @@ def share_profiles(table: GainTable, count: int) -> list[Callable[[], Any]]:
     return [partial(table.rows.copy_, own)]
 
 
+TURN = 6
+"""Decode steps between two switches; steps with prompts are rare, and change turns one by one."""
+Step = tuple[int, float]
+"""Tokens, and seconds of the worker."""
+
+
+@dataclass
+class Turns:
+    """A worker's steps, with its vector and without it in turn (A B, B A), each of them timed."""
+
+    worker: Any
+    theirs: Callable[[Any], Any]
+    steps: dict[str, dict[str, list[Step]]] = field(
+        default_factory=lambda: {to: {"decode": [], "prompt": []} for to in ("all", "aside")}
+    )
+    seen: Counter[str] = field(default_factory=Counter)
+    state: str = "all"
+
+    def __call__(self, scheduled: Any) -> Any:
+        tokens = scheduled.total_num_scheduled_tokens
+        if not tokens:
+            return self.theirs(scheduled)
+        kind = "prompt" if tokens > len(scheduled.num_scheduled_tokens) else "decode"
+        turn = self.seen[kind] // (TURN if kind == "decode" else 1)
+        self.seen[kind] += 1
+        to = "all" if turn % 4 in (0, 3) else "aside"
+        switched = to != self.state
+        if switched:
+            self.worker.switch_safety(to)
+            self.state = to
+        started = time.perf_counter()
+        answer = self.theirs(scheduled)
+        seconds = time.perf_counter() - started
+        if kind == "prompt" or not switched:  # a short step pays for what the switch left cold
+            self.steps[to][kind].append((tokens, seconds))
+        return answer
+
+    def told(self) -> dict[str, dict[str, float]]:
+        """By state: the median decode step of the batch size seen most, and a prompt's token."""
+        decode = [tokens for found in self.steps.values() for tokens, _ in found["decode"]]
+        batch = statistics.mode(decode)
+        return {
+            to: {
+                "decode_step_ms": 1e3
+                * statistics.median(s for n, s in found["decode"] if n == batch),
+                "prompt_token_us": 1e6 * _per_token(found["prompt"]),
+            }
+            for to, found in self.steps.items()
+        }
+
+
+def _per_token(steps: Sequence[Step]) -> float:
+    return sum(seconds for _, seconds in steps) / sum(tokens for tokens, _ in steps)
+
+
 class Switch:
     """Mixed into vLLM's worker."""
 
@@ -57,6 +116,7 @@ class Switch:
         for `aside` in a compiled engine, whose graphs hold what they were compiled with.
         """
         guest = self.model_runner.lora_manager.safegene
+        guest.manager._last_mapping = None  # what the next step needs is prepared anew
         for put_back in self.__dict__.pop("_put_back", []):
             put_back()
         if to == "all":
@@ -70,6 +130,17 @@ class Switch:
         if not self._put_back:
             raise ConfigError(f"nothing to switch to {to!r}: this engine has no vector")
         return len(self._put_back)
+
+    def take_turns(self: Any) -> None:
+        """From the next step on: with the vector, and with it set aside, in turn."""
+        self.execute_model = Turns(self, self.execute_model)
+
+    def end_turns(self: Any) -> dict[str, dict[str, float]]:
+        """As served again; what `Turns.told` tells."""
+        turns = self.__dict__.pop("execute_model")
+        self.switch_safety("all")
+        told: dict[str, dict[str, float]] = turns.told()
+        return told
 
     def switch_weights(self: Any, to: str) -> None:
         """`all` reads the checkpoint with the vector, as served; a path that checkpoint as it is.
