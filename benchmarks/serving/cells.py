@@ -156,6 +156,7 @@ def make_cells(
             replace(
                 centre,
                 name="layers",
+                in_turns=True,
                 arms=_arms(
                     (
                         fair,
@@ -181,11 +182,12 @@ def make_cells(
                 tenants=n,
                 load=_at_least(centre.load, n),
                 arms=_arms(around, on_cpu),
+                in_turns=True,
             )
             for n in axes.tenants[1:]
         ],
         "rank": [
-            replace(centre, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu))
+            replace(centre, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu), in_turns=True)
             for n in axes.rank[1:]
         ],
         "length": [
@@ -194,6 +196,7 @@ def make_cells(
                 name=f"prompt_{p}_output_{o}",
                 load=replace(centre.load, prompt_tokens=p, output_tokens=o),
                 arms=_arms(around, on_cpu),
+                in_turns=True,
             )
             for p in axes.prompt_tokens
             for o in axes.output_tokens
@@ -205,6 +208,7 @@ def make_cells(
                 name=f"concurrency_{n}",
                 load=replace(centre.load, concurrency=n),
                 arms=_arms(around, on_cpu),
+                in_turns=True,
             )
             for n in axes.concurrency[1:]
         ],
