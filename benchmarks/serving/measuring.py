@@ -50,6 +50,7 @@ class Bench:
     threads: int
     on_cpu: bool
     say: Say
+    settle_s: float = SETTLE_S
 
     def world(self, cell: Cell) -> World:
         return World(self.worlds, self.model, cell.rank, cell.vector_rank)
@@ -141,7 +142,7 @@ def _asked(
         few = max(len(tenants), load.concurrency)
         load = replace(load, requests=min(load.requests, few))
     server.switch(arm.safety)
-    time.sleep(SETTLE_S)
+    time.sleep(bench.settle_s)
     before = sum(other.cpu_s() for other in others)
     tokenizer, at = bench.model, seed(cell, number, arm)
     with beside(bench.threads) if bench.on_cpu else nullcontext():
@@ -161,7 +162,7 @@ def _in_turns(bench: Bench, cell: Cell, server: Server, at: int) -> dict[str, An
     requests = TURNS_WAVES * cell.load.concurrency
     load = replace(cell.load, requests=requests, output_tokens=TURNS_OUTPUT)
     server.switch("all")
-    time.sleep(SETTLE_S)
+    time.sleep(bench.settle_s)
     server.tell("take_turns")
     try:
         with beside(bench.threads) if bench.on_cpu else nullcontext():
