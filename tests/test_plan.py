@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from safegene_vllm.adapter import load_adapter
+from safegene_vllm.adapter import Pair, load_adapter
 from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.cli import build_app, main
 from safegene_vllm.errors import ConfigError
@@ -29,6 +30,7 @@ from safegene_vllm.plan import (
     read_shape,
 )
 from safegene_vllm.plan.slots import pair_bytes, slot_bytes, vector_bytes
+from safegene_vllm.plugin.sites import stack_parts
 
 ROOT = Path(__file__).parent.parent
 QWEN = ROOT / "benchmarks" / "scaling" / "qwen2.5-7b"
@@ -91,6 +93,12 @@ def test_stacking_packed_layers_holds_zeros(qwen: ModelShape) -> None:
         held = vector_bytes(qwen, alone, 16, 28, 2, stacked=stacked)
         assert held == pair_bytes(qwen, alone, 16, 2)
         assert vector_bytes(qwen, qwen.sites, 16, 28, 2, stacked=stacked) == every
+    real = 0
+    for linear in qwen.linears:
+        parts = [Pair(torch.zeros(16, linear.d_in), torch.zeros(w, 16)) for w in linear.widths]
+        found = stack_parts([*parts], linear.widths, dtype=torch.bfloat16, device="cpu")
+        real += sum(tensor.nbytes for tensor in found)
+    assert 28 * real == vector_bytes(qwen, qwen.sites, 16, 28, 2, stacked=True)
     assert slot_bytes(qwen, ("k_proj",), 16, 2) == slot_bytes(qwen, ("qkv_proj",), 16, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from safegene_vllm.adapter import Pair
 from safegene_vllm.plugin.gain import GainTable, add_safety
-from safegene_vllm.plugin.segment import RESERVED, SlotStore, StepPlan
+from safegene_vllm.plugin.segment import RESERVED, SlotStore, StepPlan, lora_linear
 from safegene_vllm.plugin.sites import stack_parts
 
 SLOTS, WIDTHS, D_IN, LAYERS = 5, (24, 8, 8), 32, 3
@@ -49,6 +49,21 @@ def filled(rank: int, dtype: torch.dtype) -> tuple[SimpleNamespace, SlotStore]:
     return host_layer, store
 
 
+def product(
+    store: SlotStore,
+    plan: StepPlan,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    gain: torch.Tensor | None = None,
+) -> None:
+    """The operator that compiled graphs call; eager engines call the function behind it."""
+    step = plan.others, plan.order, plan.groups
+    eager = y.clone()
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step, gain)
+    lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step, gain)
+    assert torch.equal(torch.nan_to_num(y), torch.nan_to_num(eager))
+
+
 def plain_loop(host_layer: SimpleNamespace, y: torch.Tensor, x: torch.Tensor, slots: list[int]):
     """One token, one part at a time, in float64."""
     out = y.double().clone()
@@ -70,16 +85,14 @@ def plain_loop(host_layer: SimpleNamespace, y: torch.Tensor, x: torch.Tensor, sl
 def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> None:
     slots = MIXES[mix]
     host_layer, store = filled(rank, dtype)
-    plan = StepPlan(SLOTS, 128)
+    plan = StepPlan(SLOTS, rank, 128)
     plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
     x = torch.randn(len(slots), D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = torch.randn(len(slots), sum(WIDTHS), generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = plain_loop(host_layer, y, x, slots)
     before = y.clone()
-    torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
-    )
+    product(store, plan, y, x)
     torch.testing.assert_close(
         y.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype]
     )
@@ -88,28 +101,33 @@ def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> N
             assert torch.equal(y[t], before[t]), "a token without an adapter was touched"
 
 
-def test_padding_after_the_steps_tokens_is_left_alone() -> None:
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
+    """What is computed beyond the step's tokens is left alone; what is missing hurts no other."""
     _, store = filled(8, torch.float32)
-    plan = StepPlan(SLOTS, 128)
-    plan.set_tokens(torch.tensor([0, 1]))
-    y, x = torch.zeros(6, sum(WIDTHS)), torch.ones(6, D_IN)
-    torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
-    )
-    assert y[:2].abs().sum() > 0
-    assert torch.equal(y[2:], torch.zeros(4, sum(WIDTHS)))
+    slots = MIXES[mix]
+    plan = StepPlan(SLOTS, 8, 128)
+    plan.set_tokens(torch.tensor(slots))
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(len(slots) + 40, D_IN, generator=generator)
+    whole, padded = torch.zeros(2, len(x), sum(WIDTHS))
+    product(store, plan, whole[: len(slots)], x[: len(slots)])
+    product(store, plan, padded, x)
+    assert torch.equal(padded, whole)
+    few = (len(slots) + 1) // 2
+    part = torch.zeros(few, sum(WIDTHS))
+    product(store, plan, part, x[:few])
+    torch.testing.assert_close(part, whole[:few])
 
 
 def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
     host_layer, store = filled(8, torch.float16)
     host_layer.lora_a_stacked[0][0, 0].fill_(60000.0)
-    plan = StepPlan(SLOTS, 16)
+    plan = StepPlan(SLOTS, 8, 16)
     plan.set_tokens(torch.tensor([0, 1, -1]))
     y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
     x = torch.ones(3, D_IN, dtype=torch.float16)
-    torch.ops.safegene.lora_linear(
-        y, x, store.a, store.b, store.rank, 0, plan.others, plan.order, plan.groups, []
-    )
+    product(store, plan, y, x)
     assert not torch.isfinite(y[0]).all()
     assert torch.isfinite(y[1:]).all()
 
@@ -156,21 +174,12 @@ def test_writing_one_row_touches_no_other() -> None:
     assert torch.equal(table.token_gains[:, [0, 2]], gains[:, [0, 2]])
 
 
-def test_a_step_without_gains_is_not_computed() -> None:
-    table = GainTable(SLOTS, LAYERS, 16, "cpu")
-    table.write(2, [0.0, 1.0, 0.0])
-    table.set_tokens(torch.tensor([0, 1]))
-    assert table.active.tolist() == [False, False, False]
-    table.set_tokens(torch.tensor([0, 2]))
-    assert table.active.tolist() == [False, True, False]
-
-
 def test_an_older_longer_step_leaves_no_gain_behind() -> None:
     table = GainTable(SLOTS, LAYERS, 16, "cpu")
     table.write(2, [1.0, 1.0, 1.0])
     table.set_tokens(torch.tensor([0, 2, 2, 2, 2, 2]))
     table.set_tokens(torch.tensor([0, 1]))
-    assert table.active.tolist() == [False, False, False]
+    assert not table.token_gains[:, :2].any()
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -199,18 +208,16 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     ):
         mine.copy_(theirs)
     slots = MIXES[mix]
-    plan = StepPlan(SLOTS, 128)
+    plan = StepPlan(SLOTS, 8, 128)
     plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
     gains = {-1: 0.7, 0: 0.0, 1: 0.5, 2: 2.0, 3: 0.0, 4: 1.0}
     gain = torch.tensor([[gains[slot]] for slot in slots])
     a, bt = stack_parts(parts, WIDTHS, dtype=dtype, device="cpu")
-    safety = [a, bt, gain, torch.tensor(True)]
     x = torch.randn(len(slots), D_IN, generator=generator).to(dtype)
     y, bare = torch.zeros(2, len(slots), sum(WIDTHS), dtype=dtype)
-    step = plan.others, plan.order, plan.groups
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.vector, *step, safety)
-    torch.ops.safegene.lora_linear(bare, x, plain.a, plain.b, plain.rank, 0, *step, [])
+    product(store, plan, y, x, gain)
+    product(plain, plan, bare, x)
     expected = plain_loop(host_layer, torch.zeros_like(y), x, slots)
     expected += ((x.double() @ a.double().T) * gain.double()) @ bt.double()
     torch.testing.assert_close(
@@ -219,3 +226,20 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     if rank <= RESERVED:
         for t, slot in enumerate(slots):
             assert gains[slot] or torch.equal(y[t], bare[t]), "gain 0 changed a bit"
+
+
+def test_a_prompt_without_a_gain_does_not_touch_the_vector() -> None:
+    host_layer = layer(8, torch.float32)
+    store = SlotStore(host_layer)
+    store.set_safety([Pair(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS])
+    for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
+        stacked.fill_(0.5)
+    slots = [0] * 40 + [1] * 40 + [-1] * 5
+    plan = StepPlan(SLOTS, 8, 128)
+    plan.set_tokens(torch.tensor(slots))
+    gain = torch.tensor([[1.0 if slot == 1 else 0.0] for slot in slots])
+    y = torch.zeros(len(slots), sum(WIDTHS))
+    product(store, plan, y, torch.ones(len(slots), D_IN), gain)
+    assert torch.isfinite(y[:40]).all() and y[:40].all()
+    assert y[40:80].isnan().all()
+    assert not y[80:].any()

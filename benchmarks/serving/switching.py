@@ -27,11 +27,12 @@ def set_aside(guest: Any) -> list[Callable[[], Any]]:
     undo: list[Callable[[], Any]] = []
     for layer in guest.manager.modules.values():
         wrapper = layer.punica_wrapper
-        if isinstance(wrapper, SegmentPunica) and wrapper.safety and (store := wrapper.store):
-            vector = store.a[:, store.slots * store.rank :]
-            undo.append(partial(setattr, wrapper, "safety", wrapper.safety))
+        if isinstance(wrapper, SegmentPunica) and wrapper.gain is not None:
+            assert wrapper.store is not None
+            vector = wrapper.store.vector_rows()
+            undo.append(partial(setattr, wrapper, "gain", wrapper.gain))
             undo.append(partial(vector.copy_, vector.clone()))
-            wrapper.safety = []
+            wrapper.gain = None
             vector.zero_()  # the rows that every engine has, with a vector or without
         elif isinstance(wrapper, GainPunica | FusedPunica):
             undo.append(partial(layer.set_mapping, wrapper))

@@ -83,6 +83,6 @@ def vector_bytes(
 
 def gain_bytes(layers: int, slots: int, batched_tokens: int) -> int:
     """The gain table itself: rows (S + 1, L) and token gains (L, T, 1) float32, token rows (T)
-    int64, active (L) bool.
+    int64.
     """
-    return 4 * (slots + 1) * layers + 4 * layers * batched_tokens + 8 * batched_tokens + layers
+    return 4 * (slots + 1) * layers + 4 * layers * batched_tokens + 8 * batched_tokens

@@ -17,8 +17,8 @@ class GainTable:
     """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
 
     Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
-    each layer, and `active` (L,) bool, whether any token has one. All are preallocated and updated
-    in place, so compiled graphs and CUDA graphs see every change.
+    each layer. Both are preallocated and updated in place, so compiled graphs and CUDA graphs see
+    every change.
 
     `base` (L,) bool on the CPU: whether tokens without an adapter ever had a gain in a layer. A
     CUDA graph keeps what it found there, so row 0 is written before any is captured.
@@ -27,7 +27,6 @@ class GainTable:
     def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
         self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
         self.token_gains = torch.zeros(layers, max_tokens, 1, dtype=torch.float32, device=device)
-        self.active = torch.zeros(layers, dtype=torch.bool, device=device)
         self.base = torch.zeros(layers, dtype=torch.bool)
         self.tokens = max_tokens
         self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
@@ -58,7 +57,6 @@ class GainTable:
         """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
         gains = self.token_gains[:, : self._tokens, 0]
         gains.copy_(self.rows.index_select(0, self._token_rows[: self._tokens]).t())
-        torch.any(gains, dim=1, out=self.active)
 
 
 def add_safety(

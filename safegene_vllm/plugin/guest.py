@@ -121,7 +121,7 @@ class Guest:
             layers = self.family.header.base.num_layers
             self.table = GainTable(manager.lora_slots, layers, tokens, self.device)
         if self.device.type == "cpu":
-            step = StepPlan(manager.lora_slots, tokens)
+            step = StepPlan(manager.lora_slots, self.max_rank, tokens)
             self.listeners.append(step)
             linear = host.resolve("BaseLinearLayerWithLoRA")
             for layer in manager.modules.values():
@@ -184,14 +184,14 @@ class Guest:
                 a, b = safety_pair(local, layer.output_slices, **where)
                 share = Site(a, b, table.rows, number, table.base[number])
                 layer.set_mapping(FusedPunica(inner, share, step))
+                size = a.nbytes + b.nbytes
+            elif isinstance(inner, SegmentPunica):
+                size = inner.place(local, table.token_gains[number])
             else:
-                a, b = stack_parts(local, tuple(layer.output_slices), **where)
-                gain, active = table.token_gains[number], table.active[number]
-                if isinstance(inner, SegmentPunica):
-                    inner.place(local, a, b, gain, active)
-                else:
-                    layer.set_mapping(GainPunica(inner, a, b, gain))
-            self.resident.bytes += a.nbytes + b.nbytes
+                a, bt = stack_parts(local, tuple(layer.output_slices), **where)
+                layer.set_mapping(GainPunica(inner, a, bt, table.token_gains[number]))
+                size = a.nbytes + bt.nbytes
+            self.resident.bytes += size
 
     def _choose(self, layers: Mapping[str, tuple[Any, list[Pair | None]]]) -> set[str]:
         """The layers that use the GPU kernels; says so where vLLM's compile cache will see it."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from safegene_vllm.adapter import Pair
-from safegene_vllm.plugin.gain import add_safety
 
 DENSE_TOKENS = 32
 DENSE_ROWS = 1056
@@ -29,28 +28,25 @@ class StepPlan:
 
     A prompt is a run of neighbouring tokens of one adapter; what decodes beside it is scattered.
 
-    `others` (T_max, S, 1) bool: False at each token's own slot, True elsewhere.
     `order` (T_max,) int64: numbers of the tokens with an adapter and in no long run, by slot, then
     of those without an adapter.
     `groups` (G, 5) int64: row 0 is (tokens, long runs, scattered tokens, their groups, tokens
     without an adapter); then a row (slot, first token, tokens, 0, 0) per long run and one (slot,
     offset into order, tokens, 0, 0) per group of scattered tokens.
+    `others` (DENSE_TOKENS, 1, S R) bool: for the tokens that may share one product, which are all
+    of a short step, else the scattered ones: False in the columns of a token's own slot.
     """
 
-    def __init__(self, slots: int, max_tokens: int) -> None:
-        self.others = torch.ones(max_tokens, slots, 1, dtype=torch.bool)
+    def __init__(self, slots: int, rank: int, max_tokens: int) -> None:
+        self.others = torch.ones(DENSE_TOKENS, 1, slots * rank, dtype=torch.bool)
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         most = 1 + max_tokens // RUN_TOKENS + slots
         self.groups = torch.zeros(most, 5, dtype=torch.long)
-        self._tokens = 0
+        self._columns = torch.arange(slots).repeat_interleave(rank)
 
     def set_tokens(self, slots: torch.Tensor) -> None:
         """In place: slots (T,) int64 of the step's tokens."""
         count = slots.shape[0]
-        self.others[count : self._tokens] = True
-        self._tokens = count
-        numbers = torch.arange(self.others.shape[1])
-        torch.ne(slots.unsqueeze(1), numbers, out=self.others[:count].squeeze(2))
         values, sizes = torch.unique_consecutive(slots, return_counts=True)
         short = (sizes < RUN_TOKENS) & (values >= 0)
         scattered = torch.repeat_interleave(short, sizes).nonzero().squeeze(1)
@@ -58,11 +54,16 @@ class StepPlan:
         free = (slots < 0).nonzero().squeeze(1)
         self.order[: len(order) + len(free)].copy_(torch.cat([order, free]))
         runs = _rows(values, sizes, RUN_TOKENS)
-        values, sizes = torch.unique_consecutive(slots[order], return_counts=True)
+        ordered = slots[order]
+        values, sizes = torch.unique_consecutive(ordered, return_counts=True)
         groups = _rows(values, sizes, 1)
         head = (count, len(runs), len(order), len(groups), len(free))
         rows = torch.tensor([head, *runs, *groups], dtype=torch.long)
         self.groups[: len(rows)].copy_(rows)
+        shared = slots if count <= DENSE_TOKENS else ordered
+        if len(shared) <= DENSE_TOKENS:
+            here = self.others[: len(shared), 0]
+            torch.ne(shared.unsqueeze(1), self._columns, out=here)
 
 
 def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[int, ...]]:
@@ -79,11 +80,13 @@ def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[i
 class SlotStore:
     """One layer's adapters of all slots, and room for its vector, laid out for few products.
 
-    Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n, K, D_in) and
+    Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n K, D_in) and
     `b[i]` (K, width_i): every slot's R rows, then P for the vector. P is there, as zeros, without a
     vector too: the products then have the same shapes, and so the same rounding, with and without.
-    The host goes on writing through its own names: they become views of this storage. `vector` is
-    the vector's rank here, 0 without one.
+    The host goes on writing through its own names: they become views of this storage.
+
+    `picks` (S, n, R + V) int64: for each slot the rows of `a` that are its own, then the vector's;
+    V is the vector's rank here, 0 without one.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -92,27 +95,39 @@ class SlotStore:
         self.slots, _, self.rank, self.d_in = stacked_a[0].shape
         self.dtype = stacked_a[0].dtype
         self.widths = [b.shape[2] for b in stacked_b]
-        self.vector = 0
         self._allocate(RESERVED)
+        self.picks = self._picks(0)
 
     def _allocate(self, reserved: int) -> None:
-        rows = self.slots * self.rank
-        self.a = torch.zeros(len(self.widths), rows + reserved, self.d_in, dtype=self.dtype)
+        rows, parts = self.slots * self.rank, len(self.widths)
+        self.a = torch.zeros(parts * (rows + reserved), self.d_in, dtype=self.dtype)
         self.b = [torch.zeros(rows + reserved, w, dtype=self.dtype) for w in self.widths]
         shape = (self.slots, 1, self.rank, -1)
-        self.layer.lora_a_stacked = tuple(part[:rows].view(shape) for part in self.a)
+        blocks = self.a.view(parts, rows + reserved, self.d_in)
+        self.layer.lora_a_stacked = tuple(part[:rows].view(shape) for part in blocks)
         self.layer.lora_b_stacked = tuple(part[:rows].view(shape).mT for part in self.b)
 
-    def set_safety(self, parts: Sequence[Pair | None]) -> None:
-        """Put the vector behind the slots; before any adapter has been written."""
-        self.vector = max(p.rank for p in parts if p is not None)
-        if self.vector > RESERVED:
-            self._allocate(self.vector)
-        rows = self.slots * self.rank
-        for i, pair in enumerate(parts):
+    def _picks(self, vector: int) -> torch.Tensor:
+        own = torch.arange(self.slots * self.rank).view(self.slots, self.rank)
+        behind = own.numel() + torch.arange(vector).expand(self.slots, vector)
+        block = torch.arange(len(self.widths)).view(-1, 1) * len(self.b[0])
+        return torch.cat([own, behind], dim=1).unsqueeze(1) + block
+
+    def set_safety(self, parts: Sequence[Pair | None]) -> int:
+        """Put the vector behind the slots, before any adapter has been written; its bytes."""
+        vector = max(p.rank for p in parts if p is not None)
+        if vector > RESERVED:
+            self._allocate(vector)
+        self.picks = self._picks(vector)
+        for rows, b, pair in zip(self.vector_rows(), self.b, parts, strict=True):
             if pair is not None:
-                self.a[i, rows : rows + pair.rank] = pair.a
-                self.b[i][rows : rows + pair.rank] = pair.b.t()
+                rows[: pair.rank] = pair.a
+                b[self.slots * self.rank :][: pair.rank] = pair.b.t()
+        return vector * (len(parts) * self.d_in + sum(self.widths)) * self.a.itemsize
+
+    def vector_rows(self) -> torch.Tensor:
+        """The vector's share of `a`, as a view (n, P, D_in)."""
+        return self.a.view(len(self.widths), -1, self.d_in)[:, self.slots * self.rank :]
 
 
 def lora_linear(
@@ -121,58 +136,68 @@ def lora_linear(
     a: torch.Tensor,
     b: list[torch.Tensor],
     rank: int,
-    vector: int,
+    picks: torch.Tensor,
     others: torch.Tensor,
     order: torch.Tensor,
     groups: torch.Tensor,
-    safety: list[torch.Tensor],
+    gain: torch.Tensor | None,
 ) -> None:
     """Add every token's own adapter, and the vector by its gain, to a layer's output, in place.
 
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
-    for a token without one; and what gain.add_safety adds.
-    Shapes: y (T, sum widths), x (T, D_in); a (n, K, D_in) and b n times (K, width) as in SlotStore,
-    `rank` rows for each slot, then `vector` of the vector; others, order and groups as in StepPlan;
-    safety is empty for a layer without a vector, else its stacked A (R_s, D_in) and Bᵀ (R_s, sum
-    widths), gain (T_max, 1) and active () bool.
+    for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
+    Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
+    slot; others, order and groups as in StepPlan; gain (T_max, 1) float32, or None for a layer
+    without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     tokens, runs, scattered, stretches, free = groups[0].tolist()
-    few = a.shape[1] <= DENSE_ROWS
-    if (runs or scattered) and x.shape[0] <= min(tokens, DENSE_TOKENS) and few:
-        _dense(y, x, a, b, rank, others[: x.shape[0]], safety[2] if safety else None)
+    if x.shape[0] != tokens:
+        step = (a, b, rank, picks, others, order, groups, gain)
+        _other_count(y, x, tokens, *step)
         return
-    tokens = min(tokens, x.shape[0])
-    gain = safety[2] if safety and safety[3].item() else None
-    rows = groups[1 : 1 + runs + stretches].tolist() if tokens else []
+    few = b[0].shape[0] <= DENSE_ROWS
+    if few and tokens <= DENSE_TOKENS and (runs or scattered):
+        _dense(y, x, a, b, others, gain)
+        return
+    rows = groups[1 : 1 + runs + stretches].tolist()
     for slot, first, size, _, _ in rows[:runs]:
-        run = slice(first, min(first + size, tokens))
-        _own(y[run], x[run], a, b, rank, vector, others, slot, _gain_of(gain, first))
-    index = _below(order[:scattered], tokens)
-    if len(index) and few and scattered <= DENSE_TOKENS:
+        run = slice(first, first + size)
+        _own(y[run], x[run], a, b, rank, picks[slot], _gain_of(gain, first))
+    if few and 0 < scattered <= DENSE_TOKENS:
+        index = order[:scattered]
         part = y.index_select(0, index)
-        theirs = safety[2].index_select(0, index) if safety else None
-        _dense(part, x.index_select(0, index), a, b, rank, others.index_select(0, index), theirs)
+        theirs = None if gain is None else gain.index_select(0, index)
+        _dense(part, x.index_select(0, index), a, b, others, theirs)
         y.index_copy_(0, index, part)
     else:
         for slot, offset, size, _, _ in rows[runs:]:
-            index = _below(order[offset : offset + size], tokens)
-            part, theirs = y.index_select(0, index), x.index_select(0, index)
-            own = _gain_of(gain, int(order[offset]))
-            _own(part, theirs, a, b, rank, vector, others, slot, own)
+            index = order[offset : offset + size]
+            part = y.index_select(0, index)
+            own = _gain_of(gain, int(index[0]))
+            _own(part, x.index_select(0, index), a, b, rank, picks[slot], own)
             y.index_copy_(0, index, part)
-    if gain is not None and free:
-        _add_free(y, x, _below(order[scattered : scattered + free], tokens), safety)
+    if free and (base := _gain_of(gain, int(order[scattered]))):
+        index = order[scattered : scattered + free]
+        part = y.index_select(0, index)
+        _picked(part, x.index_select(0, index), a, b, picks[0, :, rank:], 0, base)
+        y.index_copy_(0, index, part)
 
 
-def _below(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The token numbers that are computed here."""
-    return index[index < tokens]
+def _other_count(y: torch.Tensor, x: torch.Tensor, tokens: int, *step: Any) -> None:
+    """A padded pass computes more tokens than the step has, and a warm-up may compute fewer."""
+    if x.shape[0] > tokens:
+        lora_linear(y[:tokens], x[:tokens], *step)
+        return
+    whole_y, whole_x = y.new_zeros(tokens, y.shape[1]), x.new_zeros(tokens, x.shape[1])
+    whole_y[: len(y)], whole_x[: len(x)] = y, x
+    lora_linear(whole_y, whole_x, *step)
+    y.copy_(whole_y[: len(y)])
 
 
 def _gain_of(gain: torch.Tensor | None, token: int) -> float:
-    """All tokens of a slot have one gain."""
-    return 0.0 if gain is None else float(gain[token, 0])
+    """All tokens of a slot have one gain, and so have those without an adapter."""
+    return 0.0 if gain is None else gain[token].item()
 
 
 def _own(
@@ -181,9 +206,7 @@ def _own(
     a: torch.Tensor,
     b: list[torch.Tensor],
     rank: int,
-    vector: int,
-    others: torch.Tensor,
-    slot: int,
+    picks: torch.Tensor,
     gain: float,
 ) -> None:
     """Tokens of one slot: y (T, sum widths) += x (T, D_in) through its rows, in place.
@@ -191,17 +214,32 @@ def _own(
     With a gain the vector's rows stand beside the adapter's, so that y is written once for both;
     copying them together costs less. Without one, nothing of the vector is touched.
     """
-    own, n = slice(slot * rank, (slot + 1) * rank), a.shape[0]
-    a_own, b_own = a[:, own], [weight[own] for weight in b]
     if gain:
-        begin = others.shape[1] * rank
-        rest = slice(begin, begin + vector)
-        a_own = torch.cat([a_own, a[:, rest]], dim=1)
-        b_own = [torch.cat([w, weight[rest]]) for w, weight in zip(b_own, b, strict=True)]
-    hidden = torch.nn.functional.linear(x, a_own.flatten(0, 1)).view(x.shape[0], n, a_own.shape[1])
-    if gain:
-        hidden[:, :, rank:].mul_(gain)  # in float32, rounded once
-    _expand(y, hidden, b_own)
+        _picked(y, x, a, b, picks, rank, gain)
+    elif len(b) == 1:
+        begin = int(picks[0, 0])
+        own = slice(begin, begin + rank)
+        _expand(y, torch.nn.functional.linear(x, a[own]).unsqueeze(1), [b[0][own]])
+    else:
+        _picked(y, x, a, b, picks[:, :rank], rank, 0.0)
+
+
+def _picked(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: list[torch.Tensor],
+    picks: torch.Tensor,
+    rank: int,
+    gain: float,
+) -> None:
+    """The product with these rows (n, R) of the store alone; from `rank` on they are scaled."""
+    n, width = picks.shape
+    hidden = torch.nn.functional.linear(x, a.index_select(0, picks.flatten()))
+    hidden = hidden.view(-1, n, width)
+    if width > rank:
+        hidden.narrow(2, rank, width - rank).mul_(gain)  # in float32, rounded once
+    _expand(y, hidden, [weight.index_select(0, picks[0]) for weight in b])
 
 
 def _dense(
@@ -209,7 +247,6 @@ def _dense(
     x: torch.Tensor,
     a: torch.Tensor,
     b: list[torch.Tensor],
-    rank: int,
     others: torch.Tensor,
     gain: torch.Tensor | None,
 ) -> None:
@@ -219,13 +256,12 @@ def _dense(
     here. All slots, not those in use: the products' shapes, and so their rounding, must not depend
     on neighbours.
     """
-    tokens, slots = x.shape[0], others.shape[1]
-    n, block, _ = a.shape
-    rows = slots * rank
-    hidden = torch.nn.functional.linear(x, a.flatten(0, 1)).view(tokens, n, block)
-    hidden[:, :, :rows].view(tokens, n, slots, rank).masked_fill_(others.unsqueeze(1), 0.0)
+    tokens, rows, block = x.shape[0], others.shape[2], b[0].shape[0]
+    hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), block)
+    hidden.narrow(2, 0, rows).masked_fill_(others.narrow(0, 0, tokens), 0.0)
     if gain is not None:
-        hidden[:, :, rows:].mul_(gain[:tokens].unsqueeze(1))
+        own = gain.narrow(0, 0, tokens).unsqueeze(1)
+        hidden.narrow(2, rows, block - rows).mul_(own)  # in float32, rounded once
     _expand(y, hidden, b)
 
 
@@ -239,25 +275,10 @@ def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> Non
         start += width
 
 
-def _add_free(
-    y: torch.Tensor, x: torch.Tensor, index: torch.Tensor, safety: list[torch.Tensor]
-) -> None:
-    """The vector alone, for tokens without an adapter."""
-    a, bt, gain = safety[:3]
-    if not len(index) or not gain[index[0], 0]:
-        return
-    if len(index) == len(x):
-        add_safety(y, x, a, bt, gain)
-        return
-    part = y.index_select(0, index)
-    add_safety(part, x.index_select(0, index), a, bt, gain.index_select(0, index))
-    y.index_copy_(0, index, part)
-
-
 _LIBRARY = torch.library.Library("safegene", "FRAGMENT")
 _LIBRARY.define(
-    "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, int rank, int vector, "
-    "Tensor others, Tensor order, Tensor groups, Tensor[] safety) -> ()"
+    "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, int rank, Tensor picks, "
+    "Tensor others, Tensor order, Tensor groups, Tensor? gain) -> ()"
 )
 _LIBRARY.impl("lora_linear", lora_linear, "CPU")
 _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
@@ -266,28 +287,22 @@ _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
 class SegmentPunica:
     """A layer's punica wrapper on CPU: our LoRA product, with the safety product in the same call.
 
-    The product is one opaque operator, so that a compiled graph never bakes in which tokens belong
-    to whom. `add_lora_embedding` and `add_lora_logits` do nothing: see the module's docstring.
+    In a compiled graph the product is one opaque operator, so that the graph never bakes in which
+    tokens belong to whom. `add_lora_embedding` and `add_lora_logits` do nothing: see the module's
+    docstring.
     """
 
     def __init__(self, inner: Any, plan: StepPlan, layer: Any | None = None) -> None:
         self.inner = inner
         self.plan = plan
         self.store = None if layer is None else SlotStore(layer)
-        self.safety: list[torch.Tensor] = []
+        self.gain: torch.Tensor | None = None
 
-    def place(
-        self,
-        parts: Sequence[Pair | None],
-        a: torch.Tensor,
-        bt: torch.Tensor,
-        gain: torch.Tensor,
-        active: torch.Tensor,
-    ) -> None:
-        """Give the layer its share of the vector: by part, and stacked (sites.stack_parts)."""
+    def place(self, parts: Sequence[Pair | None], gain: torch.Tensor) -> int:
+        """Give the layer its share of the vector, by part, and its gains; the share's bytes."""
         assert self.store is not None
-        self.store.set_safety(parts)
-        self.safety = [a, bt, gain, active]
+        self.gain = gain
+        return self.store.set_safety(parts)
 
     def add_lora_linear(
         self,
@@ -300,18 +315,21 @@ class SegmentPunica:
         **kwargs: Any,
     ) -> None:
         """The host's contract: y (T, D_out) is changed in place."""
-        assert self.store is not None
-        torch.ops.safegene.lora_linear(
+        store, plan = self.store, self.plan
+        assert store is not None
+        compiling = torch.compiler.is_compiling()
+        product = torch.ops.safegene.lora_linear if compiling else lora_linear
+        product(
             y,
             x,
-            self.store.a,
-            self.store.b,
-            self.store.rank,
-            self.store.vector,
-            self.plan.others,
-            self.plan.order,
-            self.plan.groups,
-            self.safety,
+            store.a,
+            store.b,
+            store.rank,
+            store.picks,
+            plan.others,
+            plan.order,
+            plan.groups,
+            self.gain,
         )
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
