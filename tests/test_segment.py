@@ -58,6 +58,7 @@ def product(
 ) -> None:
     """The operator that compiled graphs call; eager engines call the function behind it."""
     step = plan.others, plan.order, plan.groups
+    gain = None if gain is None else gain.unsqueeze(1)
     eager = y.clone()
     torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step, gain)
     lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step, gain)

@@ -33,8 +33,8 @@ IDLE_SHARE = 0.05
 SETTLE_S = 2.0
 """Between two runs: a worker of vLLM's spins on its core for a second after its last step."""
 WARM = -1
-TURNS_WAVES, TURNS_OUTPUT = 12, 16
-"""Requests per concurrent one, and tokens of an answer, of a run whose steps take turns."""
+TURNS_ROUNDS, TURNS_WAVES, TURNS_OUTPUT = 6, 12, 16
+"""After how many rounds steps take turns; requests per concurrent one and tokens of an answer."""
 
 Say = Callable[[str], None]
 
@@ -195,7 +195,7 @@ def measure(bench: Bench, cell: Cell, done: Callable[[], Any] = lambda: None) ->
                 bench.say(f"{cell.name}: round {number + 1} of {bench.rounds}, {arm.title}")
                 found[arm.name] = _asked(bench, cell, servers, arm, number, wraps.get(arm.kind))
                 done()
-            for arm in cell.arms if cell.in_turns else ():
+            for arm in cell.arms if cell.in_turns and number < TURNS_ROUNDS else ():
                 if arm.safety == "aside":
                     bench.say(f"{cell.name}: round {number + 1}, steps in turn, {arm.title}")
                     engine = arm.engine(bench.on_cpu)

@@ -147,8 +147,8 @@ def lora_linear(
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
     for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
     Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
-    slot; others, order and groups as in StepPlan; gain (T_max, 1) float32, or None for a layer
-    without a vector.
+    slot; others, order and groups as in StepPlan; gain (T_max, 1, 1) float32, or None for a
+    layer without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     tokens, runs, scattered, stretches, free = groups[0].tolist()
@@ -260,8 +260,8 @@ def _dense(
     hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), block)
     hidden.narrow(2, 0, rows).masked_fill_(others.narrow(0, 0, tokens), 0.0)
     if gain is not None:
-        own = gain.narrow(0, 0, tokens).unsqueeze(1)
-        hidden.narrow(2, rows, block - rows).mul_(own)  # in float32, rounded once
+        vector = hidden.narrow(2, rows, block - rows)
+        vector.mul_(gain.narrow(0, 0, tokens))  # in float32, rounded once
     _expand(y, hidden, b)
 
 
@@ -299,9 +299,9 @@ class SegmentPunica:
         self.gain: torch.Tensor | None = None
 
     def place(self, parts: Sequence[Pair | None], gain: torch.Tensor) -> int:
-        """Give the layer its share of the vector, by part, and its gains; the share's bytes."""
+        """Give the layer its share of the vector, by part, and gains (T_max, 1); its bytes."""
         assert self.store is not None
-        self.gain = gain
+        self.gain = gain.unsqueeze(1)
         return self.store.set_safety(parts)
 
     def add_lora_linear(
