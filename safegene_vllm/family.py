@@ -96,6 +96,10 @@ class FamilyHeader:
     def num_layers(self) -> int:
         return self.base.num_layers
 
+    @property
+    def max_rank(self) -> int:
+        return max(site.rank for site in self.sites.values())
+
 
 @dataclass(frozen=True, eq=False)
 class Family:

@@ -17,7 +17,7 @@ from safegene_vllm.kernels.reference import disagreement, expected
 from safegene_vllm.kernels.site import Shape
 from safegene_vllm.plugin import fused
 from safegene_vllm.plugin import guest as guests
-from safegene_vllm.plugin.fused import safety_pair
+from safegene_vllm.plugin.fused import StepPunica, safety_pair
 from safegene_vllm.plugin.gain import GainTable
 from safegene_vllm.plugin.sites import Place, stack_parts
 
@@ -190,7 +190,7 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
         assert guest.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
     assert len(guest.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
 
-    punica = guests.StepPunica(inner, guest.listeners)
+    punica = StepPunica(inner, guest.listeners)
     for ids, slots in (([7, 0, 9, 7], [0, -1, 1, 0]), ([0, 0], [-1, -1]), ([9], [1])):
         inner.token_lora_indices = torch.tensor(slots)
         punica.update_metadata(SimpleNamespace(index_mapping=tuple(ids)), [7, 9], 3, 100)

@@ -57,11 +57,11 @@ def product(
     gain: torch.Tensor | None = None,
 ) -> None:
     """The operator that compiled graphs call; eager engines call the function behind it."""
-    step = plan.others, plan.order, plan.groups
-    gain = None if gain is None else gain.unsqueeze(1)
+    scale = None if gain is None else plan.scales[0]
+    step = plan.others, plan.order, plan.groups, gain, scale
     eager = y.clone()
-    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step, gain)
-    lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step, gain)
+    torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step)
+    lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step)
     assert torch.equal(torch.nan_to_num(y), torch.nan_to_num(eager))
 
 
@@ -86,7 +86,7 @@ def plain_loop(host_layer: SimpleNamespace, y: torch.Tensor, x: torch.Tensor, sl
 def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> None:
     slots = MIXES[mix]
     host_layer, store = filled(rank, dtype)
-    plan = StepPlan(SLOTS, rank, 128)
+    plan = StepPlan(SLOTS, rank, 128, dtype=dtype)
     plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
     x = torch.randn(len(slots), D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -107,7 +107,7 @@ def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
     """What is computed beyond the step's tokens is left alone; what is missing hurts no other."""
     _, store = filled(8, torch.float32)
     slots = MIXES[mix]
-    plan = StepPlan(SLOTS, 8, 128)
+    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float32)
     plan.set_tokens(torch.tensor(slots))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(len(slots) + 40, D_IN, generator=generator)
@@ -124,7 +124,7 @@ def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
 def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
     host_layer, store = filled(8, torch.float16)
     host_layer.lora_a_stacked[0][0, 0].fill_(60000.0)
-    plan = StepPlan(SLOTS, 8, 16)
+    plan = StepPlan(SLOTS, 8, 16, dtype=torch.float16)
     plan.set_tokens(torch.tensor([0, 1, -1]))
     y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
     x = torch.ones(3, D_IN, dtype=torch.float16)
@@ -190,7 +190,13 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     """Adapters and vector share products, and a gain of 0 leaves the adapters' bits."""
     host_layer, plain = filled(8, dtype)
     other_layer = layer(8, dtype)
-    store = SlotStore(other_layer)
+    gains = {-1: 0.7, 0: 0.0, 1: 0.503, 2: 2.009, 3: 0.0, 4: 1.003}
+    table = GainTable(SLOTS, 1, 128, "cpu")
+    for slot, value in gains.items():
+        table.write(slot, [value])
+    plan = StepPlan(SLOTS, 8, 128, dtype=dtype, vector=rank, table=table)
+    without = StepPlan(SLOTS, 8, 128, dtype=dtype)
+    store = SlotStore(other_layer, plan.reserved)
     generator = torch.Generator().manual_seed(4)
     parts = [
         Pair(
@@ -209,16 +215,15 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     ):
         mine.copy_(theirs)
     slots = MIXES[mix]
-    plan = StepPlan(SLOTS, 8, 128)
-    plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
-    plan.set_tokens(torch.tensor(slots))
-    gains = {-1: 0.7, 0: 0.0, 1: 0.5, 2: 2.0, 3: 0.0, 4: 1.0}
+    for listener in (plan, without, table):
+        listener.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
+        listener.set_tokens(torch.tensor(slots))
     gain = torch.tensor([[gains[slot]] for slot in slots])
     a, bt = stack_parts(parts, WIDTHS, dtype=dtype, device="cpu")
     x = torch.randn(len(slots), D_IN, generator=generator).to(dtype)
     y, bare = torch.zeros(2, len(slots), sum(WIDTHS), dtype=dtype)
-    product(store, plan, y, x, gain)
-    product(plain, plan, bare, x)
+    product(store, plan, y, x, table.token_gains[0])
+    product(plain, without, bare, x)
     expected = plain_loop(host_layer, torch.zeros_like(y), x, slots)
     expected += ((x.double() @ a.double().T) * gain.double()) @ bt.double()
     torch.testing.assert_close(
@@ -231,16 +236,60 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
 
 def test_a_prompt_without_a_gain_does_not_touch_the_vector() -> None:
     host_layer = layer(8, torch.float32)
+    table = GainTable(SLOTS, 1, 128, "cpu")
+    table.write(1, [1.0])
     store = SlotStore(host_layer)
     store.set_safety([Pair(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS])
     for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
         stacked.fill_(0.5)
     slots = [0] * 40 + [1] * 40 + [-1] * 5
-    plan = StepPlan(SLOTS, 8, 128)
-    plan.set_tokens(torch.tensor(slots))
-    gain = torch.tensor([[1.0 if slot == 1 else 0.0] for slot in slots])
+    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float32, vector=4, table=table)
+    for listener in (plan, table):
+        listener.set_tokens(torch.tensor(slots))
     y = torch.zeros(len(slots), sum(WIDTHS))
-    product(store, plan, y, torch.ones(len(slots), D_IN), gain)
+    product(store, plan, y, torch.ones(len(slots), D_IN), table.token_gains[0])
     assert torch.isfinite(y[:40]).all() and y[:40].all()
     assert y[40:80].isnan().all()
     assert not y[80:].any()
+
+
+@pytest.mark.parametrize("tokens", [8, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gain_is_finer_than_the_models_dtype(dtype: torch.dtype, tokens: int) -> None:
+    """A narrowed gain would be wrong in every value alike; roundings are to both sides."""
+    step = torch.finfo(dtype).eps
+    gain = 1.0 + 0.375 * step
+    assert float(torch.tensor(gain, dtype=dtype)) == 1.0
+    table = GainTable(SLOTS, 1, 128, "cpu")
+    table.write(2, [gain])
+    plan = StepPlan(SLOTS, 8, 128, dtype=dtype, vector=16, table=table)
+    store = SlotStore(layer(8, dtype), plan.reserved)
+    a = torch.randn(16, D_IN, generator=torch.Generator().manual_seed(6)).to(dtype)
+    b = [torch.eye(w, 16).to(dtype) for w in WIDTHS]
+    store.set_safety([Pair(a, half) for half in b])
+    for listener in (plan, table):
+        listener.set_tokens(torch.tensor([2] * tokens))
+    inputs = torch.arange(tokens) % D_IN
+    x = torch.nn.functional.one_hot(inputs, D_IN).to(dtype)
+    y = torch.zeros(tokens, sum(WIDTHS), dtype=dtype)
+    product(store, plan, y, x, table.token_gains[0])
+    expected = gain * a.double().T[inputs]
+    error = (y[:, :16].double() - expected) / expected / step
+    assert error.abs().max() <= 1.0
+    assert error.mean().abs() < 0.15
+
+
+def test_a_row_written_during_a_step_counts_at_once() -> None:
+    table = GainTable(SLOTS, LAYERS, 64, "cpu")
+    plan = StepPlan(SLOTS, 8, 64, dtype=torch.bfloat16, vector=4, table=table)
+    for listener in (plan, table):
+        listener.set_tokens(torch.tensor([1, -1, 2]))
+    table.write(2, [0.25, 0.5, 1.003])
+    begin, half = SLOTS * 8, plan.reserved // 2
+    found = plan.scales[:, 2, 0, begin:].double()
+    assert found[:, 0].tolist() == [0.25, 0.5, 1.0]
+    torch.testing.assert_close(
+        found[:, 0] + found[:, half], table.rows[3].double(), rtol=2e-5, atol=0
+    )
+    assert not plan.scales[:, :2, 0, begin:].any()
+    assert (plan.scales[:, :, 0, :begin] == 1).all()

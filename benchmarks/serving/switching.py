@@ -30,9 +30,10 @@ def set_aside(guest: Any) -> list[Callable[[], Any]]:
         if isinstance(wrapper, SegmentPunica) and wrapper.gain is not None:
             assert wrapper.store is not None
             vector = wrapper.store.vector_rows()
-            undo.append(partial(setattr, wrapper, "gain", wrapper.gain))
+            for name in ("gain", "scale"):
+                undo.append(partial(setattr, wrapper, name, getattr(wrapper, name)))
             undo.append(partial(vector.copy_, vector.clone()))
-            wrapper.gain = None
+            wrapper.gain = wrapper.scale = None
             vector.zero_()  # the rows that every engine has, with a vector or without
         elif isinstance(wrapper, GainPunica | FusedPunica):
             undo.append(partial(layer.set_mapping, wrapper))

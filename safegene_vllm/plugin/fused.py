@@ -1,4 +1,5 @@
-"""The fused GPU product: whether an engine's layers may use it, and its place in the host.
+"""The fused GPU product: whether an engine's layers may use it, and its place in the host; and the
+wrapper by which this and every other product hear of the host's steps.
 
 For CUDA devices; the kernels themselves are safegene_vllm/kernels. Where they cannot be used the
 plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py.
@@ -27,6 +28,26 @@ class StepTokens(TokenPlan):
     def begin(self, mapping: Any) -> None:
         """mapping is the host's LoRAMapping: one adapter id per token, 0 for none, on the CPU."""
         self.set_idle(not any(mapping.index_mapping))
+
+
+class StepPunica:
+    """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
+
+    def __init__(self, inner: Any, listeners: list[Any]) -> None:
+        self.inner = inner
+        self.listeners = listeners
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.update_metadata(*args, **kwargs)
+        for listener in self.listeners:
+            if isinstance(listener, StepTokens):
+                listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
+            listener.set_tokens(self.inner.token_lora_indices)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
 
 class FusedPunica:

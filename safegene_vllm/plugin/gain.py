@@ -7,7 +7,7 @@ tenants' own LoRA product: that is the host's, or on CPU segment.py, where few t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class GainTable:
 
     Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
     each layer. Both are preallocated and updated in place, so compiled graphs and CUDA graphs see
-    every change.
+    every change; `followers` are called after each.
 
     `base` (L,) bool on the CPU: whether tokens without an adapter ever had a gain in a layer. A
     CUDA graph keeps what it found there, so row 0 is written before any is captured.
@@ -31,6 +31,7 @@ class GainTable:
         self.tokens = max_tokens
         self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
         self._tokens = 0
+        self.followers: list[Callable[[], None]] = []
 
     def write(self, slot: int, coefficients: Sequence[float]) -> None:
         """In place: the row of `slot` (-1: no adapter). Touches no other row."""
@@ -57,6 +58,8 @@ class GainTable:
         """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
         gains = self.token_gains[:, : self._tokens, 0]
         gains.copy_(self.rows.index_select(0, self._token_rows[: self._tokens]).t())
+        for follow in self.followers:
+            follow()
 
 
 def add_safety(

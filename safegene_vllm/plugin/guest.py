@@ -26,33 +26,13 @@ from safegene_vllm.plugin import host
 from safegene_vllm.plugin.admission import Tenant, admit
 from safegene_vllm.plugin.arrivals import Arrivals
 from safegene_vllm.plugin.engine import Plan
-from safegene_vllm.plugin.fused import FusedPunica, StepTokens, choose, safety_pair
+from safegene_vllm.plugin.fused import FusedPunica, StepPunica, StepTokens, choose, safety_pair
 from safegene_vllm.plugin.gain import GainPunica, GainTable
 from safegene_vllm.plugin.segment import SegmentPunica, StepPlan
 from safegene_vllm.plugin.sites import SiteMap, local_parts, stack_parts
 from safegene_vllm.plugin.staging import Staging
 from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
 from safegene_vllm.settings import KEY
-
-
-class StepPunica:
-    """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
-
-    def __init__(self, inner: Any, listeners: list[Any]) -> None:
-        self.inner = inner
-        self.listeners = listeners
-
-    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        self.inner.update_metadata(*args, **kwargs)
-        for listener in self.listeners:
-            if isinstance(listener, StepTokens):
-                listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
-            listener.set_tokens(self.inner.token_lora_indices)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 @dataclass
@@ -121,7 +101,10 @@ class Guest:
             layers = self.family.header.base.num_layers
             self.table = GainTable(manager.lora_slots, layers, tokens, self.device)
         if self.device.type == "cpu":
-            step = StepPlan(manager.lora_slots, self.max_rank, tokens)
+            header = None if self.table is None else self.plan.header
+            vector = 0 if header is None else header.max_rank
+            size = (manager.lora_slots, self.max_rank, tokens)
+            step = StepPlan(*size, dtype=self.lora_dtype, vector=vector, table=self.table)
             self.listeners.append(step)
             linear = host.resolve("BaseLinearLayerWithLoRA")
             for layer in manager.modules.values():
@@ -186,7 +169,7 @@ class Guest:
                 layer.set_mapping(FusedPunica(inner, share, step))
                 size = a.nbytes + b.nbytes
             elif isinstance(inner, SegmentPunica):
-                size = inner.place(local, table.token_gains[number])
+                size = inner.place(local, table, number)
             else:
                 a, bt = stack_parts(local, tuple(layer.output_slices), **where)
                 layer.set_mapping(GainPunica(inner, a, bt, table.token_gains[number]))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.adapter import Pair
+from safegene_vllm.plugin.gain import GainTable
 
 DENSE_TOKENS = 32
 DENSE_ROWS = 1056
@@ -20,7 +21,7 @@ DENSE_ROWS = 1056
 RUN_TOKENS = 16
 """From so many neighbouring tokens of one adapter on, they have a product of their own."""
 RESERVED = 32
-"""Rows per part kept for a vector, there or not (see SlotStore)."""
+"""Rows per part kept for a vector, there or not: more for one of more than half that rank."""
 
 
 class StepPlan:
@@ -33,12 +34,37 @@ class StepPlan:
     `groups` (G, 5) int64: row 0 is (tokens, long runs, scattered tokens, their groups, tokens
     without an adapter); then a row (slot, first token, tokens, 0, 0) per long run and one (slot,
     offset into order, tokens, 0, 0) per group of scattered tokens.
-    `others` (DENSE_TOKENS, 1, S R) bool: for the tokens that may share one product, which are all
-    of a short step, else the scattered ones: False in the columns of a token's own slot.
+
+    For the tokens that may share one product, which are all of a short step, else the scattered
+    ones, over the K = S R + P rows of a SlotStore:
+    `others` (DENSE_TOKENS, 1, K) bool: True in the columns of other slots than a token's own.
+    `scales` (L, DENSE_TOKENS, 1, K) of the adapters' dtype: 1 in the slots' columns, in the
+    vector's what each layer's float32 gain is in this dtype, and then what is left of it. `vector`
+    is the largest rank of one, `table` has its gains.
     """
 
-    def __init__(self, slots: int, rank: int, max_tokens: int) -> None:
-        self.others = torch.ones(DENSE_TOKENS, 1, slots * rank, dtype=torch.bool)
+    def __init__(
+        self,
+        slots: int,
+        rank: int,
+        max_tokens: int,
+        *,
+        dtype: torch.dtype,
+        vector: int = 0,
+        table: GainTable | None = None,
+    ) -> None:
+        self.reserved = max(RESERVED, 2 * vector)
+        self._table = table
+        self._rows = slots * rank
+        rows = self._rows + self.reserved
+        layers = 0 if table is None else table.token_gains.shape[0]
+        self.few = rows <= DENSE_ROWS
+        self.others = torch.zeros(DENSE_TOKENS, 1, rows, dtype=torch.bool)
+        columns = rows if self.few else 0
+        self.scales = torch.ones(layers, DENSE_TOKENS, 1, columns, dtype=dtype)
+        self._shared = torch.zeros(0, dtype=torch.long)
+        if table is not None:
+            table.followers.append(self.spread)
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         most = 1 + max_tokens // RUN_TOKENS + slots
         self.groups = torch.zeros(most, 5, dtype=torch.long)
@@ -61,9 +87,21 @@ class StepPlan:
         rows = torch.tensor([head, *runs, *groups], dtype=torch.long)
         self.groups[: len(rows)].copy_(rows)
         shared = slots if count <= DENSE_TOKENS else ordered
-        if len(shared) <= DENSE_TOKENS:
-            here = self.others[: len(shared), 0]
-            torch.ne(shared.unsqueeze(1), self._columns, out=here)
+        self._shared = shared if len(shared) <= DENSE_TOKENS else shared[:0]
+        here = self.others[: len(self._shared), 0, : self._rows]
+        here.copy_(self._shared.unsqueeze(1) != self._columns)
+
+    def spread(self) -> None:
+        """In place: the gains of the shared product's tokens, as the table has them now."""
+        count = len(self._shared)
+        if self._table is None or not self.few or not count:
+            return
+        gains = self._table.rows.index_select(0, self._shared + 1).t().unsqueeze(2)
+        high = gains.to(self.scales.dtype)
+        vector = self.scales[:, :count, 0, self._rows :]
+        half = self.reserved // 2
+        vector[:, :, :half] = high
+        vector[:, :, half:] = (gains - high.float()).to(self.scales.dtype)
 
 
 def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[int, ...]]:
@@ -83,22 +121,22 @@ class SlotStore:
     Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n K, D_in) and
     `b[i]` (K, width_i): every slot's R rows, then P for the vector. P is there, as zeros, without a
     vector too: the products then have the same shapes, and so the same rounding, with and without.
-    The host goes on writing through its own names: they become views of this storage.
+    The vector lies there twice, P / 2 rows apart: what a bfloat16 cannot hold of its gain scales
+    its second copy. The host goes on writing through its own names: they become views of this
+    storage.
 
     `picks` (S, n, R + V) int64: for each slot the rows of `a` that are its own, then the vector's;
     V is the vector's rank here, 0 without one.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, reserved: int = RESERVED) -> None:
         stacked_a, stacked_b = layer.lora_a_stacked, layer.lora_b_stacked
         self.layer = layer
         self.slots, _, self.rank, self.d_in = stacked_a[0].shape
         self.dtype = stacked_a[0].dtype
         self.widths = [b.shape[2] for b in stacked_b]
-        self._allocate(RESERVED)
+        self.reserved = reserved
         self.picks = self._picks(0)
-
-    def _allocate(self, reserved: int) -> None:
         rows, parts = self.slots * self.rank, len(self.widths)
         self.a = torch.zeros(parts * (rows + reserved), self.d_in, dtype=self.dtype)
         self.b = [torch.zeros(rows + reserved, w, dtype=self.dtype) for w in self.widths]
@@ -110,19 +148,20 @@ class SlotStore:
     def _picks(self, vector: int) -> torch.Tensor:
         own = torch.arange(self.slots * self.rank).view(self.slots, self.rank)
         behind = own.numel() + torch.arange(vector).expand(self.slots, vector)
-        block = torch.arange(len(self.widths)).view(-1, 1) * len(self.b[0])
+        block = torch.arange(len(self.widths)).view(-1, 1) * (own.numel() + self.reserved)
         return torch.cat([own, behind], dim=1).unsqueeze(1) + block
 
     def set_safety(self, parts: Sequence[Pair | None]) -> int:
-        """Put the vector behind the slots, before any adapter has been written; its bytes."""
+        """Put the vector behind the slots; the bytes of one copy."""
         vector = max(p.rank for p in parts if p is not None)
-        if vector > RESERVED:
-            self._allocate(vector)
+        assert 2 * vector <= self.reserved
         self.picks = self._picks(vector)
         for rows, b, pair in zip(self.vector_rows(), self.b, parts, strict=True):
-            if pair is not None:
-                rows[: pair.rank] = pair.a
-                b[self.slots * self.rank :][: pair.rank] = pair.b.t()
+            if pair is None:
+                continue
+            for begin in (0, self.reserved // 2):
+                rows[begin:][: pair.rank] = pair.a
+                b[self.slots * self.rank + begin :][: pair.rank] = pair.b.t()
         return vector * (len(parts) * self.d_in + sum(self.widths)) * self.a.itemsize
 
     def vector_rows(self) -> torch.Tensor:
@@ -141,24 +180,25 @@ def lora_linear(
     order: torch.Tensor,
     groups: torch.Tensor,
     gain: torch.Tensor | None,
+    scale: torch.Tensor | None,
 ) -> None:
     """Add every token's own adapter, and the vector by its gain, to a layer's output, in place.
 
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
     for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
     Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
-    slot; others, order and groups as in StepPlan; gain (T_max, 1, 1) float32, or None for a
-    layer without a vector.
+    slot; others, order and groups as in StepPlan; gain (T_max, 1) float32 and the layer's
+    share of StepPlan.scales, or None for a layer without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     tokens, runs, scattered, stretches, free = groups[0].tolist()
     if x.shape[0] != tokens:
-        step = (a, b, rank, picks, others, order, groups, gain)
+        step = (a, b, rank, picks, others, order, groups, gain, scale)
         _other_count(y, x, tokens, *step)
         return
     few = b[0].shape[0] <= DENSE_ROWS
     if few and tokens <= DENSE_TOKENS and (runs or scattered):
-        _dense(y, x, a, b, others, gain)
+        _dense(y, x, a, b, others, scale)
         return
     rows = groups[1 : 1 + runs + stretches].tolist()
     for slot, first, size, _, _ in rows[:runs]:
@@ -167,8 +207,7 @@ def lora_linear(
     if few and 0 < scattered <= DENSE_TOKENS:
         index = order[:scattered]
         part = y.index_select(0, index)
-        theirs = None if gain is None else gain.index_select(0, index)
-        _dense(part, x.index_select(0, index), a, b, others, theirs)
+        _dense(part, x.index_select(0, index), a, b, others, scale)
         y.index_copy_(0, index, part)
     else:
         for slot, offset, size, _, _ in rows[runs:]:
@@ -248,7 +287,7 @@ def _dense(
     a: torch.Tensor,
     b: list[torch.Tensor],
     others: torch.Tensor,
-    gain: torch.Tensor | None,
+    scale: torch.Tensor | None,
 ) -> None:
     """Few tokens: every slot and the vector at once, then only what is each token's own.
 
@@ -256,12 +295,11 @@ def _dense(
     here. All slots, not those in use: the products' shapes, and so their rounding, must not depend
     on neighbours.
     """
-    tokens, rows, block = x.shape[0], others.shape[2], b[0].shape[0]
-    hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), block)
-    hidden.narrow(2, 0, rows).masked_fill_(others.narrow(0, 0, tokens), 0.0)
-    if gain is not None:
-        vector = hidden.narrow(2, rows, block - rows)
-        vector.mul_(gain.narrow(0, 0, tokens))  # in float32, rounded once
+    tokens = x.shape[0]
+    hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), -1)
+    hidden.masked_fill_(others.narrow(0, 0, tokens), 0.0)
+    if scale is not None:
+        hidden.mul_(scale.narrow(0, 0, tokens))
     _expand(y, hidden, b)
 
 
@@ -278,7 +316,7 @@ def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> Non
 _LIBRARY = torch.library.Library("safegene", "FRAGMENT")
 _LIBRARY.define(
     "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, int rank, Tensor picks, "
-    "Tensor others, Tensor order, Tensor groups, Tensor? gain) -> ()"
+    "Tensor others, Tensor order, Tensor groups, Tensor? gain, Tensor? scale) -> ()"
 )
 _LIBRARY.impl("lora_linear", lora_linear, "CPU")
 _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
@@ -295,13 +333,15 @@ class SegmentPunica:
     def __init__(self, inner: Any, plan: StepPlan, layer: Any | None = None) -> None:
         self.inner = inner
         self.plan = plan
-        self.store = None if layer is None else SlotStore(layer)
+        self.store = None if layer is None else SlotStore(layer, plan.reserved)
         self.gain: torch.Tensor | None = None
+        self.scale: torch.Tensor | None = None
 
-    def place(self, parts: Sequence[Pair | None], gain: torch.Tensor) -> int:
-        """Give the layer its share of the vector, by part, and gains (T_max, 1); its bytes."""
+    def place(self, parts: Sequence[Pair | None], table: GainTable, number: int) -> int:
+        """Give a layer of this number its share of the vector, by part; the share's bytes."""
         assert self.store is not None
-        self.gain = gain.unsqueeze(1)
+        self.gain = table.token_gains[number]
+        self.scale = self.plan.scales[number]
         return self.store.set_safety(parts)
 
     def add_lora_linear(
@@ -330,6 +370,7 @@ class SegmentPunica:
             plan.order,
             plan.groups,
             self.gain,
+            self.scale,
         )
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
