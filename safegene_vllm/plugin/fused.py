@@ -1,8 +1,8 @@
-"""The fused GPU product: whether an engine's layers may use it, and its place in the host; and the
-wrapper by which this and every other product hear of the host's steps.
+"""The fused GPU product: whether an engine's layers may use it, and its place in the host.
 
 For CUDA devices; the kernels themselves are safegene_vllm/kernels. Where they cannot be used the
-plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py.
+plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py. StepPunica,
+by which every product hears of the host's steps, is here for it needs this one's by name.
 """
 
 from __future__ import annotations
