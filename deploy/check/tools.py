@@ -26,6 +26,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "build" / "tools"
 DEBIAN_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SUITE = "trixie"
 """Debian 13: the oldest release with a docker-compose; its programs run on Debian 12 as well."""
+SHARE = "share"
 
 
 class ToolsMissingError(RuntimeError):
@@ -35,12 +36,14 @@ class ToolsMissingError(RuntimeError):
 @dataclass(frozen=True)
 class Debian:
     """A program of a Debian package. `path` is where the package puts it; `called` are its names
-    on PATH.
+    on PATH; `share` is a folder of the package that it reads below /usr, where only root can
+    write: one that is fetched looks for it as `SHARE` in the folder that it is run in.
     """
 
     package: str
     path: str
     called: tuple[str, ...]
+    share: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ KNOWN: dict[str, Debian | Wheel] = {
         "prometheus-alertmanager",
         "usr/bin/prometheus-alertmanager",
         ("alertmanager", "prometheus-alertmanager"),
+        share="usr/share/prometheus/alertmanager",
     ),
     "amtool": Debian("prometheus-alertmanager", "usr/bin/amtool", ("amtool",)),
     "docker-compose": Debian(
@@ -97,6 +101,14 @@ def find_all(names: Iterable[str]) -> dict[str, Path]:
             + "\n  ".join(missing)
         )
     return found
+
+
+def share(name: str) -> Path | None:
+    """What `SHARE` must lead to where a fetched `name` is run; None for one that is installed."""
+    tool = KNOWN[name]
+    if not isinstance(tool, Debian) or not tool.share or _on_path(tool) is not None:
+        return None
+    return TOOLS / "debian" / "unpacked" / tool.package / tool.share
 
 
 def _on_path(tool: Debian | Wheel) -> Path | None:
@@ -163,7 +175,12 @@ def _from_debian(tool: Debian) -> bytes:
     package = max(root.glob(f"{tool.package}_*.deb"), key=lambda path: path.stat().st_mtime)
     unpacked = root / "unpacked" / tool.package
     _run(["dpkg-deb", "-x", str(package), str(unpacked)], root)
-    return (unpacked / tool.path).read_bytes()
+    content = (unpacked / tool.path).read_bytes()
+    if tool.share:
+        # A path of the same length: more slashes mean the same.
+        before = f"/{tool.share}".encode()
+        content = content.replace(before, SHARE.encode().ljust(len(before), b"/"))
+    return content
 
 
 def _from_wheel(tool: Wheel) -> bytes:

@@ -115,12 +115,15 @@ def running(
     for minutes. Errors: StackError; ToolsMissingError.
     """
     programs = tools.find_all(["prometheus", "alertmanager"])
+    folder = folder.resolve()
     web, mail = free_port(), free_port()
     stack = Stack(f"http://127.0.0.1:{web}")
     with ExitStack() as ends:
         ends.enter_context(stack.http)
         hook = ends.enter_context(_webhook(stack.notices))
         _write_alertmanager(folder, hook, hurry)
+        if (share := tools.share("alertmanager")) is not None:
+            (folder / tools.SHARE).symlink_to(share)
         _write_prometheus(folder, targets, mail, key, every_s, hurry)
         ends.enter_context(
             _process(
@@ -224,7 +227,7 @@ def _webhook(notices: list[dict[str, Any]]) -> Iterator[str]:
 def _process(command: list[str], log: Path, ready: str) -> Iterator[None]:
     """`command` from when `ready` answers to the end of the block. Errors: StackError."""
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=log.parent, stdout=out, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + START_S
         while not _answers(ready):
