@@ -9,7 +9,13 @@ import torch
 
 from safegene_vllm.adapter import Pair
 from safegene_vllm.plugin.gain import GainTable, add_safety
-from safegene_vllm.plugin.segment import RESERVED, SlotStore, StepPlan, lora_linear
+from safegene_vllm.plugin.segment import (
+    DENSE_ROWS,
+    RESERVED,
+    SlotStore,
+    StepPlan,
+    lora_linear,
+)
 from safegene_vllm.plugin.sites import stack_parts
 
 SLOTS, WIDTHS, D_IN, LAYERS = 5, (24, 8, 8), 32, 3
@@ -232,6 +238,35 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     if rank <= RESERVED:
         for t, slot in enumerate(slots):
             assert gains[slot] or torch.equal(y[t], bare[t]), "gain 0 changed a bit"
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_slots_too_large_for_one_product(mix: str) -> None:
+    """Every adapter and the vector by runs and groups alone, where all slots at once cost more."""
+    rank = 256
+    table = GainTable(SLOTS, 1, 128, "cpu")
+    for slot in range(-1, SLOTS):
+        table.write(slot, [0.3 * (slot + 1)])
+    plan = StepPlan(SLOTS, rank, 128, dtype=torch.float32, vector=4, table=table)
+    host_layer, store = filled(rank, torch.float32)
+    assert not plan.few and store.b[0].shape[0] > DENSE_ROWS
+    generator = torch.Generator().manual_seed(7)
+    parts = [
+        Pair(torch.randn(4, D_IN, generator=generator), torch.randn(w, 4, generator=generator))
+        for w in WIDTHS
+    ]
+    store.set_safety([*parts])
+    slots = MIXES[mix]
+    for listener in (plan, table):
+        listener.set_tokens(torch.tensor(slots))
+    x = torch.randn(len(slots), D_IN, generator=generator)
+    y = torch.zeros(len(slots), sum(WIDTHS))
+    product(store, plan, y, x, table.token_gains[0])
+    a, bt = stack_parts([*parts], WIDTHS, dtype=torch.float64, device="cpu")
+    gains = table.token_gains[0, : len(slots)].double()
+    expected = plain_loop(host_layer, torch.zeros_like(y), x, slots)
+    expected += ((x.double() @ a.T) * gains) @ bt
+    torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_a_prompt_without_a_gain_does_not_touch_the_vector() -> None:
