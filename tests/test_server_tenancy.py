@@ -211,6 +211,14 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
 
 
+def reported(done: Callable[[], bool]) -> None:
+    """Wait for the reports of servers, which come a moment after their answers."""
+    deadline = time.monotonic() + 5
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     family = load_family(world.d / "f")
     pico.write_tenant(world.d / "m", world.d / "root" / "live", family, [0.4, 0.8], seed=20)
@@ -240,6 +248,7 @@ def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     second = server.ask(secret["secret"], "live")
     assert second[0] == "live@2" and second[1] != first[1]
     rollout = changed.json()["rollout"]["id"]
+    reported(lambda: bool(admin.get(f"/v1/safegene/rollouts/{rollout}").json()["done"]))
     shown = admin.get(f"/v1/safegene/rollouts/{rollout}").json()
     assert (shown["applied"], shown["live"], shown["done"]) == (1, 1, True)
     assert admin.post("/v1/safegene/tenants/live/rollback", json={}).status_code == 200
@@ -273,6 +282,7 @@ def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
             while running.ask(ACME, "acme/support")[0] != f"acme/support@{added.number}":
                 assert time.monotonic() < deadline
         last = world.registry.rollouts(limit=1)[0]
+        reported(lambda: world.registry.rollout_status(last.id).done)
         status = world.registry.rollout_status(last.id)
         assert (status.applied, status.live) == (2, 2)
         changed = changes_until_it_dies(other)
