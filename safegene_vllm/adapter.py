@@ -87,6 +87,11 @@ class Pair:
         """The same ΔW with scaling 1: b becomes float32 and carries it; a as it is."""
         return Pair(self.a, self.b.float() * self.scaling)
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all of both halves is finite in this dtype, once b carries the scaling."""
+        scaled = self.b.abs().amax().float() * self.scaling
+        return all(bool(m.to(dtype).isfinite()) for m in (self.a.abs().amax(), scaled))
+
 
 @dataclass(frozen=True)
 class PairShape:

@@ -317,3 +317,16 @@ def test_a_pattern_that_could_hang_a_worker_is_refused(
     edit_json(tmp_path / "slow" / "adapter_config.json", lambda c: c.update({option: {key: 4}}))
     with pytest.raises(HeaderError, match="for ever"):
         read_adapter_shapes(tmp_path / "slow")
+
+
+@pytest.mark.parametrize("scaling", [1.0, -2.0, 0.5, 1e30, 1e39, float("inf")])
+@pytest.mark.parametrize("size", [0.0, 1e-8, 3.0, 65504.0, 65519.0, 65520.0, 3.39e38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_pair_fits_a_dtype_if_all_of_it_stays_finite(
+    dtype: torch.dtype, size: float, scaling: float
+) -> None:
+    small, large = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.0], [-size], [size / 2]])
+    for pair in (Pair(small, large, scaling), Pair(large.T, small.T, scaling)):
+        folded = pair.folded()
+        finite = all(bool(m.to(dtype).isfinite().all()) for m in (folded.a, folded.b))
+        assert pair.fits(dtype) is finite

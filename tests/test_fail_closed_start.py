@@ -20,6 +20,7 @@ from engines import engine
 from safetensors.torch import load_file
 
 import safegene_vllm
+from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import (
     BoundsError,
     ConfigError,
@@ -95,6 +96,15 @@ def test_family_with_nan(house: Path, tmp_path: Path) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
     refuse(house, tmp_path / "nan", NonFiniteError, "lora_[AB]")
+
+
+def test_family_that_overflows_in_the_models_dtype(house: Path, tmp_path: Path) -> None:
+    """Finite in its file, as float32."""
+    pairs = {s: Pair(p.a, p.b * 1e9) for s, p in load_family(house / "family").pairs.items()}
+    header = load_family(house / "family").header
+    large = make_family("large", header.base, pairs, bounds=(0.0, 3.0), recipe={"method": "test"})
+    save_family(large, tmp_path / "large")
+    refuse(house, tmp_path / "large", HostError, "overflows torch.float16", dtype="float16")
 
 
 def test_family_with_sites_the_engine_does_not_adapt(house: Path) -> None:
@@ -175,7 +185,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
     flat = {
         "fully_sharded": False, "pipeline": 1, "sleep": False, "runner": "generate",
         "quantization": None, "load_format": "auto", "lora": True, "transfer": None,
-        "elastic": False, **changes,
+        "elastic": False, "fast_prefill": False, **changes,
     }  # fmt: skip
     apply = "weights" if flat["load_format"] == "safegene" else "gain"
     return SimpleNamespace(
@@ -185,6 +195,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
         lora_config=SimpleNamespace(fully_sharded_loras=flat["fully_sharded"])
         if flat["lora"]
         else None,
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=flat["fast_prefill"]),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=flat["pipeline"], enable_elastic_ep=flat["elastic"]
         ),
@@ -204,6 +215,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
         ({"fully_sharded": True}, "fully-sharded"),
         ({"pipeline": 2}, "pipeline-parallel"),
         ({"sleep": True}, "sleep-mode"),
+        ({"fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"runner": "pooling"}, "--runner pooling"),
         ({"transfer": object()}, "--weight-transfer-config"),
         ({"elastic": True}, "--enable-elastic-ep"),

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from engines import Answer, Ask, Engine, engine
 
+from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import (
     BoundsError,
     DigestError,
@@ -24,7 +26,8 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     TruncatedFileError,
 )
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.family import load_family, make_family, save_family
+from safegene_vllm.pico import linear_sites, make_model, write_family, write_tenant
 from safegene_vllm.profile import Profile, save_profile
 
 pytestmark = pytest.mark.engine
@@ -117,6 +120,13 @@ def spoil_nan_weight(house: Path, tenant: Path) -> None:
     save_file(tensors, tenant / WEIGHTS)
 
 
+def spoil_scaling(house: Path, tenant: Path) -> None:
+    """Each number of its files is finite, what a slot would hold is not."""
+    raw = json.loads((tenant / "adapter_config.json").read_text())
+    raw["lora_alpha"] = 1e40
+    (tenant / "adapter_config.json").write_text(json.dumps(raw))
+
+
 def spoil_rank(house: Path, tenant: Path) -> None:
     shutil.rmtree(tenant)
     write_tenant(house / "model", tenant, None, None, rank=16)
@@ -156,6 +166,7 @@ def spoil_file_symlink(house: Path, tenant: Path) -> None:
         (spoil_pickle, (PickleRefusedError, TenantRefusedError), "pickle|safetensors"),
         (spoil_truncated, TruncatedFileError, WEIGHTS),
         (spoil_nan_weight, NonFiniteError, "lora_[AB]"),
+        (spoil_scaling, TenantRefusedError, "overflows.*scaling 2.5e\\+39"),
         (spoil_rank, TenantRefusedError, "rank 16.*--max-lora-rank 8"),
         (spoil_no_module, TenantRefusedError, "no LoRA layer"),
         (spoil_symlink, TenantRefusedError, "symbolic link"),
@@ -272,6 +283,29 @@ def test_serve_unprotected_is_said_in_the_receipt(house: Path) -> None:
     assert receipt.unprotected_mode
     assert receipt.adapters[0].profile is None
     assert receipt.adapters[0].safety_sites == 0
+
+
+def test_a_sum_that_overflows_its_slot(house: Path, tmp_path: Path) -> None:
+    """Adapter and vector are finite in float16, the vector at this coefficient is not."""
+    base = load_family(house / "family").header.base
+    sites = {s: d for s, d in linear_sites(house / "model").items() if s.endswith("o_proj")}
+    pairs = {
+        s: Pair(torch.full((2, i), 1e-6), torch.full((o, 2), 3e4)) for s, (o, i) in sites.items()
+    }
+    large = make_family("large", base, pairs, bounds=(0.0, 3.0), recipe={"method": "test"})
+    save_family(large, tmp_path / "large")
+    for name, value in (("fits", 2.0), ("overflows", 3.0)):
+        write_tenant(house / "model", tmp_path / name, large, value)
+        write_tenant(house / "model", tmp_path / f"{name}-alone", large, value, adapter=False)
+    settings = {"family": str(tmp_path / "large"), "apply": "composed"}
+    with engine(house / "model", settings, dtype="float16") as e:
+        e.add(tmp_path / "fits")
+        e.add(tmp_path / "fits-alone")
+        before = e.ask([Ask(PROMPT, tmp_path / "fits")])
+        for name in ("overflows", "overflows-alone"):
+            with pytest.raises(TenantRefusedError, match=r"o_proj overflows torch\.float16"):
+                e.add(tmp_path / name)
+        assert e.ask([Ask(PROMPT, tmp_path / "fits")]) == before
 
 
 def test_weights_that_carry_the_vector_are_kept(house: Path, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ class Worker:
             seen={},
             bytes={},
             max_rank=8,
+            dtype=torch.float16,
+            lora_dtype=torch.float16,
             prefix_cache=True,
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
             sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
@@ -81,8 +83,8 @@ class Worker:
             raise TenantRefusedError("no room")
         self.loaded[request.lora_int_id] = self.guest.load(request)
 
-    def adapter(self, name: str, rank: int = 4) -> str:
-        pair = Pair(torch.randn(rank, 8), torch.randn(6, rank))
+    def adapter(self, name: str, rank: int = 4, size: float = 1.0) -> str:
+        pair = Pair(torch.randn(rank, 8), torch.randn(6, rank) * size)
         save_adapter(Adapter({SITE: pair}, None, {}), self.root / name, base_model="pico")
         return str(self.root / name)
 
@@ -145,6 +147,13 @@ def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
     )
     assert worker.guest.arrivals.adapter(worker.guest.tenants[2]) is not None
     assert worker.read[-1] == worker.guest.tenants[2].staged
+
+
+def test_what_no_slot_can_hold_is_refused(worker: Worker) -> None:
+    """Finite in the file, Inf in a float16 slot: there NaN for whoever shares a step."""
+    refused = worker.add(1, worker.adapter("a", size=1e6)) or ""
+    assert f"{SITE} overflows torch.float16 with its scaling 1" in refused
+    assert worker.guest.tenants == {} and worker.loaded == {}
 
 
 # read ahead
@@ -236,3 +245,17 @@ def test_what_is_taken_back_before_it_is_added_is_forgotten(worker: Worker) -> N
 def test_an_engine_without_tenants_has_nothing_to_read(worker: Worker) -> None:
     worker.model_runner = SimpleNamespace()
     assert worker.begin(1, "/nowhere")
+
+
+def test_what_was_never_added_may_be_mended_and_come_again(worker: Worker) -> None:
+    """No answer was ever cached of it. Of what has been added it would be stale."""
+    path = worker.adapter("a")
+    worker.begun(1, path)
+    worker.guest.forget(1)
+    worker.adapter("a")
+    assert rpc.safegene_add(worker, "t@1", 2, path, False)["refused"] is None
+    worker.adapter("a")
+    refused = rpc.safegene_add(worker, "t@1", 3, path, False)["refused"]
+    assert "has changed since it was first loaded" in refused
+    assert set(worker.guest.tenants) == {2}
+    assert [staged.exists() for staged in worker.read] == [False, True, False]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegene_vllm.adapter import Adapter, load_adapter
+from safegene_vllm.compose import compose_adapter
 from safegene_vllm.errors import SafegeneError, TenantRefusedError
 from safegene_vllm.plugin import host
 from safegene_vllm.profile import Profile, check_profile, has_profile, load_profile
@@ -46,9 +47,9 @@ class Tenant:
 def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
     """Stage and validate the tenant behind a LoRARequest; with its adapter, if it was read for it.
 
-    Changes nothing of the guest but what it has staged and seen, so a thread may do it.
+    Changes nothing of the guest but what it has staged, so a thread may do it.
     Errors: FormatError (a file), FamilyMismatchError and BoundsError (its profile),
-    TenantRefusedError (path, missing profile, rank, sites, changed content). Nothing is kept then.
+    TenantRefusedError (path, missing profile, rank, sites, values). Nothing is kept then.
     """
     name, path = request.lora_name, request.lora_path
     source = Path(path)
@@ -63,6 +64,7 @@ def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
         sites, adapter = (
             (0, None) if weights is None else _fitting(weights, staged, profile, name, guest)
         )
+        _check_composed(adapter, profile, name, guest)
         tenant = Tenant(
             name=name,
             path=path,
@@ -72,7 +74,6 @@ def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
             content=_digest_of(copy.digests.items()),
             weights=weights,
         )
-        _check_unchanged(tenant, guest)
     except SafegeneError as error:
         guest.staging.drop(staged)
         message = str(error).replace(str(staged), path)
@@ -133,13 +134,28 @@ def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Gues
         if own + extra > guest.max_rank:
             what = f"rank {own}" + (f" + {extra} of the vector" if extra else "")
             faults.append(f"{site} needs {what}, slots hold --max-lora-rank {guest.max_rank}")
+    _refuse(name, faults)
+
+
+def _check_composed(
+    adapter: Adapter | None, profile: Profile | None, name: str, guest: Guest
+) -> None:
+    """Errors: TenantRefusedError for a sum of adapter and vector that its slot cannot hold."""
+    if guest.settings.apply == "composed" and profile is not None:
+        assert guest.family is not None
+        _refuse(name, guest.site_faults(compose_adapter(adapter, guest.family, profile).pairs))
+
+
+def _refuse(name: str, faults: list[str]) -> None:
+    """Errors: TenantRefusedError if there are any."""
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise TenantRefusedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
 
 
-def _check_unchanged(tenant: Tenant, guest: Guest) -> None:
-    """Errors: TenantRefusedError if the prefix cache may hold blocks of other content.
+def check_unchanged(tenant: Tenant, guest: Guest) -> None:
+    """For whoever is about to serve it. Errors: TenantRefusedError, and its staged copy is dropped,
+    if the prefix cache may hold blocks of other content.
 
     The host keys cached blocks by (name, path): the same pair with other weights or coefficients
     would be answered from stale blocks.
@@ -147,6 +163,7 @@ def _check_unchanged(tenant: Tenant, guest: Guest) -> None:
     key = (tenant.name, tenant.path)
     before = guest.seen.setdefault(key, tenant.content)
     if before != tenant.content and guest.prefix_cache:
+        guest.staging.drop(tenant.staged)
         raise TenantRefusedError(
             f"tenant {tenant.name!r} at {tenant.path} has changed since it was first loaded; its "
             "cached prefixes would be stale. Load it under a new name or path (such as "

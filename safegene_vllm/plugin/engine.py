@@ -126,6 +126,11 @@ def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
         faults.append("--pipeline-parallel-size > 1 is not supported; use tensor parallelism")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         faults.append("--enable-sleep-mode can discard the vector (level 2) without a trace")
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        faults.append(
+            "--kv-sharing-fast-prefill runs layers on some tokens of a step, in which the others' "
+            "adapters and gains would be used"
+        )
     if not host.resolve("current_platform").can_update_inplace():
         faults.append("this platform cannot update tensors in place")
     return faults

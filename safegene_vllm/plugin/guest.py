@@ -23,7 +23,7 @@ from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
 from safegene_vllm.family import load_family
 from safegene_vllm.kernels.site import Site
 from safegene_vllm.plugin import host
-from safegene_vllm.plugin.admission import Tenant, admit
+from safegene_vllm.plugin.admission import Tenant, admit, check_unchanged
 from safegene_vllm.plugin.arrivals import Arrivals
 from safegene_vllm.plugin.engine import Plan
 from safegene_vllm.plugin.fused import FusedPunica, StepPunica, StepTokens, choose, safety_pair
@@ -140,6 +140,10 @@ class Guest:
             shape = self.sites.global_shape(place)
             if shape is not None and shape != (pair.d_out, pair.d_in):
                 faults.append(f"{site} is {shape} here, {(pair.d_out, pair.d_in)} in the file")
+            if not all(pair.fits(dtype) for dtype in {self.dtype, self.lora_dtype}):
+                faults.append(
+                    f"{site} overflows {self.lora_dtype} with its scaling {pair.scaling:g}"
+                )
         return faults
 
     def _place(self, pairs: Mapping[str, Pair], table: GainTable) -> None:
@@ -213,7 +217,9 @@ class Guest:
         """
         self.check_identity(request)
         if request.lora_int_id not in self.tenants:
-            self.tenants[request.lora_int_id] = self.arrivals.tenant(request)
+            tenant = self.arrivals.tenant(request)
+            check_unchanged(tenant, self)
+            self.tenants[request.lora_int_id] = tenant
 
     def load(self, request: Any) -> Any:
         """The host's form of a tenant, from its staged copy; validated on the first call.
