@@ -63,8 +63,8 @@ def product(
     gain: torch.Tensor | None = None,
 ) -> None:
     """The operator that compiled graphs call; eager engines call the function behind it."""
-    scale = None if gain is None else plan.scales[0]
-    step = plan.others, plan.order, plan.groups, gain, scale
+    others, scale = (plan.others, None) if gain is None else (plan.silent[0], plan.scales[0])
+    step = others, plan.order, plan.groups, gain, scale
     eager = y.clone()
     torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step)
     lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step)
@@ -269,7 +269,8 @@ def test_slots_too_large_for_one_product(mix: str) -> None:
     torch.testing.assert_close(y.double(), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_a_prompt_without_a_gain_does_not_touch_the_vector() -> None:
+@pytest.mark.parametrize("tokens", [1, 10, 40])
+def test_a_token_without_a_gain_does_not_touch_the_vector(tokens: int) -> None:
     host_layer = layer(8, torch.float32)
     table = GainTable(SLOTS, 1, 128, "cpu")
     table.write(1, [1.0])
@@ -277,15 +278,15 @@ def test_a_prompt_without_a_gain_does_not_touch_the_vector() -> None:
     store.set_safety([Pair(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS])
     for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
         stacked.fill_(0.5)
-    slots = [0] * 40 + [1] * 40 + [-1] * 5
+    slots = [0] * tokens + [1] * tokens + [-1] * 5
     plan = StepPlan(SLOTS, 8, 128, dtype=torch.float32, vector=4, table=table)
     for listener in (plan, table):
         listener.set_tokens(torch.tensor(slots))
     y = torch.zeros(len(slots), sum(WIDTHS))
     product(store, plan, y, torch.ones(len(slots), D_IN), table.token_gains[0])
-    assert torch.isfinite(y[:40]).all() and y[:40].all()
-    assert y[40:80].isnan().all()
-    assert not y[80:].any()
+    assert torch.isfinite(y[:tokens]).all() and y[:tokens].all()
+    assert y[tokens:-5].isnan().all()
+    assert not y[-5:].any()
 
 
 @pytest.mark.parametrize("tokens", [8, 40])
@@ -312,6 +313,26 @@ def test_a_gain_is_finer_than_the_models_dtype(dtype: torch.dtype, tokens: int) 
     error = (y[:, :16].double() - expected) / expected / step
     assert error.abs().max() <= 1.0
     assert error.mean().abs() < 0.15
+
+
+@pytest.mark.parametrize("tokens", [8, 40])
+@pytest.mark.parametrize(("gain", "size"), [(2e-8, 6e4), (1e-6, 6e4), (1e5, 1e-2)])
+def test_a_gain_beyond_the_range_of_float16(gain: float, size: float, tokens: int) -> None:
+    table = GainTable(SLOTS, 1, 128, "cpu")
+    table.write(2, [gain])
+    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float16, vector=4, table=table)
+    store = SlotStore(layer(8, torch.float16), plan.reserved)
+    a = torch.zeros(4, D_IN, dtype=torch.float16)
+    a[0] = size
+    store.set_safety([Pair(a, torch.eye(w, 4, dtype=torch.float16)) for w in WIDTHS])
+    for listener in (plan, table):
+        listener.set_tokens(torch.tensor([2] * tokens))
+    x = torch.nn.functional.one_hot(torch.arange(tokens) % D_IN, D_IN).half()
+    y = torch.zeros(tokens, sum(WIDTHS), dtype=torch.float16)
+    product(store, plan, y, x, table.token_gains[0])
+    torch.testing.assert_close(
+        y[:, 0].double(), gain * a[0, :1].double().expand(tokens), rtol=2e-3, atol=0
+    )
 
 
 def test_a_row_written_during_a_step_counts_at_once() -> None:

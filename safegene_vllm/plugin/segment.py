@@ -38,9 +38,12 @@ class StepPlan:
     For the tokens that may share one product, which are all of a short step, else the scattered
     ones, over the K = S R + P rows of a SlotStore:
     `others` (DENSE_TOKENS, 1, K) bool: True in the columns of other slots than a token's own.
+    `silent` (L, DENSE_TOKENS, 1, K) bool: the same, for layers with a vector, and True in its
+    columns where the gain is 0.
     `scales` (L, DENSE_TOKENS, 1, K) of the adapters' dtype: 1 in the slots' columns, in the
-    vector's what each layer's float32 gain is in this dtype, and then what is left of it. `vector`
-    is the largest rank of one, `table` has its gains.
+    vector's what each layer's float32 gain is in this dtype, and then what is left of it. For
+    float16, which has not the range of a gain, it is float32. `vector` is the largest rank of one,
+    `table` has its gains.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class StepPlan:
         self.few = rows <= DENSE_ROWS
         self.others = torch.zeros(DENSE_TOKENS, 1, rows, dtype=torch.bool)
         columns = rows if self.few else 0
-        self.scales = torch.ones(layers, DENSE_TOKENS, 1, columns, dtype=dtype)
+        scale = torch.float32 if dtype == torch.float16 else dtype
+        self.scales = torch.ones(layers, DENSE_TOKENS, 1, columns, dtype=scale)
+        self.silent = torch.zeros_like(self.scales, dtype=torch.bool)
         self._shared = torch.zeros(0, dtype=torch.long)
         if table is not None:
             table.followers.append(self.spread)
@@ -90,6 +95,8 @@ class StepPlan:
         self._shared = shared if len(shared) <= DENSE_TOKENS else shared[:0]
         here = self.others[: len(self._shared), 0, : self._rows]
         here.copy_(self._shared.unsqueeze(1) != self._columns)
+        if self.few:
+            self.silent[:, : len(here), 0, : self._rows] = here
 
     def spread(self) -> None:
         """In place: the gains of the shared product's tokens, as the table has them now."""
@@ -102,6 +109,7 @@ class StepPlan:
         half = self.reserved // 2
         vector[:, :, :half] = high
         vector[:, :, half:] = (gains - high.float()).to(self.scales.dtype)
+        torch.eq(vector, 0.0, out=self.silent[:, :count, 0, self._rows :])
 
 
 def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[int, ...]]:
@@ -188,7 +196,8 @@ def lora_linear(
     for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
     Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
     slot; others, order and groups as in StepPlan; gain (T_max, 1) float32 and the layer's
-    share of StepPlan.scales, or None for a layer without a vector.
+    share of StepPlan.scales, with its share of StepPlan.silent for others; or None, and others, for
+    a layer without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     tokens, runs, scattered, stretches, free = groups[0].tolist()
@@ -291,9 +300,9 @@ def _dense(
 ) -> None:
     """Few tokens: every slot and the vector at once, then only what is each token's own.
 
-    Other slots' columns are set to zero, not multiplied: an overflow there must not become NaN
-    here. All slots, not those in use: the products' shapes, and so their rounding, must not depend
-    on neighbours.
+    Other slots' columns, and the vector's at gain 0, are set to zero, not multiplied: an overflow
+    there must not become NaN here. All slots, not those in use: the products' shapes, and so their
+    rounding, must not depend on neighbours.
     """
     tokens = x.shape[0]
     hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), -1)
@@ -336,12 +345,14 @@ class SegmentPunica:
         self.store = None if layer is None else SlotStore(layer, plan.reserved)
         self.gain: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
+        self.others = plan.others
 
     def place(self, parts: Sequence[Pair | None], table: GainTable, number: int) -> int:
         """Give a layer of this number its share of the vector, by part; the share's bytes."""
         assert self.store is not None
         self.gain = table.token_gains[number]
         self.scale = self.plan.scales[number]
+        self.others = self.plan.silent[number]
         return self.store.set_safety(parts)
 
     def add_lora_linear(
@@ -366,7 +377,7 @@ class SegmentPunica:
             store.b,
             store.rank,
             store.picks,
-            plan.others,
+            self.others,
             plan.order,
             plan.groups,
             self.gain,
