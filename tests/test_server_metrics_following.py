@@ -79,6 +79,30 @@ def test_the_lag_is_that_of_the_oldest_version_not_served() -> None:
     assert lag.seconds() == 0.0
 
 
+def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
+    """A thread listens to the registry while the server follows it by itself."""
+
+    def follow() -> None:
+        lag.hear(1)
+        lag.apply(1)
+
+    class Version(int):
+        def __gt__(self, known: int) -> bool:
+            newer = int(self) > known
+            if following.ident is None:
+                following.start()
+                following.join(0.2)
+            return newer
+
+    now_s = [0.0]
+    lag = Lag(clock=lambda: now_s[0])
+    following = threading.Thread(target=follow)
+    lag.hear(Version(1))
+    following.join()
+    now_s[0] = 60.0
+    assert (lag.known, lag.seconds()) == (1, 0.0)
+
+
 def test_what_the_registry_counts(registry: Registry) -> None:  # noqa: F811
     registry.add_tenant("globex", FAMILY, actor="t")
     add_published(registry, "acme/support")

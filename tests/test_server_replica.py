@@ -178,6 +178,29 @@ def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
     assert world.registry.replicas() == ()
 
 
+def test_signs_of_life_come_between_the_adapters_of_a_long_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that says nothing for ten seconds counts as gone."""
+    monkeypatch.setattr("safegene_server.replica.teller.BEAT_S", 0.0)
+    first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
+    told: list[tuple[int, int]] = []
+
+    async def look() -> None:
+        assert told == [(1, 0), (1, 1)]
+
+    add = world.engine.add
+
+    async def adding(request: Any) -> list[dict[str, Any]]:
+        receipts = [len(world.registry.receipts(revision=r.id)) for r in (first, second)]
+        told.append((len(world.registry.replicas()), receipts[0]))
+        assert receipts[1] == 0
+        return await add(request)
+
+    world.engine.add = adding  # type: ignore[method-assign]
+    run(world, look)
+
+
 def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> None:
     changes: list[list[tuple[str, str]]] = []
 

@@ -6,6 +6,7 @@ For one replica to note what it hears and what it has applied; safe to hear in a
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -17,16 +18,19 @@ class Lag:
         self.clock = clock
         self.known = 0
         self._waiting: list[tuple[int, float]] = []
+        self._lock = threading.Lock()
 
     def hear(self, version: int) -> None:
         """There is this version; an older one, or one already heard of, is no news."""
-        if version > self.known:
-            self.known = version
-            self._waiting.append((version, self.clock()))
+        with self._lock:
+            if version > self.known:
+                self.known = version
+                self._waiting.append((version, self.clock()))
 
     def apply(self, version: int) -> None:
         """Everything up to this version is served."""
-        self._waiting = [(waits, at) for waits, at in self._waiting if waits > version]
+        with self._lock:
+            self._waiting = [(waits, at) for waits, at in self._waiting if waits > version]
 
     def heard_s(self, version: int) -> float:
         """When this version was heard of, by `clock`; now if it is served or unheard of."""

@@ -28,7 +28,7 @@ from safegene_server.replica.holding import Holding
 from safegene_server.replica.inside import Inside
 from safegene_server.replica.lag import Lag, Waiting
 from safegene_server.replica.supply import Supply
-from safegene_server.replica.teller import ACTOR, Teller, Told, receipt_of
+from safegene_server.replica.teller import ACTOR, BEAT_S, Teller, Told, receipt_of
 from safegene_server.replica.trials import Trials
 from safegene_server.replica.view import view_of
 from safegene_vllm.errors import (
@@ -41,7 +41,6 @@ from safegene_vllm.profile import make_profile
 
 logger = logging.getLogger("vllm.safegene_server")
 
-BEAT_S = 2.0
 AFTER_S = 0.05
 """Before a change is reported: whoever made it is answered first."""
 RETRY_S = 5.0
@@ -204,6 +203,7 @@ class Replica:
                     coming.append(revision.served_name)
                 else:
                     await self._holding.add(revision, path)
+                    await self._teller.live(self.version, self.faults())
             except (SafegeneError, EngineDownError) as error:
                 faults.append(f"{revision.served_name}: {plain(error)}")
                 logger.error("%s is not applied here: %s", revision.served_name, plain(error))

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from safegene_server.registry import Registry
-from safegene_vllm.errors import UnknownError
+from safegene_vllm.errors import SafegeneError, UnknownError
 
 ACTOR = "replica"
+BEAT_S = 2.0
 
 Told = tuple[dict[str, Any], bool]
 """A revision's receipts from every rank, and whether they are as promised."""
@@ -28,6 +31,7 @@ class Teller:
     ) -> None:
         self.registry, self.recall = registry, recall
         self.id = ""
+        self._told_s = time.monotonic()
         self._came: dict[int, Told] = {}
         self._gone: set[int] = set()
 
@@ -46,6 +50,12 @@ class Teller:
         except UnknownError:
             await self.join(version, faults)
 
+    async def live(self, version: int, faults: Sequence[str]) -> None:
+        """A sign of life in long work, when one is due; what fails is told again with the next."""
+        if time.monotonic() - self._told_s >= BEAT_S:
+            with suppress(SafegeneError):
+                await self.tell(version, faults)
+
     async def join(self, version: int, faults: Sequence[str]) -> None:
         """A new replica, with all that it holds. Errors: RegistryError and its kinds."""
         joined = await asyncio.to_thread(
@@ -58,6 +68,7 @@ class Teller:
 
     async def _report(self, version: int, faults: Sequence[str]) -> None:
         """Errors: UnknownError for a replica that the registry has forgotten."""
+        self._told_s = time.monotonic()
         came, gone = dict(self._came), set(self._gone)
         await asyncio.to_thread(
             self.registry.heartbeat,
