@@ -5,6 +5,7 @@ For tests that ask it as a stranger would; each module makes its own world and s
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Mapping
@@ -106,7 +107,8 @@ class Running:
         """-9 to every process of it, as when a machine dies."""
         everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
         for process in everything:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
     def end(self) -> None:

@@ -267,7 +267,15 @@ def app_of(world: World) -> FastAPI:
 @contextmanager
 def served(app: Any, port: int = 0) -> Iterator[str]:
     """The address of `app` while it is served on loopback; `port` 0 is any free one."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_level="error",
+        lifespan="off",
+        # Longer than a client keeps a connection, or both may end it at once.
+        timeout_keep_alive=75,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -16,7 +16,7 @@ ARMS = {"lora", "gain_100", "composed_100", "guard", "system_prompt"}
 
 def test_the_short_run_ends_in_one_line_with_every_ratio(tmp_path: Path) -> None:
     words = [sys.executable, str(PROGRAM), "--short", "--build", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["short"] and found["missing"] == []

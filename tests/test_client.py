@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from servers import free_port
 from tenant_server import FAMILY, KEY, SECRET, World, app_of, error, served
 
 from safegene_vllm.client import ApiError, Client
@@ -426,8 +427,8 @@ def test_a_refusal_ends_the_waiting_and_an_outage_does_only_when_it_lasts(
 
 def test_a_job_is_watched_through_a_restart_of_the_server() -> None:
     world = World(job_states=["running"])
-    with served(app_of(world)) as url:
-        port = int(url.rpartition(":")[2])
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     looked = threading.Event()
     ended: list[str] = []
 

@@ -63,7 +63,7 @@ def held_by_another(root: Path, *, shared: bool) -> bool:
     thread = threading.Thread(target=other)
     with layout.locked(root, shared=shared):
         thread.start()
-        waits = not got.wait(0.3)
+        waits = not got.wait(20 if shared else 0.3)
     thread.join(10)
     assert got.is_set()
     return waits

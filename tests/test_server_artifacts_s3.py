@@ -22,6 +22,7 @@ import s3fs
 import torch
 from artifact_fixtures import FAMILY, FILES, a_profile, a_tenant, content, tree
 from formats_fixtures import SITES
+from servers import free_port
 
 from safegene_server.artifacts import Limits, SourceRules, Store
 from safegene_server.artifacts.source import RemoteSource
@@ -44,14 +45,10 @@ PORTS = (
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return list(found)
 
 
 @dataclass(frozen=True)

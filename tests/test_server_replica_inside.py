@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -119,6 +120,22 @@ class Slow:
         )
 
 
+@asynccontextmanager
+async def over_once_begun(slow: Slow, count: int, limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """The time of `limit` is over as soon as `count` requests have begun."""
+
+    async def look() -> None:
+        while len(slow.begun) < count:
+            await asyncio.sleep(0.01)
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
+
+
 @pytest.mark.parametrize(
     "decorate",
     [
@@ -136,7 +153,7 @@ def test_what_is_given_up_leaves_nothing_in_the_engine(decorate: Callable[[], De
     async def by_a_timeout() -> None:
         slow = Slow(decorate())
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
+            async with asyncio.timeout(20) as limit, over_once_begun(slow, 2, limit):
                 await slow.ask("a", "b")
         assert sorted(slow.begun) == ["a", "b"] and slow.held == set()
 
@@ -163,8 +180,8 @@ def test_an_app_that_does_not_end_is_not_waited_for(
     async def ask() -> None:
         slow = Slow(stubborn=True)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
+            async with asyncio.timeout(20) as limit, over_once_begun(slow, 1, limit):
                 await slow.ask("a")
 
-    asyncio.run(asyncio.wait_for(ask(), 5))
+    asyncio.run(asyncio.wait_for(ask(), 40))
     assert f"POST {CHAT} did not end within 0.05 s" in caplog.text

@@ -7,6 +7,7 @@ in this process in place of the receivers, and all of it is gone at the end.
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -116,7 +117,7 @@ def running(
     """
     programs = tools.find_all(["prometheus", "alertmanager"])
     folder = folder.resolve()
-    web, mail = free_port(), free_port()
+    web, mail = free_ports(2)
     stack = Stack(f"http://127.0.0.1:{web}")
     with ExitStack() as ends:
         ends.enter_context(stack.http)
@@ -152,10 +153,17 @@ def running(
         yield stack
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, of those no outgoing connection is given meanwhile."""
+    found: list[int] = []
+    with ExitStack() as held:
+        while len(found) < count:
+            port = random.SystemRandom().randrange(15000, 30000)
+            sock = held.enter_context(socket.socket())
+            with suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 def _write_prometheus(
