@@ -234,8 +234,11 @@ def test_nothing_of_another_commit_machine_or_setting_is_used(tmp_path: Path) ->
     for origin in ({**ORIGIN, "commit": "def"}, {**ORIGIN, "processor": "Another"}):
         assert Kept(tmp_path, origin).rounds(made) == []
     assert Kept(tmp_path, ORIGIN).rounds(replace(made, rank=16)) == []
-    Kept(tmp_path, ORIGIN).forget()
+    other = replace(made, rank=16)
+    Kept(tmp_path, ORIGIN).write(other, "round", 0, speeds(lora=1.0))
+    Kept(tmp_path, ORIGIN).forget(made)
     assert Kept(tmp_path, ORIGIN).rounds(made) == []
+    assert len(Kept(tmp_path, ORIGIN).rounds(other)) == 1
 
 
 def test_a_finished_cell_starts_no_engine(tmp_path: Path, world: random_world.World) -> None:

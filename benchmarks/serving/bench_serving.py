@@ -116,7 +116,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="more vLLM flags for every arm, such as gpu-memory-utilization=0.1",
     )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "serving")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    parser.add_argument("--fresh", action="store_true", help="measure these cells again")
     parser.add_argument("--report", action="store_true", help="measure nothing; tell what is kept")
     parser.add_argument("--publish", action="store_true", help="write docs/performance.md too")
     if parser.parse_args(words).short:
@@ -181,7 +181,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     model, name = model_of(arguments)
     kept = Kept(arguments.build / "runs", origin(arguments.threads) | {"model": name})
     if arguments.fresh:
-        kept.forget()
+        for cell in cells:
+            kept.forget(cell)
     # No thread that redraws: it would take time from what is measured.
     with Progress(console=console, auto_refresh=False) as progress:
 

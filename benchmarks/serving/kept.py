@@ -37,9 +37,9 @@ class Kept:
     def place(self, cell: Cell) -> Path:
         return self.folder / f"{cell.name}-{cell.digest}"
 
-    def forget(self) -> None:
-        """Remove what was measured by this very code on this machine."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def forget(self, cell: Cell) -> None:
+        """Remove what was measured of this cell by this very code on this machine."""
+        shutil.rmtree(self.place(cell), ignore_errors=True)
 
     def write(self, cell: Cell, kind: str, number: int, found: Round) -> None:
         """Keep one round, or one turn of starts. Whole or not at all."""
