@@ -64,7 +64,7 @@ def product(
 ) -> None:
     """The operator that compiled graphs call; eager engines call the function behind it."""
     others, scale = (plan.others, None) if gain is None else (plan.silent[0], plan.scales[0])
-    step = others, plan.order, plan.groups, gain, scale
+    step = others, plan.order, plan.groups, plan.counts, gain, scale
     eager = y.clone()
     torch.ops.safegene.lora_linear(y, x, store.a, store.b, store.rank, store.picks, *step)
     lora_linear(eager, x, store.a, store.b, store.rank, store.picks, *step)
@@ -249,7 +249,7 @@ def test_slots_too_large_for_one_product(mix: str) -> None:
         table.write(slot, [0.3 * (slot + 1)])
     plan = StepPlan(SLOTS, rank, 128, dtype=torch.float32, vector=4, table=table)
     host_layer, store = filled(rank, torch.float32)
-    assert not plan.few and store.b[0].shape[0] > DENSE_ROWS
+    assert not plan.most_shared and store.b[0].shape[0] > DENSE_ROWS
     generator = torch.Generator().manual_seed(7)
     parts = [
         Pair(torch.randn(4, D_IN, generator=generator), torch.randn(w, 4, generator=generator))

@@ -18,6 +18,7 @@ from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import HostError
 from safegene_vllm.kernels.site import Shape, Site
 from safegene_vllm.kernels.tokens import TokenPlan
+from safegene_vllm.plugin.around import AroundPunica
 
 logger = logging.getLogger("vllm.safegene")
 
@@ -30,11 +31,11 @@ class StepTokens(TokenPlan):
         self.set_idle(not any(mapping.index_mapping))
 
 
-class StepPunica:
+class StepPunica(AroundPunica):
     """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
 
     def __init__(self, inner: Any, listeners: list[Any]) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.listeners = listeners
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
@@ -44,13 +45,8 @@ class StepPunica:
                 listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
             listener.set_tokens(self.inner.token_lora_indices)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
-
-class FusedPunica:
+class FusedPunica(AroundPunica):
     """A layer's punica wrapper whose LoRA product carries the safety product in its launches.
 
     One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
@@ -59,7 +55,7 @@ class FusedPunica:
     def __init__(self, inner: Any, site: Site, plan: TokenPlan) -> None:
         from safegene_vllm.kernels.product import add_product
 
-        self.inner = inner
+        super().__init__(inner)
         self.site = site
         self.plan = plan
         self._add = add_product
@@ -91,11 +87,6 @@ class FusedPunica:
             self.plan,
             scale,
         )
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 def safety_pair(

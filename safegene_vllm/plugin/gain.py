@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from safegene_vllm.plugin.around import AroundPunica
+
 
 class GainTable:
     """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
@@ -77,14 +79,14 @@ def add_safety(
     y.addmm_(hidden, bt)
 
 
-class GainPunica:
+class GainPunica(AroundPunica):
     """A layer's punica wrapper that runs the host's LoRA product, then adds the safety product.
 
     One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
     """
 
     def __init__(self, inner: Any, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.a = a
         self.bt = bt
         self.gain = gain
@@ -105,8 +107,3 @@ class GainPunica:
         )
         add_safety(y, x, self.a, self.bt, self.gain)
         return out
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.adapter import Pair
+from safegene_vllm.plugin.around import AroundPunica
 from safegene_vllm.plugin.gain import GainTable
 
 DENSE_TOKENS = 32
@@ -31,12 +32,13 @@ class StepPlan:
 
     `order` (T_max,) int64: numbers of the tokens with an adapter and in no long run, by slot, then
     of those without an adapter.
-    `groups` (G, 5) int64: row 0 is (tokens, long runs, scattered tokens, their groups, tokens
-    without an adapter); then a row (slot, first token, tokens, 0, 0) per long run and one (slot,
-    offset into order, tokens, 0, 0) per group of scattered tokens.
+    `groups` (G, 3) int64: a row (slot, first token, tokens) per long run, then one (slot, offset
+    into order, tokens) per group of scattered tokens.
+    `counts` (6,) int64: tokens, long runs, scattered tokens, their groups, tokens without an
+    adapter, and tokens that share one product over all slots: all of a short step, or the scattered
+    ones if they are few, or none.
 
-    For the tokens that may share one product, which are all of a short step, else the scattered
-    ones, over the K = S R + P rows of a SlotStore:
+    For the tokens that share one product, over the K = S R + P rows of a SlotStore:
     `others` (DENSE_TOKENS, 1, K) bool: True in the columns of other slots than a token's own.
     `silent` (L, DENSE_TOKENS, 1, K) bool: the same, for layers with a vector, and True in its
     columns where the gain is 0.
@@ -61,18 +63,18 @@ class StepPlan:
         self._rows = slots * rank
         rows = self._rows + self.reserved
         layers = 0 if table is None else table.token_gains.shape[0]
-        self.few = rows <= DENSE_ROWS
-        self.others = torch.zeros(DENSE_TOKENS, 1, rows, dtype=torch.bool)
-        columns = rows if self.few else 0
+        self.most_shared = DENSE_TOKENS if rows <= DENSE_ROWS else 0
+        columns = rows if self.most_shared else 0
+        self.others = torch.zeros(self.most_shared, 1, columns, dtype=torch.bool)
         scale = torch.float32 if dtype == torch.float16 else dtype
-        self.scales = torch.ones(layers, DENSE_TOKENS, 1, columns, dtype=scale)
+        self.scales = torch.ones(layers, self.most_shared, 1, columns, dtype=scale)
         self.silent = torch.zeros_like(self.scales, dtype=torch.bool)
         self._shared = torch.zeros(0, dtype=torch.long)
         if table is not None:
             table.followers.append(self.spread)
         self.order = torch.zeros(max_tokens, dtype=torch.long)
-        most = 1 + max_tokens // RUN_TOKENS + slots
-        self.groups = torch.zeros(most, 5, dtype=torch.long)
+        self.groups = torch.zeros(max_tokens // RUN_TOKENS + slots, 3, dtype=torch.long)
+        self.counts = torch.zeros(6, dtype=torch.long)
         self._columns = torch.arange(slots).repeat_interleave(rank)
 
     def set_tokens(self, slots: torch.Tensor) -> None:
@@ -88,20 +90,21 @@ class StepPlan:
         ordered = slots[order]
         values, sizes = torch.unique_consecutive(ordered, return_counts=True)
         groups = _rows(values, sizes, 1)
-        head = (count, len(runs), len(order), len(groups), len(free))
-        rows = torch.tensor([head, *runs, *groups], dtype=torch.long)
+        rows = torch.tensor([*runs, *groups], dtype=torch.long).view(-1, 3)
         self.groups[: len(rows)].copy_(rows)
-        shared = slots if count <= DENSE_TOKENS else ordered
-        self._shared = shared if len(shared) <= DENSE_TOKENS else shared[:0]
-        here = self.others[: len(self._shared), 0, : self._rows]
-        here.copy_(self._shared.unsqueeze(1) != self._columns)
-        if self.few:
-            self.silent[:, : len(here), 0, : self._rows] = here
+        shared = slots if count <= self.most_shared and len(rows) else ordered
+        self._shared = shared if len(shared) <= self.most_shared else shared[:0]
+        found = (count, len(runs), len(order), len(groups), len(free), len(self._shared))
+        self.counts.copy_(torch.tensor(found))
+        if count := len(self._shared):
+            here = self._shared.unsqueeze(1) != self._columns
+            self.others[:count, 0, : self._rows] = here
+            self.silent[:, :count, 0, : self._rows] = here
 
     def spread(self) -> None:
         """In place: the gains of the shared product's tokens, as the table has them now."""
         count = len(self._shared)
-        if self._table is None or not self.few or not count:
+        if self._table is None or not count:
             return
         gains = self._table.rows.index_select(0, self._shared + 1).t().unsqueeze(2)
         high = gains.to(self.scales.dtype)
@@ -113,12 +116,12 @@ class StepPlan:
 
 
 def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[int, ...]]:
-    """(slot, where it begins, size, 0, 0) of every stretch of an adapter with `least` tokens."""
+    """(slot, where it begins, size) of every stretch of an adapter with `least` tokens."""
     found: list[tuple[int, ...]] = []
     begin = 0
     for slot, size in zip(values.tolist(), sizes.tolist(), strict=True):
         if slot >= 0 and size >= least:
-            found.append((slot, begin, size, 0, 0))
+            found.append((slot, begin, size))
         begin += size
     return found
 
@@ -187,6 +190,7 @@ def lora_linear(
     others: torch.Tensor,
     order: torch.Tensor,
     groups: torch.Tensor,
+    counts: torch.Tensor,
     gain: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> None:
@@ -195,31 +199,30 @@ def lora_linear(
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
     for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
     Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
-    slot; others, order and groups as in StepPlan; gain (T_max, 1) float32 and the layer's
+    slot; others, order, groups and counts as in StepPlan; gain (T_max, 1) float32 and the layer's
     share of StepPlan.scales, with its share of StepPlan.silent for others; or None, and others, for
     a layer without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
-    tokens, runs, scattered, stretches, free = groups[0].tolist()
+    tokens, runs, scattered, stretches, free, shared = counts.tolist()
     if x.shape[0] != tokens:
-        step = (a, b, rank, picks, others, order, groups, gain, scale)
+        step = (a, b, rank, picks, others, order, groups, counts, gain, scale)
         _other_count(y, x, tokens, *step)
         return
-    few = b[0].shape[0] <= DENSE_ROWS
-    if few and tokens <= DENSE_TOKENS and (runs or scattered):
+    if shared and shared == tokens:
         _dense(y, x, a, b, others, scale)
         return
-    rows = groups[1 : 1 + runs + stretches].tolist()
-    for slot, first, size, _, _ in rows[:runs]:
+    rows = groups[: runs + stretches].tolist()
+    for slot, first, size in rows[:runs]:
         run = slice(first, first + size)
         _own(y[run], x[run], a, b, rank, picks[slot], _gain_of(gain, first))
-    if few and 0 < scattered <= DENSE_TOKENS:
-        index = order[:scattered]
+    if shared:
+        index = order[:shared]
         part = y.index_select(0, index)
         _dense(part, x.index_select(0, index), a, b, others, scale)
         y.index_copy_(0, index, part)
     else:
-        for slot, offset, size, _, _ in rows[runs:]:
+        for slot, offset, size in rows[runs:]:
             index = order[offset : offset + size]
             part = y.index_select(0, index)
             own = _gain_of(gain, int(index[0]))
@@ -325,13 +328,13 @@ def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> Non
 _LIBRARY = torch.library.Library("safegene", "FRAGMENT")
 _LIBRARY.define(
     "lora_linear(Tensor(a!) y, Tensor x, Tensor a, Tensor[] b, int rank, Tensor picks, "
-    "Tensor others, Tensor order, Tensor groups, Tensor? gain, Tensor? scale) -> ()"
+    "Tensor others, Tensor order, Tensor groups, Tensor counts, Tensor? gain, Tensor? scale) -> ()"
 )
 _LIBRARY.impl("lora_linear", lora_linear, "CPU")
 _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
 
 
-class SegmentPunica:
+class SegmentPunica(AroundPunica):
     """A layer's punica wrapper on CPU: our LoRA product, with the safety product in the same call.
 
     In a compiled graph the product is one opaque operator, so that the graph never bakes in which
@@ -340,7 +343,7 @@ class SegmentPunica:
     """
 
     def __init__(self, inner: Any, plan: StepPlan, layer: Any | None = None) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.plan = plan
         self.store = None if layer is None else SlotStore(layer, plan.reserved)
         self.gain: torch.Tensor | None = None
@@ -380,6 +383,7 @@ class SegmentPunica:
             self.others,
             plan.order,
             plan.groups,
+            plan.counts,
             self.gain,
             self.scale,
         )
@@ -389,8 +393,3 @@ class SegmentPunica:
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
         return None
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
