@@ -145,6 +145,38 @@ def test_first_keys_are_added_once_and_rotated_with_their_secret(
     registry.close()
 
 
+@pytest.mark.parametrize("taken", ["rotated", "revoked"])
+def test_a_secret_that_was_taken_away_does_not_come_back_with_a_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    taken: str,
+) -> None:
+    text = LEAST + "keys: [{name: prometheus, secret_env: A_KEY, scopes: [read], tenants: ['*']}]\n"
+    found = settings(tmp_path, text)
+    registry = Registry(tmp_path / "r.sqlite")
+    for secret in ("sg-" + "a" * 40, "sg-" + "b" * 40):
+        monkeypatch.setenv("A_KEY", secret)
+        add_first_keys(registry, found)
+    if taken == "rotated":
+        registry.rotate_key("prometheus", actor="ops")
+    else:
+        registry.revoke_key("prometheus", actor="ops")
+    before = registry.key("prometheus")
+    for secret in ("sg-" + "b" * 40, "sg-" + "c" * 40):
+        monkeypatch.setenv("A_KEY", secret)
+        add_first_keys(registry, found)
+        assert registry.key("prometheus") == before
+        assert "prometheus" in caplog.text and "over HTTP" in caplog.text
+        caplog.clear()
+    registry.close()
+
+
+def test_the_file_of_a_secret_is_counted_from_the_settings_file(tmp_path: Path) -> None:
+    found = settings(tmp_path, LEAST + "keys: [{name: a, secret_file: secrets/a}]\n")
+    assert found.keys[0].secret_file == tmp_path / "secrets" / "a"
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -29,7 +29,9 @@ def audit(
     ] = None,
     action: Annotated[
         str | None,
-        typer.Option(help="Only this action, or all of a kind, e.g. --action key."),
+        typer.Option(
+            help="Only this action (--action key.add), or all of a kind by its dot (--action key.)."
+        ),
     ] = None,
     target: Annotated[
         str | None,

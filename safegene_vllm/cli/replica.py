@@ -10,7 +10,7 @@ HELP = "The server processes that share a registry."
 def list_(
     as_json: AsJson = False, url: Url = LOCAL, key: KeyText = None, key_file: KeyFile = None
 ) -> None:
-    """All replicas: when each was seen last, how far it follows, its faults.
+    """The live replicas: when each was seen last, how far it follows, its faults.
 
     Example: safegene replica list
     """

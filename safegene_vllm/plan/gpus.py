@@ -76,7 +76,7 @@ def find_gpu(
         "--memory-gb": memory_gb,
         "--bandwidth": bandwidth_gb_s,
         "--tflops": tflops,
-        "--link": link_gb_s,
+        "--link-gb-s": link_gb_s,
     }
     for option, value in given.items():
         if value is not None and not 0 < value < 1e6:

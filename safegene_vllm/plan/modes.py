@@ -77,11 +77,6 @@ class Mode:
     def fits(self) -> bool:
         return self.sequences >= 1
 
-    @property
-    def safety_bytes(self) -> int:
-        """What safety itself takes on the device, beside slots."""
-        return self.vector_bytes + self.gain_bytes
-
 
 MODES = ("gain", "composed", "weights", "stock", "guard")
 """In the order of the tables. The first three are values of `safegene serve --apply`."""

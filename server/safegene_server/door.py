@@ -43,6 +43,9 @@ from safegene_vllm.errors import ConfigError, ConflictError
 
 logger = logging.getLogger("vllm.safegene_server")
 
+ACTOR = "settings"
+"""Who adds and rotates the keys of the settings, in the audit."""
+
 
 @dataclass
 class Door:
@@ -166,7 +169,8 @@ async def open_door(
 def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
     """The keys of the settings that are not there yet; a changed secret is a rotation.
 
-    Errors: ConfigError, RegistryError.
+    Not of a key that was rotated or revoked over HTTP since: a secret that leaked and was taken
+    away must not come back with the next start. Errors: ConfigError, RegistryError.
     """
     for given in settings.keys:
         secret = given.secret(os.environ)
@@ -177,9 +181,18 @@ def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
                 tenants=given.tenants,
                 default_tenant=given.default_tenant,
                 secret=secret,
-                actor="settings",
+                actor=ACTOR,
             )
         except ConflictError:
             known = registry.key(given.name)
-            if known.hash != key_digest(secret).hex():
-                registry.rotate_key(given.name, secret=secret, actor="settings")
+            if known.revoked_at is None and known.hash == key_digest(secret).hex():
+                continue
+            told = registry.audit(target=given.name, action="key.").entries
+            if known.revoked_at is None and told and told[0].actor == ACTOR:
+                registry.rotate_key(given.name, secret=secret, actor=ACTOR)
+            else:
+                logger.warning(
+                    "key %r of the settings was rotated or revoked over HTTP, so its secret there "
+                    "is not used; put the new one there, or take the key out",
+                    given.name,
+                )

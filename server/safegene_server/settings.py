@@ -233,6 +233,10 @@ def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
             where = where.get(section) if isinstance(where, dict) else None
         if isinstance(where, dict) and key in where:
             where[key] = _absolute(folder, where[key])
+    keys = raw.get("keys")
+    for given in keys if isinstance(keys, list) else []:
+        if isinstance(given, dict) and isinstance(given.get("secret_file"), str):
+            given["secret_file"] = _absolute(folder, given["secret_file"])
     registry = raw.get("registry")
     if isinstance(registry, str) and "://" not in registry:
         raw["registry"] = str(folder / registry)

@@ -45,7 +45,7 @@ class Keys(Database):
         """
         words.line(name, "key name", 100)
         allowed, reach = words.scopes(scopes), words.key_tenants(tenants, default_tenant)
-        if default_tenant is not None and default_tenant != words.BASE:
+        if default_tenant is not None:
             words.tenant_name(default_tenant)
         if expires_at is not None and expires_at.tzinfo is None:
             raise RegistryError(f"expires_at {expires_at} has no time zone; give one, such as UTC")
