@@ -29,9 +29,7 @@ def audit(
     ] = None,
     action: Annotated[
         str | None,
-        typer.Option(
-            help="Only this action (--action key.add), or all of a kind by its dot (--action key.)."
-        ),
+        typer.Option(help="Only this action, or all of a kind by a final dot, e.g. --action key."),
     ] = None,
     target: Annotated[
         str | None,
