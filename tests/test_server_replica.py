@@ -470,7 +470,8 @@ def test_the_base_model_is_a_grant_and_never_a_default(world: World) -> None:
     told = world.registry.add_key("k", scopes=["serve"], tenants=tenants, actor="t")
     principal = principal_of_key(told.key)
     assert principal.base and principal.tenants == {"acme"} and principal.default_tenant is None
-    with pytest.raises(RegistryError, match="kept for the base model"):
-        world.registry.add_key(
-            "b", scopes=["serve"], tenants=tenants, default_tenant="base", actor="t"
-        )
+    for reach in (tenants, ["*"]):
+        with pytest.raises(RegistryError, match="kept for the base model"):
+            world.registry.add_key(
+                "b", scopes=["serve"], tenants=reach, default_tenant="base", actor="t"
+            )
