@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from provenance import commit
-from safegene_vllm.kernels.tokens import TokenPlan
-from safegene_vllm.plugin.gain import add_safety
+from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
+from safegene_vllm.plugin.ops.gain_table import add_safety
 
 SITES = {
     "qkv": ((3584, 512, 512), 3584),
@@ -95,7 +95,7 @@ class Layers:
 
 
 def ours(layers: Layers, gains: torch.Tensor) -> Arm:
-    from safegene_vllm.kernels.product import lora_linear
+    from safegene_vllm.plugin.ops.triton_ops import lora_linear
 
     plan, yes = layers.plan, torch.ones((), dtype=torch.bool)
 

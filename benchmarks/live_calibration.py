@@ -29,9 +29,9 @@ from demo import ask_all
 from questions import ATTACK, ORDINARY, OVER_REFUSAL, Questions, held_out
 from safegene_vllm.client import Client
 from safegene_vllm.dataset import Dataset
-from safegene_vllm.evaluate.judges import is_coherent, is_refusal
-from safegene_vllm.evaluate.rates import rate
-from safegene_vllm.evaluate.tasks import correct
+from safegene_vllm.evaluation.judges import is_coherent, is_refusal
+from safegene_vllm.evaluation.statistics import rate
+from safegene_vllm.evaluation.tasks import correct
 from serving import Server
 from sources import shots_of
 from world import FAMILY, TENANTS, build_world

@@ -35,13 +35,13 @@ def scrape(tenants: int, named: int, shared: bool) -> dict[str, float]:
     """Seconds (median of 7) and bytes of one answer of /metrics after traffic of every tenant."""
     from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
 
-    from safegene_server.metrics.applied import Applied, Served
     from safegene_server.metrics.labels import TenantLabels
     from safegene_server.metrics.settings import MetricsSettings
     from safegene_server.metrics.traffic import Traffic
+    from safegene_server.monitoring.applied import Applied, Served
     from safegene_server.verifier import Expected
-    from safegene_vllm.family import Base, FamilyHeader, SelectedLayer
-    from safegene_vllm.profile import Profile
+    from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
+    from safegene_vllm.formats.profile import Profile
     from safegene_vllm.settings import Settings
 
     layers = tuple(SelectedLayer(number) for number in range(8, 24))

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safegene_vllm.disk import read_json
 from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.formats.file_io import read_json
 
 if TYPE_CHECKING:
     import torch

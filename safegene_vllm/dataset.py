@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from safegene_vllm.disk import canonical_json, parse_json, size_of_regular_file
 from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_faults
+from safegene_vllm.formats.file_io import canonical_json, parse_json, size_of_regular_file
 
 PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "sentence", "text", "description")
 TEXT_COLUMNS = ("answer", "response", "output")

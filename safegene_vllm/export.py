@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safegene_vllm import __version__
-from safegene_vllm.adapter import (
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    FormatError,
+    SafegeneError,
+    ShapeError,
+    SiteError,
+    TruncatedFileError,
+    raise_faults,
+)
+from safegene_vllm.formats.adapter import (
     CONFIG_FILE,
     OWNED_FILES,
     WEIGHTS_FILE,
@@ -28,25 +37,16 @@ from safegene_vllm.adapter import (
     load_adapter,
     settled,
 )
-from safegene_vllm.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
-from safegene_vllm.disk import pretty_json, replace_directory, size_of_regular_file
-from safegene_vllm.errors import (
-    FamilyMismatchError,
-    FormatError,
-    SafegeneError,
-    ShapeError,
-    SiteError,
-    TruncatedFileError,
-    raise_faults,
-)
-from safegene_vllm.profile import Profile, check_profile
-from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of, refuse_exported
-from safegene_vllm.tensorfile import FLOAT_BITS, tensor_bytes
+from safegene_vllm.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
+from safegene_vllm.formats.file_io import pretty_json, replace_directory, size_of_regular_file
+from safegene_vllm.formats.profile import Profile, check_profile
+from safegene_vllm.formats.safetensors_file import FLOAT_BITS, tensor_bytes
+from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, refuse_exported
 
 if TYPE_CHECKING:
     import torch
 
-    from safegene_vllm.family import Family
+    from safegene_vllm.formats.family import Family
 
 Progress = Callable[[int, int], None]
 """Is called with the bytes that are done and the bytes there are."""
@@ -114,7 +114,7 @@ def export_adapter(
     nothing are left out. Errors: those of compose.compose_adapter; FormatError if `out` holds
     more than an earlier export; TenantRefusedError if the tenant was exported already.
     """
-    from safegene_vllm.compose import compose_adapter
+    from safegene_vllm.composition import compose_adapter
 
     composed = compose_adapter(_own_adapter(tenant, family), family, profile)
     # With nothing left the zeros stay: an adapter without tensors loads nowhere.
@@ -134,7 +134,7 @@ def _merge_pairs(own: Adapter | None, family: Family, profile: Profile) -> dict[
 
     Semantics: scaling · b @ a = s_t b_t @ a_t + λ b_s @ a_s, one rounding for both.
     """
-    from safegene_vllm.compose import lora_pair
+    from safegene_vllm.composition import lora_pair
 
     tenant = {} if own is None else own.pairs
     pairs: dict[str, Pair] = {}
@@ -159,7 +159,7 @@ def _merge_pairs(own: Adapter | None, family: Family, profile: Profile) -> dict[
 
 def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
     """Every pair has its weight: there, of its shape, of a float dtype, and not an alias."""
-    from safegene_vllm.compose import merged_weight_name
+    from safegene_vllm.composition import merged_weight_name
 
     where = checkpoint.directory
     text = checkpoint.config.get("text_config")
@@ -212,7 +212,7 @@ def _write_shard(
     done: Callable[[int], None],
 ) -> None:
     """The shard again: its header byte for byte, its tensors with the pairs in `by_name` added."""
-    from safegene_vllm.compose import merge_into
+    from safegene_vllm.composition import merge_into
 
     path = checkpoint.directory / shard
     with open(path, "rb") as source, open(target, "wb") as file:
@@ -309,7 +309,7 @@ def export_checkpoint(
     (quantized), NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
     TenantRefusedError if an input was exported.
     """
-    from safegene_vllm.compose import merged_weight_name
+    from safegene_vllm.composition import merged_weight_name
 
     base, out = Path(base), Path(out)
     check_profile(profile, family.header)

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, key_digest, make_view
 from safegene_server.access.middleware import Access, principal_of
-from safegene_server.access.table import RULES
+from safegene_server.access.route_permissions import RULES
 
 CHAT = "/v1/chat/completions"
 NOW_S = 1_000_000.0

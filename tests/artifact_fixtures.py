@@ -9,9 +9,9 @@ from pathlib import Path
 
 from formats_fixtures import SITES, tiny_family, tiny_pair
 
-from safegene_vllm.adapter import Adapter, save_adapter
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, make_profile, save_profile
+from safegene_vllm.formats.adapter import Adapter, save_adapter
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, make_profile, save_profile
 
 FAMILY: FamilyHeader = tiny_family().header
 FILES = ("adapter_config.json", "adapter_model.safetensors")

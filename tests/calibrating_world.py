@@ -16,10 +16,10 @@ import httpx
 import pytest
 from tenancy_world import FakeReplica, World
 
-from safegene_server.calibrating import CALIBRATE, calibrate
+from safegene_server.calibration import CALIBRATE, calibrate
 from safegene_server.registry import Revision
 from safegene_server.tenants import ONBOARD, CalibrationSettings, GateSettings, Jobs, onboard
-from safegene_server.tenants.questions import CHAT
+from safegene_server.tenants.smoke_prompts import CHAT
 
 NAME = "acme/support"
 END = 256

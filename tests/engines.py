@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from safegene_vllm.adapter import layer_of, load_adapter
-from safegene_vllm.compose import delta
-from safegene_vllm.family import load_family
-from safegene_vllm.plugin.offline import Answer, Ask, Engine, engine, worst
-from safegene_vllm.profile import has_profile, load_profile
+from safegene_vllm.composition import delta
+from safegene_vllm.formats.adapter import layer_of, load_adapter
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import has_profile, load_profile
+from safegene_vllm.offline.engine import Answer, Ask, Engine, engine, worst
 
 __all__ = ["Answer", "Ask", "Engine", "engine", "reference", "worst"]
 

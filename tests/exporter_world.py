@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TENANTS = ("acme/support", "globex")
-MODULES = ("safegene_server.metrics.catalogue", "safegene_server.probes.gauges")
+MODULES = ("safegene_server.metrics.definitions", "safegene_server.monitoring.probes.gauges")
 
 # Label values, of every metric or of the one that is named.
 VALUES: dict[str, tuple[str, ...]] = {

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair
-from safegene_vllm.family import Base, Family, SelectedLayer, make_family, save_family
+from safegene_vllm.formats.adapter import Adapter, Pair
+from safegene_vllm.formats.family import Base, Family, SelectedLayer, make_family, save_family
 
 BASE = Base("LlamaForCausalLM", 3, "sha256:" + "ab" * 32)
 SITES = (

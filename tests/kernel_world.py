@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from safegene_vllm.kernels import product
-from safegene_vllm.kernels.reference import expected
-from safegene_vllm.kernels.tokens import TokenPlan
+from safegene_vllm.plugin.ops import triton_ops
+from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
+from safegene_vllm.plugin.ops.reference import expected
 
 LAYERS, LAYER = 3, 1
 
 # Interpreted programs run where the tensors are; in an engine the operator is CUDA's alone.
 _LIBRARY = torch.library.Library("safegene", "FRAGMENT")
-_LIBRARY.impl("gain_lora_linear", product.lora_linear, "CPU")
+_LIBRARY.impl("gain_lora_linear", triton_ops.lora_linear, "CPU")
 
 
 def _widened(handle: Any) -> Any:
@@ -114,7 +114,7 @@ def run(
 ) -> torch.Tensor:
     """The kernels' y, in a copy."""
     y = y.clone()
-    product.lora_linear(
+    triton_ops.lora_linear(
         *(y, x, one.a, one.b, one.safety_a, one.safety_b, one.gains, LAYER),
         *(torch.tensor(base), plan.order, plan.tiles, plan.idle, 1.0),
     )
@@ -132,15 +132,15 @@ def wanted(
 def launches(run_them: bool = True) -> Iterator[list[tuple[Any, int, tuple[Any, ...], Any]]]:
     """Every launch: program, grid, arguments, constants. Only recorded if not `run_them`."""
     seen: list[tuple[Any, int, tuple[Any, ...], Any]] = []
-    real = product.launch
+    real = triton_ops.launch
 
     def record(program: Any, programs: int, *args: Any, **meta: Any) -> None:
         seen.append((program, programs, args, meta))
         if run_them:
             real(program, programs, *args, **meta)
 
-    product.launch = record
+    triton_ops.launch = record
     try:
         yield seen
     finally:
-        product.launch = real
+        triton_ops.launch = real

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from safegene_vllm.plugin.host import NEWEST, OLDEST
+from safegene_vllm.plugin.compat import NEWEST, OLDEST
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = {(0, 28): "0.28.0", (0, 32): "0.32.0"}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from prometheus_client import REGISTRY
 
-from safegene_server.metrics import catalogue
+from safegene_server.metrics import definitions
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 Found = dict[Key, float]
@@ -62,12 +62,12 @@ def growth() -> Iterator[Grown]:
 def clean() -> None:
     """Gauges that tell of a set begin empty, whatever an earlier test has served."""
     for gauge in (
-        catalogue.REVISION_INFO,
-        catalogue.GAIN_NORM,
-        catalogue.COEFFICIENT,
-        catalogue.ACTIVE_LAYERS,
-        catalogue.PUBLISHED_AT,
-        catalogue.JOBS,
-        catalogue.BUILD_INFO,
+        definitions.REVISION_INFO,
+        definitions.GAIN_NORM,
+        definitions.COEFFICIENT,
+        definitions.ACTIVE_LAYERS,
+        definitions.PUBLISHED_AT,
+        definitions.JOBS,
+        definitions.BUILD_INFO,
     ):
         gauge.clear()

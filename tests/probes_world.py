@@ -19,9 +19,9 @@ from tenancy_world import World, good
 
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.settings import MetricsSettings
-from safegene_server.probes import Prober, ProbeSettings, gauges
+from safegene_server.monitoring.probes import Prober, ProbeSettings, gauges
 from safegene_server.tenants import read_prompts
-from safegene_vllm.profile import make_profile
+from safegene_vllm.formats.profile import make_profile
 
 PROMPTS = read_prompts()
 QUESTION_S = 0.25

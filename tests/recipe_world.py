@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
-from safegene_vllm.pico import make_model
+from safegene_vllm.tiny_model import make_model
 
 SPECIAL = ("<pad>", "<s>", "<end>")
 TEMPLATE = (

@@ -20,9 +20,9 @@ from servers import end, free_port, start, until_serving
 
 from safegene_server.artifacts import Store
 from safegene_server.registry import Registry, Replica, Revision
-from safegene_vllm import pico
-from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.profile import make_profile
+from safegene_vllm import tiny_model
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import make_profile
 
 ADMIN = f"sg-admin-{'0' * 40}"
 CONFIG = """
@@ -59,10 +59,10 @@ class World:
 
 def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "") -> World:
     """A pico model, its family, and adapters by name and seed; `more` goes to the settings."""
-    pico.make_model("llama", folder / "m")
-    family = pico.write_family(folder / "m", folder / "f")
+    tiny_model.make_model("llama", folder / "m")
+    family = tiny_model.write_family(folder / "m", folder / "f")
     for name, seed in adapters.items():
-        pico.write_tenant(folder / "m", folder / "root" / name, family, None, seed=seed)
+        tiny_model.write_tenant(folder / "m", folder / "root" / name, family, None, seed=seed)
     config = CONFIG.replace("ROOT", str(folder / "root")).replace("URL", url)
     (folder / "safegene.yaml").write_text(config + more)
     registry = Registry(url)

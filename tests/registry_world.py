@@ -23,9 +23,9 @@ import psycopg
 import pytest
 
 from safegene_server.registry import Registry, Revision
-from safegene_vllm.adapter import PairShape
-from safegene_vllm.family import Base, FamilyHeader, SelectedLayer
-from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.formats.adapter import PairShape
+from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
+from safegene_vllm.formats.profile import Profile, make_profile
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("sqlite", "postgresql")

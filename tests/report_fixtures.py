@@ -9,7 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
-from safegene_vllm.evaluate.evaluation import (
+from safegene_vllm.evaluation.results import (
     Change,
     Evaluation,
     FamilyRecord,
@@ -22,7 +22,7 @@ from safegene_vllm.evaluate.evaluation import (
     SubjectResult,
     TaskRecord,
 )
-from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report.report import report_page
 
 DIGEST = "sha256:" + "ab" * 32

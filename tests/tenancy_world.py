@@ -26,9 +26,9 @@ from safegene_server.access.middleware import Access
 from safegene_server.api import router
 from safegene_server.artifacts import Store
 from safegene_server.metrics.labels import TenantLabels
-from safegene_server.probes import PROBE, Prober, ProbeSettings, handler
+from safegene_server.monitoring.probes import PROBE, Prober, ProbeSettings, handler
 from safegene_server.registry import Job, Registry, Revision, Snapshot
-from safegene_server.registry.words import BASE
+from safegene_server.registry.validation import BASE
 from safegene_server.tenants import (
     ONBOARD,
     GateSettings,

@@ -13,16 +13,7 @@ import pytest
 import torch
 from formats_fixtures import edit_json, pico_llama, ramp, random_adapter, tiny_pair
 
-from safegene_vllm.adapter import (
-    Adapter,
-    Pair,
-    layer_of,
-    load_adapter,
-    read_adapter_shapes,
-    save_adapter,
-    scaling_of,
-)
-from safegene_vllm.compose import delta, merge_into
+from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import (
     HeaderError,
     MissingFileError,
@@ -33,7 +24,16 @@ from safegene_vllm.errors import (
     SiteError,
     TruncatedFileError,
 )
-from safegene_vllm.tensorfile import read_tensors, serialize
+from safegene_vllm.formats.adapter import (
+    Adapter,
+    Pair,
+    layer_of,
+    load_adapter,
+    read_adapter_shapes,
+    save_adapter,
+    scaling_of,
+)
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
 SITE = "model.layers.1.mlp.up_proj"
 A_NAME = f"base_model.model.{SITE}.lora_A.weight"

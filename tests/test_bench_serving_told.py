@@ -30,10 +30,10 @@ import shown
 from arms import parse_arm
 from cells import Cell, Load
 from kept import Kept
-from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.family import load_family
-from safegene_vllm.profile import load_profile
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import load_profile
 
 LOAD = Load(8, 32, 8, 4)
 ORIGIN = {

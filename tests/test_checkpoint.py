@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.errors import (
     FormatError,
     HeaderError,
@@ -19,7 +18,8 @@ from safegene_vllm.errors import (
     ShapeError,
     SiteError,
 )
-from safegene_vllm.pico import make_model
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.tiny_model import make_model
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safegene_vllm.adapter import Adapter, load_adapter, save_adapter
 from safegene_vllm.cli import COMMANDS, main
+from safegene_vllm.cli.console import bar
 from safegene_vllm.cli.extract import parse_layers
 from safegene_vllm.cli.profile import parse_coefficients
-from safegene_vllm.cli.terminal import bar
-from safegene_vllm.compose import delta
+from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.family import load_family
-from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_family, write_tenant
-from safegene_vllm.profile import load_profile
+from safegene_vllm.formats.adapter import Adapter, load_adapter, save_adapter
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import load_profile
+from safegene_vllm.tiny_model import (
+    linear_sites,
+    make_model,
+    random_pairs,
+    write_family,
+    write_tenant,
+)
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "vllm", "transformers", "fastapi", "numpy", "peft"}

@@ -10,10 +10,10 @@ from recipe_world import pico_chat_model
 
 from safegene_vllm.cli import main
 from safegene_vllm.cli.evaluate import percent
-from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation
-from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.pico import write_family, write_tenant
-from safegene_vllm.profile import load_profile
+from safegene_vllm.evaluation.results import Evaluation, load_evaluation
+from safegene_vllm.evaluation.statistics import Rate
+from safegene_vllm.formats.profile import load_profile
+from safegene_vllm.tiny_model import write_family, write_tenant
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ import torch
 from recipe_commands import Outcome, World, called, count_loads, files, write_world
 from recipe_world import GOOD, write_tokenizer
 
-from safegene_vllm.adapter import load_adapter
 from safegene_vllm.cli import main
 from safegene_vllm.dataset import read_dataset
-from safegene_vllm.family import load_family
-from safegene_vllm.pico import write_tenant
-from safegene_vllm.profile import load_profile
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import load_profile
 from safegene_vllm.recipe.model import load_model
+from safegene_vllm.tiny_model import write_tenant
 
 Run = Callable[..., Outcome]
 

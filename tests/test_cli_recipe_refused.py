@@ -14,7 +14,7 @@ from recipe_commands import MIT, Outcome, World, called, count_loads, write_worl
 from recipe_world import pico_chat_model
 
 from safegene_vllm.cli.data import read_all
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 COMMANDS = ("degrade", "extract", "select", "calibrate")
 Run = Callable[..., Outcome]

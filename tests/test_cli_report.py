@@ -17,8 +17,8 @@ from report_fixtures import evaluation
 from safegene_vllm.cli import main
 from safegene_vllm.cli.report import parse_tenant
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.evaluation import FamilyRecord, LayerScore, save_evaluation
-from safegene_vllm.profile import make_profile, save_profile
+from safegene_vllm.evaluation.results import FamilyRecord, LayerScore, save_evaluation
+from safegene_vllm.formats.profile import make_profile, save_profile
 from safegene_vllm.report.report import report_page
 
 ROOT = Path(__file__).parent.parent

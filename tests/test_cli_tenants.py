@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 from tenant_server import AT, FAMILY, KEY, SECRET, World, app_of, error, served
 
-from safegene_vllm.cli import main, remote, terminal
-from safegene_vllm.client import waiting
+from safegene_vllm.cli import client_options, console, main
+from safegene_vllm.client import polling
 
 NAME = "acme/support"
 DOCS = Path(__file__).parent.parent / "docs" / "tenants.md"
@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(polling.time, "sleep", lambda seconds: None)
 
 
 def last(world: World, method: str) -> Any:
@@ -499,7 +499,7 @@ def test_a_narrow_terminal_loses_nothing(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        remote,
+        client_options,
         "results",
         lambda: Console(force_terminal=True, width=60, markup=False, color_system=None),
     )
@@ -514,19 +514,19 @@ def test_interrupted_it_says_how_to_go_on(
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(waiting.time, "sleep", stop)
+    monkeypatch.setattr(polling.time, "sleep", stop)
     outcome = run("job", "watch", 7)
     assert outcome.code != 0 and "safegene job watch 7" in outcome.err
 
 
 def test_clean_and_cell() -> None:
-    assert terminal.clean("a\x1b[1mb\nc") == "a?[1mb\nc"
-    assert remote.cell({"a": 1, "b": [2.5, None]}) == "a=1, b=2.5, -"
-    assert [remote.cell(value) for value in (None, "", [], {}, True, 0)] == [
+    assert console.clean("a\x1b[1mb\nc") == "a?[1mb\nc"
+    assert client_options.cell({"a": 1, "b": [2.5, None]}) == "a=1, b=2.5, -"
+    assert [client_options.cell(value) for value in (None, "", [], {}, True, 0)] == [
         *("-", "-", "-", "-", "yes", "0")
     ]
-    assert remote.moment("2031-05-01T10:00:00+02:00") == "2031-05-01 08:00:00Z"
-    assert remote.moment(None) == "-" and remote.moment("later") == "later"
+    assert client_options.moment("2031-05-01T10:00:00+02:00") == "2031-05-01 08:00:00Z"
+    assert client_options.moment(None) == "-" and client_options.moment("later") == "later"
 
 
 # Documentation

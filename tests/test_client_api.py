@@ -17,10 +17,10 @@ from starlette.routing import Match
 from tenancy_world import SECRETS, World
 from tenant_server import served
 
+from safegene_server.api import response_schemas as answers
 from safegene_server.api import router
-from safegene_server.api import shapes as answers
 from safegene_vllm.cli import main
-from safegene_vllm.client import ApiError, Client, shapes
+from safegene_vllm.client import ApiError, Client, types
 
 NAME = "acme/support"
 Run = Callable[..., Any]
@@ -79,24 +79,24 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (shapes.Tenant, answers.Tenant),
-        (shapes.Revision, answers.Revision),
-        (shapes.Lag, answers.Lagging),
-        (shapes.Rollout, answers.Rollout),
-        (shapes.Job, answers.Job),
-        (shapes.Key, answers.NewKey),
-        (shapes.Family, answers.Family),
-        (shapes.Replica, answers.Replica),
-        (shapes.AuditEntry, answers.AuditEntry),
-        (shapes.AuditPage, answers.Page),
-        (shapes.Whoami, answers.Whoami),
-        (shapes.Rate, answers.Rate),
-        (shapes.ProbeResult, answers.ProbeResult),
-        (shapes.Probe, answers.Probe),
-        (shapes.Started, answers.Onboarding),
-        (shapes.Change, answers.Switched),
-        (shapes.Retired, answers.Retired),
-        (shapes.Floored, answers.Floored),
+        (types.Tenant, answers.Tenant),
+        (types.Revision, answers.Revision),
+        (types.Lag, answers.Lagging),
+        (types.Rollout, answers.Rollout),
+        (types.Job, answers.Job),
+        (types.Key, answers.NewKey),
+        (types.Family, answers.Family),
+        (types.Replica, answers.Replica),
+        (types.AuditEntry, answers.AuditEntry),
+        (types.AuditPage, answers.Page),
+        (types.Whoami, answers.Whoami),
+        (types.Rate, answers.Rate),
+        (types.ProbeResult, answers.ProbeResult),
+        (types.Probe, answers.Probe),
+        (types.Started, answers.Onboarding),
+        (types.Change, answers.Switched),
+        (types.Retired, answers.Retired),
+        (types.Floored, answers.Floored),
     ],
 )
 def test_the_shapes_are_those_of_the_answers(ours: Any, theirs: Any) -> None:

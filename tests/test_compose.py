@@ -12,8 +12,7 @@ from formats_fixtures import BASE, SITES, pico_llama, random_adapter, tiny_famil
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
-from safegene_vllm.compose import (
+from safegene_vllm.composition import (
     compose_adapter,
     delta,
     gain_row,
@@ -23,8 +22,9 @@ from safegene_vllm.compose import (
     safety_product,
 )
 from safegene_vllm.errors import BoundsError, FamilyMismatchError, NonFiniteError, ShapeError
-from safegene_vllm.family import make_family
-from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.formats.family import make_family
+from safegene_vllm.formats.profile import Profile, make_profile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 law = settings(max_examples=40, deadline=None)

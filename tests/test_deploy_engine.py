@@ -25,9 +25,9 @@ from deploy.prometheus import live
 from deploy.prometheus.page import page
 from deploy.prometheus.stack import Stack, running
 from safegene_server.registry import Registry
-from safegene_vllm import pico
-from safegene_vllm.family import read_family_header
-from safegene_vllm.profile import make_profile
+from safegene_vllm import tiny_model
+from safegene_vllm.formats.family import read_family_header
+from safegene_vllm.formats.profile import make_profile
 
 pytestmark = pytest.mark.engine
 
@@ -80,9 +80,11 @@ class Server:
 def write(d: Path) -> None:
     """Model, family, adapters of three tenants, settings and probes."""
     pico_chat_model(d / "m")
-    family = pico.write_family(d / "m", d / "f")
+    family = tiny_model.write_family(d / "m", d / "f")
     for i, name in enumerate(TENANTS):
-        pico.write_tenant(d / "m", d / "root" / name.replace("/", "-"), family, 0.7, seed=10 + i)
+        tiny_model.write_tenant(
+            d / "m", d / "root" / name.replace("/", "-"), family, 0.7, seed=10 + i
+        )
     (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))
     kinds = {"harmful": 3, "lookalike": 2, "benign": 2}
     prompts = [{"prompt": f"{k} {i}?", "kind": k} for k, n in kinds.items() for i in range(n)]

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
-from safegene_vllm.compose import delta, merge_into
+from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import ConfigError, FamilyMismatchError, NonFiniteError, SiteError
-from safegene_vllm.family import load_family, save_family
-from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_tenant
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.formats.family import load_family, save_family
 from safegene_vllm.recipe.difference import (
     Difference,
     Scope,
@@ -27,6 +26,7 @@ from safegene_vllm.recipe.difference import (
     pair_norm,
     truncated_pair,
 )
+from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_tenant
 
 FULL = 192
 WEIGHTS = "model.safetensors"

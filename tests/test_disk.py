@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from safegene_vllm import disk
 from safegene_vllm.errors import FormatError, HeaderError, MissingFileError, NonFiniteError
+from safegene_vllm.formats import file_io
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,16 @@ from safegene_vllm.errors import FormatError, HeaderError, MissingFileError, Non
 )
 def test_json_that_is_not_strict_is_refused(data: bytes, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
-        disk.parse_json(data, "here")
+        file_io.parse_json(data, "here")
 
 
 def test_a_json_file_over_the_limit_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "JSON_LIMIT_BYTES", 10)
+    monkeypatch.setattr(file_io, "JSON_LIMIT_BYTES", 10)
     (tmp_path / "big.json").write_text('{"a": "long enough"}')
     with pytest.raises(HeaderError, match="20 bytes, expected at most 10"):
-        disk.read_json(tmp_path / "big.json")
+        file_io.read_json(tmp_path / "big.json")
 
 
 def test_what_is_not_a_regular_file_is_missing(tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_what_is_not_a_regular_file_is_missing(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("none", "pipe", "dangling", "."):
         with pytest.raises(MissingFileError):
-            disk.read_json(tmp_path / name)
+            file_io.read_json(tmp_path / name)
 
 
 def test_canonical_json_is_sorted_dense_ascii() -> None:
     value = {"b": [1, 1.0, 1e-7, None, True], "a": {"é": "ü"}}
     expected = b'{"a":{"\\u00e9":"\\u00fc"},"b":[1,1.0,1e-07,null,true]}'
-    assert disk.canonical_json(value, "here") == expected
+    assert file_io.canonical_json(value, "here") == expected
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_canonical_json_is_sorted_dense_ascii() -> None:
 )
 def test_what_json_cannot_say_is_refused(value: Any, error: type) -> None:
     with pytest.raises(error):
-        disk.canonical_json(value, "here")
+        file_io.canonical_json(value, "here")
 
 
 def fail(*_: Any, **__: Any) -> None:
@@ -79,11 +79,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
-    disk.replace_file(path, b"old")
+    file_io.replace_file(path, b"old")
     for step in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
             patch.setattr(os, step, fail)
-            disk.replace_file(path, b"new")
+            file_io.replace_file(path, b"new")
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
         assert path.read_bytes() == b"old"
 
@@ -93,10 +93,10 @@ def test_a_failed_swap_leaves_the_old_directory_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "dir"
-    disk.replace_directory(path, {"a": b"1", "b": b"2"}, owned=["a", "b"])
+    file_io.replace_directory(path, {"a": b"1", "b": b"2"}, owned=["a", "b"])
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(os, step, fail)
-        disk.replace_directory(path, {"a": b"3"}, owned=["a", "b"])
+        file_io.replace_directory(path, {"a": b"3"}, owned=["a", "b"])
     assert [p.name for p in tmp_path.iterdir()] == ["dir"]
     assert {p.name: p.read_bytes() for p in path.iterdir()} == {"a": b"1", "b": b"2"}
 
@@ -106,15 +106,15 @@ def test_a_failed_first_write_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
-        disk.replace_directory(tmp_path / "dir", {"a": b"1"}, owned=["a"])
+        file_io.replace_directory(tmp_path / "dir", {"a": b"1"}, owned=["a"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_is_replaced_as_a_whole_through_a_link_too(tmp_path: Path) -> None:
     path, link = tmp_path / "dir", tmp_path / "link"
-    disk.replace_directory(path, {"a": b"1", "b": b"2"}, owned=["a", "b"])
+    file_io.replace_directory(path, {"a": b"1", "b": b"2"}, owned=["a", "b"])
     link.symlink_to(path)
-    disk.replace_directory(link, {"a": b"3"}, owned=["a", "b"])
+    file_io.replace_directory(link, {"a": b"3"}, owned=["a", "b"])
     assert link.is_symlink()
     assert {p.name: p.read_bytes() for p in path.iterdir()} == {"a": b"3"}
 
@@ -122,7 +122,7 @@ def test_a_directory_is_replaced_as_a_whole_through_a_link_too(tmp_path: Path) -
 def test_a_directory_with_files_of_others_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FormatError, match=r"thesis\.tex.*new directory"):
-        disk.replace_directory(tmp_path, {"a": b"1"}, owned=["a"])
+        file_io.replace_directory(tmp_path, {"a": b"1"}, owned=["a"])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(FormatError, match="is a file"):
-        disk.replace_directory(tmp_path / "thesis.tex", {"a": b"1"}, owned=["a"])
+        file_io.replace_directory(tmp_path / "thesis.tex", {"a": b"1"}, owned=["a"])

@@ -10,13 +10,13 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 from typer.main import get_command
 
-from safegene_server.metrics import catalogue
-from safegene_server.metrics.applied import STATES
+from safegene_server.engine_routes import load_router, router
+from safegene_server.metrics import definitions
 from safegene_server.metrics.settings import MetricsSettings
-from safegene_server.probes import ProbeSettings, gauges
-from safegene_server.routes import load_router, router
+from safegene_server.monitoring.applied import STATES
+from safegene_server.monitoring.probes import ProbeSettings, gauges
 from safegene_vllm.cli import COMMANDS, build_app
-from safegene_vllm.plugin.host import NEWEST, OLDEST
+from safegene_vllm.plugin.compat import NEWEST, OLDEST
 from safegene_vllm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def test_every_metric_and_no_other_is_documented_with_type_and_labels() -> None:
     described = {name: (kind, labels.strip()) for name, kind, labels, _ in found}
     kinds = {Counter: "c", Gauge: "g", Histogram: "h"}
     real = {}
-    for metric in (*vars(catalogue).values(), *catalogue.replica_gauges()):
+    for metric in (*vars(definitions).values(), *definitions.replica_gauges()):
         if type(metric) in kinds:
             name = metric._name + ("_total" if type(metric) is Counter else "")
             real[name] = (kinds[type(metric)], ", ".join(metric._labelnames))
@@ -83,7 +83,7 @@ def test_every_metric_and_no_other_is_documented_with_type_and_labels() -> None:
 
 
 def test_the_values_of_labels_are_documented() -> None:
-    for value in (*catalogue.OUTCOMES, *catalogue.REASONS, *STATES, catalogue.RULE):
+    for value in (*definitions.OUTCOMES, *definitions.REASONS, *STATES, definitions.RULE):
         assert f"`{value}`" in METRICS, value
     example = METRICS.split("metrics:\n")[1].split("```")[0]
     named = re.findall(r"^  (\w+):", example, re.MULTILINE)

@@ -11,15 +11,15 @@ from engines import reference
 from recipe_world import pico_chat_model
 from safetensors.torch import load_file, save_file
 
-from safegene_vllm.adapter import Adapter, save_adapter
 from safegene_vllm.chat import answer_text, load_tokenizer, prompt_tokens, until_stop
-from safegene_vllm.compose import delta
+from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError, SiteError
-from safegene_vllm.evaluate.answering import TransformersAnswerer
-from safegene_vllm.evaluate.subjects import Subject, before_and_after
-from safegene_vllm.family import load_family
-from safegene_vllm.pico import linear_sites, random_pairs, write_family, write_tenant
-from safegene_vllm.profile import make_profile, save_profile
+from safegene_vllm.evaluation.backends import TransformersAnswerer
+from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.formats.adapter import Adapter, save_adapter
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import make_profile, save_profile
+from safegene_vllm.tiny_model import linear_sites, random_pairs, write_family, write_tenant
 
 PROMPTS = ["What is it?", "Tell me", "a much longer question about nothing at all", "x"]
 TOKENS = 10

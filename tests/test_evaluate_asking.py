@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from safegene_vllm.evaluate.asking import ask
-from safegene_vllm.evaluate.kept import KeptAnswers
-from safegene_vllm.evaluate.subjects import Subject
-from safegene_vllm.pico import make_model
+from safegene_vllm.evaluation.generation import ask
+from safegene_vllm.evaluation.response_cache import KeptAnswers
+from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.tiny_model import make_model
 
 
 class Echo:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from safegene_vllm.errors import HeaderError, SafegeneError, VersionError
-from safegene_vllm.evaluate.evaluation import (
+from safegene_vllm.evaluation.results import (
     Change,
     Evaluation,
     FamilyRecord,
@@ -26,7 +26,7 @@ from safegene_vllm.evaluate.evaluation import (
     load_evaluation,
     save_evaluation,
 )
-from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.evaluation.statistics import Rate
 
 HALF = Rate(0.5, 0.25, 0.75, 8)
 DIGEST = "sha256:" + "0" * 64

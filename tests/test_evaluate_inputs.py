@@ -16,8 +16,8 @@ from safegene_vllm.errors import (
     SafegeneError,
     TenantRefusedError,
 )
-from safegene_vllm.evaluate.inputs import Inputs, limited, named, read_inputs
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.evaluation.inputs import Inputs, limited, named, read_inputs
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
 @pytest.fixture(scope="module")

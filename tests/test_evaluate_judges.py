@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import ConfigError, MissingFileError
-from safegene_vllm.evaluate.judge_strings import ADVBENCH, OPENING, XSTEST
-from safegene_vllm.evaluate.judges import (
+from safegene_vllm.evaluation.judges import (
     DEFAULT_JUDGES,
     FORMS,
     Judge,
@@ -18,6 +17,7 @@ from safegene_vllm.evaluate.judges import (
     make_judges,
     record_of,
 )
+from safegene_vllm.evaluation.refusal_strings import ADVBENCH, OPENING, XSTEST
 
 
 def says_refused(judge: Judge, *answers: str) -> list[bool]:

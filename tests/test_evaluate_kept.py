@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import HeaderError
-from safegene_vllm.evaluate import kept as kept_module
-from safegene_vllm.evaluate.kept import KeptAnswers, subject_digest
-from safegene_vllm.evaluate.subjects import Subject, before_and_after
-from safegene_vllm.family import read_family_header
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.evaluation import response_cache as kept_module
+from safegene_vllm.evaluation.response_cache import KeptAnswers, subject_digest
+from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.formats.family import read_family_header
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
 def test_what_was_kept_is_found_again(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.judges import make_judge
-from safegene_vllm.evaluate.llm_judge import LlmJudge, verdict_in
+from safegene_vllm.evaluation.judges import make_judge
+from safegene_vllm.evaluation.llm_judge import LlmJudge, verdict_in
 
 Reply = tuple[int, Any]
 

@@ -11,21 +11,21 @@ import pytest
 from recipe_world import dataset
 
 from safegene_vllm.errors import ConfigError, MissingFileError
-from safegene_vllm.evaluate.evaluation import (
+from safegene_vllm.evaluation.judges import Judge, make_judges
+from safegene_vllm.evaluation.response_cache import KeptAnswers
+from safegene_vllm.evaluation.results import (
     Evaluation,
     Says,
     SubjectResult,
     load_evaluation,
     save_evaluation,
 )
-from safegene_vllm.evaluate.judges import Judge, make_judges
-from safegene_vllm.evaluate.kept import KeptAnswers
-from safegene_vllm.evaluate.measure import PromptSet, evaluate, may_be_shown
-from safegene_vllm.evaluate.rates import paired_difference, rate
-from safegene_vllm.evaluate.subjects import Subject
-from safegene_vllm.evaluate.tasks import Task
-from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.pico import make_model, write_family
+from safegene_vllm.evaluation.runner import PromptSet, evaluate, may_be_shown
+from safegene_vllm.evaluation.statistics import paired_difference, rate
+from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.evaluation.tasks import Task
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.tiny_model import make_model, write_family
 
 REFUSAL = "I'm sorry, I cannot help with that."
 HARM = "Sure, first take a"

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from safegene_vllm.errors import ConfigError, MissingFileError, SafegeneError
-from safegene_vllm.evaluate import model_judges
-from safegene_vllm.evaluate.judges import make_judge
-from safegene_vllm.evaluate.model_judges import ClassifierJudge, GuardJudge, filled
+from safegene_vllm.evaluation import model_judges
+from safegene_vllm.evaluation.judges import make_judge
+from safegene_vllm.evaluation.model_judges import ClassifierJudge, GuardJudge, filled
 
 TINY = {
     "hidden_size": 32,

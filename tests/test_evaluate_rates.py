@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.rates import Rate, paired_difference, rate
+from safegene_vllm.evaluation.statistics import Rate, paired_difference, rate
 
 
 def test_the_interval_is_that_of_a_plain_bootstrap() -> None:

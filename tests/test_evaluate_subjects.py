@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import BoundsError, ConfigError, FamilyMismatchError, TenantRefusedError
-from safegene_vllm.evaluate.subjects import (
+from safegene_vllm.evaluation.targets import (
     Subject,
     adapter_of,
     before_and_after,
@@ -15,9 +15,9 @@ from safegene_vllm.evaluate.subjects import (
     checkpoint_of,
     profile_of,
 )
-from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.profile import load_profile, make_profile, save_profile
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import load_profile, make_profile, save_profile
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.tasks import FORMS, Task, correct, read_task
+from safegene_vllm.evaluation.tasks import FORMS, Task, correct, read_task
 
 
 def read(tmp_path: Path, name: str, file: str, content: Any, query: str = "") -> Task:

@@ -13,9 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from safegene_vllm.adapter import Adapter, layer_of, load_adapter, save_adapter
-from safegene_vllm.checkpoint import read_checkpoint
-from safegene_vllm.compose import delta, merge_into
+from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import (
     BoundsError,
     FamilyMismatchError,
@@ -30,9 +28,17 @@ from safegene_vllm.export import (
     export_adapter,
     export_checkpoint,
 )
-from safegene_vllm.family import Family
-from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_family, write_tenant
-from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.formats.adapter import Adapter, layer_of, load_adapter, save_adapter
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.formats.family import Family
+from safegene_vllm.formats.profile import Profile, make_profile
+from safegene_vllm.tiny_model import (
+    linear_sites,
+    make_model,
+    random_pairs,
+    write_family,
+    write_tenant,
+)
 
 WEIGHTS = "model.safetensors"
 COEFFICIENTS = (0.5, 1.25)

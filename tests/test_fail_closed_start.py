@@ -20,7 +20,6 @@ from engines import engine
 from safetensors.torch import load_file
 
 import safegene_vllm
-from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import (
     BoundsError,
     ConfigError,
@@ -32,11 +31,12 @@ from safegene_vllm.errors import (
     PickleRefusedError,
     TruncatedFileError,
 )
-from safegene_vllm.family import load_family, make_family, save_family
-from safegene_vllm.pico import make_model, write_family
-from safegene_vllm.plugin import host
-from safegene_vllm.plugin.engine import prepare_engine
-from safegene_vllm.profile import Profile, make_profile, save_profile
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.family import load_family, make_family, save_family
+from safegene_vllm.formats.profile import Profile, make_profile, save_profile
+from safegene_vllm.plugin import compat
+from safegene_vllm.plugin.preflight import prepare_engine
+from safegene_vllm.tiny_model import make_model, write_family
 
 pytestmark = pytest.mark.engine
 
@@ -143,7 +143,7 @@ def test_a_draft_model_alone_is_read_without_the_vector(
     house: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the path of the other: weights of the served model may come from a second one."""
-    from safegene_vllm.plugin.loader import SafegeneModelLoader
+    from safegene_vllm.plugin.model_loader import SafegeneModelLoader
 
     stored = load_file(next((house / "model").glob("*.safetensors")))
     theirs = SafegeneModelLoader.__mro__[1]
@@ -255,20 +255,20 @@ def test_dual_stream(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("0.27.1", "0.33.0", "nonsense"):
-        monkeypatch.setattr(host, "version", lambda version=version: version)
+        monkeypatch.setattr(compat, "version", lambda version=version: version)
         with pytest.raises(HostError, match=version):
-            host.check_host()
+            compat.check_host()
 
 
 def test_a_host_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = host.HostName("vllm.lora.request.LoRARequest", ("no_such_field",), "a test")
-    monkeypatch.setitem(host.TABLE, "LoRARequest", entry)
+    entry = compat.HostName("vllm.lora.request.LoRARequest", ("no_such_field",), "a test")
+    monkeypatch.setitem(compat.TABLE, "LoRARequest", entry)
     with pytest.raises(HostError, match="no_such_field"):
-        host.check_host()
-    gone = host.HostName("vllm.lora.request.Gone", (), "a test")
-    monkeypatch.setitem(host.TABLE, "Gone", gone)
+        compat.check_host()
+    gone = compat.HostName("vllm.lora.request.Gone", (), "a test")
+    monkeypatch.setitem(compat.TABLE, "Gone", gone)
     with pytest.raises(HostError, match=r"vllm\.lora\.request\.Gone"):
-        host.check_host()
+        compat.check_host()
 
 
 def broken_copy(tmp_path: Path, module: str) -> dict[str, str]:
@@ -280,7 +280,7 @@ def broken_copy(tmp_path: Path, module: str) -> dict[str, str]:
 
 
 def test_import_broken_inside_the_package_stops_vllm(tmp_path: Path) -> None:
-    environment = broken_copy(tmp_path, "plugin/guest.py")
+    environment = broken_copy(tmp_path, "plugin/worker_runtime.py")
     done = subprocess.run(
         [sys.executable, "-c", LOAD_PLUGINS],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
@@ -293,7 +293,7 @@ def test_import_broken_inside_the_package_stops_vllm(tmp_path: Path) -> None:
 def test_import_broken_at_the_door_is_caught_by_the_worker_extension(tmp_path: Path) -> None:
     """vLLM only logs this one; a worker told to need us does not start."""
     environment = broken_copy(tmp_path, "plugin/__init__.py")
-    extension = "import safegene_vllm.plugin.required"
+    extension = "import safegene_vllm.plugin.worker_extension"
     done = subprocess.run(
         [sys.executable, "-c", f"{LOAD_PLUGINS}; {extension}"],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
@@ -303,7 +303,7 @@ def test_import_broken_at_the_door_is_caught_by_the_worker_extension(tmp_path: P
 
 
 def test_a_plugin_list_without_us_is_caught_by_the_worker_extension() -> None:
-    code = f"{LOAD_PLUGINS}; import safegene_vllm.plugin.required"
+    code = f"{LOAD_PLUGINS}; import safegene_vllm.plugin.worker_extension"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "VLLM_PLUGINS": "somebody_else"}, capture_output=True, text=True,

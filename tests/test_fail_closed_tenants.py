@@ -15,7 +15,6 @@ import pytest
 import torch
 from engines import Answer, Ask, Engine, engine
 
-from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import (
     BoundsError,
     DigestError,
@@ -26,9 +25,10 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     TruncatedFileError,
 )
-from safegene_vllm.family import load_family, make_family, save_family
-from safegene_vllm.pico import linear_sites, make_model, write_family, write_tenant
-from safegene_vllm.profile import Profile, save_profile
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.family import load_family, make_family, save_family
+from safegene_vllm.formats.profile import Profile, save_profile
+from safegene_vllm.tiny_model import linear_sites, make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

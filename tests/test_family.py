@@ -27,8 +27,7 @@ from formats_fixtures import (
     tiny_pair,
 )
 
-from safegene_vllm.adapter import Pair
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import (
     DigestError,
     FormatError,
@@ -42,7 +41,8 @@ from safegene_vllm.errors import (
     TruncatedFileError,
     VersionError,
 )
-from safegene_vllm.family import (
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.family import (
     Base,
     SelectedLayer,
     base_of_checkpoint,
@@ -51,7 +51,7 @@ from safegene_vllm.family import (
     read_family_header,
     save_family,
 )
-from safegene_vllm.tensorfile import read_tensors, serialize
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
 ROOT = Path(__file__).parent.parent
 
@@ -349,9 +349,9 @@ def test_the_digest_is_the_same_in_another_process() -> None:
 def test_headers_are_read_without_torch(saved: Path) -> None:
     code = (
         "import sys\n"
-        "import safegene_vllm, safegene_vllm.profile\n"
-        "from safegene_vllm.adapter import read_adapter_shapes\n"
-        "from safegene_vllm.family import read_family_header\n"
+        "import safegene_vllm, safegene_vllm.formats.profile\n"
+        "from safegene_vllm.formats.adapter import read_adapter_shapes\n"
+        "from safegene_vllm.formats.family import read_family_header\n"
         f"read_adapter_shapes({str(saved)!r}); read_family_header({str(saved)!r})\n"
         "print({'torch', 'vllm', 'fastapi', 'transformers', 'numpy'} & set(sys.modules))"
     )

@@ -15,8 +15,8 @@ import pytest
 import torch
 from formats_fixtures import ramp
 
-from safegene_vllm.adapter import Pair
-from safegene_vllm.family import (
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.family import (
     Base,
     Family,
     SelectedLayer,
@@ -25,7 +25,13 @@ from safegene_vllm.family import (
     read_family_header,
     save_family,
 )
-from safegene_vllm.profile import Profile, check_profile, load_profile, make_profile, save_profile
+from safegene_vllm.formats.profile import (
+    Profile,
+    check_profile,
+    load_profile,
+    make_profile,
+    save_profile,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILY_DIGEST = "sha256:56f7411f3047b5773d95670c5d5bc3a44284b98981e923328c081b640f36e32d"

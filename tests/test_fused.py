@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from safegene_vllm.adapter import Pair
 from safegene_vllm.errors import HostError
-from safegene_vllm.kernels.reference import disagreement, expected
-from safegene_vllm.kernels.site import Shape
-from safegene_vllm.plugin import fused
-from safegene_vllm.plugin import guest as guests
-from safegene_vllm.plugin.fused import StepPunica, safety_pair
-from safegene_vllm.plugin.gain import GainTable
-from safegene_vllm.plugin.sites import Place, stack_parts
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.plugin import worker_runtime as guests
+from safegene_vllm.plugin.ops import triton_lora
+from safegene_vllm.plugin.ops.gain_table import GainTable
+from safegene_vllm.plugin.ops.layer_weights import Shape
+from safegene_vllm.plugin.ops.reference import disagreement, expected
+from safegene_vllm.plugin.ops.triton_lora import StepPunica, safety_pair
+from safegene_vllm.plugin.target_modules import Place, stack_parts
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -54,8 +54,8 @@ def layers(**named: SimpleNamespace) -> dict[str, Any]:
 def triton_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a GPU machine: found, and the module that would import it says how many parts."""
     product = SimpleNamespace(MAX_PARTS=3)
-    monkeypatch.setitem(sys.modules, "safegene_vllm.kernels.product", product)
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "safegene_vllm.plugin.ops.triton_ops", product)
+    monkeypatch.setattr(triton_lora.importlib.util, "find_spec", lambda name: object())
     yield
 
 
@@ -67,7 +67,7 @@ def test_right_kernels_are_used_without_a_word(triton_found: None) -> None:
         assert (dtype, device) == (BF16, CUDA)
 
     found = layers(qkv=layer((24, 8, 8)), o=layer((48,)))
-    assert fused.choose("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
+    assert triton_lora.choose("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
     assert asked == [Shape((24, 8, 8), 48, 8, 4), Shape((48,), 48, 8, 4)]
 
 
@@ -75,12 +75,12 @@ def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptur
     def check(*_: Any) -> str:
         return "12 of 40 values differ"
 
-    names, notes = fused.choose("auto", CUDA, BF16, layers(o=layer()), check)
+    names, notes = triton_lora.choose("auto", CUDA, BF16, layers(o=layer()), check)
     assert names == set()
     assert len(notes) == 1 and "12 of 40 values differ" in notes[0] and "1 of 1 layers" in notes[0]
     assert notes[0] in caplog.text
     with pytest.raises(HostError, match=r"12 of 40 values differ.*'auto'"):
-        fused.choose("triton", CUDA, BF16, layers(o=layer()), check)
+        triton_lora.choose("triton", CUDA, BF16, layers(o=layer()), check)
 
 
 def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> None:
@@ -89,7 +89,7 @@ def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> No
     found = layers(
         fits=layer(), four=layer((8, 8, 8, 8)), other=layer(dtype=torch.float32), strided=strided
     )
-    names, notes = fused.choose("auto", CUDA, BF16, found, lambda *_: None)
+    names, notes = triton_lora.choose("auto", CUDA, BF16, found, lambda *_: None)
     assert names == {"fits"}
     for said in ("3 of 4 layers", "four: 4 parts", "other: adapters in torch.float32", "strided"):
         assert said in notes[0]
@@ -100,29 +100,29 @@ def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> No
     [("torch", CUDA, "kernels = 'torch'"), ("torch", torch.device("cpu"), "kernels = 'torch'")],
 )
 def test_torch_is_never_checked(setting: str, device: torch.device, said: str) -> None:
-    names, notes = fused.choose(setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0)
+    names, notes = triton_lora.choose(setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0)
     assert names == set()
     assert said in notes[0]
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    names, notes = fused.choose("auto", CUDA, BF16, layers(o=layer()))
+    monkeypatch.setattr(triton_lora.importlib.util, "find_spec", lambda name: None)
+    names, notes = triton_lora.choose("auto", CUDA, BF16, layers(o=layer()))
     assert names == set() and "Triton is not installed" in notes[0]
     with pytest.raises(HostError, match="Triton is not installed"):
-        fused.choose("triton", CUDA, BF16, layers(o=layer()))
+        triton_lora.choose("triton", CUDA, BF16, layers(o=layer()))
 
 
 def test_cpu_is_not_a_fall_back() -> None:
-    assert fused.choose("auto", torch.device("cpu"), BF16, layers(o=layer())) == (set(), ())
+    assert triton_lora.choose("auto", torch.device("cpu"), BF16, layers(o=layer())) == (set(), ())
     with pytest.raises(HostError, match="cpu device"):
-        fused.choose("triton", torch.device("cpu"), BF16, layers(o=layer()))
+        triton_lora.choose("triton", torch.device("cpu"), BF16, layers(o=layer()))
 
 
 def test_safety_pair_is_the_stacked_pair() -> None:
     """The same product as the plain path's layout, with a missing part and unequal ranks."""
     parts, widths = [pair(24), None, pair(8, rank=6)], (24, 10, 8)
-    a, b = fused.safety_pair(parts, widths, dtype=torch.float32, device="cpu")
+    a, b = triton_lora.safety_pair(parts, widths, dtype=torch.float32, device="cpu")
     assert a.shape == (3 * 6, 48) and b.shape == (42, 6)
     plain_a, plain_bt = stack_parts(parts, widths, dtype=torch.float32, device="cpu")
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def test_safety_pair_is_the_stacked_pair() -> None:
 
 
 def test_a_host_that_overwrites_is_refused() -> None:
-    wrapper = object.__new__(fused.FusedPunica)
+    wrapper = object.__new__(triton_lora.FusedPunica)
     with pytest.raises(HostError, match="not added"):
         wrapper.add_lora_linear(*[torch.zeros(1, 1)] * 4, 1.0, (1,), add_inputs=False)
 

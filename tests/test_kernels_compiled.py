@@ -27,8 +27,8 @@ import json, os, re, subprocess, sys, tempfile, warnings
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import safegene_vllm.kernels.product as product
-from safegene_vllm.kernels.tokens import TokenPlan
+import safegene_vllm.plugin.ops.triton_ops as product
+from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
 
 warnings.simplefilter("ignore")
 capability, dtype, widths, d_in, rank, safety_rank = json.loads(sys.argv[1])

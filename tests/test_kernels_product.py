@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegene_vllm.kernels import product
-from safegene_vllm.kernels.check import check
-from safegene_vllm.kernels.reference import disagreement
-from safegene_vllm.kernels.site import Shape, Site
+from safegene_vllm.plugin.ops import triton_ops
+from safegene_vllm.plugin.ops.layer_weights import Shape, Site
+from safegene_vllm.plugin.ops.reference import disagreement
+from safegene_vllm.plugin.ops.self_test import check
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXES = {
@@ -92,7 +92,7 @@ def test_a_row_of_a_wider_tensor() -> None:
     y, x = world.inputs(one, 4)
     wide_y, wide_x = torch.zeros(4, 50), torch.zeros(4, 90)
     wide_y[:, :32], wide_x[:, :48] = y, x
-    product.lora_linear(
+    triton_ops.lora_linear(
         *(wide_y[:, :32], wide_x[:, :48], one.a, one.b, one.safety_a, one.safety_b, one.gains),
         *(world.LAYER, torch.tensor(True)),
         *((plan := world.step([0, 1, 2, -1])).order, plan.tiles, plan.idle, 1.0),
@@ -105,7 +105,7 @@ def test_scale_is_the_tenants_alone() -> None:
     one = world.layer((24,), 48, 8, 4)
     y, x = world.inputs(one, 2)
     plan, scaled = world.step([0, 1]), y.clone()
-    product.lora_linear(
+    triton_ops.lora_linear(
         *(scaled, x, one.a, one.b, one.safety_a, one.safety_b, one.gains, world.LAYER),
         *(torch.tensor(True), plan.order, plan.tiles, plan.idle, 0.25),
     )
@@ -176,7 +176,7 @@ def test_launches_per_layer(slots: list[int], base: bool, launched: int) -> None
     y, x = world.inputs(one, len(slots))
     plan, flag = world.step(slots), torch.tensor(base)
     with world.launches(run_them=False) as seen, Recorded() as recorded:
-        product.lora_linear(
+        triton_ops.lora_linear(
             *(y, x, one.a, one.b, one.safety_a, one.safety_b, one.gains, world.LAYER),
             *(flag, plan.order, plan.tiles, plan.idle, 1.0),
         )
@@ -223,7 +223,7 @@ def test_check_trusts_the_kernels() -> None:
 
 @pytest.mark.parametrize("fault", ["gain of the next slot", "one column short", "no device"])
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    real = product.launch
+    real = triton_ops.launch
 
     def wrong(program: Any, programs: int, *args: Any, **meta: Any) -> None:
         given = list(args)
@@ -235,7 +235,7 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, fault: str)
             given[12] -= 1
         real(program, programs, *given, **meta)
 
-    monkeypatch.setattr(product, "launch", wrong)
+    monkeypatch.setattr(triton_ops, "launch", wrong)
     said = check(SHAPES, torch.float32, "cpu", tokens=(5,))
     assert said is not None
     assert ("no kernel image" if fault == "no device" else "values differ") in said
@@ -253,7 +253,7 @@ def test_a_compiled_graph_keeps_the_operator_whole() -> None:
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y = y * 2.0
-        product.add_product(y, x, one.a, one.b, site, plan)
+        triton_ops.add_product(y, x, one.a, one.b, site, plan)
         return y + 1.0
 
     y, x = world.inputs(one, 4)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from safegene_vllm.kernels.tokens import BLOCKS, TokenPlan, tile_count
+from safegene_vllm.plugin.ops.batch_metadata import BLOCKS, TokenPlan, tile_count
 
 SLOTS = 5
 

@@ -37,7 +37,7 @@ SERVER_MAY_IMPORT = {
     ),
     *("tenant", "tensorfile"),
 }
-SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluate.judges.", "safegene_vllm.plugin.request.")
+SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluation.judges.", "safegene_vllm.plugin.lora_request.")
 """Torch-free modules of rooms that are not."""
 HEAVY = {"vllm", "torch", "fastapi", "transformers", "peft"}
 

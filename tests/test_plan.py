@@ -12,12 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from safegene_vllm.adapter import Pair, load_adapter
-from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.cli import build_app, main
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.plan import (
+from safegene_vllm.formats.adapter import Pair, load_adapter
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.planner import (
     GPUS,
     Advice,
     Ask,
@@ -29,8 +28,9 @@ from safegene_vllm.plan import (
     rank_bucket,
     read_shape,
 )
-from safegene_vllm.plan.slots import pair_bytes, slot_bytes, vector_bytes
-from safegene_vllm.plugin.sites import stack_parts
+from safegene_vllm.planner.slots import pair_bytes, slot_bytes, vector_bytes
+from safegene_vllm.plugin.target_modules import stack_parts
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 ROOT = Path(__file__).parent.parent
 QWEN = ROOT / "benchmarks" / "scaling" / "qwen2.5-7b"
@@ -318,7 +318,7 @@ def test_the_command_reads_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_command_it_recommends_is_one_that_serve_takes(tmp_path: Path) -> None:
-    from safegene_vllm.serve import ServeOptions, build_command
+    from safegene_vllm.launcher import ServeOptions, build_command
 
     model = make_model("llama", tmp_path / "model")
     family = write_family(model, tmp_path / "family", rank=4)

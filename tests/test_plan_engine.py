@@ -10,8 +10,8 @@ import pytest
 from engines import Ask as Request
 from engines import engine
 
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.plan import LORA_RANKS, Ask, find_gpu, plan_mode, read_shape
+from safegene_vllm.planner import LORA_RANKS, Ask, find_gpu, plan_mode, read_shape
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

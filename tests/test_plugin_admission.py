@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
 from safegene_vllm.errors import TenantRefusedError
-from safegene_vllm.plugin import admission, arrivals, rpc
-from safegene_vllm.plugin import guest as guests
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.plugin import adapter_prefetch, rpc, validation
+from safegene_vllm.plugin import worker_runtime as guests
 from safegene_vllm.plugin.staging import Staging
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -58,11 +58,11 @@ class Worker:
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
             sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
         )
-        self.guest.arrivals = arrivals.Arrivals(
-            lambda request: admission.admit(request, self.guest), self.guest.staging.drop
+        self.guest.arrivals = adapter_prefetch.Arrivals(
+            lambda request: validation.admit(request, self.guest), self.guest.staging.drop
         )
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.guest))
-        load_adapter = admission.load_adapter
+        load_adapter = validation.load_adapter
 
         def counted(directory: Path) -> Adapter:
             self.read.append(directory)
@@ -72,8 +72,8 @@ class Worker:
             self.adapters.append(weakref.ref(adapter))
             return adapter
 
-        monkeypatch.setattr(admission, "load_adapter", counted)
-        monkeypatch.setattr(arrivals, "load_adapter", counted)
+        monkeypatch.setattr(validation, "load_adapter", counted)
+        monkeypatch.setattr(adapter_prefetch, "load_adapter", counted)
         monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
         monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
         monkeypatch.setattr(guests.Guest, "_host_model", lambda _self, _id, adapter: adapter.pairs)
@@ -221,8 +221,8 @@ def test_what_nobody_comes_for_is_forgotten(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.begun(1, worker.adapter("a"))
-    later = time.monotonic() + arrivals.PATIENCE_S + 1
-    monkeypatch.setattr(arrivals, "time", SimpleNamespace(monotonic=lambda: later))
+    later = time.monotonic() + adapter_prefetch.PATIENCE_S + 1
+    monkeypatch.setattr(adapter_prefetch, "time", SimpleNamespace(monotonic=lambda: later))
     worker.begun(2, worker.adapter("b"))
     gc.collect()
     assert worker.adapters[0]() is None and worker.adapters[1]() is not None

@@ -13,12 +13,12 @@ import pytest
 from recipe_world import pico_chat_model
 
 from safegene_vllm.errors import BoundsError, ConfigError, TenantRefusedError
-from safegene_vllm.evaluate.answering import TransformersAnswerer
-from safegene_vllm.evaluate.subjects import Subject, before_and_after
-from safegene_vllm.family import Family, load_family
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.plugin.answering import VllmAnswerer, slot_rank
-from safegene_vllm.profile import make_profile, save_profile
+from safegene_vllm.evaluation.backends import TransformersAnswerer
+from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.formats.family import Family, load_family
+from safegene_vllm.formats.profile import make_profile, save_profile
+from safegene_vllm.offline.generation_backend import VllmAnswerer, slot_rank
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 PROMPTS = ["What is it?", "Tell me more", "x", "a longer question, about nothing at all"]
 TOKENS = 10

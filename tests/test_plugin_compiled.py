@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from engines import Ask, engine, reference, worst
 
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.profile import make_profile, save_profile
+from safegene_vllm.formats.profile import make_profile, save_profile
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from engines import Answer, Ask, engine
 
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

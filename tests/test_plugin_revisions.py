@@ -12,9 +12,9 @@ import pytest
 from engines import Ask, engine
 
 from safegene_vllm.errors import TenantRefusedError
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.plugin import admission
+from safegene_vllm.plugin import validation
 from safegene_vllm.plugin.staging import FILES, Staging
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 
@@ -48,11 +48,11 @@ def test_a_new_revision_answers_as_a_cold_engine_would(
         read.append(str(directory))
         return admission_load(directory)
 
-    admission_load = admission.load_adapter
+    admission_load = validation.load_adapter
     with engine(store / "model", settings, max_lora_rank=16) as cold:
         expected = cold.ask([Ask(PROMPT, store / "r2")])
     with engine(store / "model", settings, max_lora_rank=16) as e:
-        monkeypatch.setattr(admission, "load_adapter", counted)
+        monkeypatch.setattr(validation, "load_adapter", counted)
         e.add(store / "r1", "acme@1")
         first = len(read)
         before = e.ask([Ask(PROMPT, store / "r1", "acme@1")])

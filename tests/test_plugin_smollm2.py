@@ -15,10 +15,10 @@ import torch
 from engines import Answer, Ask, engine, reference, worst
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safegene_vllm.adapter import load_adapter
-from safegene_vllm.compose import delta
-from safegene_vllm.family import read_family_header
-from safegene_vllm.profile import load_profile, save_profile
+from safegene_vllm.composition import delta
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.family import read_family_header
+from safegene_vllm.formats.profile import load_profile, save_profile
 
 pytestmark = pytest.mark.engine
 

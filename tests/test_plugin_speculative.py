@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from engines import Answer, Ask, engine, worst
 
-from safegene_vllm.pico import make_model, write_family, write_tenant
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from engines import Ask, engine, reference, worst
 
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.profile import load_profile, make_profile, save_profile
-from safegene_vllm.receipt import check_engine, check_tenant, gain_digest
+from safegene_vllm.formats.profile import load_profile, make_profile, save_profile
+from safegene_vllm.formats.receipt import check_engine, check_tenant, gain_digest
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
 

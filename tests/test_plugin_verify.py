@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.pico import make_model, write_family, write_tenant
-from safegene_vllm.plugin.verify import _rank_bucket
+from safegene_vllm.offline.verify import _rank_bucket
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
 def test_slots_hold_every_tenant_with_the_vector_or_say_why_not(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from safegene_vllm.errors import (
     SafegeneError,
     VersionError,
 )
-from safegene_vllm.profile import (
+from safegene_vllm.formats.profile import (
     Profile,
     check_profile,
     has_profile,
@@ -229,7 +229,7 @@ def test_a_broken_profile_is_never_no_profile(tmp_path: Path) -> None:
 def test_profiles_need_no_torch_and_their_digest_holds_in_another_process(saved: Path) -> None:
     code = (
         "import sys\n"
-        "from safegene_vllm.profile import load_profile\n"
+        "from safegene_vllm.formats.profile import load_profile\n"
         f"print(load_profile({str(saved)!r}).digest, 'torch' in sys.modules)"
     )
     found = subprocess.run(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from safegene_vllm.adapter import Pair, layer_of
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import SiteError
-from safegene_vllm.pico import CONFIGS, linear_sites, make_model, random_pairs
+from safegene_vllm.formats.adapter import Pair, layer_of
 from safegene_vllm.recipe.attached import Attached, fresh_pairs
+from safegene_vllm.tiny_model import CONFIGS, linear_sites, make_model, random_pairs
 
 LAYERS = 2
 COEFFICIENTS = (0.7, -0.4)

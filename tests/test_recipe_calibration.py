@@ -13,12 +13,11 @@ import pytest
 import torch
 from recipe_world import GOOD, HARM, TASK, dataset, pico_chat_model
 
-from safegene_vllm.adapter import Pair, layer_of
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, NonFiniteError, SiteError
-from safegene_vllm.family import Family, base_of_checkpoint, make_family
-from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_family
-from safegene_vllm.profile import Profile, save_profile
+from safegene_vllm.formats.adapter import Pair, layer_of
+from safegene_vllm.formats.family import Family, base_of_checkpoint, make_family
+from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.recipe.calibration import (
     REFUSAL,
     Calibration,
@@ -31,6 +30,7 @@ from safegene_vllm.recipe.encoding import Encoded, Example
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
 from safegene_vllm.recipe.model import Loaded, layer_modules, load_model
 from safegene_vllm.recipe.training import Run
+from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_family
 
 FLOAT = torch.float32
 TUNE = FineTune(steps=40, lr=1e-2, batch=16)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from recipe_world import dataset, pico_chat_model, write_tokenizer
 
-from safegene_vllm.adapter import layer_of
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.dataset import Dataset
-from safegene_vllm.pico import linear_sites, make_model, random_pairs
+from safegene_vllm.formats.adapter import layer_of
 from safegene_vllm.recipe.attached import Attached
 from safegene_vllm.recipe.calibration import Part, _from_layer, _listen, part_loss
 from safegene_vllm.recipe.encoding import Encoded, Example, encode
 from safegene_vllm.recipe.model import Loaded, layer_modules, load_model
+from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs
 
 FLOAT = torch.float32
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -13,11 +13,10 @@ import pytest
 import torch
 from recipe_world import GOOD, HARM, dataset, pico_chat_model, write_tokenizer
 
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
-from safegene_vllm.family import base_of_checkpoint, make_family
-from safegene_vllm.pico import linear_sites, make_model, random_pairs, write_tenant
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.family import base_of_checkpoint, make_family
 from safegene_vllm.recipe import distillation
 from safegene_vllm.recipe.distillation import (
     Distillation,
@@ -31,6 +30,7 @@ from safegene_vllm.recipe.encoding import Encoded, Example, collate, encode
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.residual import last_prompt_states, recording
+from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_tenant
 
 FLOAT = torch.float32
 SETTINGS = Distillation(

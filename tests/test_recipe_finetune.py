@@ -14,13 +14,13 @@ from peft import PeftModel
 from recipe_world import GOOD, TASK, pico_chat_model
 from transformers import AutoModelForCausalLM
 
-from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import ConfigError, FormatError
-from safegene_vllm.pico import linear_sites
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.safetensors_file import read_tensors
 from safegene_vllm.recipe.encoding import Example, collate, encode
 from safegene_vllm.recipe.finetune import FineTune, answer_loss, fine_tune
 from safegene_vllm.recipe.model import load_model
-from safegene_vllm.tensorfile import read_tensors
+from safegene_vllm.tiny_model import linear_sites
 
 EXAMPLES = [Example(row.prompt, row.answer or "") for row in (*GOOD.rows, *TASK.rows)]
 SHORT = FineTune(steps=6, lr=1e-2, batch=4, rank=4, alpha=8)

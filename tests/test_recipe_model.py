@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from safegene_vllm.chat import chat_text
 from safegene_vllm.errors import ConfigError, SiteError
-from safegene_vllm.pico import CONFIGS, SHAPE, make_model, write_tenant
 from safegene_vllm.recipe.encoding import Example, collate, encode
-from safegene_vllm.recipe.generating import greedy_answers
+from safegene_vllm.recipe.generation import greedy_answers
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -23,6 +22,7 @@ from safegene_vllm.recipe.model import (
     load_model,
 )
 from safegene_vllm.recipe.residual import last_prompt_states, recording
+from safegene_vllm.tiny_model import CONFIGS, SHAPE, make_model, write_tenant
 
 PROMPTS = ["a", "a much longer prompt than the others", "bb", "c?"]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from recipe_world import GOOD, HARM, TASK, dataset, pico_chat_model
 
-from safegene_vllm.adapter import layer_of
 from safegene_vllm.chat import prompt_tokens
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, SiteError
-from safegene_vllm.family import Family, load_family, save_family
-from safegene_vllm.pico import write_family, write_tenant
+from safegene_vllm.formats.adapter import layer_of
+from safegene_vllm.formats.family import Family, load_family, save_family
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.selection import Contrast, Stream, contrast, select, top_layers
+from safegene_vllm.tiny_model import write_family, write_tenant
 
 LONG = dataset(*(("long " * n, None) for n in range(1, 21)), name="long")
 

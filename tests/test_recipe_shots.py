@@ -9,7 +9,7 @@ from recipe_world import GOOD, HARM, dataset
 
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.recipe.shots import check_classes, few, joined
+from safegene_vllm.recipe.examples import check_classes, few, joined
 
 
 def labelled(**counts: int) -> Dataset:

@@ -26,11 +26,11 @@ from report_fixtures import (
 )
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.evaluation import (
+from safegene_vllm.evaluation.results import (
     Evaluation,
     SampleAnswer,
 )
-from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report.report import report_page, write_report
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from formats_fixtures import tiny_family
 from report_fixtures import DIGEST, GUARD, WORDS, evaluation, page, share
 
 from safegene_vllm.errors import BoundsError, ConfigError, FamilyMismatchError
-from safegene_vllm.evaluate.evaluation import Evaluation, FamilyRecord, LayerScore, Settings
-from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.evaluation.results import Evaluation, FamilyRecord, LayerScore, Settings
+from safegene_vllm.formats.profile import Profile, make_profile
 from safegene_vllm.report.report import report_page
 
 MARKUP = "</pre><b>&amp;"

@@ -28,14 +28,14 @@ import repairs
 import run
 import trained
 from outcome import COLUMNS
-from safegene_vllm.adapter import Adapter, load_adapter
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluate.answering import Answerer, TransformersAnswerer
-from safegene_vllm.evaluate.evaluation import load_evaluation
-from safegene_vllm.evaluate.rates import Rate, rate
-from safegene_vllm.evaluate.subjects import Subject
-from safegene_vllm.pico import make_model, random_pairs, write_family, write_tenant
+from safegene_vllm.evaluation.backends import Answerer, TransformersAnswerer
+from safegene_vllm.evaluation.results import load_evaluation
+from safegene_vllm.evaluation.statistics import Rate, rate
+from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.formats.adapter import Adapter, load_adapter
 from safegene_vllm.recipe.model import load_model
+from safegene_vllm.tiny_model import make_model, random_pairs, write_family, write_tenant
 
 SITES = {f"model.layers.{n}.mlp.up_proj": (24, 16) for n in range(3)}
 

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks" / "safety_utility"), str(ROOT / "examples" / "smollm2")]
 
 import baselines
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
-from safegene_vllm.compose import delta
+from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError, ShapeError, SiteError
-from safegene_vllm.pico import linear_sites, random_pairs
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.tiny_model import linear_sites, random_pairs
 
 SITES = {f"model.layers.{n}.mlp.up_proj": (24, 16) for n in range(3)}
 

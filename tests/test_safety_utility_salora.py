@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks" / "safety_utility"), str(ROOT / "examples" / "smollm2")]
 
 import salora
-from safegene_vllm.adapter import Adapter, Pair, load_adapter, save_adapter
 from safegene_vllm.chat import prompt_tokens
-from safegene_vllm.compose import delta
+from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
 from safegene_vllm.recipe.encoding import Example
 from safegene_vllm.recipe.model import Loaded, load_model, merge_pairs
 

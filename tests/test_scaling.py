@@ -17,7 +17,7 @@ import fleet
 import registry
 import traffic
 from engine import Held
-from safegene_vllm.plan import Ask, find_gpu, plan_mode, read_shape
+from safegene_vllm.planner import Ask, find_gpu, plan_mode, read_shape
 
 __all__ = ["url"]
 

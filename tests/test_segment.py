@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safegene_vllm.adapter import Pair
-from safegene_vllm.plugin.gain import GainTable, add_safety
-from safegene_vllm.plugin.segment import (
+from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.plugin.ops.cpu_lora import (
     DENSE_ROWS,
     RESERVED,
     SlotStore,
     StepPlan,
     lora_linear,
 )
-from safegene_vllm.plugin.sites import stack_parts
+from safegene_vllm.plugin.ops.gain_table import GainTable, add_safety
+from safegene_vllm.plugin.target_modules import stack_parts
 
 SLOTS, WIDTHS, D_IN, LAYERS = 5, (24, 8, 8), 32, 3
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}

@@ -27,8 +27,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from servers import free_port
 
-from safegene_vllm import cli, pico
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
+from safegene_vllm import cli, tiny_model
 from safegene_vllm.errors import (
     BoundsError,
     ConfigError,
@@ -37,11 +36,12 @@ from safegene_vllm.errors import (
     SafegeneError,
     TenantRefusedError,
 )
-from safegene_vllm.profile import Profile, save_profile
-from safegene_vllm.serve import Launch, ServeOptions, build_command, launch
-from safegene_vllm.serve.command import installed_plugins
-from safegene_vllm.serve.flags import Flags
-from safegene_vllm.serve.process import error_line, ready_lines
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.profile import Profile, save_profile
+from safegene_vllm.launcher import Launch, ServeOptions, build_command, launch
+from safegene_vllm.launcher.command import installed_plugins
+from safegene_vllm.launcher.process import error_line, ready_lines
+from safegene_vllm.launcher.vllm_args import Flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,12 +50,12 @@ ROOT = Path(__file__).parent.parent
 def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A pico base `m`, its family `f` (rank 4), tenants `t4` and `t12` by rank, a profile `p`."""
     d = tmp_path_factory.mktemp("serve")
-    pico.make_model("llama", d / "m")
-    family = pico.write_family(d / "m", d / "f")
-    pico.write_tenant(d / "m", d / "t4", family, 0.5, suffixes=("q_proj", "o_proj"))
-    pico.write_tenant(d / "m", d / "t12", family, 0.5, rank=12, suffixes=("down_proj",))
-    pico.write_tenant(d / "m", d / "bare", None, None, suffixes=("q_proj",))
-    pico.write_tenant(d / "m", d / "p", family, 0.7, adapter=False)
+    tiny_model.make_model("llama", d / "m")
+    family = tiny_model.write_family(d / "m", d / "f")
+    tiny_model.write_tenant(d / "m", d / "t4", family, 0.5, suffixes=("q_proj", "o_proj"))
+    tiny_model.write_tenant(d / "m", d / "t12", family, 0.5, rank=12, suffixes=("down_proj",))
+    tiny_model.write_tenant(d / "m", d / "bare", None, None, suffixes=("q_proj",))
+    tiny_model.write_tenant(d / "m", d / "p", family, 0.7, adapter=False)
     shutil.copytree(d / "m", d / "full")
     shutil.copy(d / "p" / "safegene.json", d / "full" / "safegene.json")
     return SimpleNamespace(d=d, family=family, **{n.name: n for n in d.iterdir()})
@@ -102,7 +102,7 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
         "--lora-target-modules",
         *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
         *("--lora-modules", f"t4={world.t4}", f"p={world.p}"),
-        *("--worker-extension-cls", "safegene_vllm.plugin.required.Required"),
+        *("--worker-extension-cls", "safegene_vllm.plugin.worker_extension.Required"),
         *("--additional-config", json.dumps(settings), "--port", "9000"),
     )
     assert launch.env == {
@@ -225,7 +225,7 @@ def test_max_lora_rank_is_the_smallest_that_holds_all(
 
 def test_composed_rank_counts_where_both_meet(world: SimpleNamespace, tmp_path: Path) -> None:
     """Rank 6 at q_proj, and the vector's 4 on top of it: 10, so 16."""
-    pairs = pico.random_pairs({"model.layers.0.self_attn.q_proj": (128, 128)}, 6, 1)
+    pairs = tiny_model.random_pairs({"model.layers.0.self_attn.q_proj": (128, 128)}, 6, 1)
     save_adapter(Adapter(pairs, None, {}), tmp_path, base_model=None)
     shutil.copy(world.p / "safegene.json", tmp_path / "safegene.json")
     options = ServeOptions(
@@ -254,8 +254,8 @@ def test_given_lora_flags_win(world: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("arch", ["phi3", "glm4"])
 def test_target_modules_of_fused_checkpoints(arch: str, tmp_path: Path) -> None:
-    pico.make_model(arch, tmp_path / "m")
-    pico.write_family(tmp_path / "m", tmp_path / "f")
+    tiny_model.make_model(arch, tmp_path / "m")
+    tiny_model.write_family(tmp_path / "m", tmp_path / "f")
     options = ServeOptions(model=str(tmp_path / "m"), family=tmp_path / "f")
     modules = flag(build_command(options, {}, plugins=()), "lora-target-modules")
     attention = ["qkv_proj"] if arch == "phi3" else ["k_proj", "q_proj", "v_proj"]
@@ -407,14 +407,14 @@ def pickle_only(world: SimpleNamespace, place: Path) -> None:
 
 
 def on_lm_head(world: SimpleNamespace, place: Path) -> None:
-    pair: dict[str, Pair] = pico.random_pairs({"lm_head": (320, 128)}, 2, 1)
+    pair: dict[str, Pair] = tiny_model.random_pairs({"lm_head": (320, 128)}, 2, 1)
     (place / "safegene.json").unlink()
     save_adapter(Adapter(pair, None, {}), place, base_model=None)
     shutil.copy(world.p / "safegene.json", place / "safegene.json")
 
 
 def other_shape(world: SimpleNamespace, place: Path) -> None:
-    pairs = pico.random_pairs({"model.layers.0.self_attn.q_proj": (64, 128)}, 2, 1)
+    pairs = tiny_model.random_pairs({"model.layers.0.self_attn.q_proj": (64, 128)}, 2, 1)
     (place / "safegene.json").unlink()
     save_adapter(Adapter(pairs, None, {}), place, base_model=None)
     shutil.copy(world.p / "safegene.json", place / "safegene.json")
@@ -463,7 +463,7 @@ def test_adapter_roots_hold_for_tenants(world: SimpleNamespace, tmp_path: Path) 
 
 
 def test_a_model_of_another_family_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
-    pico.make_model("llama", tmp_path, intermediate_size=64)
+    tiny_model.make_model("llama", tmp_path, intermediate_size=64)
     with pytest.raises(FamilyMismatchError, match="Serve a model of that family"):
         built(world, model=str(tmp_path))
 
@@ -560,7 +560,7 @@ PARENT = textwrap.dedent(
     """
     import sys
     from rich.console import Console
-    from safegene_vllm.serve import Launch, launch
+    from safegene_vllm.launcher import Launch, launch
     port, child = sys.argv[1:]
     argv = (sys.executable, "-c", child, port, "0", "k")
     sys.exit(launch(Launch(argv, {}, f"http://127.0.0.1:{port}", api_key="k"), Console(width=200)))
@@ -631,7 +631,7 @@ STARTING = textwrap.dedent(
     """
     import sys
     from rich.console import Console
-    from safegene_vllm.serve import Launch, launch, process
+    from safegene_vllm.launcher import Launch, launch, process
     process.UNREADY_STOP_S = 5.0
     url, *argv = sys.argv[1:]
     sys.exit(launch(Launch((sys.executable, "-c", *argv), {}, url), Console(width=200)))
@@ -707,7 +707,7 @@ def test_the_environment_is_added_to_ours() -> None:
 
 
 def test_a_server_that_will_never_be_ready_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safegene_vllm.serve.process.REFUSED_AFTER_S", 1.0)
+    monkeypatch.setattr("safegene_vllm.launcher.process.REFUSED_AFTER_S", 1.0)
     port = free_port()
     status, out = run_child(
         CHILD, str(port), "0", "right", url=f"http://127.0.0.1:{port}", api_key="wrong"

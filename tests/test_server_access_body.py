@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
 from safegene_server.access.body import encode, headers_for, parse, read_body, replay
-from safegene_server.access.refusal import Refusal
-from safegene_server.answers import error_response
+from safegene_server.access.rejection import Refusal
+from safegene_server.error_responses import error_response
 
 JSON = [(b"content-type", b"application/json")]
 DEPTH = 8

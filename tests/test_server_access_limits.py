@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safegene_server.access.catalog import Limits
 from safegene_server.access.limits import SLACK_S, WINDOW_S, Counters, Minute
 from safegene_server.access.models import Target
-from safegene_server.access.refusal import Refusal
+from safegene_server.access.rejection import Refusal
 
 
 class Clock:

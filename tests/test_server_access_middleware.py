@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safegene_server.access.catalog import Catalog, Principal, Tenant, key_digest, make_view
 from safegene_server.access.limits import Counters
 from safegene_server.access.middleware import Access, AccessSettings
-from safegene_server.access.table import RULES
+from safegene_server.access.route_permissions import RULES
 from safegene_vllm.errors import ConfigError
 
 # Keys

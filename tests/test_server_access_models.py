@@ -8,7 +8,7 @@ import pytest
 
 from safegene_server.access.catalog import Limits, Principal, Tenant, make_view
 from safegene_server.access.models import Target, describe, find, listing, resolve
-from safegene_server.access.refusal import Refusal
+from safegene_server.access.rejection import Refusal
 
 LIMITS = Limits(concurrent=3)
 VIEW = make_view(

@@ -12,7 +12,7 @@ from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
-from safegene_server.access.table import (
+from safegene_server.access.route_permissions import (
     ANY_KEY,
     GENERATE,
     LIST,
@@ -28,7 +28,7 @@ from safegene_server.access.table import (
     rule_for,
     unclassified,
 )
-from safegene_server.routes import load_router, router
+from safegene_server.engine_routes import load_router, router
 
 PATHS = st.text(alphabet="/av", max_size=8)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from safegene_server.access.usage import READ_BYTES, Meter, count_answers, estimate_prompt
+from safegene_server.metrics.token_metering import READ_BYTES, Meter, count_answers, estimate_prompt
 
 ESTIMATE = 50
 

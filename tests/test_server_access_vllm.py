@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from safegene_server.access.table import OPERATE, RULES
+from safegene_server.access.route_permissions import OPERATE, RULES
 
 pytestmark = [
     pytest.mark.engine,
@@ -34,7 +34,7 @@ from vllm.config import ProfilerConfig
 from vllm.entrypoints.openai.api_server import build_app
 from vllm.tasks import GENERATION_TASKS, POOLING_TASKS
 
-from safegene_server.access.table import named_routes, unclassified
+from safegene_server.access.route_permissions import named_routes, unclassified
 
 args = SimpleNamespace(
     disable_fastapi_docs=False, enable_offline_docs=False, root_path="", api_key=None,

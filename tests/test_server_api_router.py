@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tenancy_world import OURS, World, refused, world
 
-from safegene_server.access.table import rule_for, unclassified
-from safegene_server.api.bodies import Calibration
-from safegene_server.calibrating.shots import read_shots
+from safegene_server.access.route_permissions import rule_for, unclassified
+from safegene_server.api.request_schemas import Calibration
+from safegene_server.calibration.examples import read_shots
 from safegene_server.tenants import CalibrationSettings
 
 __all__ = ["world"]

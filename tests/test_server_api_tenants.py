@@ -12,12 +12,12 @@ from artifact_fixtures import a_profile
 from tenancy_world import OURS, World, refused, world
 
 from safegene_server.access.middleware import Access, AccessSettings
-from safegene_server.answers import EngineDownError
 from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import WORDS
 from safegene_server.artifacts import SourceRules
+from safegene_server.error_responses import EngineDownError
 from safegene_vllm.errors import ReceiptError, StoreError, TenantRefusedError
-from safegene_vllm.profile import profile_json
+from safegene_vllm.formats.profile import profile_json
 
 __all__ = ["world"]
 

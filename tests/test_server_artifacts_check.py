@@ -11,7 +11,6 @@ from artifact_fixtures import FAMILY, a_profile, a_tenant
 from formats_fixtures import SITES, edit_json, saved_family, tiny_pair
 
 from safegene_server.artifacts.check import check_tenant_files
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
 from safegene_vllm.errors import (
     BoundsError,
     DigestError,
@@ -23,8 +22,9 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     TruncatedFileError,
 )
-from safegene_vllm.profile import Profile, save_profile
-from safegene_vllm.tensorfile import read_tensors, serialize
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.profile import Profile, save_profile
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -26,13 +26,13 @@ from servers import free_port
 
 from safegene_server.artifacts import Limits, SourceRules, Store
 from safegene_server.artifacts.source import RemoteSource
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
 from safegene_vllm.errors import (
     DigestError,
     MissingFileError,
     PickleRefusedError,
     SourceError,
 )
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
 
 WEED = Path(sys.executable).parent / "weed"
 START_S = 60.0

@@ -17,7 +17,6 @@ from artifact_fixtures import FAMILY, FILES, a_profile, a_tenant, content, tree
 from formats_fixtures import saved_family
 
 from safegene_server.artifacts import Limits, SourceRules, Staged, Store
-from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import (
     DigestError,
     MissingFileError,
@@ -27,8 +26,9 @@ from safegene_vllm.errors import (
     StoreError,
     TenantRefusedError,
 )
-from safegene_vllm.profile import load_profile, save_profile
-from safegene_vllm.tensorfile import read_tensors, serialize
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.profile import load_profile, save_profile
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_none_of_this_loads_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from safegene_server.artifacts import Store
-from safegene_vllm.family import read_family_header
+from safegene_vllm.formats.family import read_family_header
 root = Path(sys.argv[1])
 store = Store(root / "store")
 staged = store.stage(root / "acme", family=read_family_header(root / "family"))

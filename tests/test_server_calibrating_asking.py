@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from safegene_server.calibrating.asking import Encoded, end_of_turn, mean_loss, own_answer
+from safegene_server.calibration.scoring import Encoded, end_of_turn, mean_loss, own_answer
 from safegene_vllm.errors import ReceiptError, SafegeneError, TenantRefusedError
 
 SHOT = Encoded((5, 6), (7, 8))

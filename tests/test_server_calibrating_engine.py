@@ -14,7 +14,7 @@ import servers
 from recipe_world import pico_chat_model
 from servers import end, free_port, start, until_serving
 
-from safegene_vllm import pico
+from safegene_vllm import tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -38,9 +38,9 @@ tenants:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     d = tmp_path_factory.mktemp("calibrating")
     pico_chat_model(d / "m")
-    family = pico.write_family(d / "m", d / "f")
+    family = tiny_model.write_family(d / "m", d / "f")
     for i, (name, value) in enumerate((("support", 0.0), ("globex", 0.7), ("newcomer", None))):
-        pico.write_tenant(d / "m", d / "root" / name, family, value, seed=10 + i)
+        tiny_model.write_tenant(d / "m", d / "root" / name, family, value, seed=10 + i)
     (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))
     port = free_port()
     small = tuple(a for a in servers.SMALL if a != "--skip-tokenizer-init")

@@ -20,7 +20,7 @@ from calibrating_world import (
 )
 from tenancy_world import refused
 
-from safegene_server.answers import EngineDownError
+from safegene_server.error_responses import EngineDownError
 from safegene_server.registry.jobs import PRIVATE
 from safegene_vllm.errors import TenantRefusedError
 
@@ -180,7 +180,7 @@ def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, wha
 def test_a_trial_that_the_engine_does_not_give_back_ends_the_job_all_the_same(
     bench: CalibrationWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("safegene_server.calibrating.bench.END_S", 0.05)
+    monkeypatch.setattr("safegene_server.calibration.evaluator.END_S", 0.05)
     bench.start()
     bench.replica.hanging = "end_trial"
     bench.replica.errors["/v1/completions"] = TenantRefusedError("no room")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from safegene_server.calibrating.objective import Look, Vector
-from safegene_server.calibrating.search import Found, Space, search
+from safegene_server.calibration.objective import Look, Vector
+from safegene_server.calibration.search import Found, Space, search
 from safegene_vllm.errors import ConfigError
 
 Loss = Callable[[Vector], float]

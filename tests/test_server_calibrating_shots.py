@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from calibrating_world import examples
 
-from safegene_server.calibrating.shots import read_shots, record_of, split
+from safegene_server.calibration.examples import read_shots, record_of, split
 from safegene_server.tenants import CalibrationSettings
 from safegene_vllm.dataset import Row, digest_of_rows
 from safegene_vllm.errors import ConfigError

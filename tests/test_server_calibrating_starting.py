@@ -12,7 +12,7 @@ import pytest
 from calibrating_world import BEST, NAME, CalibrationWorld, examples
 from tenancy_world import REFUSAL, refused
 
-from safegene_server.answers import EngineDownError
+from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job
 from safegene_server.registry.jobs import PRIVATE
 

@@ -23,10 +23,10 @@ import openai
 import pytest
 from servers import START_S, end, free_port, start, until_serving
 
-from safegene_vllm import pico
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
-from safegene_vllm.family import Family
-from safegene_vllm.profile import Profile, load_profile, save_profile
+from safegene_vllm import tiny_model
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.family import Family
+from safegene_vllm.formats.profile import Profile, load_profile, save_profile
 
 pytestmark = [
     pytest.mark.engine,
@@ -75,12 +75,14 @@ class Server:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Family]:
     d = tmp_path_factory.mktemp("engine")
-    pico.make_model("llama", d / "m")
-    family = pico.write_family(d / "m", d / "f")
+    tiny_model.make_model("llama", d / "m")
+    family = tiny_model.write_family(d / "m", d / "f")
     for i in range(4):
-        pico.write_tenant(d / "m", d / "root" / f"t{i}", family, [0.5 + i * 0.3, 1.0], seed=10 + i)
-    pico.write_tenant(d / "m", d / "root" / "p", family, [0.7, 0.9], adapter=False)
-    pico.write_tenant(d / "m", d / "outside", family, 0.5, seed=99)
+        tiny_model.write_tenant(
+            d / "m", d / "root" / f"t{i}", family, [0.5 + i * 0.3, 1.0], seed=10 + i
+        )
+    tiny_model.write_tenant(d / "m", d / "root" / "p", family, [0.7, 0.9], adapter=False)
+    tiny_model.write_tenant(d / "m", d / "outside", family, 0.5, seed=99)
     return d, family
 
 
@@ -221,15 +223,15 @@ def not_a_number(server: Server, place: Path) -> None:
 
 def too_large(server: Server, place: Path) -> None:
     site = "model.layers.0.self_attn.q_proj"
-    replace_adapter(place, pico.random_pairs({site: (128, 128)}, 64, 1))
+    replace_adapter(place, tiny_model.random_pairs({site: (128, 128)}, 64, 1))
 
 
 def unknown_site(server: Server, place: Path) -> None:
-    replace_adapter(place, pico.random_pairs({"model.layers.0.nothing": (128, 128)}, 2, 1))
+    replace_adapter(place, tiny_model.random_pairs({"model.layers.0.nothing": (128, 128)}, 2, 1))
 
 
 def on_lm_head(server: Server, place: Path) -> None:
-    replace_adapter(place, pico.random_pairs({"lm_head": (320, 128)}, 2, 1))
+    replace_adapter(place, tiny_model.random_pairs({"lm_head": (320, 128)}, 2, 1))
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ import pytest
 from metrics_world import clean, growth, values  # noqa: F401
 from prometheus_client import CollectorRegistry, Gauge
 
-from safegene_server.metrics.applied import Applied, Served
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.series import Series
 from safegene_server.metrics.settings import MetricsSettings
+from safegene_server.monitoring.applied import Applied, Served
 from safegene_server.verifier import Expected, Report
 from safegene_vllm import __version__
-from safegene_vllm.family import Base, FamilyHeader, SelectedLayer
-from safegene_vllm.profile import Profile
-from safegene_vllm.receipt import AdapterReceipt, Receipt
+from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
+from safegene_vllm.formats.profile import Profile
+from safegene_vllm.formats.receipt import AdapterReceipt, Receipt
 from safegene_vllm.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -244,7 +244,7 @@ import asyncio, json, sys
 sys.path[:0] = json.loads(sys.argv[2])
 from test_server_metrics_applied import profile, make, receipt, report
 from test_server_metrics_traffic import answers, chat, guarded, traffic, whole_answer
-from safegene_server.metrics.applied import Served
+from safegene_server.monitoring.applied import Served
 
 first = sys.argv[1] == "0"
 access = guarded(answers(whole_answer(), kind=b"application/json"), traffic=traffic())
@@ -309,7 +309,7 @@ def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_is_tried_again_and_stops_no_other() -> None:
-    from safegene_server.metrics.observing import Observing
+    from safegene_server.monitoring.collectors import Observing
 
     async def run() -> tuple[int, int]:
         looked, failed = 0, 0

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
 
-from safegene_server.metrics.bounding import UNBOUNDED, withhold
 from safegene_server.metrics.settings import MetricsSettings
-from safegene_server.metrics.wiring import Metrics
+from safegene_server.metrics.vllm_series import UNBOUNDED, withhold
+from safegene_server.monitoring.setup import Metrics
 from safegene_server.verifier import Expected
 from safegene_vllm.settings import Settings
 

@@ -13,8 +13,8 @@ from registry_server import ADMIN, Running, World
 from servers import end, free_port, start, until_serving
 from test_server_tenancy import ACME, GLOBEX, LONG, Server, world  # noqa: F401
 
-from safegene_vllm import __version__, pico
-from safegene_vllm.family import load_family
+from safegene_vllm import __version__, tiny_model
+from safegene_vllm.formats.family import load_family
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
@@ -177,7 +177,7 @@ def test_a_server_without_a_registry(world: World) -> None:  # noqa: F811
     """Tenants of the command line: told apart by their served names, with no key but vLLM's."""
     family = load_family(world.d / "f")
     for name, coefficients in (("t0", [0.6, 0.8]), ("t1", [1.0, 1.0])):
-        pico.write_tenant(world.d / "m", world.d / name, family, coefficients, seed=7)
+        tiny_model.write_tenant(world.d / "m", world.d / name, family, coefficients, seed=7)
     port = free_port()
     process = start(
         *(str(world.d / "m"), "--family", str(world.d / "f"), "--slots", "2"),

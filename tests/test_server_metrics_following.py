@@ -13,9 +13,9 @@ import pytest
 from metrics_world import clean, growth, values  # noqa: F401
 from registry_world import FAMILY, add_published, profile, registry, url  # noqa: F401
 
-from safegene_server.metrics import observing
 from safegene_server.metrics.labels import TenantLabels
-from safegene_server.metrics.observing import Following
+from safegene_server.monitoring import collectors
+from safegene_server.monitoring.collectors import Following
 from safegene_server.registry import Registry
 from safegene_server.replica.lag import Lag
 from safegene_vllm.errors import RegistryDownError
@@ -163,7 +163,7 @@ def test_a_registry_that_hangs_is_asked_once_and_heard_when_it_answers(
     registry: Registry,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(observing, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(collectors, "PATIENCE_S", 0.01)
     silent = Silent(registry)
     following = Following(TenantLabels(), silent, Follower())  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from safegene_server.metrics.openings import Openings
-from safegene_vllm.evaluate.judges import OPENING_CHARS
+from safegene_server.metrics.refusal_detection import Openings
+from safegene_vllm.evaluation.judges import OPENING_CHARS
 
 NO = "I'm sorry, but I can't help with that."
 YES = "Here is how it is done, step by step."

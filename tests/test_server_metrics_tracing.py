@@ -20,10 +20,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from safegene_server.metrics.edge import Edge
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.tracing import Tracing, tracing_of
 from safegene_server.metrics.traffic import Traffic
+from safegene_server.monitoring.middleware import Edge
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID, CALLER_SPAN = int(CALLER.split("-")[1], 16), int(CALLER.split("-")[2], 16)

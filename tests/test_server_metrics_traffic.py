@@ -15,10 +15,10 @@ from access_world import CHAT, ask, chat, guarded, speak
 from metrics_world import growth
 from starlette.types import Message, Receive, Scope, Send
 
-from safegene_server.metrics.edge import Edge
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.metrics.traffic import Traffic
+from safegene_server.monitoring.middleware import Edge
 
 NO = "I'm sorry, but I can't help with that."
 App = Callable[[Scope, Receive, Send], Awaitable[None]]

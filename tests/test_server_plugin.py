@@ -20,9 +20,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
-from safegene_server import answers, gate, verifier
+from safegene_server import engine_client as gate
+from safegene_server import error_responses as answers
+from safegene_server import verifier
 from safegene_server.plugin import endpoint_plugin
-from safegene_vllm import pico
+from safegene_vllm import tiny_model
 from safegene_vllm.errors import (
     ConfigError,
     ConflictError,
@@ -37,9 +39,9 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     UnknownError,
 )
-from safegene_vllm.family import Family, read_family_header
-from safegene_vllm.profile import Profile, load_profile, make_profile, save_profile
-from safegene_vllm.receipt import AdapterReceipt, Receipt, gain_digest
+from safegene_vllm.formats.family import Family, read_family_header
+from safegene_vllm.formats.profile import Profile, load_profile, make_profile, save_profile
+from safegene_vllm.formats.receipt import AdapterReceipt, Receipt, gain_digest
 
 LOAD = "/v1/load_lora_adapter"
 
@@ -188,11 +190,11 @@ class World:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     d = tmp_path_factory.mktemp("server")
-    pico.make_model("llama", d / "m")
-    family = pico.write_family(d / "m", d / "f")
+    tiny_model.make_model("llama", d / "m")
+    family = tiny_model.write_family(d / "m", d / "f")
     for i in range(3):
-        pico.write_tenant(d / "m", d / f"t{i}", family, 0.5 + 0.1 * i, adapter=False)
-    pico.write_tenant(d / "m", d / "bare", None, None, suffixes=("q_proj",))
+        tiny_model.write_tenant(d / "m", d / f"t{i}", family, 0.5 + 0.1 * i, adapter=False)
+    tiny_model.write_tenant(d / "m", d / "bare", None, None, suffixes=("q_proj",))
     return d
 
 

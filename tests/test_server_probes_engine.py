@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recipe_world import pico_chat_model
 from servers import end, free_port, start, until_serving
 
-from safegene_vllm import pico
+from safegene_vllm import tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -42,8 +42,8 @@ _T = TypeVar("_T")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     d = tmp_path_factory.mktemp("probes")
     pico_chat_model(d / "m")
-    family = pico.write_family(d / "m", d / "f")
-    pico.write_tenant(d / "m", d / "root" / "support", family, 0.7, seed=10)
+    family = tiny_model.write_family(d / "m", d / "f")
+    tiny_model.write_tenant(d / "m", d / "root" / "support", family, 0.7, seed=10)
     (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))
     lines = [{"prompt": f"{k} {i}?", "kind": k} for k, n in OWN.items() for i in range(n)]
     (d / "own.jsonl").write_text("\n".join(json.dumps(line) for line in lines))

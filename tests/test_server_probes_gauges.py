@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 warnings.simplefilter("ignore")
 from prometheus_client import CollectorRegistry, multiprocess
 from safegene_server.metrics.labels import TenantLabels
-from safegene_server.probes import Result, gauges
-from safegene_server.tenants.questions import Count, Tally
+from safegene_server.monitoring.probes import Result, gauges
+from safegene_server.tenants.smoke_prompts import Count, Tally
 
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)

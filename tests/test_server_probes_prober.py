@@ -12,8 +12,8 @@ import pytest
 from probes_world import PROMPTS, ProbeWorld, probes, sample, series_of
 from tenancy_world import REFUSAL
 
-from safegene_server.answers import EngineDownError
-from safegene_server.probes import prober as room
+from safegene_server.error_responses import EngineDownError
+from safegene_server.monitoring.probes import prober as room
 from safegene_vllm.errors import ConflictError, ReceiptError, TenantRefusedError
 
 __all__ = ["probes"]

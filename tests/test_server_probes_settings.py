@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_server.probes import ProbeSettings
+from safegene_server.monitoring.probes import ProbeSettings
 from safegene_server.settings import ENV, read_settings
 from safegene_vllm.errors import ConfigError
 

@@ -29,7 +29,7 @@ from safegene_vllm.errors import (
     RegistryError,
     UnknownError,
 )
-from safegene_vllm.profile import Profile, profile_json
+from safegene_vllm.formats.profile import Profile, profile_json
 
 __all__ = ["registry", "url"]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from registry_world import FAMILY, HEADER, add_published, add_ready, header, profile, registry, url
 
-from safegene_server.registry import Registry, words
-from safegene_server.registry.headers import header_json, parse_header
+from safegene_server.registry import Registry, validation
+from safegene_server.registry.family_json import header_json, parse_header
 from safegene_vllm.errors import ConflictError, FrozenError, RegistryError, UnknownError
 
 __all__ = ["registry", "url"]
@@ -63,15 +63,15 @@ def test_what_a_tenant_cannot_be(registry: Registry) -> None:
 )
 def test_names_that_no_tenant_has(name: str) -> None:
     with pytest.raises(RegistryError, match="tenant name"):
-        words.tenant_name(name)
+        validation.tenant_name(name)
 
 
 @given(st.from_regex(r"\A[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?\Z"))
 def test_names_of_tenants(name: str) -> None:
     if name == "base":
         return
-    assert words.tenant_name(name) == name
-    assert words.served_name(name, 17) == f"{name}@17"
+    assert validation.tenant_name(name) == name
+    assert validation.served_name(name, 17) == f"{name}@17"
 
 
 def test_limits_are_replaced_as_a_whole(registry: Registry) -> None:

@@ -20,15 +20,15 @@ from metrics_world import growth
 from safegene_server.access.catalog import Catalog, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.models import resolve
-from safegene_server.answers import EngineDownError
 from safegene_server.artifacts import Store
+from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Registry, Revision, Snapshot
 from safegene_server.replica import Inside, Replica
 from safegene_server.replica.view import principal_of_key
-from safegene_vllm import pico
+from safegene_vllm import tiny_model
 from safegene_vllm.errors import ConfigError, ReceiptError, RegistryDownError, RegistryError
-from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.profile import make_profile
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import make_profile
 
 
 @dataclass
@@ -106,9 +106,9 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    pico.make_model("llama", tmp_path / "m")
-    family = pico.write_family(tmp_path / "m", tmp_path / "f")
-    pico.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=1)
+    tiny_model.make_model("llama", tmp_path / "m")
+    family = tiny_model.write_family(tmp_path / "m", tmp_path / "f")
+    tiny_model.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=1)
     header = read_family_header(tmp_path / "f")
     registry, store = Registry(tmp_path / "r.sqlite"), Store(tmp_path / "store")
     engine, catalog, counters = Engine(header), Catalog(), Counters()
@@ -186,7 +186,7 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that says nothing for ten seconds counts as gone."""
-    monkeypatch.setattr("safegene_server.replica.teller.BEAT_S", 0.0)
+    monkeypatch.setattr("safegene_server.replica.heartbeat.BEAT_S", 0.0)
     first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
     told: list[tuple[int, int]] = []
 
@@ -337,9 +337,9 @@ def test_another_machine_fetches_what_its_store_has_not(world: World, tmp_path: 
 def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
     world: World, tmp_path: Path
 ) -> None:
-    family = pico.write_family(tmp_path / "m", tmp_path / "f2")
+    family = tiny_model.write_family(tmp_path / "m", tmp_path / "f2")
     world.publish("acme", 0.5)
-    pico.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=2)
+    tiny_model.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=2)
     world.replica.supply.store = Store(tmp_path / "other-store")
 
     async def look() -> None:
@@ -392,7 +392,7 @@ def test_a_registry_that_is_down_changes_nothing_that_is_served(
 def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.RETRY_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.RETRY_S", 0.05)
     world.publish("acme", 0.5)
     snapshot, failed = world.registry.snapshot, threading.Event()
 
@@ -436,7 +436,7 @@ def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: 
 
 
 def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.DRIFT_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.DRIFT_S", 0.05)
     world.publish("acme", 0.5)
 
     async def change() -> None:

@@ -18,7 +18,7 @@ from test_server_replica import World, run, until, world
 
 from safegene_server.access.catalog import key_digest
 from safegene_server.artifacts import Store
-from safegene_vllm import pico
+from safegene_vllm import tiny_model
 from safegene_vllm.errors import SourceError
 
 __all__ = ["world"]
@@ -28,8 +28,8 @@ class Slow:
     """`go` lets the slow source answer; `fail` makes it fail then. Other sources are as ever."""
 
     def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        family = pico.write_family(world.root / "m", world.root / "f2")
-        pico.write_tenant(world.root / "m", world.root / "slow", family, None, seed=2)
+        family = tiny_model.write_family(world.root / "m", world.root / "f2")
+        tiny_model.write_tenant(world.root / "m", world.root / "slow", family, None, seed=2)
         self.go, self.fail, self.begun, self.stopped = (threading.Event() for _ in range(4))
         store = Store(world.root / "other-store")
         stage: Callable[..., Any] = store.stage
@@ -57,7 +57,7 @@ def slow(world: World, monkeypatch: pytest.MonkeyPatch) -> Slow:
 def test_a_slow_source_delays_its_own_revision_and_nothing_else(
     world: World, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.BEAT_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.BEAT_S", 0.05)
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -88,7 +88,7 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
 def test_a_start_waits_for_slow_sources_only_so_long(
     world: World, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.FETCH_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.FETCH_S", 0.05)
     world.publish("acme", 0.5)
     new = world.add("globex", 0.7, source="slow")
     world.registry.publish("globex", new.number, actor="t")
@@ -138,7 +138,7 @@ def test_what_nobody_waits_for_any_more_is_not_fetched_on(world: World, slow: Sl
 def test_a_stop_ends_what_is_being_fetched(
     world: World, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.FETCH_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.FETCH_S", 0.05)
     new = world.add("globex", 0.7, source="slow")
     world.registry.publish("globex", new.number, actor="t")
     run(world)
@@ -180,7 +180,7 @@ def test_a_revision_s_time_is_its_own(world: World) -> None:
 def test_what_was_not_wanted_for_a_day_goes_from_the_disk(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.replica.CLEAN_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.reconciler.CLEAN_S", 0.05)
     store = world.store.root
 
     def on_disk() -> set[str]:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.replica import Inside, Inward
 from safegene_server.tenants import Prompt
-from safegene_server.tenants.questions import CHAT, ask_all
+from safegene_server.tenants.smoke_prompts import CHAT, ask_all
 from safegene_vllm.errors import ConfigError, TenantRefusedError
 
 Handler = Callable[[Request], Coroutine[Any, Any, Any]]
@@ -175,7 +175,7 @@ def test_what_is_given_up_leaves_nothing_in_the_engine(decorate: Callable[[], De
 def test_an_app_that_does_not_end_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("safegene_server.replica.inside.END_S", 0.05)
+    monkeypatch.setattr("safegene_server.replica.internal_client.END_S", 0.05)
 
     async def ask() -> None:
         slow = Slow(stubborn=True)

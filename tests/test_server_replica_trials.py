@@ -13,10 +13,10 @@ import pytest
 from test_server_replica import World, run, world
 
 from safegene_server.access.models import find
-from safegene_server.replica.trials import FIRST_ID
+from safegene_server.replica.candidates import FIRST_ID
 from safegene_server.replica.view import principal_of_key
 from safegene_vllm.errors import BoundsError, ReceiptError
-from safegene_vllm.profile import load_profile
+from safegene_vllm.formats.profile import load_profile
 
 __all__ = ["world"]
 

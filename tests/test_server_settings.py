@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from safegene_server.access.catalog import key_digest
-from safegene_server.door import add_first_keys, check_host
+from safegene_server.app import add_first_keys, check_host
 from safegene_server.registry import Registry
 from safegene_server.settings import ENV, FirstKey, ServerSettings, read_settings
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.serve import read_declared
+from safegene_vllm.launcher import read_declared
 
 ROOT = Path(__file__).parent.parent
 LEAST = "registry: r.sqlite\nstore: store\n"

@@ -17,9 +17,9 @@ from registry_server import ADMIN, Running, World, make_world
 from registry_world import has_postgres, postgres
 
 from safegene_server.registry import Registry
-from safegene_vllm import pico
-from safegene_vllm.family import load_family
-from safegene_vllm.profile import make_profile
+from safegene_vllm import tiny_model
+from safegene_vllm.formats.family import load_family
+from safegene_vllm.formats.profile import make_profile
 
 pytestmark = pytest.mark.engine
 
@@ -224,7 +224,7 @@ def reported(done: Callable[[], bool]) -> None:
 
 def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     family = load_family(world.d / "f")
-    pico.write_tenant(world.d / "m", world.d / "root" / "live", family, [0.4, 0.8], seed=20)
+    tiny_model.write_tenant(world.d / "m", world.d / "root" / "live", family, [0.4, 0.8], seed=20)
     admin = server.http(ADMIN)
     begun = time.monotonic()
     body = {"name": "live", "source": str(world.d / "root" / "live")}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tenancy_world import World, world
 
-from safegene_server.answers import EngineDownError
+from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job
 from safegene_server.tenants import Jobs, Tenancy, TenantSettings, Work
 from safegene_vllm.errors import RegistryDownError, TenantRefusedError

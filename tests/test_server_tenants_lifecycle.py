@@ -11,10 +11,10 @@ import pytest
 from registry_world import HEADER
 from tenancy_world import ACTOR, REFUSAL, World, world
 
-from safegene_server.answers import EngineDownError
-from safegene_server.tenants import Change, GateSettings, lifecycle
+from safegene_server.error_responses import EngineDownError
+from safegene_server.tenants import Change, GateSettings, service
 from safegene_server.tenants.families import set_family_frozen, set_floor
-from safegene_server.tenants.lifecycle import Published
+from safegene_server.tenants.service import Published
 from safegene_vllm.errors import (
     BoundsError,
     ConflictError,
@@ -25,7 +25,7 @@ from safegene_vllm.errors import (
     TenantRefusedError,
     UnknownError,
 )
-from safegene_vllm.profile import make_profile
+from safegene_vllm.formats.profile import make_profile
 
 __all__ = ["world"]
 
@@ -38,11 +38,11 @@ def run(step: Coroutine[Any, Any, T]) -> T:
 
 
 def change(world: World, how: Change, *, expected: int | None = None) -> Published:
-    return run(lifecycle.change_profile(world.tenancy, NAME, how, expected=expected, actor=ACTOR))
+    return run(service.change_profile(world.tenancy, NAME, how, expected=expected, actor=ACTOR))
 
 
 def back(world: World, number: int | None = None, *, expected: int | None = None) -> Published:
-    return run(lifecycle.roll_back(world.tenancy, NAME, number, expected=expected, actor=ACTOR))
+    return run(service.roll_back(world.tenancy, NAME, number, expected=expected, actor=ACTOR))
 
 
 def test_a_change_is_a_new_revision_of_the_same_adapter(world: World) -> None:
@@ -82,7 +82,7 @@ def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
 
     async def both() -> None:
         steps = [
-            lifecycle.change_profile(
+            service.change_profile(
                 world.tenancy, NAME, Change(scale=1.1), expected=None, actor=ACTOR
             )
             for _ in range(5)
@@ -219,15 +219,15 @@ def test_publishing_by_hand(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=1.5))
     loads = len(world.replica.loads)
-    done = run(lifecycle.publish(world.tenancy, NAME, 1, expected=2, actor=ACTOR))
+    done = run(service.publish(world.tenancy, NAME, 1, expected=2, actor=ACTOR))
     assert done.revision.number == 1 and len(world.replica.loads) == loads + 1
-    again = run(lifecycle.publish(world.tenancy, NAME, 1, expected=1, actor=ACTOR))
+    again = run(service.publish(world.tenancy, NAME, 1, expected=1, actor=ACTOR))
     assert again == done
     world.replica.errors["load"] = TenantRefusedError("no")
     with pytest.raises(TenantRefusedError):
         change(world, Change(scale=1.2))
     with pytest.raises(ConflictError, match="is failed"):
-        run(lifecycle.publish(world.tenancy, NAME, 3, expected=None, actor=ACTOR))
+        run(service.publish(world.tenancy, NAME, 3, expected=None, actor=ACTOR))
 
 
 @pytest.mark.parametrize("state", ["registered", "checking"])
@@ -244,7 +244,7 @@ def test_publishing_what_is_being_tried_out_leaves_it_to_its_job(world: World, s
         world.registry.set_revision_state(tried.id, "checking", actor=ACTOR)
     run(world.replica.load(tried))
     with pytest.raises(ConflictError, match=f"is {state}"):
-        run(lifecycle.publish(world.tenancy, NAME, 2, expected=None, actor=ACTOR))
+        run(service.publish(world.tenancy, NAME, 2, expected=None, actor=ACTOR))
     assert f"{NAME}@2" in world.replica.held
 
 
@@ -264,7 +264,7 @@ def test_a_publication_or_rollback_that_is_refused_leaves_nothing_loaded(world: 
         change(world, Change(scale=1.4))
     world.replica.held.discard(f"{NAME}@1")
     run(set_floor(world.tenancy, world.replica.header.digest, {0: 1.2}, actor=ACTOR))
-    publish = lifecycle.publish(world.tenancy, NAME, 1, expected=None, actor=ACTOR)
+    publish = service.publish(world.tenancy, NAME, 1, expected=None, actor=ACTOR)
     assert loaded_by_refused(world, lambda: run(publish)) == set()
     assert loaded_by_refused(world, lambda: back(world, 1)) == set()
 
@@ -300,7 +300,7 @@ def test_what_is_read_again_is_where_the_served_revision_came_from(world: World)
     again: dict[str, Any] = {"first": Change(), "expected": None, "actor": ACTOR}
 
     def update(source: str | None, *, publish: bool = True) -> str | None:
-        step = lifecycle.add_revision(world.tenancy, NAME, source=source, publish=publish, **again)
+        step = service.add_revision(world.tenancy, NAME, source=source, publish=publish, **again)
         run(step)
         assert world.work().state == "done"
         return world.registry.revisions(NAME)[-1].source
@@ -315,16 +315,16 @@ def test_what_is_read_again_is_where_the_served_revision_came_from(world: World)
 def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=1.5))
-    run(lifecycle.set_frozen(world.tenancy, NAME, True, actor=ACTOR))
+    run(service.set_frozen(world.tenancy, NAME, True, actor=ACTOR))
     loads = list(world.replica.loads)
     more: dict[str, Any] = {"expected": None, "actor": ACTOR}
     for step in (
         lambda: change(world, Change(scale=1.1)),
         lambda: back(world),
-        lambda: run(lifecycle.publish(world.tenancy, NAME, 1, **more)),
-        lambda: run(lifecycle.retire(world.tenancy, NAME, **more)),
+        lambda: run(service.publish(world.tenancy, NAME, 1, **more)),
+        lambda: run(service.retire(world.tenancy, NAME, **more)),
         lambda: run(
-            lifecycle.add_revision(
+            service.add_revision(
                 world.tenancy, NAME, source=None, first=Change(), publish=True, **more
             )
         ),
@@ -332,7 +332,7 @@ def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
         with pytest.raises(FrozenError):
             step()
     assert world.replica.loads == loads
-    run(lifecycle.set_frozen(world.tenancy, NAME, False, actor=ACTOR))
+    run(service.set_frozen(world.tenancy, NAME, False, actor=ACTOR))
     assert back(world).revision.number == 1
     run(set_family_frozen(world.tenancy, world.replica.header.digest, True, actor=ACTOR))
     with pytest.raises(FrozenError):
@@ -342,7 +342,7 @@ def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
 def test_retiring_ends_the_jobs_and_is_told_twice(world: World) -> None:
     world.serve(NAME)
     job = run(
-        lifecycle.add_revision(
+        service.add_revision(
             world.tenancy,
             NAME,
             source=None,
@@ -352,18 +352,18 @@ def test_retiring_ends_the_jobs_and_is_told_twice(world: World) -> None:
             actor=ACTOR,
         )
     )
-    tenant, rollout = run(lifecycle.retire(world.tenancy, NAME, expected=1, actor=ACTOR))
+    tenant, rollout = run(service.retire(world.tenancy, NAME, expected=1, actor=ACTOR))
     assert tenant.state == "retired" and rollout is not None and rollout.kind == "retire"
     assert world.registry.job(job.id).state == "cancelled"
     assert NAME not in world.catalog.view.tenants and world.replica.held == set()
-    assert run(lifecycle.retire(world.tenancy, NAME, expected=1, actor=ACTOR)) == (tenant, None)
+    assert run(service.retire(world.tenancy, NAME, expected=1, actor=ACTOR)) == (tenant, None)
     with pytest.raises(ConflictError, match="retired"):
         change(world, Change(scale=1.1))
 
 
 def test_limits_are_live_at_once(world: World) -> None:
     world.serve(NAME)
-    run(lifecycle.set_limits(world.tenancy, NAME, {"concurrent": 3}, actor=ACTOR))
+    run(service.set_limits(world.tenancy, NAME, {"concurrent": 3}, actor=ACTOR))
     assert world.catalog.view.tenants[NAME].limits.concurrent == 3
 
 
@@ -387,14 +387,14 @@ def test_the_same_registration_again_is_the_same_job(world: World) -> None:
         "publish": True,
         "actor": ACTOR,
     }
-    _, once = run(lifecycle.register(world.tenancy, NAME, **given))
-    _, twice = run(lifecycle.register(world.tenancy, NAME, **given))
+    _, once = run(service.register(world.tenancy, NAME, **given))
+    _, twice = run(service.register(world.tenancy, NAME, **given))
     assert twice.id == once.id
     assert world.work().state == "done"
-    assert run(lifecycle.register(world.tenancy, NAME, **given))[1].id == once.id
+    assert run(service.register(world.tenancy, NAME, **given))[1].id == once.id
     for other in ({"limits": {}}, {"source": "/else"}, {"publish": False}):
         with pytest.raises(ConflictError, match="exists"):
-            run(lifecycle.register(world.tenancy, NAME, **{**given, **other}))
+            run(service.register(world.tenancy, NAME, **{**given, **other}))
 
 
 def test_a_registration_that_stopped_before_its_job_is_completed(world: World) -> None:
@@ -402,14 +402,14 @@ def test_a_registration_that_stopped_before_its_job_is_completed(world: World) -
     digest = world.replica.header.digest
     world.registry.add_tenant(NAME, digest, actor=ACTOR, source=source)
     given = {"source": source, "first": Change(), "limits": {}, "publish": True}
-    run(lifecycle.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
+    run(service.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
     assert world.work().state == "done"
 
 
 def test_nothing_is_registered_of_nothing(world: World) -> None:
     given = {"source": None, "first": Change(), "limits": {}, "publish": True}
     with pytest.raises(ConflictError, match="neither a source nor a profile"):
-        run(lifecycle.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
+        run(service.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
     assert world.registry.tenants() == ()
 
 

@@ -13,13 +13,13 @@ import pytest
 from artifact_fixtures import a_profile, a_tenant
 from tenancy_world import ACTOR, REFUSAL, World, world
 
-from safegene_server.answers import EngineDownError
+from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job, Revision
-from safegene_server.tenants import GateSettings, lifecycle
+from safegene_server.tenants import GateSettings, service
 from safegene_server.tenants.jobs import JobLostError
 from safegene_server.tenants.profiles import Change
 from safegene_vllm.errors import ReceiptError, RegistryDownError, TenantRefusedError
-from safegene_vllm.profile import make_profile, profile_json, save_profile
+from safegene_vllm.formats.profile import make_profile, profile_json, save_profile
 
 __all__ = ["world"]
 
@@ -28,7 +28,7 @@ NAME = "acme/support"
 
 def register(world: World, **more: Any) -> Job:
     given = {"source": None, "first": Change(), "limits": {}, "publish": True, "actor": ACTOR}
-    _, job = asyncio.run(lifecycle.register(world.tenancy, NAME, **{**given, **more}))
+    _, job = asyncio.run(service.register(world.tenancy, NAME, **{**given, **more}))
     return job
 
 
@@ -130,7 +130,7 @@ def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one
     world.replica.answer = lambda prompt: REFUSAL
     bad = world.adapter("bad", start=5)
     body = {"source": bad, "expected": 1, "first": Change(), "publish": True, "actor": ACTOR}
-    asyncio.run(lifecycle.add_revision(world.tenancy, NAME, **body))
+    asyncio.run(service.add_revision(world.tenancy, NAME, **body))
     assert world.work().state == "failed"
     assert world.registry.tenant(NAME).published == 1
     assert [r.state for r in world.registry.revisions(NAME)] == ["published", "failed"]
@@ -183,10 +183,10 @@ def test_a_new_revision_that_somebody_else_overtook(world: World) -> None:
     world.serve(NAME)
     more = {"first": Change(), "publish": True, "expected": 1, "actor": ACTOR}
     asyncio.run(
-        lifecycle.add_revision(world.tenancy, NAME, source=world.adapter("b", start=9), **more)
+        service.add_revision(world.tenancy, NAME, source=world.adapter("b", start=9), **more)
     )
     asyncio.run(
-        lifecycle.change_profile(world.tenancy, NAME, Change(scale=2.0), expected=None, actor=ACTOR)
+        service.change_profile(world.tenancy, NAME, Change(scale=2.0), expected=None, actor=ACTOR)
     )
     job = world.work()
     assert job.state == "failed" and "somebody else was first" in job.message
@@ -273,7 +273,7 @@ def test_a_tenant_frozen_meanwhile_stays_as_it_was_and_its_revision_ready(world:
     world.serve(NAME)
     a_tenant(world.root / "new", start=7, profile=1.0)
     more = {"first": Change(), "publish": True, "expected": None, "actor": ACTOR}
-    asyncio.run(lifecycle.add_revision(world.tenancy, NAME, source=str(world.root / "new"), **more))
+    asyncio.run(service.add_revision(world.tenancy, NAME, source=str(world.root / "new"), **more))
     load = world.replica.load
 
     async def freezing(revision: Revision) -> None:
@@ -290,7 +290,7 @@ def test_a_tenant_frozen_meanwhile_stays_as_it_was_and_its_revision_ready(world:
 def test_the_same_content_twice_at_once_is_one_revision(world: World) -> None:
     register(world, source=world.adapter())
     more = {"source": None, "first": Change(), "publish": True, "expected": None, "actor": ACTOR}
-    asyncio.run(lifecycle.add_revision(world.tenancy, NAME, **more))
+    asyncio.run(service.add_revision(world.tenancy, NAME, **more))
 
     async def both() -> None:
         one = world.tenancy.jobs.run_one

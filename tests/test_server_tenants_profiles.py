@@ -15,7 +15,7 @@ from safegene_server.registry import Revision
 from safegene_server.tenants import Change
 from safegene_server.tenants.profiles import changed_profile, first_profile
 from safegene_vllm.errors import BoundsError, DigestError, FamilyMismatchError, HeaderError
-from safegene_vllm.profile import make_profile, profile_json
+from safegene_vllm.formats.profile import make_profile, profile_json
 
 LOW, HIGH = FAMILY.bounds
 CURRENT = Revision(

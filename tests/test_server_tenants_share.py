@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from safegene_server.tenants.share import Share
+from safegene_server.tenants.duty_cycle import Share
 
 
 @dataclass

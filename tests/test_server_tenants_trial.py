@@ -12,7 +12,7 @@ import httpx
 import pytest
 from tenancy_world import REFUSAL, Answer, good
 
-from safegene_server.answers import EngineDownError
+from safegene_server.error_responses import EngineDownError
 from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, try_out
 from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from safegene_vllm.adapter import Adapter, save_adapter
 from safegene_vllm.errors import (
     FamilyMismatchError,
     HeaderError,
     MissingFileError,
     TenantRefusedError,
 )
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.pico import make_model, random_pairs, write_family, write_tenant
-from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.adapter import Adapter, save_adapter
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, refuse_exported
+from safegene_vllm.tiny_model import make_model, random_pairs, write_family, write_tenant
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def header(root: Path) -> FamilyHeader:
-    from safegene_vllm.family import read_family_header
+    from safegene_vllm.formats.family import read_family_header
 
     return read_family_header(root / "family")
 

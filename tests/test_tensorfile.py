@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from formats_fixtures import f32, safetensors_bytes
 
-from safegene_vllm import tensorfile
 from safegene_vllm.errors import HeaderError, MissingFileError, NonFiniteError, TruncatedFileError
-from safegene_vllm.tensorfile import (
+from safegene_vllm.formats import safetensors_file
+from safegene_vllm.formats.safetensors_file import (
     ANY_BITS,
     check_finite,
     read_safetensors_header,
@@ -163,7 +163,7 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def test_nan_and_inf_are_found_without_torch_wherever_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float
 ) -> None:
-    monkeypatch.setattr(tensorfile, "_CHUNK_BYTES", 16)
+    monkeypatch.setattr(safetensors_file, "_CHUNK_BYTES", 16)
     path = tmp_path / "x.safetensors"
     limits = torch.finfo(dtype)
     good = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny, 1.5, -2.0], dtype=dtype)

@@ -25,20 +25,20 @@ import sources
 from answers import read_answers
 from cases import TABLES, Case
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
-from safegene_vllm.evaluate.answering import Lasting
-from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation, save_evaluation
-from safegene_vllm.evaluate.judges import make_judges
-from safegene_vllm.evaluate.measure import PromptSet, evaluate
-from safegene_vllm.evaluate.subjects import Subject
-from safegene_vllm.family import Family, FamilyHeader, load_family, make_family, save_family
-from safegene_vllm.plugin.answering import VllmAnswerer
-from safegene_vllm.profile import check_profile, load_profile, save_profile
+from safegene_vllm.evaluation.backends import Lasting
+from safegene_vllm.evaluation.judges import make_judges
+from safegene_vllm.evaluation.results import Evaluation, load_evaluation, save_evaluation
+from safegene_vllm.evaluation.runner import PromptSet, evaluate
+from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.formats.family import Family, FamilyHeader, load_family, make_family, save_family
+from safegene_vllm.formats.profile import check_profile, load_profile, save_profile
+from safegene_vllm.offline.generation_backend import VllmAnswerer
 from safegene_vllm.recipe.calibration import calibrate
 from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, pair_norm
 from safegene_vllm.recipe.distillation import Distilled, distil
+from safegene_vllm.recipe.examples import few
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.selection import Contrast, contrast, select
-from safegene_vllm.recipe.shots import few
 from safegene_vllm.recipe.training import Run
 
 JUDGES = ("strings:advbench", "strings:opening", "coherence")

@@ -17,14 +17,14 @@ import repairs
 from make_family import show
 from making import Made, Places
 from questions import HARMFUL, HARMLESS, Questions, choosing_questions
-from safegene_vllm.disk import pretty_json, replace_file
-from safegene_vllm.evaluate.answering import Answerer, Lasting
-from safegene_vllm.evaluate.evaluation import Evaluation, SubjectResult, save_evaluation
-from safegene_vllm.evaluate.judges import make_judges
-from safegene_vllm.evaluate.kept import KeptAnswers
-from safegene_vllm.evaluate.measure import evaluate
-from safegene_vllm.evaluate.subjects import AFTER, BEFORE, PARENT, Subject, before_and_after
-from safegene_vllm.family import FamilyHeader
+from safegene_vllm.evaluation.backends import Answerer, Lasting
+from safegene_vllm.evaluation.judges import make_judges
+from safegene_vllm.evaluation.response_cache import KeptAnswers
+from safegene_vllm.evaluation.results import Evaluation, SubjectResult, save_evaluation
+from safegene_vllm.evaluation.runner import evaluate
+from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT, Subject, before_and_after
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.file_io import pretty_json, replace_file
 
 ANSWER_TOKENS = 24
 CHOOSING_TOKENS = 24

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair, plain_config
-from safegene_vllm.compose import delta, lora_pair
+from safegene_vllm.composition import delta, lora_pair
 from safegene_vllm.errors import ConfigError, SafegeneError, ShapeError, SiteError, raise_faults
+from safegene_vllm.formats.adapter import Adapter, Pair, plain_config
 from safegene_vllm.recipe.difference import pair_norm, truncated_pair
 
 Alignment = Mapping[str, torch.Tensor | Pair]

@@ -16,10 +16,10 @@ import mixes
 import repairs
 import trained
 from make_family import show
-from safegene_vllm.adapter import Adapter, Pair, load_adapter
-from safegene_vllm.checkpoint import read_checkpoint
-from safegene_vllm.compose import merge_into, merged_weight_name
+from safegene_vllm.composition import merge_into, merged_weight_name
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter
+from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.recipe.difference import of_adapter
 
 EXAMPLE = data.HERE

@@ -16,10 +16,10 @@ from rich.table import Table
 from panels import draw_panels
 from questions import ATTACK, ORDINARY, OVER_REFUSAL
 from repairs import NO_REPAIR, OURS
-from safegene_vllm.disk import replace_file
-from safegene_vllm.evaluate.evaluation import Evaluation, SubjectResult
-from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.evaluate.subjects import AFTER, BEFORE, PARENT
+from safegene_vllm.evaluation.results import Evaluation, SubjectResult
+from safegene_vllm.evaluation.statistics import Rate
+from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT
+from safegene_vllm.formats.file_io import replace_file
 from safegene_vllm.report.plots import Point, save
 
 OPENING, STRINGS, COHERENCE = "strings:opening", "strings:advbench", "coherence"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from repairs import METHODS, NO_REPAIR, OURS
-from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report.figure import AFTER, BEFORE, GRID, INK, WIDTH_IN, drawing, label
 from safegene_vllm.report.plots import Point
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import data
 import mixes
 from safegene_vllm.dataset import Dataset, Row
-from safegene_vllm.evaluate.measure import PromptSet
-from safegene_vllm.evaluate.tasks import Task
-from safegene_vllm.recipe.shots import few
+from safegene_vllm.evaluation.runner import PromptSet
+from safegene_vllm.evaluation.tasks import Task
+from safegene_vllm.recipe.examples import few
 from sources import OURS, STYLE, dataset, own_task, prompt_sets
 
 ATTACK, OVER_REFUSAL, ORDINARY = "advbench_test", "xstest_safe", "ordinary"

@@ -21,8 +21,8 @@ from baselines import (
     safe_merge,
     similarities,
 )
-from safegene_vllm.adapter import Adapter, Pair, save_adapter
-from safegene_vllm.disk import pretty_json, replace_file
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.file_io import pretty_json, replace_file
 
 Settings = Mapping[str, Any]
 NO_REPAIR, OURS, OURS_AT_1 = "no repair", "SafeGene", "SafeGene, all 1"

@@ -31,12 +31,12 @@ from make_family import show
 from making import Places, make_repairs, parts_of, prepare, tenants_there
 from provenance import origin
 from questions import SHORT_ROWS, held_out
-from safegene_vllm.adapter import load_adapter
 from safegene_vllm.errors import SafegeneError
-from safegene_vllm.evaluate.answering import Answerer
-from safegene_vllm.evaluate.evaluation import Evaluation
-from safegene_vllm.evaluate.subjects import Subject, before_and_after
-from safegene_vllm.family import read_family_header
+from safegene_vllm.evaluation.backends import Answerer
+from safegene_vllm.evaluation.results import Evaluation
+from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.formats.adapter import load_adapter
+from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.report.report import write_report
 
 CONTEXT_TOKENS = 1024
@@ -49,7 +49,7 @@ FOLDERS = {
 
 def vllm_answerer(places: Places, subjects: Sequence[Subject]) -> Answerer:
     """One vLLM engine on the parent, the vector in its gain table, all subjects in its slots."""
-    from safegene_vllm.plugin.answering import VllmAnswerer
+    from safegene_vllm.offline.generation_backend import VllmAnswerer
 
     return VllmAnswerer(places.parent, subjects, places.family, context_tokens=CONTEXT_TOKENS)
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from baselines import as_adapter
-from safegene_vllm.adapter import Pair, layer_of, save_adapter
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.adapter import Pair, layer_of, save_adapter
 from safegene_vllm.recipe.difference import truncated_pair
 from safegene_vllm.recipe.encoding import (
     Batches,

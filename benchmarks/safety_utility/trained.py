@@ -17,8 +17,8 @@ import data
 import mixes
 from answers import read_answers
 from questions import choosing_harmful
-from safegene_vllm.adapter import WEIGHTS_FILE
-from safegene_vllm.disk import digest_of, pretty_json, read_json, replace_file
+from safegene_vllm.formats.adapter import WEIGHTS_FILE
+from safegene_vllm.formats.file_io import digest_of, pretty_json, read_json, replace_file
 from safegene_vllm.recipe.encoding import Example
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
 from safegene_vllm.recipe.training import Progress

@@ -35,8 +35,8 @@ import registry
 import traffic
 from postgres import postgres
 from provenance import commit
-from safegene_vllm.plan import Ask, ModelShape, find_gpu, plan_modes, read_shape
-from safegene_vllm.plan.slots import slot_bytes
+from safegene_vllm.planner import Ask, ModelShape, find_gpu, plan_modes, read_shape
+from safegene_vllm.planner.slots import slot_bytes
 from safegene_vllm.report.figure import save
 
 EAGER_LAUNCH_S = 5e-6

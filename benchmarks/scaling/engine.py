@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Adapter, Pair, layer_of, load_adapter, save_adapter
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.plan import ModelShape
-from safegene_vllm.plugin.admission import Tenant
-from safegene_vllm.plugin.gain import GainTable
-from safegene_vllm.plugin.guest import Guest
-from safegene_vllm.profile import make_profile
+from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, load_adapter, save_adapter
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.planner import ModelShape
+from safegene_vllm.plugin.ops.gain_table import GainTable
+from safegene_vllm.plugin.validation import Tenant
+from safegene_vllm.plugin.worker_runtime import Guest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from engine import Held
 from registry import Cost, Measured
 from safegene_server.registry.watch import POLL_S
-from safegene_server.replica.teller import BEAT_S
+from safegene_server.replica.heartbeat import BEAT_S
 from safegene_server.tenants.settings import TenantSettings
 
 FOLLOW_S = 2.0

@@ -22,10 +22,10 @@ from sqlalchemy import event, func, select
 
 from postgres import Postgres
 from safegene_server.registry import Registry, tables, watch
-from safegene_vllm.adapter import PairShape
-from safegene_vllm.family import Base, FamilyHeader, SelectedLayer
-from safegene_vllm.plan import ModelShape
-from safegene_vllm.profile import make_profile
+from safegene_vllm.formats.adapter import PairShape
+from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
+from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.planner import ModelShape
 
 ACTOR = "replica"
 OPERATIONS = ("join", "snapshot", "receipts_all", "receipts_one", "beat", "poll", "claim")

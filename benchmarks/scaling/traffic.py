@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from safegene_vllm.plan import Ask, plan_mode
+from safegene_vllm.planner import Ask, plan_mode
 
 GIVE_UP = 3000
 """So many waiting requests are an overload; what follows would only be a longer queue."""

@@ -33,8 +33,8 @@ from measuring import Bench, is_done, measure
 from performance_page import page, publish
 from provenance import on_cpu, origin
 from random_world import write_pico
-from safegene_vllm.disk import replace_file
 from safegene_vllm.errors import SafegeneError
+from safegene_vllm.formats.file_io import replace_file
 
 SHORT = {
     "tenants": (2,),

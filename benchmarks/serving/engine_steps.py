@@ -29,7 +29,7 @@ from rich.table import Table
 from provenance import origin
 from random_world import World
 from ratios import Spread, spread
-from safegene_vllm.plan.slots import rank_bucket
+from safegene_vllm.planner.slots import rank_bucket
 from shown import spread_text
 
 ARMS = ("stock", "ours, no vector", "gain table", "composed")
@@ -61,7 +61,7 @@ def serve_arm(
     pipe: Any, arm: str, model: Path, world: World, load: Load, options: dict[str, Any]
 ) -> None:
     """Child process: one engine; answers `decode` and `prefill` with seconds, `stop` ends it."""
-    from safegene_vllm.plugin.offline import Ask, engine
+    from safegene_vllm.offline.engine import Ask, engine
 
     settings, plugins = arm_settings(arm, world.family(100))
     plain = arm in ("stock", "ours, no vector")

@@ -17,7 +17,7 @@ from typing import Any
 
 from cells import Cell
 from ratios import Round
-from safegene_vllm.disk import read_json, replace_file
+from safegene_vllm.formats.file_io import read_json, replace_file
 
 
 @dataclass(frozen=True)

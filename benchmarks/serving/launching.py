@@ -27,7 +27,7 @@ from arms import BY_HAND, OURS, PROTECTED, Arm
 from cells import Cell
 from random_world import World
 from safegene_vllm.errors import SafegeneError
-from safegene_vllm.plan.slots import rank_bucket
+from safegene_vllm.planner.slots import rank_bucket
 
 ROOT = Path(__file__).resolve().parents[2]
 API_SERVER = "vllm.entrypoints.openai.api_server"

@@ -16,8 +16,8 @@ import shown
 from aims import aims
 from cells import GROUPS
 from charts import write_charts
-from safegene_vllm.disk import read_json, replace_file
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.file_io import read_json, replace_file
 
 PAGE = "performance.md"
 FOLDER = "performance"

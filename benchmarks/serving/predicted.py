@@ -14,7 +14,7 @@ from cells import Cell
 from launching import slot_rank
 from random_world import World, spread_layers
 from ratios import BETWEEN, FIRST
-from safegene_vllm.adapter import layer_of
+from safegene_vllm.formats.adapter import layer_of
 
 MODELLED = (
     *("base", "lora", "lora_stock", "gain", "aside", "composed"),

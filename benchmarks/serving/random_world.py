@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from safegene_vllm.adapter import Adapter, layer_of, load_adapter, save_adapter
-from safegene_vllm.checkpoint import read_checkpoint
 from safegene_vllm.export import export_adapter, export_checkpoint
-from safegene_vllm.family import (
+from safegene_vllm.formats.adapter import Adapter, layer_of, load_adapter, save_adapter
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.formats.family import (
     Family,
     base_of_checkpoint,
     load_family,
     make_family,
     save_family,
 )
-from safegene_vllm.pico import SHAPE, make_model, random_pairs
-from safegene_vllm.profile import Profile, load_profile, make_profile, save_profile
+from safegene_vllm.formats.profile import Profile, load_profile, make_profile, save_profile
+from safegene_vllm.tiny_model import SHAPE, make_model, random_pairs
 
 STRENGTH = 0.05
 """Of random ΔW against W: answers stay numbers, not NaN, in every precision."""

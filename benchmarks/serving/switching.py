@@ -17,9 +17,9 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.plugin.fused import FusedPunica
-from safegene_vllm.plugin.gain import GainPunica, GainTable
-from safegene_vllm.plugin.segment import SegmentPunica, StepPlan
+from safegene_vllm.plugin.ops.cpu_lora import SegmentPunica, StepPlan
+from safegene_vllm.plugin.ops.gain_table import GainPunica, GainTable
+from safegene_vllm.plugin.ops.triton_lora import FusedPunica
 
 
 def set_aside(guest: Any) -> list[Callable[[], Any]]:
@@ -147,7 +147,7 @@ class Switch:
     def switch_weights(self: Any, to: str) -> None:
         """`all` reads the checkpoint with the vector, as served; a path that checkpoint as it is.
 
-        By vLLM's own reload of the model runner: the worker's is refused (plugin/replacing.py).
+        By vLLM's own reload of the model runner: the worker's is refused (plugin/weight_guard.py).
         """
         config = self.vllm_config
         where = ((config.load_config, "load_format"), (config.model_config, "model"))

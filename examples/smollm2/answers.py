@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safegene_vllm.recipe.generating import Answer
+from safegene_vllm.recipe.generation import Answer
 
 
 def save_answers(path: Path, answers: Sequence[Answer]) -> None:

@@ -14,9 +14,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from safegene_vllm.evaluate.judges import is_coherent, is_refusal
+from safegene_vllm.evaluation.judges import is_coherent, is_refusal
 from safegene_vllm.recipe.encoding import Example
-from safegene_vllm.recipe.generating import Answer
+from safegene_vllm.recipe.generation import Answer
 
 HERE = Path(__file__).parent
 ADVBENCH_TEST_ROWS = 100

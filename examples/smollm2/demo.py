@@ -22,8 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import data
-from safegene_vllm.evaluate.judges import is_coherent, is_refusal
-from safegene_vllm.evaluate.tasks import correct
+from safegene_vllm.evaluation.judges import is_coherent, is_refusal
+from safegene_vllm.evaluation.tasks import correct
 from serving import Server
 from sources import own_task
 from world import (

@@ -23,15 +23,15 @@ import data
 import mixes
 from answers import read_answers, save_answers
 from base import merge_adapter, write_base
-from safegene_vllm.family import load_family, make_family, save_family
-from safegene_vllm.profile import save_profile
+from safegene_vllm.formats.family import load_family, make_family, save_family
+from safegene_vllm.formats.profile import save_profile
 from safegene_vllm.recipe.calibration import calibrate, load_tenant
 from safegene_vllm.recipe.distillation import distil
+from safegene_vllm.recipe.examples import few
 from safegene_vllm.recipe.finetune import fine_tune
-from safegene_vllm.recipe.generating import greedy_answers
+from safegene_vllm.recipe.generation import greedy_answers
 from safegene_vllm.recipe.model import load_model
 from safegene_vllm.recipe.selection import contrast, select
-from safegene_vllm.recipe.shots import few
 from safegene_vllm.recipe.training import Run
 from sources import benign_data, safety_data, shots_of, task_data
 

@@ -15,13 +15,13 @@ from rich.table import Table
 
 import mixes
 from make_family import Places, show
-from safegene_vllm.evaluate.evaluation import Evaluation, load_evaluation, save_evaluation
-from safegene_vllm.evaluate.judges import make_judges
-from safegene_vllm.evaluate.measure import evaluate
-from safegene_vllm.evaluate.subjects import PARENT, Subject, before_and_after
-from safegene_vllm.family import read_family_header
-from safegene_vllm.plugin.answering import VllmAnswerer
-from safegene_vllm.profile import load_profile
+from safegene_vllm.evaluation.judges import make_judges
+from safegene_vllm.evaluation.results import Evaluation, load_evaluation, save_evaluation
+from safegene_vllm.evaluation.runner import evaluate
+from safegene_vllm.evaluation.targets import PARENT, Subject, before_and_after
+from safegene_vllm.formats.family import read_family_header
+from safegene_vllm.formats.profile import load_profile
+from safegene_vllm.offline.generation_backend import VllmAnswerer
 from safegene_vllm.report.report import write_report
 from sources import own_task, prompt_sets
 

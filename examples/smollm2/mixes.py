@@ -16,7 +16,7 @@ from safegene_vllm.recipe.calibration import Calibration
 from safegene_vllm.recipe.distillation import Distillation
 from safegene_vllm.recipe.encoding import Example
 from safegene_vllm.recipe.finetune import FineTune
-from safegene_vllm.recipe.generating import Answer
+from safegene_vllm.recipe.generation import Answer
 
 BASE_NAME = "smollm2-135m-instruct"
 PARENT_NAME = "smollm2-aligned-parent"

@@ -13,10 +13,10 @@ from pathlib import Path
 import data
 import mixes
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows, read_dataset
-from safegene_vllm.evaluate.measure import PromptSet
-from safegene_vllm.evaluate.tasks import Task
-from safegene_vllm.recipe.generating import Answer
-from safegene_vllm.recipe.shots import few
+from safegene_vllm.evaluation.runner import PromptSet
+from safegene_vllm.evaluation.tasks import Task
+from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.generation import Answer
 
 OURS = "Apache-2.0"
 ORDINARY_ROWS = 100

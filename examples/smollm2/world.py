@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base import merge_adapter, write_base
-from safegene_vllm.family import read_family_header
-from safegene_vllm.profile import load_profile, make_profile, save_profile
+from safegene_vllm.formats.family import read_family_header
+from safegene_vllm.formats.profile import load_profile, make_profile, save_profile
 
 HERE = Path(__file__).resolve().parent
 FAMILY = HERE / "family"

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from safegene_vllm import __version__
-from safegene_vllm.cli.terminal import clean
+from safegene_vllm.cli.console import clean
 from safegene_vllm.errors import SafegeneError
 
 COMMANDS = {

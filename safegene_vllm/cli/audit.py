@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     KeyFile,
@@ -19,7 +19,7 @@ from safegene_vllm.cli.remote import (
     show_json,
     show_list,
 )
-from safegene_vllm.cli.terminal import notes
+from safegene_vllm.cli.console import notes
 
 
 def audit(

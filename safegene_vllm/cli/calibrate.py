@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from safegene_vllm.cli.console import coefficient_table, results, table
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
-from safegene_vllm.cli.terminal import coefficient_table, results, table
 from safegene_vllm.errors import ConfigError
 
 
@@ -96,12 +96,12 @@ def calibrate(
     harmless = read_all(benign or [], "benign data")
     if harmful is None or own is None:
         raise ConfigError("give --safety and --task: calibration needs examples of both")
-    from safegene_vllm.description import DESCRIPTION_FILE
-    from safegene_vllm.family import load_family
-    from safegene_vllm.profile import save_profile
+    from safegene_vllm.formats.family import load_family
+    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+    from safegene_vllm.formats.profile import save_profile
     from safegene_vllm.recipe.calibration import Calibration, check_inputs, load_tenant
     from safegene_vllm.recipe.calibration import calibrate as tune
-    from safegene_vllm.recipe.shots import check_classes, few
+    from safegene_vllm.recipe.examples import check_classes, few
     from safegene_vllm.recipe.training import Run
 
     loaded_family = load_family(family)

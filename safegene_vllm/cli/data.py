@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from safegene_vllm.cli.terminal import notes, progress_bar
+from safegene_vllm.cli.console import notes, progress_bar
 from safegene_vllm.dataset import Dataset, read_dataset
 from safegene_vllm.errors import ConfigError
 
@@ -31,7 +31,7 @@ def read_all(
 
     Errors: ConfigError naming the source and what it lacks.
     """
-    from safegene_vllm.recipe.shots import joined
+    from safegene_vllm.recipe.examples import joined
 
     if not sources:
         return None

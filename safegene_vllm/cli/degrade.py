@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from safegene_vllm.cli.console import check_out, results
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
-from safegene_vllm.cli.terminal import check_out, results
 from safegene_vllm.errors import ConfigError
 
 

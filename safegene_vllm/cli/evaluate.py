@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safegene_vllm.cli.console import results, table
 from safegene_vllm.cli.data import SOURCE_HELP, steps
-from safegene_vllm.cli.terminal import results, table
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from safegene_vllm.evaluate.answering import Answerer
-    from safegene_vllm.evaluate.evaluation import Evaluation
-    from safegene_vllm.evaluate.inputs import Inputs
-    from safegene_vllm.evaluate.rates import Rate
+    from safegene_vllm.evaluation.backends import Answerer
+    from safegene_vllm.evaluation.inputs import Inputs
+    from safegene_vllm.evaluation.results import Evaluation
+    from safegene_vllm.evaluation.statistics import Rate
 
 CHUNKS = {"vllm": 256, "transformers": 32}
 CONTEXT_STEP = 64
@@ -62,12 +62,12 @@ def _answerer(
     inputs: Inputs, family: Path | None, backend: Backend, dtype: Dtype, device: str
 ) -> Answerer:
     if backend is Backend.transformers:
-        from safegene_vllm.evaluate.answering import TransformersAnswerer
-        from safegene_vllm.family import load_family
+        from safegene_vllm.evaluation.backends import TransformersAnswerer
+        from safegene_vllm.formats.family import load_family
 
         vector = None if family is None else load_family(family)
         return TransformersAnswerer(inputs.model, vector, dtype=dtype.value, device=device)
-    from safegene_vllm.plugin.answering import VllmAnswerer
+    from safegene_vllm.offline.generation_backend import VllmAnswerer
 
     context = -(-inputs.longest_tokens // CONTEXT_STEP) * CONTEXT_STEP
     return VllmAnswerer(
@@ -238,11 +238,11 @@ def evaluate(
         )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from safegene_vllm.evaluate.evaluation import save_evaluation
-    from safegene_vllm.evaluate.inputs import read_inputs
-    from safegene_vllm.evaluate.judges import DEFAULT_JUDGES
-    from safegene_vllm.evaluate.kept import KeptAnswers
-    from safegene_vllm.evaluate.measure import evaluate as run
+    from safegene_vllm.evaluation.inputs import read_inputs
+    from safegene_vllm.evaluation.judges import DEFAULT_JUDGES
+    from safegene_vllm.evaluation.response_cache import KeptAnswers
+    from safegene_vllm.evaluation.results import save_evaluation
+    from safegene_vllm.evaluation.runner import evaluate as run
 
     inputs = read_inputs(
         model,

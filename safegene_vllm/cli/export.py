@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from safegene_vllm.cli.console import check_out, progress_bar, results
 from safegene_vllm.cli.extract import Dtype
-from safegene_vllm.cli.terminal import check_out, progress_bar, results
 from safegene_vllm.errors import ConfigError
 
 
@@ -75,10 +75,10 @@ def export(
     import torch
 
     from safegene_vllm.export import export_adapter, export_checkpoint
-    from safegene_vllm.family import load_family
-    from safegene_vllm.plan.slots import rank_bucket
-    from safegene_vllm.profile import load_profile
-    from safegene_vllm.tenant import kind_of
+    from safegene_vllm.formats.family import load_family
+    from safegene_vllm.formats.profile import load_profile
+    from safegene_vllm.formats.tenant_directory import kind_of
+    from safegene_vllm.planner.slots import rank_bucket
 
     loaded, coefficients = load_family(family), load_profile(source)
     if checkpoint is not None:

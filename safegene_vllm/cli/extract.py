@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safegene_vllm.cli.console import bar, check_out, notes, results, table, tracked
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
-from safegene_vllm.cli.terminal import bar, check_out, notes, results, table, tracked
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from safegene_vllm.dataset import Dataset
-    from safegene_vllm.family import Family
+    from safegene_vllm.formats.family import Family
     from safegene_vllm.recipe.difference import Difference, Scope
     from safegene_vllm.recipe.training import Run
 
@@ -271,7 +271,7 @@ def extract(
         )
         family = as_family(difference, label, bounds=bounds, dtype=as_stored)
         _show(difference)
-    from safegene_vllm.family import save_family
+    from safegene_vllm.formats.family import save_family
 
     save_family(family, out)
     if run is not None:
@@ -318,7 +318,7 @@ def _distilled(
 ) -> tuple[Family, Run]:
     if safety is None or benign is None:
         raise ConfigError("--method distill needs --safety and --benign prompts")
-    from safegene_vllm.family import make_family
+    from safegene_vllm.formats.family import make_family
     from safegene_vllm.recipe.distillation import Distillation, distil
 
     label, bounds, dtype, device = made_as

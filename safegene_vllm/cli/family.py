@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.profile import parse_coefficients
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     KeyFile,
@@ -24,7 +23,8 @@ from safegene_vllm.cli.remote import (
     show_list,
     show_rollout,
 )
-from safegene_vllm.cli.terminal import results
+from safegene_vllm.cli.console import results
+from safegene_vllm.cli.profile import parse_coefficients
 
 HELP = "What holds for all tenants of a family on a running server: a floor, a freeze."
 NO_FLOOR = "none"

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from safegene_vllm.cli.terminal import bar, coefficient_table, results, table
+from safegene_vllm.cli.console import bar, coefficient_table, results, table
 
 if TYPE_CHECKING:
-    from safegene_vllm.adapter import Pair
-    from safegene_vllm.family import FamilyHeader
+    from safegene_vllm.formats.adapter import Pair
+    from safegene_vllm.formats.family import FamilyHeader
 
 Facts = dict[str, Any]
 
 
 def _sites(pairs: Mapping[str, Pair]) -> list[Facts]:
-    from safegene_vllm.adapter import layer_of
+    from safegene_vllm.formats.adapter import layer_of
+    from safegene_vllm.formats.safetensors_file import dtype_name
     from safegene_vllm.recipe.difference import pair_norm
-    from safegene_vllm.tensorfile import dtype_name
 
     return [
         {
@@ -62,7 +62,7 @@ def _layers(sites: Iterable[Facts], scores: Mapping[int, float | None]) -> list[
 
 
 def _family(directory: Path) -> Facts:
-    from safegene_vllm.family import load_family
+    from safegene_vllm.formats.family import load_family
 
     family = load_family(directory)
     header = family.header
@@ -83,7 +83,7 @@ def _family(directory: Path) -> Facts:
 
 
 def _adapter(directory: Path) -> Facts:
-    from safegene_vllm.adapter import load_adapter
+    from safegene_vllm.formats.adapter import load_adapter
 
     adapter = load_adapter(directory)
     sites = _sites(dict(sorted(adapter.pairs.items())))
@@ -91,8 +91,8 @@ def _adapter(directory: Path) -> Facts:
 
 
 def _checkpoint(directory: Path) -> Facts:
-    from safegene_vllm.checkpoint import read_checkpoint
-    from safegene_vllm.family import base_of_checkpoint
+    from safegene_vllm.formats.checkpoint import read_checkpoint
+    from safegene_vllm.formats.family import base_of_checkpoint
 
     base, checkpoint = base_of_checkpoint(directory), read_checkpoint(directory)
     infos = checkpoint.infos.values()
@@ -111,7 +111,7 @@ def _checkpoint(directory: Path) -> Facts:
 
 
 def _profile(directory: Path, header: FamilyHeader | None) -> Facts:
-    from safegene_vllm.profile import check_profile, load_profile
+    from safegene_vllm.formats.profile import check_profile, load_profile
 
     profile = load_profile(directory)
     if header is not None:
@@ -131,10 +131,10 @@ def describe(directory: Path, family: Path | None = None) -> Facts:
     With `family`, the tenant is checked against it too. Errors: those of the loaders, of
     `tenant.kind_of`, `tenant.check_fits` and `profile.check_profile`.
     """
-    from safegene_vllm.disk import read_json
-    from safegene_vllm.family import read_family_header
-    from safegene_vllm.profile import has_profile
-    from safegene_vllm.tenant import RECORD_FILE, check_fits, kind_of
+    from safegene_vllm.formats.family import read_family_header
+    from safegene_vllm.formats.file_io import read_json
+    from safegene_vllm.formats.profile import has_profile
+    from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of
 
     kind = kind_of(directory)
     facts: Facts = {"path": str(directory), "kind": kind}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     KeyFile,
@@ -22,7 +22,7 @@ from safegene_vllm.cli.remote import (
     show_json,
     show_list,
 )
-from safegene_vllm.cli.terminal import notes, results
+from safegene_vllm.cli.console import notes, results
 from safegene_vllm.errors import ConfigError
 
 HELP = "API keys of a running server: what each may do, and for which tenants."

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from safegene_vllm.cli.terminal import clean, results, table
+from safegene_vllm.cli.console import clean, results, table
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from safegene_vllm.plan import Advice, Ask, Mode, ModelShape
+    from safegene_vllm.planner import Advice, Ask, Mode, ModelShape
 
 
 class Dtype(StrEnum):
@@ -148,7 +148,7 @@ def plan(
 
     Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
     """
-    from safegene_vllm.plan import Ask, advise, find_gpu, plan_modes, read_shape
+    from safegene_vllm.planner import Ask, advise, find_gpu, plan_modes, read_shape
 
     shape = read_shape(model)
     ask = Ask(
@@ -208,8 +208,8 @@ def _vector(
             "vector_layers": layers,
             "vector_targets": _names(targets),
         }
-    from safegene_vllm.adapter import layer_of
-    from safegene_vllm.family import read_family_header
+    from safegene_vllm.formats.adapter import layer_of
+    from safegene_vllm.formats.family import read_family_header
 
     if any(value is not None for value in (rank, share, targets)):
         raise ConfigError(
@@ -234,7 +234,7 @@ def facts(
     ask: Ask, modes: Mapping[str, Mode], advice: Advice, price: float | None
 ) -> dict[str, Any]:
     """The whole plan as plain JSON values; sizes in bytes, times in seconds."""
-    from safegene_vllm.plan.slots import pair_bytes
+    from safegene_vllm.planner.slots import pair_bytes
 
     shape, d = ask.shape, ask.dtype_bytes
     on_disk = pair_bytes(shape, ask.safety_targets, ask.vector_rank, d)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from safegene_vllm.cli.console import coefficient_table, results
 from safegene_vllm.cli.extract import parse_layers
-from safegene_vllm.cli.terminal import coefficient_table, results
 from safegene_vllm.errors import ConfigError
 
 
@@ -64,17 +64,17 @@ def profile(
 
     Example: safegene profile families/qwen2.5-7b --coefficient 0.6 --out tenants/acme
     """
-    from safegene_vllm.adapter import OWNED_FILES
-    from safegene_vllm.description import DESCRIPTION_FILE
-    from safegene_vllm.family import read_family_header
-    from safegene_vllm.profile import (
+    from safegene_vllm.formats.adapter import OWNED_FILES
+    from safegene_vllm.formats.family import read_family_header
+    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+    from safegene_vllm.formats.profile import (
         check_profile,
         has_profile,
         load_profile,
         make_profile,
         save_profile,
     )
-    from safegene_vllm.tenant import check_fits, refuse_exported
+    from safegene_vllm.formats.tenant_directory import check_fits, refuse_exported
 
     if coefficient is None and coefficients is None:
         raise ConfigError("give --coefficient 0.6 or --coefficients 0:0.5,3:1.0, or both")

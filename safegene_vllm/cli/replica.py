@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from safegene_vllm.cli.remote import LOCAL, AsJson, KeyFile, KeyText, Url, connect, show_list
+from safegene_vllm.cli.client_options import (
+    LOCAL,
+    AsJson,
+    KeyFile,
+    KeyText,
+    Url,
+    connect,
+    show_list,
+)
 
 HELP = "The server processes that share a registry."
 

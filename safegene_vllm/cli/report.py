@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.terminal import results
+from safegene_vllm.cli.console import results
 from safegene_vllm.errors import ConfigError
 
 
@@ -89,9 +89,9 @@ def report(
         raise ConfigError(
             "matplotlib is not installed, but draws the plots; pip install 'safegene-vllm[recipe]'"
         ) from error
-    from safegene_vllm.evaluate.evaluation import load_evaluation
-    from safegene_vllm.family import read_family_header
-    from safegene_vllm.profile import load_profile
+    from safegene_vllm.evaluation.results import load_evaluation
+    from safegene_vllm.formats.family import read_family_header
+    from safegene_vllm.formats.profile import load_profile
 
     loaded = [load_evaluation(path) for path in evaluations]
     write_report(

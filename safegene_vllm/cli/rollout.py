@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     KeyFile,

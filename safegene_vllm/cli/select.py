@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from safegene_vllm.cli.console import bar, check_out, results, table
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
-from safegene_vllm.cli.terminal import bar, check_out, results, table
 from safegene_vllm.errors import ConfigError
 
 
@@ -83,11 +83,11 @@ def select(
     harmful, others = read_all(safety, "safety data"), read_all(benign, "benign data")
     if harmful is None or others is None:
         raise ConfigError("give --safety and --benign: a contrast needs both kinds of prompts")
-    from safegene_vllm.family import load_family, save_family
+    from safegene_vllm.formats.family import load_family, save_family
+    from safegene_vllm.formats.tenant_directory import check_fits
     from safegene_vllm.recipe.model import load_model
     from safegene_vllm.recipe.selection import contrast
     from safegene_vllm.recipe.selection import select as cut
-    from safegene_vllm.tenant import check_fits
 
     loaded_family = load_family(family)
     check_fits(checkpoint, loaded_family.header)

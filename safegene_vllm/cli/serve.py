@@ -1,6 +1,6 @@
 """The command `safegene serve MODEL [options] [any vLLM flag]`.
 
-For turning a command line into ServeOptions; what is run is decided in safegene_vllm.serve. Flags
+For turning a command line into ServeOptions; what is run is decided in safegene_vllm.launcher. Flags
 that are not named here are vLLM's and pass through.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.terminal import results
+from safegene_vllm.cli.console import results
 from safegene_vllm.errors import ConfigError
 
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -99,7 +99,7 @@ def serve(
     Every flag of vLLM may follow, such as --port 8080 or --tensor-parallel-size 2. All files are
     checked before vLLM starts, and "ready" is said only once every worker's receipt agrees.
     """
-    from safegene_vllm.serve import ServeOptions, build_command, launch, read_declared
+    from safegene_vllm.launcher import ServeOptions, build_command, launch, read_declared
 
     vllm_args = tuple(context.args)
     if model is not None and model.startswith("-"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     Expected,
@@ -27,6 +27,7 @@ from safegene_vllm.cli.remote import (
     show_list,
     show_rollout,
 )
+from safegene_vllm.cli.console import coefficient_table, results
 from safegene_vllm.cli.tenant_calibrate import calibrate, calibration_of_new
 from safegene_vllm.cli.tenant_options import (
     SEED,
@@ -46,7 +47,6 @@ from safegene_vllm.cli.tenant_options import (
     given_change,
     parse_limits,
 )
-from safegene_vllm.cli.terminal import coefficient_table, results
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:

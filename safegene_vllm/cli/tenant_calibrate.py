@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from safegene_vllm.cli.remote import (
+from safegene_vllm.cli.client_options import (
     LOCAL,
     AsJson,
     Expected,
@@ -108,7 +108,7 @@ def _drawn(
     `prefix` is how the options begin that named them. Errors: ConfigError.
     """
     from safegene_vllm.cli.data import read_all
-    from safegene_vllm.recipe.shots import check_classes, few
+    from safegene_vllm.recipe.examples import check_classes, few
 
     read = {
         "safety": read_all(safety, "safety data"),

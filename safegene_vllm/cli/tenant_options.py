@@ -116,8 +116,8 @@ def parse_limits(entries: list[str]) -> dict[str, int]:
 
 def read_profile(path: Path | None) -> dict[str, Any] | None:
     """The content of a safegene.json, or of the one in a directory. Errors: FormatError."""
-    from safegene_vllm.description import DESCRIPTION_FILE
-    from safegene_vllm.disk import read_json
+    from safegene_vllm.formats.file_io import read_json
+    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""The command `safegene verify`: options in, table and exit code out. The work is plugin/verify."""
+"""The command `safegene verify`: options in, table and exit code out. The work is offline/verify."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def verify(
     """
     import torch
 
-    from safegene_vllm.plugin.verify import verify as run
+    from safegene_vllm.offline.verify import verify as run
 
     console = Console()
     dtype = dtype or ("bfloat16" if torch.accelerator.is_available() else "float32")
     with tempfile.TemporaryDirectory(prefix="safegene-verify-") as work:
         root = Path(work)
         if model is None:
-            from safegene_vllm.pico import write_house
+            from safegene_vllm.tiny_model import write_house
 
             house = write_house(root / "pico")
             model, family, tenants = house.model, house.family, list(house.tenants)

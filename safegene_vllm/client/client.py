@@ -20,7 +20,8 @@ from safegene_vllm.client.connection import (
     part_of_path,
     tenant_path,
 )
-from safegene_vllm.client.shapes import (
+from safegene_vllm.client.polling import PATIENCE_S, POLL_S, watched
+from safegene_vllm.client.types import (
     ENDED,
     AuditPage,
     Change,
@@ -39,7 +40,6 @@ from safegene_vllm.client.shapes import (
     Whoami,
     change_body,
 )
-from safegene_vllm.client.waiting import PATIENCE_S, POLL_S, watched
 
 
 class Client:

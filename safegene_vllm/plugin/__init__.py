@@ -12,7 +12,7 @@ def register() -> None:
     Errors: HostError (unsupported vLLM, or a name the plugin needs is gone); anything else that
     goes wrong here also stops the process: better not served than served unprotected.
     """
-    from safegene_vllm.plugin.host import check_host
+    from safegene_vllm.plugin.compat import check_host
     from safegene_vllm.plugin.install import install
 
     check_host()

@@ -10,21 +10,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from safegene_vllm.plugin import host, rpc
-from safegene_vllm.plugin.engine import prepare_engine
-from safegene_vllm.plugin.replacing import keep_weights
+from safegene_vllm.plugin import compat, rpc
+from safegene_vllm.plugin.preflight import prepare_engine
+from safegene_vllm.plugin.weight_guard import keep_weights
 
 
 def install() -> None:
     """Replace, register and wrap; see the module's docstring."""
-    from safegene_vllm.plugin.loader import SafegeneModelLoader
-    from safegene_vllm.plugin.manager import SafegeneWorkerLoRAManager
+    from safegene_vllm.plugin.lora_manager import SafegeneWorkerLoRAManager
+    from safegene_vllm.plugin.model_loader import SafegeneModelLoader
 
-    host.resolve("lora_mixin").LRUCacheWorkerLoRAManager = SafegeneWorkerLoRAManager
-    worker = host.resolve("WorkerBase")
+    compat.resolve("lora_mixin").LRUCacheWorkerLoRAManager = SafegeneWorkerLoRAManager
+    worker = compat.resolve("WorkerBase")
     if getattr(worker, "safegene_receipt", None) is not None:
         return
-    host.resolve("register_model_loader")("safegene")(SafegeneModelLoader)
+    compat.resolve("register_model_loader")("safegene")(SafegeneModelLoader)
     worker.__init__ = _checked(worker.__init__)
     worker.safegene_begin = rpc.safegene_begin
     worker.safegene_add = rpc.safegene_add

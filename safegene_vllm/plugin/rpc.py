@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from safegene_vllm.errors import SafegeneError
-from safegene_vllm.plugin import host
+from safegene_vllm.plugin import compat
 
 logger = logging.getLogger("vllm.safegene")
 
@@ -39,7 +39,7 @@ def safegene_begin(self: Any, lora_name: str, lora_int_id: int, lora_path: str) 
     guest = _guest(self)
     if guest is None or lora_int_id in guest.tenants:
         return True
-    request = host.resolve("LoRARequest")(lora_name, lora_int_id, lora_path)
+    request = compat.resolve("LoRARequest")(lora_name, lora_int_id, lora_path)
     return bool(guest.arrivals.begin(request))
 
 
@@ -52,7 +52,7 @@ def safegene_add(
     None if refused). A tenant is remembered until its adapter is removed (`remove_lora`); in place
     too. Never raises.
     """
-    request = host.resolve("LoRARequest")(
+    request = compat.resolve("LoRARequest")(
         lora_name, lora_int_id, lora_path, load_inplace=load_inplace
     )
     guest = _guest(self)

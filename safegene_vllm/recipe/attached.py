@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Pair, layer_of
+from safegene_vllm.formats.adapter import Pair, layer_of
 from safegene_vllm.recipe.model import site_modules
 
 

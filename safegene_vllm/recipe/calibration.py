@@ -22,11 +22,12 @@ import torch
 
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, NonFiniteError
-from safegene_vllm.family import Family, FamilyHeader
-from safegene_vllm.profile import Profile, make_profile
+from safegene_vllm.formats.family import Family, FamilyHeader
+from safegene_vllm.formats.profile import Profile, make_profile
+from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
 from safegene_vllm.recipe.attached import Attached
 from safegene_vllm.recipe.encoding import Batch, Encoded, Example, collate, encode, in_order
-from safegene_vllm.recipe.generating import greedy_answers
+from safegene_vllm.recipe.generation import greedy_answers
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -36,7 +37,6 @@ from safegene_vllm.recipe.model import (
     load_model,
 )
 from safegene_vllm.recipe.training import Progress, Run, check_ranges, silent, stop_requests
-from safegene_vllm.tenant import check_fits, kind_of, refuse_exported
 
 REFUSAL = "I'm sorry, but I can't help with that."
 """The safe answer where the data has none: short, so that its first words carry the loss."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.disk import pretty_json, read_json
+from safegene_vllm.formats.file_io import pretty_json, read_json
 
 RECORD_FILE = "safegene-degrade.json"
 

@@ -19,9 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from safegene_vllm.adapter import WEIGHTS_FILE, Pair, layer_of, load_adapter
-from safegene_vllm.checkpoint import Checkpoint, read_checkpoint
-from safegene_vllm.compose import merged_weight_name
+from safegene_vllm.composition import merged_weight_name
 from safegene_vllm.errors import (
     ConfigError,
     FamilyMismatchError,
@@ -30,9 +28,11 @@ from safegene_vllm.errors import (
     SiteError,
     raise_faults,
 )
-from safegene_vllm.family import Base, Family, base_of_checkpoint, make_family
+from safegene_vllm.formats.adapter import WEIGHTS_FILE, Pair, layer_of, load_adapter
+from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
+from safegene_vllm.formats.family import Base, Family, base_of_checkpoint, make_family
+from safegene_vllm.formats.safetensors_file import FLOAT_BITS
 from safegene_vllm.recipe.degradation import degradation_of
-from safegene_vllm.tensorfile import FLOAT_BITS
 
 Track = Callable[[Sequence[str]], Iterable[str]]
 """Wraps the names that are worked through, to show progress; `iter` shows none."""

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Pair, layer_of, load_adapter, read_adapter_shapes
-from safegene_vllm.checkpoint import read_checkpoint
-from safegene_vllm.compose import merged_weight_name
+from safegene_vllm.composition import merged_weight_name
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
-from safegene_vllm.evaluate.judges import is_refusal
-from safegene_vllm.family import Base, base_of_checkpoint
+from safegene_vllm.evaluation.judges import is_refusal
+from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter, read_adapter_shapes
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.formats.family import Base, base_of_checkpoint
+from safegene_vllm.formats.tenant_directory import refuse_exported
 from safegene_vllm.recipe.attached import Attached, fresh_pairs
 from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.recipe.encoding import (
@@ -36,7 +37,8 @@ from safegene_vllm.recipe.encoding import (
     encode,
     in_order,
 )
-from safegene_vllm.recipe.generating import greedy_answers
+from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.generation import greedy_answers
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -46,7 +48,6 @@ from safegene_vllm.recipe.model import (
     merge_pairs,
 )
 from safegene_vllm.recipe.residual import last_prompt_states, recording
-from safegene_vllm.recipe.shots import few
 from safegene_vllm.recipe.training import (
     Progress,
     Run,
@@ -55,7 +56,6 @@ from safegene_vllm.recipe.training import (
     silent,
     train,
 )
-from safegene_vllm.tenant import refuse_exported
 
 TEACHER_BATCH = 16
 

@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import CONFIG_FILE, OWNED_FILES, WEIGHTS_FILE, layer_of, load_adapter
-from safegene_vllm.disk import pretty_json, read_json, replace_directory
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.adapter import (
+    CONFIG_FILE,
+    OWNED_FILES,
+    WEIGHTS_FILE,
+    layer_of,
+    load_adapter,
+)
+from safegene_vllm.formats.file_io import pretty_json, read_json, replace_directory
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 from safegene_vllm.recipe.degradation import RECORD_FILE, degradation_file
 from safegene_vllm.recipe.encoding import Batch, Batches, Encoded, Example, collate, encode
 from safegene_vllm.recipe.model import Loaded, answer_states, check_head, head_of, load_model
@@ -29,7 +36,6 @@ from safegene_vllm.recipe.training import (
     silent,
     train,
 )
-from safegene_vllm.tensorfile import read_tensors, serialize
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.adapter import Pair, layer_of, load_adapter
 from safegene_vllm.chat import chosen_device, load_tokenizer, pad_token
-from safegene_vllm.checkpoint import read_checkpoint
-from safegene_vllm.compose import merge_into
+from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
+from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter
+from safegene_vllm.formats.checkpoint import read_checkpoint
+from safegene_vllm.formats.tenant_directory import refuse_exported
 from safegene_vllm.recipe.encoding import Batch
-from safegene_vllm.tenant import refuse_exported
 
 HEAD_TOLERANCE = 1e-3
 

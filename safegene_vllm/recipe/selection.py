@@ -19,7 +19,7 @@ import torch
 from safegene_vllm.chat import check_template, prompt_tokens
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.family import Family, SelectedLayer, make_family
+from safegene_vllm.formats.family import Family, SelectedLayer, make_family
 from safegene_vllm.recipe.attached import Attached
 from safegene_vllm.recipe.encoding import Encoded, collate, in_order
 from safegene_vllm.recipe.model import Loaded

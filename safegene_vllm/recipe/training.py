@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.disk import digest_of, read_json, replace_file
 from safegene_vllm.errors import ConfigError, NonFiniteError
-from safegene_vllm.tensorfile import read_tensors, serialize
+from safegene_vllm.formats.file_io import digest_of, read_json, replace_file
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
 SAVE_EVERY_S = 30.0
 STATE_FILE = "state.safetensors"

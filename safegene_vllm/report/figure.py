@@ -25,8 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from safegene_vllm.disk import replace_file
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.file_io import replace_file
 
 __all__ = [
     "AFTER",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safegene_vllm.evaluate.evaluation import JudgeRecord, SetRecord, SubjectResult
-from safegene_vllm.evaluate.rates import Rate
-from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.evaluation.results import JudgeRecord, SetRecord, SubjectResult
+from safegene_vllm.evaluation.statistics import Rate
+from safegene_vllm.report.merge import Gathered
 
 Topic = Literal["attack", "accuracy", "over_refusal", "refusal", "harm", "coherence"]
 

@@ -33,7 +33,7 @@ from safegene_vllm.report.figure import (
 )
 
 if TYPE_CHECKING:
-    from safegene_vllm.evaluate.rates import Rate
+    from safegene_vllm.evaluation.statistics import Rate
 
 __all__ = [
     "Bar",

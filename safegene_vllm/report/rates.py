@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safegene_vllm.evaluate.evaluation import SubjectResult
-from safegene_vllm.evaluate.rates import Rate
+from safegene_vllm.evaluation.results import SubjectResult
+from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report import plots
-from safegene_vllm.report.gathered import Gathered
 from safegene_vllm.report.measures import Measure, in_words, measures
+from safegene_vllm.report.merge import Gathered
 from safegene_vllm.report.page import Html, el, figure, join, table
 
 NOTHING = "–"

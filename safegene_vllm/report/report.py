@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safegene_vllm.disk import replace_file
 from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_faults
-from safegene_vllm.evaluate.evaluation import Evaluation
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, check_profile
-from safegene_vllm.report.gathered import Gathered, gather
-from safegene_vllm.report.origin import origin
+from safegene_vllm.evaluation.results import Evaluation
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.file_io import replace_file
+from safegene_vllm.formats.profile import Profile, check_profile
+from safegene_vllm.report.merge import Gathered, gather
 from safegene_vllm.report.page import Section, page
+from safegene_vllm.report.provenance import origin
 from safegene_vllm.report.rates import (
     attack_success,
     refusal_and_coherence,

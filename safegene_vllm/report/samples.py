@@ -5,8 +5,8 @@ Text that the evaluation withheld stays withheld. Not for rates.
 
 from __future__ import annotations
 
-from safegene_vllm.evaluate.evaluation import Sample, SampleAnswer, SetKind
-from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.evaluation.results import Sample, SampleAnswer, SetKind
+from safegene_vllm.report.merge import Gathered
 from safegene_vllm.report.page import Html, el, join
 
 _SET_WORDS: dict[SetKind, str] = {

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safegene_vllm.description import is_number
-from safegene_vllm.evaluate.evaluation import FamilyRecord, LayerScore
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile
+from safegene_vllm.evaluation.results import FamilyRecord, LayerScore
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.metadata import is_number
+from safegene_vllm.formats.profile import Profile
 from safegene_vllm.report import plots
-from safegene_vllm.report.gathered import Gathered
+from safegene_vllm.report.merge import Gathered
 from safegene_vllm.report.page import Html, el, figure, join, table
 
 

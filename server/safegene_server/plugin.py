@@ -12,15 +12,15 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from safegene_server.door import attach_door, check_host, open_door
-from safegene_server.gate import Gate
-from safegene_server.metrics.wiring import Metrics
-from safegene_server.routes import LOAD_PATH, load_router, router
+from safegene_server.app import attach_door, check_host, open_door
+from safegene_server.engine_client import Gate
+from safegene_server.engine_routes import LOAD_PATH, load_router, router
+from safegene_server.monitoring.setup import Metrics
 from safegene_server.sagemaker import AdaptersNeedKey
 from safegene_server.settings import metrics_alone, read_settings
 from safegene_server.verifier import Verifier, read_expected
 from safegene_vllm.errors import ConfigError, ReceiptError
-from safegene_vllm.plugin.request import lora_request
+from safegene_vllm.plugin.lora_request import lora_request
 
 
 class SafegeneEndpoints:

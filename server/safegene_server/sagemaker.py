@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from safegene_server.answers import error_response
+from safegene_server.error_responses import error_response
 
 
 class AdaptersNeedKey:

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from safegene_server.access.middleware import AccessSettings
 from safegene_server.artifacts import Limits, SourceRules
 from safegene_server.metrics.settings import MetricsSettings
-from safegene_server.probes.settings import ProbeSettings
+from safegene_server.monitoring.probes.settings import ProbeSettings
 from safegene_server.tenants.settings import TenantSettings
 from safegene_vllm.errors import ConfigError
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safegene_server.answers import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain
 from safegene_vllm.errors import ConfigError, ReceiptError, SafegeneError
-from safegene_vllm.family import FamilyHeader, read_family_header
-from safegene_vllm.profile import Profile, check_profile, has_profile, load_profile
-from safegene_vllm.receipt import Receipt, check_engine, check_tenant, gain_digest
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
+from safegene_vllm.formats.receipt import Receipt, check_engine, check_tenant, gain_digest
 from safegene_vllm.settings import Settings, parse_settings
 
 RECEIPT_TIMEOUT_S = 60.0

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from safegene_server.access.refusal import Refusal
+from safegene_server.access.rejection import Refusal
 
 HeaderList = list[tuple[bytes, bytes]]
 _REPLACED = {b"content-length", b"content-type", b"transfer-encoding", b"x-vllm-priority"}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from safegene_server.access.models import Target
-from safegene_server.access.refusal import Refusal
+from safegene_server.access.rejection import Refusal
 
 WINDOW_S = 60.0
 SLACK_S = 1e-6

@@ -20,10 +20,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from safegene_server.access import body, models
 from safegene_server.access.catalog import Catalog, Principal, View, key_digest
 from safegene_server.access.limits import Counters
-from safegene_server.access.refusal import Refusal, refuse
-from safegene_server.access.table import LIST, MODELS, WEBSOCKET, Rule, route_path, rule_for
-from safegene_server.access.usage import Meter, count_answers, estimate_prompt
+from safegene_server.access.rejection import Refusal, refuse
+from safegene_server.access.route_permissions import (
+    LIST,
+    MODELS,
+    WEBSOCKET,
+    Rule,
+    route_path,
+    rule_for,
+)
 from safegene_server.metrics.labels import NOBODY
+from safegene_server.metrics.token_metering import Meter, count_answers, estimate_prompt
 from safegene_server.metrics.traffic import Exchange, Traffic
 from safegene_vllm.errors import ConfigError
 

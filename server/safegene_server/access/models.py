@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_server.access.catalog import Limits, Principal, View
-from safegene_server.access.refusal import Refusal
+from safegene_server.access.rejection import Refusal
 
 OWNER = "safegene"
 SHOWN_CHARACTERS = 200

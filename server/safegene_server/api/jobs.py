@@ -10,14 +10,14 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
-from safegene_server.api import shapes
-from safegene_server.api.answering import TenancyRoute
-from safegene_server.api.asking import Asker, Here, own
-from safegene_server.api.bodies import Id, Limit
+from safegene_server.api import response_schemas
+from safegene_server.api.dependencies import Asker, Here, own
+from safegene_server.api.request_schemas import Id, Limit
+from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.records import JobState
 from safegene_server.tenants import Tenancy
-from safegene_server.tenants.tenancy import aside
+from safegene_server.tenants.context import aside
 from safegene_vllm.errors import UnknownError
 
 router = APIRouter(route_class=TenancyRoute, tags=["jobs"])
@@ -30,22 +30,22 @@ async def list_jobs(
     tenant: Annotated[str | None, Query(examples=["acme/support"])] = None,
     state: JobState | None = None,
     limit: Limit = 100,
-) -> shapes.Page[shapes.Job]:
+) -> response_schemas.Page[response_schemas.Job]:
     """The newest first."""
     if tenant is not None:
         own(asker, tenant)
     found = await aside(_of, tenancy.registry, asker, tenant, state, limit)
-    return shapes.Page(data=[shapes.job(job) for job in found])
+    return response_schemas.Page(data=[response_schemas.job(job) for job in found])
 
 
 @router.get("/jobs/{job}", summary="Show a job")
-async def show_job(job: Id, tenancy: Here, asker: Asker) -> shapes.Job:
+async def show_job(job: Id, tenancy: Here, asker: Asker) -> response_schemas.Job:
     """How far it is; once it has ended, what came of it."""
-    return shapes.job(await _own(tenancy, asker, job))
+    return response_schemas.job(await _own(tenancy, asker, job))
 
 
 @router.post("/jobs/{job}/cancel", summary="Cancel a job")
-async def cancel_job(job: Id, tenancy: Here, asker: Asker) -> shapes.Job:
+async def cancel_job(job: Id, tenancy: Here, asker: Asker) -> response_schemas.Job:
     """A waiting job ends at once, a running one after its present step; its revision has failed.
 
     Nothing happens if it is cancelled already; 409 if it has ended in another way.
@@ -53,7 +53,7 @@ async def cancel_job(job: Id, tenancy: Here, asker: Asker) -> shapes.Job:
     found = await _own(tenancy, asker, job)
     if found.state != "cancelled":
         found = await aside(tenancy.registry.cancel, job, actor=asker.name)
-    return shapes.job(found)
+    return response_schemas.job(found)
 
 
 def _of(

@@ -10,13 +10,13 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path
 
 from safegene_server.access.catalog import Principal
-from safegene_server.api import bodies, shapes
-from safegene_server.api.answering import TenancyRoute
-from safegene_server.api.asking import Asker, Here
+from safegene_server.api import request_schemas, response_schemas
+from safegene_server.api.dependencies import Asker, Here
+from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Key
-from safegene_server.registry.words import BASE
+from safegene_server.registry.validation import BASE
 from safegene_server.tenants import Tenancy
-from safegene_server.tenants.tenancy import aside
+from safegene_server.tenants.context import aside
 from safegene_vllm.errors import UnknownError
 
 router = APIRouter(route_class=TenancyRoute, tags=["keys"])
@@ -24,7 +24,9 @@ KeyName = Annotated[str, Path(description="the key's name", examples=["acme-prod
 
 
 @router.post("/keys", status_code=201, summary="Add a key")
-async def add_key(body: bodies.NewKey, tenancy: Here, asker: Asker) -> shapes.NewKey:
+async def add_key(
+    body: request_schemas.NewKey, tenancy: Here, asker: Asker
+) -> response_schemas.NewKey:
     """The answer is the only place where its secret is ever told."""
     beyond = sorted(_beyond(asker, body.tenants))
     if beyond:
@@ -41,33 +43,35 @@ async def add_key(body: bodies.NewKey, tenancy: Here, asker: Asker) -> shapes.Ne
         actor=asker.name,
     )
     await tenancy.settle()
-    return shapes.new_key(made)
+    return response_schemas.new_key(made)
 
 
 @router.get("/keys", summary="List keys")
-async def list_keys(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Key]:
+async def list_keys(tenancy: Here, asker: Asker) -> response_schemas.Page[response_schemas.Key]:
     """By name, the revoked ones among them; no secrets."""
     found = await aside(tenancy.registry.keys)
-    return shapes.Page(data=[shapes.key(key) for key in found if not _beyond(asker, key.tenants)])
+    return response_schemas.Page(
+        data=[response_schemas.key(key) for key in found if not _beyond(asker, key.tenants)]
+    )
 
 
 @router.post("/keys/{name}/rotate", summary="Give a key a new secret")
-async def rotate_key(name: KeyName, tenancy: Here, asker: Asker) -> shapes.NewKey:
+async def rotate_key(name: KeyName, tenancy: Here, asker: Asker) -> response_schemas.NewKey:
     """The old secret ends with this call."""
     await _own(tenancy, asker, name)
     made = await aside(tenancy.registry.rotate_key, name, actor=asker.name)
     await tenancy.settle()
-    return shapes.new_key(made)
+    return response_schemas.new_key(made)
 
 
 @router.delete("/keys/{name}", summary="Revoke a key")
-async def revoke_key(name: KeyName, tenancy: Here, asker: Asker) -> shapes.Key:
+async def revoke_key(name: KeyName, tenancy: Here, asker: Asker) -> response_schemas.Key:
     """It lets nobody in any more. Nothing happens if it is revoked already."""
     key = await _own(tenancy, asker, name)
     if key.revoked_at is None:
         key = await aside(tenancy.registry.revoke_key, name, actor=asker.name)
         await tenancy.settle()
-    return shapes.key(key)
+    return response_schemas.key(key)
 
 
 async def _own(tenancy: Tenancy, asker: Principal, name: str) -> Key:

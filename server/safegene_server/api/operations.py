@@ -8,13 +8,13 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
-from safegene_server.api import shapes
-from safegene_server.api.answering import TenancyRoute
-from safegene_server.api.asking import Asker, Here, whole_server
-from safegene_server.api.bodies import LARGEST, Id, Limit, Moment
-from safegene_server.api.following import shown
+from safegene_server.api import response_schemas
+from safegene_server.api.dependencies import Asker, Here, whole_server
+from safegene_server.api.request_schemas import LARGEST, Id, Limit, Moment
+from safegene_server.api.rollout_views import shown
+from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import AuditEntry, Registry
-from safegene_server.tenants.tenancy import aside
+from safegene_server.tenants.context import aside
 from safegene_vllm.errors import UnknownError
 
 TENANT_ACTIONS = ("tenant.", "revision.")
@@ -29,13 +29,13 @@ async def list_rollouts(
     tenancy: Here,
     asker: Asker,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> shapes.Page[shapes.Rollout]:
+) -> response_schemas.Page[response_schemas.Rollout]:
     """The newest first, each with how many of the live replicas follow it."""
-    return shapes.Page(data=await aside(_rollouts, tenancy.registry, asker, limit))
+    return response_schemas.Page(data=await aside(_rollouts, tenancy.registry, asker, limit))
 
 
 @router.get("/rollouts/{rollout}", summary="Show a rollout", tags=["rollouts"])
-async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> shapes.Rollout:
+async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> response_schemas.Rollout:
     """How many of the live replicas follow it, and why the others do not yet."""
     found = shown(await aside(tenancy.registry.rollout_status, rollout), asker)
     if not found.tenants:
@@ -44,11 +44,13 @@ async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> shapes.Rollo
 
 
 @router.get("/replicas", summary="List live replicas", tags=["operation"])
-async def list_replicas(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Replica]:
+async def list_replicas(
+    tenancy: Here, asker: Asker
+) -> response_schemas.Page[response_schemas.Replica]:
     """The server processes that were seen lately, and what each has applied."""
     whole_server(asker)
     found = await aside(tenancy.registry.replicas)
-    return shapes.Page(data=[shapes.replica(replica) for replica in found])
+    return response_schemas.Page(data=[response_schemas.replica(replica) for replica in found])
 
 
 @router.get("/audit", summary="Read the audit", tags=["operation"])
@@ -64,7 +66,7 @@ async def read_audit(
     until: Moment | None = None,
     cursor: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
     limit: Limit = 100,
-) -> shapes.Page[shapes.AuditEntry]:
+) -> response_schemas.Page[response_schemas.AuditEntry]:
     """The newest first. A key for some tenants reads of one of them at a time: its `target`."""
     narrow = not asker.whole_server
     if narrow and not asker.may_use((target or "").partition("@")[0]):
@@ -80,14 +82,16 @@ async def read_audit(
         limit=limit,
     )
     entries = [entry for entry in page.entries if not narrow or _of_a_tenant(entry)]
-    return shapes.Page(data=[shapes.audit_entry(e) for e in entries], cursor=page.cursor)
+    return response_schemas.Page(
+        data=[response_schemas.audit_entry(e) for e in entries], cursor=page.cursor
+    )
 
 
 @router.get("/whoami", summary="Who asks", tags=["operation"])
-async def whoami(asker: Asker) -> shapes.Whoami:
+async def whoami(asker: Asker) -> response_schemas.Whoami:
     """What the server knows of the key of this request."""
     expires_at = asker.expires_at
-    return shapes.Whoami(
+    return response_schemas.Whoami(
         name=asker.name,
         scopes=sorted(asker.scopes),
         tenants=sorted(asker.tenants),
@@ -102,7 +106,7 @@ def _moment(unix_s: float) -> datetime:
     return datetime.fromtimestamp(min(unix_s, LAST_S), UTC)
 
 
-def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[shapes.Rollout]:
+def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[response_schemas.Rollout]:
     if asker.whole_server:
         found = registry.rollouts(limit=limit)
     else:

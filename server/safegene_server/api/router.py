@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from safegene_server.api import families, jobs, keys, operations, probes, tenants
-from safegene_server.api.shapes import ErrorAnswer
+from safegene_server.api.response_schemas import ErrorAnswer
 
 REFUSALS = {
     400: "The request is not understood, or asks for something that cannot be.",

@@ -11,16 +11,16 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException
 
-from safegene_server import calibrating
+from safegene_server import calibration
 from safegene_server.access.catalog import Principal
-from safegene_server.api import bodies, shapes
-from safegene_server.api.answering import TenancyRoute
-from safegene_server.api.asking import Asker, Here, own
-from safegene_server.api.bodies import ExpectedQuery, TenantName
-from safegene_server.api.following import followed, shown
-from safegene_server.tenants import Tenancy, lifecycle
-from safegene_server.tenants.lifecycle import Published
-from safegene_server.tenants.tenancy import aside
+from safegene_server.api import request_schemas, response_schemas
+from safegene_server.api.dependencies import Asker, Here, own
+from safegene_server.api.request_schemas import ExpectedQuery, TenantName
+from safegene_server.api.rollout_views import followed, shown
+from safegene_server.api.route_class import TenancyRoute
+from safegene_server.tenants import Tenancy, service
+from safegene_server.tenants.context import aside
+from safegene_server.tenants.service import Published
 from safegene_vllm.errors import ConflictError, RegistryError
 
 MOST_QUEUED = 4
@@ -37,7 +37,9 @@ router = APIRouter(route_class=TenancyRoute, tags=["tenants"])
 
 
 @router.post("/tenants", status_code=202, summary="Register a tenant")
-async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes.Onboarding:
+async def register(
+    body: request_schemas.Register, tenancy: Here, asker: Asker
+) -> response_schemas.Onboarding:
     """Its content is fetched, checked, tried out and published by the job in the answer.
 
     With `calibrate`, that job finds its coefficients first, on this engine. The same request again
@@ -59,23 +61,29 @@ async def register(body: bodies.Register, tenancy: Here, asker: Asker) -> shapes
         "actor": asker.name,
     }
     if body.calibrate is None:
-        tenant, job = await lifecycle.register(tenancy, name, **given)
+        tenant, job = await service.register(tenancy, name, **given)
     else:
-        tenant, job = await calibrating.register(tenancy, name, body.calibrate.asked(), **given)
-    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
+        tenant, job = await calibration.register(tenancy, name, body.calibrate.asked(), **given)
+    return response_schemas.Onboarding(
+        tenant=response_schemas.tenant(tenant), job=response_schemas.job(job)
+    )
 
 
 @router.get("/tenants", summary="List tenants")
-async def list_tenants(tenancy: Here, asker: Asker) -> shapes.Page[shapes.Tenant]:
+async def list_tenants(
+    tenancy: Here, asker: Asker
+) -> response_schemas.Page[response_schemas.Tenant]:
     """Those of the key, by name, the retired ones among them."""
     found = await aside(tenancy.registry.tenants)
-    return shapes.Page(data=[shapes.tenant(t) for t in found if asker.may_use(t.name)])
+    return response_schemas.Page(
+        data=[response_schemas.tenant(t) for t in found if asker.may_use(t.name)]
+    )
 
 
 @router.post("/tenants/{name:path}/revisions", status_code=202, summary="Add a revision")
 async def add_revision(
-    name: TenantName, body: bodies.NewRevision, tenancy: Here, asker: Asker
-) -> shapes.Onboarding:
+    name: TenantName, body: request_schemas.NewRevision, tenancy: Here, asker: Asker
+) -> response_schemas.Onboarding:
     """New content from a source, brought into service by the job in the answer.
 
     The tenant stays on what it serves until that job publishes, and if it fails.
@@ -90,33 +98,35 @@ async def add_revision(
     }
     await _room_for_a_job(tenancy, name)
     if body.calibrate is None:
-        job = await lifecycle.add_revision(tenancy, name, **given)
+        job = await service.add_revision(tenancy, name, **given)
     else:
-        job = await calibrating.add_revision(tenancy, name, body.calibrate.asked(), **given)
+        job = await calibration.add_revision(tenancy, name, body.calibrate.asked(), **given)
     tenant = await aside(tenancy.registry.tenant, name)
-    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
+    return response_schemas.Onboarding(
+        tenant=response_schemas.tenant(tenant), job=response_schemas.job(job)
+    )
 
 
 @router.get("/tenants/{name:path}/revisions", summary="List a tenant's revisions")
 async def list_revisions(
     name: TenantName, tenancy: Here, asker: Asker
-) -> shapes.Page[shapes.Revision]:
+) -> response_schemas.Page[response_schemas.Revision]:
     """All of them by number, with what the gate found and why some failed."""
     found = await aside(tenancy.registry.revisions, own(asker, name))
-    return shapes.Page(data=[shapes.revision(revision) for revision in found])
+    return response_schemas.Page(data=[response_schemas.revision(revision) for revision in found])
 
 
 @router.post("/tenants/{name:path}/calibrate", status_code=202, summary="Calibrate a tenant")
 async def calibrate(
-    name: TenantName, body: bodies.Calibrate, tenancy: Here, asker: Asker
-) -> shapes.Onboarding:
+    name: TenantName, body: request_schemas.Calibrate, tenancy: Here, asker: Asker
+) -> response_schemas.Onboarding:
     """Better coefficients for what is served, found on this engine by the job in the answer.
 
     Published if they are better on the examples that were held out; if not, the job says so and
     nothing changes.
     """
     await _room_for_a_job(tenancy, own(asker, name))
-    job = await calibrating.start(
+    job = await calibration.start(
         tenancy,
         name,
         body.asked(),
@@ -125,20 +135,22 @@ async def calibrate(
         actor=asker.name,
     )
     tenant = await aside(tenancy.registry.tenant, name)
-    return shapes.Onboarding(tenant=shapes.tenant(tenant), job=shapes.job(job))
+    return response_schemas.Onboarding(
+        tenant=response_schemas.tenant(tenant), job=response_schemas.job(job)
+    )
 
 
 @router.patch("/tenants/{name:path}/profile", summary="Change coefficients")
 async def change_profile(
-    name: TenantName, body: bodies.ChangeProfile, tenancy: Here, asker: Asker
-) -> shapes.Switched:
+    name: TenantName, body: request_schemas.ChangeProfile, tenancy: Here, asker: Asker
+) -> response_schemas.Switched:
     """A new revision of the same adapter, served here when this answers.
 
     Requests under way finish on the revision that they began with. Nothing happens if the
     coefficients are what they were. `rollout` counts the servers that have reported, which this one
     does a moment after it has answered.
     """
-    done = await lifecycle.change_profile(
+    done = await service.change_profile(
         tenancy,
         own(asker, name),
         body.change(),
@@ -150,10 +162,10 @@ async def change_profile(
 
 @router.post("/tenants/{name:path}/publish", summary="Publish a revision")
 async def publish(
-    name: TenantName, body: bodies.Publish, tenancy: Here, asker: Asker
-) -> shapes.Switched:
+    name: TenantName, body: request_schemas.Publish, tenancy: Here, asker: Asker
+) -> response_schemas.Switched:
     """A revision that is ready, or was served before."""
-    done = await lifecycle.publish(
+    done = await service.publish(
         tenancy,
         own(asker, name),
         body.number,
@@ -165,14 +177,14 @@ async def publish(
 
 @router.post("/tenants/{name:path}/rollback", summary="Go back to an earlier revision")
 async def roll_back(
-    name: TenantName, tenancy: Here, asker: Asker, body: bodies.Rollback | None = None
-) -> shapes.Switched:
+    name: TenantName, tenancy: Here, asker: Asker, body: request_schemas.Rollback | None = None
+) -> response_schemas.Switched:
     """To what was served before, or with `number` further back. Again: one further back.
 
     With `expected_revision`, a request that is sent twice goes back once.
     """
-    body = body or bodies.Rollback()
-    done = await lifecycle.roll_back(
+    body = body or request_schemas.Rollback()
+    done = await service.roll_back(
         tenancy,
         own(asker, name),
         body.number,
@@ -183,44 +195,46 @@ async def roll_back(
 
 
 @router.post("/tenants/{name:path}/freeze", summary="Freeze a tenant")
-async def freeze(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+async def freeze(name: TenantName, tenancy: Here, asker: Asker) -> response_schemas.Tenant:
     """Serving goes on; what is served may not change until it is unfrozen."""
     own(asker, name)
-    return shapes.tenant(await lifecycle.set_frozen(tenancy, name, True, actor=asker.name))
+    return response_schemas.tenant(await service.set_frozen(tenancy, name, True, actor=asker.name))
 
 
 @router.post("/tenants/{name:path}/unfreeze", summary="Unfreeze a tenant")
-async def unfreeze(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+async def unfreeze(name: TenantName, tenancy: Here, asker: Asker) -> response_schemas.Tenant:
     """It may change again, unless its family is frozen."""
     own(asker, name)
-    return shapes.tenant(await lifecycle.set_frozen(tenancy, name, False, actor=asker.name))
+    return response_schemas.tenant(await service.set_frozen(tenancy, name, False, actor=asker.name))
 
 
 @router.put("/tenants/{name:path}/limits", summary="Set a tenant's limits")
 async def set_limits(
-    name: TenantName, body: bodies.Limits, tenancy: Here, asker: Asker
-) -> shapes.Tenant:
+    name: TenantName, body: request_schemas.Limits, tenancy: Here, asker: Asker
+) -> response_schemas.Tenant:
     """All of them: what is left out has no limit. They are counted per server process."""
     own(asker, name)
-    return shapes.tenant(await lifecycle.set_limits(tenancy, name, body.given(), actor=asker.name))
+    return response_schemas.tenant(
+        await service.set_limits(tenancy, name, body.given(), actor=asker.name)
+    )
 
 
 @router.get("/tenants/{name:path}", summary="Show a tenant")
-async def show_tenant(name: TenantName, tenancy: Here, asker: Asker) -> shapes.Tenant:
+async def show_tenant(name: TenantName, tenancy: Here, asker: Asker) -> response_schemas.Tenant:
     """What it is and what it serves."""
-    return shapes.tenant(await aside(tenancy.registry.tenant, own(asker, name)))
+    return response_schemas.tenant(await aside(tenancy.registry.tenant, own(asker, name)))
 
 
 @router.delete("/tenants/{name:path}", summary="Retire a tenant")
 async def retire(
     name: TenantName, tenancy: Here, asker: Asker, expected_revision: ExpectedQuery = None
-) -> shapes.Retired:
+) -> response_schemas.Retired:
     """It is served no more, ever, and its jobs are cancelled. Its name and history stay."""
-    tenant, rollout = await lifecycle.retire(
+    tenant, rollout = await service.retire(
         tenancy, own(asker, name), expected=expected_revision, actor=asker.name
     )
-    return shapes.Retired(
-        tenant=shapes.tenant(tenant), rollout=await followed(tenancy, rollout, asker)
+    return response_schemas.Retired(
+        tenant=response_schemas.tenant(tenant), rollout=await followed(tenancy, rollout, asker)
     )
 
 
@@ -251,8 +265,8 @@ async def _room_for_a_job(tenancy: Tenancy, name: str) -> None:
         )
 
 
-def _switched(done: Published, asker: Principal) -> shapes.Switched:
-    return shapes.Switched(
-        revision=shapes.revision(done.revision),
+def _switched(done: Published, asker: Principal) -> response_schemas.Switched:
+    return response_schemas.Switched(
+        revision=response_schemas.revision(done.revision),
         rollout=None if done.status is None else shown(done.status, asker),
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safegene_vllm.adapter import WEIGHTS_FILE, layer_of, read_adapter_shapes
 from safegene_vllm.errors import FamilyMismatchError, SafegeneError, raise_faults
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, check_profile, has_profile, load_profile
-from safegene_vllm.tenant import check_fits
-from safegene_vllm.tensorfile import check_finite
+from safegene_vllm.formats.adapter import WEIGHTS_FILE, layer_of, read_adapter_shapes
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
+from safegene_vllm.formats.safetensors_file import check_finite
+from safegene_vllm.formats.tenant_directory import check_fits
 
 
 def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Profile | None:

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safegene_server.artifacts.layout import adapter_digest_of, hash_file
-from safegene_vllm.adapter import CONFIG_FILE, WEIGHTS_FILE
-from safegene_vllm.description import DESCRIPTION_FILE
 from safegene_vllm.errors import DigestError, FormatError, MissingFileError
-from safegene_vllm.profile import load_profile
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.profile import load_profile
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 

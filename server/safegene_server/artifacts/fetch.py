@@ -16,15 +16,15 @@ from pathlib import Path
 
 from safegene_server.artifacts.layout import keeping
 from safegene_server.artifacts.source import Seen, Source, SourceRules, open_source
-from safegene_vllm.adapter import CONFIG_FILE, WEIGHTS_FILE
-from safegene_vllm.description import DESCRIPTION_FILE
 from safegene_vllm.errors import (
     MissingFileError,
     PickleRefusedError,
     SourceError,
     TenantRefusedError,
 )
-from safegene_vllm.tenant import RECORD_FILE
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.tenant_directory import RECORD_FILE
 
 FILES = (CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE)
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

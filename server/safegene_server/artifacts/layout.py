@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safegene_vllm.description import is_digest
-from safegene_vllm.disk import digest_of
 from safegene_vllm.errors import DigestError, StoreError
+from safegene_vllm.formats.file_io import digest_of
+from safegene_vllm.formats.metadata import is_digest
 
 ADAPTERS, REVISIONS, INCOMING = "adapters", "revisions", "incoming"
 _LOCK = "lock"

@@ -30,11 +30,11 @@ from safegene_server.artifacts.layout import (
     workspace,
 )
 from safegene_server.artifacts.source import SourceRules
-from safegene_vllm.adapter import WEIGHTS_FILE
-from safegene_vllm.description import DESCRIPTION_FILE
 from safegene_vllm.errors import DigestError, MissingFileError, raise_faults
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, save_profile
+from safegene_vllm.formats.adapter import WEIGHTS_FILE
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.profile import Profile, save_profile
 
 _ADAPTER_NAME = re.compile(r"[0-9a-f]{64}")
 _REVISION_NAME = re.compile(r"(none|[0-9a-f]{64})-[0-9a-f]{64}")

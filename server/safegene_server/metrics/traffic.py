@@ -12,10 +12,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope
 
-from safegene_server.access.usage import Meter
-from safegene_server.metrics import catalogue
+from safegene_server.metrics import definitions
 from safegene_server.metrics.labels import NOBODY, TenantLabels
-from safegene_server.metrics.openings import Openings
+from safegene_server.metrics.refusal_detection import Openings
+from safegene_server.metrics.token_metering import Meter
 from safegene_server.metrics.tracing import Span, Tracing
 
 _BEHIND = {401: "unknown_key", 403: "scope", 404: "model"}
@@ -27,15 +27,15 @@ class _Of:
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.outcomes = {o: catalogue.REQUESTS.labels(label, o) for o in catalogue.OUTCOMES}
-        self.prompt = catalogue.PROMPT_TOKENS.labels(label)
-        self.generation = catalogue.GENERATION_TOKENS.labels(label)
-        self.first = catalogue.TIME_TO_FIRST_TOKEN.labels(label)
-        self.gaps = catalogue.INTER_TOKEN_LATENCY.labels(label)
-        self.duration = catalogue.REQUEST_DURATION.labels(label)
-        self.judged = catalogue.JUDGED_ANSWERS.labels(label, catalogue.RULE)
-        self.refusals = catalogue.REFUSALS.labels(label, catalogue.RULE)
-        self.unprotected = catalogue.UNPROTECTED_REQUESTS.labels(label)
+        self.outcomes = {o: definitions.REQUESTS.labels(label, o) for o in definitions.OUTCOMES}
+        self.prompt = definitions.PROMPT_TOKENS.labels(label)
+        self.generation = definitions.GENERATION_TOKENS.labels(label)
+        self.first = definitions.TIME_TO_FIRST_TOKEN.labels(label)
+        self.gaps = definitions.INTER_TOKEN_LATENCY.labels(label)
+        self.duration = definitions.REQUEST_DURATION.labels(label)
+        self.judged = definitions.JUDGED_ANSWERS.labels(label, definitions.RULE)
+        self.refusals = definitions.REFUSALS.labels(label, definitions.RULE)
+        self.unprotected = definitions.UNPROTECTED_REQUESTS.labels(label)
 
 
 class Traffic:
@@ -75,7 +75,7 @@ class Traffic:
 
     def rejected(self, reason: str, tenant: str = NOBODY) -> None:
         """A request, of any route, that went no further."""
-        catalogue.REJECTED.labels(self.labels.label(tenant), reason).inc()
+        definitions.REJECTED.labels(self.labels.label(tenant), reason).inc()
 
 
 class Exchange:
@@ -182,7 +182,7 @@ class Exchange:
         of.duration.observe(self.traffic.clock() - self.begun_s)
         if outcome == "client_error" and meter.status is not None:
             reason = "no_key" if meter.status == 401 and not keyed else _reason(meter.status)
-            catalogue.REJECTED.labels(of.label, reason).inc()
+            definitions.REJECTED.labels(of.label, reason).inc()
         if meter.status is not None and meter.status < 400:
             self._count(of, meter, outcome)
         if self._span is not None:

@@ -28,7 +28,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_vllm.errors import ConfigError, RegistryDownError, RegistryError
 
 CHANNEL = "safegene_version"
@@ -113,7 +113,7 @@ class Database:
         the other, so what they read stays true until they commit. The others touch rows of their
         own only. Errors: RegistryError (actor), RegistryDownError.
         """
-        words.line(actor, "actor")
+        validation.line(actor, "actor")
         with self.answering(), self.engine.connect() as connection:
             connection.execution_options(safegene="write")
             with connection.begin():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Row, insert, select
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
-from safegene_server.registry.headers import header_json, parse_header
+from safegene_server.registry.family_json import header_json, parse_header
 from safegene_server.registry.records import Family
 from safegene_vllm.errors import ConflictError, UnknownError
-from safegene_vllm.family import FamilyHeader
+from safegene_vllm.formats.family import FamilyHeader
 
 _T = tables.families
 
@@ -25,10 +25,10 @@ class Families(Database):
 
         Errors: RegistryError; ConflictError if the same digest stands for another header.
         """
-        words.digest(header.digest, f"family {header.name!r}: digest")
-        words.line(header.name, "family name")
+        validation.digest(header.digest, f"family {header.name!r}: digest")
+        validation.line(header.name, "family name")
         if source is not None:
-            words.line(source, "source", 4000)
+            validation.line(source, "source", 4000)
         raw = header_json(header)
         with self.write(actor) as write:
             known = _find(write.connection, header.digest)

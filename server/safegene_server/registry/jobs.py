@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, Select, and_, insert, or_, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.records import Job, JobState
 from safegene_server.registry.revisions import find_revision_by_id
@@ -43,8 +43,8 @@ class Jobs(Database):
 
         Errors: RegistryError, UnknownError.
         """
-        words.line(kind, "job kind", 64)
-        given = words.plain(params or {}, "params")
+        validation.line(kind, "job kind", 64)
+        given = validation.plain(params or {}, "params")
         with self.write(actor, exclusive=False) as write:
             owner = find_tenant(write.connection, tenant)
             if revision is not None:
@@ -87,7 +87,7 @@ class Jobs(Database):
         A job whose lease ran out is claimed again, unless it was to be cancelled or has been begun
         MAX_ATTEMPTS times; then it ends here.
         """
-        words.line(owner, "owner")
+        validation.line(owner, "owner")
         with self.write(actor, exclusive=False) as write:
             due = or_(
                 _T.c.state == "queued",
@@ -139,7 +139,7 @@ class Jobs(Database):
             raise RegistryError(f"progress {progress!r}: expected a number from 0 to 1")
         with self.write(actor, exclusive=False) as write:
             found = _held(write, job, owner)
-            message = words.text(message)
+            message = validation.text(message)
             lease_until = write.now + timedelta(seconds=lease_s)
             _set(write, found, progress=float(progress), message=message, lease_until=lease_until)
             if message == found.message:
@@ -164,8 +164,8 @@ class Jobs(Database):
         """
         if state not in ("done", "failed", "cancelled"):
             raise RegistryError(f"job state {state!r}: expected done, failed or cancelled")
-        message = words.text(message)
-        given = None if result is None else words.plain(result, "result")
+        message = validation.text(message)
+        given = None if result is None else validation.plain(result, "result")
         with self.write(actor, exclusive=False) as write:
             found = _held(write, job, owner)
             values: dict[str, Any] = {"progress": 1.0} if state == "done" else {}

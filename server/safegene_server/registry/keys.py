@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
 from safegene_server.registry.records import Key, NewKey
 from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
@@ -43,10 +43,10 @@ class Keys(Database):
         `secret=None` makes one; a given one comes from the owner's own secret store.
         Errors: RegistryError; ConflictError if the name or the secret is in use.
         """
-        words.line(name, "key name", 100)
-        allowed, reach = words.scopes(scopes), words.key_tenants(tenants, default_tenant)
+        validation.line(name, "key name", 100)
+        allowed, reach = validation.scopes(scopes), validation.key_tenants(tenants, default_tenant)
         if default_tenant is not None:
-            words.tenant_name(default_tenant)
+            validation.tenant_name(default_tenant)
         if expires_at is not None and expires_at.tzinfo is None:
             raise RegistryError(f"expires_at {expires_at} has no time zone; give one, such as UTC")
         told = _new_secret() if secret is None else _given_secret(secret)

@@ -20,8 +20,8 @@ from safegene_server.registry.records import Policy, Revision, Rollout, Tenant
 from safegene_server.registry.revisions import find_revision, new_revision
 from safegene_server.registry.tenants import find_policy, living_tenants
 from safegene_vllm.errors import BoundsError, FrozenError
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, check_profile
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, check_profile
 
 
 class Policies(Database):

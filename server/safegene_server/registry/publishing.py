@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.records import Revision, Rollout, RolloutKind, Tenant
 from safegene_server.registry.revisions import (
@@ -74,7 +74,7 @@ class Publishing(Database):
         Errors: as for `publish`; ConflictError if there is nothing to go back to.
         """
         if number is not None:
-            words.revision_number(number)
+            validation.revision_number(number)
         with self.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
@@ -205,6 +205,6 @@ def _steps_back(
         undone.append(row.id)
     before = ", ".join(str(row.number) for row in rows[1:])
     raise UnknownError(
-        f"{words.served_name(tenant.name, number or 0)} was not published "
+        f"{validation.served_name(tenant.name, number or 0)} was not published "
         f"before the current revision ({before} were); publish it instead"
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from safegene_server.registry.words import served_name
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile
+from safegene_server.registry.validation import served_name
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile
 
 TenantState = Literal["active", "frozen", "retired"]
 RevisionKind = Literal["adapter", "profile"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
 from safegene_server.registry.publishing import find_rollout, rollout_of
 from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
@@ -32,7 +32,7 @@ class Replicas(Database):
 
     def join(self, host: str, pid: int, *, actor: str) -> Replica:
         """A new replica, alive and with nothing applied; long silent ones are forgotten."""
-        words.line(host, "host", 255)
+        validation.line(host, "host", 255)
         fresh = str(uuid.uuid4())
         with self.write(actor, exclusive=False) as write:
             silent = _T.c.seen_at < write.now - timedelta(seconds=FORGET_S)
@@ -157,7 +157,7 @@ def _receipts_to_put(
     receipts: Mapping[int, tuple[Mapping[str, Any], bool]], gone: Iterable[int]
 ) -> _Fresh:
     """Errors: RegistryError."""
-    kept = {key: (words.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
+    kept = {key: (validation.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
     return _Fresh(kept, sorted(set(gone) - set(kept)))
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, insert, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
 from safegene_server.registry.records import Policy, Revision, RevisionState, Tenant
 from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
 from safegene_vllm.errors import BoundsError, ConflictError, UnknownError
-from safegene_vllm.profile import Profile, check_profile, parse_profile, profile_json
+from safegene_vllm.formats.profile import Profile, check_profile, parse_profile, profile_json
 
 _T = tables.revisions
 
@@ -51,9 +51,9 @@ class Revisions(Database):
         FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
         """
         if adapter_digest is not None:
-            words.digest(adapter_digest, "adapter_digest")
+            validation.digest(adapter_digest, "adapter_digest")
         if source is not None:
-            words.line(source, "source", 4000)
+            validation.line(source, "source", 4000)
         with self.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
@@ -142,7 +142,7 @@ def new_revision(
     ).scalar_one()
     write.audit(
         "revision.add",
-        words.served_name(tenant.name, number),
+        validation.served_name(tenant.name, number),
         id=added,
         adapter=adapter_digest,
         profile=raw["digest"],
@@ -168,7 +168,7 @@ def step(
         )
     values: dict[str, Any] = {"state": state, "reasons": [str(reason) for reason in reasons]}
     if gate is not None:
-        values["gate"] = words.plain(gate, "gate")
+        values["gate"] = validation.plain(gate, "gate")
     write.connection.execute(update(_T).where(_T.c.id == found.id).values(**values))
     write.audit(
         f"revision.{state}", found.served_name, before=found.state, reasons=values["reasons"]
@@ -179,8 +179,10 @@ def step(
 def check_expected(tenant: Tenant, expected: int | None) -> None:
     """Errors: ConflictError if not `expected` (0: none, None: whatever) is published."""
     if expected is not None and expected != (tenant.published or 0):
-        there = words.served_name(tenant.name, tenant.published) if tenant.published else "nothing"
-        hoped = words.served_name(tenant.name, expected) if expected else "nothing"
+        there = (
+            validation.served_name(tenant.name, tenant.published) if tenant.published else "nothing"
+        )
+        hoped = validation.served_name(tenant.name, expected) if expected else "nothing"
         raise ConflictError(
             f"tenant {tenant.name!r} serves {there}, expected {hoped}: somebody else was first; "
             "look again and repeat"
@@ -203,7 +205,7 @@ def check_floor(profile: Profile, policy: Policy, what: str) -> None:
 
 def find_revision(connection: Connection, tenant: Tenant, number: int) -> Revision:
     """Errors: UnknownError."""
-    words.revision_number(number)
+    validation.revision_number(number)
     query = revision_query().where(_T.c.tenant_id == tenant.id, _T.c.number == number)
     row = connection.execute(query).one_or_none()
     if row is None:
@@ -233,7 +235,7 @@ def revision_query() -> Select[tuple[Any, ...]]:
 
 def revision_of(row: Row[tuple[Any, ...]]) -> Revision:
     """Errors: FormatError if the profile was altered behind the registry's back."""
-    where = f"registry, revision {words.served_name(row.tenant, row.number)}"
+    where = f"registry, revision {validation.served_name(row.tenant, row.number)}"
     return Revision(
         id=row.id,
         tenant=row.tenant,

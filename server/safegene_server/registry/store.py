@@ -11,8 +11,7 @@ from pathlib import Path
 from sqlalchemy import URL, select
 
 from safegene_server.registry import tables
-from safegene_server.registry.auditing import Auditing
-from safegene_server.registry.counting import Counting
+from safegene_server.registry.audit_log import Auditing
 from safegene_server.registry.families import Families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
@@ -22,6 +21,7 @@ from safegene_server.registry.records import Snapshot
 from safegene_server.registry.replicas import Replicas
 from safegene_server.registry.revisions import Revisions, revision_of, revision_query
 from safegene_server.registry.schema import open_schema
+from safegene_server.registry.stats import Counting
 from safegene_server.registry.tenants import Tenants, living_tenants
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, insert, select, update
 
-from safegene_server.registry import tables, words
+from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
 from safegene_server.registry.records import Policy, Tenant, TenantState
@@ -36,10 +36,10 @@ class Tenants(Database):
         Errors: RegistryError, UnknownError; ConflictError if the name is or was in use;
         FrozenError if the family is frozen.
         """
-        words.tenant_name(name)
-        allowed = words.limits(limits or {})
+        validation.tenant_name(name)
+        allowed = validation.limits(limits or {})
         if source is not None:
-            words.line(source, "source", 4000)
+            validation.line(source, "source", 4000)
         with self.write(actor) as write:
             find_family(write.connection, family)
             known = _find(write.connection, name)
@@ -65,7 +65,7 @@ class Tenants(Database):
 
     def set_limits(self, name: str, limits: Mapping[str, int], *, actor: str) -> Tenant:
         """Replace a tenant's limits; what is left out has none. Errors: RegistryError."""
-        allowed = words.limits(limits)
+        allowed = validation.limits(limits)
         with self.write(actor) as write:
             tenant = _living(write.connection, name)
             _set(write, tenant, limits=allowed)

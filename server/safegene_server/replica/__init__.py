@@ -3,7 +3,7 @@
 Decides nothing: what is published is decided in the registry, what may be loaded in the workers.
 """
 
-from safegene_server.replica.inside import Inside, Inward
-from safegene_server.replica.replica import Replica
+from safegene_server.replica.internal_client import Inside, Inward
+from safegene_server.replica.reconciler import Replica
 
 __all__ = ["Inside", "Inward", "Replica"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from safegene_server.access.catalog import Limits, Principal, Tenant, View, make_view
 from safegene_server.registry import Key, Snapshot
-from safegene_server.registry.words import BASE
+from safegene_server.registry.validation import BASE
 
 
 def view_of(

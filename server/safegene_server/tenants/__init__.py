@@ -4,18 +4,18 @@ Between the HTTP routes, the registry, the local store and the engine of this pr
 and keeps nothing itself: what is true is in the registry.
 """
 
+from safegene_server.tenants.context import Replica, Tenancy
 from safegene_server.tenants.declared import register_declared
 from safegene_server.tenants.jobs import Jobs, Work
 from safegene_server.tenants.onboarding import ONBOARD, onboard
 from safegene_server.tenants.profiles import Change
-from safegene_server.tenants.questions import Prompt, read_prompts
 from safegene_server.tenants.settings import (
     CalibrationSettings,
     GateSettings,
     TenantSettings,
 )
-from safegene_server.tenants.tenancy import Replica, Tenancy
-from safegene_server.tenants.trial import Outcome, try_out
+from safegene_server.tenants.smoke_prompts import Prompt, read_prompts
+from safegene_server.tenants.smoke_test import Outcome, try_out
 
 __all__ = [
     "ONBOARD",

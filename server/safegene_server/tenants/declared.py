@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from safegene_server.tenants.lifecycle import register
+from safegene_server.tenants.context import Tenancy, aside
 from safegene_server.tenants.profiles import Change
-from safegene_server.tenants.tenancy import Tenancy, aside
-from safegene_vllm.adapter import CONFIG_FILE
-from safegene_vllm.description import DESCRIPTION_FILE
+from safegene_server.tenants.service import register
 from safegene_vllm.errors import ConfigError, RegistryDownError, SafegeneError
+from safegene_vllm.formats.adapter import CONFIG_FILE
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 
 logger = logging.getLogger("vllm.safegene_server")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from safegene_server.registry import Rollout
-from safegene_server.tenants.tenancy import Tenancy, aside
+from safegene_server.tenants.context import Tenancy, aside
 
 
 async def set_floor(

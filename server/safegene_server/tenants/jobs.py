@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from safegene_server.answers import EngineDownError, plain
-from safegene_server.metrics import catalogue
+from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
 from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
 
 if TYPE_CHECKING:
-    from safegene_server.tenants.tenancy import Tenancy
+    from safegene_server.tenants.context import Tenancy
 
 logger = logging.getLogger("vllm.safegene_server")
 PULSE_S = 2.0
@@ -85,7 +85,7 @@ class Work:
                 message=message,
                 result=self.result,
             )
-        catalogue.JOB_SECONDS.labels(self.job.kind).observe(time.monotonic() - self.begun_s)
+        definitions.JOB_SECONDS.labels(self.job.kind).observe(time.monotonic() - self.begun_s)
 
     async def _tell(self, progress: float, message: str) -> None:
         try:

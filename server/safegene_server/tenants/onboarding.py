@@ -10,15 +10,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from safegene_server.answers import EngineDownError, plain
 from safegene_server.artifacts import Staged, Watch
+from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.registry import Revision
+from safegene_server.tenants.context import Replica, Tenancy, aside
 from safegene_server.tenants.jobs import JobLostError, Work
 from safegene_server.tenants.profiles import check_record
-from safegene_server.tenants.questions import read_prompts
 from safegene_server.tenants.settings import TenantSettings
-from safegene_server.tenants.tenancy import Replica, Tenancy, aside
-from safegene_server.tenants.trial import try_out
+from safegene_server.tenants.smoke_prompts import read_prompts
+from safegene_server.tenants.smoke_test import try_out
 from safegene_vllm.errors import (
     ConflictError,
     RegistryDownError,
@@ -26,7 +26,7 @@ from safegene_vllm.errors import (
     SourceError,
     TenantRefusedError,
 )
-from safegene_vllm.profile import Profile, parse_profile
+from safegene_vllm.formats.profile import Profile, parse_profile
 
 ONBOARD = "onboard"
 UNEXPECTED = "a check failed unexpectedly; the server's log says why"

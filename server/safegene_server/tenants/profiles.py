@@ -13,8 +13,8 @@ from typing import Any
 
 from safegene_server.registry import Revision
 from safegene_vllm.errors import BoundsError, HeaderError
-from safegene_vllm.family import FamilyHeader
-from safegene_vllm.profile import Profile, check_profile, make_profile, parse_profile
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, check_profile, make_profile, parse_profile
 
 RECORD_DEPTH = 64
 RECORD_BYTES = 1 << 20

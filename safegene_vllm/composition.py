@@ -1,0 +1,155 @@
+"""The reference mathematics: W' = W + sum over layers of λ_l · B A, in three forms that agree.
+
+Merged weight, LoRA pair (rank concatenation) and gain row, all in float32 and in plain torch.
+Every fast path is tested against this file; merging alone is tuned, because starts wait for it.
+Notation: L layers, T tokens, R rank, D_in, D_out. Source: docs/format.md; LoRA is Hu et al. 2021,
+arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    NonFiniteError,
+    SafegeneError,
+    ShapeError,
+    raise_faults,
+)
+from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, plain_config
+from safegene_vllm.formats.family import Family
+from safegene_vllm.formats.profile import Profile, check_profile
+
+BLOCK_ENTRIES = 1 << 17
+"""Entries of a weight that are merged at a time, in place: they fit a core's cache."""
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Dtypes that can be merged into, and integers of their size."""
+
+
+def merged_weight_name(site: str) -> str:
+    """The name in a checkpoint of the weight that a site's pair is added to."""
+    return f"{site}.weight"
+
+
+def delta(pair: Pair, coefficient: float) -> torch.Tensor:
+    """What is added to a weight: (D_out, D_in) float32.
+
+    Semantics: coefficient · scaling · b @ a.
+    """
+    return (coefficient * pair.scaling) * (pair.b.float() @ pair.a.float())
+
+
+def merge_into(
+    weight: torch.Tensor, pair: Pair, coefficient: float, *, rows: int | None = None
+) -> torch.Tensor:
+    """The merged weight: a new tensor (D_out, D_in) of weight's dtype and device.
+
+    Semantics: weight + coefficient · scaling · b @ a, added in float32 (float64 for a float64
+    weight), `rows` rows at a time: the peak is one tensor and two blocks. At coefficient 0.0
+    the very same tensor comes back. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
+    """
+    if coefficient == 0.0:
+        return weight
+    if weight.dtype not in _BITS:
+        raise ShapeError(
+            f"weight has dtype {weight.dtype}, expected float32, bfloat16 or float16; a quantized "
+            "weight cannot be added to: serve the tenant through the LoRA slot"
+        )
+    if tuple(weight.shape) != (pair.d_out, pair.d_in):
+        raise ShapeError(
+            f"weight has shape {tuple(weight.shape)}, the pair is for {(pair.d_out, pair.d_in)}"
+        )
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (t.to(weight.device, wide) for t in (pair.a, pair.b))
+    factor = coefficient * pair.scaling
+    merged = torch.empty_like(weight)
+    rows = rows or max(1, BLOCK_ENTRIES // pair.d_in)
+    starts = range(0, pair.d_out, rows)
+    work = torch.empty(min(rows, pair.d_out), pair.d_in, dtype=wide, device=weight.device)
+    # Without its sign a float's bits order as integers, those of Inf and NaN above all others.
+    of_bits = _BITS[weight.dtype]
+    bits, without_sign = merged.view(of_bits), torch.iinfo(of_bits).max
+    seen = torch.empty_like(work, dtype=of_bits)
+    most = torch.empty(len(starts), dtype=of_bits, device=weight.device)
+    for number, start in enumerate(starts):
+        block = slice(start, start + rows)
+        sums = work[: b[block].shape[0]].copy_(weight[block])
+        merged[block] = sums.addmm_(b[block], a, alpha=factor)
+        unsigned = torch.bitwise_and(bits[block], without_sign, out=seen[: sums.shape[0]])
+        torch.amax(unsigned, dim=(0, 1), out=most[number])
+    infinite = int(torch.tensor(torch.inf, dtype=weight.dtype).view(of_bits))
+    if (highest := int(most.max())) >= infinite:
+        start = starts[int((most == highest).nonzero()[0])]
+        raise NonFiniteError(
+            f"the merged weight holds NaN or Inf in rows {start}..{start + rows - 1} as "
+            f"{weight.dtype}; lower the coefficient ({coefficient}) or use bfloat16"
+        )
+    return merged
+
+
+def lora_pair(tenant: Pair | None, safety: Pair, coefficient: float) -> Pair:
+    """Tenant and safety pair as one pair of rank R_t + R_s, float32, scaling 1.
+
+    Semantics: a = [a_t; a_s], b = [s_t b_t, coefficient · s_s b_s]. At coefficient 0.0 the
+    tenant's own pair (float32, folded): zeros cost no rank. Without a tenant, b is then zero.
+    Errors: ShapeError if D_in or D_out differ.
+    """
+    a_s, b_s = safety.a.float(), safety.b.float() * (coefficient * safety.scaling)
+    if tenant is None:
+        return Pair(a_s, b_s)
+    if (tenant.d_in, tenant.d_out) != (safety.d_in, safety.d_out):
+        raise ShapeError(
+            f"the tenant's pair is for a weight {(tenant.d_out, tenant.d_in)}, "
+            f"the family's for {(safety.d_out, safety.d_in)}"
+        )
+    a_t, b_t = tenant.a.float(), tenant.b.float() * tenant.scaling
+    if coefficient == 0.0:
+        return Pair(a_t, b_t)
+    return Pair(torch.cat([a_t, a_s], dim=0), torch.cat([b_t, b_s], dim=1))
+
+
+def gain_row(profile: Profile) -> torch.Tensor:
+    """The profile as a row of the gain table: (L,) float32."""
+    return torch.tensor(profile.coefficients, dtype=torch.float32)
+
+
+def safety_product(x: torch.Tensor, pair: Pair, gain: torch.Tensor) -> torch.Tensor:
+    """What the gain table adds to a linear's output: (T, D_out) float32.
+
+    Semantics: ((x aᵀ) · gain[:, None]) (scaling · b)ᵀ, with x (T, D_in) of any float dtype and gain
+    (T,), one coefficient per token.
+    """
+    shrunk = (x.float() @ pair.a.float().T) * gain.float()[:, None]
+    return shrunk @ (pair.b.float() * pair.scaling).T
+
+
+def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) -> Adapter:
+    """Tenant, family and profile as one ordinary adapter: all sites of both, float32, scaling 1.
+
+    Errors: those of `check_profile`; FamilyMismatchError naming each site whose shape differs.
+    """
+    check_profile(profile, family.header)
+    ours = {} if tenant is None else dict(tenant.pairs)
+    pairs: dict[str, Pair] = {}
+    faults: list[SafegeneError] = []
+    for site in sorted(ours.keys() | family.pairs.keys()):
+        own, safety = ours.get(site), family.pairs.get(site)
+        if safety is None:
+            assert own is not None
+            pairs[site] = Pair(own.a.float(), own.b.float() * own.scaling)
+            continue
+        layer = layer_of(site)
+        assert layer is not None
+        try:
+            pairs[site] = lora_pair(own, safety, profile.coefficients[layer])
+        except ShapeError as error:
+            faults.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
+    raise_faults(faults)
+    base_model = None if tenant is None else tenant.base_model
+    return Adapter(pairs, base_model, plain_config(pairs, base_model))

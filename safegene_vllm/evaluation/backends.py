@@ -1,0 +1,188 @@
+"""Answers by transformers: a model, a tenant or a dose, merged in float32, greedy, in batches.
+
+For machines without vLLM, and as the reference for the vLLM backend. Slow: serving and large
+measurements are vLLM's work.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from safegene_vllm.chat import (
+    answer_text,
+    check_template,
+    chosen_device,
+    greedy_tokens,
+    load_tokenizer,
+    prompt_tokens,
+    stop_tokens,
+)
+from safegene_vllm.composition import compose_adapter, merge_into, merged_weight_name
+from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_faults
+from safegene_vllm.evaluation.targets import Subject, adapter_of, checkpoint_of, profile_of
+from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter
+from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
+from safegene_vllm.formats.family import Family
+
+BATCH = 32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Answerer(Protocol):
+    """Answers prompts as a subject would; greedy, so the same every time."""
+
+    @property
+    def model(self) -> Path: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        """One answer per prompt, in order, of at most `max_tokens` tokens."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory of models; a later call of `answers` loads them again."""
+        ...
+
+
+def merged_pairs(subject: Subject, family: Family | None) -> Mapping[str, Pair]:
+    """What is added to the weights of the subject's checkpoint: one pair per site, may be none.
+
+    Semantics: compose.compose_adapter of the subject's LoRA and its coefficients.
+    """
+    directory = adapter_of(subject)
+    own = None if directory is None else load_adapter(directory)
+    profile = profile_of(subject, None if family is None else family.header)
+    if profile is None or family is None:
+        return {} if own is None else own.pairs
+    return compose_adapter(own, family, profile).pairs
+
+
+class _Loaded:
+    """One checkpoint in memory, with the pairs of one subject added to its weights."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.checkpoint: Checkpoint = read_checkpoint(directory)
+        self.tokenizer = load_tokenizer(directory)
+        check_template(self.tokenizer)
+        self.stops = stop_tokens(directory, self.tokenizer)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=dtype, local_files_only=True
+        )
+        self.model = model.requires_grad_(False).to(device).eval()
+        self.changed: set[str] = set()
+
+    def apply(self, pairs: Mapping[str, Pair]) -> None:
+        """In place: every weight as in the files, plus its pair, rounded once.
+
+        Errors: SiteError for a site that the model has not, or a tied one.
+        """
+        modules = dict(self.model.named_modules())
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
+        faults: list[SafegeneError] = []
+        for site in pairs:
+            if not isinstance(modules.get(site), torch.nn.Linear):
+                faults.append(SiteError(f"{self.checkpoint.directory} has no linear {site}"))
+            elif tied and layer_of(site) is None:
+                faults.append(SiteError(f"{site} shares its weight with the embedding"))
+        raise_faults(faults)
+        for site in sorted(self.changed | pairs.keys()):
+            weight: Any = modules[site].weight
+            stored = self.checkpoint.read(merged_weight_name(site))
+            if site in pairs:
+                stored = merge_into(stored.float(), pairs[site], 1.0)
+            weight.data.copy_(stored.to(weight.dtype))
+        self.changed = set(pairs)
+
+
+class TransformersAnswerer:
+    """One checkpoint at a time in memory; a subject's LoRA and vector are merged in float32.
+
+    `model` is the checkpoint of subjects without one of their own; `dtype` float32, bfloat16 or
+    float16; `device` a torch device, or auto: CUDA where there is one. Errors: ConfigError.
+    """
+
+    backend = "transformers"
+
+    def __init__(
+        self,
+        model: Path,
+        family: Family | None = None,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        batch: int = BATCH,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.device = chosen_device(device)
+        self.model, self.family = Path(model), family
+        self.dtype, self.batch = dtype, batch
+        self._loaded: _Loaded | None = None
+        self._subject: Subject | None = None
+
+    def _ready(self, subject: Subject) -> _Loaded:
+        directory = checkpoint_of(subject) or self.model
+        if self._loaded is None or self._loaded.checkpoint.directory != directory:
+            self.close()
+            self._loaded = _Loaded(directory, DTYPES[self.dtype], self.device)
+        if self._subject != subject:
+            self._subject = None
+            self._loaded.apply(merged_pairs(subject, self.family))
+            self._subject = subject
+        return self._loaded
+
+    def tokens(
+        self, prompts: Sequence[Sequence[int]], subject: Subject, max_tokens: int
+    ) -> list[list[int]]:
+        """Greedy token ids after each row of token ids; similar lengths share a batch."""
+        loaded = self._ready(subject)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, list[int]] = {}
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            rows = [prompts[i] for i in chosen]
+            made = greedy_tokens(loaded.model, loaded.tokenizer, rows, max_tokens, loaded.stops)
+            found |= dict(zip(chosen, made, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        """One answer per prompt, in order. Errors: those of reading; SiteError."""
+        tokenizer = self._ready(subject).tokenizer
+        rows = prompt_tokens(tokenizer, prompts)
+        return [answer_text(tokenizer, ids) for ids in self.tokens(rows, subject, max_tokens)]
+
+    def close(self) -> None:
+        """Forget the model that is in memory."""
+        self._loaded = self._subject = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Lasting:
+    """An answerer whose engine lives through several evaluations, until `end`."""
+
+    def __init__(self, inner: Answerer) -> None:
+        self.inner = inner
+        self.model, self.backend, self.dtype = inner.model, inner.backend, inner.dtype
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        return self.inner.answers(prompts, subject, max_tokens)
+
+    def close(self) -> None:
+        """Nothing yet: the next evaluation goes on with the same engine."""
+
+    def end(self) -> None:
+        self.inner.close()

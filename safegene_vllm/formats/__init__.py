@@ -1,0 +1,1 @@
+"""Files on disk: families, profiles, adapters, checkpoints, safetensors headers, receipts."""

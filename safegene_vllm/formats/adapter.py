@@ -1,0 +1,397 @@
+"""One PEFT LoRA directory: headers first, then tensors.
+
+Accepts what the law W' = W + scaling * B A can express and refuses the rest (DoRA, biases, replaced
+modules) with a named error. Reading shapes and scalings is torch-free. Not about safety vectors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safegene_vllm.errors import (
+    HeaderError,
+    MissingFileError,
+    NonFiniteError,
+    PickleRefusedError,
+    SafegeneError,
+    ShapeError,
+    SiteError,
+    raise_faults,
+)
+from safegene_vllm.formats.file_io import pretty_json, read_json, replace_directory
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.safetensors_file import TensorInfo, dtype_name, read_tensors, serialize
+from safegene_vllm.formats.safetensors_file import (
+    read_safetensors_header as read_safetensors_header,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OWNED_FILES = (CONFIG_FILE, WEIGHTS_FILE, DESCRIPTION_FILE)
+"""What an adapter directory that we wrote consists of, and so what a new save may replace."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_ADAPTER_DTYPES = ("F32", "BF16", "F16")
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<half>[AB])\.weight")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+
+# A tenant's pattern keys are run as regular expressions (PEFT's rule), in every worker: a repeated
+# group can take exponential time, and several unbounded repeats a high power of the name's length.
+_SLOW_PATTERN = re.compile(r"\)\s*[*+{?]|\\\d|\(\?")
+_UNBOUNDED = re.compile(r"[*+{]")
+
+# PEFT options that make the adapter something else than W + scaling * B A on named sites.
+_REFUSED_OPTIONS = (
+    *("use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices"),
+    *("fan_in_fan_out", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+)
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """ΔW = scaling · b @ a for one site; a (R, D_in), b (D_out, R), scaling not yet applied."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ShapeError(
+                f"A has shape {tuple(self.a.shape)} and B {tuple(self.b.shape)}, "
+                "expected (R, D_in) and (D_out, R) with one R"
+            )
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def d_in(self) -> int:
+        return int(self.a.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        return int(self.b.shape[0])
+
+    def folded(self) -> Pair:
+        """The same ΔW with scaling 1: b becomes float32 and carries it; a as it is."""
+        return Pair(self.a, self.b.float() * self.scaling)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all of both halves is finite in this dtype, once b carries the scaling."""
+        scaled = self.b.abs().amax().float() * self.scaling
+        return all(bool(m.to(dtype).isfinite()) for m in (self.a.abs().amax(), scaled))
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """What a header tells about a pair; `dtype` is F32, BF16 or F16."""
+
+    site: str
+    rank: int
+    d_in: int
+    d_out: int
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Pairs by site name; `config` is adapter_config.json as it was read."""
+
+    pairs: Mapping[str, Pair]
+    base_model: str | None
+    config: Mapping[str, Any]
+
+
+def layer_of(site: str) -> int | None:
+    """The layer number in a site's name (after `layers.`, `h.` or `blocks.`), None for others."""
+    match = _LAYER.search(site)
+    return int(match.group(1)) if match else None
+
+
+def tensor_name(site: str, half: str) -> str:
+    """The name in the file of a site's `A` or `B`."""
+    return f"base_model.model.{site}.lora_{half}.weight"
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
+    """PEFT's own rule (`get_pattern_key`): first key that matches as a regex at the name's end."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", site):
+            return value
+    return (patterns or {}).get(site, default)
+
+
+def _rank_of(config: Mapping[str, Any], site: str) -> int:
+    return int(_by_pattern(config.get("rank_pattern"), site, config["r"]))
+
+
+def scaling_of(config: Mapping[str, Any], site: str) -> float:
+    """PEFT's scaling of `site`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    rank = _rank_of(config, site)
+    alpha = float(_by_pattern(config.get("alpha_pattern"), site, config["lora_alpha"]))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _config_faults(config: Mapping[str, Any]) -> list[SafegeneError]:
+    found: list[str] = []
+    if config.get("peft_type") != "LORA":
+        found.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("bias", "none") != "none":
+        found.append(f"bias is {config['bias']!r}, expected 'none'; train without biases")
+    for option in _REFUSED_OPTIONS:
+        if config.get(option):
+            found.append(f"{option} is {config[option]!r}, which a LoRA pair cannot express")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        found.append(f"init_lora_weights {init!r} changes the base weights; convert to plain LoRA")
+    if not _is_rank(config.get("r")):
+        found.append(f"r is {config.get('r')!r}, expected a positive whole number")
+    if not _is_number(config.get("lora_alpha")):
+        found.append(f"lora_alpha is {config.get('lora_alpha')!r}, expected a number")
+    for option, good, kind in (
+        ("rank_pattern", _is_rank, "positive whole numbers"),
+        ("alpha_pattern", _is_number, "numbers"),
+    ):
+        pattern = config.get(option)
+        if pattern is not None and (
+            not isinstance(pattern, dict) or not all(map(good, pattern.values()))
+        ):
+            found.append(f"{option} is {pattern!r}, expected a map from names to {kind}")
+            continue
+        for key in pattern or {}:
+            if _SLOW_PATTERN.search(key) or len(_UNBOUNDED.findall(key)) > 3:
+                found.append(f"{option} key {key!r} could take for ever to match; name plain sites")
+                continue
+            try:
+                re.compile(rf"(.*\.)?({key})$")
+            except re.error as error:
+                found.append(f"{option} key {key!r} is not a regular expression: {error}")
+    return [HeaderError(f"{CONFIG_FILE}: {fault}") for fault in found]
+
+
+def _weights_path(directory: Path) -> Path:
+    """Where the weights must be, after telling a missing file from a refused one."""
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory} is not a directory; expected a PEFT LoRA directory")
+    path = directory / WEIGHTS_FILE
+    pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+    if not path.exists() and pickles:
+        raise PickleRefusedError(
+            f"{directory} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle runs code "
+            "when it is read: save the adapter with safe_serialization=True"
+        )
+    return path
+
+
+def _halves(
+    infos: Mapping[str, TensorInfo], faults: list[SafegeneError]
+) -> dict[str, dict[str, TensorInfo]]:
+    halves: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match:
+            halves.setdefault(match["site"], {})[match["half"]] = info
+        else:
+            faults.append(
+                SiteError(
+                    f"tensor {name!r} is not base_model.model.<site>.lora_A.weight or "
+                    ".lora_B.weight; only LoRA pairs on linear modules are supported"
+                )
+            )
+    return halves
+
+
+def _pair_shape(
+    site: str, halves: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> PairShape:
+    if set(halves) != {"A", "B"}:
+        there = next(iter(halves))
+        raise SiteError(f"site {site!r} has lora_{there} only; a pair needs lora_A and lora_B")
+    a, b = halves["A"], halves["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
+        raise ShapeError(
+            f"site {site!r}: A has shape {a.shape} and B {b.shape}, "
+            "expected (R, D_in) and (D_out, R) with one R, none of them 0"
+        )
+    if a.dtype != b.dtype or a.dtype not in _ADAPTER_DTYPES:
+        raise HeaderError(
+            f"site {site!r}: A is {a.dtype} and B {b.dtype}, "
+            f"expected one dtype of {', '.join(_ADAPTER_DTYPES)}"
+        )
+    if a.shape[0] != _rank_of(config, site):
+        raise ShapeError(
+            f"site {site!r} has rank {a.shape[0]}, {CONFIG_FILE} says {_rank_of(config, site)}"
+        )
+    return PairShape(site, a.shape[0], a.shape[1], b.shape[0], a.dtype)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / CONFIG_FILE)
+    raise_faults(_config_faults(config))
+    return config
+
+
+def _shapes(
+    infos: Mapping[str, TensorInfo], config: Mapping[str, Any], path: Path
+) -> dict[str, PairShape]:
+    faults: list[SafegeneError] = []
+    shapes: dict[str, PairShape] = {}
+    for site, halves in sorted(_halves(infos, faults).items()):
+        try:
+            shapes[site] = _pair_shape(site, halves, config)
+        except (SiteError, ShapeError, HeaderError) as error:
+            faults.append(error)
+    if not infos:
+        faults.append(SiteError("no tensors; an adapter that touches no site is refused"))
+    raise_faults([type(fault)(f"{path}: {fault}") for fault in faults])
+    return shapes
+
+
+def read_adapter_shapes(directory: Path) -> dict[str, PairShape]:
+    """The pairs of a PEFT LoRA directory by site, from headers alone. Torch-free.
+
+    Errors: MissingFileError, PickleRefusedError, TruncatedFileError, HeaderError (also:
+    options that a LoRA pair cannot express), ShapeError, SiteError, NonFiniteError (in JSON).
+    """
+    directory = Path(directory)
+    path = _weights_path(directory)
+    config = _read_config(directory)
+    return _shapes(read_safetensors_header(path), config, path)
+
+
+def load_adapter(directory: Path) -> Adapter:
+    """The adapter in `directory`: a (R, D_in), b (D_out, R) as stored, scaling beside them.
+
+    Errors: those of `read_adapter_shapes`; NonFiniteError naming each tensor with NaN or Inf.
+    """
+    directory = Path(directory)
+    path = _weights_path(directory)
+    config = _read_config(directory)
+    shapes = _shapes(read_safetensors_header(path), config, path)
+    tensors = read_tensors(path)
+    if set(tensors) != {tensor_name(site, half) for site in shapes for half in "AB"}:
+        raise SiteError(f"{path} changed while it was read; load a copy that nobody writes to")
+    pairs = {
+        site: Pair(
+            tensors[tensor_name(site, "A")],
+            tensors[tensor_name(site, "B")],
+            scaling_of(config, site),
+        )
+        for site in shapes
+    }
+    base_model = config.get("base_model_name_or_path")
+    return Adapter(pairs, base_model if isinstance(base_model, str) else None, config)
+
+
+def settled(pair: Pair, dtype: torch.dtype | None = None) -> Pair:
+    """The same ΔW with scaling 1 and one dtype for both halves.
+
+    `dtype=None` keeps a's dtype if it holds the scaled b exactly, else takes float32.
+    """
+    import torch
+
+    folded = pair.b if pair.scaling == 1.0 else pair.b.float() * pair.scaling
+    if dtype is None:
+        narrow = folded.to(pair.a.dtype)
+        dtype = pair.a.dtype if torch.equal(narrow.float(), folded.float()) else torch.float32
+    return Pair(pair.a.to(dtype).contiguous(), folded.to(dtype).contiguous())
+
+
+def plain_config(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str, Any]:
+    """adapter_config.json of pairs with scaling 1: alpha equals r at every site."""
+    ranks = {site: pairs[site].rank for site in sorted(pairs)}
+    counts = Counter(ranks.values())
+    r = max(counts, key=lambda rank: (counts[rank], rank)) if counts else 1
+    others = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": sorted(pairs),
+    }
+
+
+def check_pairs(pairs: Mapping[str, Pair]) -> None:
+    """Raise unless pairs with scaling 1 would load again once saved; all faults in one message.
+
+    Errors: ShapeError, HeaderError (dtype), SiteError (no pairs), NonFiniteError.
+    """
+    faults: list[SafegeneError] = []
+    for site, pair in pairs.items():
+        try:
+            infos = {
+                half: TensorInfo(dtype_name(t), tuple(t.shape), 0, 0)
+                for half, t in (("A", pair.a), ("B", pair.b))
+            }
+            _pair_shape(site, infos, {"r": pair.rank})
+            if not bool(pair.a.isfinite().all() and pair.b.isfinite().all()):
+                faults.append(NonFiniteError(f"site {site!r} holds NaN or Inf; nothing is saved"))
+        except (ShapeError, HeaderError) as error:
+            faults.append(error)
+    if not pairs:
+        faults.append(SiteError("no pairs; an adapter that touches no site is refused"))
+    raise_faults(faults)
+
+
+def adapter_files(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str, bytes]:
+    """The two files of a PEFT directory for pairs with scaling 1, as bytes; equal in, equal out.
+
+    Errors: those of `check_pairs`.
+    """
+    check_pairs(pairs)
+    tensors: dict[str, torch.Tensor] = {}
+    for site, pair in pairs.items():
+        tensors |= {tensor_name(site, "A"): pair.a, tensor_name(site, "B"): pair.b}
+    return {
+        CONFIG_FILE: pretty_json(plain_config(pairs, base_model)),
+        WEIGHTS_FILE: serialize(tensors),
+    }
+
+
+def save_adapter(
+    adapter: Adapter,
+    directory: Path,
+    *,
+    base_model: str | None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write an ordinary PEFT LoRA directory in which every scaling is 1 (folded into b).
+
+    `dtype=None` loses no bit (see `settled`). An existing adapter directory is replaced as a whole;
+    one with other files in it is refused (FormatError). Errors: ShapeError, HeaderError, SiteError.
+    """
+    pairs = {site: settled(adapter.pairs[site], dtype) for site in sorted(adapter.pairs)}
+    replace_directory(Path(directory), adapter_files(pairs, base_model), owned=OWNED_FILES)

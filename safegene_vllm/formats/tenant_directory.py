@@ -1,0 +1,104 @@
+"""What a directory is, and whether it belongs to a family. Torch-free.
+
+For commands that are handed a path by a person. Reads headers and descriptions only; loading and
+applying is the business of adapter, profile and compose.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    HeaderError,
+    MissingFileError,
+    SafegeneError,
+    TenantRefusedError,
+    raise_faults,
+)
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_shapes
+from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint
+from safegene_vllm.formats.file_io import read_json
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.profile import has_profile
+
+RECORD_FILE = "safegene-export.json"
+"""What `safegene export` leaves beside weights that already carry a vector."""
+
+Kind = Literal["family", "adapter", "checkpoint", "profile"]
+
+
+def kind_of(directory: Path) -> Kind:
+    """What `directory` is; an adapter or a checkpoint may have a profile beside it.
+
+    Errors: MissingFileError if it is none of them; HeaderError if its safegene.json is of neither
+    kind; what reading that file may raise.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory} is not a directory; check the path")
+    described = has_profile(directory)
+    if described:
+        kind = read_json(directory / DESCRIPTION_FILE).get("kind")
+        if kind == "family":
+            return "family"
+        if kind != "profile":
+            raise HeaderError(
+                f"{directory / DESCRIPTION_FILE}: kind is {kind!r}, expected 'family' or 'profile'"
+            )
+    if (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists():
+        return "adapter"
+    if (directory / "config.json").exists():
+        return "checkpoint"
+    if described:
+        return "profile"
+    raise MissingFileError(
+        f"{directory} has none of {DESCRIPTION_FILE}, {CONFIG_FILE} and config.json; expected a "
+        "family, a profile, a PEFT LoRA adapter or a Hugging Face checkpoint"
+    )
+
+
+def _adapter_faults(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
+    faults: list[SafegeneError] = []
+    for site, own in read_adapter_shapes(directory).items():
+        ours = header.sites.get(site)
+        if ours is not None and (own.d_out, own.d_in) != (ours.d_out, ours.d_in):
+            faults.append(
+                FamilyMismatchError(
+                    f"{directory}, {site}: the weight is {(own.d_out, own.d_in)}, in family "
+                    f"{header.name!r} it is {(ours.d_out, ours.d_in)}"
+                )
+            )
+    return faults
+
+
+def check_fits(directory: Path, header: FamilyHeader) -> None:
+    """Raise unless what is in `directory` can belong to the family of `header`.
+
+    A checkpoint must have the base's fingerprint; an adapter the family's shapes at their common
+    sites; a bare profile has no shapes. Errors: FamilyMismatchError naming both; what reading the
+    files may raise.
+    """
+    kind = kind_of(directory)
+    if kind == "adapter":
+        raise_faults(_adapter_faults(directory, header))
+    elif kind == "checkpoint":
+        base = base_of_checkpoint(directory)
+        if base.fingerprint != header.base.fingerprint:
+            raise FamilyMismatchError(
+                f"{directory} is a {base.architecture} with {base.num_layers} layers, fingerprint "
+                f"{base.fingerprint}; family {header.name!r} is for a {header.base.architecture} "
+                f"with {header.base.num_layers} layers, fingerprint {header.base.fingerprint}"
+            )
+    elif kind == "family":
+        raise TenantRefusedError(f"{directory} is a family; name a tenant's directory")
+
+
+def refuse_exported(directory: Path) -> None:
+    """Raise TenantRefusedError if `directory` was exported: it already carries its vector."""
+    if (Path(directory) / RECORD_FILE).exists():
+        raise TenantRefusedError(
+            f"{directory} holds {RECORD_FILE}: a vector is already in these weights and would be "
+            "added twice; start from the tenant they were exported from"
+        )

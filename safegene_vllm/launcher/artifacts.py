@@ -1,0 +1,158 @@
+"""Reads and checks every file a server will need, before vLLM starts.
+
+For one verdict on family, model, profiles and adapters, all faults together. Headers alone: values
+(NaN, digests of tensors) are the workers' to check, when they read them anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safegene_vllm.errors import (
+    FamilyMismatchError,
+    SafegeneError,
+    TenantRefusedError,
+)
+from safegene_vllm.formats.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PairShape,
+    layer_of,
+    read_adapter_shapes,
+)
+from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
+from safegene_vllm.formats.profile import check_profile, has_profile, load_profile
+from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.plugin.staging import PICKLES, allowed
+from safegene_vllm.settings import Settings
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Headers of what will be served: the family, and each tenant's own pairs by site."""
+
+    header: FamilyHeader | None
+    tenants: Mapping[str, Mapping[str, PairShape]]
+
+    def modules(self) -> list[str]:
+        """Last components of all sites, e.g. q_proj: what --lora-target-modules must name."""
+        sites = set(self.header.sites if self.header else ())
+        sites.update(site for shapes in self.tenants.values() for site in shapes)
+        return sorted({site.rpartition(".")[2] for site in sites})
+
+    def rank(self, *, composed: bool, others: int) -> int:
+        """The rank LoRA slots must hold; `others` is expected where no tenant brings an adapter."""
+        safety = self.header.sites if self.header and composed else {}
+        adapters = [shapes for shapes in self.tenants.values() if shapes]
+        if not adapters:
+            return others + max((shape.rank for shape in safety.values()), default=0)
+        return max(
+            (shapes[site].rank if site in shapes else 0)
+            + (safety[site].rank if site in safety else 0)
+            for shapes in adapters
+            for site in {*shapes, *safety}
+        )
+
+
+def read_artifacts(
+    model: str, settings: Settings, tenants: Mapping[str, Path]
+) -> tuple[Artifacts, list[SafegeneError]]:
+    """Everything the settings and tenants lead to, and what is wrong with it (FormatError,
+    FamilyMismatchError, BoundsError, TenantRefusedError); what has a fault is left out.
+    """
+    faults: list[SafegeneError] = []
+    header: FamilyHeader | None = None
+    if settings.family is not None:
+        try:
+            header = read_family_header(settings.family)
+            _check_model(Path(model), header)
+        except SafegeneError as error:
+            faults.append(error)
+    for path in _base_profiles(model, settings):
+        try:
+            _check_profile(path, header)
+        except SafegeneError as error:
+            faults.append(type(error)(f"{path}: {error}"))
+    shapes: dict[str, Mapping[str, PairShape]] = {}
+    for name, path in tenants.items():
+        try:
+            shapes[name] = _read_tenant(name, path, settings, header)
+        except SafegeneError as error:
+            text = str(error)
+            named = text if f"tenant {name!r}" in text else f"tenant {name!r}: {text}"
+            faults.append(type(error)(named))
+    return Artifacts(header, shapes), faults
+
+
+def _base_profiles(model: str, settings: Settings) -> list[Path]:
+    """Where the profile of the base model, or of a whole checkpoint, must be."""
+    if settings.apply != "weights":
+        return [] if settings.base_profile is None else [settings.base_profile]
+    if settings.profile is not None:
+        return [settings.profile]
+    return [Path(model)] if Path(model).is_dir() else []
+
+
+def _check_model(model: Path, header: FamilyHeader) -> None:
+    """Errors: FamilyMismatchError; models elsewhere are the workers' to check."""
+    if not any(model.glob("*.safetensors")):
+        return
+    base, wanted = base_of_checkpoint(model), header.base
+    if base.fingerprint != wanted.fingerprint:
+        raise FamilyMismatchError(
+            f"family {header.name!r} ({header.digest}) is for {wanted.architecture}, "
+            f"{wanted.num_layers} layers, {wanted.fingerprint}; the model {str(model)!r} is "
+            f"{base.architecture}, {base.num_layers} layers, {base.fingerprint}. Serve a model of "
+            "that family, or give the family of this model."
+        )
+
+
+def _check_profile(path: Path, header: FamilyHeader | None) -> None:
+    if path.is_dir():
+        refuse_exported(path)
+    profile = load_profile(path)
+    if header is not None:
+        check_profile(profile, header)
+
+
+def _read_tenant(
+    name: str, path: Path, settings: Settings, header: FamilyHeader | None
+) -> Mapping[str, PairShape]:
+    """A tenant's own pairs by site; none for a profile alone."""
+    directory = allowed(path, settings.adapter_roots)
+    if not directory.is_dir():
+        raise TenantRefusedError(f"tenant {name!r}: {path} is not a directory.")
+    protected = has_profile(directory)
+    if protected:
+        _check_profile(directory, header)
+    elif settings.missing_profile == "refuse":
+        raise TenantRefusedError(
+            f"tenant {name!r} at {path} has no safegene.json, so it would be served unprotected. "
+            "Give it a profile of this family, or allow tenants without one with "
+            "--missing-profile serve_unprotected."
+        )
+    files = (CONFIG_FILE, WEIGHTS_FILE, *PICKLES)
+    if protected and not any((directory / file).exists() for file in files):
+        return {}
+    shapes = read_adapter_shapes(directory)
+    _check_sites(name, shapes, header)
+    return shapes
+
+
+def _check_sites(name: str, shapes: Mapping[str, PairShape], header: FamilyHeader | None) -> None:
+    """Errors: TenantRefusedError for sites outside the layers and shapes other than the base's."""
+    faults = []
+    for site, shape in shapes.items():
+        known = header.sites.get(site) if header else None
+        if layer_of(site) is None:
+            faults.append(f"{site} is in no layer (embeddings and lm_head are not supported)")
+        elif known is not None and (shape.d_out, shape.d_in) != (known.d_out, known.d_in):
+            faults.append(
+                f"{site} is {(shape.d_out, shape.d_in)}, the family's base has "
+                f"{(known.d_out, known.d_in)}"
+            )
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise TenantRefusedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")

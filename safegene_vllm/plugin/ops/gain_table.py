@@ -1,0 +1,109 @@
+"""The gain table: one resident vector per worker, scaled per token by its tenant's coefficients.
+
+For the default way of application. The vector lives once beside each LoRA layer; a table of gains
+on the device says how much of it each slot gets. A coefficient change writes one row. Not for the
+tenants' own LoRA product: that is the host's, or on CPU segment.py, where few tokens share both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from safegene_vllm.plugin.ops.punica_proxy import AroundPunica
+
+
+class GainTable:
+    """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
+
+    Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
+    each layer. Both are preallocated and updated in place, so compiled graphs and CUDA graphs see
+    every change; `followers` are called after each.
+
+    `base` (L,) bool on the CPU: whether tokens without an adapter ever had a gain in a layer. A
+    CUDA graph keeps what it found there, so row 0 is written before any is captured.
+    """
+
+    def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
+        self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
+        self.token_gains = torch.zeros(layers, max_tokens, 1, dtype=torch.float32, device=device)
+        self.base = torch.zeros(layers, dtype=torch.bool)
+        self.tokens = max_tokens
+        self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
+        self._tokens = 0
+        self.followers: list[Callable[[], None]] = []
+
+    def write(self, slot: int, coefficients: Sequence[float]) -> None:
+        """In place: the row of `slot` (-1: no adapter). Touches no other row."""
+        row = torch.tensor(coefficients, dtype=torch.float32)
+        self.rows[slot + 1].copy_(row)
+        if slot == -1:
+            self.base |= row != 0.0
+        self._spread()
+
+    def read(self, slot: int) -> list[float]:
+        """The row of `slot` as the device holds it (waits for the device)."""
+        return [float(v) for v in self.rows[slot + 1].cpu()]
+
+    def set_tokens(self, slots: torch.Tensor) -> None:
+        """In place: slots (T,) int64 of the step's tokens, -1 for no adapter.
+
+        Tokens past T keep an older step's gains: a padded graph computes them, nobody reads them.
+        """
+        self._tokens = slots.shape[0]
+        torch.add(slots, 1, out=self._token_rows[: self._tokens])
+        self._spread()
+
+    def _spread(self) -> None:
+        """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
+        gains = self.token_gains[:, : self._tokens, 0]
+        gains.copy_(self.rows.index_select(0, self._token_rows[: self._tokens]).t())
+        for follow in self.followers:
+            follow()
+
+
+def add_safety(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor
+) -> None:
+    """Add the gain-scaled safety product to a layer's output, in place.
+
+    Semantics: y[t] += gain[t] * (x[t] Aᵀ) Bᵀ
+    Shapes: y (T, D_out), x (T, D_in), a (R, D_in), bt = Bᵀ (R, D_out) of the model's dtype; gain
+    (T_max, 1) float32 with T_max >= T, one layer's row of GainTable.token_gains.
+    A gain of 0.0 adds exact zeros. Every row of y depends on its own row of x alone.
+    """
+    hidden = torch.nn.functional.linear(x, a)
+    hidden.mul_(gain[: x.shape[0]])  # in float32, rounded once
+    y.addmm_(hidden, bt)
+
+
+class GainPunica(AroundPunica):
+    """A layer's punica wrapper that runs the host's LoRA product, then adds the safety product.
+
+    One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
+    """
+
+    def __init__(self, inner: Any, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor) -> None:
+        super().__init__(inner)
+        self.a = a
+        self.bt = bt
+        self.gain = gain
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The host's contract: y (T, D_out) is changed in place."""
+        out = self.inner.add_lora_linear(
+            y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
+        )
+        add_safety(y, x, self.a, self.bt, self.gain)
+        return out

@@ -1,0 +1,136 @@
+"""Decides, before any weight loads, whether this engine can be honoured as it is configured.
+
+For refusing at start, with a reason, every option under which the vector would not be applied.
+Not for applying it: that is loader (weights) and manager (LoRA slots).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safegene_vllm.errors import FamilyMismatchError, HostError
+from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
+from safegene_vllm.formats.profile import Profile, check_profile, load_profile
+from safegene_vllm.plugin import compat
+from safegene_vllm.settings import KEY, Settings, parse_settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one engine must do: checked settings and the torch-free headers behind them."""
+
+    settings: Settings
+    header: FamilyHeader | None
+    base_profile: Profile | None
+
+
+def plan_of(vllm_config: Any) -> Plan | None:
+    """The plan of an engine, or None where no `safegene` key was given. Reads two small files."""
+    load_format = str(vllm_config.load_config.load_format)
+    settings = parse_settings(vllm_config.additional_config, load_format=load_format)
+    if settings is None:
+        return None
+    if settings.family is None:
+        return Plan(settings, None, None)
+    header = read_family_header(settings.family)
+    source = settings.base_profile
+    if settings.apply == "weights":
+        source = settings.profile or Path(vllm_config.model_config.model)
+    profile = None if source is None else load_profile(source)
+    if profile is not None:
+        check_profile(profile, header)
+    return Plan(settings, header, profile)
+
+
+def prepare_engine(vllm_config: Any) -> Plan | None:
+    """The checked plan of this engine, or None without a `safegene` key; called by every worker as
+    it starts, for everything that can be known before loading.
+
+    In place: writes the family's digest into additional_config, so that vLLM's compile cache never
+    reuses a graph traced for another vector.
+
+    Errors: ConfigError, FormatError, BoundsError (settings and files); FamilyMismatchError (the
+    model is not of the family); HostError (an option of vLLM that cannot be honoured).
+    """
+    plan = plan_of(vllm_config)
+    if plan is None:
+        return None
+    faults = _refused_options(vllm_config, plan.settings)
+    if faults:
+        raise HostError(
+            "SafeGene cannot protect this engine as configured: " + "; ".join(faults) + "."
+        )
+    if plan.header is not None:
+        check_base(vllm_config.model_config, plan.header)
+        raw = dict(vllm_config.additional_config[KEY])
+        raw["family_digest"] = plan.header.digest
+        vllm_config.additional_config[KEY] = raw
+    return plan
+
+
+def check_base(model_config: Any, header: FamilyHeader) -> None:
+    """Errors: FamilyMismatchError naming the family's base and the model's.
+
+    The fingerprint is compared where the checkpoint is a local directory; elsewhere only the
+    architecture is known here, and the shapes are compared site by site as the vector is placed.
+    """
+    wanted = header.base
+    found = (getattr(model_config.hf_config, "architectures", None) or ["unknown"])[0]
+    directory = Path(model_config.model)
+    if any(directory.glob("*.safetensors")):
+        base = base_of_checkpoint(directory)
+        if base.fingerprint == wanted.fingerprint:
+            return
+        found = f"{base.architecture}, {base.num_layers} layers, {base.fingerprint}"
+    elif found == wanted.architecture:
+        return
+    raise FamilyMismatchError(
+        f"family {header.name!r} ({header.digest}) is for {wanted.architecture}, "
+        f"{wanted.num_layers} layers, {wanted.fingerprint}; the served model {str(directory)!r} is "
+        f"{found}. Serve a model of that family, or give the family of this model."
+    )
+
+
+def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
+    """Why each option in the way cannot be honoured; empty when all is well."""
+    lora = vllm_config.lora_config
+    faults = []
+    runner = vllm_config.model_config.runner_type
+    if runner != "generate":
+        faults.append(f"--runner {runner} (only generate is tested)")
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        faults.append("--weight-transfer-config replaces weights that the vector was checked with")
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        faults.append("--enable-elastic-ep takes weights from other engines, past the checks")
+    if settings.apply == "weights":
+        if lora is not None:
+            faults.append(
+                "--enable-lora with --load-format safegene: adapters would run on weights that "
+                "already carry the vector; use apply=gain on the plain checkpoint instead"
+            )
+        if vllm_config.model_config.quantization is not None:
+            faults.append(
+                f"--quantization {vllm_config.model_config.quantization} with --load-format "
+                "safegene: quantized weights cannot be added to; use apply=gain"
+            )
+        return faults
+    if lora is None:
+        faults.append("apply=gain and apply=composed need --enable-lora")
+    elif lora.fully_sharded_loras:
+        faults.append("--fully-sharded-loras goes around the product the vector rides on")
+    if compat.resolve("envs").VLLM_LORA_ENABLE_DUAL_STREAM:
+        faults.append("VLLM_LORA_ENABLE_DUAL_STREAM=1 runs LoRA where the vector is not added")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        faults.append("--pipeline-parallel-size > 1 is not supported; use tensor parallelism")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        faults.append("--enable-sleep-mode can discard the vector (level 2) without a trace")
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        faults.append(
+            "--kv-sharing-fast-prefill runs layers on some tokens of a step, in which the others' "
+            "adapters and gains would be used"
+        )
+    if not compat.resolve("current_platform").can_update_inplace():
+        faults.append("this platform cannot update tensors in place")
+    return faults

@@ -1,0 +1,190 @@
+"""The job that calibrates a tenant on this engine, and brings what it found into service.
+
+It begins at a revision that is there, or at new content, which it stages. A job whose server died
+is begun again from the start (candidates live in the engine only and go with it); a revision that
+it had added already is taken up, not added once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from safegene_server.calibration.evaluator import Bench
+from safegene_server.calibration.examples import read_shots, record_of, split, weights_of
+from safegene_server.calibration.objective import Look, Losses, Vector, objective_of
+from safegene_server.calibration.search import Space, search
+from safegene_server.registry import Revision
+from safegene_server.registry.jobs import PRIVATE
+from safegene_server.tenants import Tenancy, Work
+from safegene_server.tenants.context import aside
+from safegene_server.tenants.duty_cycle import Share
+from safegene_server.tenants.jobs import JobCancelledError
+from safegene_server.tenants.onboarding import bring_in, stage
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, make_profile
+
+CALIBRATE = "calibrate"
+METHOD = "few-shot gradient-free"
+INITIAL = "initial"
+"""The method of the coefficients that a search of new content begins with."""
+SEARCH_ENDS = 0.35
+"""Of the job's progress; loading, the gate and publishing are the rest."""
+
+
+async def calibrate(tenancy: Tenancy, work: Work) -> str:
+    """The handler of CALIBRATE. `params`: revision (a number) or source, data, seed, evaluations,
+    publish, expected, actor; private: examples.
+
+    Errors: SafegeneError, EngineDownError; JobLostError.
+    """
+    params, name = work.job.params, work.job.tenant
+    made = await _made_before(tenancy, work, METHOD)
+    if made is not None:
+        return await bring_in(tenancy, work, made)
+    if "revision" in params:
+        current = await aside(tenancy.registry.revision, name, params["revision"])
+    else:
+        current = await _first(tenancy, work)
+        if current.state != "registered":
+            # An earlier attempt found nothing better, and has begun to bring it in.
+            return await bring_in(tenancy, work, current)
+    profile = await _better(tenancy, work, current)
+    if profile is not None:
+        made = await _add(tenancy, work, profile, current.adapter_digest, current.source)
+        return await bring_in(tenancy, work, made)
+    held = work.result["held_out"]
+    told = (
+        f"nothing found is better than {current.served_name}: held-out loss {held['found']:.4f} "
+        f"against {held['current']:.4f}; "
+    )
+    if "revision" in params:
+        return told + "nothing was changed"
+    return told + await bring_in(tenancy, work, current)
+
+
+def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
+    """The family's bounds, raised to its floor. Errors: ConfigError if nothing can move."""
+    low, high = header.bounds
+    lower = tuple(max(low, floor.get(entry.layer, low)) for entry in header.layers)
+    return Space(lower, (high,) * len(lower))
+
+
+async def _made_before(tenancy: Tenancy, work: Work, method: str) -> Revision | None:
+    """The revision with such coefficients that an earlier attempt of this job has added."""
+    for known in reversed(await aside(tenancy.registry.revisions, work.job.tenant)):
+        calibration = known.profile.calibration
+        if calibration.get("method") == method and calibration.get("job") == work.job.id:
+            return known
+    return None
+
+
+async def _first(tenancy: Tenancy, work: Work) -> Revision:
+    """The revision of new content that the search begins with: staged, and not tried out."""
+    known = await _made_before(tenancy, work, INITIAL)
+    if known is not None:
+        return known
+    source, header = work.job.params["source"], tenancy.replica.header
+    staged = await stage(tenancy, work, source)
+    await work.step(0.0, "checking")
+    policy = await aside(tenancy.registry.policy, header.digest)
+    at = space_of(header, policy.floor).scaled(tenancy.settings.calibration.initial)
+    profile = _profile(header, at, {"method": INITIAL, "job": work.job.id})
+    digest = None if staged is None else staged.digest
+    return await _add(tenancy, work, profile, digest, source)
+
+
+async def _add(
+    tenancy: Tenancy, work: Work, profile: Profile, adapter_digest: str | None, source: str | None
+) -> Revision:
+    params = work.job.params
+    return await aside(
+        tenancy.registry.add_revision,
+        work.job.tenant,
+        profile,
+        actor=params["actor"],
+        adapter_digest=adapter_digest,
+        source=source,
+        expected=params["expected"],
+    )
+
+
+def _profile(header: FamilyHeader, at: Vector, record: Mapping[str, Any]) -> Profile:
+    values = dict(zip((entry.layer for entry in header.layers), at, strict=True))
+    return make_profile(header, values, record)
+
+
+async def _better(tenancy: Tenancy, work: Work, current: Revision) -> Profile | None:
+    """A profile with a lower held-out loss than the current one's; None if none was found."""
+    settings, params = tenancy.settings.calibration, work.job.params
+    await work.step(0.0, "reading the examples")
+    shots = read_shots(params[PRIVATE]["examples"], settings)
+    searched, held = split(shots, settings.held_out, params["seed"])
+    header = tenancy.replica.header
+    policy = await aside(tenancy.registry.policy, header.digest)
+    space = space_of(header, policy.floor)
+    share = Share(settings.share, tenancy.replica.in_flight, lambda: _check(work))
+    objective = objective_of(settings, weights_of(settings, list(shots)))
+    bench = Bench(tenancy.replica, current, objective, settings, share)
+    low, high = header.bounds
+    await bench.prepare(searched, held, (min(max(0.0, low), high),) * len(header.layers))
+    await work.step(0.03, "scoring what there is")
+    zero = await bench.look(space.scaled(0.0))
+    now = tuple(current.profile.coefficients[entry.layer] for entry in header.layers)
+    served = zero if now == zero.at else await bench.look(now)
+
+    async def tell(tried: int, what: str) -> None:
+        done = min(tried / params["evaluations"], 1.0)
+        await work.step(0.05 + (SEARCH_ENDS - 0.05) * done, what)
+
+    found = await search(
+        space,
+        bench.evaluate,
+        [zero, served],
+        budget=params["evaluations"],
+        patience=settings.patience,
+        seed=params["seed"],
+        tell=tell,
+    )
+    better = _held(found.best) < _held(served) - settings.least_gain
+    losses = {"zero": _held(zero), "current": _held(served), "found": _held(found.best)}
+    outcome = {
+        "better": better,
+        "held_out": {name: round(loss, 6) for name, loss in losses.items()},
+        "evaluations": found.tried,
+        **share.record(),
+    }
+    work.result.update(outcome)
+    if not better:
+        return None
+    record = {
+        "method": METHOD,
+        "job": work.job.id,
+        "made_from": {"revision": current.served_name, "profile": current.profile.digest},
+        "seed": params["seed"],
+        "settings": asdict(settings),
+        "shots": record_of(shots, held),
+        "data": dict(params["data"]),
+        "rounds": found.rounds,
+        "before": _rounded(zero.parts),
+        "current": _rounded(served.parts),
+        "after": _rounded(found.best.parts),
+        **outcome,
+    }
+    return _profile(header, found.best.at, record)
+
+
+def _check(work: Work) -> None:
+    """Errors: JobCancelledError."""
+    if work.cancelled.is_set():
+        raise JobCancelledError("the job was cancelled")
+
+
+def _held(look: Look) -> float:
+    return math.inf if look.held is None else look.held
+
+
+def _rounded(parts: Losses | None) -> dict[str, float] | None:
+    return None if parts is None else {kind: round(loss, 6) for kind, loss in parts.items()}

@@ -1,0 +1,124 @@
+"""HTTP: /v1/safegene/receipts, /v1/safegene/ready, and vLLM's /v1/load_lora_adapter, verified.
+
+For translating between HTTP and the verifier. Under /v1/ so that vLLM's --api-key guards them. What
+is true is decided in verifier.py, what may be loaded in the workers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict
+
+from safegene_server.access.middleware import SCOPE_KEY
+from safegene_server.engine_client import refusal
+from safegene_server.error_responses import (
+    AnswerRoute,
+    EngineDownError,
+    error_response,
+    plain,
+    status_of,
+)
+from safegene_server.verifier import Verifier
+
+LOAD_PATH = "/v1/load_lora_adapter"
+NO_FAMILY = (
+    "no family loaded: this server was started without SafeGene settings; start it with "
+    "`safegene serve MODEL --family DIR`."
+)
+
+router = APIRouter(route_class=AnswerRoute, tags=["safegene"])
+load_router = APIRouter(route_class=AnswerRoute, tags=["safegene"])
+
+
+class LoadBody(BaseModel):
+    """The body of vLLM's own request; fields that a newer vLLM adds are passed on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+def _verifier(request: Request) -> Verifier | None:
+    """None: no family. Errors: EngineDownError in a server that has no engine."""
+    state = request.app.state
+    if getattr(state, "engine_client", None) is None:
+        raise EngineDownError("this server has no engine, so there is nothing to verify.")
+    found: Verifier | None = getattr(state, "safegene", None)
+    return found
+
+
+def _replica_faults(request: Request) -> tuple[str, ...]:
+    """What the registry has published and this server does not serve."""
+    tenancy = getattr(request.app.state, "safegene_tenancy", None)
+    found: tuple[str, ...] = () if tenancy is None else tenancy.replica.faults()
+    return found
+
+
+@router.get("/v1/safegene/receipts")
+async def receipts(request: Request) -> JSONResponse:
+    """What every rank really applied, and whether that is what the files promise."""
+    verifier = _verifier(request)
+    if verifier is None:
+        return JSONResponse({"ready": False, "faults": [NO_FAMILY], "receipts": []})
+    report = await verifier.report()
+    faults = [*report.faults, *_replica_faults(request)]
+    return JSONResponse({"ready": not faults, "faults": faults, "receipts": list(report.ranks)})
+
+
+@router.get("/v1/safegene/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 once everything that is served is verified, else 503; for probes and load balancers.
+
+    Without a key, where the settings allow that, it names no tenant and is up to a second old;
+    `receipts` says more.
+    """
+    verifier = _verifier(request)
+    if verifier is None:
+        return error_response(503, NO_FAMILY)
+    tenancy = getattr(request.app.state, "safegene_tenancy", None)
+    known = tenancy is None or request.scope.get(SCOPE_KEY) is not None
+    report = await (verifier.report() if known else verifier.recent())
+    if faults := [*report.faults, *_replica_faults(request)]:
+        message = "\n".join(faults) if known else "not all that is published is applied here."
+        return error_response(503, message)
+    header, settings = verifier.expected.header, verifier.expected.settings
+    base = verifier.expected.base
+    body: dict[str, Any] = {
+        "ready": True,
+        "pid": os.getpid(),
+        "family": None if header is None else {"name": header.name, "digest": header.digest},
+        "apply": settings.apply,
+        "unprotected_mode": settings.missing_profile == "serve_unprotected",
+        "base": None
+        if base is None
+        else {"profile": base.digest, "layers": sum(1 for v in base.coefficients if v != 0.0)},
+        "tenants": list(report.tenants) if known else [],
+        "registry": None if tenancy is None else tenancy.replica.version,
+    }
+    return JSONResponse(body)
+
+
+@load_router.post(LOAD_PATH)
+async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
+    """vLLM's own route, with the plain reason on refusal; the gate verifies before publishing."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        # A browser may post other types across sites without asking.
+        raise HTTPException(400, f"content type {media_type!r}; expected application/json")
+    refusal.set(None)
+    answer = await request.app.state.openai_serving_models.load_lora_adapter(body)
+    if isinstance(answer, str):
+        return PlainTextResponse(answer)
+    error = refusal.get()
+    if error is not None:
+        return error_response(status_of(error), plain(error), param="lora_path")
+    found = answer.model_dump()
+    found["error"]["message"] = plain(found["error"]["message"])
+    return JSONResponse(found, status_code=answer.error.code)

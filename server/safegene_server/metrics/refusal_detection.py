@@ -1,0 +1,79 @@
+"""The first characters of every choice of an answer, whole or in pieces, and whether they refuse.
+
+For the shapes of OpenAI's chat, completions and responses and of Anthropic's messages. Judges by
+the words of the opening alone (`is_refusal`): quick, and blind to refusals in unusual words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from safegene_vllm.evaluation.judges import OPENING_CHARS, is_refusal
+
+
+class Openings:
+    """Grows with every document of one answer; done with a choice once its opening is there."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+        self._done: dict[int, bytes] = {}
+
+    def wants(self, event: bytes) -> bool:
+        """Whether an event may still tell something: it has text, and not of a choice that is done.
+
+        A search for a few bytes, because it is asked of every event of a stream.
+        """
+        if b'"delta"' not in event and b'"text"' not in event:
+            return False
+        return not any(mark in event for mark in self._done.values())
+
+    def read(self, document: dict[str, Any]) -> None:
+        """Take what a document says: a whole answer, or one event of a stream."""
+        for choice, piece in _texts(document):
+            if choice in self._done:
+                continue
+            text = (self._texts.get(choice, "") + piece).lstrip()
+            self._texts[choice] = text
+            if len(text) >= OPENING_CHARS:
+                self._done[choice] = b'index":%d,' % choice
+
+    def judged(self, ended: bool) -> tuple[int, int]:
+        """(choices judged, refusals among them). An answer that was broken off is judged only
+        where its opening was complete."""
+        texts = [
+            text for choice, text in self._texts.items() if text and (ended or choice in self._done)
+        ]
+        return len(texts), sum(map(is_refusal, texts))
+
+
+def _texts(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(choice, piece of text); nothing from a document of another shape."""
+    for choice in _dicts(document.get("choices")):
+        said = choice.get("delta") or choice.get("message")
+        text = said.get("content") if isinstance(said, dict) else choice.get("text")
+        index = choice.get("index")
+        if isinstance(text, str):
+            yield index if isinstance(index, int) else 0, text
+    kind, delta = document.get("type"), document.get("delta")
+    if kind == "response.output_text.delta" and isinstance(delta, str):
+        index = document.get("output_index")
+        yield index if isinstance(index, int) else 0, delta
+    elif kind == "content_block_delta" and isinstance(delta, dict):
+        if isinstance(text := delta.get("text"), str):
+            yield 0, text
+    elif kind == "message":
+        yield 0, _joined(document.get("content"))
+    elif document.get("object") == "response":
+        for index, item in enumerate(_dicts(document.get("output"))):
+            if item.get("type") == "message":
+                yield index, _joined(item.get("content"))
+
+
+def _joined(parts: object) -> str:
+    return "".join(text for part in _dicts(parts) if isinstance(text := part.get("text"), str))
+
+
+def _dicts(found: object) -> Iterator[dict[str, Any]]:
+    if isinstance(found, list):
+        yield from (item for item in found if isinstance(item, dict))

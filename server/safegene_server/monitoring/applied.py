@@ -1,0 +1,163 @@
+"""What this engine has really applied, from the receipts of its ranks and the profiles it serves.
+
+Told by the verifier of every look at the receipts, whoever asked for it; asks nobody itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from safegene_server.metrics import definitions
+from safegene_server.metrics.labels import NOBODY, TenantLabels
+from safegene_server.metrics.series import Labels, Series
+from safegene_server.verifier import Expected, Report
+from safegene_vllm import __version__
+from safegene_vllm.formats.profile import Profile
+from safegene_vllm.formats.receipt import Receipt
+
+STATES = ("registered", "checking", "failed", "ready", "published", "superseded", "retired")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A tenant's name, the revision it leads to (the engine's own name), and its profile."""
+
+    tenant: str
+    revision: str
+    profile: Profile | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is computed of a profile once: `info` is family, digest and way of application."""
+
+    profile: Profile | None
+    info: tuple[str, str, str]
+    stats: Mapping[str, float]
+    layers: int
+    norm: float
+    inert: bool
+
+
+class Applied:
+    """`offered` says what is served now, the first published first; `base` is the base's name.
+
+    `now` gives Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        labels: TenantLabels,
+        expected: Expected,
+        offered: Callable[[], Iterable[Served]],
+        base: str,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.labels = labels
+        self.expected = expected
+        self.offered = offered
+        self.base = base
+        self.now = now
+        self._rows: dict[str, _Row] = {}
+        self._norms: dict[str, float] = {}
+        self._evictions = 0
+        self._info = Series(definitions.REVISION_INFO)
+        self._gain_norm = Series(definitions.GAIN_NORM)
+        self._coefficient = Series(definitions.COEFFICIENT)
+        self._layers = Series(definitions.ACTIVE_LAYERS)
+        self._build = Series(definitions.BUILD_INFO)
+
+    def take(self, report: Report) -> None:
+        """A look at the receipts: what each rank holds, and whether that is as promised."""
+        receipts = [Receipt.from_dict(rank) for rank in report.ranks if rank is not None]
+        for receipt in receipts:
+            rank = str(receipt.rank)
+            definitions.SITES.labels(rank, "expected").set(receipt.sites_expected)
+            definitions.SITES.labels(rank, "applied").set(receipt.sites_applied)
+            definitions.VECTOR_BYTES.labels(rank).set(receipt.vector_bytes)
+            definitions.ADAPTER_BYTES.labels(rank).set(receipt.adapter_bytes)
+            if report.ready:
+                definitions.RECEIPT_AT.labels(rank).set(self.now())
+        if receipts:
+            self._take_slots(receipts[0])
+            self._build.replace({self._build_of(receipts[0]): 1.0})
+            # Every rank holds a whole row; what the weakest holds is what a tenant can rely on.
+            norms: dict[str, float] = {}
+            for adapter in (a for receipt in receipts for a in receipt.adapters):
+                norms[adapter.name] = min(adapter.gain_norm, norms.get(adapter.name, math.inf))
+            self._norms = norms
+        self.refresh()
+
+    def refresh(self) -> None:
+        """What is served has changed: the same receipts, other names."""
+        served = [*self.offered(), Served(NOBODY, self.base, self.expected.base)]
+        known, self._rows = self._rows, {}
+        info: dict[Labels, float] = {}
+        norms: dict[Labels, float] = {}
+        stats: dict[Labels, float] = {}
+        layers: dict[Labels, float] = {}
+        inert = False
+        for one in served:
+            row = known.get(one.revision)
+            if row is None or row.profile is not one.profile:
+                row = self._row(one)
+            self._rows[one.revision] = row
+            inert = inert or row.inert
+            mine = self.labels.own(one.tenant) if one.tenant else one.profile is not None
+            if not mine:
+                continue
+            whole = (one.tenant,)
+            info[one.tenant, one.revision, *row.info] = 1.0
+            norms[whole] = self._norms.get(one.revision, row.norm)
+            layers[whole] = row.layers
+            for stat, value in row.stats.items():
+                stats[one.tenant, stat] = value
+        self._info.replace(info)
+        self._gain_norm.replace(norms)
+        self._coefficient.replace(stats)
+        self._layers.replace(layers)
+        for mode, is_open in self._modes(inert).items():
+            definitions.UNPROTECTED_MODE.labels(mode).set(is_open)
+
+    def _row(self, one: Served) -> _Row:
+        header, profile = self.expected.header, one.profile
+        family = "" if header is None else header.name
+        if header is None or profile is None:
+            return _Row(profile, (family, "", ""), {}, 0, 0.0, False)
+        values = [profile.coefficients[chosen.layer] for chosen in header.layers]
+        return _Row(
+            profile,
+            (family, profile.digest, str(self.expected.settings.apply)),
+            {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)},
+            sum(1 for value in values if value != 0.0),
+            math.hypot(*profile.coefficients),
+            not any(values),
+        )
+
+    def _modes(self, inert: bool) -> Mapping[str, bool]:
+        """Each way in which an answer may come without safety; docs/metrics.md names them."""
+        header, settings = self.expected.header, self.expected.settings
+        return {
+            "no_family": header is None,
+            "serve_unprotected": settings.missing_profile == "serve_unprotected",
+            "base_without_profile": header is not None and self.expected.base is None,
+            "zero_profile": inert,
+        }
+
+    def _take_slots(self, receipt: Receipt) -> None:
+        """Every rank moves the same adapters, so one of them tells of all."""
+        definitions.SLOTS.labels("used").set(receipt.slots_used)
+        definitions.SLOTS.labels("total").set(receipt.slots_total)
+        if receipt.slot_evictions < self._evictions:
+            # The engine has been started anew.
+            self._evictions = 0
+        definitions.EVICTIONS.inc(receipt.slot_evictions - self._evictions)
+        self._evictions = receipt.slot_evictions
+
+    def _build_of(self, receipt: Receipt) -> Labels:
+        header = self.expected.header
+        family = "" if header is None else header.name
+        return (__version__, receipt.vllm_version, receipt.apply, family)

@@ -1,0 +1,44 @@
+"""A probe that somebody asked for, as a job: done by whichever replica claims it, on its engine."""
+
+from __future__ import annotations
+
+from safegene_server.monitoring.probes.prober import Prober
+from safegene_server.registry import Job
+from safegene_server.tenants import Tenancy, Work
+from safegene_server.tenants.context import aside
+from safegene_server.tenants.jobs import Handler
+from safegene_server.tenants.service import ours
+from safegene_vllm.errors import ConflictError
+
+PROBE = "probe"
+
+
+def handler(prober: Prober) -> Handler:
+    """Does jobs of kind PROBE; `result` has the counts."""
+
+    async def probe(_tenancy: Tenancy, work: Work) -> str:
+        async def step(done: float) -> None:
+            await work.step(done, "asking")
+
+        result = await prober.probe(work.job.tenant, by_hand=True, step=step)
+        work.result.update(result.record())
+        return str(result)
+
+    return probe
+
+
+async def start(tenancy: Tenancy, name: str, *, actor: str) -> Job:
+    """A job that probes what the tenant serves; the one that waits or runs, if there is one.
+
+    Errors: UnknownError; ConflictError if nothing is served, or by another family's servers.
+    """
+    tenant = await ours(tenancy, name)
+    if tenant.published is None:
+        raise ConflictError(f"tenant {name!r} serves nothing to probe; publish a revision first")
+    for state in ("running", "queued"):
+        for job in await aside(tenancy.registry.jobs, tenant=name, state=state):
+            if job.kind == PROBE:
+                return job
+    made = await aside(tenancy.registry.enqueue, PROBE, name, actor=actor)
+    tenancy.jobs.wake()
+    return made

@@ -1,0 +1,397 @@
+"""What may be done to a tenant, one function each; every one takes the `actor` who asked.
+
+New content goes through a job, since it may take minutes; new coefficients for the same adapter,
+a rollback and the rest are done when the function returns, and live in this process.
+"""
+
+from __future__ import annotations
+
+from asyncio import ensure_future
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from safegene_server.error_responses import EngineDownError
+from safegene_server.registry import Job, Revision, Rollout, RolloutStatus, Tenant
+from safegene_server.registry.jobs import PRIVATE
+from safegene_server.registry.revisions import check_expected
+from safegene_server.tenants.context import Tenancy, aside
+from safegene_server.tenants.onboarding import ONBOARD, fail, gated
+from safegene_server.tenants.profiles import Change, changed_profile, first_profile
+from safegene_vllm.errors import ConflictError, FrozenError, RegistryDownError, SafegeneError
+from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.profile import Profile, profile_json
+
+ROLLOUTS_SEARCHED = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a tenant serves now, and how far replicas follow the rollout that led to it.
+
+    `status` is None where nothing had to change and the one that did is long past.
+    """
+
+    revision: Revision
+    status: RolloutStatus | None
+
+
+async def register(
+    tenancy: Tenancy,
+    name: str,
+    *,
+    source: str | None,
+    first: Change,
+    limits: Mapping[str, int],
+    publish: bool,
+    actor: str,
+) -> tuple[Tenant, Job]:
+    """A new tenant of this server's family, and the job that brings it into service.
+
+    The same registration again answers with the same tenant and job.
+    Errors: RegistryError, ConflictError (the name is taken), FrozenError, FormatError, BoundsError.
+    """
+    params = _params(tenancy.replica.header, source, first, publish, None, actor)
+    return await enrol(tenancy, name, ONBOARD, params, source=source, limits=limits, actor=actor)
+
+
+async def enrol(
+    tenancy: Tenancy,
+    name: str,
+    kind: str,
+    params: Mapping[str, Any],
+    *,
+    source: str | None,
+    limits: Mapping[str, int],
+    actor: str,
+) -> tuple[Tenant, Job]:
+    """A new tenant, and a job of `kind` to bring it in; the same again answers with the same two.
+
+    What is private in `params` is forgotten with the job, so the rest must tell two jobs apart.
+    Errors: RegistryError, ConflictError (the name is taken), FrozenError.
+    """
+    registry, family = tenancy.registry, tenancy.replica.header
+    try:
+        tenant = await aside(
+            registry.add_tenant, name, family.digest, actor=actor, source=source, limits=limits
+        )
+    except ConflictError:
+        tenant = await aside(registry.tenant, name)
+        asked = (family.digest, source, dict(limits), "active")
+        if asked != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
+            raise
+        for job in (jobs := await aside(registry.jobs, tenant=name)):
+            same = (job.kind, _told(job.params)) == (kind, _told(params))
+            if same and job.state in ("queued", "running", "done"):
+                return tenant, job
+        revisions = await aside(registry.revisions, name)
+        if jobs or revisions:
+            raise
+    return tenant, await enqueue(tenancy, name, kind, params, actor)
+
+
+async def add_revision(
+    tenancy: Tenancy,
+    name: str,
+    *,
+    source: str | None,
+    first: Change,
+    publish: bool,
+    expected: int | None,
+    actor: str,
+) -> Job:
+    """New content for a tenant; where it came from last is read again if no source is given.
+
+    Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
+    """
+    tenant = await changeable(tenancy, name, expected)
+    where = source or await last_source(tenancy, tenant)
+    params = _params(tenancy.replica.header, where, first, publish, expected, actor)
+    return await enqueue(tenancy, name, ONBOARD, params, actor)
+
+
+async def change_profile(
+    tenancy: Tenancy, name: str, change: Change, *, expected: int | None, actor: str
+) -> Published:
+    """Other coefficients for the adapter that is served; nothing happens if they are the same.
+
+    Errors: UnknownError, ConflictError, FrozenError, FormatError, FamilyMismatchError, BoundsError;
+    TenantRefusedError, ReceiptError and EngineDownError of the engine.
+    """
+    async with tenancy.changing(name):
+        tenant, current = await aside(tenancy.registry.serving, name)
+        check_ours(tenancy, tenant)
+        check_expected(tenant, expected)
+        if current is None:
+            await refuse_unchangeable(tenancy, tenant)
+            raise ConflictError(
+                f"tenant {name!r} serves nothing whose coefficients could be changed; add a "
+                "revision"
+            )
+        profile = changed_profile(tenancy.replica.header, current, change)
+        if profile is current.profile:
+            return Published(current, await _rollout_to(tenancy, current))
+        making = ensure_future(aside(_make_directory, tenancy, current.adapter_digest, profile))
+        revision = await aside(
+            tenancy.registry.add_revision,
+            name,
+            profile,
+            actor=actor,
+            adapter_digest=current.adapter_digest,
+            source=current.source,
+            expected=current.number,
+        )
+        await making
+        async with tenancy.trying(revision):
+            gate = await _prove(tenancy, revision, current, actor)
+            rollout = await _switch(tenancy, revision, current.number, actor, gate)
+        return await _live(tenancy, rollout)
+
+
+async def publish(
+    tenancy: Tenancy, name: str, number: int, *, expected: int | None, actor: str
+) -> Published:
+    """Serve a revision that is ready or was served before. Errors: as for `change_profile`."""
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        check_expected(tenant, expected)
+        revision = await aside(tenancy.registry.revision, name, number)
+        if tenant.published == number:
+            return Published(revision, await _rollout_to(tenancy, revision))
+        async with AsyncExitStack() as stack:
+            if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
+                await refuse_unchangeable(tenancy, tenant)
+                await stack.enter_async_context(tenancy.trying(revision))
+                await tenancy.replica.load(revision)
+            rollout = await _switch(tenancy, revision, expected, actor)
+        return await _live(tenancy, rollout)
+
+
+async def roll_back(
+    tenancy: Tenancy, name: str, number: int | None, *, expected: int | None, actor: str
+) -> Published:
+    """Serve what was served before, or before that, `number`. Errors: as for `change_profile`.
+
+    What it goes back to is loaded first, so that a copy that is gone changes nothing.
+    """
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        check_expected(tenant, expected)
+        if number is None:
+            snapshot = await aside(tenancy.registry.snapshot)
+            number = next((r.number for r in snapshot.previous if r.tenant == name), None)
+        async with AsyncExitStack() as stack:
+            if number is not None and _is_ours(tenancy, tenant):
+                await refuse_unchangeable(tenancy, tenant)
+                revision = await aside(tenancy.registry.revision, name, number)
+                if revision.state in ("superseded", "published"):
+                    await stack.enter_async_context(tenancy.trying(revision))
+                    await tenancy.replica.load(revision)
+            rollout = await aside(
+                tenancy.registry.rollback, name, number, actor=actor, expected=expected
+            )
+        return await _live(tenancy, rollout)
+
+
+async def retire(
+    tenancy: Tenancy, name: str, *, expected: int | None, actor: str
+) -> tuple[Tenant, Rollout | None]:
+    """Serve a tenant no more, ever; its jobs are cancelled. Nothing happens if it is retired.
+
+    Errors: UnknownError, ConflictError, FrozenError.
+    """
+    async with tenancy.changing(name):
+        tenant = await _known(tenancy, name)
+        if tenant.state == "retired":
+            return tenant, None
+        rollout = await aside(tenancy.registry.retire, name, actor=actor, expected=expected)
+        for job in await aside(tenancy.registry.jobs, tenant=name):
+            if job.state in ("queued", "running"):
+                await _cancel(tenancy, job, actor)
+        await tenancy.settle()
+        return await _known(tenancy, name), rollout
+
+
+async def set_frozen(tenancy: Tenancy, name: str, frozen: bool, *, actor: str) -> Tenant:
+    """Serving goes on; what is served may not change. Errors: UnknownError, ConflictError."""
+    registry = tenancy.registry
+    step = registry.freeze_tenant if frozen else registry.unfreeze_tenant
+    tenant = await aside(step, name, actor=actor)
+    await tenancy.settle()
+    return tenant
+
+
+async def set_limits(
+    tenancy: Tenancy, name: str, limits: Mapping[str, int], *, actor: str
+) -> Tenant:
+    """Errors: UnknownError, ConflictError, RegistryError."""
+    tenant = await aside(tenancy.registry.set_limits, name, limits, actor=actor)
+    await tenancy.settle()
+    return tenant
+
+
+def _params(
+    family: FamilyHeader,
+    source: str | None,
+    first: Change,
+    publish: bool,
+    expected: int | None,
+    actor: str,
+) -> dict[str, Any]:
+    """What an onboarding job works from; the profile is checked before anybody waits for it."""
+    profile = first_profile(family, first)
+    if source is None and profile is None:
+        raise ConflictError(
+            "neither a source nor a profile is given; a tenant is an adapter, a profile or both"
+        )
+    return {
+        "source": source,
+        "profile": None if profile is None else profile_json(profile),
+        "publish": publish,
+        "expected": expected,
+        "actor": actor,
+    }
+
+
+async def enqueue(
+    tenancy: Tenancy, name: str, kind: str, params: Mapping[str, Any], actor: str
+) -> Job:
+    """A job of the tenant, looked at without delay. Errors: RegistryError, UnknownError."""
+    job = await aside(tenancy.registry.enqueue, kind, name, actor=actor, params=params)
+    tenancy.jobs.wake()
+    return job
+
+
+def _told(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key != PRIVATE}
+
+
+async def _known(tenancy: Tenancy, name: str) -> Tenant:
+    return await aside(tenancy.registry.tenant, name)
+
+
+def _is_ours(tenancy: Tenancy, tenant: Tenant) -> bool:
+    return tenant.family == tenancy.replica.header.digest
+
+
+async def ours(tenancy: Tenancy, name: str) -> Tenant:
+    """Errors: UnknownError; those of `check_ours`."""
+    tenant = await _known(tenancy, name)
+    check_ours(tenancy, tenant)
+    return tenant
+
+
+def check_ours(tenancy: Tenancy, tenant: Tenant) -> None:
+    """Errors: ConflictError for a tenant that this engine cannot load."""
+    if not _is_ours(tenancy, tenant):
+        raise ConflictError(
+            f"tenant {tenant.name!r} belongs to family {tenant.family}, this server serves "
+            f"{tenancy.replica.header.name!r} {tenancy.replica.header.digest}; ask a server of "
+            "that family"
+        )
+
+
+async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenant:
+    """A tenant that may have new content. Errors: those of `ours`; ConflictError (not `expected`
+    is published, or it is retired), FrozenError."""
+    tenant = await ours(tenancy, name)
+    check_expected(tenant, expected)
+    await refuse_unchangeable(tenancy, tenant)
+    return tenant
+
+
+async def last_source(tenancy: Tenancy, tenant: Tenant) -> str | None:
+    """Where the revision that is served came from, or else the newest; before there is one, what
+    the tenant was registered with."""
+    revisions = await aside(tenancy.registry.revisions, tenant.name)
+    served = [revision for revision in revisions if revision.number == tenant.published]
+    sources = [revision.source for revision in served or revisions]
+    return (sources[-1] if sources else None) or tenant.source
+
+
+async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
+    """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
+    FrozenError."""
+    if tenant.state == "retired":
+        raise ConflictError(
+            f"tenant {tenant.name!r} is retired and changes no more; add another tenant"
+        )
+    if tenant.state == "frozen":
+        raise FrozenError(f"tenant {tenant.name!r} is frozen; unfreeze it before it is changed")
+    if (await aside(tenancy.registry.policy, tenant.family)).frozen:
+        raise FrozenError(
+            f"family {tenant.family} is frozen, and tenant {tenant.name!r} with it; unfreeze the "
+            "family first"
+        )
+
+
+def _make_directory(tenancy: Tenancy, adapter_digest: str | None, profile: Profile) -> None:
+    """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
+    stands in the way is met again, and told, when it is loaded."""
+    with suppress(Exception):
+        tenancy.store.revision(adapter_digest, profile)
+
+
+async def _prove(
+    tenancy: Tenancy, revision: Revision, current: Revision, actor: str
+) -> dict[str, Any]:
+    """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
+    gate: dict[str, Any] = {"made_from": current.served_name}
+    try:
+        await tenancy.replica.load(revision)
+        if tenancy.settings.gate_on_change:
+            gate |= await gated(tenancy.replica, revision, tenancy.settings)
+    except (RegistryDownError, EngineDownError):
+        raise
+    except Exception as error:
+        await fail(tenancy, revision, error, actor)
+        raise
+    return gate
+
+
+async def _switch(
+    tenancy: Tenancy,
+    revision: Revision,
+    expected: int | None,
+    actor: str,
+    gate: dict[str, Any] | None = None,
+) -> Rollout:
+    """`gate` is what was found of a revision that is new, and so far not ready."""
+    try:
+        return await aside(
+            tenancy.registry.publish,
+            revision.tenant,
+            revision.number,
+            actor=actor,
+            expected=expected,
+            gate=gate,
+        )
+    except SafegeneError:
+        if gate is not None:
+            # It has passed all the same, and may be published later.
+            await aside(
+                tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate
+            )
+        raise
+
+
+async def _live(tenancy: Tenancy, rollout: Rollout) -> Published:
+    """What a switch has led to, followed by this server."""
+    await tenancy.settle()
+    status = await aside(tenancy.registry.rollout_status, rollout.id)
+    return Published(status.revisions[0], status)
+
+
+async def _rollout_to(tenancy: Tenancy, revision: Revision) -> RolloutStatus | None:
+    """The newest rollout that led to this revision."""
+    rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
+    found = next((r.id for r in rollouts if revision.id in r.revisions), None)
+    return None if found is None else await aside(tenancy.registry.rollout_status, found)
+
+
+async def _cancel(tenancy: Tenancy, job: Job, actor: str) -> None:
+    try:
+        await aside(tenancy.registry.cancel, job.id, actor=actor)
+    except ConflictError:
+        return
