@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from provenance import commit
-from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
+from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 from safegene_vllm.plugin.ops.gain_table import add_safety
 
 SITES = {
@@ -89,7 +89,7 @@ class Layers:
         self.x, self.y = each(case.tokens, case.d_in), each(case.tokens, out)
         self.gains = torch.ones(self.slots + 1, 1, device=device)
         self.slot_of = torch.arange(case.tokens, device=device) % self.slots
-        self.plan = TokenPlan(self.slots, case.tokens, device)
+        self.plan = BatchMetadata(self.slots, case.tokens, device)
         self.plan.set_tokens(self.slot_of)
         self.plan.set_idle(False)
 

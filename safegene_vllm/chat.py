@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.formats.file_io import read_json
 
 if TYPE_CHECKING:
@@ -188,5 +188,5 @@ def check_lengths(
                     "out or ask for shorter answers"
                 )
             )
-    raise_faults(faults)
+    raise_errors(faults)
     return longest

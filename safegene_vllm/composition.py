@@ -15,7 +15,7 @@ from safegene_vllm.errors import (
     NonFiniteError,
     SafegeneError,
     ShapeError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, plain_config
 from safegene_vllm.formats.family import Family
@@ -150,6 +150,6 @@ def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) ->
             pairs[site] = lora_pair(own, safety, profile.coefficients[layer])
         except ShapeError as error:
             faults.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
-    raise_faults(faults)
+    raise_errors(faults)
     base_model = None if tenant is None else tenant.base_model
     return Adapter(pairs, base_model, plain_config(pairs, base_model))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_errors
 from safegene_vllm.formats.file_io import canonical_json, parse_json, size_of_regular_file
 
 PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "sentence", "text", "description")
@@ -109,7 +109,7 @@ def split_source(source: str | Path, *, what: str = "data") -> tuple[str, dict[s
                 f"{what} {source}: limit is {limit!r}, expected a number of rows, 1 or more"
             )
         )
-    raise_faults(faults)
+    raise_errors(faults)
     return path, options
 
 
@@ -384,5 +384,5 @@ def read_dataset(
                 "the column by ?answer=COLUMN"
             )
         )
-    raise_faults(faults)
+    raise_errors(faults)
     return as_dataset(table, rows, need_licence=need_licence)

@@ -3,7 +3,7 @@
 SafegeneError
 ├── FormatError             a file on disk breaks a rule of docs/format.md
 │   ├── MissingFileError    a file or directory is not there, or is not a regular file
-│   ├── PickleRefusedError  weights exist only as a pickle (.bin, .pt, .pth, .ckpt, .pkl)
+│   ├── PickleRejectedError  weights exist only as a pickle (.bin, .pt, .pth, .ckpt, .pkl)
 │   ├── TruncatedFileError  the file is not as long as its header promises
 │   ├── HeaderError         a header, config or description cannot be parsed or has a wrong field
 │   ├── VersionError        a format version that this release does not read
@@ -14,14 +14,14 @@ SafegeneError
 ├── FamilyMismatchError     profile, tenant or base belongs to another family; names both
 ├── BoundsError             a coefficient out of bounds, a wrong count, non-zero without a vector
 ├── ConfigError             a setting: the message names key, value and what was expected
-├── HostError               a vLLM version or option that cannot be honoured
+├── VllmCompatibilityError               a vLLM version or option that cannot be honoured
 ├── ApiError                a server that we asked refused, or gave no answer
-├── TenantRefusedError      this tenant is not served; others are
+├── AdapterRejectedError      this tenant is not served; others are
 ├── SourceError             what an owner named cannot be fetched: not allowed, down, changing
 ├── StoreError              this server's own disk cannot keep or give a file
 ├── ReceiptError            what a worker applied is not what the files promise
 └── RegistryError           the registry refuses a value or a step; nothing was changed
-    ├── UnknownError        no family, tenant, revision, key, replica, rollout or job of that name
+    ├── NotFoundError        no family, tenant, revision, key, replica, rollout or job of that name
     ├── ConflictError       the state is not what the step needs, or somebody else was first
     ├── FrozenError         the tenant or its family is frozen; what it serves may not change
     ├── SchemaError         the database's schema is not the one that this release works on
@@ -43,7 +43,7 @@ class MissingFileError(FormatError):
     """A file or directory is not there, or is not a regular file."""
 
 
-class PickleRefusedError(FormatError):
+class PickleRejectedError(FormatError):
     """Weights exist only in a format that runs code when it is read."""
 
 
@@ -87,7 +87,7 @@ class ConfigError(SafegeneError):
     """A setting that cannot be used; the message names key, value and what was expected."""
 
 
-class HostError(SafegeneError):
+class VllmCompatibilityError(SafegeneError):
     """vLLM's version, or an option of it, cannot be honoured."""
 
 
@@ -114,7 +114,7 @@ class ApiError(SafegeneError):
         self.retry_after_s = retry_after_s
 
 
-class TenantRefusedError(SafegeneError):
+class AdapterRejectedError(SafegeneError):
     """This tenant is not served (path, profile, rank, targets); others are."""
 
 
@@ -134,7 +134,7 @@ class RegistryError(SafegeneError):
     """The registry refuses a value or a step; nothing was changed."""
 
 
-class UnknownError(RegistryError):
+class NotFoundError(RegistryError):
     """No family, tenant, revision, key, replica, rollout or job of that name."""
 
 
@@ -154,7 +154,7 @@ class RegistryDownError(RegistryError):
     """The database does not answer, or is busy for too long."""
 
 
-def raise_faults(faults: Sequence[SafegeneError]) -> None:
+def raise_errors(faults: Sequence[SafegeneError]) -> None:
     """Raise what was found, all of it in one message; do nothing if nothing was found.
 
     One fault is raised as it is. Several become one error of the first one's class, a line each.

@@ -24,7 +24,7 @@ from safegene_vllm.errors import (
     ShapeError,
     SiteError,
     TruncatedFileError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.adapter import (
     CONFIG_FILE,
@@ -112,7 +112,7 @@ def export_adapter(
     `tenant` is an adapter's directory; None or a bare profile's for the vector alone. One rank for
     all, padded with zeros, because many engines read `r` and no `rank_pattern`. Sites that add
     nothing are left out. Errors: those of compose.compose_adapter; FormatError if `out` holds
-    more than an earlier export; TenantRefusedError if the tenant was exported already.
+    more than an earlier export; AdapterRejectedError if the tenant was exported already.
     """
     from safegene_vllm.composition import compose_adapter
 
@@ -192,7 +192,7 @@ def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
                     "added to; export an adapter, or merge into the checkpoint from before"
                 )
             )
-    raise_faults(faults)
+    raise_errors(faults)
 
 
 def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, path: Path) -> None:
@@ -307,7 +307,7 @@ def export_checkpoint(
     nothing is added to are copied byte for byte, aliases (tied embeddings) stay aliases.
     Errors: those of compose; SiteError (no weight for a site, or a tied one), ShapeError
     (quantized), NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
-    TenantRefusedError if an input was exported.
+    AdapterRejectedError if an input was exported.
     """
     from safegene_vllm.composition import merged_weight_name
 

@@ -129,7 +129,7 @@ def write_tenant(
 
 
 @dataclass(frozen=True)
-class House:
+class TinyModelSetup:
     """A pico model with its family and two tenants."""
 
     model: Path
@@ -137,10 +137,10 @@ class House:
     tenants: tuple[Path, ...]
 
 
-def write_house(root: Path, arch: str = "llama") -> House:
+def write_setup(root: Path, arch: str = "llama") -> TinyModelSetup:
     """Model, family and two tenants below `root`, ready for an engine."""
     model = make_model(arch, root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)
     write_tenant(model, root / "globex", family, [1.5, 0.2], seed=4)
-    return House(model, root / "family", (root / "acme", root / "globex"))
+    return TinyModelSetup(model, root / "family", (root / "acme", root / "globex"))

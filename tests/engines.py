@@ -16,7 +16,7 @@ from safegene_vllm.composition import delta
 from safegene_vllm.formats.adapter import layer_of, load_adapter
 from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.profile import has_profile, load_profile
-from safegene_vllm.offline.engine import Answer, Ask, Engine, engine, worst
+from safegene_vllm.offline.engine import Completion, Engine, Request, engine, max_logprob_diff
 
 __all__ = ["Answer", "Ask", "Engine", "engine", "reference", "worst"]
 
@@ -27,7 +27,7 @@ def reference(
     tenant: Path | None,
     prompts: Sequence[Sequence[int]],
     tokens: int = 12,
-) -> list[Answer]:
+) -> list[Completion]:
     """Greedy answers of W + s B A + Σ λ_l B A, merged and run in float32 by transformers."""
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(net.named_modules())
@@ -42,7 +42,7 @@ def reference(
         return [_greedy(net, prompt, tokens) for prompt in prompts]
 
 
-def _greedy(net: Any, prompt: Sequence[int], count: int) -> Answer:
+def _greedy(net: Any, prompt: Sequence[int], count: int) -> Completion:
     ids = torch.tensor([list(prompt)])
     tokens, logprobs = [], []
     for _ in range(count):
@@ -51,4 +51,4 @@ def _greedy(net: Any, prompt: Sequence[int], count: int) -> Answer:
         tokens.append(token)
         logprobs.append(float(scores[token]))
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    return Answer(tuple(tokens), tuple(logprobs))
+    return Completion(tuple(tokens), tuple(logprobs))

@@ -24,7 +24,7 @@ import torch
 from triton.runtime import interpreter
 
 from safegene_vllm.plugin.ops import triton_ops
-from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
+from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 from safegene_vllm.plugin.ops.reference import expected
 
 LAYERS, LAYER = 3, 1
@@ -92,9 +92,9 @@ def layer(
     )
 
 
-def step(slots: list[int], number: int = 3, room: int = 0) -> TokenPlan:
+def step(slots: list[int], number: int = 3, room: int = 0) -> BatchMetadata:
     """The plan of a step, in tables with room for more tokens, after an older and longer step."""
-    plan = TokenPlan(number, max(len(slots) + room, 8), "cpu")
+    plan = BatchMetadata(number, max(len(slots) + room, 8), "cpu")
     plan.set_tokens(torch.full((len(plan.order),), number - 1))
     plan.set_tokens(torch.tensor(slots, dtype=torch.long))
     plan.set_idle(all(slot < 0 for slot in slots))
@@ -110,7 +110,7 @@ def inputs(one: Layer, tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.
 
 
 def run(
-    one: Layer, plan: TokenPlan, y: torch.Tensor, x: torch.Tensor, *, base: bool = True
+    one: Layer, plan: BatchMetadata, y: torch.Tensor, x: torch.Tensor, *, base: bool = True
 ) -> torch.Tensor:
     """The kernels' y, in a copy."""
     y = y.clone()

@@ -16,10 +16,10 @@ from safegene_vllm.evaluation.results import (
     JudgeRecord,
     LayerScore,
     Sample,
-    SampleAnswer,
+    SampleResponse,
     SetRecord,
     Settings,
-    SubjectResult,
+    TargetResult,
     TaskRecord,
 )
 from safegene_vllm.evaluation.statistics import Rate
@@ -37,9 +37,9 @@ def share(value: float, n: int = 100, reach: float = 0.05) -> Rate:
     return Rate(value, max(0.0, value - reach), min(1.0, value + reach), n)
 
 
-def subject(name: str, state: str, attack: float, right: float, refused: float) -> SubjectResult:
+def subject(name: str, state: str, attack: float, right: float, refused: float) -> TargetResult:
     vector = state not in ("parent", "before")
-    return SubjectResult(
+    return TargetResult(
         name=name,
         state=state,
         coefficients=(0.0, 0.5, 1.25, 0.0) if vector else None,
@@ -97,10 +97,10 @@ def evaluation(*tenants: str, **changes: Any) -> Evaluation:
                     key: answer
                     for name in names
                     for key, answer in (
-                        (f"{name}/before", SampleAnswer(None, {WORDS: False, GUARD: True})),
+                        (f"{name}/before", SampleResponse(None, {WORDS: False, GUARD: True})),
                         (
                             f"{name}/after",
-                            SampleAnswer("I cannot help.", {WORDS: True, GUARD: False}),
+                            SampleResponse("I cannot help.", {WORDS: True, GUARD: False}),
                         ),
                     )
                 },
@@ -112,8 +112,8 @@ def evaluation(*tenants: str, **changes: Any) -> Evaluation:
                     key: answer
                     for name in names
                     for key, answer in (
-                        (f"{name}/before", SampleAnswer("Use kill.", {WORDS: False})),
-                        (f"{name}/after", SampleAnswer("I cannot help.", {WORDS: True})),
+                        (f"{name}/before", SampleResponse("Use kill.", {WORDS: False})),
+                        (f"{name}/after", SampleResponse("I cannot help.", {WORDS: True})),
                     )
                 },
             ),

@@ -33,7 +33,7 @@ from safegene_server.tenants import (
     ONBOARD,
     GateSettings,
     Jobs,
-    Tenancy,
+    TenantContext,
     TenantSettings,
     onboard,
     read_prompts,
@@ -205,7 +205,7 @@ class World:
         self.store = Store(root / "store")
         self.replica = FakeReplica(self.registry, self.store, self.catalog)
         self.prober = Prober(self.replica, ProbeSettings(), read_prompts(), TenantLabels())
-        self.tenancy = Tenancy(
+        self.tenancy = TenantContext(
             self.replica,
             self.registry,
             self.store,

@@ -18,7 +18,7 @@ from safegene_vllm.errors import (
     HeaderError,
     MissingFileError,
     NonFiniteError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
     ShapeError,
     SiteError,
@@ -83,7 +83,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
         "safetensors",
     ),
     **{
-        f"only a pickle {name}": (only_pickle(name), PickleRefusedError, name)
+        f"only a pickle {name}": (only_pickle(name), PickleRejectedError, name)
         for name in ("adapter_model.bin", "a.pt", "a.pth", "a.ckpt", "a.pkl")
     },
     "weights cut": (cut("adapter_model.safetensors", 100), TruncatedFileError, "fetch it again"),

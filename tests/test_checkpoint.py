@@ -14,7 +14,7 @@ from safegene_vllm.errors import (
     FormatError,
     HeaderError,
     MissingFileError,
-    PickleRefusedError,
+    PickleRejectedError,
     ShapeError,
     SiteError,
 )
@@ -67,7 +67,7 @@ def test_quantized_tensors_are_listed_but_not_read(tmp_path: Path) -> None:
             {"weight_map": {"w": "s.safetensors", "v": "t.safetensors"}},
             HeaderError,
         ),
-        ("pytorch_model.bin", {}, PickleRefusedError),
+        ("pytorch_model.bin", {}, PickleRejectedError),
         ("other.json", {}, MissingFileError),
     ],
 )

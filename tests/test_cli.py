@@ -261,7 +261,7 @@ def _empty(directory: Path) -> None:
     [
         (_truncate, "TruncatedFileError"),
         (_alter, "DigestError"),
-        (_pickle, "PickleRefusedError"),
+        (_pickle, "PickleRejectedError"),
         (_empty, "MissingFileError"),
         (shutil.rmtree, "MissingFileError"),
     ],
@@ -428,7 +428,7 @@ def test_export_an_adapter(run: Run, root: Path, tmp_path: Path) -> None:
     assert run(*arguments, "--overwrite").code == 0
     assert "in these weights" in run("inspect", out).out
     outcome = run("profile", root / "family", "--coefficient", "1", "--out", out)
-    assert outcome.code == 1 and outcome.err.startswith("TenantRefusedError: ")
+    assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: ")
 
 
 def test_export_a_checkpoint_in_each_way_to_say_it(run: Run, root: Path, tmp_path: Path) -> None:

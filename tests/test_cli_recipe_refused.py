@@ -167,7 +167,7 @@ def test_what_cannot_be_calibrated_is_told(
     outcome = run(*world.calibrate(full, *model))
     assert outcome.code == 1 and "is a full checkpoint; leave out" in outcome.err
     outcome = run(*world.calibrate(world / "family", *model))
-    assert outcome.code == 1 and outcome.err.startswith("TenantRefusedError: ")
+    assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: ")
     (full / "safegene-export.json").write_text("{}")
     for words in (world.calibrate(full), world.calibrate(tmp_path / "bare", "--model", full)):
         outcome = run(*words)
@@ -190,7 +190,7 @@ def test_what_carries_a_vector_already_is_refused(
         shutil.copytree(world / name, exported)
         (exported / "safegene-export.json").write_text("{}")
         outcome = run(*(exported if str(word) == str(world / name) else word for word in words))
-        assert outcome.code == 1 and outcome.err.startswith("TenantRefusedError: "), outcome.err
+        assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: "), outcome.err
         assert f"{exported} holds" in outcome.err
     assert loads == [] and not (tmp_path / "out").exists()
 

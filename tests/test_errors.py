@@ -7,7 +7,7 @@ import re
 import pytest
 
 from safegene_vllm import errors
-from safegene_vllm.errors import HeaderError, SafegeneError, SiteError, raise_faults
+from safegene_vllm.errors import HeaderError, SafegeneError, SiteError, raise_errors
 
 
 def test_the_tree_in_the_docstring_is_the_tree_in_the_module() -> None:
@@ -28,16 +28,16 @@ def test_the_tree_in_the_docstring_is_the_tree_in_the_module() -> None:
 
 
 def test_no_fault_raises_nothing() -> None:
-    raise_faults([])
+    raise_errors([])
 
 
 def test_one_fault_is_raised_as_it_is() -> None:
     fault = SiteError("half a pair")
     with pytest.raises(SiteError) as caught:
-        raise_faults([fault])
+        raise_errors([fault])
     assert caught.value is fault
 
 
 def test_several_faults_become_one_error_of_the_first_class_that_tells_them_all() -> None:
     with pytest.raises(HeaderError, match=r"(?s)2 faults:.*HeaderError: one.*SiteError: two"):
-        raise_faults([HeaderError("one"), SiteError("two")])
+        raise_errors([HeaderError("one"), SiteError("two")])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from safegene_vllm.chat import answer_text, load_tokenizer, prompt_tokens, until_stop
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError, SiteError
-from safegene_vllm.evaluation.backends import TransformersAnswerer
-from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.evaluation.backends import TransformersBackend
+from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.profile import make_profile, save_profile
@@ -23,7 +23,7 @@ from safegene_vllm.tiny_model import linear_sites, random_pairs, write_family, w
 
 PROMPTS = ["What is it?", "Tell me", "a much longer question about nothing at all", "x"]
 TOKENS = 10
-PARENT = Subject("model", "parent")
+PARENT = Target("model", "parent")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def answerer(root: Path, **more: object) -> TransformersAnswerer:
+def answerer(root: Path, **more: object) -> TransformersBackend:
     family = load_family(root / "family")
-    return TransformersAnswerer(root / "model", family, dtype="float32", batch=3, **more)
+    return TransformersBackend(root / "model", family, dtype="float32", batch=3, **more)
 
 
 def expected(root: Path, model: str, tenant: str | None) -> list[str]:
@@ -71,10 +71,10 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
         (PARENT, "model", None),
         (full_after, "full", "full"),
         (acme_before, "model", "acme_plain"),
-        (Subject("acme", "dose", root / "acme", (0.1, 2.0)), "model", "acme_dose"),
+        (Target("acme", "dose", root / "acme", (0.1, 2.0)), "model", "acme_dose"),
         (full_before, "full_plain", None),
-        (Subject("base", "dose", None, (1.5, 0.2)), "model", "bare"),
-        (Subject("bare", "after", root / "bare"), "model", "bare"),
+        (Target("base", "dose", None, (1.5, 0.2)), "model", "bare"),
+        (Target("bare", "after", root / "bare"), "model", "bare"),
         (acme_after, "model", "acme"),
     ]
     ours = answerer(root)
@@ -89,9 +89,9 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
 
 
 def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
-    ours = TransformersAnswerer(root / "model", load_family(root / "family"), batch=3)
+    ours = TransformersBackend(root / "model", load_family(root / "family"), batch=3)
     assert (ours.dtype, ours.backend, ours.model) == ("bfloat16", "transformers", root / "model")
-    ours.answers(["x"], Subject("base", "dose", None, (1.5, 0.2)), 1)
+    ours.answers(["x"], Target("base", "dose", None, (1.5, 0.2)), 1)
     assert ours._loaded is not None
     family = load_family(root / "family")
     stored = load_file(root / "model" / "model.safetensors")
@@ -104,13 +104,13 @@ def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
 def test_sites_that_the_model_has_not(root: Path, tmp_path: Path) -> None:
     pairs = random_pairs({"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1)
     save_adapter(Adapter(pairs, None, {}), tmp_path / "odd", base_model="pico")
-    subject = Subject("odd", "before", tmp_path / "odd")
+    subject = Target("odd", "before", tmp_path / "odd")
     with pytest.raises(SiteError, match=r"no linear model\.layers\.0\.mlp\.nothing"):
         answerer(root).answers(["x"], subject, 1)
 
 
 def test_settings_that_cannot_be(root: Path) -> None:
     with pytest.raises(ConfigError, match="dtype is 'int8', expected one of float32"):
-        TransformersAnswerer(root / "model", dtype="int8")
+        TransformersBackend(root / "model", dtype="int8")
     with pytest.raises(ConfigError, match="device 'nowhere' cannot be used"):
-        TransformersAnswerer(root / "model", device="nowhere")
+        TransformersBackend(root / "model", device="nowhere")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safegene_vllm.evaluation.generation import ask
-from safegene_vllm.evaluation.response_cache import KeptAnswers
-from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.evaluation.generation import generate_all
+from safegene_vllm.evaluation.response_cache import ResponseCache
+from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.tiny_model import make_model
 
 
@@ -22,7 +22,7 @@ class Echo:
         self.model, self.fail_at = model, fail_at
         self.calls: list[tuple[str, int, tuple[str, ...]]] = []
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append((subject.key, max_tokens, tuple(prompts)))
@@ -37,14 +37,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("asking") / "model")
 
 
-A, B = Subject("a", "x"), Subject("b", "x")
+A, B = Target("a", "x"), Target("b", "x")
 WANTED = {8: ["one", "two", "one", "three"], 4: ["one"]}
 
 
 def test_every_prompt_once_in_chunks(model: Path) -> None:
     echo = Echo(model)
     seen: list[tuple[int, int]] = []
-    found = ask([A, B], WANTED, echo, chunk=2, progress=lambda d, t, w: seen.append((d, t)))
+    found = generate_all(
+        [A, B], WANTED, echo, chunk=2, progress=lambda d, t, w: seen.append((d, t))
+    )
     assert echo.calls[:3] == [
         ("a/x", 8, ("one", "two")),
         ("a/x", 8, ("three",)),
@@ -58,22 +60,22 @@ def test_every_prompt_once_in_chunks(model: Path) -> None:
 
 
 def test_checkpoints_are_asked_one_after_the_other(model: Path) -> None:
-    own = [Subject("full", state, model) for state in ("before", "after")]
+    own = [Target("full", state, model) for state in ("before", "after")]
     echo = Echo(model)
-    ask([own[0], A, own[1], B], {8: ["p"]}, echo)
+    generate_all([own[0], A, own[1], B], {8: ["p"]}, echo)
     assert [call[0] for call in echo.calls] == ["a/x", "b/x", "full/before", "full/after"]
 
 
 def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     first = Echo(model, fail_at=2)
-    with KeptAnswers(path) as kept, pytest.raises(KeyboardInterrupt):
-        ask([A], WANTED, first, kept=kept, chunk=1)
+    with ResponseCache(path) as kept, pytest.raises(KeyboardInterrupt):
+        generate_all([A], WANTED, first, kept=kept, chunk=1)
     second = Echo(model)
-    with KeptAnswers(path) as kept:
-        found = ask([A], WANTED, second, kept=kept, chunk=1)
+    with ResponseCache(path) as kept:
+        found = generate_all([A], WANTED, second, kept=kept, chunk=1)
     assert [call[1:] for call in second.calls] == [(8, ("three",)), (4, ("one",))]
-    assert found == ask([A], WANTED, Echo(model))
+    assert found == generate_all([A], WANTED, Echo(model))
     third = Echo(model)
-    with KeptAnswers(path) as kept:
-        assert ask([A], WANTED, third, kept=kept) == found and third.calls == []
+    with ResponseCache(path) as kept:
+        assert generate_all([A], WANTED, third, kept=kept) == found and third.calls == []

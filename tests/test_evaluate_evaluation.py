@@ -18,10 +18,10 @@ from safegene_vllm.evaluation.results import (
     JudgeRecord,
     LayerScore,
     Sample,
-    SampleAnswer,
+    SampleResponse,
     SetRecord,
     Settings,
-    SubjectResult,
+    TargetResult,
     TaskRecord,
     load_evaluation,
     save_evaluation,
@@ -33,7 +33,7 @@ DIGEST = "sha256:" + "0" * 64
 
 
 def made() -> Evaluation:
-    before = SubjectResult("acme", "before", None, None, {"bad": {"s": HALF}}, {"sst2": HALF})
+    before = TargetResult("acme", "before", None, None, {"bad": {"s": HALF}}, {"sst2": HALF})
     return Evaluation(
         made_by="safegene-vllm test",
         settings=Settings(64, 8, "transformers", "float32"),
@@ -46,7 +46,7 @@ def made() -> Evaluation:
             Change("acme", Rate(-0.5, -0.75, 0.0, 8), set="bad", judge="s"),
             Change("acme", HALF, task="sst2"),
         ),
-        samples=(Sample("bad", "do it", {"acme/after": SampleAnswer(None, {"s": False})}),),
+        samples=(Sample("bad", "do it", {"acme/after": SampleResponse(None, {"s": False})}),),
     )
 
 

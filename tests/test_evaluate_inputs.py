@@ -11,10 +11,10 @@ import pytest
 from recipe_world import pico_chat_model
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConfigError,
     FamilyMismatchError,
     SafegeneError,
-    TenantRefusedError,
 )
 from safegene_vllm.evaluation.inputs import Inputs, limited, named, read_inputs
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
@@ -119,7 +119,7 @@ def test_a_vector_is_not_applied_to_weights_that_carry_one(root: Path, tmp_path:
     exported = tmp_path / "exported"
     shutil.copytree(root / "model", exported)
     (exported / "safegene-export.json").write_text("{}")
-    with pytest.raises(TenantRefusedError, match=r"exported holds .*added twice"):
+    with pytest.raises(AdapterRejectedError, match=r"exported holds .*added twice"):
         read(root, model=exported, tenants=[])
     assert read(root, model=exported, family=None, tenants=[]).header is None, "as it is it may"
 

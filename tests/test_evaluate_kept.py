@@ -11,20 +11,20 @@ import pytest
 
 from safegene_vllm.errors import HeaderError
 from safegene_vllm.evaluation import response_cache as kept_module
-from safegene_vllm.evaluation.response_cache import KeptAnswers, subject_digest
-from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.evaluation.response_cache import ResponseCache, subject_digest
+from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
 def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "private" / "answers.jsonl"
-    with KeptAnswers(path) as kept:
+    with ResponseCache(path) as kept:
         kept.add("sha256:a", 'say "ü"\n', 8, "no\nü")
         kept.add("sha256:a", "b", 8, "")
-        with KeptAnswers(path) as reader:
+        with ResponseCache(path) as reader:
             assert reader.find("sha256:a", "b", 8) == "", "written at once"
-    with KeptAnswers(path) as again:
+    with ResponseCache(path) as again:
         assert again.find("sha256:a", 'say "ü"\n', 8) == "no\nü"
         for other in (("sha256:b", "b", 8), ("sha256:a", "c", 8), ("sha256:a", "b", 9)):
             assert again.find(*other) is None
@@ -34,15 +34,15 @@ def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [1, 8, 20, 70])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, left: int) -> None:
     path = tmp_path / "a.jsonl"
-    with KeptAnswers(path) as kept:
+    with ResponseCache(path) as kept:
         kept.add("s", "one", 8, "1")
         first = len(path.read_bytes())
         kept.add("s", "two", 8, "2" * 40)
     path.write_bytes(path.read_bytes()[: first + left])
-    with KeptAnswers(path) as again:
+    with ResponseCache(path) as again:
         assert (again.find("s", "one", 8), again.find("s", "two", 8)) == ("1", None)
         again.add("s", "two", 8, "2")
-    with KeptAnswers(path) as last:
+    with ResponseCache(path) as last:
         assert last.find("s", "two", 8) == "2"
 
 
@@ -61,7 +61,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, conten
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(HeaderError, match="line 1"):
-        KeptAnswers(path)
+        ResponseCache(path)
     assert path.read_text() == content
 
 
@@ -75,26 +75,26 @@ def test_the_digest_is_of_all_that_answers_depend_on(
     write_tenant(model, tmp_path / "globex", family, [0.5, 1.0], seed=4)
     before, after = before_and_after("acme", tmp_path / "acme", header)
 
-    def digest(subject: Subject, backend: str = "vllm", dtype: str = "bfloat16") -> str:
+    def digest(subject: Target, backend: str = "vllm", dtype: str = "bfloat16") -> str:
         return subject_digest(subject, model, header, backend=backend, dtype=dtype)
 
     subjects = [
         before,
         after,
-        Subject("acme", "dose", tmp_path / "acme", (0.5, 0.9)),
-        Subject("globex", "after", tmp_path / "globex"),
-        Subject("model", "parent"),
-        Subject("base", "dose", None, (0.5, 1.0)),
-        Subject("full", "x", model),
+        Target("acme", "dose", tmp_path / "acme", (0.5, 0.9)),
+        Target("globex", "after", tmp_path / "globex"),
+        Target("model", "parent"),
+        Target("base", "dose", None, (0.5, 1.0)),
+        Target("full", "x", model),
     ]
     different = [digest(subject) for subject in subjects]
     different += [digest(after, "transformers"), digest(after, dtype="float32")]
     assert len(set(different)) == len(different) - 1, "the model as a tenant is the model"
-    assert digest(Subject("z", "y", tmp_path / "acme", (0.5, 1.0))) == digest(after)
-    zero = Subject("base", "zero", None, (0.0, 0.0))
-    assert digest(zero) == digest(Subject("model", "parent")), "no vector is no vector"
+    assert digest(Target("z", "y", tmp_path / "acme", (0.5, 1.0))) == digest(after)
+    zero = Target("base", "zero", None, (0.0, 0.0))
+    assert digest(zero) == digest(Target("model", "parent")), "no vector is no vector"
     shutil.copytree(tmp_path / "acme", tmp_path / "moved")
-    assert digest(Subject("acme", "after", tmp_path / "moved")) == digest(after)
+    assert digest(Target("acme", "after", tmp_path / "moved")) == digest(after)
     whole = digest(after)
     with open(model / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
@@ -118,7 +118,7 @@ def test_answers_of_other_releases_are_not_taken(
         return installed[package]
 
     def digest() -> str:
-        subject = Subject("model", "parent")
+        subject = Target("model", "parent")
         return subject_digest(subject, model, None, backend="vllm", dtype="float32")
 
     monkeypatch.setattr(kept_module, "version", version)

@@ -12,17 +12,17 @@ from recipe_world import dataset
 
 from safegene_vllm.errors import ConfigError, MissingFileError
 from safegene_vllm.evaluation.judges import Judge, make_judges
-from safegene_vllm.evaluation.response_cache import KeptAnswers
+from safegene_vllm.evaluation.response_cache import ResponseCache
 from safegene_vllm.evaluation.results import (
     Evaluation,
     Says,
-    SubjectResult,
+    TargetResult,
     load_evaluation,
     save_evaluation,
 )
 from safegene_vllm.evaluation.runner import PromptSet, evaluate, may_be_shown
 from safegene_vllm.evaluation.statistics import paired_difference, rate
-from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.evaluation.tasks import Task
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
 from safegene_vllm.tiny_model import make_model, write_family
@@ -48,7 +48,7 @@ class Script:
     dtype: str = "float32"
     closed: bool = False
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         return [self._answer(prompt, subject.state, max_tokens) for prompt in prompts]
 
     def _answer(self, prompt: str, state: str, max_tokens: int) -> str:
@@ -88,9 +88,9 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> FamilyHeader:
 
 
 SUBJECTS = [
-    Subject("model", "parent"),
-    Subject("acme", "before", None, (0.0, 0.0)),
-    Subject("acme", "after", None, (0.5, 1.0)),
+    Target("model", "parent"),
+    Target("acme", "before", None, (0.0, 0.0)),
+    Target("acme", "after", None, (0.5, 1.0)),
 ]
 
 
@@ -113,7 +113,7 @@ def found(header: FamilyHeader) -> Evaluation:
     return run(header, [*make_judges(["strings:opening", "coherence"]), HARMFUL])
 
 
-def of(found: Evaluation, name: str, state: str) -> SubjectResult:
+def of(found: Evaluation, name: str, state: str) -> TargetResult:
     subject = found.subject(name, state)
     assert subject is not None
     return subject
@@ -223,7 +223,7 @@ class Broken(Says1):
 class Unasked(Script):
     """Fails the test when it is asked."""
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         pytest.fail("asked before the judges were checked")
 
 
@@ -254,7 +254,7 @@ def test_a_judge_that_fails_tells_what_becomes_of_the_answers(
     assert "give --keep-answers FILE" in said()
     make_model("llama", tmp_path / "model")
     path = tmp_path / "kept.jsonl"
-    with KeptAnswers(path) as kept:
+    with ResponseCache(path) as kept:
         assert f"all answers are kept in {path}" in said(kept=kept, model=tmp_path / "model")
     # A tenant without weights of its own is the parent before.
     assert len(path.read_text().splitlines()) == 2 * (N + 1 + 2 + 2)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from safegene_vllm.errors import BoundsError, ConfigError, FamilyMismatchError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, BoundsError, ConfigError, FamilyMismatchError
 from safegene_vllm.evaluation.targets import (
-    Subject,
+    Target,
     adapter_of,
     before_and_after,
-    check_subjects,
+    check_targets,
     checkpoint_of,
     profile_of,
 )
@@ -47,10 +47,10 @@ def test_before_is_zero_and_after_is_the_profile(root: Path, header: FamilyHeade
 
 def test_coefficients_take_the_place_of_the_profile(root: Path, header: FamilyHeader) -> None:
     for directory in (root / "acme", root / "plain", None):
-        found = profile_of(Subject("a", "dose", directory, (0.75, 0.25)), header)
+        found = profile_of(Target("a", "dose", directory, (0.75, 0.25)), header)
         assert found is not None and found.coefficients == (0.75, 0.25)
-    assert profile_of(Subject("a", "b", root / "plain"), header) is None
-    assert profile_of(Subject("m", "parent"), None) is None
+    assert profile_of(Target("a", "b", root / "plain"), header) is None
+    assert profile_of(Target("m", "parent"), None) is None
 
 
 def test_what_a_directory_is(root: Path) -> None:
@@ -59,7 +59,7 @@ def test_what_a_directory_is(root: Path) -> None:
         ("bare", False, False),
         ("model", False, True),
     ):
-        subject = Subject("x", "y", root / name)
+        subject = Target("x", "y", root / name)
         assert (adapter_of(subject) is not None, checkpoint_of(subject) is not None) == (
             adapter,
             checkpoint,
@@ -82,25 +82,25 @@ def test_tenants_that_cannot_be_evaluated(root: Path, header: FamilyHeader) -> N
         before_and_after("plain", root / "plain", header)
     with pytest.raises(FamilyMismatchError, match="the profile is for family"):
         before_and_after("acme", root / "acme", other)
-    with pytest.raises(TenantRefusedError, match="is a family"):
+    with pytest.raises(AdapterRejectedError, match="is a family"):
         before_and_after("family", root / "family", header)
 
 
 def test_faults_of_all_subjects_are_told_together(root: Path, header: FamilyHeader) -> None:
     subjects = [
-        Subject("a", "x"),
-        Subject("a", "x"),
-        Subject("b", "y", None, (9.0, 0.0)),
-        Subject("c", "z", None, (1.0,)),
+        Target("a", "x"),
+        Target("a", "x"),
+        Target("b", "y", None, (9.0, 0.0)),
+        Target("c", "z", None, (1.0,)),
     ]
     with pytest.raises(ConfigError) as caught:
-        check_subjects(subjects, header)
+        check_targets(subjects, header)
     said = str(caught.value)
     assert "a/x is named twice" in said and "b/y: layer 0 has coefficient 9.0" in said
     assert "c/z: 1 coefficients" in said
     with pytest.raises(BoundsError, match="layer 0"):
-        check_subjects(subjects[2:3], header)
+        check_targets(subjects[2:3], header)
     with pytest.raises(ConfigError, match="b/y: b/y has coefficients, but no family"):
-        check_subjects(subjects[2:3], None)
+        check_targets(subjects[2:3], None)
     with pytest.raises(ConfigError, match="has a profile, but no family"):
-        check_subjects([Subject("acme", "after", root / "acme")], None)
+        check_targets([Target("acme", "after", root / "acme")], None)

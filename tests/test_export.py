@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     BoundsError,
     FamilyMismatchError,
     FormatError,
     NonFiniteError,
     ShapeError,
     SiteError,
-    TenantRefusedError,
 )
 from safegene_vllm.export import (
     RECORD_FILE,
@@ -174,9 +174,9 @@ def test_an_export_carries_a_record_and_no_profile(llama: Case, tmp_path: Path) 
 def test_an_export_is_not_exported_again(llama: Case, tmp_path: Path) -> None:
     export_adapter(llama.tenant, llama.family, llama.profile, tmp_path / "a")
     export_checkpoint(llama.model, None, llama.family, llama.profile, tmp_path / "c")
-    with pytest.raises(TenantRefusedError, match="added twice"):
+    with pytest.raises(AdapterRejectedError, match="added twice"):
         export_adapter(tmp_path / "a", llama.family, llama.profile, tmp_path / "b")
-    with pytest.raises(TenantRefusedError, match="added twice"):
+    with pytest.raises(AdapterRejectedError, match="added twice"):
         export_checkpoint(tmp_path / "c", None, llama.family, llama.profile, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

@@ -25,11 +25,11 @@ from safegene_vllm.errors import (
     ConfigError,
     DigestError,
     FamilyMismatchError,
-    HostError,
     MissingFileError,
     NonFiniteError,
-    PickleRefusedError,
+    PickleRejectedError,
     TruncatedFileError,
+    VllmCompatibilityError,
 )
 from safegene_vllm.formats.adapter import Pair
 from safegene_vllm.formats.family import load_family, make_family, save_family
@@ -83,7 +83,7 @@ def test_family_truncated_flipped_pickled_or_nan(house: Path, tmp_path: Path) ->
     (tmp_path / "pickled" / weights).rename(tmp_path / "pickled" / "adapter_model.bin")
     refuse(house, tmp_path / "truncated", TruncatedFileError, weights)
     refuse(house, tmp_path / "flipped", DigestError, "sha256")
-    refuse(house, tmp_path / "pickled", PickleRefusedError, "safetensors")
+    refuse(house, tmp_path / "pickled", PickleRejectedError, "safetensors")
 
 
 def test_family_with_nan(house: Path, tmp_path: Path) -> None:
@@ -104,12 +104,22 @@ def test_family_that_overflows_in_the_models_dtype(house: Path, tmp_path: Path) 
     header = load_family(house / "family").header
     large = make_family("large", header.base, pairs, bounds=(0.0, 3.0), recipe={"method": "test"})
     save_family(large, tmp_path / "large")
-    refuse(house, tmp_path / "large", HostError, "overflows torch.float16", dtype="float16")
+    refuse(
+        house,
+        tmp_path / "large",
+        VllmCompatibilityError,
+        "overflows torch.float16",
+        dtype="float16",
+    )
 
 
 def test_family_with_sites_the_engine_does_not_adapt(house: Path) -> None:
     refuse(
-        house, house / "family", HostError, "lora-target-modules", lora_target_modules=["o_proj"]
+        house,
+        house / "family",
+        VllmCompatibilityError,
+        "lora-target-modules",
+        lora_target_modules=["o_proj"],
     )
 
 
@@ -177,7 +187,7 @@ def test_base_profile_out_of_bounds(
 
 
 def test_lora_switched_off(house: Path) -> None:
-    refuse(house, house / "family", HostError, "--enable-lora", enable_lora=False)
+    refuse(house, house / "family", VllmCompatibilityError, "--enable-lora", enable_lora=False)
 
 
 def fake_config(house: Path, **changes: Any) -> Any:
@@ -223,7 +233,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
 )
 def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str) -> None:
     prepare_engine(fake_config(house))
-    with pytest.raises(HostError, match=words):
+    with pytest.raises(VllmCompatibilityError, match=words):
         prepare_engine(fake_config(house, **changes))
 
 
@@ -243,32 +253,32 @@ def test_weight_load_with_what_it_cannot_be_combined_with(
     shutil.copytree(house / "model", tmp_path / "full")
     save_profile(make_profile(load_family(house / "family").header, 1.0), tmp_path / "full")
     config = fake_config(house, load_format="safegene", model=tmp_path / "full", **changes)
-    with pytest.raises(HostError, match=words):
+    with pytest.raises(VllmCompatibilityError, match=words):
         prepare_engine(config)
 
 
 def test_dual_stream(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
-    with pytest.raises(HostError, match="DUAL_STREAM"):
+    with pytest.raises(VllmCompatibilityError, match="DUAL_STREAM"):
         prepare_engine(fake_config(house))
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("0.27.1", "0.33.0", "nonsense"):
         monkeypatch.setattr(compat, "version", lambda version=version: version)
-        with pytest.raises(HostError, match=version):
-            compat.check_host()
+        with pytest.raises(VllmCompatibilityError, match=version):
+            compat.check_vllm()
 
 
 def test_a_host_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = compat.HostName("vllm.lora.request.LoRARequest", ("no_such_field",), "a test")
+    entry = compat.VllmName("vllm.lora.request.LoRARequest", ("no_such_field",), "a test")
     monkeypatch.setitem(compat.TABLE, "LoRARequest", entry)
-    with pytest.raises(HostError, match="no_such_field"):
-        compat.check_host()
-    gone = compat.HostName("vllm.lora.request.Gone", (), "a test")
+    with pytest.raises(VllmCompatibilityError, match="no_such_field"):
+        compat.check_vllm()
+    gone = compat.VllmName("vllm.lora.request.Gone", (), "a test")
     monkeypatch.setitem(compat.TABLE, "Gone", gone)
-    with pytest.raises(HostError, match=r"vllm\.lora\.request\.Gone"):
-        compat.check_host()
+    with pytest.raises(VllmCompatibilityError, match=r"vllm\.lora\.request\.Gone"):
+        compat.check_vllm()
 
 
 def broken_copy(tmp_path: Path, module: str) -> dict[str, str]:

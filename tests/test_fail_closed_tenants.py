@@ -16,13 +16,13 @@ import torch
 from engines import Answer, Ask, Engine, engine
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     BoundsError,
     DigestError,
     FamilyMismatchError,
     NonFiniteError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
-    TenantRefusedError,
     TruncatedFileError,
 )
 from safegene_vllm.formats.adapter import Pair
@@ -162,15 +162,15 @@ def spoil_file_symlink(house: Path, tenant: Path) -> None:
         (spoil_too_strong, BoundsError, "99"),
         (spoil_nan_coefficient, NonFiniteError, "NaN"),
         (spoil_digest, DigestError, "sha256"),
-        (spoil_no_profile, TenantRefusedError, "serve_unprotected"),
-        (spoil_pickle, (PickleRefusedError, TenantRefusedError), "pickle|safetensors"),
+        (spoil_no_profile, AdapterRejectedError, "serve_unprotected"),
+        (spoil_pickle, (PickleRejectedError, AdapterRejectedError), "pickle|safetensors"),
         (spoil_truncated, TruncatedFileError, WEIGHTS),
         (spoil_nan_weight, NonFiniteError, "lora_[AB]"),
-        (spoil_scaling, TenantRefusedError, "overflows.*scaling 2.5e\\+39"),
-        (spoil_rank, TenantRefusedError, "rank 16.*--max-lora-rank 8"),
-        (spoil_no_module, TenantRefusedError, "no LoRA layer"),
-        (spoil_symlink, TenantRefusedError, "symbolic link"),
-        (spoil_file_symlink, TenantRefusedError, "cannot be read"),
+        (spoil_scaling, AdapterRejectedError, "overflows.*scaling 2.5e\\+39"),
+        (spoil_rank, AdapterRejectedError, "rank 16.*--max-lora-rank 8"),
+        (spoil_no_module, AdapterRejectedError, "no LoRA layer"),
+        (spoil_symlink, AdapterRejectedError, "symbolic link"),
+        (spoil_file_symlink, AdapterRejectedError, "cannot be read"),
     ],
 )
 def test_refused_and_nobody_hurt(
@@ -191,7 +191,7 @@ def test_path_outside_the_root_and_parent_steps(
 ) -> None:
     e, before = running
     for path in (house / "outside", house / "tenants" / ".." / "outside", Path("/nowhere/at/all")):
-        with pytest.raises(TenantRefusedError, match="adapter_roots"):
+        with pytest.raises(AdapterRejectedError, match="adapter_roots"):
             e.add(path, f"outside-{path}")
     assert e.ask([Ask(PROMPT, house / "tenants" / "good")])[0] == before
 
@@ -200,11 +200,11 @@ def test_in_place_reload_and_reused_id(house: Path, running: tuple[Engine, Answe
     e, _ = running
     request = e.lora(house / "tenants" / "good")
     request.load_inplace = True
-    with pytest.raises(TenantRefusedError, match="load_inplace"):
+    with pytest.raises(AdapterRejectedError, match="load_inplace"):
         e.llm.llm_engine.add_lora(request)
     stolen = e.lora(house / "tenants" / "good")
     stolen.lora_name = "somebody else"
-    with pytest.raises(TenantRefusedError, match="use a new id"):
+    with pytest.raises(AdapterRejectedError, match="use a new id"):
         e.llm.llm_engine.add_lora(stolen)
 
 
@@ -239,7 +239,7 @@ def test_changed_content_under_the_same_name_and_path(
     save_profile(Profile(family_digest(house), (0.25, 0.25)), tenant)
     from vllm.lora.request import LoRARequest
 
-    with pytest.raises(TenantRefusedError, match="stale"):
+    with pytest.raises(AdapterRejectedError, match="stale"):
         e.llm.llm_engine.add_lora(LoRARequest("changing", 900, str(tenant)))
     e.llm.llm_engine.add_lora(LoRARequest("changing@2", 901, str(tenant)))
 
@@ -303,7 +303,7 @@ def test_a_sum_that_overflows_its_slot(house: Path, tmp_path: Path) -> None:
         e.add(tmp_path / "fits-alone")
         before = e.ask([Ask(PROMPT, tmp_path / "fits")])
         for name in ("overflows", "overflows-alone"):
-            with pytest.raises(TenantRefusedError, match=r"o_proj overflows torch\.float16"):
+            with pytest.raises(AdapterRejectedError, match=r"o_proj overflows torch\.float16"):
                 e.add(tmp_path / name)
         assert e.ask([Ask(PROMPT, tmp_path / "fits")]) == before
 

@@ -34,7 +34,7 @@ from safegene_vllm.errors import (
     HeaderError,
     MissingFileError,
     NonFiniteError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
     ShapeError,
     SiteError,
@@ -126,7 +126,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     ),
     "weights a pickle": (
         lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
-        PickleRefusedError,
+        PickleRejectedError,
         "pickle runs code",
     ),
     "scaled": (
@@ -443,7 +443,7 @@ def settings(**fields: Any) -> Callable[[Path], Any]:
         (lambda d: (d / "model.safetensors").unlink(), MissingFileError, "neither"),
         (
             lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-            PickleRefusedError,
+            PickleRejectedError,
             "only pickles",
         ),
         (settings(architectures=None), HeaderError, "architectures"),

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from safegene_vllm.errors import HostError
+from safegene_vllm.errors import VllmCompatibilityError
 from safegene_vllm.formats.adapter import Pair
 from safegene_vllm.plugin import worker_runtime as guests
 from safegene_vllm.plugin.ops import triton_lora
 from safegene_vllm.plugin.ops.gain_table import GainTable
-from safegene_vllm.plugin.ops.layer_weights import Shape
+from safegene_vllm.plugin.ops.layer_weights import LayerShape
 from safegene_vllm.plugin.ops.reference import disagreement, expected
-from safegene_vllm.plugin.ops.triton_lora import StepPunica, safety_pair
-from safegene_vllm.plugin.target_modules import Place, stack_parts
+from safegene_vllm.plugin.ops.triton_lora import MetadataPunica, safety_pair
+from safegene_vllm.plugin.target_modules import TargetModule, stack_parts
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -60,15 +60,15 @@ def triton_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_right_kernels_are_used_without_a_word(triton_found: None) -> None:
-    asked: list[Shape] = []
+    asked: list[LayerShape] = []
 
-    def check(shapes: list[Shape], dtype: torch.dtype, device: Any) -> None:
+    def check(shapes: list[LayerShape], dtype: torch.dtype, device: Any) -> None:
         asked.extend(shapes)
         assert (dtype, device) == (BF16, CUDA)
 
     found = layers(qkv=layer((24, 8, 8)), o=layer((48,)))
     assert triton_lora.choose("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
-    assert asked == [Shape((24, 8, 8), 48, 8, 4), Shape((48,), 48, 8, 4)]
+    assert asked == [LayerShape((24, 8, 8), 48, 8, 4), LayerShape((48,), 48, 8, 4)]
 
 
 def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -79,7 +79,7 @@ def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptur
     assert names == set()
     assert len(notes) == 1 and "12 of 40 values differ" in notes[0] and "1 of 1 layers" in notes[0]
     assert notes[0] in caplog.text
-    with pytest.raises(HostError, match=r"12 of 40 values differ.*'auto'"):
+    with pytest.raises(VllmCompatibilityError, match=r"12 of 40 values differ.*'auto'"):
         triton_lora.choose("triton", CUDA, BF16, layers(o=layer()), check)
 
 
@@ -109,13 +109,13 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_lora.importlib.util, "find_spec", lambda name: None)
     names, notes = triton_lora.choose("auto", CUDA, BF16, layers(o=layer()))
     assert names == set() and "Triton is not installed" in notes[0]
-    with pytest.raises(HostError, match="Triton is not installed"):
+    with pytest.raises(VllmCompatibilityError, match="Triton is not installed"):
         triton_lora.choose("triton", CUDA, BF16, layers(o=layer()))
 
 
 def test_cpu_is_not_a_fall_back() -> None:
     assert triton_lora.choose("auto", torch.device("cpu"), BF16, layers(o=layer())) == (set(), ())
-    with pytest.raises(HostError, match="cpu device"):
+    with pytest.raises(VllmCompatibilityError, match="cpu device"):
         triton_lora.choose("triton", torch.device("cpu"), BF16, layers(o=layer()))
 
 
@@ -132,8 +132,8 @@ def test_safety_pair_is_the_stacked_pair() -> None:
 
 
 def test_a_host_that_overwrites_is_refused() -> None:
-    wrapper = object.__new__(triton_lora.FusedPunica)
-    with pytest.raises(HostError, match="not added"):
+    wrapper = object.__new__(triton_lora.TritonPunica)
+    with pytest.raises(VllmCompatibilityError, match="not added"):
         wrapper.add_lora_linear(*[torch.zeros(1, 1)] * 4, 1.0, (1,), add_inputs=False)
 
 
@@ -167,13 +167,13 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
         for stacked in (*one.lora_a_stacked, *one.lora_b_stacked) if name in chosen else ():
             stacked.normal_(std=0.2, generator=torch.Generator().manual_seed(stacked.shape[2]))
     places = {
-        "model.layers.1.q": Place("q", "model.layers.1.qkv", 0),
-        "model.layers.1.v": Place("v", "model.layers.1.qkv", 2),
-        "model.layers.0.o": Place("o", "model.layers.0.o", None),
+        "model.layers.1.q": TargetModule("q", "model.layers.1.qkv", 0),
+        "model.layers.1.v": TargetModule("v", "model.layers.1.qkv", 2),
+        "model.layers.0.o": TargetModule("o", "model.layers.0.o", None),
     }
     pairs = {name: pair(w) for name, w in zip(places, (24, 8, 48), strict=True)}
     inner = SimpleNamespace(update_metadata=lambda *_: None, token_lora_indices=None)
-    guest = object.__new__(guests.Guest)
+    guest = object.__new__(guests.WorkerRuntime)
     vars(guest).update(
         device=torch.device("cpu"), dtype=torch.float32, listeners=[], notes=(),
         settings=SimpleNamespace(kernels="auto"), resident=guests._Resident(),
@@ -190,7 +190,7 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
         assert guest.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
     assert len(guest.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
 
-    punica = StepPunica(inner, guest.listeners)
+    punica = MetadataPunica(inner, guest.listeners)
     for ids, slots in (([7, 0, 9, 7], [0, -1, 1, 0]), ([0, 0], [-1, -1]), ([9], [1])):
         inner.token_lora_indices = torch.tensor(slots)
         punica.update_metadata(SimpleNamespace(index_mapping=tuple(ids)), [7, 9], 3, 100)

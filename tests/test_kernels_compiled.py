@@ -28,7 +28,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import safegene_vllm.plugin.ops.triton_ops as product
-from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
+from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 
 warnings.simplefilter("ignore")
 capability, dtype, widths, d_in, rank, safety_rank = json.loads(sys.argv[1])
@@ -75,7 +75,7 @@ safety_a = torch.zeros(len(widths) * safety_rank, d_in, dtype=dtype)
 safety_b = torch.zeros(sum(widths), safety_rank, dtype=dtype)
 yes, gains = torch.tensor(True), torch.zeros(3, 4)
 for tokens in (5, 300, 1100):
-    plan = TokenPlan(2, tokens, "cpu")
+    plan = BatchMetadata(2, tokens, "cpu")
     x = torch.zeros(tokens, d_in, dtype=dtype)
     y = torch.zeros(tokens, sum(widths), dtype=dtype)
     of_vector = (safety_a, safety_b, gains, 1, yes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safegene_vllm.plugin.ops import triton_ops
-from safegene_vllm.plugin.ops.layer_weights import Shape, Site
+from safegene_vllm.plugin.ops.layer_weights import LayerShape, LayerWeights
 from safegene_vllm.plugin.ops.reference import disagreement
 from safegene_vllm.plugin.ops.self_test import check
 
@@ -214,7 +214,7 @@ def test_no_tokens() -> None:
     assert world.run(one, world.step([]), y, x).shape == (0, 24)
 
 
-SHAPES = [Shape((12, 8), 32, 8, 4), Shape((20,), 37, 8, 4)]
+SHAPES = [LayerShape((12, 8), 32, 8, 4), LayerShape((20,), 37, 8, 4)]
 
 
 def test_check_trusts_the_kernels() -> None:
@@ -242,13 +242,13 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, fault: str)
 
 
 def test_check_cuts_shapes_but_keeps_alignment() -> None:
-    assert Shape((18944, 100), 3585, 16, 8).small() == Shape((256, 100), 2049, 16, 8)
+    assert LayerShape((18944, 100), 3585, 16, 8).small() == LayerShape((256, 100), 2049, 16, 8)
 
 
 def test_a_compiled_graph_keeps_the_operator_whole() -> None:
     """One opaque call, no graph break, and what changes between steps is not baked in."""
     one = world.layer((24, 8), 48, 8, 4)
-    site = Site(one.safety_a, one.safety_b, one.gains, world.LAYER, torch.tensor(False))
+    site = LayerWeights(one.safety_a, one.safety_b, one.gains, world.LAYER, torch.tensor(False))
     plan = world.step([0, 1, -1, 2])
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -22,23 +22,10 @@ LIBRARY = "safegene_vllm"
 SERVER = "safegene_server"
 FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
-TORCH_ROOMS = {"compose", "recipe", "evaluate", "kernels", "plugin", "pico"}
-SERVER_MAY_IMPORT = {
-    *(
-        "adapter",
-        "dataset",
-        "description",
-        "disk",
-        "errors",
-        "family",
-        "profile",
-        "receipt",
-        "settings",
-    ),
-    *("tenant", "tensorfile"),
-}
+TORCH_ROOMS = {"composition", "recipe", "evaluation", "plugin", "offline", "tiny_model"}
+SERVER_MAY_IMPORT = {"dataset", "errors", "formats", "settings"}
 SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluation.judges.", "safegene_vllm.plugin.lora_request.")
-"""Torch-free modules of rooms that are not."""
+"""Torch-free modules of packages that are not."""
 HEAVY = {"vllm", "torch", "fastapi", "transformers", "peft"}
 
 

@@ -19,8 +19,8 @@ from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.planner import (
     GPUS,
     Advice,
-    Ask,
     ModelShape,
+    Workload,
     advise,
     find_gpu,
     plan_mode,
@@ -78,8 +78,8 @@ def test_the_published_figures_of_qwen(qwen: ModelShape) -> None:
     assert vector == 80_740_352
     weights = qwen.parameters * 2
     assert round(100 * vector / weights, 2) == 0.53
-    gain = plan_mode(Ask(qwen, H100, tenants=16), "gain")
-    composed = plan_mode(Ask(qwen, H100, tenants=16), "composed")
+    gain = plan_mode(Workload(qwen, H100, tenants=16), "gain")
+    composed = plan_mode(Workload(qwen, H100, tenants=16), "composed")
     more = composed.step.adapter_bytes - gain.step.adapter_bytes
     assert more == 16 * vector
     assert round(100 * more / weights, 1) == 8.5
@@ -103,7 +103,7 @@ def test_stacking_packed_layers_holds_zeros(qwen: ModelShape) -> None:
 
 
 def test_safety_is_constant_in_tenants_with_the_gain_table_alone(qwen: ModelShape) -> None:
-    few, many = (Ask(qwen, H100, tenants=n, slots=8) for n in (8, 800))
+    few, many = (Workload(qwen, H100, tenants=n, slots=8) for n in (8, 800))
     assert plan_mode(few, "gain").vector_bytes == plan_mode(many, "gain").vector_bytes
     assert plan_mode(few, "gain").step == plan_mode(many, "gain").step
     some, all_layers = (
@@ -116,7 +116,7 @@ def test_safety_is_constant_in_tenants_with_the_gain_table_alone(qwen: ModelShap
 
 
 def test_a_step_adds_up(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=4, concurrency=4, launch_s=3e-6)
+    ask = Workload(qwen, H100, tenants=4, concurrency=4, launch_s=3e-6)
     gain, stock = plan_mode(ask, "gain"), plan_mode(ask, "stock")
     assert stock.step.launches == 3 * 4 * 28
     assert gain.step.launches == 2 * 4 * 28
@@ -131,7 +131,7 @@ def test_a_step_adds_up(qwen: ModelShape) -> None:
 
 
 def test_memory_adds_up_to_what_vllm_may_use(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=16)
+    ask = Workload(qwen, H100, tenants=16)
     for name in ("gain", "composed", "stock"):
         m = plan_mode(ask, name)
         used = m.weight_bytes + m.slot_bytes + m.vector_bytes + m.gain_bytes + m.overhead_bytes
@@ -141,13 +141,13 @@ def test_memory_adds_up_to_what_vllm_may_use(qwen: ModelShape) -> None:
 
 def test_many_products_in_a_step_take_the_rate_not_the_bytes(qwen: ModelShape) -> None:
     slow = find_gpu("mine", memory_gb=80, bandwidth_gb_s=1000, tflops=1)
-    step = plan_mode(Ask(qwen, slow, tenants=1, concurrency=8), "stock").step
+    step = plan_mode(Workload(qwen, slow, tenants=1, concurrency=8), "stock").step
     assert step.seconds > step.bytes / 1e12
     assert step.seconds == pytest.approx(step.flops / 1e12 + step.launches * 2e-6)
 
 
 def test_a_guard_costs_prefill_and_nothing_else(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=16)
+    ask = Workload(qwen, H100, tenants=16)
     stock, guard = plan_mode(ask, "stock"), plan_mode(ask, "guard")
     assert guard.tokens_per_s < stock.tokens_per_s
     assert guard.added_ttft_s > stock.prefill_s
@@ -158,12 +158,12 @@ def test_a_guard_costs_prefill_and_nothing_else(qwen: ModelShape) -> None:
     )
 
 
-def advice_of(ask: Ask) -> Advice:
+def advice_of(ask: Workload) -> Advice:
     return advise(ask, plan_modes(ask), "model")
 
 
 def test_advice_takes_the_gain_table_where_the_bucket_would_rise(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=16)
+    ask = Workload(qwen, H100, tenants=16)
     advice = advice_of(ask)
     assert advice.mode == "gain"
     assert any("rank 32 instead of 16" in reason for reason in advice.reasons)
@@ -174,27 +174,27 @@ def test_advice_takes_the_gain_table_where_the_bucket_would_rise(qwen: ModelShap
 
 
 def test_advice_takes_composed_slots_where_they_are_no_larger(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=4, adapter_rank=24, vector_rank=8, concurrency=4)
+    ask = Workload(qwen, H100, tenants=4, adapter_rank=24, vector_rank=8, concurrency=4)
     assert advice_of(replace(ask, kernels="torch")).mode == "composed"
     assert advice_of(ask).mode == "gain"
 
 
 def test_advice_takes_weight_load_for_checkpoints_and_for_one_tenant(qwen: ModelShape) -> None:
-    many = Ask(qwen, H100, tenants=8, checkpoints=True)
+    many = Workload(qwen, H100, tenants=8, checkpoints=True)
     assert list(plan_modes(many)) == ["weights"]
     assert plan_modes(many)["weights"].engines == 8
     advice = advice_of(many)
     assert advice.mode == "weights" and "--apply weights" in advice.shown()
     assert any("share a card" in warning for warning in advice.warnings)
-    assert advice_of(Ask(qwen, H100, tenants=1)).mode == "weights"
+    assert advice_of(Workload(qwen, H100, tenants=1)).mode == "weights"
 
 
 def test_advice_says_when_nothing_fits(qwen: ModelShape) -> None:
     small = replace(find_gpu("l4"), memory_bytes=10**10)
-    advice = advice_of(Ask(qwen, small, tenants=4))
+    advice = advice_of(Workload(qwen, small, tenants=4))
     assert advice.mode is None and advice.command == ()
     assert "15.23" not in advice.reasons[0] and "18.23 GB of 9.20 GB" in advice.reasons[0]
-    full = advice_of(Ask(qwen, find_gpu("l4"), tenants=64, concurrency=64))
+    full = advice_of(Workload(qwen, find_gpu("l4"), tenants=64, concurrency=64))
     assert full.mode == "weights" and "64 slots" in full.reasons[0]
 
 
@@ -210,14 +210,14 @@ def test_advice_says_when_nothing_fits(qwen: ModelShape) -> None:
     ],
 )
 def test_warnings(changed: dict[str, Any], told: str, qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=16)
+    ask = Workload(qwen, H100, tenants=16)
     assert advice_of(ask).warnings == ()
     found = advice_of(replace(ask, **changed)).warnings
     assert any(told in warning for warning in found), found
 
 
 def test_profiles_on_the_base_need_slots_of_rank_one(qwen: ModelShape) -> None:
-    ask = Ask(qwen, H100, tenants=4, profiles=12, adapter_rank=0)
+    ask = Workload(qwen, H100, tenants=4, profiles=12, adapter_rank=0)
     modes = plan_modes(ask)
     assert modes["gain"].bucket == 1 and modes["composed"].bucket == 16
     assert modes["weights"].engines == 12
@@ -242,7 +242,7 @@ def test_ranks_round_up() -> None:
 )
 def test_impossible_asks_are_refused(changed: dict[str, Any], told: str, qwen: ModelShape) -> None:
     with pytest.raises(ConfigError, match=told):
-        replace(Ask(qwen, H100, tenants=1), **changed)
+        replace(Workload(qwen, H100, tenants=1), **changed)
 
 
 def config(tmp_path: Path, **changed: Any) -> Path:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Ask as Request
+from engines import Workload as Request
 from engines import engine
 
-from safegene_vllm.planner import LORA_RANKS, Ask, find_gpu, plan_mode, read_shape
+from safegene_vllm.planner import LORA_RANKS, Workload, find_gpu, plan_mode, read_shape
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_a_real_engine(
     write_tenant(model, tmp_path / "acme", family, row, rank=6, suffixes=suffixes)
     shape = read_shape(model)
     planned = plan_mode(
-        Ask(
+        Workload(
             shape,
             find_gpu("l4"),
             tenants=3,

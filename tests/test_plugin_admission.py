@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
 from safegene_vllm.plugin import adapter_prefetch, rpc, validation
 from safegene_vllm.plugin import worker_runtime as guests
@@ -40,7 +40,7 @@ class Worker:
         self.gate.set()
         self.adapters: list[weakref.ref[Adapter]] = []
         self.loaded: dict[int, Any] = {}
-        self.guest = object.__new__(guests.Guest)
+        self.guest = object.__new__(guests.WorkerRuntime)
         vars(self.guest).update(
             settings=SimpleNamespace(
                 adapter_roots=(root,), missing_profile="serve_unprotected", apply="gain"
@@ -58,8 +58,9 @@ class Worker:
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
             sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
         )
-        self.guest.arrivals = adapter_prefetch.Arrivals(
-            lambda request: validation.admit(request, self.guest), self.guest.staging.drop
+        self.guest.arrivals = adapter_prefetch.AdapterPrefetcher(
+            lambda request: validation.validate_adapter(request, self.guest),
+            self.guest.staging.drop,
         )
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.guest))
         load_adapter = validation.load_adapter
@@ -76,11 +77,13 @@ class Worker:
         monkeypatch.setattr(adapter_prefetch, "load_adapter", counted)
         monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
         monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
-        monkeypatch.setattr(guests.Guest, "_host_model", lambda _self, _id, adapter: adapter.pairs)
+        monkeypatch.setattr(
+            guests.WorkerRuntime, "_host_model", lambda _self, _id, adapter: adapter.pairs
+        )
 
     def add_lora(self, request: Any) -> None:
         if self.refusing:
-            raise TenantRefusedError("no room")
+            raise AdapterRejectedError("no room")
         self.loaded[request.lora_int_id] = self.guest.load(request)
 
     def adapter(self, name: str, rank: int = 4, size: float = 1.0) -> str:

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from recipe_world import pico_chat_model
 
-from safegene_vllm.errors import BoundsError, ConfigError, TenantRefusedError
-from safegene_vllm.evaluation.backends import TransformersAnswerer
-from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.errors import AdapterRejectedError, BoundsError, ConfigError
+from safegene_vllm.evaluation.backends import TransformersBackend
+from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.family import Family, load_family
 from safegene_vllm.formats.profile import make_profile, save_profile
-from safegene_vllm.offline.generation_backend import VllmAnswerer, slot_rank
+from safegene_vllm.offline.generation_backend import VllmBackend, slot_rank
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 PROMPTS = ["What is it?", "Tell me more", "x", "a longer question, about nothing at all"]
 TOKENS = 10
 ENGINE = {"dtype": "float32", "context_tokens": 128, "kv_cache_memory_bytes": 64 << 20}
-PARENT = Subject("model", "parent")
+PARENT = Target("model", "parent")
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +57,16 @@ def test_every_subject_answers_like_the_merged_model(root: Path, family: Family)
         for name in ("acme", "globex", "bare", "full")
         for subject in before_and_after(name, root / name, family.header)
     ]
-    doses = [
-        Subject("acme", f"dose {n}", root / "acme", (0.3 * n, 2.0 - 0.3 * n)) for n in range(5)
-    ]
+    doses = [Target("acme", f"dose {n}", root / "acme", (0.3 * n, 2.0 - 0.3 * n)) for n in range(5)]
     others = [
-        Subject("base", "dose", None, (1.5, 0.2)),
-        Subject("base", "zero", None, (0.0, 0.0)),
-        Subject("full", "dose", root / "full", (0.1, 1.9)),
-        Subject("plain", "as it is", root / "plain"),
+        Target("base", "dose", None, (1.5, 0.2)),
+        Target("base", "zero", None, (0.0, 0.0)),
+        Target("full", "dose", root / "full", (0.1, 1.9)),
+        Target("plain", "as it is", root / "plain"),
     ]
     subjects = [PARENT, *tenants, *doses, *others]
-    ours = VllmAnswerer(root / "model", subjects, root / "family", **ENGINE)
-    theirs = TransformersAnswerer(root / "model", family, dtype="float32")
+    ours = VllmBackend(root / "model", subjects, root / "family", **ENGINE)
+    theirs = TransformersBackend(root / "model", family, dtype="float32")
     found = {s.key: ours.answers(PROMPTS, s, TOKENS) for s in subjects}
     again = {s.key: ours.answers(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *doses, PARENT)}
     ours.close()
@@ -82,30 +80,30 @@ def test_every_subject_answers_like_the_merged_model(root: Path, family: Family)
 
 @pytest.mark.engine
 def test_without_a_family_adapters_are_served_as_they_are(root: Path, family: Family) -> None:
-    subjects = [PARENT, Subject("plain", "as it is", root / "plain")]
-    ours = VllmAnswerer(root / "model", subjects, **ENGINE)
-    theirs = TransformersAnswerer(root / "model", dtype="float32")
+    subjects = [PARENT, Target("plain", "as it is", root / "plain")]
+    ours = VllmBackend(root / "model", subjects, **ENGINE)
+    theirs = TransformersBackend(root / "model", dtype="float32")
     for subject in subjects:
         found = ours.answers(PROMPTS, subject, TOKENS)
         assert found == theirs.answers(PROMPTS, subject, TOKENS)
     with pytest.raises(ConfigError, match="other/x was not named"):
-        ours.answers(PROMPTS, Subject("other", "x"), TOKENS)
+        ours.answers(PROMPTS, Target("other", "x"), TOKENS)
     ours.close()
 
 
 def test_what_cannot_be_is_said_before_an_engine_starts(root: Path) -> None:
     with pytest.raises(BoundsError, match=r"acme/dose: layer 0 has coefficient 9\.0"):
-        VllmAnswerer(
-            root / "model", [Subject("acme", "dose", root / "acme", (9.0, 0.0))], root / "family"
+        VllmBackend(
+            root / "model", [Target("acme", "dose", root / "acme", (9.0, 0.0))], root / "family"
         )
     with pytest.raises(ConfigError, match="no family"):
-        VllmAnswerer(root / "model", [Subject("acme", "after", root / "acme")])
-    with pytest.raises(TenantRefusedError, match="is a family"):
-        VllmAnswerer(
-            root / "model", [Subject("f", "x", root / "family", (0.0, 0.0))], root / "family"
+        VllmBackend(root / "model", [Target("acme", "after", root / "acme")])
+    with pytest.raises(AdapterRejectedError, match="is a family"):
+        VllmBackend(
+            root / "model", [Target("f", "x", root / "family", (0.0, 0.0))], root / "family"
         )
 
 
 def test_slots_hold_the_largest_rank(root: Path) -> None:
-    acme, globex = Subject("a", "x", root / "acme"), Subject("g", "x", root / "globex")
+    acme, globex = Target("a", "x", root / "acme"), Target("g", "x", root / "globex")
     assert [slot_rank(s) for s in ([PARENT], [acme], [acme, globex])] == [8, 8, 16]

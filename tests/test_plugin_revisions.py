@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from engines import Ask, engine
 
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 from safegene_vllm.plugin import validation
 from safegene_vllm.plugin.staging import FILES, Staging
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
@@ -105,5 +105,5 @@ def test_a_link_never_lets_in_what_was_refused(store: Path, tmp_path: Path) -> N
     os.link(store / "adapter" / FILES[1], outside / FILES[1])
     staging = Staging(tmp_path / "staging")
     staging.copy(store / "r1", "r1", (store,))
-    with pytest.raises(TenantRefusedError, match=r"outside safegene\.adapter_roots"):
+    with pytest.raises(AdapterRejectedError, match=r"outside safegene\.adapter_roots"):
         staging.copy(outside, "outside", (store,))

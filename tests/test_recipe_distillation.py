@@ -341,7 +341,7 @@ def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> Non
 def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("greedy_answers", "listen"):
+    for name in ("generate_greedy", "listen"):
         monkeypatch.setattr(distillation, name, lambda *a, **k: pytest.fail("a model was asked"))
     with pytest.raises(ConfigError, match=r"no module is called 'proj'"):
         run(root, replace(SHORT, modules=("q_proj", "proj")))

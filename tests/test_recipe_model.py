@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from safegene_vllm.chat import chat_text
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.recipe.encoding import Example, collate, encode
-from safegene_vllm.recipe.generation import greedy_answers
+from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -149,7 +149,7 @@ def test_answers_come_in_order_and_batches_do_not_matter(each: Loaded, batch: in
     def progress(done: int, total: int, words: str) -> None:
         told.append((done, total))
 
-    found = greedy_answers(each, PROMPTS, 6, batch=batch, progress=progress)
+    found = generate_greedy(each, PROMPTS, 6, batch=batch, progress=progress)
     assert [answer.prompt for answer in found] == PROMPTS and told[-1] == (4, 4)
     for answer in found:
         text = chat_text(each.tokenizer, answer.prompt)
@@ -170,16 +170,16 @@ def test_an_answer_knows_whether_it_was_ended(llama: Path) -> None:
     # Everything is answered by the end at once: its logit is the largest, whatever the state.
     head.bias = torch.nn.Parameter(torch.zeros(320))
     head.bias.data[loaded.tokenizer.eos_token_id] = 1e4
-    (answer,) = greedy_answers(loaded, ["hello"], 6)
+    (answer,) = generate_greedy(loaded, ["hello"], 6)
     assert (answer.text, answer.finished) == ("", True)
     head.bias.data[loaded.tokenizer.eos_token_id] = -1e4
-    (answer,) = greedy_answers(loaded, ["hello"], 6)
+    (answer,) = generate_greedy(loaded, ["hello"], 6)
     assert not answer.finished
-    assert greedy_answers(loaded, [], 6) == []
+    assert generate_greedy(loaded, [], 6) == []
 
 
 def test_a_tokenizer_without_a_template_is_refused(llama: Path) -> None:
     loaded = load_model(llama)
     loaded.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="chat template"):
-        greedy_answers(loaded, PROMPTS, 4)
+        generate_greedy(loaded, PROMPTS, 4)

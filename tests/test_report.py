@@ -28,7 +28,7 @@ from report_fixtures import (
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.evaluation.results import (
     Evaluation,
-    SampleAnswer,
+    SampleResponse,
 )
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report.report import report_page, write_report
@@ -145,7 +145,7 @@ def test_samples_show_text_verdicts_and_what_is_withheld() -> None:
 
 def test_an_empty_answer_is_not_a_withheld_one() -> None:
     found = evaluation("acme")
-    empty = {"acme/after": SampleAnswer("", {WORDS: False, "coherence": False})}
+    empty = {"acme/after": SampleResponse("", {WORDS: False, "coherence": False})}
     words = page(replace(found, samples=(replace(found.samples[1], answers=empty),)))
     told = words.sections["samples"]
     assert "(an empty answer)" in told and "✗ not coherent" in told and "Withheld" not in told

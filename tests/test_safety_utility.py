@@ -29,10 +29,10 @@ import run
 import trained
 from outcome import COLUMNS
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.evaluation.backends import Answerer, TransformersAnswerer
+from safegene_vllm.evaluation.backends import GenerationBackend, TransformersBackend
 from safegene_vllm.evaluation.results import load_evaluation
 from safegene_vllm.evaluation.statistics import Rate, rate
-from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.formats.adapter import Adapter, load_adapter
 from safegene_vllm.recipe.model import load_model
 from safegene_vllm.tiny_model import make_model, random_pairs, write_family, write_tenant
@@ -258,11 +258,11 @@ def test_the_whole_comparison_on_a_pico_parent(
     places = making.Places(advbench, self_instruct, xstest, tmp_path, tmp_path / "work")
     given = parts(load_adapter(tenant))
     methods = run.with_first(["safegene", "safelora", "resta", "safegene-1"])
-    planned: list[list[Subject]] = []
+    planned: list[list[Target]] = []
 
-    def answerer_for(subjects: Sequence[Subject]) -> Answerer:
+    def answerer_for(subjects: Sequence[Target]) -> GenerationBackend:
         planned.append(list(subjects))
-        return TransformersAnswerer(model_dir, family, dtype="float32", device="cpu", batch=64)
+        return TransformersBackend(model_dir, family, dtype="float32", device="cpu", batch=64)
 
     def compared(bench: asking.Bench) -> tuple[dict[str, Any], dict[str, Any]]:
         made = making.make_repairs(places, "sentiment", methods, given, short=short)
@@ -301,7 +301,7 @@ def test_the_whole_comparison_on_a_pico_parent(
         assert (places.work / name).stat().st_size > 1000
     json.dumps(run.line(short, numbers), allow_nan=False)
 
-    class Silent(TransformersAnswerer):
+    class Silent(TransformersBackend):
         def answers(self, *given: Any) -> list[str]:
             raise AssertionError("everything was answered before")
 

@@ -17,12 +17,12 @@ import fleet
 import registry
 import traffic
 from engine import Held
-from safegene_vllm.planner import Ask, find_gpu, plan_mode, read_shape
+from safegene_vllm.planner import Workload, find_gpu, plan_mode, read_shape
 
 __all__ = ["url"]
 
 QWEN = read_shape(ROOT / "benchmarks" / "scaling" / "qwen2.5-7b")
-ASK = Ask(QWEN, find_gpu("h100-sxm"), tenants=200, slots=16, concurrency=64)
+ASK = Workload(QWEN, find_gpu("h100-sxm"), tenants=200, slots=16, concurrency=64)
 ENGINE = traffic.engine_of(ASK, host_adapters=200, slot_load_s=0.005, disk_load_s=0.08)
 LOAD = traffic.Traffic(200, 1.0, 8.0, 40.0, 512, 128)
 

@@ -11,8 +11,8 @@ from safegene_vllm.formats.adapter import Pair
 from safegene_vllm.plugin.ops.cpu_lora import (
     DENSE_ROWS,
     RESERVED,
-    SlotStore,
-    StepPlan,
+    CpuBatchMetadata,
+    StackedLoRAWeights,
     lora_linear,
 )
 from safegene_vllm.plugin.ops.gain_table import GainTable, add_safety
@@ -43,10 +43,10 @@ def layer(rank: int, dtype: torch.dtype) -> SimpleNamespace:
     )
 
 
-def filled(rank: int, dtype: torch.dtype) -> tuple[SimpleNamespace, SlotStore]:
+def filled(rank: int, dtype: torch.dtype) -> tuple[SimpleNamespace, StackedLoRAWeights]:
     """A layer whose slots the host has written through its own names."""
     host_layer = layer(rank, dtype)
-    store = SlotStore(host_layer)
+    store = StackedLoRAWeights(host_layer)
     generator = torch.Generator().manual_seed(rank)
     for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
         for slot in range(SLOTS):
@@ -56,8 +56,8 @@ def filled(rank: int, dtype: torch.dtype) -> tuple[SimpleNamespace, SlotStore]:
 
 
 def product(
-    store: SlotStore,
-    plan: StepPlan,
+    store: StackedLoRAWeights,
+    plan: CpuBatchMetadata,
     y: torch.Tensor,
     x: torch.Tensor,
     gain: torch.Tensor | None = None,
@@ -92,7 +92,7 @@ def plain_loop(host_layer: SimpleNamespace, y: torch.Tensor, x: torch.Tensor, sl
 def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> None:
     slots = MIXES[mix]
     host_layer, store = filled(rank, dtype)
-    plan = StepPlan(SLOTS, rank, 128, dtype=dtype)
+    plan = CpuBatchMetadata(SLOTS, rank, 128, dtype=dtype)
     plan.set_tokens(torch.tensor([3] * 90))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
     x = torch.randn(len(slots), D_IN, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -113,7 +113,7 @@ def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
     """What is computed beyond the step's tokens is left alone; what is missing hurts no other."""
     _, store = filled(8, torch.float32)
     slots = MIXES[mix]
-    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float32)
+    plan = CpuBatchMetadata(SLOTS, 8, 128, dtype=torch.float32)
     plan.set_tokens(torch.tensor(slots))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(len(slots) + 40, D_IN, generator=generator)
@@ -130,7 +130,7 @@ def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
 def test_overflow_in_one_slot_stays_with_its_own_tokens() -> None:
     host_layer, store = filled(8, torch.float16)
     host_layer.lora_a_stacked[0][0, 0].fill_(60000.0)
-    plan = StepPlan(SLOTS, 8, 16, dtype=torch.float16)
+    plan = CpuBatchMetadata(SLOTS, 8, 16, dtype=torch.float16)
     plan.set_tokens(torch.tensor([0, 1, -1]))
     y = torch.zeros(3, sum(WIDTHS), dtype=torch.float16)
     x = torch.ones(3, D_IN, dtype=torch.float16)
@@ -200,9 +200,9 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     table = GainTable(SLOTS, 1, 128, "cpu")
     for slot, value in gains.items():
         table.write(slot, [value])
-    plan = StepPlan(SLOTS, 8, 128, dtype=dtype, vector=rank, table=table)
-    without = StepPlan(SLOTS, 8, 128, dtype=dtype)
-    store = SlotStore(other_layer, plan.reserved)
+    plan = CpuBatchMetadata(SLOTS, 8, 128, dtype=dtype, vector=rank, table=table)
+    without = CpuBatchMetadata(SLOTS, 8, 128, dtype=dtype)
+    store = StackedLoRAWeights(other_layer, plan.reserved)
     generator = torch.Generator().manual_seed(4)
     parts = [
         Pair(
@@ -247,7 +247,7 @@ def test_slots_too_large_for_one_product(mix: str) -> None:
     table = GainTable(SLOTS, 1, 128, "cpu")
     for slot in range(-1, SLOTS):
         table.write(slot, [0.3 * (slot + 1)])
-    plan = StepPlan(SLOTS, rank, 128, dtype=torch.float32, vector=4, table=table)
+    plan = CpuBatchMetadata(SLOTS, rank, 128, dtype=torch.float32, vector=4, table=table)
     host_layer, store = filled(rank, torch.float32)
     assert not plan.most_shared and store.b[0].shape[0] > DENSE_ROWS
     generator = torch.Generator().manual_seed(7)
@@ -274,12 +274,12 @@ def test_a_token_without_a_gain_does_not_touch_the_vector(tokens: int) -> None:
     host_layer = layer(8, torch.float32)
     table = GainTable(SLOTS, 1, 128, "cpu")
     table.write(1, [1.0])
-    store = SlotStore(host_layer)
+    store = StackedLoRAWeights(host_layer)
     store.set_safety([Pair(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS])
     for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
         stacked.fill_(0.5)
     slots = [0] * tokens + [1] * tokens + [-1] * 5
-    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float32, vector=4, table=table)
+    plan = CpuBatchMetadata(SLOTS, 8, 128, dtype=torch.float32, vector=4, table=table)
     for listener in (plan, table):
         listener.set_tokens(torch.tensor(slots))
     y = torch.zeros(len(slots), sum(WIDTHS))
@@ -298,8 +298,8 @@ def test_a_gain_is_finer_than_the_models_dtype(dtype: torch.dtype, tokens: int) 
     assert float(torch.tensor(gain, dtype=dtype)) == 1.0
     table = GainTable(SLOTS, 1, 128, "cpu")
     table.write(2, [gain])
-    plan = StepPlan(SLOTS, 8, 128, dtype=dtype, vector=16, table=table)
-    store = SlotStore(layer(8, dtype), plan.reserved)
+    plan = CpuBatchMetadata(SLOTS, 8, 128, dtype=dtype, vector=16, table=table)
+    store = StackedLoRAWeights(layer(8, dtype), plan.reserved)
     a = torch.randn(16, D_IN, generator=torch.Generator().manual_seed(6)).to(dtype)
     b = [torch.eye(w, 16).to(dtype) for w in WIDTHS]
     store.set_safety([Pair(a, half) for half in b])
@@ -320,8 +320,8 @@ def test_a_gain_is_finer_than_the_models_dtype(dtype: torch.dtype, tokens: int) 
 def test_a_gain_beyond_the_range_of_float16(gain: float, size: float, tokens: int) -> None:
     table = GainTable(SLOTS, 1, 128, "cpu")
     table.write(2, [gain])
-    plan = StepPlan(SLOTS, 8, 128, dtype=torch.float16, vector=4, table=table)
-    store = SlotStore(layer(8, torch.float16), plan.reserved)
+    plan = CpuBatchMetadata(SLOTS, 8, 128, dtype=torch.float16, vector=4, table=table)
+    store = StackedLoRAWeights(layer(8, torch.float16), plan.reserved)
     a = torch.zeros(4, D_IN, dtype=torch.float16)
     a[0] = size
     store.set_safety([Pair(a, torch.eye(w, 4, dtype=torch.float16)) for w in WIDTHS])
@@ -337,7 +337,7 @@ def test_a_gain_beyond_the_range_of_float16(gain: float, size: float, tokens: in
 
 def test_a_row_written_during_a_step_counts_at_once() -> None:
     table = GainTable(SLOTS, LAYERS, 64, "cpu")
-    plan = StepPlan(SLOTS, 8, 64, dtype=torch.bfloat16, vector=4, table=table)
+    plan = CpuBatchMetadata(SLOTS, 8, 64, dtype=torch.bfloat16, vector=4, table=table)
     for listener in (plan, table):
         listener.set_tokens(torch.tensor([1, -1, 2]))
     table.write(2, [0.25, 0.5, 1.003])

@@ -29,19 +29,19 @@ from servers import free_port
 
 from safegene_vllm import cli, tiny_model
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     BoundsError,
     ConfigError,
     FamilyMismatchError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.launcher import Launch, ServeOptions, build_command, launch
 from safegene_vllm.launcher.command import installed_plugins
 from safegene_vllm.launcher.process import error_line, ready_lines
-from safegene_vllm.launcher.vllm_args import Flags
+from safegene_vllm.launcher.vllm_args import VllmArgs
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +81,7 @@ def built(
 
 
 def flag(launch: Launch, name: str) -> list[str]:
-    return Flags(launch.argv).values(name)
+    return VllmArgs(launch.argv).values(name)
 
 
 def config(launch: Launch) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
         "--lora-target-modules",
         *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
         *("--lora-modules", f"t4={world.t4}", f"p={world.p}"),
-        *("--worker-extension-cls", "safegene_vllm.plugin.worker_extension.Required"),
+        *("--worker-extension-cls", "safegene_vllm.plugin.worker_extension.RequirePlugin"),
         *("--additional-config", json.dumps(settings), "--port", "9000"),
     )
     assert launch.env == {
@@ -247,7 +247,7 @@ def test_given_lora_flags_win(world: SimpleNamespace) -> None:
     given = ("--enable-lora", "--max_loras", "3", "--max-lora-rank=32", "--max-cpu-loras", "3")
     launch = built(world, *given, tenants=("t4",))
     for name in ("enable-lora", "max-loras", "max-lora-rank", "max-cpu-loras"):
-        count = sum(Flags((token,)).given(name) for token in launch.argv)
+        count = sum(VllmArgs((token,)).given(name) for token in launch.argv)
         assert count == 1, name
     assert launch.argv[-6:] == given
 
@@ -267,7 +267,7 @@ def test_the_users_lora_modules_are_kept_and_checked(world: SimpleNamespace) -> 
     launch = built(world, "--lora-modules", f"a={world.t12}", theirs, tenants=("t4",))
     assert flag(launch, "lora-modules") == [f"a={world.t12}", theirs, f"t4={world.t4}"]
     assert flag(launch, "max-lora-rank") == ["16"]
-    with pytest.raises(TenantRefusedError, match=r"'a' at .* has no safegene\.json"):
+    with pytest.raises(AdapterRejectedError, match=r"'a' at .* has no safegene\.json"):
         built(world, "--lora-modules", f"a={world.bare}")
 
 
@@ -429,11 +429,11 @@ def gone(world: SimpleNamespace, place: Path) -> None:
     [
         (negative, BoundsError, "coefficient -0.5, expected 0.0 to 3.0"),
         (other_family, FamilyMismatchError, "calibrate the tenant against this family"),
-        (no_profile, TenantRefusedError, "unprotected"),
-        (pickle_only, PickleRefusedError, "adapter_model.bin"),
-        (on_lm_head, TenantRefusedError, "lm_head is in no layer"),
-        (other_shape, TenantRefusedError, "the family's base has (128, 128)"),
-        (gone, TenantRefusedError, "not a directory"),
+        (no_profile, AdapterRejectedError, "unprotected"),
+        (pickle_only, PickleRejectedError, "adapter_model.bin"),
+        (on_lm_head, AdapterRejectedError, "lm_head is in no layer"),
+        (other_shape, AdapterRejectedError, "the family's base has (128, 128)"),
+        (gone, AdapterRejectedError, "not a directory"),
     ],
 )
 def test_spoilt_tenants_are_refused_before_vllm_starts(
@@ -458,7 +458,7 @@ def test_adapter_roots_hold_for_tenants(world: SimpleNamespace, tmp_path: Path) 
         options = ServeOptions(
             model=str(world.m), family=world.f, tenants={name: path}, adapter_roots=(tmp_path,)
         )
-        with pytest.raises(TenantRefusedError, match=words):
+        with pytest.raises(AdapterRejectedError, match=words):
             build_command(options, {}, plugins=())
 
 
@@ -480,7 +480,7 @@ def test_weights_that_already_carry_a_vector_are_refused(
 ) -> None:
     shutil.copytree(world.full, tmp_path / "m")
     (tmp_path / "m" / "safegene-export.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(TenantRefusedError, match="added twice"):
+    with pytest.raises(AdapterRejectedError, match="added twice"):
         built(world, model=str(tmp_path / "m"), apply="weights")
 
 
@@ -511,16 +511,16 @@ def test_reading_and_removing_one_flag_leaves_the_others(
 ) -> None:
     others = tuple(token for group in before + after for token in group)
     first = tuple(token for group in before for token in group)
-    flags = Flags((*first, "--lora_modules", *values, *others[len(first) :]))
+    flags = VllmArgs((*first, "--lora_modules", *values, *others[len(first) :]))
     assert flags.values("lora-modules") == values
     assert flags.without("lora-modules").tokens == others
     assert not flags.without("lora-modules").given("lora-modules")
 
 
 def test_the_last_one_given_counts() -> None:
-    flags = Flags(("--port", "1", "--port=2"))
+    flags = VllmArgs(("--port", "1", "--port=2"))
     assert (flags.value("port"), flags.without("port").tokens) == ("2", ())
-    assert Flags(("--enable-lora",)).value("enable-lora") is None
+    assert VllmArgs(("--enable-lora",)).value("enable-lora") is None
 
 
 # -- the process ---------------------------------------------------------------------------------
@@ -736,11 +736,11 @@ def test_another_process_on_the_port_is_not_our_server(monkeypatch: pytest.Monke
     ("log", "expected"),
     [
         (
-            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953]     raise HostError(\n"
-            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953] safegene_vllm.errors.HostError: "
+            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953]     raise VllmCompatibilityError(\n"
+            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953] safegene_vllm.errors.VllmCompatibilityError: "
             "SafeGene cannot protect it.\n"
             "(APIServer pid=2) RuntimeError: Engine core initialization failed. See above.\n",
-            "HostError: SafeGene cannot protect it.",
+            "VllmCompatibilityError: SafeGene cannot protect it.",
         ),
         (
             "ERROR safegene_vllm.errors.BoundsError: 2 faults:\n"

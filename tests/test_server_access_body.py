@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
 from safegene_server.access.body import encode, headers_for, parse, read_body, replay
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 from safegene_server.error_responses import error_response
 
 JSON = [(b"content-type", b"application/json")]
@@ -42,8 +42,8 @@ def part(chunk: bytes, more: bool = False) -> Message:
     return {"type": "http.request", "body": chunk, "more_body": more}
 
 
-def refused(body: bytes, words: str, status: int = 400) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refused(body: bytes, words: str, status: int = 400) -> RequestRejectedError:
+    with pytest.raises(RequestRejectedError) as caught:
         encode(parse(body, DEPTH))
     assert caught.value.status == status
     assert words in str(caught.value)
@@ -55,7 +55,7 @@ def test_what_is_handed_on_means_what_was_sent(document: dict[str, Any]) -> None
     sent = json.dumps(document).encode()
     try:
         payload = encode(parse(sent, 64))
-    except Refusal as refusal:
+    except RequestRejectedError as refusal:
         assert refusal.status == 400
         assert float("inf") in _numbers(document) or float("-inf") in _numbers(document)
     else:
@@ -82,7 +82,7 @@ def test_any_bytes_are_one_object_or_refused(body: bytes) -> None:
     try:
         document = parse(body, DEPTH)
         payload = encode(document)
-    except Refusal as refusal:
+    except RequestRejectedError as refusal:
         assert refusal.status == 400
     else:
         assert json.loads(payload) == document == json.loads(body)
@@ -156,14 +156,14 @@ def test_a_client_that_leaves_before_its_body_is_whole() -> None:
 
 @pytest.mark.parametrize("announced", [b"101", b"9" * 300])
 def test_a_large_body_is_refused_before_it_is_read(announced: bytes) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         asyncio.run(read_body([*JSON, (b"content-length", announced)], told(), 100))
     assert caught.value.status == 413
 
 
 def test_a_large_body_that_announces_nothing_is_refused_while_it_is_read() -> None:
     receive = told(part(b"x" * 60, True), part(b"x" * 41, True))
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         asyncio.run(read_body(JSON, receive, 100))
     assert caught.value.status == 413
     whole = told(part(b"x" * 60, True), part(b"x" * 40))
@@ -185,7 +185,7 @@ def test_a_large_body_that_announces_nothing_is_refused_while_it_is_read() -> No
     ],
 )
 def test_headers_that_promise_no_plain_json(headers: Any, status: int) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         asyncio.run(read_body(headers, told(part(b"{}")), 100))
     assert caught.value.status == status
 

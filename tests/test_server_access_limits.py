@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safegene_server.access.catalog import Limits
-from safegene_server.access.limits import SLACK_S, WINDOW_S, Counters, Minute
+from safegene_server.access.limits import SLACK_S, WINDOW_S, Counters, SlidingWindow
 from safegene_server.access.models import Target
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 
 
 class Clock:
@@ -25,7 +25,7 @@ def target(name: str = "acme", revision: int = 1, **limits: int) -> Target:
 
 
 def retry_after(counters: Counters, wanted: Target, estimate: int = 1) -> int:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         counters.admit(wanted, estimate)
     assert caught.value.status == 429
     assert wanted.account in str(caught.value)
@@ -60,14 +60,14 @@ def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
     counters = Counters(clock)
     wanted = target(concurrent=8, requests_per_minute=12)
     slot = counters.admit(wanted, 1, 6)
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         counters.admit(wanted, 1, 3)
     assert (caught.value.status, caught.value.reason) == (429, "concurrent")
     small = counters.admit(wanted, 1, 2)
     slot.close(0)
     small.close(0)
     assert counters.accounts["acme"].running == 0
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         counters.admit(wanted, 1, 5)
     assert (caught.value.status, caught.value.reason) == (429, "requests_per_minute")
     assert (caught.value.headers or {})["Retry-After"] == "60"
@@ -77,7 +77,9 @@ def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
 
 @pytest.mark.parametrize("limit", ["concurrent", "requests_per_minute"])
 def test_what_no_waiting_would_let_in_is_told_at_once(limit: str) -> None:
-    with pytest.raises(Refusal, match=r"asks for 9 answers.* has a limit of 8") as caught:
+    with pytest.raises(
+        RequestRejectedError, match=r"asks for 9 answers.* has a limit of 8"
+    ) as caught:
         Counters(Clock()).admit(target(**{limit: 8}), 1, 9)
     assert (caught.value.status, caught.value.headers) == (400, None)
     assert caught.value.reason == limit
@@ -118,7 +120,7 @@ def test_no_minute_holds_more_and_retry_after_is_kept(pauses: list[float], most:
         clock.now_s += pause
         try:
             counters.admit(target(requests_per_minute=most), 1).close(0)
-        except Refusal as refusal:
+        except RequestRejectedError as refusal:
             assert len([at for at in admitted if at > clock.now_s - WINDOW_S + SLACK_S]) == most
             clock.now_s += int((refusal.headers or {})["Retry-After"])
             counters.admit(target(requests_per_minute=most), 1).close(0)
@@ -187,7 +189,7 @@ def test_what_was_refused_is_not_counted() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=40))
 def test_a_minute_is_the_sum_of_what_is_younger(entries: list[tuple[float, int]]) -> None:
-    minute, now, added = Minute(), 0.0, []
+    minute, now, added = SlidingWindow(), 0.0, []
     for pause, amount in entries:
         now += pause
         minute.add(now, amount)

@@ -8,7 +8,7 @@ import pytest
 
 from safegene_server.access.catalog import Limits, Principal, Tenant, make_view
 from safegene_server.access.models import Target, describe, find, listing, resolve
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 
 LIMITS = Limits(concurrent=3)
 VIEW = make_view(
@@ -52,7 +52,7 @@ UNPUBLISHED = ("draft", "draft@1", "*", "@")
 
 @pytest.mark.parametrize("asked", [*FOREIGN, *UNKNOWN, *UNPUBLISHED])
 def test_everything_else_is_refused_in_the_same_words(asked: str) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         resolve(VIEW, ACME, asked)
     assert (caught.value.status, caught.value.param) == (404, "model")
     words = f"The model `{asked}` does not exist or you do not have access to it."
@@ -61,13 +61,13 @@ def test_everything_else_is_refused_in_the_same_words(asked: str) -> None:
 
 @pytest.mark.parametrize("asked", [7, True, ["acme"], {"name": "acme"}, 0, False])
 def test_a_model_that_is_no_name(asked: object) -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         resolve(VIEW, ACME, asked)
     assert (caught.value.status, caught.value.param) == (400, "model")
 
 
 def test_without_a_name_and_without_a_default() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         resolve(VIEW, EVERYONE, None)
     assert caught.value.status == 400
     assert "no default tenant" in str(caught.value)
@@ -83,7 +83,7 @@ def test_the_base_model_needs_its_own_grant() -> None:
 
 
 def test_a_long_name_is_not_repeated_in_full() -> None:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         resolve(VIEW, ACME, "x" * 100_000)
     assert len(str(caught.value)) < 400
 
@@ -107,6 +107,6 @@ def test_a_card() -> None:
     assert describe(VIEW, ACME, "acme@6")["root"] == "acme@6"
     assert describe(VIEW, BASE, "org")["created"] == 0
     assert "other" not in json.dumps(listing(VIEW, ACME))
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         describe(VIEW, ACME, "other")
     assert caught.value.status == 404

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from safegene_server.metrics.token_metering import READ_BYTES, Meter, count_answers, estimate_prompt
+from safegene_server.metrics.token_metering import (
+    READ_BYTES,
+    UsageMeter,
+    count_answers,
+    estimate_prompt,
+)
 
 ESTIMATE = 50
 
@@ -52,7 +57,7 @@ def metered(*chunks: bytes, kind: bytes = b"application/json", status: int = 200
         sent.append(message)
 
     async def run() -> int:
-        meter = Meter(send, ESTIMATE)
+        meter = UsageMeter(send, ESTIMATE)
         start: Message = {
             "type": "http.response.start",
             "status": status,
@@ -86,7 +91,7 @@ def test_nothing_was_answered_yet() -> None:
     async def send(message: Message) -> None:
         raise AssertionError
 
-    assert Meter(send, ESTIMATE).tokens == ESTIMATE
+    assert UsageMeter(send, ESTIMATE).tokens == ESTIMATE
 
 
 def test_an_error_costs_nothing() -> None:
@@ -180,16 +185,16 @@ class Told:
         self.events.append(event)
 
 
-def streamed(*chunks: bytes, hide: bool, kind: bytes = SSE) -> tuple[bytes, Meter, Told]:
+def streamed(*chunks: bytes, hide: bool, kind: bytes = SSE) -> tuple[bytes, UsageMeter, Told]:
     """(what the client got, the meter, what its watch was told)."""
     sent: list[bytes] = []
 
     async def send(message: Message) -> None:
         sent.append(message.get("body", b""))
 
-    async def run() -> tuple[bytes, Meter, Told]:
+    async def run() -> tuple[bytes, UsageMeter, Told]:
         told = Told()
-        meter = Meter(send, ESTIMATE, told, hide_usage=hide)
+        meter = UsageMeter(send, ESTIMATE, told, hide_usage=hide)
         headers = [(b"content-type", kind)]
         await meter.send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in chunks:
@@ -249,7 +254,7 @@ def test_a_client_that_is_gone_when_something_is_sent() -> None:
     async def send(message: Message) -> None:
         raise OSError
 
-    meter = Meter(send, ESTIMATE)
+    meter = UsageMeter(send, ESTIMATE)
     with pytest.raises(OSError):
         asyncio.run(meter.send({"type": "http.response.start", "status": 200, "headers": []}))
     assert meter.left

@@ -16,7 +16,7 @@ from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import WORDS
 from safegene_server.artifacts import SourceRules
 from safegene_server.error_responses import EngineDownError
-from safegene_vllm.errors import ReceiptError, StoreError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError, StoreError
 from safegene_vllm.formats.profile import profile_json
 
 __all__ = ["world"]
@@ -254,7 +254,7 @@ def test_what_the_engine_says_reaches_the_caller(world: World) -> None:
     world.serve(NAME)
     path = "/tenants/acme/support/profile"
     for error, status in (
-        (TenantRefusedError("no free slot"), 400),
+        (AdapterRejectedError("no free slot"), 400),
         (ReceiptError("rank 1 differs"), 500),
         (EngineDownError("dead"), 503),
     ):

@@ -12,6 +12,7 @@ from formats_fixtures import SITES, edit_json, saved_family, tiny_pair
 
 from safegene_server.artifacts.check import check_tenant_files
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     BoundsError,
     DigestError,
     FamilyMismatchError,
@@ -19,7 +20,6 @@ from safegene_vllm.errors import (
     NonFiniteError,
     SafegeneError,
     ShapeError,
-    TenantRefusedError,
     TruncatedFileError,
 )
 from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
@@ -93,7 +93,7 @@ def test_half_an_upload_is_found(tmp_path: Path) -> None:
 
 def test_a_family_is_no_tenant(tmp_path: Path) -> None:
     saved_family(tmp_path / "family")
-    refused(tmp_path / "family", TenantRefusedError, "s3://bucket/acme is a family")
+    refused(tmp_path / "family", AdapterRejectedError, "s3://bucket/acme is a family")
 
 
 def test_profiles_that_do_not_fit_are_found(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from safegene_server.artifacts import source as source_room
 from safegene_server.artifacts.fetch import Copied, Limits, Watch, fetch
 from safegene_server.artifacts.source import LocalSource, RemoteSource, SourceRules
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     MissingFileError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
     SourceError,
     StoreError,
-    TenantRefusedError,
 )
 
 
@@ -66,13 +66,13 @@ def test_the_known_files_and_no_others_are_copied_and_hashed(
         ([], MissingFileError, "has none of adapter_config.json, safegene.json"),
         (["adapter_config.json"], MissingFileError, "no adapter_model.safetensors.*upload"),
         (["adapter_model.safetensors"], MissingFileError, "no adapter_config.json"),
-        (["adapter_config.json", "adapter_model.bin"], PickleRefusedError, "safe_serialization"),
-        (["safegene.json", "adapter_model.pt"], PickleRefusedError, "adapter_model.pt"),
-        (["config.json", "model.safetensors"], TenantRefusedError, "full checkpoint"),
-        (["config.json", "safegene.json"], TenantRefusedError, "full checkpoint"),
+        (["adapter_config.json", "adapter_model.bin"], PickleRejectedError, "safe_serialization"),
+        (["safegene.json", "adapter_model.pt"], PickleRejectedError, "adapter_model.pt"),
+        (["config.json", "model.safetensors"], AdapterRejectedError, "full checkpoint"),
+        (["config.json", "safegene.json"], AdapterRejectedError, "full checkpoint"),
         (
             ["adapter_config.json", "adapter_model.safetensors", "safegene-export.json"],
-            TenantRefusedError,
+            AdapterRejectedError,
             "added twice",
         ),
     ],

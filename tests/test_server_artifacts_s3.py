@@ -29,7 +29,7 @@ from safegene_server.artifacts.source import RemoteSource
 from safegene_vllm.errors import (
     DigestError,
     MissingFileError,
-    PickleRefusedError,
+    PickleRejectedError,
     SourceError,
 )
 from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
@@ -188,7 +188,7 @@ def test_what_is_not_there_or_only_a_pickle_is_said_so(bucket: Bucket, tmp_path:
             store.stage(given, family=FAMILY)
     tenant = a_tenant(tmp_path / "half")
     (tenant / FILES[1]).rename(tenant / "adapter_model.bin")
-    with pytest.raises(PickleRefusedError, match=r"s3://tenants/half holds adapter_model.bin"):
+    with pytest.raises(PickleRejectedError, match=r"s3://tenants/half holds adapter_model.bin"):
         store.stage(bucket.upload(tenant, "half"), family=FAMILY)
     shutil.rmtree(tenant)
     assert tree(store.root) == []

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from safegene_server.artifacts.source import LocalSource, RemoteSource, SourceRules, open_source
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConfigError,
     MissingFileError,
     SafegeneError,
     SourceError,
-    TenantRefusedError,
 )
 
 MEMORY = SourceRules(protocols=("memory",))
@@ -60,7 +60,7 @@ def test_a_remote_directory_is_read() -> None:
         ("relative/path", SourceError, "absolute"),
         ("file://host/path", SourceError, "absolute"),
         ("", SourceError, "absolute"),
-        ("/a/../b", TenantRefusedError, r"'\.\.'"),
+        ("/a/../b", AdapterRejectedError, r"'\.\.'"),
         ("/nowhere/at/all", MissingFileError, "not there"),
         ("/nul\0byte", SourceError, "one path"),
         ("/half\ud800", SourceError, "one path"),
@@ -72,7 +72,7 @@ def test_a_remote_directory_is_read() -> None:
         ("http://169.254.169.254/latest", SourceError, "'http' is not allowed.*https"),
         ("memory://bucket/acme", SourceError, "'memory' is not allowed"),
         ("zip://file.zip", SourceError, "'zip' is not allowed"),
-        ("s3://bucket/../other", TenantRefusedError, "plain URL"),
+        ("s3://bucket/../other", AdapterRejectedError, "plain URL"),
         ("https://host/acme?token=secret", SourceError, "query"),
         ("https://user:secret@host/acme", SourceError, "storage options"),
         ("gopher://user:secret@host/acme", SourceError, "storage options"),
@@ -132,7 +132,7 @@ def test_only_what_is_below_a_root_is_read(directory: Path, tmp_path: Path) -> N
     rules = SourceRules(roots=(tmp_path / "other", directory.parent))
     assert read(directory, rules=rules) == b"content"
     for outside in (tmp_path, tmp_path / "roots-too", directory.parent.with_name("root")):
-        with pytest.raises(TenantRefusedError, match=r"outside the allowed roots.*other"):
+        with pytest.raises(AdapterRejectedError, match=r"outside the allowed roots.*other"):
             read(outside, rules=rules)
 
 
@@ -151,16 +151,16 @@ def test_links_are_refused(directory: Path, tmp_path: Path, with_roots: bool) ->
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     (directory / "link").symlink_to(secret)
-    with pytest.raises(TenantRefusedError, match="link is a symbolic link"):
+    with pytest.raises(AdapterRejectedError, match="link is a symbolic link"):
         read(directory, "link", rules)
     (tmp_path / "door").symlink_to(directory)
-    with pytest.raises(TenantRefusedError, match="door is a symbolic link"):
+    with pytest.raises(AdapterRejectedError, match="door is a symbolic link"):
         read(tmp_path / "door", rules=rules)
 
 
 def test_a_link_between_root_and_directory_is_refused(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "up").symlink_to(directory.parent)
-    with pytest.raises(TenantRefusedError, match="up is a symbolic link"):
+    with pytest.raises(AdapterRejectedError, match="up is a symbolic link"):
         read(tmp_path / "up" / "acme", rules=SourceRules(roots=(tmp_path,)))
 
 

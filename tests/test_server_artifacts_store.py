@@ -18,13 +18,13 @@ from formats_fixtures import saved_family
 
 from safegene_server.artifacts import Limits, SourceRules, Staged, Store
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     DigestError,
     MissingFileError,
     NonFiniteError,
     SafegeneError,
     SourceError,
     StoreError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.adapter import load_adapter
 from safegene_vllm.formats.profile import load_profile, save_profile
@@ -107,7 +107,7 @@ def test_a_source_that_does_not_pass_leaves_nothing(tmp_path: Path, store: Store
 def test_roots_and_limits_are_those_of_the_store(tmp_path: Path) -> None:
     tenant = a_tenant(tmp_path / "acme")
     rooted = Store(tmp_path / "store", rules=SourceRules(roots=(tmp_path / "elsewhere",)))
-    with pytest.raises(TenantRefusedError, match="elsewhere"):
+    with pytest.raises(AdapterRejectedError, match="elsewhere"):
         rooted.stage(tenant, family=FAMILY)
     small = Store(tmp_path / "store", limits=Limits(weights_bytes=10))
     with pytest.raises(SourceError, match="allowed are 10"):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from safegene_server.calibration.scoring import Encoded, end_of_turn, mean_loss, own_answer
-from safegene_vllm.errors import ReceiptError, SafegeneError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError, SafegeneError
 
 SHOT = Encoded((5, 6), (7, 8))
 
@@ -54,12 +54,17 @@ def test_the_loss_is_over_the_answers_own_tokens() -> None:
 @pytest.mark.parametrize(
     ("body", "status", "kind", "words"),
     [
-        (b"Internal Server Error", 500, TenantRefusedError, "answers /v1/completions .* with 500"),
-        ({"error": {"message": "no such model"}}, 404, TenantRefusedError, "404: no such model"),
-        (scores(*GOOD), 200, TenantRefusedError, "3 log-probabilities for 4 tokens"),
-        (scores(*GOOD, {"9": {"logprob": 0.0}}), 200, TenantRefusedError, "cannot be read"),
-        (scores(*GOOD, None), 200, TenantRefusedError, "cannot be read"),
-        ([], 200, TenantRefusedError, "cannot be read"),
+        (
+            b"Internal Server Error",
+            500,
+            AdapterRejectedError,
+            "answers /v1/completions .* with 500",
+        ),
+        ({"error": {"message": "no such model"}}, 404, AdapterRejectedError, "404: no such model"),
+        (scores(*GOOD), 200, AdapterRejectedError, "3 log-probabilities for 4 tokens"),
+        (scores(*GOOD, {"9": {"logprob": 0.0}}), 200, AdapterRejectedError, "cannot be read"),
+        (scores(*GOOD, None), 200, AdapterRejectedError, "cannot be read"),
+        ([], 200, AdapterRejectedError, "cannot be read"),
         (
             scores(*GOOD, {"8": {"logprob": -2.0}}, model="acme@1"),
             *(200, ReceiptError, "trial:a was asked, 'acme@1' answered"),
@@ -76,13 +81,13 @@ def test_what_is_no_score_is_refused(
 def test_what_is_not_finite_is_refused() -> None:
     text = '{"model":"trial:a","choices":[{"prompt_logprobs":[null,{"6":{"logprob":0}},'
     text += '{"7":{"logprob":NaN}},{"8":{"logprob":0}}]}]}'
-    with pytest.raises(TenantRefusedError, match="log-probability nan"):
+    with pytest.raises(AdapterRejectedError, match="log-probability nan"):
         loss(Says(text.encode()))
 
 
 def test_an_answer_of_its_own_is_never_empty() -> None:
     says = Says({"model": "m", "choices": [{"token_ids": []}]})
-    with pytest.raises(TenantRefusedError, match="no token"):
+    with pytest.raises(AdapterRejectedError, match="no token"):
         asyncio.run(own_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
     assert says.asked[0]["priority"] == 9
 

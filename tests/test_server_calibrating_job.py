@@ -22,7 +22,7 @@ from tenancy_world import refused
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.registry.jobs import PRIVATE
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 
 __all__ = ["bench"]
 
@@ -183,7 +183,7 @@ def test_a_trial_that_the_engine_does_not_give_back_ends_the_job_all_the_same(
     monkeypatch.setattr("safegene_server.calibration.evaluator.END_S", 0.05)
     bench.start()
     bench.replica.hanging = "end_trial"
-    bench.replica.errors["/v1/completions"] = TenantRefusedError("no room")
+    bench.replica.errors["/v1/completions"] = AdapterRejectedError("no room")
     assert bench.work().state == "failed"
     assert "trials stay loaded until the engine answers" in caplog.text
 
@@ -237,8 +237,8 @@ def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
 @pytest.mark.parametrize(
     ("path", "error", "words"),
     [
-        ("/tokenize", TenantRefusedError("no tokenizer"), "no tokenizer"),
-        ("begin_trial", TenantRefusedError("no room"), "no room"),
+        ("/tokenize", AdapterRejectedError("no tokenizer"), "no tokenizer"),
+        ("begin_trial", AdapterRejectedError("no room"), "no room"),
     ],
 )
 def test_an_engine_that_refuses_fails_the_job(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from safegene_server.calibration.objective import Look, Vector
+from safegene_server.calibration.objective import Evaluation, Vector
 from safegene_server.calibration.search import Found, Space, search
 from safegene_vllm.errors import ConfigError
 
@@ -22,15 +22,15 @@ class Losses:
         self.asked: list[Vector] = []
         self.told: list[tuple[int, str]] = []
 
-    def look(self, at: Vector) -> Look:
-        return Look(at, self.loss(at), self.held(at))
+    def look(self, at: Vector) -> Evaluation:
+        return Evaluation(at, self.loss(at), self.held(at))
 
-    async def __call__(self, candidates: Sequence[Vector], below: float) -> list[Look]:
+    async def __call__(self, candidates: Sequence[Vector], below: float) -> list[Evaluation]:
         self.asked += candidates
         looks = []
         for at in candidates:
             loss = self.loss(at)
-            looks.append(Look(at, loss, self.held(at) if loss < below else None))
+            looks.append(Evaluation(at, loss, self.held(at) if loss < below else None))
             below = min(below, loss)
         return looks
 

@@ -309,7 +309,7 @@ def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
 
 
 def test_a_step_that_fails_is_tried_again_and_stops_no_other() -> None:
-    from safegene_server.monitoring.collectors import Observing
+    from safegene_server.monitoring.collectors import Collectors
 
     async def run() -> tuple[int, int]:
         looked, failed = 0, 0
@@ -326,7 +326,7 @@ def test_a_step_that_fails_is_tried_again_and_stops_no_other() -> None:
                 enough.set()
             raise ValueError("no")
 
-        observing = Observing(0.001, look)
+        observing = Collectors(0.001, look)
         observing.start((fail, 0.001))
         async with asyncio.timeout(10):
             await enough.wait()

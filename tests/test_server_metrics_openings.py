@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from safegene_server.metrics.refusal_detection import Openings
+from safegene_server.metrics.refusal_detection import RefusalDetector
 from safegene_vllm.evaluation.judges import OPENING_CHARS
 
 NO = "I'm sorry, but I can't help with that."
@@ -27,7 +27,7 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 def judged(*documents: dict[str, Any], ended: bool = True) -> tuple[int, int]:
-    openings = Openings()
+    openings = RefusalDetector()
     for document in documents:
         openings.read(document)
     return openings.judged(ended)
@@ -86,7 +86,7 @@ def test_an_answer_that_was_broken_off_is_judged_only_if_its_opening_was_whole()
 
 
 def test_a_choice_whose_opening_is_there_is_not_read_any_more() -> None:
-    openings = Openings()
+    openings = RefusalDetector()
     assert openings.wants(event(delta("a")))
     openings.read(delta("x" * OPENING_CHARS))
     assert not openings.wants(event(delta("b")))
@@ -100,4 +100,4 @@ def test_a_choice_whose_opening_is_there_is_not_read_any_more() -> None:
 
 @pytest.mark.parametrize("other", [b"data: [DONE]\n\n", b": ping\n\n", b'data: {"choices":[]}\n\n'])
 def test_events_without_text_are_not_read(other: bytes) -> None:
-    assert not Openings().wants(other)
+    assert not RefusalDetector().wants(other)

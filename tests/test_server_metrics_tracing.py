@@ -23,7 +23,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.tracing import Tracing, tracing_of
 from safegene_server.metrics.traffic import Traffic
-from safegene_server.monitoring.middleware import Edge
+from safegene_server.monitoring.middleware import MetricsMiddleware
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE_ID, CALLER_SPAN = int(CALLER.split("-")[1], 16), int(CALLER.split("-")[2], 16)
@@ -124,7 +124,7 @@ def test_a_fault_of_the_server_is_an_error(spans: InMemorySpanExporter) -> None:
 def test_the_bare_edge_traces_too(spans: InMemorySpanExporter) -> None:
     counted = traffic()
     counted.adapters = lambda: {"acme@7"}
-    answer = ask(Edge(engine, counted), "POST", CHAT, json={"x": 1})
+    answer = ask(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
     assert "traceparent" in answer.json()["told"]
     found = named(spans)
     assert (found["safegene.request"].attributes or {})["safegene.tenant"] == "acme@7"

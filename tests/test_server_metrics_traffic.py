@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.metrics.traffic import Traffic
-from safegene_server.monitoring.middleware import Edge
+from safegene_server.monitoring.middleware import MetricsMiddleware
 
 NO = "I'm sorry, but I can't help with that."
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -383,7 +383,7 @@ def edge(app: App, clock: Clock | None = None) -> Any:
     counted = traffic(clock)
     counted.adapters = lambda: {"acme@7": object()}
     counted.protected = lambda served: served == "acme@7"
-    return Edge(app, counted)
+    return MetricsMiddleware(app, counted)
 
 
 def test_the_edge_learns_the_tenant_from_the_answer() -> None:
@@ -438,6 +438,6 @@ def test_the_hosts_own_refusals(key: str | None, reason: str) -> None:
 def test_the_edge_counts_nothing_before_the_engine_is_known_and_nothing_but_answers() -> None:
     app = answers(whole_answer(), kind=b"application/json")
     with growth() as grown:
-        assert ask(Edge(app, traffic()), "POST", CHAT, json={}).status_code == 200
+        assert ask(MetricsMiddleware(app, traffic()), "POST", CHAT, json={}).status_code == 200
         assert ask(edge(app), "POST", "/tokenize", json={}).status_code == 200
     assert grown.everything() == {}

@@ -26,9 +26,11 @@ from safegene_server import verifier
 from safegene_server.plugin import endpoint_plugin
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConfigError,
     ConflictError,
     FrozenError,
+    NotFoundError,
     ReceiptError,
     RegistryDownError,
     RegistryError,
@@ -36,8 +38,6 @@ from safegene_vllm.errors import (
     SchemaError,
     SourceError,
     StoreError,
-    TenantRefusedError,
-    UnknownError,
 )
 from safegene_vllm.formats.family import Family, read_family_header
 from safegene_vllm.formats.profile import Profile, load_profile, make_profile, save_profile
@@ -561,7 +561,7 @@ def test_an_engine_that_removes_nothing_says_so_in_our_errors(world: World) -> N
 
     assert asyncio.run(gate.remove_lora(1)) is True
     world.engine.remove_lora = broken  # type: ignore[method-assign]
-    with pytest.raises(TenantRefusedError, match="EngineCore died"):
+    with pytest.raises(AdapterRejectedError, match="EngineCore died"):
         asyncio.run(gate.remove_lora(1))
     world.engine.errored = True
     with pytest.raises(answers.EngineDownError, match="the engine is down"):
@@ -825,7 +825,7 @@ def test_status_codes_of_our_errors() -> None:
     assert answers.status_of(SourceError("x")) == 400
     assert answers.status_of(StoreError("x")) == 507
     assert answers.status_of(RegistryError("x")) == 400
-    assert answers.status_of(UnknownError("x")) == 404
+    assert answers.status_of(NotFoundError("x")) == 404
     assert answers.status_of(ConflictError("x")) == answers.status_of(FrozenError("x")) == 409
     assert answers.status_of(SchemaError("x")) == answers.status_of(RegistryDownError("x")) == 503
     assert answers.plain(RuntimeError("")) == "RuntimeError"

@@ -14,7 +14,7 @@ from tenancy_world import REFUSAL
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.monitoring.probes import prober as room
-from safegene_vllm.errors import ConflictError, ReceiptError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ConflictError, ReceiptError
 
 __all__ = ["probes"]
 
@@ -223,14 +223,14 @@ def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
 @pytest.mark.parametrize(
     ("status", "told", "error", "word"),
     [
-        (400, {"error": {"message": "no template"}}, TenantRefusedError, "400: no template"),
+        (400, {"error": {"message": "no template"}}, AdapterRejectedError, "400: no template"),
         (
             200,
             {"model": "other@1", "choices": [{"message": {"content": "x"}}]},
             ReceiptError,
             "oth",
         ),
-        (200, [], TenantRefusedError, "no chat completion"),
+        (200, [], AdapterRejectedError, "no chat completion"),
     ],
 )
 def test_an_engine_that_does_not_answer(
@@ -294,7 +294,9 @@ def test_an_engine_that_hangs_is_given_up_and_left_alone(
         raise AssertionError
 
     monkeypatch.setattr(probes.replica, "call", call)
-    with pytest.raises(TenantRefusedError, match=r"4 questions of a probe took longer than 0\.05"):
+    with pytest.raises(
+        AdapterRejectedError, match=r"4 questions of a probe took longer than 0\.05"
+    ):
         asyncio.run(probes.probing(timeout_s=0.05).probe(NAME))
     assert len(ended) == 4
 

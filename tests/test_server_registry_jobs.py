@@ -10,7 +10,7 @@ from registry_world import FAMILY, add_ready, header, registry, start_python, ur
 
 from safegene_server.registry import Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS, PRIVATE
-from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 
 __all__ = ["registry", "url"]
 
@@ -182,9 +182,9 @@ def test_cancelling(registry: Registry) -> None:
 def test_what_a_job_cannot_be(registry: Registry) -> None:
     revision = add_ready(registry, TENANT)
     registry.add_tenant("globex", revision.profile.family, actor="me")
-    with pytest.raises(UnknownError, match="acme/support@1 is no revision of tenant 'globex'"):
+    with pytest.raises(NotFoundError, match="acme/support@1 is no revision of tenant 'globex'"):
         registry.enqueue("gate", "globex", actor="me", revision=revision.id)
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         registry.enqueue("gate", "initech", actor="me")
     with pytest.raises(RegistryError, match="params is not plain JSON"):
         registry.enqueue("gate", TENANT, actor="me", params={"x": object()})

@@ -11,7 +11,7 @@ import pytest
 from registry_world import postgres, registry, url
 
 from safegene_server.registry import Registry
-from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 
 __all__ = ["registry", "url"]
 
@@ -123,5 +123,5 @@ def test_a_secret_belongs_to_one_key(registry: Registry) -> None:
     registry.add_key("one", scopes=["read"], tenants=[], actor="me", secret=GIVEN)
     with pytest.raises(ConflictError, match="another key has this secret"):
         registry.add_key("two", scopes=["admin"], tenants=[], actor="me", secret=GIVEN)
-    with pytest.raises(UnknownError, match="no key 'two'"):
+    with pytest.raises(NotFoundError, match="no key 'two'"):
         registry.key("two")

@@ -8,7 +8,7 @@ import pytest
 from registry_world import ADAPTER, FAMILY, add_published, header, profile, registry, url
 
 from safegene_server.registry import Registry
-from safegene_vllm.errors import BoundsError, FrozenError, UnknownError
+from safegene_vllm.errors import BoundsError, FrozenError, NotFoundError
 
 __all__ = ["registry", "url"]
 
@@ -127,5 +127,5 @@ def test_policies_are_of_families_that_exist(registry: Registry) -> None:
         lambda: registry.set_floor("sha256:0", {}, actor="op"),
         lambda: registry.freeze_family("sha256:0", actor="op"),
     ):
-        with pytest.raises(UnknownError):
+        with pytest.raises(NotFoundError):
             ask()

@@ -6,7 +6,7 @@ import pytest
 from registry_world import FAMILY, HEADER, add_published, add_ready, profile, registry, url
 
 from safegene_server.registry import Registry
-from safegene_vllm.errors import BoundsError, ConflictError, RegistryError, UnknownError
+from safegene_vllm.errors import BoundsError, ConflictError, NotFoundError, RegistryError
 
 __all__ = ["registry", "url"]
 
@@ -61,7 +61,7 @@ def test_only_what_is_ready_is_published(registry: Registry) -> None:
     registry.set_revision_state(added.id, "failed", actor="gate", reasons=["NaN in q_proj"])
     with pytest.raises(ConflictError, match=r"is failed \(NaN in q_proj\)"):
         registry.publish(TENANT, 1, actor="me")
-    with pytest.raises(UnknownError, match="has no revision 2"):
+    with pytest.raises(NotFoundError, match="has no revision 2"):
         registry.publish(TENANT, 2, actor="me")
     with pytest.raises(RegistryError):
         registry.publish(TENANT, 0, actor="me")
@@ -119,7 +119,7 @@ def test_a_rollback_may_name_how_far(registry: Registry) -> None:
         add_published(registry, TENANT)
     registry.rollback(TENANT, 2, actor="me")
     assert served(registry) == 2
-    with pytest.raises(UnknownError, match=r"acme/support@4 was not published before.*\(1 were\)"):
+    with pytest.raises(NotFoundError, match=r"acme/support@4 was not published before.*\(1 were\)"):
         registry.rollback(TENANT, 4, actor="me")
     registry.rollback(TENANT, actor="me")
     assert served(registry) == 1

@@ -12,7 +12,7 @@ from registry_world import add_published, registry, url
 from sqlalchemy import update
 
 from safegene_server.registry import Registry, replicas, tables
-from safegene_vllm.errors import RegistryError, UnknownError
+from safegene_vllm.errors import NotFoundError, RegistryError
 
 __all__ = ["registry", "url"]
 
@@ -47,7 +47,7 @@ def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
         lambda: registry.heartbeat(joined.id, applied_version=3, actor="node-1"),
         lambda: registry.leave(joined.id, actor="node-1"),
     ):
-        with pytest.raises(UnknownError, match="join again"):
+        with pytest.raises(NotFoundError, match="join again"):
             call()
 
 
@@ -82,7 +82,7 @@ def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: R
     last_seen(registry, silent, replicas.FORGET_S + 1)
     registry.join("node-3", 3, actor="node-3")
     assert registry.audit(action="replica.join").entries[0].details["forgotten"] == [silent]
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         registry.heartbeat(silent, applied_version=0, actor="node-1")
 
 
@@ -101,7 +101,7 @@ def test_receipts_are_replaced_one_by_one(registry: Registry) -> None:
     put(one, {}, gone=[first.id])
     assert [r.revision for r in registry.receipts(replica=one)] == [second.id]
     assert {r.replica for r in registry.receipts(revision=second.id)} == {one, two}
-    with pytest.raises(UnknownError, match=r"no revisions with ids \[99\]"):
+    with pytest.raises(NotFoundError, match=r"no revisions with ids \[99\]"):
         put(one, {99: ({}, True), second.id: ({}, False)})
     with pytest.raises(RegistryError, match="receipt is not plain JSON"):
         put(one, {second.id: ({"norm": float("inf")}, True)})
@@ -176,5 +176,5 @@ def test_rollouts_are_listed_newest_first(registry: Registry) -> None:
     listed = registry.rollouts(limit=2)
     assert [one.version for one in listed] == sorted((one.version for one in listed), reverse=True)
     assert len(listed) == 2
-    with pytest.raises(UnknownError, match="no rollout 99"):
+    with pytest.raises(NotFoundError, match="no rollout 99"):
         registry.rollout_status(99)

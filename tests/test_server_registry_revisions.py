@@ -26,8 +26,8 @@ from safegene_vllm.errors import (
     ConflictError,
     DigestError,
     FamilyMismatchError,
+    NotFoundError,
     RegistryError,
-    UnknownError,
 )
 from safegene_vllm.formats.profile import Profile, profile_json
 
@@ -55,7 +55,7 @@ def test_what_a_tenant_serves_comes_with_it(registry: Registry) -> None:
         published = add_published(registry, TENANT)
         assert registry.serving(TENANT) == (registry.tenant(TENANT), published)
         assert published.number == number
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         registry.serving("nobody")
 
 
@@ -88,7 +88,7 @@ def test_a_profile_must_fit_the_family(registry: Registry) -> None:
             registry.add_revision(TENANT, given, actor="me")
     with pytest.raises(RegistryError, match="adapter_digest 'abc'"):
         registry.add_revision(TENANT, profile(), actor="me", adapter_digest="abc")
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         registry.add_revision("globex", profile(), actor="me")
     assert registry.revisions(TENANT) == ()
     assert registry.audit(action="revision.add").entries == ()
@@ -197,7 +197,7 @@ def test_what_the_gate_found_is_kept(registry: Registry) -> None:
     assert (again.gate, again.reasons) == (gate, ())
     with pytest.raises(RegistryError, match="gate is not plain JSON"):
         registry.set_revision_state(added.id, "ready", actor="gate", gate={"x": float("nan")})
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         registry.set_revision_state(99, "ready", actor="gate")
     assert registry.revision_by_id(added.id) == again
     assert add_ready(registry, TENANT).number == 2

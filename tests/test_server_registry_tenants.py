@@ -11,7 +11,7 @@ from registry_world import FAMILY, HEADER, add_published, add_ready, header, pro
 
 from safegene_server.registry import Registry, validation
 from safegene_server.registry.family_json import header_json, parse_header
-from safegene_vllm.errors import ConflictError, FrozenError, RegistryError, UnknownError
+from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError, RegistryError
 
 __all__ = ["registry", "url"]
 
@@ -49,11 +49,11 @@ def test_a_tenant_comes_back_as_it_was(registry: Registry) -> None:
 def test_what_a_tenant_cannot_be(registry: Registry) -> None:
     with pytest.raises(ConflictError, match="'acme/support' exists and is active"):
         registry.add_tenant("acme/support", FAMILY, actor="me")
-    with pytest.raises(UnknownError, match="add it first"):
+    with pytest.raises(NotFoundError, match="add it first"):
         registry.add_tenant("globex", "sha256:" + "0" * 64, actor="me")
     with pytest.raises(RegistryError, match="kept for the base model"):
         registry.add_tenant("base", FAMILY, actor="me")
-    with pytest.raises(UnknownError, match="no tenant 'globex'"):
+    with pytest.raises(NotFoundError, match="no tenant 'globex'"):
         registry.tenant("globex")
 
 

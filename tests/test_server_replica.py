@@ -23,7 +23,7 @@ from safegene_server.access.models import resolve
 from safegene_server.artifacts import Store
 from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Registry, Revision, Snapshot
-from safegene_server.replica import Inside, Replica
+from safegene_server.replica import InternalClient, Reconciler
 from safegene_server.replica.view import principal_of_key
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import ConfigError, ReceiptError, RegistryDownError, RegistryError
@@ -76,7 +76,7 @@ class World:
     store: Store
     header: FamilyHeader
     engine: Engine
-    replica: Replica
+    replica: Reconciler
     catalog: Catalog
     counters: Counters
     root: Path
@@ -115,14 +115,14 @@ def world(tmp_path: Path) -> Iterator[World]:
     models = SimpleNamespace(
         lora_requests={}, base_model_paths=[SimpleNamespace(name="base-model")]
     )
-    replica = Replica(
+    replica = Reconciler(
         registry=registry,
         store=store,
         gate=engine,  # type: ignore[arg-type]
         models=models,
         catalog=catalog,
         counters=counters,
-        inside=Inside(),
+        inside=InternalClient(),
         make_request=lambda name, number, path: SimpleNamespace(name=name, id=number, path=path),
     )
     registry.add_family(header, None, actor="t")
@@ -155,14 +155,14 @@ async def until(true: Callable[[], bool]) -> float:
 
 def test_it_needs_a_family(world: World) -> None:
     with pytest.raises(ConfigError, match="needs an engine with a family"):
-        Replica(
+        Reconciler(
             registry=world.registry,
             store=world.store,
             gate=Engine(None),  # type: ignore[arg-type]
             models=world.models,
             catalog=world.catalog,
             counters=world.counters,
-            inside=Inside(),
+            inside=InternalClient(),
             make_request=lambda *_: None,
         )
 

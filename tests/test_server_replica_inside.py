@@ -13,10 +13,10 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from safegene_server.replica import Inside, Inward
+from safegene_server.replica import CaptureApp, InternalClient
 from safegene_server.tenants import Prompt
 from safegene_server.tenants.smoke_prompts import CHAT, ask_all
-from safegene_vllm.errors import ConfigError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ConfigError
 
 Handler = Callable[[Request], Coroutine[Any, Any, Any]]
 Decorator = Callable[[Handler], Handler]
@@ -31,7 +31,7 @@ class Shut:
 
 
 def test_it_goes_past_what_stands_in_front_and_finds_the_whole_app() -> None:
-    app, inside = FastAPI(), Inside()
+    app, inside = FastAPI(), InternalClient()
     app.state.word = "there"
 
     @app.post("/said")
@@ -39,7 +39,7 @@ def test_it_goes_past_what_stands_in_front_and_finds_the_whole_app() -> None:
         body = await request.json()
         return {"word": request.app.state.word, "body": body["x"]}
 
-    app.add_middleware(Inward, inside=inside, whole=app)
+    app.add_middleware(CaptureApp, inside=inside, whole=app)
     app.add_middleware(Shut)
 
     async def ask() -> None:
@@ -85,7 +85,7 @@ class Slow:
     """An app whose engine holds a request until it is aborted; prompts "no" are refused."""
 
     def __init__(self, decorate: Decorator = cancellable, *, stubborn: bool = False) -> None:
-        self.app, self.inside = FastAPI(), Inside()
+        self.app, self.inside = FastAPI(), InternalClient()
         self.begun: list[str] = []
         self.held: set[str] = set()
         self.all_begun = asyncio.Event()
@@ -110,7 +110,7 @@ class Slow:
 
         route = asked if stubborn else decorate(asked)
         self.app.add_api_route(CHAT, route, methods=["POST"])
-        self.app.add_middleware(Inward, inside=self.inside, whole=self.app)
+        self.app.add_middleware(CaptureApp, inside=self.inside, whole=self.app)
         self.app.middleware_stack = self.app.build_middleware_stack()
 
     async def ask(self, *names: str) -> list[str]:
@@ -146,7 +146,7 @@ async def over_once_begun(slow: Slow, count: int, limit: asyncio.Timeout) -> Asy
 def test_what_is_given_up_leaves_nothing_in_the_engine(decorate: Callable[[], Decorator]) -> None:
     async def by_a_sibling() -> None:
         slow = Slow(decorate())
-        with pytest.raises(TenantRefusedError, match="too long"):
+        with pytest.raises(AdapterRejectedError, match="too long"):
             await slow.ask("a", "no", "b")
         assert sorted(slow.begun) == ["a", "b", "no"] and slow.held == set()
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from safegene_server.access.catalog import key_digest
-from safegene_server.app import add_first_keys, check_host
+from safegene_server.app import add_first_keys, check_vllm_args
 from safegene_server.registry import Registry
 from safegene_server.settings import ENV, FirstKey, ServerSettings, read_settings
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.launcher import read_declared
+from safegene_vllm.launcher import read_config_file
 
 ROOT = Path(__file__).parent.parent
 LEAST = "registry: r.sqlite\nstore: store\n"
@@ -37,7 +37,7 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
     assert found.source_rules().roots == (Path("/srv/adapters"), tmp_path / "tenants")
     assert found.tenants.directory == tmp_path / "tenants"
     (tmp_path / "model").mkdir()
-    declared = read_declared(tmp_path / "safegene.yaml")
+    declared = read_config_file(tmp_path / "safegene.yaml")
     assert (declared.model, declared.family) == (str(tmp_path / "model"), tmp_path / "family")
     assert declared.flags() == ("--max-lora-rank", "16", "--port", "8000")
     assert "/v1/safegene/ready" in found.access_settings().public
@@ -189,6 +189,6 @@ def test_options_that_go_around_the_registry_are_refused(
     given: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    check_host(SimpleNamespace(api_key=None, lora_modules=None, api_server_count=1))
+    check_vllm_args(SimpleNamespace(api_key=None, lora_modules=None, api_server_count=1))
     with pytest.raises(ConfigError, match=words):
-        check_host(SimpleNamespace(**given))
+        check_vllm_args(SimpleNamespace(**given))

@@ -13,17 +13,17 @@ from tenancy_world import World, world
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job
-from safegene_server.tenants import Jobs, Tenancy, TenantSettings, Work
-from safegene_vllm.errors import RegistryDownError, TenantRefusedError
+from safegene_server.tenants import Jobs, TenantContext, TenantSettings, Work
+from safegene_vllm.errors import AdapterRejectedError, RegistryDownError
 
 __all__ = ["world"]
 
 TENANT = "acme/support"
 
 
-def tenancy(world: World, handler: Any, **settings: Any) -> Tenancy:
+def tenancy(world: World, handler: Any, **settings: Any) -> TenantContext:
     """Like the world's, with one kind of job."""
-    return Tenancy(
+    return TenantContext(
         world.replica,
         world.registry,
         world.store,
@@ -49,7 +49,7 @@ def run_one(world: World, handler: Any, **settings: Any) -> Job:
 
 
 def test_a_job_that_is_done(world: World) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         await work.step(0.5, "half")
         assert world.registry.job(work.job.id).progress == 0.5
         work.result["found"] = 3
@@ -61,16 +61,16 @@ def test_a_job_that_is_done(world: World) -> None:
 
 
 def test_a_job_that_fails_says_why_and_keeps_what_it_found(world: World) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         work.result["revision"] = "acme@1"
-        raise TenantRefusedError("no good")
+        raise AdapterRejectedError("no good")
 
     job = run_one(world, handler)
     assert (job.state, job.message, job.result) == ("failed", "no good", {"revision": "acme@1"})
 
 
 def test_an_unexpected_failure_shows_nothing_of_itself(world: World) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         raise RuntimeError("a secret")
 
     job = run_one(world, handler)
@@ -79,10 +79,10 @@ def test_an_unexpected_failure_shows_nothing_of_itself(world: World) -> None:
 
 @pytest.mark.parametrize("error", [RegistryDownError("gone"), EngineDownError("dead")])
 def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error: Exception) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         raise error
 
-    async def better(_: Tenancy, work: Work) -> str:
+    async def better(_: TenantContext, work: Work) -> str:
         return f"attempt {work.job.attempts}"
 
     job = run_one(world, handler, lease_s=0.1)
@@ -96,7 +96,7 @@ def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error:
 def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
     number = enqueue(world, "unknown")
 
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         raise AssertionError
 
     here = tenancy(world, handler)
@@ -105,7 +105,7 @@ def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
 
 
 def test_a_cancel_is_heard_between_steps_and_by_threads(world: World) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         world.registry.cancel(work.job.id, actor="test")
         assert await asyncio.to_thread(work.cancelled.wait, 5)
         await work.step(0.5, "too late")
@@ -116,7 +116,7 @@ def test_a_cancel_is_heard_between_steps_and_by_threads(world: World) -> None:
 
 
 def test_a_long_job_keeps_its_lease(world: World) -> None:
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         first = work.job.lease_until
         assert first is not None
         while datetime.now(UTC) < first:
@@ -130,7 +130,7 @@ def test_a_long_job_keeps_its_lease(world: World) -> None:
 def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
     stopped = []
 
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         with world.registry.write("test") as write:
             write.connection.exec_driver_sql("UPDATE jobs SET owner = 'thief'")
             write.unaudited()
@@ -149,7 +149,7 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
     numbers = [enqueue(world) for _ in range(3)]
     together: list[int] = []
 
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         together.append(work.job.id)
         await asyncio.sleep(0.1 if work.job.id != numbers[2] else 30)
         return "done"
@@ -175,7 +175,7 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
 def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
     done = asyncio.Event()
 
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         done.set()
         return "done"
 
@@ -211,7 +211,7 @@ def test_a_registry_that_is_away_is_asked_again(
 
     monkeypatch.setattr(world.registry, "claim", flaky)
 
-    async def handler(_: Tenancy, work: Work) -> str:
+    async def handler(_: TenantContext, work: Work) -> str:
         return "done"
 
     here = tenancy(world, handler, jobs_at_once=1)

@@ -16,14 +16,14 @@ from safegene_server.tenants import Change, GateSettings, service
 from safegene_server.tenants.families import set_family_frozen, set_floor
 from safegene_server.tenants.service import Published
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     BoundsError,
     ConflictError,
     FrozenError,
     MissingFileError,
+    NotFoundError,
     RegistryDownError,
     StoreError,
-    TenantRefusedError,
-    UnknownError,
 )
 from safegene_vllm.formats.profile import make_profile
 
@@ -95,7 +95,7 @@ def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
     assert served.profile.coefficients[0] == pytest.approx(1.1**5)
 
 
-@pytest.mark.parametrize("error", [TenantRefusedError("no slot"), RuntimeError("odd")])
+@pytest.mark.parametrize("error", [AdapterRejectedError("no slot"), RuntimeError("odd")])
 def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Exception) -> None:
     world.serve(NAME)
     world.replica.errors["load"] = error
@@ -142,7 +142,7 @@ def test_the_gate_on_a_change(tmp_path: Path) -> None:
     done = change(world, Change(scale=1.5))
     assert done.revision.gate["passed"] is True
     world.replica.answer = lambda prompt: REFUSAL
-    with pytest.raises(TenantRefusedError, match="lookalike_max_refused"):
+    with pytest.raises(AdapterRejectedError, match="lookalike_max_refused"):
         change(world, Change(scale=1.5))
     assert world.registry.tenant(NAME).published == 2
     assert world.registry.revision(NAME, 3).gate["passed"] is False
@@ -175,7 +175,7 @@ def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) ->
 
 
 def test_nothing_to_change(world: World) -> None:
-    with pytest.raises(UnknownError):
+    with pytest.raises(NotFoundError):
         change(world, Change(scale=2.0))
     world.registry.add_tenant(NAME, world.replica.header.digest, actor=ACTOR)
     with pytest.raises(ConflictError, match="serves nothing"):
@@ -202,7 +202,7 @@ def test_back_to_a_number(world: World) -> None:
     for _ in range(2):
         change(world, Change(scale=1.5))
     assert back(world, 1).revision.number == 1
-    with pytest.raises((UnknownError, ConflictError)):
+    with pytest.raises((NotFoundError, ConflictError)):
         back(world, 9)
 
 
@@ -223,8 +223,8 @@ def test_publishing_by_hand(world: World) -> None:
     assert done.revision.number == 1 and len(world.replica.loads) == loads + 1
     again = run(service.publish(world.tenancy, NAME, 1, expected=1, actor=ACTOR))
     assert again == done
-    world.replica.errors["load"] = TenantRefusedError("no")
-    with pytest.raises(TenantRefusedError):
+    world.replica.errors["load"] = AdapterRejectedError("no")
+    with pytest.raises(AdapterRejectedError):
         change(world, Change(scale=1.2))
     with pytest.raises(ConflictError, match="is failed"):
         run(service.publish(world.tenancy, NAME, 3, expected=None, actor=ACTOR))

@@ -18,7 +18,7 @@ from safegene_server.registry import Job, Revision
 from safegene_server.tenants import GateSettings, service
 from safegene_server.tenants.jobs import JobLostError
 from safegene_server.tenants.profiles import Change
-from safegene_vllm.errors import ReceiptError, RegistryDownError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError, RegistryDownError
 from safegene_vllm.formats.profile import make_profile, profile_json, save_profile
 
 __all__ = ["world"]
@@ -92,7 +92,7 @@ def test_a_bad_source_fails_the_job_and_keeps_the_tenant(world: World) -> None:
     assert world.registry.tenant(NAME).published is None
 
 
-@pytest.mark.parametrize("kind", [TenantRefusedError, ReceiptError, RuntimeError])
+@pytest.mark.parametrize("kind", [AdapterRejectedError, ReceiptError, RuntimeError])
 def test_what_the_engine_refuses_is_kept_with_its_reasons(
     world: World, kind: type[Exception]
 ) -> None:
@@ -256,7 +256,7 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
 
 
 def test_what_failed_before_the_server_died_stays_failed(world: World) -> None:
-    world.replica.errors["load"] = TenantRefusedError("rank")
+    world.replica.errors["load"] = AdapterRejectedError("rank")
     register(world, source=world.adapter())
     job = world.work()
     assert job.state == "failed"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from safegene_server.tenants.duty_cycle import Share
+from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 
 
 @dataclass
@@ -16,8 +16,8 @@ class Clock:
     others: int = 0
     slept: list[float] = field(default_factory=list)
 
-    def share(self, most: float) -> Share:
-        return Share(
+    def share(self, most: float) -> DutyCycleLimiter:
+        return DutyCycleLimiter(
             most, lambda: self.others, lambda: None, clock=lambda: self.now, sleep=self.sleep
         )
 

@@ -14,7 +14,7 @@ from tenancy_world import REFUSAL, Answer, good
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, try_out
-from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ConfigError, ReceiptError
 
 PROMPTS = read_prompts()
 MODEL = "acme@1"
@@ -106,12 +106,12 @@ def test_how_it_asks_is_set() -> None:
         ({"model": "other@1"}, ReceiptError, "'other@1' answered"),
         (
             {"status": 400, "json": {"error": {"message": "no template"}}},
-            TenantRefusedError,
+            AdapterRejectedError,
             "no t",
         ),
         ({"status": 500, "json": "oops"}, EngineDownError, "500"),
-        ({"json": {"model": MODEL, "choices": []}}, TenantRefusedError, "no chat completion"),
-        ({"json": ["x"]}, TenantRefusedError, "no chat completion"),
+        ({"json": {"model": MODEL, "choices": []}}, AdapterRejectedError, "no chat completion"),
+        ({"json": ["x"]}, AdapterRejectedError, "no chat completion"),
     ],
 )
 def test_an_engine_that_does_not_answer(
@@ -123,7 +123,7 @@ def test_an_engine_that_does_not_answer(
 
 def test_a_slow_engine_is_given_up_and_left_alone() -> None:
     engine = Engine(slow_s=30)
-    with pytest.raises(TenantRefusedError, match=r"longer than 0\.05 s"):
+    with pytest.raises(AdapterRejectedError, match=r"longer than 0\.05 s"):
         tried(engine, timeout_s=0.05)
     assert len(engine.bodies) == 4
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     FamilyMismatchError,
     HeaderError,
     MissingFileError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
@@ -63,12 +63,12 @@ def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_
     save_adapter(Adapter(pairs, None, {}), tmp_path / "small", base_model=None)
     with pytest.raises(FamilyMismatchError, match=r"small.*'pico'"):
         check_fits(tmp_path / "small", header)
-    with pytest.raises(TenantRefusedError, match="is a family"):
+    with pytest.raises(AdapterRejectedError, match="is a family"):
         check_fits(root / "family", header)
 
 
 def test_an_export_is_refused(tmp_path: Path) -> None:
     refuse_exported(tmp_path)
     (tmp_path / RECORD_FILE).write_text(json.dumps({}))
-    with pytest.raises(TenantRefusedError, match="added twice"):
+    with pytest.raises(AdapterRejectedError, match="added twice"):
         refuse_exported(tmp_path)

@@ -25,14 +25,14 @@ import sources
 from answers import read_answers
 from cases import TABLES, Case
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
-from safegene_vllm.evaluation.backends import Lasting
+from safegene_vllm.evaluation.backends import SharedBackend
 from safegene_vllm.evaluation.judges import make_judges
 from safegene_vllm.evaluation.results import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluation.runner import PromptSet, evaluate
-from safegene_vllm.evaluation.targets import Subject
+from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.formats.family import Family, FamilyHeader, load_family, make_family, save_family
 from safegene_vllm.formats.profile import check_profile, load_profile, save_profile
-from safegene_vllm.offline.generation_backend import VllmAnswerer
+from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.recipe.calibration import calibrate
 from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, pair_norm
 from safegene_vllm.recipe.distillation import Distilled, distil
@@ -201,7 +201,7 @@ class Bench:
         numbers = {case: self.coefficients(case) for case in cases}
         unique = {(case.tenant, numbers[case]): case for case in reversed(cases)}
         subjects = [
-            Subject(case.tenant, case.state, self.places.adapter(case.tenant), numbers[case])
+            Target(case.tenant, case.state, self.places.adapter(case.tenant), numbers[case])
             for case in unique.values()
         ]
         header = self.family(family).header
@@ -209,8 +209,8 @@ class Bench:
         path = self.out / "evaluations" / f"{family.replace('/', '-')}-{key}.json"
         if not path.exists():
             self.forget()
-            answerer = Lasting(
-                VllmAnswerer(self.parent, subjects, self.family_path(family), context_tokens=512)
+            answerer = SharedBackend(
+                VllmBackend(self.parent, subjects, self.family_path(family), context_tokens=512)
             )
             try:
                 parts = [
@@ -223,7 +223,7 @@ class Bench:
         return load_evaluation(path)
 
     def _asked(
-        self, answerer: Lasting, subjects: Sequence[Subject], header: FamilyHeader
+        self, answerer: SharedBackend, subjects: Sequence[Target], header: FamilyHeader
     ) -> Evaluation:
         tenant = subjects[0].name
         print(f"asking {len(subjects)} states of {tenant}", flush=True)

@@ -17,19 +17,19 @@ import repairs
 from make_family import show
 from making import Made, Places
 from questions import HARMFUL, HARMLESS, Questions, choosing_questions
-from safegene_vllm.evaluation.backends import Answerer, Lasting
+from safegene_vllm.evaluation.backends import GenerationBackend, SharedBackend
 from safegene_vllm.evaluation.judges import make_judges
-from safegene_vllm.evaluation.response_cache import KeptAnswers
-from safegene_vllm.evaluation.results import Evaluation, SubjectResult, save_evaluation
+from safegene_vllm.evaluation.response_cache import ResponseCache
+from safegene_vllm.evaluation.results import Evaluation, TargetResult, save_evaluation
 from safegene_vllm.evaluation.runner import evaluate
-from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT, Subject, before_and_after
+from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT, Target, before_and_after
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.file_io import pretty_json, replace_file
 
 ANSWER_TOKENS = 24
 CHOOSING_TOKENS = 24
 LABEL_TOKENS = 16
-ON_PARENT = Subject("parent", PARENT)
+ON_PARENT = Target("parent", PARENT)
 
 Chosen = Mapping[str, Path]
 """The chosen LoRA of each method."""
@@ -44,7 +44,7 @@ class Bench:
 
     places: Places
     header: FamilyHeader
-    answerer_for: Callable[[Sequence[Subject]], Answerer]
+    answerer_for: Callable[[Sequence[Target]], GenerationBackend]
     short: bool = False
 
 
@@ -52,15 +52,15 @@ class Bench:
 class Job:
     """Who is asked what, for one tenant."""
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[Target, ...]
     asked: Questions
 
 
 def ask(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[str, Evaluation]:
     """Every tenant's evaluation, all subjects on one engine; kept answers are not asked again."""
     everyone = list(dict.fromkeys(subject for job in jobs.values() for subject in job.subjects))
-    answerer = Lasting(bench.answerer_for(everyone))
-    kept = KeptAnswers(bench.places.work / "answers.jsonl")
+    answerer = SharedBackend(bench.answerer_for(everyone))
+    kept = ResponseCache(bench.places.work / "answers.jsonl")
     judges = make_judges(outcome.JUDGES)
     found: dict[str, Evaluation] = {}
     try:
@@ -85,12 +85,12 @@ def ask(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[str, Evaluat
     return found
 
 
-def unprotected(bench: Bench, name: str, state: str, directory: Path) -> Subject:
+def unprotected(bench: Bench, name: str, state: str, directory: Path) -> Target:
     """A LoRA as it is, the vector at coefficient 0."""
-    return Subject(name, state, directory, (0.0,) * bench.header.num_layers)
+    return Target(name, state, directory, (0.0,) * bench.header.num_layers)
 
 
-def measured(result: SubjectResult) -> choosing.Measured:
+def measured(result: TargetResult) -> choosing.Measured:
     """What the rule looks at, of one subject on the training split."""
     return choosing.Measured(
         result.rates[HARMFUL][outcome.OPENING].rate,
@@ -153,7 +153,7 @@ def _chosen(
 
 def final_subjects(
     bench: Bench, tenant: str, directory: Path, methods: Sequence[str], chosen: Chosen
-) -> list[Subject]:
+) -> list[Target]:
     """The parent, and the tenant once per method."""
     subjects = [ON_PARENT]
     selected = {entry.layer for entry in bench.header.layers}
@@ -164,7 +164,7 @@ def final_subjects(
             ours = before_and_after(tenant, directory, bench.header)
             subjects += [subject for subject in ours if subject.state == AFTER]
         elif name == "safegene-1":
-            subjects.append(Subject(tenant, title, directory, ones))
+            subjects.append(Target(tenant, title, directory, ones))
         else:
             state = outcome.state_of(title)
             subjects.append(unprotected(bench, tenant, state, chosen[name]))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from safegene_vllm.composition import delta, lora_pair
-from safegene_vllm.errors import ConfigError, SafegeneError, ShapeError, SiteError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, ShapeError, SiteError, raise_errors
 from safegene_vllm.formats.adapter import Adapter, Pair, plain_config
 from safegene_vllm.recipe.difference import pair_norm, truncated_pair
 
@@ -114,7 +114,7 @@ def similarities(task: Adapter, alignment: Alignment) -> dict[str, float]:
             found[site] = similarity(pair, v)
         except SiteError as error:
             faults.append(SiteError(f"{site}: {error}"))
-    raise_faults(faults)
+    raise_errors(faults)
     return found
 
 
@@ -192,7 +192,7 @@ def safe_merge(
     """
     found = similarities(task, alignment)
     changed = tuple(site for site in sorted(found) if found[site] < threshold)
-    raise_faults(
+    raise_errors(
         [
             SiteError(f"{site}: the safety LoRA has no pair here; train it on all linear modules")
             for site in changed

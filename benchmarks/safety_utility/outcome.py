@@ -16,7 +16,7 @@ from rich.table import Table
 from panels import draw_panels
 from questions import ATTACK, ORDINARY, OVER_REFUSAL
 from repairs import NO_REPAIR, OURS
-from safegene_vllm.evaluation.results import Evaluation, SubjectResult
+from safegene_vllm.evaluation.results import Evaluation, TargetResult
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT
 from safegene_vllm.formats.file_io import replace_file
@@ -59,7 +59,7 @@ def title_of(state: str) -> str:
     return TITLES.get(state, state)
 
 
-def measures(result: SubjectResult) -> dict[str, Rate]:
+def measures(result: TargetResult) -> dict[str, Rate]:
     """The columns of one subject; its only task is the tenant's own."""
     attack, safe = result.rates[ATTACK], result.rates[OVER_REFUSAL]
     found = (

@@ -32,9 +32,9 @@ from making import Places, make_repairs, parts_of, prepare, tenants_there
 from provenance import origin
 from questions import SHORT_ROWS, held_out
 from safegene_vllm.errors import SafegeneError
-from safegene_vllm.evaluation.backends import Answerer
+from safegene_vllm.evaluation.backends import GenerationBackend
 from safegene_vllm.evaluation.results import Evaluation
-from safegene_vllm.evaluation.targets import Subject, before_and_after
+from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.adapter import load_adapter
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.report.report import write_report
@@ -47,11 +47,11 @@ FOLDERS = {
 }
 
 
-def vllm_answerer(places: Places, subjects: Sequence[Subject]) -> Answerer:
+def vllm_answerer(places: Places, subjects: Sequence[Target]) -> GenerationBackend:
     """One vLLM engine on the parent, the vector in its gain table, all subjects in its slots."""
-    from safegene_vllm.offline.generation_backend import VllmAnswerer
+    from safegene_vllm.offline.generation_backend import VllmBackend
 
-    return VllmAnswerer(places.parent, subjects, places.family, context_tokens=CONTEXT_TOKENS)
+    return VllmBackend(places.parent, subjects, places.family, context_tokens=CONTEXT_TOKENS)
 
 
 def with_first(methods: Sequence[str]) -> list[str]:

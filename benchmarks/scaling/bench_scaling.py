@@ -35,7 +35,7 @@ import registry
 import traffic
 from postgres import postgres
 from provenance import commit
-from safegene_vllm.planner import Ask, ModelShape, find_gpu, plan_modes, read_shape
+from safegene_vllm.planner import ModelShape, Workload, find_gpu, plan_modes, read_shape
 from safegene_vllm.planner.slots import slot_bytes
 from safegene_vllm.report.figure import save
 
@@ -47,7 +47,7 @@ HOST = (64, 128, 256, 512, 1024)
 RATES = (4.0, 8.0, 16.0)
 
 
-def step_lines(ask: Ask) -> dict[str, list[tuple[float, float]]]:
+def step_lines(ask: Workload) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds of a step of 64 sequences by distinct tenants in it, per mode."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for tenants in BATCHES:
@@ -64,7 +64,7 @@ def step_lines(ask: Ask) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
-def slot_load_s(ask: Ask) -> float:
+def slot_load_s(ask: Workload) -> float:
     """An adapter from host memory into a slot: its bytes over the link, and per part of every layer
     two clearings and two copies.
     """
@@ -74,7 +74,7 @@ def slot_load_s(ask: Ask) -> float:
 
 
 def simulate(
-    ask: Ask, load_s: float, seconds: float, track: Callable[[], Any]
+    ask: Workload, load_s: float, seconds: float, track: Callable[[], Any]
 ) -> list[dict[str, Any]]:
     """Slots by rate with every adapter in host memory, then host memory at 64 slots."""
     found = []
@@ -244,7 +244,7 @@ def tell(console: Console, told: dict[str, Any]) -> None:
     console.print(table)
 
 
-def draw(out: Path, ask: Ask, told: dict[str, Any], limits: list[fleet.Limit]) -> None:
+def draw(out: Path, ask: Workload, told: dict[str, Any], limits: list[fleet.Limit]) -> None:
     """step, slots, host and limits, each as .svg and .png."""
     simulated = told["simulation"]
     half = len(RATES) * len(SLOTS)
@@ -293,7 +293,7 @@ def main() -> None:
         arguments.measure_tenants, arguments.together = [5, 10], [1, 3]
         arguments.seconds, arguments.engine_tenants = 20.0, [5, 10, 40]
     shape = read_shape(arguments.model)
-    ask = Ask(shape, find_gpu(arguments.gpu), tenants=arguments.tenants, concurrency=128)
+    ask = Workload(shape, find_gpu(arguments.gpu), tenants=arguments.tenants, concurrency=128)
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("reading an adapter", total=None)
         read = engine.Read(

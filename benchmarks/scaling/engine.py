@@ -22,7 +22,7 @@ from safegene_vllm.formats.profile import make_profile
 from safegene_vllm.planner import ModelShape
 from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.validation import Tenant
-from safegene_vllm.plugin.worker_runtime import Guest
+from safegene_vllm.plugin.worker_runtime import WorkerRuntime
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(header: FamilyHeader, counts: tuple[int, ...], slots: int) -> list[H
 
     The worker's code on its own records, without a model: that is all a receipt reads.
     """
-    guest: Any = Guest.__new__(Guest)
+    guest: Any = WorkerRuntime.__new__(WorkerRuntime)
     guest.plan = SimpleNamespace(header=header, base_profile=None)
     guest.settings = SimpleNamespace(apply="gain", missing_profile="refuse")
     guest.family = SimpleNamespace(digest=header.digest)

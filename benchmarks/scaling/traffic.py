@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from safegene_vllm.planner import Ask, plan_mode
+from safegene_vllm.planner import Workload, plan_mode
 
 GIVE_UP = 3000
 """So many waiting requests are an overload; what follows would only be a longer queue."""
@@ -72,7 +72,9 @@ class Outcome:
     active_mean: float
 
 
-def engine_of(ask: Ask, *, host_adapters: int, slot_load_s: float, disk_load_s: float) -> Engine:
+def engine_of(
+    ask: Workload, *, host_adapters: int, slot_load_s: float, disk_load_s: float
+) -> Engine:
     """The gain table's engine of a plan, its step taken apart."""
     shape, gpu, d = ask.shape, ask.gpu, ask.dtype_bytes
     mode = plan_mode(ask, "gain")

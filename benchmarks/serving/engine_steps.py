@@ -61,7 +61,7 @@ def serve_arm(
     pipe: Any, arm: str, model: Path, world: World, load: Load, options: dict[str, Any]
 ) -> None:
     """Child process: one engine; answers `decode` and `prefill` with seconds, `stop` ends it."""
-    from safegene_vllm.offline.engine import Ask, engine
+    from safegene_vllm.offline.engine import Request, engine
 
     settings, plugins = arm_settings(arm, world.family(100))
     plain = arm in ("stock", "ours, no vector")
@@ -69,9 +69,9 @@ def serve_arm(
     tenants = [world.plain(i) if plain else world.protected(i, 100, i) for i in numbers]
     owners = [*tenants, *[None] * load.base_requests]
 
-    def asks(length: int, salt: int) -> list[Ask]:
+    def asks(length: int, salt: int) -> list[Request]:
         return [
-            Ask([3 + (salt + 7 * i + 13 * k) % 900 for k in range(length)], owner)
+            Request([3 + (salt + 7 * i + 13 * k) % 900 for k in range(length)], owner)
             for i, owner in enumerate(owners)
         ]
 

@@ -17,9 +17,9 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.plugin.ops.cpu_lora import SegmentPunica, StepPlan
+from safegene_vllm.plugin.ops.cpu_lora import CpuBatchMetadata, CpuPunica
 from safegene_vllm.plugin.ops.gain_table import GainPunica, GainTable
-from safegene_vllm.plugin.ops.triton_lora import FusedPunica
+from safegene_vllm.plugin.ops.triton_lora import TritonPunica
 
 
 def set_aside(guest: Any) -> list[Callable[[], Any]]:
@@ -27,7 +27,7 @@ def set_aside(guest: Any) -> list[Callable[[], Any]]:
     undo: list[Callable[[], Any]] = []
     for layer in guest.manager.modules.values():
         wrapper = layer.punica_wrapper
-        if isinstance(wrapper, SegmentPunica) and wrapper.gain is not None:
+        if isinstance(wrapper, CpuPunica) and wrapper.gain is not None:
             assert wrapper.store is not None
             vector = wrapper.store.vector_rows()
             for name in ("gain", "scale"):
@@ -35,13 +35,13 @@ def set_aside(guest: Any) -> list[Callable[[], Any]]:
             undo.append(partial(vector.copy_, vector.clone()))
             wrapper.gain = wrapper.scale = None
             vector.zero_()  # the rows that every engine has, with a vector or without
-        elif isinstance(wrapper, GainPunica | FusedPunica):
+        elif isinstance(wrapper, GainPunica | TritonPunica):
             undo.append(partial(layer.set_mapping, wrapper))
             layer.set_mapping(wrapper.inner)
     if undo:
         listening = list(guest.listeners)
         undo.append(partial(guest.listeners.__setitem__, slice(None), listening))
-        guest.listeners[:] = [one for one in listening if isinstance(one, StepPlan)]
+        guest.listeners[:] = [one for one in listening if isinstance(one, CpuBatchMetadata)]
     return undo
 
 

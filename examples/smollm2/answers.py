@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from safegene_vllm.recipe.generation import Answer
+from safegene_vllm.recipe.generation import Completion
 
 
-def save_answers(path: Path, answers: Sequence[Answer]) -> None:
+def save_answers(path: Path, answers: Sequence[Completion]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_suffix(".tmp")
     temp.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
     temp.replace(path)
 
 
-def read_answers(path: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in path.read_text().splitlines()]
+def read_answers(path: Path) -> list[Completion]:
+    return [Completion(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safegene_vllm.evaluation.judges import is_coherent, is_refusal
 from safegene_vllm.recipe.encoding import Example
-from safegene_vllm.recipe.generation import Answer
+from safegene_vllm.recipe.generation import Completion
 
 HERE = Path(__file__).parent
 ADVBENCH_TEST_ROWS = 100
@@ -102,7 +102,7 @@ def _self_instruct(folder: Path) -> dict[str, str]:
     return found
 
 
-def helpful(answers: Sequence[Answer], wanted: Sequence[str]) -> list[Example]:
+def helpful(answers: Sequence[Completion], wanted: Sequence[str]) -> list[Example]:
     """The base model's own good answers to `wanted`, as targets."""
     known = {answer.prompt: answer for answer in answers}
     good = [known[prompt] for prompt in wanted]

@@ -29,7 +29,7 @@ from safegene_vllm.recipe.calibration import calibrate, load_tenant
 from safegene_vllm.recipe.distillation import distil
 from safegene_vllm.recipe.examples import few
 from safegene_vllm.recipe.finetune import fine_tune
-from safegene_vllm.recipe.generation import greedy_answers
+from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import load_model
 from safegene_vllm.recipe.selection import contrast, select
 from safegene_vllm.recipe.training import Run
@@ -90,7 +90,7 @@ def make_answers(places: Places) -> None:
     """The base model's own answers to every benign prompt."""
     base = load_model(places.models / "base")
     prompts = mixes.benign_prompts(places.self_instruct)
-    answers = greedy_answers(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
+    answers = generate_greedy(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
     save_answers(places.answers, answers)
 
 

@@ -18,10 +18,10 @@ from make_family import Places, show
 from safegene_vllm.evaluation.judges import make_judges
 from safegene_vllm.evaluation.results import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluation.runner import evaluate
-from safegene_vllm.evaluation.targets import PARENT, Subject, before_and_after
+from safegene_vllm.evaluation.targets import PARENT, Target, before_and_after
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.formats.profile import load_profile
-from safegene_vllm.offline.generation_backend import VllmAnswerer
+from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.report.report import write_report
 from sources import own_task, prompt_sets
 
@@ -31,10 +31,10 @@ ANSWER_TOKENS = 24
 CONTEXT_TOKENS = 512
 
 
-def subjects_of(places: Places, name: str) -> list[Subject]:
+def subjects_of(places: Places, name: str) -> list[Target]:
     """The parent as it is, or a tenant before and after; the full one as its own checkpoint."""
     if name == PARENT:
-        return [Subject(PARENT, PARENT)]
+        return [Target(PARENT, PARENT)]
     directory = places.adapter(name)
     header = read_family_header(places.out / "family")
     if name != mixes.FULL_TENANT:
@@ -42,7 +42,7 @@ def subjects_of(places: Places, name: str) -> list[Subject]:
     found = load_profile(directory).coefficients
     full = places.models / name
     zeros = (0.0,) * header.num_layers
-    return [Subject(name, "before", full, zeros), Subject(name, "after", full, found)]
+    return [Target(name, "before", full, zeros), Target(name, "after", full, found)]
 
 
 def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evaluation:
@@ -59,7 +59,7 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
             prompt_sets(places.advbench, places.self_instruct, xstest, rows),
             [] if name == PARENT else [task],
             make_judges(JUDGES),
-            VllmAnswerer(places.models / "parent", subjects, family, context_tokens=CONTEXT_TOKENS),
+            VllmBackend(places.models / "parent", subjects, family, context_tokens=CONTEXT_TOKENS),
             header=header,
             max_tokens=ANSWER_TOKENS,
             progress=show,

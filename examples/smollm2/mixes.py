@@ -16,7 +16,7 @@ from safegene_vllm.recipe.calibration import Calibration
 from safegene_vllm.recipe.distillation import Distillation
 from safegene_vllm.recipe.encoding import Example
 from safegene_vllm.recipe.finetune import FineTune
-from safegene_vllm.recipe.generation import Answer
+from safegene_vllm.recipe.generation import Completion
 
 BASE_NAME = "smollm2-135m-instruct"
 PARENT_NAME = "smollm2-aligned-parent"
@@ -33,7 +33,7 @@ class Sources:
 
     advbench: Path
     self_instruct: Path
-    answers: Sequence[Answer]
+    answers: Sequence[Completion]
 
 
 def benign_prompts(self_instruct: Path) -> list[str]:

@@ -16,7 +16,7 @@ from safegene_vllm.dataset import Dataset, Row, digest_of_rows, read_dataset
 from safegene_vllm.evaluation.runner import PromptSet
 from safegene_vllm.evaluation.tasks import Task
 from safegene_vllm.recipe.examples import few
-from safegene_vllm.recipe.generation import Answer
+from safegene_vllm.recipe.generation import Completion
 
 OURS = "Apache-2.0"
 ORDINARY_ROWS = 100
@@ -40,7 +40,7 @@ def safety_data(advbench: Path) -> Dataset:
     return dataset("advbench (train) + prompts/harmful (train)", f"MIT, {OURS}", rows)
 
 
-def benign_data(self_instruct: Path, answers: Sequence[Answer]) -> Dataset:
+def benign_data(self_instruct: Path, answers: Sequence[Completion]) -> Dataset:
     """Every benign prompt, answered in the degraded model's style."""
     examples = data.with_opening(
         data.helpful(answers, mixes.benign_prompts(self_instruct)),

@@ -22,7 +22,7 @@ from safegene_vllm.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from safegene_vllm.evaluation.backends import Answerer
+    from safegene_vllm.evaluation.backends import GenerationBackend
     from safegene_vllm.evaluation.inputs import Inputs
     from safegene_vllm.evaluation.results import Evaluation
     from safegene_vllm.evaluation.statistics import Rate
@@ -60,17 +60,17 @@ def check_evaluation_out(out: Path, overwrite: bool) -> None:
 
 def _answerer(
     inputs: Inputs, family: Path | None, backend: Backend, dtype: Dtype, device: str
-) -> Answerer:
+) -> GenerationBackend:
     if backend is Backend.transformers:
-        from safegene_vllm.evaluation.backends import TransformersAnswerer
+        from safegene_vllm.evaluation.backends import TransformersBackend
         from safegene_vllm.formats.family import load_family
 
         vector = None if family is None else load_family(family)
-        return TransformersAnswerer(inputs.model, vector, dtype=dtype.value, device=device)
-    from safegene_vllm.offline.generation_backend import VllmAnswerer
+        return TransformersBackend(inputs.model, vector, dtype=dtype.value, device=device)
+    from safegene_vllm.offline.generation_backend import VllmBackend
 
     context = -(-inputs.longest_tokens // CONTEXT_STEP) * CONTEXT_STEP
-    return VllmAnswerer(
+    return VllmBackend(
         inputs.model, inputs.subjects, family, dtype=dtype.value, context_tokens=context
     )
 
@@ -240,7 +240,7 @@ def evaluate(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from safegene_vllm.evaluation.inputs import read_inputs
     from safegene_vllm.evaluation.judges import DEFAULT_JUDGES
-    from safegene_vllm.evaluation.response_cache import KeptAnswers
+    from safegene_vllm.evaluation.response_cache import ResponseCache
     from safegene_vllm.evaluation.results import save_evaluation
     from safegene_vllm.evaluation.runner import evaluate as run
 
@@ -260,7 +260,7 @@ def evaluate(
         task_tokens=task_tokens,
     )
     with ExitStack() as stack:
-        kept = None if keep_answers is None else stack.enter_context(KeptAnswers(keep_answers))
+        kept = None if keep_answers is None else stack.enter_context(ResponseCache(keep_answers))
         progress = stack.enter_context(steps("evaluating"))
         found = run(
             inputs.subjects,

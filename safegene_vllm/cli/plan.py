@@ -19,7 +19,7 @@ from safegene_vllm.cli.console import clean, results, table
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from safegene_vllm.planner import Advice, Ask, Mode, ModelShape
+    from safegene_vllm.planner import Advice, ModelShape, ServingMode, Workload
 
 
 class Dtype(StrEnum):
@@ -148,10 +148,10 @@ def plan(
 
     Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
     """
-    from safegene_vllm.planner import Ask, advise, find_gpu, plan_modes, read_shape
+    from safegene_vllm.planner import Workload, advise, find_gpu, plan_modes, read_shape
 
     shape = read_shape(model)
-    ask = Ask(
+    ask = Workload(
         shape=shape,
         gpu=find_gpu(
             gpu,
@@ -231,7 +231,7 @@ def _vector(
 
 
 def facts(
-    ask: Ask, modes: Mapping[str, Mode], advice: Advice, price: float | None
+    ask: Workload, modes: Mapping[str, ServingMode], advice: Advice, price: float | None
 ) -> dict[str, Any]:
     """The whole plan as plain JSON values; sizes in bytes, times in seconds."""
     from safegene_vllm.planner.slots import pair_bytes

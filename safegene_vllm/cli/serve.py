@@ -99,7 +99,7 @@ def serve(
     Every flag of vLLM may follow, such as --port 8080 or --tensor-parallel-size 2. All files are
     checked before vLLM starts, and "ready" is said only once every worker's receipt agrees.
     """
-    from safegene_vllm.launcher import ServeOptions, build_command, launch, read_declared
+    from safegene_vllm.launcher import ServeOptions, build_command, launch, read_config_file
 
     vllm_args = tuple(context.args)
     if model is not None and model.startswith("-"):
@@ -110,7 +110,7 @@ def serve(
         found = repr(vllm_args[0]) if vllm_args else "nothing"
         raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {found}.")
     if model is None and server_config is not None:
-        declared = read_declared(server_config)
+        declared = read_config_file(server_config)
         model, vllm_args = declared.model, (*declared.flags(), *vllm_args)
         family, slots = family or declared.family, slots or declared.slots
         base_profile = base_profile or declared.base_profile

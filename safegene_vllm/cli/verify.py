@@ -50,9 +50,9 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="safegene-verify-") as work:
         root = Path(work)
         if model is None:
-            from safegene_vllm.tiny_model import write_house
+            from safegene_vllm.tiny_model import write_setup
 
-            house = write_house(root / "pico")
+            house = write_setup(root / "pico")
             model, family, tenants = house.model, house.family, list(house.tenants)
         else:
             tenants = list(tenant or ())

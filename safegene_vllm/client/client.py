@@ -20,7 +20,7 @@ from safegene_vllm.client.connection import (
     part_of_path,
     tenant_path,
 )
-from safegene_vllm.client.polling import PATIENCE_S, POLL_S, watched
+from safegene_vllm.client.polling import PATIENCE_S, POLL_S, poll_until_done
 from safegene_vllm.client.types import (
     ENDED,
     AuditPage,
@@ -357,7 +357,7 @@ class Client:
 
         Errors: TimeoutError after `timeout_s`; ApiError if the server is away for `patience_s`.
         """
-        return watched(
+        return poll_until_done(
             lambda: self.job(id),
             lambda job: job["state"] in ENDED,
             seen,
@@ -377,7 +377,7 @@ class Client:
         seen: Callable[[Rollout], object] = lambda rollout: None,
     ) -> Rollout:
         """The rollout once every live replica follows it. Errors: as of wait_job."""
-        return watched(
+        return poll_until_done(
             lambda: self.rollout(id),
             lambda rollout: rollout["done"],
             seen,

@@ -15,7 +15,7 @@ _AWAY = {None, 502, 503, 504}
 T = TypeVar("T")
 
 
-def watched(
+def poll_until_done(
     look: Callable[[], T],
     ended: Callable[[T], bool],
     seen: Callable[[T], object],

@@ -23,8 +23,8 @@ from safegene_vllm.chat import (
     stop_tokens,
 )
 from safegene_vllm.composition import compose_adapter, merge_into, merged_weight_name
-from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_faults
-from safegene_vllm.evaluation.targets import Subject, adapter_of, checkpoint_of, profile_of
+from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_errors
+from safegene_vllm.evaluation.targets import Target, adapter_of, checkpoint_of, profile_of
 from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
 from safegene_vllm.formats.family import Family
@@ -33,7 +33,7 @@ BATCH = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Answerer(Protocol):
+class GenerationBackend(Protocol):
     """Answers prompts as a subject would; greedy, so the same every time."""
 
     @property
@@ -45,7 +45,7 @@ class Answerer(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         """One answer per prompt, in order, of at most `max_tokens` tokens."""
         ...
 
@@ -54,7 +54,7 @@ class Answerer(Protocol):
         ...
 
 
-def merged_pairs(subject: Subject, family: Family | None) -> Mapping[str, Pair]:
+def merged_pairs(subject: Target, family: Family | None) -> Mapping[str, Pair]:
     """What is added to the weights of the subject's checkpoint: one pair per site, may be none.
 
     Semantics: compose.compose_adapter of the subject's LoRA and its coefficients.
@@ -96,7 +96,7 @@ class _Loaded:
                 faults.append(SiteError(f"{self.checkpoint.directory} has no linear {site}"))
             elif tied and layer_of(site) is None:
                 faults.append(SiteError(f"{site} shares its weight with the embedding"))
-        raise_faults(faults)
+        raise_errors(faults)
         for site in sorted(self.changed | pairs.keys()):
             weight: Any = modules[site].weight
             stored = self.checkpoint.read(merged_weight_name(site))
@@ -106,7 +106,7 @@ class _Loaded:
         self.changed = set(pairs)
 
 
-class TransformersAnswerer:
+class TransformersBackend:
     """One checkpoint at a time in memory; a subject's LoRA and vector are merged in float32.
 
     `model` is the checkpoint of subjects without one of their own; `dtype` float32, bfloat16 or
@@ -130,9 +130,9 @@ class TransformersAnswerer:
         self.model, self.family = Path(model), family
         self.dtype, self.batch = dtype, batch
         self._loaded: _Loaded | None = None
-        self._subject: Subject | None = None
+        self._subject: Target | None = None
 
-    def _ready(self, subject: Subject) -> _Loaded:
+    def _ready(self, subject: Target) -> _Loaded:
         directory = checkpoint_of(subject) or self.model
         if self._loaded is None or self._loaded.checkpoint.directory != directory:
             self.close()
@@ -144,7 +144,7 @@ class TransformersAnswerer:
         return self._loaded
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], subject: Subject, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], subject: Target, max_tokens: int
     ) -> list[list[int]]:
         """Greedy token ids after each row of token ids; similar lengths share a batch."""
         loaded = self._ready(subject)
@@ -157,7 +157,7 @@ class TransformersAnswerer:
             found |= dict(zip(chosen, made, strict=True))
         return [found[i] for i in range(len(prompts))]
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         """One answer per prompt, in order. Errors: those of reading; SiteError."""
         tokenizer = self._ready(subject).tokenizer
         rows = prompt_tokens(tokenizer, prompts)
@@ -171,14 +171,14 @@ class TransformersAnswerer:
             torch.cuda.empty_cache()
 
 
-class Lasting:
+class SharedBackend:
     """An answerer whose engine lives through several evaluations, until `end`."""
 
-    def __init__(self, inner: Answerer) -> None:
+    def __init__(self, inner: GenerationBackend) -> None:
         self.inner = inner
         self.model, self.backend, self.dtype = inner.model, inner.backend, inner.dtype
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         return self.inner.answers(prompts, subject, max_tokens)
 
     def close(self) -> None:

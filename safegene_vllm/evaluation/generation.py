@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from safegene_vllm.evaluation.backends import Answerer
-from safegene_vllm.evaluation.response_cache import KeptAnswers, subject_digest
-from safegene_vllm.evaluation.targets import Subject, checkpoint_of
+from safegene_vllm.evaluation.backends import GenerationBackend
+from safegene_vllm.evaluation.response_cache import ResponseCache, subject_digest
+from safegene_vllm.evaluation.targets import Target, checkpoint_of
 from safegene_vllm.formats.family import FamilyHeader
 
 CHUNK = 128
@@ -25,13 +25,13 @@ def silent(done: int, total: int, what: str) -> None:
     """Progress that nobody watches."""
 
 
-def ask(
-    subjects: Sequence[Subject],
+def generate_all(
+    subjects: Sequence[Target],
     wanted: Mapping[int, Sequence[str]],
-    answerer: Answerer,
+    answerer: GenerationBackend,
     *,
     header: FamilyHeader | None = None,
-    kept: KeptAnswers | None = None,
+    kept: ResponseCache | None = None,
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> Answers:

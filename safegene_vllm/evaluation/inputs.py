@@ -19,11 +19,11 @@ from safegene_vllm.chat import (
     load_tokenizer,
 )
 from safegene_vllm.dataset import read_dataset
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.evaluation.judges import Judge, make_judges
 from safegene_vllm.evaluation.results import SetKind
 from safegene_vllm.evaluation.runner import PromptSet
-from safegene_vllm.evaluation.targets import PARENT, Subject, before_and_after, checkpoint_of
+from safegene_vllm.evaluation.targets import PARENT, Target, before_and_after, checkpoint_of
 from safegene_vllm.evaluation.tasks import Task, read_task
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
 from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
@@ -41,7 +41,7 @@ class Inputs:
     """What is evaluated, by whom, and the most tokens that a prompt and its answer need."""
 
     model: Path
-    subjects: Sequence[Subject]
+    subjects: Sequence[Target]
     sets: Mapping[str, PromptSet]
     tasks: Sequence[Task]
     judges: Sequence[Judge]
@@ -108,9 +108,9 @@ def read_tasks(texts: Sequence[str], limit: int | None, faults: list[SafegeneErr
 
 def read_subjects(
     model: Path, header: FamilyHeader | None, tenants: Sequence[str], faults: list[SafegeneError]
-) -> list[Subject]:
+) -> list[Target]:
     """The model itself, then every tenant NAME=DIR before and after."""
-    subjects = [Subject(model.resolve().name or PARENT, PARENT)]
+    subjects = [Target(model.resolve().name or PARENT, PARENT)]
     for text in tenants:
         with _collected(faults):
             name, directory = named(text, "--tenant")
@@ -181,13 +181,13 @@ def read_inputs(
     made: Sequence[Judge] = ()
     with _collected(faults):
         made = make_judges(judges)
-    subjects: list[Subject] = []
+    subjects: list[Target] = []
     if family is None or header is not None:
         subjects = read_subjects(model, header, tenants, faults)
-    raise_faults(faults)
+    raise_errors(faults)
     longest = 0
     for directory in dict.fromkeys(checkpoint_of(subject) or model for subject in subjects):
         with _collected(faults):
             longest = max(longest, _longest(directory, read, chosen, max_tokens, task_tokens))
-    raise_faults(faults)
+    raise_errors(faults)
     return Inputs(model, subjects, read, chosen, made, header, longest)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_errors
 from safegene_vllm.evaluation.refusal_strings import ADVBENCH, OPENING, XSTEST
 from safegene_vllm.evaluation.results import JudgeRecord, Says
 from safegene_vllm.formats.file_io import size_of_regular_file
@@ -195,5 +195,5 @@ def make_judges(specs: Sequence[str]) -> list[Judge]:
         if judge.name in [other.name for other in made]:
             faults.append(ConfigError(f"judge {judge.name} is named twice; keep one of them"))
         made.append(judge)
-    raise_faults(faults)
+    raise_errors(faults)
     return made

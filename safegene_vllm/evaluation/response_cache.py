@@ -16,7 +16,7 @@ from typing import Any
 
 from safegene_vllm import __version__
 from safegene_vllm.errors import HeaderError
-from safegene_vllm.evaluation.targets import Subject, checkpoint_of, profile_of
+from safegene_vllm.evaluation.targets import Target, checkpoint_of, profile_of
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.file_io import canonical_json, digest_of, parse_json
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
@@ -53,7 +53,7 @@ def _versions() -> dict[str, str]:
 
 
 def subject_digest(
-    subject: Subject, model: Path, header: FamilyHeader | None, *, backend: str, dtype: str
+    subject: Target, model: Path, header: FamilyHeader | None, *, backend: str, dtype: str
 ) -> str:
     """`sha256:<hex>` of all that a subject's answers depend on; names and paths do not count.
 
@@ -75,7 +75,7 @@ def subject_digest(
     return digest_of(described, subject.key)
 
 
-class KeptAnswers:
+class ResponseCache:
     """The answers in one file; new ones are added to its end at once. Use it in `with`."""
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class KeptAnswers:
             self._answers[row["subject"], row["prompt"], row["max_tokens"]] = row["answer"]
         self._file.truncate(whole)
 
-    def __enter__(self) -> KeptAnswers:
+    def __enter__(self) -> ResponseCache:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from safegene_vllm.errors import HeaderError, SafegeneError, VersionError, raise_faults
+from safegene_vllm.errors import HeaderError, SafegeneError, VersionError, raise_errors
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.formats.file_io import canonical_json, pretty_json, read_json, replace_file
 
@@ -82,7 +82,7 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class SubjectResult:
+class TargetResult:
     """One model in one state ("parent", "before", "after" or other words), and its rates.
 
     `rates[set][judge]`: on a harmful set the attack success rate (not refused, or harmful); on
@@ -115,7 +115,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class SampleAnswer:
+class SampleResponse:
     """One answer with what each judge said of it; `text` None: withheld."""
 
     text: str | None
@@ -128,7 +128,7 @@ class Sample:
 
     set: str
     prompt: str
-    answers: Mapping[str, SampleAnswer]
+    answers: Mapping[str, SampleResponse]
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,14 @@ class Evaluation:
     sets: Mapping[str, SetRecord]
     judges: tuple[JudgeRecord, ...]
     tasks: Mapping[str, TaskRecord]
-    subjects: tuple[SubjectResult, ...]
+    subjects: tuple[TargetResult, ...]
     changes: tuple[Change, ...]
     samples: tuple[Sample, ...]
 
     # pydantic's name; nested dataclasses inherit it.
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    def subject(self, name: str, state: str) -> SubjectResult | None:
+    def subject(self, name: str, state: str) -> TargetResult | None:
         """The subject of this name in this state, None if it was not evaluated."""
         return next((s for s in self.subjects if (s.name, s.state) == (name, state)), None)
 
@@ -166,7 +166,7 @@ def _unknown(
     return [f"{where}: {what} {name!r} is not described" for name in names if name not in known]
 
 
-def _subject_faults(found: Evaluation, subject: SubjectResult) -> list[str]:
+def _subject_faults(found: Evaluation, subject: TargetResult) -> list[str]:
     where, judges = f"subject {subject.key}", {judge.name: judge for judge in found.judges}
     faults = _unknown(where, "set", subject.rates, found.sets)
     faults += _unknown(where, "task", subject.accuracy, found.tasks)
@@ -219,7 +219,7 @@ def save_evaluation(found: Evaluation, path: Path) -> None:
 
     Errors: HeaderError if it contradicts itself; NonFiniteError.
     """
-    raise_faults([HeaderError(f"evaluation: {fault}") for fault in faults_in(found)])
+    raise_errors([HeaderError(f"evaluation: {fault}") for fault in faults_in(found)])
     described = _described(found)
     canonical_json(described, "evaluation")
     replace_file(Path(path), pretty_json(described))
@@ -254,7 +254,7 @@ def load_evaluation(path: Path) -> Evaluation:
             )
             for fault in error.errors()
         ]
-        raise_faults(faults)
+        raise_errors(faults)
         raise
-    raise_faults([HeaderError(f"{path}: {fault}") for fault in faults_in(found)])
+    raise_errors([HeaderError(f"{path}: {fault}") for fault in faults_in(found)])
     return found

@@ -13,27 +13,27 @@ from typing import Literal, cast
 
 from safegene_vllm import __version__
 from safegene_vllm.dataset import Dataset
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
-from safegene_vllm.evaluation.backends import Answerer
-from safegene_vllm.evaluation.generation import CHUNK, Answers, Progress, ask, silent
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
+from safegene_vllm.evaluation.backends import GenerationBackend
+from safegene_vllm.evaluation.generation import CHUNK, Answers, Progress, generate_all, silent
 from safegene_vllm.evaluation.judges import Judge, record_of
-from safegene_vllm.evaluation.response_cache import KeptAnswers
+from safegene_vllm.evaluation.response_cache import ResponseCache
 from safegene_vllm.evaluation.results import (
     Change,
     Evaluation,
     FamilyRecord,
     LayerScore,
     Sample,
-    SampleAnswer,
+    SampleResponse,
     Says,
     SetKind,
     SetRecord,
     Settings,
-    SubjectResult,
+    TargetResult,
     TaskRecord,
 )
 from safegene_vllm.evaluation.statistics import paired_difference, rate
-from safegene_vllm.evaluation.targets import AFTER, BEFORE, Subject, check_subjects, profile_of
+from safegene_vllm.evaluation.targets import AFTER, BEFORE, Target, check_targets, profile_of
 from safegene_vllm.evaluation.tasks import Task, correct
 from safegene_vllm.formats.family import FamilyHeader
 
@@ -58,7 +58,7 @@ class PromptSet:
 class _Plan:
     """What is evaluated, and by whom."""
 
-    subjects: Sequence[Subject]
+    subjects: Sequence[Target]
     sets: Mapping[str, PromptSet]
     tasks: Sequence[Task]
     judges: Sequence[Judge]
@@ -75,14 +75,14 @@ class _Plan:
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ConfigError(f"tasks {', '.join(names)}: names must differ")
-        check_subjects(self.subjects, self.header)
+        check_targets(self.subjects, self.header)
         faults: list[SafegeneError] = []
         for judge in {judge.name: judge for _, _, judge in self.questions()}.values():
             try:
                 judge.check()
             except SafegeneError as error:
                 faults.append(error)
-        raise_faults(faults)
+        raise_errors(faults)
 
     def wanted(self) -> dict[int, list[str]]:
         """All prompts by their limit in tokens."""
@@ -136,7 +136,7 @@ def may_be_shown(kind: SetKind, verdicts: Mapping[str, bool], judges: Sequence[J
 
 
 def _said(
-    judge: Judge, prompts: Sequence[str], texts: Sequence[str], kept: KeptAnswers | None
+    judge: Judge, prompts: Sequence[str], texts: Sequence[str], kept: ResponseCache | None
 ) -> list[bool]:
     """The verdicts. An error tells what becomes of the answers, which took the longest to get."""
     try:
@@ -153,7 +153,9 @@ def _said(
         raise
 
 
-def _judged(plan: _Plan, answers: Answers, progress: Progress, kept: KeptAnswers | None) -> _Found:
+def _judged(
+    plan: _Plan, answers: Answers, progress: Progress, kept: ResponseCache | None
+) -> _Found:
     texts = {
         (name, subject.key): [answers[subject.key, plan.max_tokens, p] for p in chosen.prompts]
         for name, chosen in plan.sets.items()
@@ -181,11 +183,11 @@ def _counted_of(plan: _Plan, found: _Found, name: str, judge: Judge, key: str) -
     return counted(plan.sets[name].kind, judge.says, found.verdicts[name, judge.name, key])
 
 
-def _result(plan: _Plan, found: _Found, subject: Subject) -> SubjectResult:
+def _result(plan: _Plan, found: _Found, subject: Target) -> TargetResult:
     profile = profile_of(subject, plan.header)
     if profile is not None and not any(profile.coefficients):
         profile = None
-    return SubjectResult(
+    return TargetResult(
         name=subject.name,
         state=subject.state,
         coefficients=None if profile is None else profile.coefficients,
@@ -230,7 +232,7 @@ def _samples(plan: _Plan, found: _Found, count: int) -> Iterator[Sample]:
         prompts = chosen.prompts
         rng = random.Random(f"{plan.seed}-{name}")
         for i in sorted(rng.sample(range(len(prompts)), min(count, len(prompts)))):
-            answers: dict[str, SampleAnswer] = {}
+            answers: dict[str, SampleResponse] = {}
             for subject in plan.subjects:
                 verdicts = {
                     judge.name: bool(found.verdicts[name, judge.name, subject.key][i])
@@ -239,7 +241,7 @@ def _samples(plan: _Plan, found: _Found, count: int) -> Iterator[Sample]:
                 }
                 shown = may_be_shown(chosen.kind, verdicts, plan.judges)
                 text = found.texts[name, subject.key][i] if shown else None
-                answers[subject.key] = SampleAnswer(text, verdicts)
+                answers[subject.key] = SampleResponse(text, verdicts)
             yield Sample(name, prompts[i], answers)
 
 
@@ -251,11 +253,11 @@ def _family(header: FamilyHeader | None) -> FamilyRecord | None:
 
 
 def evaluate(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Target],
     sets: Mapping[str, PromptSet],
     tasks: Sequence[Task],
     judges: Sequence[Judge],
-    answerer: Answerer,
+    answerer: GenerationBackend,
     *,
     header: FamilyHeader | None = None,
     max_tokens: int = MAX_TOKENS,
@@ -263,7 +265,7 @@ def evaluate(
     samples: int = SAMPLES,
     seed: int = 0,
     chunk: int = CHUNK,
-    kept: KeptAnswers | None = None,
+    kept: ResponseCache | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """What the judges find in the subjects' greedy answers, with 95 % intervals.
@@ -271,13 +273,13 @@ def evaluate(
     `header` is the family's: for its record, and for the subjects' coefficients. `chunk` prompts
     are asked at a time; `samples` per set are written down, chosen by `seed`; `kept` holds answers
     from before. Errors: ConfigError if there is nothing to ask or nobody to judge; those of
-    `check_subjects` and of the judges' `check`, before anything is asked; those of the answerer and
+    `check_targets` and of the judges' `check`, before anything is asked; those of the answerer and
     of the judges.
     """
     plan = _Plan(subjects, sets, tasks, judges, header, max_tokens, task_tokens, seed)
     plan.check()
     try:
-        answers = ask(
+        answers = generate_all(
             subjects,
             plan.wanted(),
             answerer,

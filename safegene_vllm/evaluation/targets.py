@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_errors
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import (
     Profile,
@@ -24,7 +24,7 @@ PARENT, BEFORE, AFTER = "parent", "before", "after"
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """One model in one state.
 
     `directory`: the tenant's (adapter, checkpoint or bare profile); None: the model itself.
@@ -45,7 +45,7 @@ class Subject:
         return f"{self.name}/{self.state}"
 
 
-def profile_of(subject: Subject, header: FamilyHeader | None) -> Profile | None:
+def profile_of(subject: Target, header: FamilyHeader | None) -> Profile | None:
     """What the subject's vector is scaled by; None: it has no vector.
 
     Errors: ConfigError if there are coefficients and no family; FamilyMismatchError if the profile
@@ -72,24 +72,24 @@ def profile_of(subject: Subject, header: FamilyHeader | None) -> Profile | None:
     return profile
 
 
-def checkpoint_of(subject: Subject) -> Path | None:
+def checkpoint_of(subject: Target) -> Path | None:
     """The subject's own checkpoint, None if it is an adapter or a dose on the model."""
     if subject.directory is not None and kind_of(subject.directory) == "checkpoint":
         return subject.directory
     return None
 
 
-def adapter_of(subject: Subject) -> Path | None:
+def adapter_of(subject: Target) -> Path | None:
     """The subject's LoRA directory, None if it has none."""
     if subject.directory is not None and kind_of(subject.directory) == "adapter":
         return subject.directory
     return None
 
 
-def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[Subject]:
+def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[Target]:
     """A tenant with every coefficient 0, and as its profile has it.
 
-    Errors: TenantRefusedError for an exported directory or a family; ConfigError without a profile;
+    Errors: AdapterRejectedError for an exported directory or a family; ConfigError without a profile;
     FamilyMismatchError or BoundsError if it belongs to another family.
     """
     refuse_exported(directory)
@@ -103,12 +103,12 @@ def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[S
     check_profile(profile, header)
     zeros = (0.0,) * header.num_layers
     return [
-        Subject(name, BEFORE, directory, zeros),
-        Subject(name, AFTER, directory, None, profile.digest),
+        Target(name, BEFORE, directory, zeros),
+        Target(name, AFTER, directory, None, profile.digest),
     ]
 
 
-def check_subjects(subjects: Sequence[Subject], header: FamilyHeader | None) -> None:
+def check_targets(subjects: Sequence[Target], header: FamilyHeader | None) -> None:
     """Raise unless every subject can be made, and no two have one name and state."""
     faults: list[SafegeneError] = []
     keys = [subject.key for subject in subjects]
@@ -121,4 +121,4 @@ def check_subjects(subjects: Sequence[Subject], header: FamilyHeader | None) -> 
                 check_fits(subject.directory, header)
         except SafegeneError as error:
             faults.append(type(error)(f"{subject.key}: {error}"))
-    raise_faults(faults)
+    raise_errors(faults)

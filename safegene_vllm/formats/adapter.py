@@ -18,11 +18,11 @@ from safegene_vllm.errors import (
     HeaderError,
     MissingFileError,
     NonFiniteError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
     ShapeError,
     SiteError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.file_io import pretty_json, read_json, replace_directory
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
@@ -197,7 +197,7 @@ def _weights_path(directory: Path) -> Path:
     path = directory / WEIGHTS_FILE
     pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
     if not path.exists() and pickles:
-        raise PickleRefusedError(
+        raise PickleRejectedError(
             f"{directory} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle runs code "
             "when it is read: save the adapter with safe_serialization=True"
         )
@@ -248,7 +248,7 @@ def _pair_shape(
 
 def _read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG_FILE)
-    raise_faults(_config_faults(config))
+    raise_errors(_config_faults(config))
     return config
 
 
@@ -264,14 +264,14 @@ def _shapes(
             faults.append(error)
     if not infos:
         faults.append(SiteError("no tensors; an adapter that touches no site is refused"))
-    raise_faults([type(fault)(f"{path}: {fault}") for fault in faults])
+    raise_errors([type(fault)(f"{path}: {fault}") for fault in faults])
     return shapes
 
 
 def read_adapter_shapes(directory: Path) -> dict[str, PairShape]:
     """The pairs of a PEFT LoRA directory by site, from headers alone. Torch-free.
 
-    Errors: MissingFileError, PickleRefusedError, TruncatedFileError, HeaderError (also:
+    Errors: MissingFileError, PickleRejectedError, TruncatedFileError, HeaderError (also:
     options that a LoRA pair cannot express), ShapeError, SiteError, NonFiniteError (in JSON).
     """
     directory = Path(directory)
@@ -363,7 +363,7 @@ def check_pairs(pairs: Mapping[str, Pair]) -> None:
             faults.append(error)
     if not pairs:
         faults.append(SiteError("no pairs; an adapter that touches no site is refused"))
-    raise_faults(faults)
+    raise_errors(faults)
 
 
 def adapter_files(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str, bytes]:

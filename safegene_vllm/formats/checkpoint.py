@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from safegene_vllm.errors import (
     HeaderError,
     MissingFileError,
-    PickleRefusedError,
+    PickleRejectedError,
     SafegeneError,
     ShapeError,
     SiteError,
     TruncatedFileError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.file_io import read_json
 from safegene_vllm.formats.safetensors_file import (
@@ -96,7 +96,7 @@ def _shard_names(directory: Path) -> dict[str, list[str]]:
     if not index.exists():
         neither = f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}"
         if any(directory.glob("*.bin")):
-            raise PickleRefusedError(f"{neither}, only pickles; save with safe_serialization=True")
+            raise PickleRejectedError(f"{neither}, only pickles; save with safe_serialization=True")
         raise MissingFileError(f"{neither}; expected a Hugging Face checkpoint directory")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -112,7 +112,7 @@ def _shard_names(directory: Path) -> dict[str, list[str]]:
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Where every tensor of the checkpoint in `directory` lies, from headers alone. Torch-free.
 
-    Errors: MissingFileError, PickleRefusedError, TruncatedFileError, NonFiniteError (in JSON);
+    Errors: MissingFileError, PickleRejectedError, TruncatedFileError, NonFiniteError (in JSON);
     SiteError if the index promises what a shard does not hold; HeaderError, also if two shards
     hold a tensor of one name, since readers differ in which of them counts.
     """
@@ -134,5 +134,5 @@ def read_checkpoint(directory: Path) -> Checkpoint:
                     HeaderError(f"{directory}: {name!r} is both in {holder[name]} and in {shard}")
                 )
             holder[name] = shard
-    raise_faults(faults)
+    raise_errors(faults)
     return Checkpoint(directory, config, shards)

@@ -18,7 +18,7 @@ from safegene_vllm.errors import (
     HeaderError,
     SafegeneError,
     SiteError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.adapter import (
     OWNED_FILES,
@@ -124,7 +124,7 @@ def base_of_checkpoint(directory: Path) -> Base:
 
     The fingerprint covers the architecture and the shape (D_out, D_in) of every 2-D weight inside a
     layer; not path, dtype, values, nor the vocabulary (a tenant may add tokens).
-    Errors: MissingFileError, PickleRefusedError, HeaderError, TruncatedFileError, SiteError.
+    Errors: MissingFileError, PickleRejectedError, HeaderError, TruncatedFileError, SiteError.
     """
     directory = Path(directory)
     config_path = directory / "config.json"
@@ -144,7 +144,7 @@ def base_of_checkpoint(directory: Path) -> Base:
         )
     if type(num_layers) is not int or num_layers < 1:
         faults.append(HeaderError(f"{config_path}: num_hidden_layers is {num_layers!r}"))
-    raise_faults(faults)
+    raise_errors(faults)
     sites = {
         name.removesuffix(".weight"): list(info.shape)
         for name, info in read_checkpoint(directory).infos.items()
@@ -205,7 +205,7 @@ def _parsed(raw: Mapping[str, Any], sites: Mapping[str, PairShape], path: Path) 
             faults.append(
                 f"layers: {entry!r} is not {{layer: whole number, score: number or null}}"
             )
-    raise_faults([HeaderError(f"{path}: {fault}") for fault in faults])
+    raise_errors([HeaderError(f"{path}: {fault}") for fault in faults])
     header = FamilyHeader(
         base=Base(base["architecture"], base["num_layers"], base["fingerprint"]),
         sites=sites,
@@ -219,7 +219,7 @@ def _parsed(raw: Mapping[str, Any], sites: Mapping[str, PairShape], path: Path) 
         digest=raw["digest"],
         path=path.parent,
     )
-    raise_faults([type(fault)(f"{path}: {fault}") for fault in _layer_faults(header)])
+    raise_errors([type(fault)(f"{path}: {fault}") for fault in _layer_faults(header)])
     return header
 
 
@@ -332,7 +332,7 @@ def make_family(
         name=name,
         digest="",
     )
-    raise_faults([type(f)(f"family {name!r}: {f}") for f in _layer_faults(unsigned)])
+    raise_errors([type(f)(f"family {name!r}: {f}") for f in _layer_faults(unsigned)])
     check_pairs(stored)
     return Family(replace(unsigned, digest=_digest(unsigned, stored)), stored)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.errors import HeaderError, SafegeneError, VersionError, raise_faults
+from safegene_vllm.errors import HeaderError, SafegeneError, VersionError, raise_errors
 from safegene_vllm.formats.file_io import read_json
 
 DESCRIPTION_FILE = "safegene.json"
@@ -72,5 +72,5 @@ def check_description(
         faults.append(
             HeaderError(f"{where}: digest {raw['digest']!r} is not sha256:<64 hex digits>")
         )
-    raise_faults(faults)
+    raise_errors(faults)
     return {key: raw[key] for key in (*fields, "digest")}

@@ -20,7 +20,7 @@ from safegene_vllm.errors import (
     FormatError,
     HeaderError,
     SafegeneError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.file_io import (
     digest_of,
@@ -124,7 +124,7 @@ def check_profile(profile: Profile, header: FamilyHeader) -> None:
         elif layer in selected and not low <= value <= high:
             found.append(f"layer {layer} has coefficient {value}, expected {low} to {high}")
     faults: list[SafegeneError] = [BoundsError(fault) for fault in found]
-    raise_faults(faults)
+    raise_errors(faults)
 
 
 def profile_json(profile: Profile) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def parse_profile(raw: Mapping[str, Any], where: str) -> Profile:
             faults.append(
                 HeaderError(f"{where}: coefficient {layer} is larger than any float can be")
             )
-    raise_faults(faults)
+    raise_errors(faults)
     coefficients = tuple(float(value) for value in fields["coefficients"])
     profile = Profile(fields["family"], coefficients, fields["calibration"])
     if profile.digest != fields["digest"]:

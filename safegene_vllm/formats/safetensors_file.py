@@ -18,7 +18,7 @@ from safegene_vllm.errors import (
     NonFiniteError,
     SafegeneError,
     TruncatedFileError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.file_io import canonical_json, parse_json, size_of_regular_file
 
@@ -105,7 +105,7 @@ def _checked_header(
             infos[name] = _entry(name, value, bits)
         except HeaderError as error:
             faults.append(HeaderError(f"{path}: {error}"))
-    raise_faults(faults)
+    raise_errors(faults)
     infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
     expected_begin = 0
     for name, info in infos.items():
@@ -167,7 +167,7 @@ def check_finite(path: Path) -> None:
                 if bool(((values & exponent) == exponent).any()):
                     faults.append(NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf"))
                     break
-    raise_faults(faults)
+    raise_errors(faults)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -191,7 +191,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(info.shape)
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    raise_faults([NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf") for name in bad])
+    raise_errors([NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf") for name in bad])
     return tensors
 
 

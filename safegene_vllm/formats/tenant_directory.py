@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     FamilyMismatchError,
     HeaderError,
     MissingFileError,
     SafegeneError,
-    TenantRefusedError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint
@@ -82,7 +82,7 @@ def check_fits(directory: Path, header: FamilyHeader) -> None:
     """
     kind = kind_of(directory)
     if kind == "adapter":
-        raise_faults(_adapter_faults(directory, header))
+        raise_errors(_adapter_faults(directory, header))
     elif kind == "checkpoint":
         base = base_of_checkpoint(directory)
         if base.fingerprint != header.base.fingerprint:
@@ -92,13 +92,13 @@ def check_fits(directory: Path, header: FamilyHeader) -> None:
                 f"with {header.base.num_layers} layers, fingerprint {header.base.fingerprint}"
             )
     elif kind == "family":
-        raise TenantRefusedError(f"{directory} is a family; name a tenant's directory")
+        raise AdapterRejectedError(f"{directory} is a family; name a tenant's directory")
 
 
 def refuse_exported(directory: Path) -> None:
-    """Raise TenantRefusedError if `directory` was exported: it already carries its vector."""
+    """Raise AdapterRejectedError if `directory` was exported: it already carries its vector."""
     if (Path(directory) / RECORD_FILE).exists():
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"{directory} holds {RECORD_FILE}: a vector is already in these weights and would be "
             "added twice; start from the tenant they were exported from"
         )

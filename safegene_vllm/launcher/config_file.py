@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safegene_vllm.errors import ConfigError
 
 
-class Declared(BaseModel):
+class ConfigFile(BaseModel):
     """What to start. Relative paths are counted from the file; `vllm` holds flags of vLLM by name,
     with `true` for a flag alone and `false` for its `--no-` form."""
 
@@ -34,7 +34,7 @@ class Declared(BaseModel):
         return tuple(word for name, value in self.vllm.items() for word in _flag(name, value))
 
 
-def read_declared(path: Path) -> Declared:
+def read_config_file(path: Path) -> ConfigFile:
     """Errors: ConfigError naming the file and every bad key of its `serve:` part."""
     import yaml
 
@@ -55,7 +55,7 @@ def read_declared(path: Path) -> Declared:
             "given; write `safegene serve MODEL --family DIR --server-config ...`, or add the part."
         )
     try:
-        found = Declared(**part)
+        found = ConfigFile(**part)
     except ValidationError as error:
         faults = "; ".join(
             f"serve.{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r:.200}: "
@@ -66,7 +66,7 @@ def read_declared(path: Path) -> Declared:
     return found.model_copy(update=_below(path.parent, found))
 
 
-def _below(folder: Path, found: Declared) -> dict[str, Any]:
+def _below(folder: Path, found: ConfigFile) -> dict[str, Any]:
     """The paths of a file in `folder`. A model that is no directory there may be a hub's name."""
     paths: dict[str, Any] = {"family": folder / found.family}
     if found.base_profile is not None:

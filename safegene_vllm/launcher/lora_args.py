@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.launcher.artifacts import Artifacts
 from safegene_vllm.launcher.options import ServeOptions, absolute
-from safegene_vllm.launcher.vllm_args import Flags
+from safegene_vllm.launcher.vllm_args import VllmArgs
 from safegene_vllm.planner.slots import LORA_RANKS
 from safegene_vllm.settings import Settings
 
@@ -22,7 +22,7 @@ REGISTRY_ADAPTERS = 256
 """How many adapters of a registry are kept in host memory, ready for a slot."""
 
 
-def lora_contradictions(options: ServeOptions, flags: Flags, settings: Settings) -> list[str]:
+def lora_contradictions(options: ServeOptions, flags: VllmArgs, settings: Settings) -> list[str]:
     """Flags that cannot be honoured with LoRA slots, each naming both sides."""
     found = []
     if flags.given("no-enable-lora"):
@@ -44,13 +44,13 @@ def lora_contradictions(options: ServeOptions, flags: Flags, settings: Settings)
     return found
 
 
-def _slots(options: ServeOptions, flags: Flags) -> int:
+def _slots(options: ServeOptions, flags: VllmArgs) -> int:
     tenants = len(options.tenants) + len(flags.values("lora-modules"))
     return options.slots or flags.number("max-loras") or max(MIN_SLOTS, tenants)
 
 
 def lora_arguments(
-    options: ServeOptions, flags: Flags, settings: Settings, artifacts: Artifacts
+    options: ServeOptions, flags: VllmArgs, settings: Settings, artifacts: Artifacts
 ) -> list[str]:
     """LoRA flags the user did not give. Errors: ConfigError for given ones that are too small."""
     slots = _slots(options, flags)
@@ -80,7 +80,7 @@ def lora_arguments(
                 "the family or a tenant needs; add them or leave the flag out."
             )
         )
-    raise_faults(faults)
+    raise_errors(faults)
     many = REGISTRY_ADAPTERS if options.server_config is not None else 0
     ours: dict[str, list[str]] = {
         "enable-lora": [],
@@ -101,7 +101,7 @@ def lora_arguments(
 
 def module_arguments(options: ServeOptions) -> list[str]:
     """--lora-modules with the user's own entries, as they gave them, and our tenants."""
-    entries = Flags(tuple(options.vllm_args)).values("lora-modules")
+    entries = VllmArgs(tuple(options.vllm_args)).values("lora-modules")
     for name, path in options.tenants.items():
         place = str(absolute(path))
         plain = "," not in f"{name}{place}"

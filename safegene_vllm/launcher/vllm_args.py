@@ -19,7 +19,7 @@ _SHORT = {"-dp": "data-parallel-size", "-q": "quantization"}
 
 
 @dataclass(frozen=True)
-class Flags:
+class VllmArgs:
     """vLLM's arguments as tokens. `--max_loras=2` and `--max-loras 2` are the same flag."""
 
     tokens: tuple[str, ...]
@@ -72,9 +72,9 @@ class Flags:
         except ValueError:
             raise ConfigError(f"--{name} = {text!r}: expected a whole number.") from None
 
-    def without(self, name: str) -> Flags:
+    def without(self, name: str) -> VllmArgs:
         dropped = {i for start, stop in self._spans(name) for i in range(start, stop)}
-        return Flags(tuple(t for i, t in enumerate(self.tokens) if i not in dropped))
+        return VllmArgs(tuple(t for i, t in enumerate(self.tokens) if i not in dropped))
 
     def dotted(self, name: str) -> list[str]:
         """Flags that set one key of a JSON flag, such as `--additional-config.key`."""
@@ -85,7 +85,7 @@ def _is_flag(token: str) -> bool:
     return re.match(r"-[-a-zA-Z]", token) is not None
 
 
-def additional_config(flags: Flags) -> dict[str, Any]:
+def additional_config(flags: VllmArgs) -> dict[str, Any]:
     """The user's own --additional-config; empty if there is none.
 
     Errors: ConfigError if it is not a JSON object, or is set key by key.
@@ -108,7 +108,7 @@ def additional_config(flags: Flags) -> dict[str, Any]:
     return config
 
 
-def lora_modules(flags: Flags) -> dict[str, Path]:
+def lora_modules(flags: VllmArgs) -> dict[str, Path]:
     """The user's own --lora-modules, `name=path` or JSON, by name.
 
     Errors: ConfigError naming the entry that is neither.
@@ -134,7 +134,7 @@ def _json_module(entry: str) -> tuple[str, str]:
         ) from None
 
 
-def in_config_file(flags: Flags, names: frozenset[str]) -> list[str]:
+def in_config_file(flags: VllmArgs, names: frozenset[str]) -> list[str]:
     """Which of `names` the user's --config file sets; vLLM lets the command line override it."""
     path = flags.value("config")
     if path is None:

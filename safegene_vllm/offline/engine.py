@@ -19,7 +19,7 @@ from safegene_vllm.plugin import compat
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """Greedy tokens with the log-probability of each."""
 
     tokens: tuple[int, ...]
@@ -27,7 +27,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request: token ids, and the tenant's directory (None: the base model)."""
 
     prompt: Sequence[int]
@@ -51,7 +51,7 @@ class Engine:
         """Load a tenant the way the API server does, before any request uses it."""
         self.llm.llm_engine.add_lora(self.lora(tenant, name))
 
-    def ask(self, asks: Sequence[Ask], tokens: int = 12, **sampling: Any) -> list[Answer]:
+    def ask(self, asks: Sequence[Request], tokens: int = 12, **sampling: Any) -> list[Completion]:
         greedy = {"temperature": 0, "logprobs": 0, "detokenize": False, "ignore_eos": True}
         params = compat.resolve("SamplingParams")(max_tokens=tokens, **(greedy | sampling))
         outputs = self.llm.generate(
@@ -61,7 +61,7 @@ class Engine:
             use_tqdm=False,
         )
         return [
-            Answer(
+            Completion(
                 tuple(o.outputs[0].token_ids),
                 tuple(
                     step[token].logprob
@@ -73,7 +73,7 @@ class Engine:
             for o in outputs
         ]
 
-    def score(self, asks: Sequence[Ask], answers: Sequence[Answer]) -> list[Answer]:
+    def score(self, asks: Sequence[Request], answers: Sequence[Completion]) -> list[Completion]:
         """The given answers' tokens under this engine: their log-probabilities, token by token.
 
         For comparing engines whose rounding may choose another token somewhere.
@@ -91,7 +91,7 @@ class Engine:
             use_tqdm=False,
         )
         return [
-            Answer(
+            Completion(
                 answer.tokens,
                 tuple(
                     step[token].logprob
@@ -157,7 +157,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def worst(found: Sequence[Answer], expected: Sequence[Answer]) -> float:
+def max_logprob_diff(found: Sequence[Completion], expected: Sequence[Completion]) -> float:
     """Largest |Δ logprob| over all tokens of all answers."""
     return max(
         abs(a - b)

@@ -27,9 +27,9 @@ from safegene_vllm.chat import (
 )
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.evaluation.targets import (
-    Subject,
+    Target,
     adapter_of,
-    check_subjects,
+    check_targets,
     checkpoint_of,
     profile_of,
 )
@@ -37,7 +37,7 @@ from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapte
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
 from safegene_vllm.formats.profile import Profile, make_profile, save_profile
 from safegene_vllm.formats.receipt import check_engine, check_tenant, gain_digest
-from safegene_vllm.offline.engine import Ask, Engine, engine
+from safegene_vllm.offline.engine import Engine, Request, engine
 from safegene_vllm.planner.slots import rank_bucket
 from safegene_vllm.plugin import compat
 
@@ -60,7 +60,7 @@ class _Running:
     work: Path
 
 
-def slot_rank(subjects: Sequence[Subject]) -> int:
+def slot_rank(subjects: Sequence[Target]) -> int:
     """The smallest --max-lora-rank that holds every subject's own LoRA.
 
     The gain table needs no rank of the slots. Errors: ConfigError if vLLM has no such rank.
@@ -72,12 +72,12 @@ def slot_rank(subjects: Sequence[Subject]) -> int:
     return rank_bucket(max(needed, 8))
 
 
-class VllmAnswerer:
+class VllmBackend:
     """One vLLM engine at a time, with all subjects of its checkpoint in its slots.
 
     `model` is the checkpoint of subjects without one of their own; `family` a directory;
     `context_tokens` what the longest prompt needs together with its answer. `options` go to every
-    engine, over our own. Errors: those of `check_subjects`; ConfigError for ranks.
+    engine, over our own. Errors: those of `check_targets`; ConfigError for ranks.
     """
 
     backend = "vllm"
@@ -85,7 +85,7 @@ class VllmAnswerer:
     def __init__(
         self,
         model: Path,
-        subjects: Sequence[Subject],
+        subjects: Sequence[Target],
         family: Path | None = None,
         *,
         dtype: str = "bfloat16",
@@ -95,13 +95,13 @@ class VllmAnswerer:
         self.model, self.family, self.subjects = Path(model), family, tuple(subjects)
         self.dtype, self.context_tokens, self.options = dtype, context_tokens, options
         self.header: FamilyHeader | None = None if family is None else read_family_header(family)
-        check_subjects(self.subjects, self.header)
+        check_targets(self.subjects, self.header)
         self.rank = slot_rank(self.subjects)
         self._running: _Running | None = None
-        self._tenants: dict[Subject, Path | None] = {}
+        self._tenants: dict[Target, Path | None] = {}
         self._stack = ExitStack()
 
-    def answers(self, prompts: Sequence[str], subject: Subject, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         """One greedy answer per prompt, in order.
 
         Errors: ReceiptError if a worker did not apply what the subject says; what admission
@@ -114,7 +114,7 @@ class VllmAnswerer:
         tenant = self._admitted(running, subject)
         name = None if tenant is None else subject.key
         found = running.engine.ask(
-            [Ask(row, tenant, name) for row in rows],
+            [Request(row, tenant, name) for row in rows],
             max_tokens,
             ignore_eos=False,
             stop_token_ids=list(running.stops),
@@ -169,7 +169,7 @@ class VllmAnswerer:
         stops = tuple(stop_tokens(checkpoint, tokenizer))
         return _Running(checkpoint, running, tokenizer, stops, work)
 
-    def _admitted(self, running: _Running, subject: Subject) -> Path | None:
+    def _admitted(self, running: _Running, subject: Target) -> Path | None:
         """The directory that the engine serves the subject from; None for the model itself."""
         if subject in self._tenants:
             return self._tenants[subject]
@@ -192,7 +192,7 @@ class VllmAnswerer:
         return directory
 
     def _directory_of(
-        self, running: _Running, subject: Subject, profile: Profile | None, adapter: Path | None
+        self, running: _Running, subject: Target, profile: Profile | None, adapter: Path | None
     ) -> Path:
         """The tenant's own directory, or its adapter by links beside a profile made here."""
         own = subject.directory

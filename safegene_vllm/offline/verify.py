@@ -17,7 +17,7 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.formats.profile import load_profile, make_profile, save_profile
 from safegene_vllm.formats.receipt import check_engine
-from safegene_vllm.offline.engine import Answer, Ask, engine, worst
+from safegene_vllm.offline.engine import Completion, Request, engine, max_logprob_diff
 from safegene_vllm.planner.slots import rank_bucket
 
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
@@ -69,8 +69,8 @@ def verify(
     limits |= {"max_lora_rank": _rank_bucket(rest, family)} | options
     settings = {"family": str(family)}
 
-    def asks(directories: Sequence[Path | None]) -> list[Ask]:
-        return [Ask(p, d) for p, d in zip(prompts, directories, strict=True)]
+    def asks(directories: Sequence[Path | None]) -> list[Request]:
+        return [Request(p, d) for p, d in zip(prompts, directories, strict=True)]
 
     progress("gain table")
     with engine(model, {**settings, "apply": "gain"}, **limits) as e:
@@ -90,7 +90,7 @@ def verify(
     progress("weight load")
     full = _full_checkpoint(model, only, work / "full")
     with engine(full, {**settings, "apply": "weights"}, dtype=dtype, **options) as e:
-        weights = e.ask([Ask(prompts[-2])], tokens)
+        weights = e.ask([Request(prompts[-2])], tokens)
     keep = [i for i, d in enumerate(mix) if d not in (only, None)]
     return [
         _agree("composed slots answer like the gain table", gain, composed, dtype),
@@ -108,7 +108,7 @@ def verify(
         Check(
             "the profile does change its own tenant's answer",
             gain[0].logprobs != one[0].logprobs,
-            f"{worst([gain[0]], [one[0]]):.3g} nats",
+            f"{max_logprob_diff([gain[0]], [one[0]]):.3g} nats",
         ),
         Check(
             "every rank applied every site",
@@ -118,12 +118,12 @@ def verify(
     ]
 
 
-def _agree(what: str, left: list[Answer], right: list[Answer], dtype: str) -> Check:
+def _agree(what: str, left: list[Completion], right: list[Completion], dtype: str) -> Check:
     """Token-for-token and within the bound of the dtype."""
     bound = BOUNDS[dtype]
     equal = sum(a.tokens == b.tokens for a, b in zip(left, right, strict=True))
     if dtype == "float32":
-        largest = worst(left, right)
+        largest = max_logprob_diff(left, right)
         good = equal == len(left) and largest <= bound
         return Check(what, good, f"max |Δ logprob| {largest:.2g} (≤ {bound:g}), tokens equal")
     gaps = [gap for a, b in zip(left, right, strict=True) for gap in _common(a, b)]
@@ -133,7 +133,7 @@ def _agree(what: str, left: list[Answer], right: list[Answer], dtype: str) -> Ch
     )
 
 
-def _common(a: Answer, b: Answer) -> list[float]:
+def _common(a: Completion, b: Completion) -> list[float]:
     """|Δ logprob| as long as both chose the same tokens (later ones answer another text)."""
     gaps = []
     for x, y, p, q in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
@@ -143,7 +143,7 @@ def _common(a: Answer, b: Answer) -> list[float]:
     return gaps
 
 
-def _same(what: str, left: list[Answer], right: list[Answer]) -> Check:
+def _same(what: str, left: list[Completion], right: list[Completion]) -> Check:
     different = sum(a != b for a, b in zip(left, right, strict=True))
     return Check(what, different == 0, f"{len(left) - different} of {len(left)} identical")
 

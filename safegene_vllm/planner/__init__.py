@@ -5,23 +5,23 @@ no device. Not a measurement: benchmarks/ measures.
 """
 
 from safegene_vllm.planner.advice import Advice, advise
-from safegene_vllm.planner.estimates import MODES, Mode, Step, plan_mode, plan_modes
+from safegene_vllm.planner.estimates import MODES, ServingMode, StepEstimate, plan_mode, plan_modes
 from safegene_vllm.planner.gpus import GPUS, Gpu, find_gpu
 from safegene_vllm.planner.model_shape import Linear, ModelShape, read_shape
 from safegene_vllm.planner.slots import LORA_RANKS, rank_bucket
-from safegene_vllm.planner.workload import Ask
+from safegene_vllm.planner.workload import Workload
 
 __all__ = [
     "GPUS",
     "LORA_RANKS",
     "MODES",
     "Advice",
-    "Ask",
     "Gpu",
     "Linear",
-    "Mode",
     "ModelShape",
-    "Step",
+    "ServingMode",
+    "StepEstimate",
+    "Workload",
     "advise",
     "find_gpu",
     "plan_mode",

@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from safegene_vllm.planner.estimates import Mode
+from safegene_vllm.planner.estimates import ServingMode
 from safegene_vllm.planner.slots import rank_bucket
-from safegene_vllm.planner.workload import Ask
+from safegene_vllm.planner.workload import Workload
 
 FASTER = 1.05
 """Composed slots must be so much faster to make up for a reload at every coefficient change."""
@@ -32,7 +32,7 @@ class Advice:
         return shlex.join(self.command)
 
 
-def advise(ask: Ask, modes: Mapping[str, Mode], model: str) -> Advice:
+def advise(ask: Workload, modes: Mapping[str, ServingMode], model: str) -> Advice:
     """The mode to take among those that protect and fit; `model` goes into the command."""
     mode, reasons = _choose(ask, modes)
     warnings = [*ask.shape.remarks]
@@ -42,7 +42,7 @@ def advise(ask: Ask, modes: Mapping[str, Mode], model: str) -> Advice:
     return Advice(mode, _command(ask, modes[mode], model), tuple(reasons), tuple(warnings))
 
 
-def _choose(ask: Ask, modes: Mapping[str, Mode]) -> tuple[str | None, list[str]]:
+def _choose(ask: Workload, modes: Mapping[str, ServingMode]) -> tuple[str | None, list[str]]:
     if not any(modes[n].fits for n in ("gain", "composed", "weights") if n in modes):
         need = ask.shape.parameters * ask.dtype_bytes + ask.overhead_bytes
         return None, [
@@ -100,7 +100,7 @@ def _choose(ask: Ask, modes: Mapping[str, Mode]) -> tuple[str | None, list[str]]
     return "gain", reasons
 
 
-def _warnings(ask: Ask, mode: Mode) -> list[str]:
+def _warnings(ask: Workload, mode: ServingMode) -> list[str]:
     found = []
     if mode.batch < ask.concurrency and mode.engines == 1:
         found.append(
@@ -150,7 +150,7 @@ def _warnings(ask: Ask, mode: Mode) -> list[str]:
     return found
 
 
-def _command(ask: Ask, mode: Mode, model: str) -> tuple[str, ...]:
+def _command(ask: Workload, mode: ServingMode, model: str) -> tuple[str, ...]:
     """What `safegene serve` is to be given; FAMILY and CHECKPOINT are yours to fill in."""
     start = ["safegene", "serve"]
     common = ["--dtype", {2: "bfloat16", 4: "float32"}[ask.dtype_bytes]]

@@ -20,11 +20,11 @@ from safegene_vllm.planner.slots import (
     vector_bytes,
     wrapped,
 )
-from safegene_vllm.planner.workload import GAIN_LAUNCHES, HOST_LAUNCHES, Ask
+from safegene_vllm.planner.workload import GAIN_LAUNCHES, HOST_LAUNCHES, Workload
 
 
 @dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """One decode step: bytes read by what they are, products, launches, and the time of it all."""
 
     weight_bytes: int
@@ -41,7 +41,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Mode:
+class ServingMode:
     """One way to serve, per engine unless it says otherwise.
 
     `bucket` is None without LoRA slots. `sequences` fit into the KV cache at full length, `batch`
@@ -65,7 +65,7 @@ class Mode:
     kv_tokens: int
     sequences: int
     batch: int
-    step: Step
+    step: StepEstimate
     prefill_s: float
     added_ttft_s: float
     tokens_per_s: float
@@ -82,7 +82,7 @@ MODES = ("gain", "composed", "weights", "stock", "guard")
 """In the order of the tables. The first three are values of `safegene serve --apply`."""
 
 
-def plan_modes(ask: Ask) -> dict[str, Mode]:
+def plan_modes(ask: Workload) -> dict[str, ServingMode]:
     """Every mode that the tenants allow: full checkpoints are served by weight load alone.
 
     Errors: ConfigError (a rank that no slot holds).
@@ -91,9 +91,9 @@ def plan_modes(ask: Ask) -> dict[str, Mode]:
     return {name: plan_mode(ask, name) for name in names}
 
 
-def plan_mode(ask: Ask, name: str) -> Mode:
+def plan_mode(ask: Workload, name: str) -> ServingMode:
     """One of MODES. Errors: ConfigError (a rank that no slot holds)."""
-    ways: dict[str, Callable[[Ask], Mode]] = {
+    ways: dict[str, Callable[[Workload], ServingMode]] = {
         "gain": _gain,
         "composed": _composed,
         "weights": _weights,
@@ -103,7 +103,7 @@ def plan_mode(ask: Ask, name: str) -> Mode:
     return ways[name](ask)
 
 
-def _gain(ask: Ask) -> Mode:
+def _gain(ask: Workload) -> ServingMode:
     """The vector once beside the slots; our kernels run both products, torch's come on top."""
     shape, d = ask.shape, ask.dtype_bytes
     targets = {*ask.own_targets, *ask.safety_targets}
@@ -124,7 +124,7 @@ def _gain(ask: Ask) -> Mode:
     )
 
 
-def _composed(ask: Ask) -> Mode:
+def _composed(ask: Workload) -> ServingMode:
     """The vector inside every adapter: rank of tenant and vector together."""
     shape, d = ask.shape, ask.dtype_bytes
     own = pair_bytes(shape, ask.own_targets, ask.adapter_rank, d)
@@ -140,7 +140,7 @@ def _composed(ask: Ask) -> Mode:
     )
 
 
-def _stock(ask: Ask) -> Mode:
+def _stock(ask: Workload) -> ServingMode:
     """The tenants' adapters alone, unprotected: what the others are compared with."""
     shape, d = ask.shape, ask.dtype_bytes
     return _slotted(
@@ -153,7 +153,7 @@ def _stock(ask: Ask) -> Mode:
     )
 
 
-def _guard(ask: Ask) -> Mode:
+def _guard(ask: Workload) -> ServingMode:
     """Stock multi-LoRA; every request is first read by a guard on the same weights."""
     asked = ask.prompt_tokens + ask.guard_prompt_tokens
     base = _stock(ask)
@@ -174,7 +174,7 @@ def _guard(ask: Ask) -> Mode:
     )
 
 
-def _weights(ask: Ask) -> Mode:
+def _weights(ask: Workload) -> ServingMode:
     """One engine per checkpoint, several to a card while weights and their sequences fit."""
     engines = ask.held if ask.adapter_rank == 0 and ask.profiles else ask.tenants
     weight = ask.shape.parameters * ask.dtype_bytes
@@ -187,7 +187,7 @@ def _weights(ask: Ask) -> Mode:
     tokens, sequences = _capacity(ask, kv)
     batch = min(wanted, sequences)
     step = _step(ask, batch, 0, 0, 0, 0)
-    return Mode(
+    return ServingMode(
         name="weights",
         safe=True,
         engines=engines,
@@ -214,7 +214,7 @@ def _weights(ask: Ask) -> Mode:
 
 
 def _slotted(
-    ask: Ask,
+    ask: Workload,
     name: str,
     *,
     rank: int,
@@ -224,7 +224,7 @@ def _slotted(
     gains: int = 0,
     launches: int = 0,
     safe: bool = True,
-) -> Mode:
+) -> ServingMode:
     """One engine for all tenants, in LoRA slots of the bucket that holds `rank`."""
     shape, d = ask.shape, ask.dtype_bytes
     bucket = rank_bucket(rank)
@@ -244,7 +244,7 @@ def _slotted(
     each = own_bytes or 2 * d
     copies = entries if name == "composed" else ask.held
     kept = min(copies, max(slots, ask.host_bytes // each))
-    return Mode(
+    return ServingMode(
         name=name,
         safe=safe,
         engines=1,
@@ -269,13 +269,15 @@ def _slotted(
     )
 
 
-def _capacity(ask: Ask, kv_bytes: int) -> tuple[int, int]:
+def _capacity(ask: Workload, kv_bytes: int) -> tuple[int, int]:
     """Tokens that `kv_bytes` hold, and whole sequences of prompt and output."""
     tokens = max(kv_bytes, 0) // ask.shape.kv_bytes_per_token(ask.dtype_bytes)
     return tokens, tokens // (ask.prompt_tokens + ask.output_tokens)
 
 
-def _step(ask: Ask, batch: int, adapters: int, vector: int, launches: int, slot: int) -> Step:
+def _step(
+    ask: Workload, batch: int, adapters: int, vector: int, launches: int, slot: int
+) -> StepEstimate:
     """A decode step of `batch` sequences that reads `adapters` and `vector` bytes beside the rest.
 
     Every token is multiplied with its own slot (`slot` bytes) and with the vector.
@@ -290,15 +292,17 @@ def _step(ask: Ask, batch: int, adapters: int, vector: int, launches: int, slot:
     )
     moved = weight + kv + adapters + vector
     seconds = max(moved / ask.gpu.bytes_per_s, flops / ask.gpu.flops_per_s)
-    return Step(weight, kv, adapters, vector, flops, launches, seconds + launches * ask.launch_s)
+    return StepEstimate(
+        weight, kv, adapters, vector, flops, launches, seconds + launches * ask.launch_s
+    )
 
 
-def _rate(ask: Ask, batch: int, step: Step, prefill_s: float) -> float:
+def _rate(ask: Workload, batch: int, step: StepEstimate, prefill_s: float) -> float:
     """Tokens per second of a full batch: for every token, its share of a step and of its prompt."""
     return batch / (step.seconds + batch / ask.output_tokens * prefill_s)
 
 
-def _compute_s(ask: Ask, tokens: int) -> float:
+def _compute_s(ask: Workload, tokens: int) -> float:
     """A prompt's products, alone: what it takes from the decoding beside it."""
     shape = ask.shape
     layers = shape.read_parameters - shape.vocab * shape.linears[0].d_in
@@ -306,7 +310,7 @@ def _compute_s(ask: Ask, tokens: int) -> float:
     return (2.0 * layers * tokens + attention) / ask.gpu.flops_per_s
 
 
-def _prefill_s(ask: Ask, tokens: int) -> float:
+def _prefill_s(ask: Workload, tokens: int) -> float:
     """A prompt alone on an idle engine: its products, or the weights if those take longer."""
     read_s = ask.shape.read_parameters * ask.dtype_bytes / ask.gpu.bytes_per_s
     return max(_compute_s(ask, tokens), read_s)

@@ -15,7 +15,7 @@ GAIN_LAUNCHES = {"triton": 2, "torch": HOST_LAUNCHES + 3}
 
 
 @dataclass(frozen=True)
-class Ask:
+class Workload:
     """One model on one kind of GPU, its tenants, its vector and its load.
 
     `profiles`: revisions held at once (default: one per tenant). `adapter_rank` 0: tenants are

@@ -9,11 +9,11 @@ where an exception stops vLLM.
 def register() -> None:
     """Entry point `vllm.general_plugins: safegene`, called in every vLLM process.
 
-    Errors: HostError (unsupported vLLM, or a name the plugin needs is gone); anything else that
+    Errors: VllmCompatibilityError (unsupported vLLM, or a name the plugin needs is gone); anything else that
     goes wrong here also stops the process: better not served than served unprotected.
     """
-    from safegene_vllm.plugin.compat import check_host
+    from safegene_vllm.plugin.compat import check_vllm
     from safegene_vllm.plugin.install import install
 
-    check_host()
+    check_vllm()
     install()

@@ -32,7 +32,7 @@ class _Begun:
     asked_s: float
 
 
-class Arrivals:
+class AdapterPrefetcher:
     """`admit` reads and checks; `discard` removes the staged copy of a tenant nobody came for."""
 
     def __init__(self, admit: Callable[[Any], Admitted], discard: Callable[[Path], None]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from safegene_vllm.errors import HostError
+from safegene_vllm.errors import VllmCompatibilityError
 
 OLDEST = (0, 28)
 NEWEST = (0, 32)
@@ -23,7 +23,7 @@ _NOT_IN_WORKERS = ("LLM", "SamplingParams")
 
 
 @dataclass(frozen=True)
-class HostName:
+class VllmName:
     """One name of the host. `has` are attributes or parameters that must be there."""
 
     path: str
@@ -31,18 +31,18 @@ class HostName:
     why: str
 
 
-TABLE: dict[str, HostName] = {
-    "lora_mixin": HostName(
+TABLE: dict[str, VllmName] = {
+    "lora_mixin": VllmName(
         "vllm.v1.worker.lora_model_runner_mixin",
         ("LRUCacheWorkerLoRAManager",),
         "both model runners look the worker's LoRA manager up here; ours takes its place",
     ),
-    "LRUCacheWorkerLoRAManager": HostName(
+    "LRUCacheWorkerLoRAManager": VllmName(
         "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager",
         ("_load_adapter", "add_adapter", "add_dummy_lora", "create_lora_manager", "_manager_cls"),
         "loads an adapter when a request or the API asks for it: validate and compose there",
     ),
-    "LRUCacheLoRAModelManager": HostName(
+    "LRUCacheLoRAModelManager": VllmName(
         "vllm.lora.model_manager.LRUCacheLoRAModelManager",
         (
             "activate_adapter",
@@ -53,92 +53,92 @@ TABLE: dict[str, HostName] = {
         ),
         "moves an adapter into a slot: the moment to write that slot's gain row",
     ),
-    "LoRAModel": HostName(
+    "LoRAModel": VllmName(
         "vllm.lora.lora_model.LoRAModel",
         ("lora_model_id", "rank", "loras"),
         "the host's form of an adapter; an empty one is a profile-only tenant",
     ),
-    "LoRALayerWeights": HostName(
+    "LoRALayerWeights": VllmName(
         "vllm.lora.lora_weights.LoRALayerWeights",
         ("module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
         "one module's pair: tenants are handed to the host in this form",
     ),
-    "parse_fine_tuned_lora_name": HostName(
+    "parse_fine_tuned_lora_name": VllmName(
         "vllm.lora.utils.parse_fine_tuned_lora_name",
         ("name", "weights_mapper"),
         "the host's own translation of a Hugging Face site into its module name",
     ),
-    "LoRARequest": HostName(
+    "LoRARequest": VllmName(
         "vllm.lora.request.LoRARequest",
         ("lora_name", "lora_int_id", "lora_path"),
         "name, id and path of an adapter; ours points at the staged copy",
     ),
-    "get_adapter_absolute_path": HostName(
+    "get_adapter_absolute_path": VllmName(
         "vllm.lora.utils.get_adapter_absolute_path",
         ("lora_path",),
         "how the host turns a lora path (or a hub name) into a directory",
     ),
-    "BaseLayerWithLoRA": HostName(
+    "BaseLayerWithLoRA": VllmName(
         "vllm.lora.layers.BaseLayerWithLoRA",
         ("set_mapping", "slice_lora_a", "slice_lora_b"),
         "every layer that can carry an adapter, and its tensor-parallel slicing",
     ),
-    "BaseLinearLayerWithLoRA": HostName(
+    "BaseLinearLayerWithLoRA": VllmName(
         "vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA",
         ("_apply_lora_to_output",),
         "a linear LoRA layer: it calls punica_wrapper.add_lora_linear, where the product is added",
     ),
-    "PunicaWrapperBase": HostName(
+    "PunicaWrapperBase": VllmName(
         "vllm.lora.punica_wrapper.PunicaWrapperBase",
         ("update_metadata", "add_lora_linear", "add_lora_embedding", "add_lora_logits"),
         "computes LoRA products; a layer's wrapper is decorated, no class is changed",
     ),
-    "LoRAMapping": HostName(
+    "LoRAMapping": VllmName(
         "vllm.lora.layers.LoRAMapping",
         ("index_mapping",),
         "a step's adapter ids by token, on the CPU: whether any token has an adapter",
     ),
-    "WorkerBase": HostName(
+    "WorkerBase": VllmName(
         "vllm.v1.worker.worker_base.WorkerBase",
         ("__init__", "add_lora"),
         "every worker: settings are checked as it starts, receipts are read through it",
     ),
-    "LLM": HostName(
+    "LLM": VllmName(
         "vllm.LLM",
         ("generate", "collective_rpc"),
         "offline engine of verify and the benchmarks",
     ),
-    "SamplingParams": HostName(
+    "SamplingParams": VllmName(
         "vllm.SamplingParams",
         ("temperature", "max_tokens", "logprobs"),
         "greedy decoding there",
     ),
-    "register_model_loader": HostName(
+    "register_model_loader": VllmName(
         "vllm.model_executor.model_loader.register_model_loader",
         ("load_format",),
         "adds --load-format safegene",
     ),
-    "DefaultModelLoader": HostName(
+    "DefaultModelLoader": VllmName(
         "vllm.model_executor.model_loader.default_loader.DefaultModelLoader",
         ("get_all_weights", "load_weights", "_prepare_weights"),
         "the stock loader whose weights iterator is wrapped",
     ),
-    "current_platform": HostName(
+    "current_platform": VllmName(
         "vllm.platforms.current_platform",
         ("is_cpu", "can_update_inplace"),
         "CPU gets our own LoRA product; a platform without in-place updates is refused",
     ),
-    "envs": HostName(
+    "envs": VllmName(
         "vllm.envs",
         ("VLLM_LORA_ENABLE_DUAL_STREAM",),
         "dual-stream LoRA goes around the decorated wrapper, so it is refused",
     ),
-    "gpu_sync_allowed": HostName(
+    "gpu_sync_allowed": VllmName(
         "vllm.utils.gpu_sync_debug.gpu_sync_allowed",
         (),
         "reading a gain row back for a receipt waits for the device, once per adapter",
     ),
-    "get_current_vllm_config": HostName(
+    "get_current_vllm_config": VllmName(
         "vllm.config.get_current_vllm_config",
         (),
         "the loader's only way to the engine's additional_config",
@@ -150,7 +150,7 @@ TABLE: dict[str, HostName] = {
 def resolve(name: str) -> Any:
     """The host's object behind one entry of TABLE.
 
-    Errors: HostError naming the entry, what was expected and which vLLM was found.
+    Errors: VllmCompatibilityError naming the entry, what was expected and which vLLM was found.
     """
     entry = TABLE[name]
     try:
@@ -161,7 +161,7 @@ def resolve(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise HostError(
+        raise VllmCompatibilityError(
             f"vLLM {version()} has no {entry.path} ({entry.why}): {error}. {_advice()}"
         ) from error
 
@@ -172,14 +172,14 @@ def version() -> str:
     return str(importlib.import_module("vllm").__version__)
 
 
-def check_host() -> None:
-    """Errors: HostError if this vLLM is outside the tested range or lacks a name of TABLE."""
+def check_vllm() -> None:
+    """Errors: VllmCompatibilityError if this vLLM is outside the tested range or lacks a name of TABLE."""
     try:
         release = tuple(int(part) for part in version().split("+")[0].split(".")[:2])
     except ValueError:
         release = (0, 0)
     if not OLDEST <= release <= NEWEST:
-        raise HostError(f"found vLLM {version()}. {_advice()}")
+        raise VllmCompatibilityError(f"found vLLM {version()}. {_advice()}")
     faults = []
     for name, entry in TABLE.items():
         if name in _NOT_IN_WORKERS:
@@ -189,7 +189,7 @@ def check_host() -> None:
         if missing:
             faults.append(f"{entry.path} lacks {', '.join(missing)} ({entry.why})")
     if faults:
-        raise HostError(f"vLLM {version()}: " + "; ".join(faults) + f". {_advice()}")
+        raise VllmCompatibilityError(f"vLLM {version()}: " + "; ".join(faults) + f". {_advice()}")
 
 
 def _has(found: Any, name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safegene_vllm.plugin import compat, rpc
 from safegene_vllm.plugin.preflight import prepare_engine
-from safegene_vllm.plugin.weight_guard import keep_weights
+from safegene_vllm.plugin.weight_guard import guard_weights
 
 
 def install() -> None:
@@ -39,6 +39,6 @@ def _checked(init: Any) -> Any:
         plan = prepare_engine(vllm_config)
         init(self, vllm_config, *args, **kwargs)
         if plan is not None and plan.settings.family is not None:
-            keep_weights(self, plan.settings.apply)
+            guard_weights(self, plan.settings.apply)
 
     return checked

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 from safegene_vllm.formats.profile import has_profile
 from safegene_vllm.plugin import compat
-from safegene_vllm.plugin.preflight import plan_of
-from safegene_vllm.plugin.worker_runtime import Guest
+from safegene_vllm.plugin.preflight import read_engine_plan
+from safegene_vllm.plugin.worker_runtime import WorkerRuntime
 
 _WorkerManager: Any = compat.resolve("LRUCacheWorkerLoRAManager")
 _ModelManager: Any = compat.resolve("LRUCacheLoRAModelManager")
@@ -23,7 +23,7 @@ _ModelManager: Any = compat.resolve("LRUCacheLoRAModelManager")
 class SafegeneModelManager(_ModelManager):
     """Knows its guest, and tells it which slot an adapter entered."""
 
-    guest: Guest | None = None
+    guest: WorkerRuntime | None = None
 
     def activate_adapter(self, lora_id: int) -> bool:
         full = None not in self.lora_index_to_id
@@ -44,8 +44,8 @@ class SafegeneWorkerLoRAManager(_WorkerManager):
 
     def __init__(self, vllm_config: Any, device: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, device, *args, **kwargs)
-        plan = plan_of(vllm_config)
-        self.safegene = None if plan is None else Guest(plan, vllm_config, device)
+        plan = read_engine_plan(vllm_config)
+        self.safegene = None if plan is None else WorkerRuntime(plan, vllm_config, device)
         if self.safegene is not None:
             self._manager_cls = SafegeneModelManager
 
@@ -85,10 +85,10 @@ class SafegeneWorkerLoRAManager(_WorkerManager):
 
 
 def _refuse_profile(lora_request: Any) -> None:
-    """Errors: TenantRefusedError if a tenant expects protection this engine does not have."""
+    """Errors: AdapterRejectedError if a tenant expects protection this engine does not have."""
     path = Path(lora_request.lora_path)
     if path.is_dir() and has_profile(path):
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"tenant {lora_request.lora_name!r} carries a SafeGene profile, but this engine was "
             "started without a family. Start it with `safegene serve`, or add --additional-config "
             '\'{"safegene": {"family": "<family directory>"}}\'.'

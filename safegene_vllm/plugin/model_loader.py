@@ -19,13 +19,18 @@ from typing import Any
 import torch
 
 from safegene_vllm.composition import merge_into, merged_weight_name
-from safegene_vllm.errors import ConfigError, FamilyMismatchError, HostError, ShapeError
+from safegene_vllm.errors import (
+    ConfigError,
+    FamilyMismatchError,
+    ShapeError,
+    VllmCompatibilityError,
+)
 from safegene_vllm.formats.adapter import layer_of
 from safegene_vllm.formats.family import Family, load_family
 from safegene_vllm.formats.profile import Profile
 from safegene_vllm.formats.receipt import Receipt, gain_digest
 from safegene_vllm.plugin import compat
-from safegene_vllm.plugin.preflight import plan_of
+from safegene_vllm.plugin.preflight import read_engine_plan
 
 MERGING = min(4, os.cpu_count() or 1)
 """Threads that merge, beside the one in which the host copies."""
@@ -69,7 +74,7 @@ class SafegeneModelLoader(_Loader):
 
     def __init__(self, load_config: Any) -> None:
         config = compat.resolve("get_current_vllm_config")()
-        plan = plan_of(config)
+        plan = read_engine_plan(config)
         if plan is None or plan.settings.family is None or plan.base_profile is None:
             raise ConfigError("--load-format safegene needs safegene.family and a profile.")
         super().__init__(load_config)
@@ -140,7 +145,7 @@ class SafegeneModelLoader(_Loader):
                 f"{(pair.d_out, pair.d_in)}; give the family of this model."
             )
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise HostError(
+            raise VllmCompatibilityError(
                 f"{site} is stored as {weight.dtype}: quantized weights cannot be added to; "
                 "serve the plain checkpoint with apply=gain instead."
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.errors import FamilyMismatchError, HostError
+from safegene_vllm.errors import FamilyMismatchError, VllmCompatibilityError
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
 from safegene_vllm.formats.profile import Profile, check_profile, load_profile
 from safegene_vllm.plugin import compat
@@ -18,7 +18,7 @@ from safegene_vllm.settings import KEY, Settings, parse_settings
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """What one engine must do: checked settings and the torch-free headers behind them."""
 
     settings: Settings
@@ -26,14 +26,14 @@ class Plan:
     base_profile: Profile | None
 
 
-def plan_of(vllm_config: Any) -> Plan | None:
+def read_engine_plan(vllm_config: Any) -> EnginePlan | None:
     """The plan of an engine, or None where no `safegene` key was given. Reads two small files."""
     load_format = str(vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config, load_format=load_format)
     if settings is None:
         return None
     if settings.family is None:
-        return Plan(settings, None, None)
+        return EnginePlan(settings, None, None)
     header = read_family_header(settings.family)
     source = settings.base_profile
     if settings.apply == "weights":
@@ -41,10 +41,10 @@ def plan_of(vllm_config: Any) -> Plan | None:
     profile = None if source is None else load_profile(source)
     if profile is not None:
         check_profile(profile, header)
-    return Plan(settings, header, profile)
+    return EnginePlan(settings, header, profile)
 
 
-def prepare_engine(vllm_config: Any) -> Plan | None:
+def prepare_engine(vllm_config: Any) -> EnginePlan | None:
     """The checked plan of this engine, or None without a `safegene` key; called by every worker as
     it starts, for everything that can be known before loading.
 
@@ -52,14 +52,14 @@ def prepare_engine(vllm_config: Any) -> Plan | None:
     reuses a graph traced for another vector.
 
     Errors: ConfigError, FormatError, BoundsError (settings and files); FamilyMismatchError (the
-    model is not of the family); HostError (an option of vLLM that cannot be honoured).
+    model is not of the family); VllmCompatibilityError (an option of vLLM that cannot be honoured).
     """
-    plan = plan_of(vllm_config)
+    plan = read_engine_plan(vllm_config)
     if plan is None:
         return None
     faults = _refused_options(vllm_config, plan.settings)
     if faults:
-        raise HostError(
+        raise VllmCompatibilityError(
             "SafeGene cannot protect this engine as configured: " + "; ".join(faults) + "."
         )
     if plan.header is not None:

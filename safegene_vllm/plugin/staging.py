@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "safegene.json")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -61,7 +61,7 @@ class Staging:
     def copy(self, source: Path, name: str, roots: Sequence[Path]) -> Staged:
         """Copy the files of a tenant.
 
-        Errors: TenantRefusedError (not below `roots`, through a symlink, unreadable, empty).
+        Errors: AdapterRejectedError (not below `roots`, through a symlink, unreadable, empty).
         """
         source = allowed(source, roots)
         target = Path(tempfile.mkdtemp(prefix="tenant-", dir=self._directory))
@@ -74,14 +74,14 @@ class Staging:
             pickles = [f for f in PICKLES if (source / f).exists()]
         except OSError as error:
             shutil.rmtree(target)
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"tenant {name!r}: {source} cannot be read ({error}); give a readable directory of "
                 "plain files."
             ) from error
         if not found or (pickles and FILES[1] not in found):
             shutil.rmtree(target)
             hint = f"only {', '.join(pickles)} (pickle, refused)" if pickles else "none of them"
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"tenant {name!r}: {source} holds {hint}; expected {', '.join(FILES)}, or "
                 "safegene.json alone for a tenant that is only a profile."
             )
@@ -120,7 +120,7 @@ class Staging:
 def allowed(source: Path, roots: Sequence[Path]) -> Path:
     """The plain path of `source`, once it is seen to lie below one of `roots` (if any are given).
 
-    Errors: TenantRefusedError if it lies elsewhere, or is reached through a symbolic link.
+    Errors: AdapterRejectedError if it lies elsewhere, or is reached through a symbolic link.
     """
     if not roots:
         return source
@@ -131,19 +131,19 @@ def allowed(source: Path, roots: Sequence[Path]) -> Path:
                 _no_links(top, plain)
                 return plain
     shown = ", ".join(str(r) for r in roots)
-    raise TenantRefusedError(
+    raise AdapterRejectedError(
         f"adapter path {source} is outside safegene.adapter_roots ({shown}); move the adapter "
         "below one of them or add its root."
     )
 
 
 def _no_links(top: Path, plain: Path) -> None:
-    """Errors: TenantRefusedError if any step from `top` down to `plain` is a symbolic link."""
+    """Errors: AdapterRejectedError if any step from `top` down to `plain` is a symbolic link."""
     step = top
     for part in plain.relative_to(top).parts:
         step = step / part
         if step.is_symlink():
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"adapter path {plain} goes through the symbolic link {step}; with "
                 "safegene.adapter_roots set, adapters must be plain directories below them."
             )

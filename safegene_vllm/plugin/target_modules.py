@@ -17,7 +17,7 @@ from safegene_vllm.plugin import compat
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetModule:
     """Where a site lives: the host's LoRA layer, and which of its packed parts (None: all of it).
 
     `name` is the host's name of the unpacked site, `layer_name` that of the layer holding it.
@@ -28,7 +28,7 @@ class Place:
     part: int | None
 
 
-class SiteMap:
+class TargetModuleMap:
     """Site names of one model, as its LoRA manager wrapped it."""
 
     def __init__(self, manager: Any) -> None:
@@ -46,23 +46,23 @@ class SiteMap:
             for index, part in enumerate(parts)
         }
 
-    def find(self, site: str) -> Place | None:
+    def find(self, site: str) -> TargetModule | None:
         """The place of `site`, or None if the engine has no LoRA layer there."""
         name, _ = compat.resolve("parse_fine_tuned_lora_name")(
             f"base_model.model.{site}.lora_A.weight", self._mapper
         )
         if name in self._parts:
             layer_name, part = self._parts[name]
-            return Place(name, layer_name, part)
+            return TargetModule(name, layer_name, part)
         linear = compat.resolve("BaseLinearLayerWithLoRA")
         if isinstance(self._manager.modules.get(name), linear):
-            return Place(name, name, None)
+            return TargetModule(name, name, None)
         return None
 
-    def layer(self, place: Place) -> Any:
+    def layer(self, place: TargetModule) -> Any:
         return self._manager.modules[place.layer_name]
 
-    def parts(self, place: Place, pair: Pair) -> dict[str, Pair]:
+    def parts(self, place: TargetModule, pair: Pair) -> dict[str, Pair]:
         """The pair under the host's unpacked names.
 
         Usually one; but a site that is fused in the checkpoint (GLM-4's gate_up_proj) and two-part
@@ -74,7 +74,7 @@ class SiteMap:
             return {place.name: pair}
         return dict(zip(names, split_rows(layer, pair), strict=True))
 
-    def global_shape(self, place: Place) -> tuple[int, int] | None:
+    def global_shape(self, place: TargetModule) -> tuple[int, int] | None:
         """(D_out, D_in) over all ranks, or None where the host does not tell."""
         base = self.layer(place).base_layer
         d_in = int(base.input_size)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safegene_vllm.composition import compose_adapter
-from safegene_vllm.errors import SafegeneError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, SafegeneError
 from safegene_vllm.formats.adapter import Adapter, load_adapter
 from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
 from safegene_vllm.plugin import compat
 
 if TYPE_CHECKING:
-    from safegene_vllm.plugin.worker_runtime import Guest
+    from safegene_vllm.plugin.worker_runtime import WorkerRuntime
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,12 +44,12 @@ class Tenant:
         return self.weights is not None
 
 
-def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
+def validate_adapter(request: Any, guest: WorkerRuntime) -> tuple[Tenant, Adapter | None]:
     """Stage and validate the tenant behind a LoRARequest; with its adapter, if it was read for it.
 
     Changes nothing of the guest but what it has staged, so a thread may do it.
     Errors: FormatError (a file), FamilyMismatchError and BoundsError (its profile),
-    TenantRefusedError (path, missing profile, rank, sites, values). Nothing is kept then.
+    AdapterRejectedError (path, missing profile, rank, sites, values). Nothing is kept then.
     """
     name, path = request.lora_name, request.lora_path
     source = Path(path)
@@ -85,19 +85,19 @@ def admit(request: Any, guest: Guest) -> tuple[Tenant, Adapter | None]:
     return tenant, adapter
 
 
-def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
+def _profile_of(staged: Path, name: str, guest: WorkerRuntime) -> Profile | None:
     """The tenant's profile, checked against the family; None only in the open mode."""
     if not has_profile(staged):
         if guest.settings.missing_profile == "serve_unprotected":
             return None
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"tenant {name!r} has no safegene.json, so it would be served unprotected. Give it a "
             "profile of this family, or set safegene.missing_profile to "
             '"serve_unprotected" to allow tenants without one.'
         )
     profile = load_profile(staged)
     if guest.plan.header is None:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"tenant {name!r} carries a profile for family {profile.family}, but this engine has "
             "no family loaded; set safegene.family."
         )
@@ -106,7 +106,7 @@ def _profile_of(staged: Path, name: str, guest: Guest) -> Profile | None:
 
 
 def _fitting(
-    weights: str, staged: Path, profile: Profile | None, name: str, guest: Guest
+    weights: str, staged: Path, profile: Profile | None, name: str, guest: WorkerRuntime
 ) -> tuple[int, Adapter | None]:
     """How many sites the adapter has, all of them seen to fit; and what was read of it.
 
@@ -121,8 +121,8 @@ def _fitting(
     return len(adapter.pairs), adapter
 
 
-def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Guest) -> None:
-    """Errors: TenantRefusedError for sites the engine cannot adapt and ranks beyond its slots."""
+def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: WorkerRuntime) -> None:
+    """Errors: AdapterRejectedError for sites the engine cannot adapt and ranks beyond its slots."""
     faults = guest.site_faults(adapter.pairs)
     composed = guest.settings.apply == "composed" and profile is not None
     sites = dict.fromkeys([*adapter.pairs, *(guest.family.pairs if guest.family else ())])
@@ -138,23 +138,23 @@ def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: Gues
 
 
 def _check_composed(
-    adapter: Adapter | None, profile: Profile | None, name: str, guest: Guest
+    adapter: Adapter | None, profile: Profile | None, name: str, guest: WorkerRuntime
 ) -> None:
-    """Errors: TenantRefusedError for a sum of adapter and vector that its slot cannot hold."""
+    """Errors: AdapterRejectedError for a sum of adapter and vector that its slot cannot hold."""
     if guest.settings.apply == "composed" and profile is not None:
         assert guest.family is not None
         _refuse(name, guest.site_faults(compose_adapter(adapter, guest.family, profile).pairs))
 
 
 def _refuse(name: str, faults: list[str]) -> None:
-    """Errors: TenantRefusedError if there are any."""
+    """Errors: AdapterRejectedError if there are any."""
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise TenantRefusedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
+        raise AdapterRejectedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
 
 
-def check_unchanged(tenant: Tenant, guest: Guest) -> None:
-    """For whoever is about to serve it. Errors: TenantRefusedError, and its staged copy is dropped,
+def check_unchanged(tenant: Tenant, guest: WorkerRuntime) -> None:
+    """For whoever is about to serve it. Errors: AdapterRejectedError, and its staged copy is dropped,
     if the prefix cache may hold blocks of other content.
 
     The host keys cached blocks by (name, path): the same pair with other weights or coefficients
@@ -164,7 +164,7 @@ def check_unchanged(tenant: Tenant, guest: Guest) -> None:
     before = guest.seen.setdefault(key, tenant.content)
     if before != tenant.content and guest.prefix_cache:
         guest.staging.drop(tenant.staged)
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"tenant {tenant.name!r} at {tenant.path} has changed since it was first loaded; its "
             "cached prefixes would be stale. Load it under a new name or path (such as "
             f"'{tenant.name}@2'), or restart with --no-enable-prefix-caching."

@@ -10,13 +10,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from safegene_vllm.errors import HostError
+from safegene_vllm.errors import VllmCompatibilityError
 
 REPLACING = ("reload_weights", "reset_weights", "update_config", "discard", "sleep")
 """Methods of vLLM's workers after which the weights, or where they come from, are others."""
 
 
-def keep_weights(worker: Any, apply: str | None) -> None:
+def guard_weights(worker: Any, apply: str | None) -> None:
     """In place, before anything is loaded: `worker` loads once, and then keeps what it has.
 
     With apply=weights it may sleep at level 1, which puts the weights aside and takes them back.
@@ -30,11 +30,11 @@ def keep_weights(worker: Any, apply: str | None) -> None:
 
 
 def _refuse(worker: Any, name: str, *args: Any, **kwargs: Any) -> None:
-    """Errors: HostError, of the last rank alone: the host's executor reads the answers in order up
+    """Errors: VllmCompatibilityError, of the last rank alone: the host's executor reads the answers in order up
     to the first fault, and one left unread would be taken for that of the next call.
     """
     if worker.rank == worker.parallel_config.world_size - 1:
-        raise HostError(
+        raise VllmCompatibilityError(
             f"{name} would replace weights under a safety vector that was checked against those "
             "loaded at start; start an engine on the new weights instead."
         )

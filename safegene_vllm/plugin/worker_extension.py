@@ -7,16 +7,16 @@ and this one cannot be imported unless the plugin is in place. It adds nothing t
 
 from __future__ import annotations
 
-from safegene_vllm.errors import HostError
+from safegene_vllm.errors import VllmCompatibilityError
 from safegene_vllm.plugin import compat
 
 if not hasattr(compat.resolve("WorkerBase"), "safegene_receipt"):
-    raise HostError(
+    raise VllmCompatibilityError(
         "the SafeGene plugin is not loaded in this worker: found VLLM_PLUGINS without `safegene` "
         "or a failed import earlier in this log; expected the entry point "
         "vllm.general_plugins: safegene. Add `safegene` to VLLM_PLUGINS or repair the installation."
     )
 
 
-class Required:
+class RequirePlugin:
     """Empty on purpose: being importable is all it does."""

@@ -18,26 +18,26 @@ from typing import Any
 import torch
 
 from safegene_vllm.composition import compose_adapter
-from safegene_vllm.errors import HostError, ReceiptError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError, VllmCompatibilityError
 from safegene_vllm.formats.adapter import Adapter, Pair, layer_of
 from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.receipt import AdapterReceipt, Receipt, gain_digest
 from safegene_vllm.plugin import compat
-from safegene_vllm.plugin.adapter_prefetch import Arrivals
-from safegene_vllm.plugin.ops.cpu_lora import SegmentPunica, StepPlan
+from safegene_vllm.plugin.adapter_prefetch import AdapterPrefetcher
+from safegene_vllm.plugin.ops.cpu_lora import CpuBatchMetadata, CpuPunica
 from safegene_vllm.plugin.ops.gain_table import GainPunica, GainTable
-from safegene_vllm.plugin.ops.layer_weights import Site
+from safegene_vllm.plugin.ops.layer_weights import LayerWeights
 from safegene_vllm.plugin.ops.triton_lora import (
-    FusedPunica,
-    StepPunica,
-    StepTokens,
+    BatchMetadataUpdater,
+    MetadataPunica,
+    TritonPunica,
     choose,
     safety_pair,
 )
-from safegene_vllm.plugin.preflight import Plan
+from safegene_vllm.plugin.preflight import EnginePlan
 from safegene_vllm.plugin.staging import Staging
-from safegene_vllm.plugin.target_modules import SiteMap, local_parts, stack_parts
-from safegene_vllm.plugin.validation import Tenant, admit, check_unchanged
+from safegene_vllm.plugin.target_modules import TargetModuleMap, local_parts, stack_parts
+from safegene_vllm.plugin.validation import Tenant, check_unchanged, validate_adapter
 from safegene_vllm.settings import KEY
 
 
@@ -50,10 +50,10 @@ class _Resident:
     load_s: float = 0.0
 
 
-class Guest:
+class WorkerRuntime:
     """State of one worker; `attach` once, then `load`, `activated` and `receipt` as they come."""
 
-    def __init__(self, plan: Plan, vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, plan: EnginePlan, vllm_config: Any, device: torch.device) -> None:
         self.plan = plan
         self.settings = plan.settings
         self.device = device
@@ -64,7 +64,9 @@ class Guest:
         self.staging = Staging(plan.settings.staging_dir)
         self.tenants: dict[int, Tenant] = {}
         self.seen: dict[tuple[str, str], str] = {}
-        self.arrivals = Arrivals(lambda request: admit(request, self), self.staging.drop)
+        self.arrivals = AdapterPrefetcher(
+            lambda request: validate_adapter(request, self), self.staging.drop
+        )
         self.dummies: set[int] = set()
         self.bytes: dict[int, int] = {}
         self.evictions = 0
@@ -76,7 +78,7 @@ class Guest:
         self.listeners: list[Any] = []
         self._config = vllm_config
         self.table: GainTable | None = None
-        self.sites: SiteMap
+        self.sites: TargetModuleMap
         self.manager: Any = None
 
     # -- the vector ------------------------------------------------------------------------------
@@ -84,11 +86,11 @@ class Guest:
     def attach(self, manager: Any) -> None:
         """Give every LoRA layer what it needs and place the vector; called before any forward pass.
 
-        Errors: HostError naming the sites of the vector that this engine has no LoRA layer for.
+        Errors: VllmCompatibilityError naming the sites of the vector that this engine has no LoRA layer for.
         """
         started = time.perf_counter()
         self.manager = manager
-        self.sites = SiteMap(manager)
+        self.sites = TargetModuleMap(manager)
         self._attach_products(manager)
         if self.family is not None:
             self._find_all(self.family.pairs)
@@ -110,25 +112,25 @@ class Guest:
             header = None if self.table is None else self.plan.header
             vector = 0 if header is None else header.max_rank
             size = (manager.lora_slots, self.max_rank, tokens)
-            step = StepPlan(*size, dtype=self.lora_dtype, vector=vector, table=self.table)
+            step = CpuBatchMetadata(*size, dtype=self.lora_dtype, vector=vector, table=self.table)
             self.listeners.append(step)
             linear = compat.resolve("BaseLinearLayerWithLoRA")
             for layer in manager.modules.values():
                 slots = layer if isinstance(layer, linear) else None
-                layer.set_mapping(SegmentPunica(layer.punica_wrapper, step, slots))
+                layer.set_mapping(CpuPunica(layer.punica_wrapper, step, slots))
         if len(wrappers) != 1:
-            raise HostError(
+            raise VllmCompatibilityError(
                 f"found {len(wrappers)} LoRA wrappers ({', '.join(wrappers)}); SafeGene supports "
                 "language models without tower or connector LoRA."
             )
         for name, wrapper in wrappers.items():
-            wrappers[name] = StepPunica(wrapper, self.listeners)
+            wrappers[name] = MetadataPunica(wrapper, self.listeners)
 
     def _find_all(self, pairs: Mapping[str, Pair]) -> None:
-        """Errors: HostError for sites without a LoRA layer or of another shape."""
+        """Errors: VllmCompatibilityError for sites without a LoRA layer or of another shape."""
         faults = self.site_faults(pairs)
         if faults:
-            raise HostError(
+            raise VllmCompatibilityError(
                 "the vector does not fit this engine: " + "; ".join(faults[:5]) + _more(faults)
             )
 
@@ -167,7 +169,11 @@ class Guest:
             name: (modules[name], local_parts(modules[name], p)) for name, p in grouped.items()
         }
         fused = self._choose(found)
-        step = StepTokens(self.manager.lora_slots, table.tokens, self.device) if fused else None
+        step = (
+            BatchMetadataUpdater(self.manager.lora_slots, table.tokens, self.device)
+            if fused
+            else None
+        )
         self.listeners += [table] if len(fused) < len(found) else []
         self.listeners += [] if step is None else [step]
         for name, (layer, local) in found.items():
@@ -175,10 +181,10 @@ class Guest:
             where = {"dtype": self.dtype, "device": self.device}
             if name in fused and step is not None:
                 a, b = safety_pair(local, layer.output_slices, **where)
-                share = Site(a, b, table.rows, number, table.base[number])
-                layer.set_mapping(FusedPunica(inner, share, step))
+                share = LayerWeights(a, b, table.rows, number, table.base[number])
+                layer.set_mapping(TritonPunica(inner, share, step))
                 size = a.nbytes + b.nbytes
-            elif isinstance(inner, SegmentPunica):
+            elif isinstance(inner, CpuPunica):
                 size = inner.place(local, table, number)
             else:
                 a, bt = stack_parts(local, tuple(layer.output_slices), **where)
@@ -199,9 +205,9 @@ class Guest:
     # -- tenants ---------------------------------------------------------------------------------
 
     def check_identity(self, request: Any) -> None:
-        """Errors: TenantRefusedError for in-place reloads and for an id that changes meaning."""
+        """Errors: AdapterRejectedError for in-place reloads and for an id that changes meaning."""
         if request.load_inplace:
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"adapter {request.lora_name!r}: load_inplace is refused (its prefix-cache blocks "
                 "would be stale); load the changed adapter under a new name, such as "
                 f"'{request.lora_name}@2'."
@@ -211,7 +217,7 @@ class Guest:
             request.lora_name,
             request.lora_path,
         ):
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"adapter id {request.lora_int_id} is {known.name!r} from {known.path}, asked for "
                 f"as {request.lora_name!r} from {request.lora_path}; use a new id."
             )
@@ -219,7 +225,7 @@ class Guest:
     def admit(self, request: Any) -> None:
         """Let a tenant in without loading it: from here on only its staged copy is read.
 
-        Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
+        Errors: FormatError, FamilyMismatchError, BoundsError, AdapterRejectedError.
         """
         self.check_identity(request)
         if request.lora_int_id not in self.tenants:
@@ -230,7 +236,7 @@ class Guest:
     def load(self, request: Any) -> Any:
         """The host's form of a tenant, from its staged copy; validated on the first call.
 
-        Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
+        Errors: FormatError, FamilyMismatchError, BoundsError, AdapterRejectedError.
         """
         self.admit(request)
         tenant = self.tenants[request.lora_int_id]

@@ -27,7 +27,7 @@ from safegene_vllm.formats.profile import Profile, make_profile
 from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
 from safegene_vllm.recipe.attached import Attached
 from safegene_vllm.recipe.encoding import Batch, Encoded, Example, collate, encode, in_order
-from safegene_vllm.recipe.generation import greedy_answers
+from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -153,7 +153,7 @@ def shots(
         if kind == "safety":
             continue
         own = [row.prompt for row in data.rows if row.answer is None]
-        said = iter(greedy_answers(loaded, own, settings.retained_tokens) if own else ())
+        said = iter(generate_greedy(loaded, own, settings.retained_tokens) if own else ())
         found[kind] = []
         for row in data.rows:
             if row.answer is not None:

@@ -26,7 +26,7 @@ from safegene_vllm.errors import (
     NonFiniteError,
     SafegeneError,
     SiteError,
-    raise_faults,
+    raise_errors,
 )
 from safegene_vllm.formats.adapter import WEIGHTS_FILE, Pair, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
@@ -156,7 +156,7 @@ def _chosen(sites: Iterable[str], scope: Scope, num_layers: int) -> list[str]:
         if not any(_ends(site, ending) for site in sites):
             known = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
             faults.append(ConfigError(f"no site ends in {ending!r}; there are: {known}"))
-    raise_faults(faults)
+    raise_errors(faults)
     kept = [site for site in sites if scope.holds(site)]
     if not kept:
         raise ConfigError(f"layers {scope.layers} and sites {scope.endings} leave nothing over")
@@ -303,7 +303,7 @@ def of_adapter(
                     f"{checkpoint} it is {weights.get(site)}"
                 )
             )
-    raise_faults(faults)
+    raise_errors(faults)
     sign = -1.0 if role == "degraded" else 1.0
     pairs: dict[str, Pair] = {}
     energies: list[SiteEnergy] = []

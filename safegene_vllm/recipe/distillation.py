@@ -38,7 +38,7 @@ from safegene_vllm.recipe.encoding import (
     in_order,
 )
 from safegene_vllm.recipe.examples import few
-from safegene_vllm.recipe.generation import greedy_answers
+from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import (
     Loaded,
     answer_states,
@@ -173,7 +173,7 @@ def safe_examples(
     given = [Example(row.prompt, row.answer) for row in safety.rows if row.answer is not None]
     open_prompts = [row.prompt for row in safety.rows if row.answer is None]
     if open_prompts:
-        said = greedy_answers(aligned, open_prompts, max_answer_tokens, progress=progress)
+        said = generate_greedy(aligned, open_prompts, max_answer_tokens, progress=progress)
         given += [Example(a.prompt, a.text, a.finished) for a in said if is_refusal(a.text)]
     if not given:
         raise ConfigError(
@@ -200,7 +200,7 @@ def distil(
 
     The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it goes on from `state`,
     which stays until the result's `run` is cleared.
-    Errors: FamilyMismatchError naming both; TenantRefusedError for an exported model; ConfigError
+    Errors: FamilyMismatchError naming both; AdapterRejectedError for an exported model; ConfigError
     (data, settings, architecture).
     """
     if (degraded is None) == (degraded_adapter is None):
@@ -268,7 +268,7 @@ def _benign_examples(
 ) -> list[Example]:
     """Benign prompts with the data's own answers, else the degraded model's."""
     open_prompts = [row.prompt for row in benign.rows if row.answer is None]
-    said = iter(greedy_answers(degraded, open_prompts, limit, progress=progress))
+    said = iter(generate_greedy(degraded, open_prompts, limit, progress=progress))
     found = []
     for row in benign.rows:
         if row.answer is not None:

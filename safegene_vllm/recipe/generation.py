@@ -25,7 +25,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """One answer, and whether the model ended it by itself before the token limit."""
 
     prompt: str
@@ -33,14 +33,14 @@ class Answer:
     finished: bool
 
 
-def greedy_answers(
+def generate_greedy(
     loaded: Loaded,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
     batch: int = BATCH,
     progress: Progress = silent,
-) -> list[Answer]:
+) -> list[Completion]:
     """Answers in the order of the prompts; similar lengths share a left-padded batch.
 
     Errors: ConfigError if the tokenizer has no chat template.
@@ -49,12 +49,12 @@ def greedy_answers(
     check_template(tokenizer)
     stops = stops_of(model, tokenizer)
     lengths = [len(chat_text(tokenizer, prompt)) for prompt in prompts]
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Completion] = {}
     for chosen in in_order(lengths, batch):
         rows = prompt_tokens(tokenizer, [prompts[i] for i in chosen])
         written = greedy_tokens(model, tokenizer, rows, max_new_tokens, stops)
         for i, new in zip(chosen, written, strict=True):
             finished = len(new) < max_new_tokens
-            answers[i] = Answer(prompts[i], answer_text(tokenizer, new), finished)
+            answers[i] = Completion(prompts[i], answer_text(tokenizer, new), finished)
         progress(len(answers), len(prompts), "answers")
     return [answers[i] for i in range(len(prompts))]

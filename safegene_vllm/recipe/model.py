@@ -52,7 +52,7 @@ def load_model(
 ) -> Loaded:
     """The checkpoint in `dtype`, `adapter` merged into its weights as weight load would do it.
 
-    Errors: TenantRefusedError if one of them was exported, so that a vector is in it already; those
+    Errors: AdapterRejectedError if one of them was exported, so that a vector is in it already; those
     of reading; SiteError if the adapter has a site that the model has not.
     """
     from transformers import AutoModelForCausalLM

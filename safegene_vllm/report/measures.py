@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safegene_vllm.evaluation.results import JudgeRecord, SetRecord, SubjectResult
+from safegene_vllm.evaluation.results import JudgeRecord, SetRecord, TargetResult
 from safegene_vllm.evaluation.statistics import Rate
-from safegene_vllm.report.merge import Gathered
+from safegene_vllm.report.merge import MergedEvaluation
 
 Topic = Literal["attack", "accuracy", "over_refusal", "refusal", "harm", "coherence"]
 
@@ -54,7 +54,7 @@ class Measure:
     def better(self) -> str:
         return "lower is better" if LOWER_IS_BETTER[self.topic] else "higher is better"
 
-    def of(self, subject: SubjectResult | None) -> Rate | None:
+    def of(self, subject: TargetResult | None) -> Rate | None:
         """This measure's rate of `subject`, None if it was not measured."""
         if subject is None:
             return None
@@ -62,7 +62,7 @@ class Measure:
             return subject.accuracy.get(self.name)
         return subject.rates.get(self.name, {}).get(self.judge)
 
-    def change(self, found: Gathered, tenant: str) -> Rate | None:
+    def change(self, found: MergedEvaluation, tenant: str) -> Rate | None:
         """After minus before of `tenant` with its paired interval, None if it was not computed."""
         if self.judge is None:
             return found.change(tenant, task=self.name, judge=None)
@@ -79,7 +79,7 @@ def _topic(record: SetRecord, judge: JudgeRecord) -> Topic:
     return "over_refusal" if record.kind == "over_refusal" else "refusal"
 
 
-def measures(found: Gathered, *topics: Topic) -> list[Measure]:
+def measures(found: MergedEvaluation, *topics: Topic) -> list[Measure]:
     """Every measure of these topics (default: all) that any subject has, topic by topic."""
     every = [
         Measure(_topic(record, judge), name, judge.name, record.n)
@@ -92,7 +92,7 @@ def measures(found: Gathered, *topics: Topic) -> list[Measure]:
     return [m for topic in topics or TITLES for m in measured if m.topic == topic]
 
 
-def in_words(measure: Measure, found: Gathered) -> str:
+def in_words(measure: Measure, found: MergedEvaluation) -> str:
     """What the rate is a share of, and who decided, as a sentence without its full stop."""
     if measure.judge is None:
         return (

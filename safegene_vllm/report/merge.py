@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-from safegene_vllm.errors import ConfigError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.evaluation.results import (
     Change,
     Evaluation,
@@ -18,7 +18,7 @@ from safegene_vllm.evaluation.results import (
     JudgeRecord,
     Sample,
     SetRecord,
-    SubjectResult,
+    TargetResult,
     TaskRecord,
 )
 from safegene_vllm.evaluation.statistics import Rate
@@ -30,7 +30,7 @@ SHARED = ("parent", "before")
 
 
 @dataclass(frozen=True)
-class Gathered:
+class MergedEvaluation:
     """What all evaluations found; `family_of` goes from NAME/STATE to the digest of its family."""
 
     runs: Mapping[str, Evaluation]
@@ -38,14 +38,14 @@ class Gathered:
     tasks: Mapping[str, TaskRecord]
     judges: Mapping[str, JudgeRecord]
     families: Mapping[str, FamilyRecord]
-    subjects: Mapping[str, SubjectResult]
+    subjects: Mapping[str, TargetResult]
     family_of: Mapping[str, str]
     changes: tuple[Change, ...]
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
 
     @property
-    def parent(self) -> SubjectResult | None:
+    def parent(self) -> TargetResult | None:
         """The first subject whose state is "parent"."""
         return next((s for s in self.subjects.values() if s.state == "parent"), None)
 
@@ -55,7 +55,7 @@ class Gathered:
         names = (s.name for s in self.subjects.values() if s.state != "parent")
         return tuple(dict.fromkeys(names))
 
-    def of(self, tenant: str) -> dict[str, SubjectResult]:
+    def of(self, tenant: str) -> dict[str, TargetResult]:
         """The tenant's states: before, after, then the others in order; no parent."""
         found = {
             s.state: s for s in self.subjects.values() if s.name == tenant and s.state != "parent"
@@ -101,12 +101,12 @@ def _gap(one: Mapping[str, Rate], other: Mapping[str, Rate]) -> float:
     return max((abs(one[name].rate - other[name].rate) for name in one if name in other), default=0)
 
 
-def _all_rates(subject: SubjectResult) -> dict[str, Rate]:
+def _all_rates(subject: TargetResult) -> dict[str, Rate]:
     rates = {f"{s} {j}": r for s, by_judge in subject.rates.items() for j, r in by_judge.items()}
     return rates | {f"task {name}": value for name, value in subject.accuracy.items()}
 
 
-def _merged(where: str, old: SubjectResult, new: SubjectResult, faults: _Faults) -> SubjectResult:
+def _merged(where: str, old: TargetResult, new: TargetResult, faults: _Faults) -> TargetResult:
     """`old`, and of `new` what `old` has not; differing results are noted or refused."""
     known, measured = _all_rates(old), _all_rates(new)
     differs = any(known[name] != measured[name] for name in known if name in measured)
@@ -144,7 +144,7 @@ def _samples(found: Sequence[Sample]) -> tuple[Sample, ...]:
     return tuple(merged.values())
 
 
-def gather(runs: Mapping[str, Evaluation]) -> Gathered:
+def merge_evaluations(runs: Mapping[str, Evaluation]) -> MergedEvaluation:
     """The evaluations in `runs`, by the names that people know them by, as one.
 
     Errors: ConfigError without any, or if two of them measured different things under one name;
@@ -157,7 +157,7 @@ def gather(runs: Mapping[str, Evaluation]) -> Gathered:
     tasks: dict[str, TaskRecord] = {}
     judges: dict[str, JudgeRecord] = {}
     families: dict[str, FamilyRecord] = {}
-    subjects: dict[str, SubjectResult] = {}
+    subjects: dict[str, TargetResult] = {}
     family_of: dict[str, str] = {}
     changes: dict[tuple[str | None, ...], Change] = {}
     for name, run in runs.items():
@@ -175,8 +175,8 @@ def gather(runs: Mapping[str, Evaluation]) -> Gathered:
             changes.setdefault((change.name, change.set, change.task, change.judge), change)
     if len({run.settings for run in runs.values()}) > 1:
         faults.notes.append("The evaluations were run with different settings; see the last part.")
-    raise_faults(faults.found)
-    return Gathered(
+    raise_errors(faults.found)
+    return MergedEvaluation(
         runs=dict(runs),
         sets=sets,
         tasks=tasks,

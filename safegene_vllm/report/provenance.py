@@ -12,7 +12,7 @@ from typing import Any
 from safegene_vllm import __version__
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile
-from safegene_vllm.report.merge import Gathered
+from safegene_vllm.report.merge import MergedEvaluation
 from safegene_vllm.report.page import Html, el, join, table
 
 _SAYS = {
@@ -32,7 +32,7 @@ def _record(title: str, record: Mapping[str, Any]) -> Html:
     return el("details", el("summary", title), el("pre", written))
 
 
-def _runs(found: Gathered) -> Html:
+def _runs(found: MergedEvaluation) -> Html:
     columns = ["Evaluation", "Made by", "Answers", "Longest answer", "Family"]
     rows = [
         [
@@ -47,7 +47,7 @@ def _runs(found: Gathered) -> Html:
     return table(columns, rows)
 
 
-def _data(found: Gathered) -> Html:
+def _data(found: MergedEvaluation) -> Html:
     sets = [
         [
             name,
@@ -66,13 +66,13 @@ def _data(found: Gathered) -> Html:
     return table(["Data", "Kind", "Rows", "Source", "Licence", "Digest"], sets + tasks)
 
 
-def _judges(found: Gathered) -> Html:
+def _judges(found: MergedEvaluation) -> Html:
     rows = [[judge.name, _SAYS[judge.says], judge.rule] for judge in found.judges.values()]
     return table(["Judge", "Decides", "Rule"], rows)
 
 
 def _vectors(
-    found: Gathered, header: FamilyHeader | None, profiles: Mapping[str, Profile]
+    found: MergedEvaluation, header: FamilyHeader | None, profiles: Mapping[str, Profile]
 ) -> list[Html]:
     rows = [[f"family {f.name}", _digest(f.digest)] for f in found.families.values()]
     if header is not None and header.digest not in found.families:
@@ -101,7 +101,9 @@ def _vectors(
     return parts
 
 
-def origin(found: Gathered, header: FamilyHeader | None, profiles: Mapping[str, Profile]) -> Html:
+def provenance_section(
+    found: MergedEvaluation, header: FamilyHeader | None, profiles: Mapping[str, Profile]
+) -> Html:
     """Settings, data sets with digests and licences, judges with their rules, digests, versions."""
     parts = [_runs(found)]
     if found.sets or found.tasks:

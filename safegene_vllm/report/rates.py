@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safegene_vllm.evaluation.results import SubjectResult
+from safegene_vllm.evaluation.results import TargetResult
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report import plots
 from safegene_vllm.report.measures import Measure, in_words, measures
-from safegene_vllm.report.merge import Gathered
+from safegene_vllm.report.merge import MergedEvaluation
 from safegene_vllm.report.page import Html, el, figure, join, table
 
 NOTHING = "–"
@@ -46,7 +46,7 @@ def change_cell(change: Rate | None) -> Html:
 
 
 def rates_table(
-    found: Gathered, states: dict[str, SubjectResult], of: Sequence[Measure]
+    found: MergedEvaluation, states: dict[str, TargetResult], of: Sequence[Measure]
 ) -> Html | None:
     """A row per measure of one tenant, a column per state, the change and the parent's rate.
 
@@ -74,7 +74,7 @@ def rates_table(
     return table(columns, cells)
 
 
-def _words(found: Gathered) -> Html:
+def _words(found: MergedEvaluation) -> Html:
     """What the words in the tables mean."""
     states = {
         "before": "the tenant's fine-tuned model as it came",
@@ -107,7 +107,7 @@ def _words(found: Gathered) -> Html:
     return join(el("h3", "What the words mean"), el("ul", *lines))
 
 
-def _only_parent(found: Gathered) -> Html:
+def _only_parent(found: MergedEvaluation) -> Html:
     told = el("p", "No tenant was evaluated, only the parent.", class_="note")
     rows = [
         [join(el("span", m.title), el("small", m.where)), rate_cell(m.of(found.parent))]
@@ -117,7 +117,7 @@ def _only_parent(found: Gathered) -> Html:
     return join(told, table(["Measure", "Parent"], rows)) if rows else told
 
 
-def summary(found: Gathered) -> Html:
+def summary(found: MergedEvaluation) -> Html:
     """Per tenant: attack success, accuracy and over-refusal, before, after and of the parent."""
     parts = [el("p", note, class_="note") for note in found.notes]
     shown = measures(found, "attack", "accuracy", "over_refusal")
@@ -130,7 +130,7 @@ def summary(found: Gathered) -> Html:
     return join(*parts, _words(found))
 
 
-def _bars(found: Gathered, measure: Measure) -> list[plots.Bar]:
+def _bars(found: MergedEvaluation, measure: Measure) -> list[plots.Bar]:
     return [
         plots.Bar(tenant, state, rate)
         for tenant in found.tenants
@@ -139,7 +139,7 @@ def _bars(found: Gathered, measure: Measure) -> list[plots.Bar]:
     ]
 
 
-def _plot_of(found: Gathered, measure: Measure) -> Html | None:
+def _plot_of(found: MergedEvaluation, measure: Measure) -> Html | None:
     """Bars of one measure with its words; None if no tenant has it."""
     bars, parent = _bars(found, measure), measure.of(found.parent)
     if not bars:
@@ -156,19 +156,21 @@ def _plot_of(found: Gathered, measure: Measure) -> Html | None:
     return figure(plot, words)
 
 
-def _plots(found: Gathered, of: Sequence[Measure]) -> Html | None:
+def _plots(found: MergedEvaluation, of: Sequence[Measure]) -> Html | None:
     made = [plot for measure in of if (plot := _plot_of(found, measure)) is not None]
     return el("div", *made, class_="plots") if made else None
 
 
-def attack_success(found: Gathered) -> Html:
+def attack_success(found: MergedEvaluation) -> Html:
     """A plot per harmful set and judge."""
     return _plots(found, measures(found, "attack")) or el(
         "p", "No tenant was asked harmful prompts."
     )
 
 
-def _places(found: Gathered, attack: Measure, tasks: Sequence[Measure]) -> list[plots.Point]:
+def _places(
+    found: MergedEvaluation, attack: Measure, tasks: Sequence[Measure]
+) -> list[plots.Point]:
     """A point per tenant and state; the parent only where there is one task to place it by."""
     points = []
     subjects = [s for tenant in found.tenants for s in found.of(tenant).values()]
@@ -182,7 +184,7 @@ def _places(found: Gathered, attack: Measure, tasks: Sequence[Measure]) -> list[
     return points
 
 
-def safety_utility(found: Gathered) -> Html:
+def safety_utility(found: MergedEvaluation) -> Html:
     """Accuracy against attack success: one plot if each tenant has one task, else one per task."""
     tasks = measures(found, "accuracy")
     several = any(
@@ -211,7 +213,7 @@ def safety_utility(found: Gathered) -> Html:
     return el("div", *made, class_="plots")
 
 
-def refusal_and_coherence(found: Gathered) -> Html:
+def refusal_and_coherence(found: MergedEvaluation) -> Html:
     """Plots of what must not get worse, and a table of everything that was measured."""
     shown = measures(found, "over_refusal", "refusal", "harm", "coherence")
     parts = [_plots(found, shown) or el("p", "No tenant was asked harmless prompts.")]

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_faults
+from safegene_vllm.errors import ConfigError, FamilyMismatchError, SafegeneError, raise_errors
 from safegene_vllm.evaluation.results import Evaluation
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.file_io import replace_file
 from safegene_vllm.formats.profile import Profile, check_profile
-from safegene_vllm.report.merge import Gathered, gather
+from safegene_vllm.report.merge import MergedEvaluation, merge_evaluations
 from safegene_vllm.report.page import Section, page
-from safegene_vllm.report.provenance import origin
+from safegene_vllm.report.provenance import provenance_section
 from safegene_vllm.report.rates import (
     attack_success,
     refusal_and_coherence,
@@ -41,7 +41,7 @@ def named(
     return {f"evaluation {number}": found for number, found in enumerate(several, 1)}
 
 
-def _profile_faults(found: Gathered, tenant: str, profile: Profile) -> list[SafegeneError]:
+def _profile_faults(found: MergedEvaluation, tenant: str, profile: Profile) -> list[SafegeneError]:
     if tenant not in found.tenants:
         names = ", ".join(found.tenants) or "none"
         return [ConfigError(f"tenant {tenant!r} was not evaluated; evaluated are: {names}")]
@@ -64,7 +64,7 @@ def _profile_faults(found: Gathered, tenant: str, profile: Profile) -> list[Safe
 
 
 def check_artifacts(
-    found: Gathered, family: FamilyHeader | None, profiles: Mapping[str, Profile]
+    found: MergedEvaluation, family: FamilyHeader | None, profiles: Mapping[str, Profile]
 ) -> None:
     """Raise unless family and profiles are what was evaluated; all faults in one message.
 
@@ -86,10 +86,10 @@ def check_artifacts(
             except SafegeneError as error:
                 of_tenant = [error]
         faults += of_tenant
-    raise_faults(faults)
+    raise_errors(faults)
 
 
-def _lead(found: Gathered) -> str:
+def _lead(found: MergedEvaluation) -> str:
     families = ", ".join(family.name for family in found.families.values())
     tenants, sets, tasks = len(found.tenants), len(found.sets), len(found.tasks)
     counts = [
@@ -113,7 +113,7 @@ def report_page(
     Errors: ConfigError if the evaluations contradict each other, or there is none; what
     `check_artifacts` raises.
     """
-    found, own = gather(named(evaluations)), dict(profiles or {})
+    found, own = merge_evaluations(named(evaluations)), dict(profiles or {})
     check_artifacts(found, family, own)
     sections = [
         Section("summary", "Summary", summary(found)),
@@ -123,7 +123,7 @@ def report_page(
         Section("coefficients", "Coefficients per tenant", coefficients(found, own)),
         Section("refusal", "Over-refusal, benign refusal, coherence", refusal_and_coherence(found)),
         Section("samples", "Sample answers", samples(found)),
-        Section("origin", "How it was made", origin(found, family, own)),
+        Section("origin", "How it was made", provenance_section(found, family, own)),
     ]
     return page(title, _lead(found), sections)
 

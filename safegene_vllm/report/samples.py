@@ -5,8 +5,8 @@ Text that the evaluation withheld stays withheld. Not for rates.
 
 from __future__ import annotations
 
-from safegene_vllm.evaluation.results import Sample, SampleAnswer, SetKind
-from safegene_vllm.report.merge import Gathered
+from safegene_vllm.evaluation.results import Sample, SampleResponse, SetKind
+from safegene_vllm.report.merge import MergedEvaluation
 from safegene_vllm.report.page import Html, el, join
 
 _SET_WORDS: dict[SetKind, str] = {
@@ -16,7 +16,7 @@ _SET_WORDS: dict[SetKind, str] = {
 }
 
 
-def _chip(found: Gathered, kind: SetKind, judge: str, verdict: bool) -> Html:
+def _chip(found: MergedEvaluation, kind: SetKind, judge: str, verdict: bool) -> Html:
     """A judge's verdict in words and a sign; good and bad depend on what was asked."""
     says = found.judges[judge].says
     if says == "coherent":
@@ -29,7 +29,9 @@ def _chip(found: Gathered, kind: SetKind, judge: str, verdict: bool) -> Html:
     return el("span", f"{sign} {word} ({judge})", class_=f"chip {'good' if good else 'bad'}")
 
 
-def _answer(found: Gathered, kind: SetKind, title: str, state: str, answer: SampleAnswer) -> Html:
+def _answer(
+    found: MergedEvaluation, kind: SetKind, title: str, state: str, answer: SampleResponse
+) -> Html:
     if answer.text is None:
         text = el("p", "Withheld: not a refusal beyond doubt.", class_="quiet")
     else:
@@ -39,7 +41,7 @@ def _answer(found: Gathered, kind: SetKind, title: str, state: str, answer: Samp
     return el("div", el("small", title), text, *chips, class_=look)
 
 
-def _sample(found: Gathered, sample: Sample, *, is_open: bool) -> Html:
+def _sample(found: MergedEvaluation, sample: Sample, *, is_open: bool) -> Html:
     kind = found.sets[sample.set].kind
     parent = found.parent
     shown: list[Html] = []
@@ -60,7 +62,7 @@ def _sample(found: Gathered, sample: Sample, *, is_open: bool) -> Html:
     )
 
 
-def samples(found: Gathered) -> Html:
+def samples(found: MergedEvaluation) -> Html:
     """Set by set the sampled prompts, the first of each set unfolded."""
     parts: list[Html] = []
     for name, record in found.sets.items():

@@ -13,7 +13,7 @@ from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.metadata import is_number
 from safegene_vllm.formats.profile import Profile
 from safegene_vllm.report import plots
-from safegene_vllm.report.merge import Gathered
+from safegene_vllm.report.merge import MergedEvaluation
 from safegene_vllm.report.page import Html, el, figure, join, table
 
 
@@ -46,7 +46,7 @@ def recipe_scores(recipe: Mapping[str, Any], num_layers: int) -> dict[int, float
     return {layer: float(score) for layer, score in enumerate(scores) if is_number(score)}
 
 
-def layer_scores(found: Gathered, header: FamilyHeader | None) -> Html:
+def layer_scores(found: MergedEvaluation, header: FamilyHeader | None) -> Html:
     """Per family a bar per layer, those that carry the vector filled."""
     families = dict(found.families)
     if header is not None:
@@ -74,7 +74,7 @@ def layer_scores(found: Gathered, header: FamilyHeader | None) -> Html:
 
 
 def _coefficients(
-    found: Gathered, profiles: Mapping[str, Profile]
+    found: MergedEvaluation, profiles: Mapping[str, Profile]
 ) -> dict[str, dict[str, Sequence[float]]]:
     """Family digest ("" where none is named) -> tenant, or tenant and state -> coefficients."""
     by_family: dict[str, dict[str, Sequence[float]]] = {}
@@ -103,7 +103,7 @@ def _numbers(rows: Mapping[str, Sequence[float]]) -> Html:
     )
 
 
-def coefficients(found: Gathered, profiles: Mapping[str, Profile]) -> Html:
+def coefficients(found: MergedEvaluation, profiles: Mapping[str, Profile]) -> Html:
     """Per family a map of tenants and layers, and the numbers."""
     parts = []
     for digest, rows in _coefficients(found, profiles).items():

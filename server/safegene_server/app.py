@@ -1,7 +1,7 @@
 """A server with a registry: put together at start, taken apart at the end.
 
-`attach_door` while the app is built, so that nobody gets in without a key from the first moment;
-`open_door` once the engine runs. Without settings a server serves the tenants of its command line.
+`configure_app` while the app is built, so that nobody gets in without a key from the first moment;
+`start` once the engine runs. Without settings a server serves the tenants of its command line.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from safegene_server.access.route_permissions import unclassified
 from safegene_server.api import router as api_router
 from safegene_server.artifacts import Store
 from safegene_server.calibration import CALIBRATE, calibrate
-from safegene_server.engine_client import Gate
+from safegene_server.engine_client import EngineClient
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.monitoring.probes import PROBE, Prober, handler
 from safegene_server.monitoring.setup import Metrics
 from safegene_server.registry import Registry
-from safegene_server.replica import Inside, Inward, Replica
+from safegene_server.replica import CaptureApp, InternalClient, Reconciler
 from safegene_server.settings import ServerSettings
 from safegene_server.tenants import (
     ONBOARD,
     Jobs,
-    Tenancy,
+    TenantContext,
     onboard,
     read_prompts,
     register_declared,
@@ -48,8 +48,8 @@ ACTOR = "settings"
 
 
 @dataclass
-class Door:
-    """The access check of one app, shut until `open_door`; no replica and no prober until then.
+class ServerState:
+    """The access check of one app, shut until `start`; no replica and no prober until then.
 
     `labels` are for whoever else has metrics with a tenant.
     """
@@ -58,8 +58,8 @@ class Door:
     metrics: Metrics
     catalog: Catalog = field(default_factory=Catalog)
     counters: Counters = field(default_factory=Counters)
-    inside: Inside = field(default_factory=Inside)
-    replica: Replica | None = None
+    inside: InternalClient = field(default_factory=InternalClient)
+    replica: Reconciler | None = None
     prober: Prober | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -77,13 +77,13 @@ class Door:
             self.replica.registry.close()
 
 
-def attach_door(app: FastAPI, settings: ServerSettings) -> Door:
+def configure_app(app: FastAPI, settings: ServerSettings) -> ServerState:
     """Routes of tenant life, and the access check around the whole app. Errors: ConfigError."""
     args = getattr(app.state, "args", None)
-    door = Door(settings, Metrics(settings.metrics, args))
+    door = ServerState(settings, Metrics(settings.metrics, args))
     told = bool(getattr(args, "enable_force_include_usage", False))
     app.include_router(api_router)
-    app.add_middleware(Inward, inside=door.inside, whole=app)
+    app.add_middleware(CaptureApp, inside=door.inside, whole=app)
     app.add_middleware(
         Access,
         catalog=door.catalog,
@@ -111,7 +111,7 @@ def attach_door(app: FastAPI, settings: ServerSettings) -> Door:
     return door
 
 
-def check_host(args: Any) -> None:
+def check_vllm_args(args: Any) -> None:
     """Errors: ConfigError for options of vLLM that go around the registry."""
     faults = []
     if getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY"):
@@ -124,9 +124,12 @@ def check_host(args: Any) -> None:
         raise ConfigError("with a registry, leave out " + "; ".join(faults) + ".")
 
 
-async def open_door(
-    door: Door, gate: Gate, models: Any, make_request: Callable[[str, int, Path], Any]
-) -> Tenancy:
+async def start(
+    door: ServerState,
+    gate: EngineClient,
+    models: Any,
+    make_request: Callable[[str, int, Path], Any],
+) -> TenantContext:
     """Open registry and store, add the first keys, follow: from here on keys work.
 
     Errors: ConfigError, RegistryError and its kinds, StoreError.
@@ -138,7 +141,7 @@ async def open_door(
     try:
         store = Store(settings.store, rules=settings.source_rules(), limits=settings.limits())
         await asyncio.to_thread(add_first_keys, registry, settings)
-        replica = Replica(
+        replica = Reconciler(
             registry=registry,
             store=store,
             gate=gate,
@@ -155,7 +158,7 @@ async def open_door(
         raise
     prober = Prober(replica, settings.probes, prompts, door.labels)
     jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: handler(prober)})
-    tenancy = Tenancy(replica, registry, store, settings.tenants, jobs)
+    tenancy = TenantContext(replica, registry, store, settings.tenants, jobs)
     door.replica, door.prober = replica, prober
     if settings.tenants.directory is not None:
         await register_declared(tenancy, settings.tenants.directory)

@@ -19,7 +19,7 @@ from typing import Any
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
 from safegene_server.verifier import Verifier, out_of_step
-from safegene_vllm.errors import MissingFileError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, MissingFileError
 from safegene_vllm.formats.adapter import WEIGHTS_FILE
 
 refusal: ContextVar[Exception | None] = ContextVar("safegene_refusal", default=None)
@@ -30,7 +30,7 @@ READ_S, POLL_S = 300.0, 0.005
 """How long an adapter may be read, and how often it is asked after."""
 
 
-class Gate:
+class EngineClient:
     """The engine client as the model list sees it; all but adding and removing goes to the host."""
 
     def __init__(self, engine: Any, verifier: Verifier) -> None:
@@ -41,7 +41,7 @@ class Gate:
     async def add_lora(self, request: Any) -> bool:
         """The host's contract: an exception means that the name is not published.
 
-        Errors: MissingFileError, TenantRefusedError (the engine's own message), ReceiptError,
+        Errors: MissingFileError, AdapterRejectedError (the engine's own message), ReceiptError,
         EngineDownError.
         """
         await self.add(request)
@@ -91,14 +91,14 @@ class Gate:
         except (TypeError, KeyError) as error:
             raise out_of_step(error) from error
         if reasons:
-            raise TenantRefusedError("\n".join(reasons))
+            raise AdapterRejectedError("\n".join(reasons))
         return receipts
 
     async def _read_ahead(self, name: str, number: int, path: str) -> None:
         """Have every rank read and check the adapter beside its steps, which then wait for its slot
         alone. Not for a revision of what they hold: that costs less than the question.
 
-        Errors: TenantRefusedError for an adapter that is not read in time.
+        Errors: AdapterRejectedError for an adapter that is not read in time.
         """
         if not self._inside(path) or not (_plain(path) / WEIGHTS_FILE).is_file():
             return
@@ -109,14 +109,14 @@ class Gate:
         wanted = name, number, path
         while not all(await self.engine.collective_rpc("safegene_begin", args=wanted)):
             if time.monotonic() > until_s:
-                raise TenantRefusedError(
+                raise AdapterRejectedError(
                     f"adapter {name!r} at {path} was not read within {READ_S:g} s; ask again when "
                     "its storage is faster, or copy it to a local disk first."
                 )
             await asyncio.sleep(POLL_S)
 
     async def remove_lora(self, lora_int_id: int) -> bool:
-        """Out of the engine. Errors: TenantRefusedError (the engine's message), EngineDownError."""
+        """Out of the engine. Errors: AdapterRejectedError (the engine's message), EngineDownError."""
         self._files.pop(lora_int_id, None)
         try:
             return bool(await self.engine.remove_lora(lora_int_id))
@@ -127,7 +127,7 @@ class Gate:
         """What the engine raised, as one of our errors."""
         if getattr(self.engine, "errored", False):
             return EngineDownError(f"the engine is down: {plain(error)}")
-        return TenantRefusedError(plain(error))
+        return AdapterRejectedError(plain(error))
 
     def _missing(self, path: str) -> bool:
         """Whether to say so here. Of paths outside adapter_roots only the engine's refusal speaks:

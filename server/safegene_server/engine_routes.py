@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from safegene_server.access.middleware import SCOPE_KEY
 from safegene_server.engine_client import refusal
 from safegene_server.error_responses import (
-    AnswerRoute,
     EngineDownError,
+    ErrorRoute,
     error_response,
     plain,
     status_of,
@@ -30,8 +30,8 @@ NO_FAMILY = (
     "`safegene serve MODEL --family DIR`."
 )
 
-router = APIRouter(route_class=AnswerRoute, tags=["safegene"])
-load_router = APIRouter(route_class=AnswerRoute, tags=["safegene"])
+router = APIRouter(route_class=ErrorRoute, tags=["safegene"])
+load_router = APIRouter(route_class=ErrorRoute, tags=["safegene"])
 
 
 class LoadBody(BaseModel):

@@ -22,12 +22,12 @@ from safegene_vllm.errors import (
     ConflictError,
     FrozenError,
     MissingFileError,
+    NotFoundError,
     ReceiptError,
     RegistryDownError,
     SafegeneError,
     SchemaError,
     StoreError,
-    UnknownError,
 )
 
 logger = logging.getLogger("vllm.safegene_server")
@@ -80,7 +80,7 @@ def plain(error: BaseException | str) -> str:
 def status_of(error: BaseException) -> int:
     """404 for what is not there, 409 for a state that forbids it, 503 without engine or registry,
     507 for our own disk, 500 for a broken promise, 400 otherwise."""
-    if isinstance(error, MissingFileError | UnknownError):
+    if isinstance(error, MissingFileError | NotFoundError):
         return 404
     if isinstance(error, ConflictError | FrozenError):
         return 409
@@ -91,7 +91,7 @@ def status_of(error: BaseException) -> int:
     return 500 if isinstance(error, ReceiptError) else 400
 
 
-class AnswerRoute(APIRoute):
+class ErrorRoute(APIRoute):
     """A route whose every error has OpenAI's shape, whatever handlers the app has."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from safegene_server.app import attach_door, check_host, open_door
-from safegene_server.engine_client import Gate
+from safegene_server.app import check_vllm_args, configure_app, start
+from safegene_server.engine_client import EngineClient
 from safegene_server.engine_routes import LOAD_PATH, load_router, router
 from safegene_server.monitoring.setup import Metrics
 from safegene_server.sagemaker import AdaptersNeedKey
@@ -38,7 +38,7 @@ class SafegeneEndpoints:
         settings = read_settings()
         if settings is not None:
             app.router.routes[:] = [r for r in app.router.routes if not _is_runtime_lora(r)]
-            attach_door(app, settings)
+            configure_app(app, settings)
             return
         Metrics(metrics_alone(), getattr(app.state, "args", None)).attach(app, edge=True)
         stock = [r for r in app.router.routes if _is_load_route(r)]
@@ -73,14 +73,12 @@ class SafegeneEndpoints:
             raise ReceiptError(
                 "SafeGene does not let this server start: " + "; ".join(report.faults)
             )
-        models.engine_client = Gate(engine_client, verifier)
+        models.engine_client = EngineClient(engine_client, verifier)
         state.safegene = verifier
         door = getattr(state, "safegene_door", None)
         if door is not None:
-            check_host(args)
-            state.safegene_tenancy = await open_door(
-                door, models.engine_client, models, lora_request
-            )
+            check_vllm_args(args)
+            state.safegene_tenancy = await start(door, models.engine_client, models, lora_request)
             state.safegene_prober = door.prober
         metrics = getattr(state, "safegene_metrics", None)
         if metrics is not None:

@@ -14,7 +14,7 @@ BLOCKS = (16, 64)
 """Tokens per tile: small steps and large ones (product.tier)."""
 
 
-class TokenPlan:
+class BatchMetadata:
     """Preallocated and updated in place, so that CUDA graphs see every step.
 
     `order` (T_max,) int32: token numbers grouped by slot, tokens without an adapter first.

@@ -14,7 +14,7 @@ import torch
 
 from safegene_vllm.formats.adapter import Pair
 from safegene_vllm.plugin.ops.gain_table import GainTable
-from safegene_vllm.plugin.ops.punica_proxy import AroundPunica
+from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 DENSE_TOKENS = 32
 DENSE_ROWS = 1056
@@ -25,7 +25,7 @@ RESERVED = 32
 """Rows per part kept for a vector, there or not: more for one of more than half that rank."""
 
 
-class StepPlan:
+class CpuBatchMetadata:
     """Which tokens belong to which slot in the running step; preallocated, updated in place.
 
     A prompt is a run of neighbouring tokens of one adapter; what decodes beside it is scattered.
@@ -38,7 +38,7 @@ class StepPlan:
     adapter, and tokens that share one product over all slots: all of a short step, or the scattered
     ones if they are few, or none.
 
-    For the tokens that share one product, over the K = S R + P rows of a SlotStore:
+    For the tokens that share one product, over the K = S R + P rows of a StackedLoRAWeights:
     `others` (DENSE_TOKENS, 1, K) bool: True in the columns of other slots than a token's own.
     `silent` (L, DENSE_TOKENS, 1, K) bool: the same, for layers with a vector, and True in its
     columns where the gain is 0.
@@ -126,7 +126,7 @@ def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[i
     return found
 
 
-class SlotStore:
+class StackedLoRAWeights:
     """One layer's adapters of all slots, and room for its vector, laid out for few products.
 
     Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n K, D_in) and
@@ -198,9 +198,9 @@ def lora_linear(
 
     Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
     for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
-    Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in SlotStore with `rank` rows for each
-    slot; others, order, groups and counts as in StepPlan; gain (T_max, 1) float32 and the layer's
-    share of StepPlan.scales, with its share of StepPlan.silent for others; or None, and others, for
+    Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in StackedLoRAWeights with `rank` rows for each
+    slot; others, order, groups and counts as in CpuBatchMetadata; gain (T_max, 1) float32 and the layer's
+    share of CpuBatchMetadata.scales, with its share of CpuBatchMetadata.silent for others; or None, and others, for
     a layer without a vector.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
@@ -334,7 +334,7 @@ _LIBRARY.impl("lora_linear", lora_linear, "CPU")
 _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
 
 
-class SegmentPunica(AroundPunica):
+class CpuPunica(PunicaProxy):
     """A layer's punica wrapper on CPU: our LoRA product, with the safety product in the same call.
 
     In a compiled graph the product is one opaque operator, so that the graph never bakes in which
@@ -342,10 +342,10 @@ class SegmentPunica(AroundPunica):
     docstring.
     """
 
-    def __init__(self, inner: Any, plan: StepPlan, layer: Any | None = None) -> None:
+    def __init__(self, inner: Any, plan: CpuBatchMetadata, layer: Any | None = None) -> None:
         super().__init__(inner)
         self.plan = plan
-        self.store = None if layer is None else SlotStore(layer, plan.reserved)
+        self.store = None if layer is None else StackedLoRAWeights(layer, plan.reserved)
         self.gain: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
         self.others = plan.others

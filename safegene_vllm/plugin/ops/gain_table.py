@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.plugin.ops.punica_proxy import AroundPunica
+from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 
 class GainTable:
@@ -79,7 +79,7 @@ def add_safety(
     y.addmm_(hidden, bt)
 
 
-class GainPunica(AroundPunica):
+class GainPunica(PunicaProxy):
     """A layer's punica wrapper that runs the host's LoRA product, then adds the safety product.
 
     One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.

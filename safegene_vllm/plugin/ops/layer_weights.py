@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Site:
+class LayerWeights:
     """The vector of a layer of n parts: a (n R', D_in), b (sum widths, R') of the model's dtype.
 
     gains (S + 1, L) float32 are the gain table's rows, `layer` this layer's column of them; base ()
@@ -26,7 +26,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """One kind of layer: output widths by part, D_in, the adapters' rank R, the vector's R'."""
 
     widths: tuple[int, ...]
@@ -34,10 +34,10 @@ class Shape:
     rank: int
     safety_rank: int
 
-    def small(self) -> Shape:
+    def small(self) -> LayerShape:
         """The same alignment and ranks, at most 271 columns a part and 2,063 inputs."""
         widths = tuple(_cut(width, 256) for width in self.widths)
-        return Shape(widths, _cut(self.d_in, 2048), self.rank, self.safety_rank)
+        return LayerShape(widths, _cut(self.d_in, 2048), self.rank, self.safety_rank)
 
 
 def _cut(size: int, most: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class AroundPunica:
+class PunicaProxy:
     """A punica wrapper, or another one of these, with some of its methods replaced."""
 
     def __init__(self, inner: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
-from safegene_vllm.plugin.ops.layer_weights import Shape
+from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
+from safegene_vllm.plugin.ops.layer_weights import LayerShape
 from safegene_vllm.plugin.ops.reference import disagreement, expected
 from safegene_vllm.plugin.ops.triton_ops import lora_linear
 
@@ -23,7 +23,7 @@ TOKENS = (5, 300, 1100)
 
 
 def check(
-    shapes: Iterable[Shape],
+    shapes: Iterable[LayerShape],
     dtype: torch.dtype,
     device: Any,
     tokens: Iterable[int] = TOKENS,
@@ -43,7 +43,7 @@ def check(
     return None
 
 
-def _one(shape: Shape, dtype: torch.dtype, device: Any, count: int) -> str | None:
+def _one(shape: LayerShape, dtype: torch.dtype, device: Any, count: int) -> str | None:
     """Adapters and gains of every kind in one step, then a step without any."""
     generator = torch.Generator().manual_seed(count)
 
@@ -59,7 +59,7 @@ def _one(shape: Shape, dtype: torch.dtype, device: Any, count: int) -> str | Non
     # Row 0 is for no adapter; slot 1 has no share of the vector.
     gains = torch.tensor([[9.0, 0.5], [9.0, -1.5], [9.0, 0.0], [9.0, 2.0]], device=device)
     slots = torch.randint(-1, SLOTS, (count,), generator=generator).to(device)
-    plan = TokenPlan(SLOTS, count, device)
+    plan = BatchMetadata(SLOTS, count, device)
     x, y = random(count, shape.d_in), random(count, sum(shape.widths))
     yes = torch.ones((), dtype=torch.bool)
     for step, table in ((slots, gains), (torch.full_like(slots, -1), torch.zeros_like(gains))):

@@ -1,7 +1,7 @@
 """The fused GPU product: whether an engine's layers may use it, and its place in the host.
 
 For CUDA devices; the kernels themselves are safegene_vllm/kernels. Where they cannot be used the
-plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py. StepPunica,
+plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py. MetadataPunica,
 by which every product hears of the host's steps, is here for it needs this one's by name.
 """
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.errors import HostError
+from safegene_vllm.errors import VllmCompatibilityError
 from safegene_vllm.formats.adapter import Pair
-from safegene_vllm.plugin.ops.batch_metadata import TokenPlan
-from safegene_vllm.plugin.ops.layer_weights import Shape, Site
-from safegene_vllm.plugin.ops.punica_proxy import AroundPunica
+from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
+from safegene_vllm.plugin.ops.layer_weights import LayerShape, LayerWeights
+from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 logger = logging.getLogger("vllm.safegene")
 
 
-class StepTokens(TokenPlan):
+class BatchMetadataUpdater(BatchMetadata):
     """The token plan as a listener of the host's steps."""
 
     def begin(self, mapping: Any) -> None:
@@ -31,7 +31,7 @@ class StepTokens(TokenPlan):
         self.set_idle(not any(mapping.index_mapping))
 
 
-class StepPunica(AroundPunica):
+class MetadataPunica(PunicaProxy):
     """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
 
     def __init__(self, inner: Any, listeners: list[Any]) -> None:
@@ -41,18 +41,18 @@ class StepPunica(AroundPunica):
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         self.inner.update_metadata(*args, **kwargs)
         for listener in self.listeners:
-            if isinstance(listener, StepTokens):
+            if isinstance(listener, BatchMetadataUpdater):
                 listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
             listener.set_tokens(self.inner.token_lora_indices)
 
 
-class FusedPunica(AroundPunica):
+class TritonPunica(PunicaProxy):
     """A layer's punica wrapper whose LoRA product carries the safety product in its launches.
 
     One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
     """
 
-    def __init__(self, inner: Any, site: Site, plan: TokenPlan) -> None:
+    def __init__(self, inner: Any, site: LayerWeights, plan: BatchMetadata) -> None:
         from safegene_vllm.plugin.ops.triton_ops import add_product
 
         super().__init__(inner)
@@ -74,10 +74,12 @@ class FusedPunica(AroundPunica):
     ) -> None:
         """The host's contract: y (T, D_out) is changed in place.
 
-        Errors: HostError where y is to be overwritten (dual stream, which is refused at start).
+        Errors: VllmCompatibilityError where y is to be overwritten (dual stream, which is refused at start).
         """
         if not add_inputs:
-            raise HostError("the host asks for a LoRA product that is not added to the output.")
+            raise VllmCompatibilityError(
+                "the host asks for a LoRA product that is not added to the output."
+            )
         self._add(
             y.view(-1, y.shape[-1]),
             x.reshape(-1, x.shape[-1]),
@@ -121,7 +123,7 @@ def choose(
     `setting` is auto (use them where they prove right), triton (use them, or do not start) or torch
     (never). Returns the names, and notes for the receipt wherever that is not all of them.
 
-    Errors: HostError naming what is in the way, if the setting is triton.
+    Errors: VllmCompatibilityError naming what is in the way, if the setting is triton.
     """
     reasons: list[str] = []
     fused: dict[str, tuple[Any, Sequence[Pair | None]]] = {}
@@ -142,7 +144,7 @@ def choose(
             fused = {}
             reasons.append(f"the kernels disagree with the reference on this device: {fault}")
     if reasons and setting == "triton":
-        raise HostError(
+        raise VllmCompatibilityError(
             "safegene.kernels = 'triton' cannot be honoured: " + "; ".join(reasons[:5]) + ". Use "
             "'auto' to serve with the plain product where the kernels cannot be used."
         )
@@ -180,7 +182,7 @@ def _check(
 
         check = ours
     shapes = [
-        Shape(
+        LayerShape(
             tuple(b.shape[2] for b in layer.lora_b_stacked),
             int(layer.lora_a_stacked[0].shape[3]),
             int(layer.lora_a_stacked[0].shape[2]),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from safegene_vllm.plugin.ops import triton_kernels
-from safegene_vllm.plugin.ops.batch_metadata import BLOCKS, TokenPlan, tile_count
-from safegene_vllm.plugin.ops.layer_weights import Site
+from safegene_vllm.plugin.ops.batch_metadata import BLOCKS, BatchMetadata, tile_count
+from safegene_vllm.plugin.ops.layer_weights import LayerWeights
 
 MAX_PARTS = 3
 """Parts of a packed projection (q, k, v) that the programs have arguments for."""
@@ -59,7 +59,7 @@ def lora_linear(
 ) -> None:
     """Add every token's own adapter and its share of the vector to a layer's output, in place.
 
-    Semantics and shapes: reference.expected; order, tiles and idle are those of TokenPlan.
+    Semantics and shapes: reference.expected; order, tiles and idle are those of BatchMetadata.
     base () bool on the CPU: whether tokens without an adapter have a gain here. Where they have
     none and no token has an adapter, nothing is launched; which other tiles have nothing to do is
     decided on the device. Everything is one dtype; x and y are dense in their last dimension.
@@ -124,8 +124,8 @@ def add_product(
     x: torch.Tensor,
     a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor],
-    site: Site,
-    plan: TokenPlan,
+    site: LayerWeights,
+    plan: BatchMetadata,
     scale: float = 1.0,
 ) -> None:
     """lora_linear as one opaque operator, so that a compiled graph bakes in no decision of a step.

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 
 HeaderList = list[tuple[bytes, bytes]]
 _REPLACED = {b"content-length", b"content-type", b"transfer-encoding", b"x-vllm-priority"}
@@ -70,13 +70,15 @@ def parse(body: bytes, max_depth: int) -> dict[str, Any]:
         document = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         message = f"the body is not UTF-8: byte {error.start} cannot be read."
-        raise Refusal(400, message) from None
+        raise RequestRejectedError(400, message) from None
     except RecursionError:
         raise _too_deep(max_depth) from None
     except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {error}.") from None
+        raise RequestRejectedError(400, f"the body is not JSON: {error}.") from None
     if not isinstance(document, dict):
-        raise Refusal(400, f"the body is a JSON {type(document).__name__}; expected an object.")
+        raise RequestRejectedError(
+            400, f"the body is a JSON {type(document).__name__}; expected an object."
+        )
     if text.count("{") + text.count("[") > max_depth and _deeper_than(document, max_depth):
         raise _too_deep(max_depth)
     return document
@@ -87,9 +89,11 @@ def encode(document: dict[str, Any]) -> bytes:
     try:
         return _ENCODER.encode(document).encode("utf-8")
     except UnicodeEncodeError:
-        raise Refusal(400, "the body holds half of a surrogate pair; send whole text.") from None
+        raise RequestRejectedError(
+            400, "the body holds half of a surrogate pair; send whole text."
+        ) from None
     except ValueError as error:
-        raise Refusal(400, f"the body holds a number out of range: {error}.") from None
+        raise RequestRejectedError(400, f"the body holds a number out of range: {error}.") from None
 
 
 def headers_for(headers: HeaderList, payload: bytes) -> HeaderList:
@@ -121,16 +125,18 @@ def _check_announced(headers: HeaderList, limit_bytes: int) -> None:
 def _check_headers(headers: HeaderList) -> None:
     encodings = [value for value in _values(headers, b"content-encoding") if value != b"identity"]
     if encodings:
-        raise Refusal(400, f"content encoding {_shown(encodings[0])}; send the body as it is.")
+        raise RequestRejectedError(
+            400, f"content encoding {_shown(encodings[0])}; send the body as it is."
+        )
     types = _values(headers, b"content-type")
     kind, _, rest = (types[0] if len(types) == 1 else b"").partition(b";")
     if kind.strip() != b"application/json":
         found = _shown(b", ".join(types))
-        raise Refusal(415, f"content type {found}; expected application/json.")
+        raise RequestRejectedError(415, f"content type {found}; expected application/json.")
     for parameter in rest.split(b";"):
         name, _, value = parameter.strip().partition(b"=")
         if name == b"charset" and value.strip(b'"') not in (b"utf-8", b"utf8"):
-            raise Refusal(400, f"charset {_shown(value)}; JSON is UTF-8.")
+            raise RequestRejectedError(400, f"charset {_shown(value)}; JSON is UTF-8.")
 
 
 def _values(headers: HeaderList, name: bytes) -> list[bytes]:
@@ -145,7 +151,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in {name for name, _ in pairs[:i]})
-        raise Refusal(
+        raise RequestRejectedError(
             400, f"the body names {twice[:100]!r} twice in one object.", param=twice[:100]
         )
     return found
@@ -170,12 +176,12 @@ def _deeper_than(document: dict[str, Any], limit: int) -> bool:
     return True
 
 
-def _too_large(limit_bytes: int) -> Refusal:
-    return Refusal(413, f"the body is larger than {limit_bytes} bytes.")
+def _too_large(limit_bytes: int) -> RequestRejectedError:
+    return RequestRejectedError(413, f"the body is larger than {limit_bytes} bytes.")
 
 
-def _too_deep(max_depth: int) -> Refusal:
-    return Refusal(400, f"the body nests deeper than {max_depth} levels.")
+def _too_deep(max_depth: int) -> RequestRejectedError:
+    return RequestRejectedError(400, f"the body nests deeper than {max_depth} levels.")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

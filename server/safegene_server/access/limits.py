@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from safegene_server.access.models import Target
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 
 WINDOW_S = 60.0
 SLACK_S = 1e-6
@@ -21,7 +21,7 @@ SLACK_S = 1e-6
 of floating-point seconds are off by less."""
 
 
-class Minute:
+class SlidingWindow:
     """Amounts of the last minute, oldest first."""
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class Account:
 
     running: int = 0
     reserved: int = 0
-    requests: Minute = field(default_factory=Minute)
-    tokens: Minute = field(default_factory=Minute)
+    requests: SlidingWindow = field(default_factory=SlidingWindow)
+    tokens: SlidingWindow = field(default_factory=SlidingWindow)
 
 
-class Slot:
+class Reservation:
     """One admitted request, to be closed exactly when it has ended, however it ended."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Counters:
         """Requests that still run on one revision: it may leave the engine at 0."""
         return self.running[served]
 
-    def admit(self, target: Target, estimate_tokens: int, answers: int = 1) -> Slot:
+    def admit(self, target: Target, estimate_tokens: int, answers: int = 1) -> Reservation:
         """A place for one request, which counts as often as it asks for an answer.
 
         An estimate of 0 costs no tokens and asks for none. A request larger than the whole budget
@@ -129,7 +129,7 @@ class Counters:
         account.running += answers
         account.reserved += estimate_tokens
         self.running[target.served] += 1
-        return Slot(self, target, estimate_tokens, answers)
+        return Reservation(self, target, estimate_tokens, answers)
 
 
 def _refuse_never(target: Target, reason: str, answers: int, most: int) -> None:
@@ -138,13 +138,13 @@ def _refuse_never(target: Target, reason: str, answers: int, most: int) -> None:
             f"the request asks for {answers} answers, and `{target.account}` has a limit of "
             f"{most} ({reason}); ask for fewer prompts or a smaller `n` at a time."
         )
-        raise Refusal(400, message, reason=reason)
+        raise RequestRejectedError(400, message, reason=reason)
 
 
-def _too_many(target: Target, reason: str, limit: str, wait_s: float) -> Refusal:
+def _too_many(target: Target, reason: str, limit: str, wait_s: float) -> RequestRejectedError:
     after_s = max(1, math.ceil(wait_s))
     message = (
         f"`{target.account}` has reached its limit of {limit} on this server; "
         f"try again in {after_s} s."
     )
-    return Refusal(429, message, headers={"Retry-After": str(after_s)}, reason=reason)
+    return RequestRejectedError(429, message, headers={"Retry-After": str(after_s)}, reason=reason)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from safegene_server.access import body, models
 from safegene_server.access.catalog import Catalog, Principal, View, key_digest
 from safegene_server.access.limits import Counters
-from safegene_server.access.rejection import Refusal, refuse
+from safegene_server.access.rejection import RequestRejectedError, reject
 from safegene_server.access.route_permissions import (
     LIST,
     MODELS,
@@ -30,8 +30,8 @@ from safegene_server.access.route_permissions import (
     rule_for,
 )
 from safegene_server.metrics.labels import NOBODY
-from safegene_server.metrics.token_metering import Meter, count_answers, estimate_prompt
-from safegene_server.metrics.traffic import Exchange, Traffic
+from safegene_server.metrics.token_metering import UsageMeter, count_answers, estimate_prompt
+from safegene_server.metrics.traffic import RequestMetrics, Traffic
 from safegene_vllm.errors import ConfigError
 
 SCOPE_KEY = "safegene.principal"
@@ -98,7 +98,9 @@ class Access:
         path = route_path(scope)
         rule = rule_for(method, path, self.settings.public)
         view = self.catalog.view
-        exchange = Exchange(self.traffic) if self.traffic is not None and rule.tokens else None
+        exchange = (
+            RequestMetrics(self.traffic) if self.traffic is not None and rule.tokens else None
+        )
         try:
             if rule.need == "public":
                 principal = None
@@ -109,9 +111,9 @@ class Access:
             if scope["type"] == "http" and not rule.model:
                 limit_bytes = self.settings.max_body_bytes
                 receive = body.bounded(scope["headers"], receive, limit_bytes)
-        except Refusal as refusal:
+        except RequestRejectedError as refusal:
             self._count(refusal, exchange)
-            await refuse(refusal, scope, receive, send)
+            await reject(refusal, scope, receive, send)
             return
         if answer is not None:
             await JSONResponse(answer)(scope, receive, send)
@@ -125,7 +127,7 @@ class Access:
         rule: Rule,
         view: View,
         principal: Principal,
-        exchange: Exchange | None,
+        exchange: RequestMetrics | None,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -157,11 +159,11 @@ class Access:
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
             answers = count_answers(document) if rule.tokens else 1
             slot = self.counters.admit(target, estimate, answers)
-        except Refusal as refusal:
+        except RequestRejectedError as refusal:
             self._count(refusal, exchange, tenant)
-            await refuse(refusal, scope, receive, send)
+            await reject(refusal, scope, receive, send)
             return
-        meter = Meter(send, estimate, exchange, hide_usage=hide)
+        meter = UsageMeter(send, estimate, exchange, hide_usage=hide)
         inner = {**scope, "headers": body.headers_for(headers, payload), SCOPE_KEY: principal}
         again = body.replay(payload, receive)
         try:
@@ -175,7 +177,9 @@ class Access:
         finally:
             slot.close(meter.tokens if rule.tokens else 0)
 
-    def _count(self, refusal: Refusal, exchange: Exchange | None, tenant: str = NOBODY) -> None:
+    def _count(
+        self, refusal: RequestRejectedError, exchange: RequestMetrics | None, tenant: str = NOBODY
+    ) -> None:
         if exchange is not None:
             exchange.refused(refusal.reason, tenant)
         elif self.traffic is not None:
@@ -203,7 +207,7 @@ class Access:
         """Errors: Refusal, 400; also for a priority that only who runs the server may ask for."""
         for name in sorted(self.settings.refused_fields & document.keys()):
             if document[name]:
-                raise Refusal(
+                raise RequestRejectedError(
                     400,
                     f"`{name}` is not offered on this server; leave it out.",
                     param=name,
@@ -212,7 +216,7 @@ class Access:
         priority = document.get("priority")
         late = priority is None or (type(priority) is int and priority >= 0)
         if not late and not (principal.whole_server and "admin" in principal.scopes):
-            raise Refusal(
+            raise RequestRejectedError(
                 400,
                 "`priority` is less than 0, or no whole number; below 0, which is before all "
                 "others, takes a key with the scope `admin` for all tenants.",
@@ -263,10 +267,10 @@ def check_scope(principal: Principal, rule: Rule) -> None:
     if rule.need not in scopes and not (rule.need == "read" and "admin" in scopes):
         held = ", ".join(sorted(scopes)) or "none"
         message = f"this route needs the scope `{rule.need}`; the key has: {held}."
-        raise Refusal(403, message, reason="scope")
+        raise RequestRejectedError(403, message, reason="scope")
     if rule.whole_server and not principal.whole_server:
         message = "this route concerns all tenants; the key is for some of them."
-        raise Refusal(403, message, reason="scope")
+        raise RequestRejectedError(403, message, reason="scope")
 
 
 def principal_of(scope: Scope) -> Principal | None:
@@ -282,6 +286,6 @@ def _models_answer(view: View, principal: Principal, path: str) -> dict[str, Any
     return models.describe(view, principal, path.removeprefix(f"{MODELS}/"))
 
 
-def _unauthorized(message: str, reason: str, more: str = "") -> Refusal:
+def _unauthorized(message: str, reason: str, more: str = "") -> RequestRejectedError:
     headers = {"WWW-Authenticate": f'Bearer realm="safegene"{more}'}
-    return Refusal(401, message, headers=headers, reason=reason)
+    return RequestRejectedError(401, message, headers=headers, reason=reason)

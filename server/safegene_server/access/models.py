@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_server.access.catalog import Limits, Principal, View
-from safegene_server.access.rejection import Refusal
+from safegene_server.access.rejection import RequestRejectedError
 
 OWNER = "safegene"
 SHOWN_CHARACTERS = 200
@@ -32,12 +32,12 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
     """
     if asked is not None and not isinstance(asked, str):
         found = type(asked).__name__
-        raise Refusal(
+        raise RequestRejectedError(
             400, f"`model` is a {found}; expected a string.", param="model", reason="model"
         )
     name = asked or principal.default_tenant
     if not name:
-        raise Refusal(
+        raise RequestRejectedError(
             400,
             "the request names no `model`, and this key has no default tenant; name one of those "
             "that GET /v1/models lists.",
@@ -50,9 +50,9 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
     return target
 
 
-def not_found(name: str) -> Refusal:
+def not_found(name: str) -> RequestRejectedError:
     shown = name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…"
-    return Refusal(
+    return RequestRejectedError(
         404,
         f"The model `{shown}` does not exist or you do not have access to it.",
         param="model",

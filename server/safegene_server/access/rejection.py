@@ -15,7 +15,7 @@ from safegene_vllm.errors import SafegeneError
 POLICY_VIOLATION = 1008
 
 
-class Refusal(SafegeneError):
+class RequestRejectedError(SafegeneError):
     """A request that goes no further; `param` names the field of the body that is to blame,
     `reason` why in one word, for counting: most have a body that will not do."""
 
@@ -35,7 +35,7 @@ class Refusal(SafegeneError):
         self.reason = reason
 
 
-async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+async def reject(refusal: RequestRejectedError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with the refusal; a websocket is closed where its server cannot answer in HTTP."""
     denial = "websocket.http.response" in (scope.get("extensions") or {})
     if scope["type"] == "websocket" and not denial:

@@ -12,8 +12,8 @@ from fastapi import Depends, HTTPException, Request
 from safegene_server.access.catalog import Principal
 from safegene_server.access.middleware import principal_of
 from safegene_server.monitoring.probes import Prober
-from safegene_server.tenants import Tenancy
-from safegene_vllm.errors import ConflictError, UnknownError
+from safegene_server.tenants import TenantContext
+from safegene_vllm.errors import ConflictError, NotFoundError
 
 NO_REGISTRY = (
     "this server runs without a registry, so it has no tenants of its own to show or change; start "
@@ -22,9 +22,9 @@ NO_REGISTRY = (
 WHOLE_SERVER = "this route concerns all tenants; the key is for some of them."
 
 
-def tenancy_of(request: Request) -> Tenancy:
+def tenancy_of(request: Request) -> TenantContext:
     """Errors: ConflictError in a server without a registry."""
-    found: Tenancy | None = getattr(request.app.state, "safegene_tenancy", None)
+    found: TenantContext | None = getattr(request.app.state, "safegene_tenancy", None)
     if found is None:
         raise ConflictError(NO_REGISTRY)
     return found
@@ -49,7 +49,7 @@ def asker_of(request: Request) -> Principal:
     return principal
 
 
-Here = Annotated[Tenancy, Depends(tenancy_of)]
+Here = Annotated[TenantContext, Depends(tenancy_of)]
 Probing = Annotated[Prober, Depends(prober_of)]
 Asker = Annotated[Principal, Depends(asker_of)]
 
@@ -57,7 +57,7 @@ Asker = Annotated[Principal, Depends(asker_of)]
 def own(asker: Principal, tenant: str) -> str:
     """`tenant` if the key is for it; else the very words for one that is not there."""
     if not asker.may_use(tenant):
-        raise UnknownError(f"no tenant {tenant!r:.200} in the registry")
+        raise NotFoundError(f"no tenant {tenant!r:.200} in the registry")
     return tenant
 
 

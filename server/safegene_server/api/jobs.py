@@ -16,9 +16,9 @@ from safegene_server.api.request_schemas import Id, Limit
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.records import JobState
-from safegene_server.tenants import Tenancy
+from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
-from safegene_vllm.errors import UnknownError
+from safegene_vllm.errors import NotFoundError
 
 router = APIRouter(route_class=TenancyRoute, tags=["jobs"])
 
@@ -70,9 +70,9 @@ def _of(
     return sorted(jobs, key=lambda job: -job.id)[:limit]
 
 
-async def _own(tenancy: Tenancy, asker: Principal, job: int) -> Job:
-    """Errors: UnknownError, also for a job of somebody else's tenant."""
+async def _own(tenancy: TenantContext, asker: Principal, job: int) -> Job:
+    """Errors: NotFoundError, also for a job of somebody else's tenant."""
     found = await aside(tenancy.registry.job, job)
     if not asker.may_use(found.tenant):
-        raise UnknownError(f"no job {job!r:.40} in the registry")
+        raise NotFoundError(f"no job {job!r:.40} in the registry")
     return found

@@ -15,9 +15,9 @@ from safegene_server.api.dependencies import Asker, Here
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Key
 from safegene_server.registry.validation import BASE
-from safegene_server.tenants import Tenancy
+from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
-from safegene_vllm.errors import UnknownError
+from safegene_vllm.errors import NotFoundError
 
 router = APIRouter(route_class=TenancyRoute, tags=["keys"])
 KeyName = Annotated[str, Path(description="the key's name", examples=["acme-production"])]
@@ -74,11 +74,11 @@ async def revoke_key(name: KeyName, tenancy: Here, asker: Asker) -> response_sch
     return response_schemas.key(key)
 
 
-async def _own(tenancy: Tenancy, asker: Principal, name: str) -> Key:
-    """Errors: UnknownError, also for a key that reaches further than the asker's."""
+async def _own(tenancy: TenantContext, asker: Principal, name: str) -> Key:
+    """Errors: NotFoundError, also for a key that reaches further than the asker's."""
     key = await aside(tenancy.registry.key, name)
     if _beyond(asker, key.tenants):
-        raise UnknownError(f"no key {name!r:.100} in the registry")
+        raise NotFoundError(f"no key {name!r:.100} in the registry")
     return key
 
 

@@ -15,7 +15,7 @@ from safegene_server.api.rollout_views import shown
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import AuditEntry, Registry
 from safegene_server.tenants.context import aside
-from safegene_vllm.errors import UnknownError
+from safegene_vllm.errors import NotFoundError
 
 TENANT_ACTIONS = ("tenant.", "revision.")
 SEARCHED = 1000
@@ -39,7 +39,7 @@ async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> response_sch
     """How many of the live replicas follow it, and why the others do not yet."""
     found = shown(await aside(tenancy.registry.rollout_status, rollout), asker)
     if not found.tenants:
-        raise UnknownError(f"no rollout {rollout} in the registry")
+        raise NotFoundError(f"no rollout {rollout} in the registry")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Path, Query
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
-from safegene_server.calibration import Asked
+from safegene_server.calibration import CalibrationRequest
 from safegene_server.tenants import Change
 
 LARGEST = 2**31 - 1
@@ -125,8 +125,10 @@ class Calibration(Body):
         None, ge=5, le=1000, description="candidates at most; null: the server's own choice"
     )
 
-    def asked(self) -> Asked:
-        return Asked(self.examples.model_dump(), self.data, self.seed, self.evaluations)
+    def asked(self) -> CalibrationRequest:
+        return CalibrationRequest(
+            self.examples.model_dump(), self.data, self.seed, self.evaluations
+        )
 
 
 class NewContent(First):

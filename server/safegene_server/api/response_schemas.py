@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from safegene_server import registry as records
-from safegene_server.monitoring.probes import Standing
+from safegene_server.monitoring.probes import ProbeStatus
 from safegene_server.registry.records import JobState, RevisionKind, RevisionState, TenantState
 
 _T = TypeVar("_T")
@@ -284,7 +284,7 @@ def job(found: records.Job) -> Job:
     )
 
 
-def probe(found: Standing) -> Probe:
+def probe(found: ProbeStatus) -> Probe:
     record = None if found.result is None else found.result.record()
     return Probe(
         tenant=found.tenant,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safegene_server.access.catalog import Principal
 from safegene_server.api import response_schemas
 from safegene_server.registry import Rollout, RolloutStatus
-from safegene_server.tenants import Tenancy
+from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
 
 
@@ -35,7 +35,7 @@ def _reason(reason: str, asker: Principal) -> str:
 
 
 async def followed(
-    tenancy: Tenancy, rollout: Rollout | None, asker: Principal
+    tenancy: TenantContext, rollout: Rollout | None, asker: Principal
 ) -> response_schemas.Rollout | None:
     if rollout is None:
         return None

@@ -18,14 +18,14 @@ from fastapi import Request, Response
 
 from safegene_server.access.catalog import Principal
 from safegene_server.access.middleware import SCOPE_KEY
-from safegene_server.error_responses import AnswerRoute
-from safegene_server.tenants import Tenancy
+from safegene_server.error_responses import ErrorRoute
+from safegene_server.tenants import TenantContext
 
 STORE = b"STORE"
 """What stands in an answer for the path of the store."""
 
 
-class TenancyRoute(AnswerRoute):
+class TenancyRoute(ErrorRoute):
     """Names no path of the store to anybody, and to keys for some tenants no roots of sources."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -33,7 +33,7 @@ class TenancyRoute(AnswerRoute):
 
         async def told(request: Request) -> Response:
             response = await answer(request)
-            tenancy: Tenancy | None = getattr(request.app.state, "safegene_tenancy", None)
+            tenancy: TenantContext | None = getattr(request.app.state, "safegene_tenancy", None)
             if tenancy is not None:
                 body = _in_store(tenancy.store.root).sub(STORE, response.body)
                 asker: Principal | None = request.scope.get(SCOPE_KEY)

@@ -18,7 +18,7 @@ from safegene_server.api.dependencies import Asker, Here, own
 from safegene_server.api.request_schemas import ExpectedQuery, TenantName
 from safegene_server.api.rollout_views import followed, shown
 from safegene_server.api.route_class import TenancyRoute
-from safegene_server.tenants import Tenancy, service
+from safegene_server.tenants import TenantContext, service
 from safegene_server.tenants.context import aside
 from safegene_server.tenants.service import Published
 from safegene_vllm.errors import ConflictError, RegistryError
@@ -238,7 +238,7 @@ async def retire(
     )
 
 
-def _may_read(tenancy: Tenancy, asker: Principal, name: str, source: str | None) -> None:
+def _may_read(tenancy: TenantContext, asker: Principal, name: str, source: str | None) -> None:
     """Sources are read with the server's own rights and credentials, whoever names them.
 
     Errors: HTTPException unless the key is for all tenants, or the source is the one folder that
@@ -255,7 +255,7 @@ def _may_read(tenancy: Tenancy, asker: Principal, name: str, source: str | None)
     )
 
 
-async def _room_for_a_job(tenancy: Tenancy, name: str) -> None:
+async def _room_for_a_job(tenancy: TenantContext, name: str) -> None:
     """Errors: ConflictError while as many of the tenant's jobs wait as may."""
     waiting = await aside(tenancy.registry.jobs, tenant=name, state="queued", limit=MOST_QUEUED)
     if len(waiting) == MOST_QUEUED:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safegene_vllm.errors import FamilyMismatchError, SafegeneError, raise_faults
+from safegene_vllm.errors import FamilyMismatchError, SafegeneError, raise_errors
 from safegene_vllm.formats.adapter import WEIGHTS_FILE, layer_of, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
@@ -21,7 +21,7 @@ def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Pro
     """The profile that lies beside the adapter (None: none does), once everything there is right.
 
     Messages speak of `shown`, the owner's words, not of our copy. All faults in one message.
-    Errors: FormatError, FamilyMismatchError, BoundsError, TenantRefusedError.
+    Errors: FormatError, FamilyMismatchError, BoundsError, AdapterRejectedError.
     """
     found: list[Profile] = []
 
@@ -45,7 +45,7 @@ def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Pro
             fault = type(error)(str(error).replace(str(directory), shown))
             if str(fault) not in map(str, faults):
                 faults.append(fault)
-    raise_faults(faults)
+    raise_errors(faults)
     return found[0] if found else None
 
 

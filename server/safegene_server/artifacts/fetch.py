@@ -17,10 +17,10 @@ from pathlib import Path
 from safegene_server.artifacts.layout import keeping
 from safegene_server.artifacts.source import Seen, Source, SourceRules, open_source
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     MissingFileError,
-    PickleRefusedError,
+    PickleRejectedError,
     SourceError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
@@ -66,7 +66,7 @@ def fetch(
     """Copy the known files that are there; synced, read-only, by name. Blocks for `timeout_s`.
 
     Errors: those of `open_source`; SourceError (unreadable, too large, too slow, changing,
-    cancelled), MissingFileError, PickleRefusedError, TenantRefusedError (not a tenant), StoreError.
+    cancelled), MissingFileError, PickleRejectedError, AdapterRejectedError (not a tenant), StoreError.
     """
     watch = Watch() if watch is None else watch
     copy = _Copy(into, limits, watch)
@@ -156,7 +156,7 @@ class _Copy:
 def _refuse_incomplete(source: Source, seen: Mapping[str, Seen | None]) -> None:
     """Errors unless an adapter, a profile or both are there, and no sign of something else."""
     if source.look(RECORD_FILE) is not None:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"{source.shown} holds {RECORD_FILE}: a vector is already in these weights and would "
             "be added twice; give the tenant they were exported from."
         )
@@ -165,7 +165,7 @@ def _refuse_incomplete(source: Source, seen: Mapping[str, Seen | None]) -> None:
         return
     pickles = [name for name in PICKLES if source.look(name) is not None]
     if WEIGHTS_FILE in missing and pickles:
-        raise PickleRefusedError(
+        raise PickleRejectedError(
             f"{source.shown} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle runs code "
             "when it is read: save the adapter with safe_serialization=True."
         )
@@ -175,7 +175,7 @@ def _refuse_incomplete(source: Source, seen: Mapping[str, Seen | None]) -> None:
             f"{WEIGHTS_FILE}: finish the upload."
         )
     if source.look("config.json") is not None:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"{source.shown} is a full checkpoint (config.json); this server's tenants are LoRA "
             "adapters: serve it by `--load-format safegene`."
         )

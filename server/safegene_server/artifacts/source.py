@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import fsspec
 
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConfigError,
     MissingFileError,
     SafegeneError,
     SourceError,
-    TenantRefusedError,
 )
 
 CHUNK_BYTES = 1 << 23
@@ -65,7 +65,7 @@ class Source(Protocol):
     def shown(self) -> str: ...
 
     def look(self, name: str) -> Seen | None:
-        """None if there is no such file. Errors: SourceError, TenantRefusedError (a link)."""
+        """None if there is no such file. Errors: SourceError, AdapterRejectedError (a link)."""
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The content, piece by piece. Errors: as `look`."""
@@ -153,8 +153,8 @@ def _not_plain(where: str) -> MissingFileError:
     return MissingFileError(f"{where} is not a plain file; expected a file.")
 
 
-def _is_link(where: str) -> TenantRefusedError:
-    return TenantRefusedError(
+def _is_link(where: str) -> AdapterRejectedError:
+    return AdapterRejectedError(
         f"{where} is a symbolic link; give a directory of plain files (cp -L makes one)."
     )
 
@@ -164,7 +164,7 @@ def open_source(given: str | Path, rules: SourceRules) -> Iterator[Source]:
     """The directory that `given` names: an absolute path, `file://` and a path, or a remote URL.
 
     Errors: MissingFileError, SourceError (protocol, relative, credentials in the URL),
-    TenantRefusedError (outside the roots, through a link), ConfigError (options, missing driver).
+    AdapterRejectedError (outside the roots, through a link), ConfigError (options, missing driver).
     """
     text = os.fspath(given)
     match = _URL.fullmatch(text)
@@ -194,7 +194,7 @@ def _open_local(path: Path, rules: SourceRules) -> int:
             "server of this registry reads it."
         )
     if ".." in path.parts:
-        raise TenantRefusedError(f"source {path} contains '..'; give the plain path.")
+        raise AdapterRejectedError(f"source {path} contains '..'; give the plain path.")
     top = _top_of(path, rules)
     descriptor = -1
     try:
@@ -230,7 +230,7 @@ def _top_of(path: Path, rules: SourceRules) -> Path:
         for top in (root.absolute(), Path(os.path.realpath(root))):
             if path.is_relative_to(top):
                 return top
-    raise TenantRefusedError(
+    raise AdapterRejectedError(
         f"source {path} is outside the allowed roots ({', '.join(map(str, rules.roots))}); move "
         "it below one of them or add its root."
     )
@@ -256,7 +256,7 @@ def _open_remote(protocol: str, rest: str, rules: SourceRules) -> RemoteSource:
             "directory, below which the files have their usual names."
         )
     if {".", ".."} & set(inside.split("/")):
-        raise TenantRefusedError(f"source {shown} contains '.' or '..'; give the plain URL.")
+        raise AdapterRejectedError(f"source {shown} contains '.' or '..'; give the plain URL.")
     options = rules.options.get(protocol, {})
     try:
         # Neither a file system nor a listing that somebody else has cached.

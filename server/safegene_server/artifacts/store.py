@@ -30,7 +30,7 @@ from safegene_server.artifacts.layout import (
     workspace,
 )
 from safegene_server.artifacts.source import SourceRules
-from safegene_vllm.errors import DigestError, MissingFileError, raise_faults
+from safegene_vllm.errors import DigestError, MissingFileError, raise_errors
 from safegene_vllm.formats.adapter import WEIGHTS_FILE
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
@@ -184,7 +184,7 @@ class Store:
             if profile_digest is not None:
                 target = self._revision(adapter_digest, profile_digest)
                 damages.append(revision_damage(target, adapter_digest, profile_digest))
-        raise_faults([damage for damage in damages if damage is not None])
+        raise_errors([damage for damage in damages if damage is not None])
 
     def remove_unused(
         self, keep: Iterable[tuple[str | None, str]], *, idle_s: float = 3600.0

@@ -6,6 +6,6 @@ copy of the model there is `safegene calibrate`.
 """
 
 from safegene_server.calibration.job import CALIBRATE, calibrate
-from safegene_server.calibration.service import Asked, add_revision, register, start
+from safegene_server.calibration.service import CalibrationRequest, add_revision, register, start
 
-__all__ = ["CALIBRATE", "Asked", "add_revision", "calibrate", "register", "start"]
+__all__ = ["CALIBRATE", "CalibrationRequest", "add_revision", "calibrate", "register", "start"]

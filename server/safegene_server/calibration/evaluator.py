@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 from safegene_server.calibration import scoring
 from safegene_server.calibration.examples import Shots
-from safegene_server.calibration.objective import Look, Losses, Objective, Vector, mean
+from safegene_server.calibration.objective import Evaluation, Losses, Objective, Vector, mean
 from safegene_server.calibration.scoring import Encoded
 from safegene_server.error_responses import plain
 from safegene_server.registry import Revision
 from safegene_server.tenants import CalibrationSettings, Replica
-from safegene_server.tenants.duty_cycle import Share
-from safegene_server.tenants.gather import together
+from safegene_server.tenants.duty_cycle import DutyCycleLimiter
+from safegene_server.tenants.gather import gather
 from safegene_vllm.dataset import Row
-from safegene_vllm.errors import ConfigError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ConfigError
 
 logger = logging.getLogger("vllm.safegene_server")
 LOOK_S = 0.5
@@ -35,7 +35,7 @@ Call = Callable[[], Coroutine[Any, Any, _T]]
 _ending: set[asyncio.Task[None]] = set()
 
 
-class Bench:
+class CandidateEvaluator:
     """One tenant's adapter under changing coefficients. `prepare` first."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Bench:
         revision: Revision,
         objective: Objective,
         settings: CalibrationSettings,
-        share: Share,
+        share: DutyCycleLimiter,
     ) -> None:
         self.replica, self.revision = replica, revision
         self.objective, self.settings, self.share = objective, settings, share
@@ -55,7 +55,7 @@ class Bench:
         """Examples as token ids. Task and benign answers that are missing are what the tenant says
         at the coefficients `untouched`; missing refusals are the setting's.
 
-        Errors: ConfigError (longer than the context); TenantRefusedError (the engine takes longer
+        Errors: ConfigError (longer than the context); AdapterRejectedError (the engine takes longer
         than the setting); those of `asking`, of `begin_trial` and of the share's check. Those of
         the other methods are the same.
         """
@@ -64,12 +64,12 @@ class Bench:
             self.searched = await self._encoded(model, searched, end)
             self.held = await self._encoded(model, held, end)
 
-    async def evaluate(self, candidates: Sequence[Vector], below: float) -> list[Look]:
+    async def evaluate(self, candidates: Sequence[Vector], below: float) -> list[Evaluation]:
         """Losses on the examples searched on, and on those held out of whoever is below all before.
 
         As many side by side as there are free slots, at least one.
         """
-        looks: list[Look] = []
+        looks: list[Evaluation] = []
         while len(looks) < len(candidates):
             room = max(1, min(self.settings.at_once, self.replica.free_slots()))
             chosen = candidates[len(looks) : len(looks) + room]
@@ -87,10 +87,10 @@ class Bench:
             for i, at in enumerate(chosen):
                 seen = parts if i == best else None
                 total = None if seen is None else self.objective.held(seen)
-                looks.append(Look(at, totals[i], total, seen))
+                looks.append(Evaluation(at, totals[i], total, seen))
         return looks
 
-    async def look(self, at: Vector) -> Look:
+    async def look(self, at: Vector) -> Evaluation:
         """Everything about one vector."""
         return (await self.evaluate([at], float("inf")))[0]
 
@@ -151,11 +151,11 @@ class Bench:
         for begin in range(0, len(calls), self.settings.in_flight):
             few = calls[begin : begin + self.settings.in_flight]
             async with self.share.turn():
-                results += await self._within(together(call() for call in few))
+                results += await self._within(gather(call() for call in few))
         return results
 
     async def _within(self, doing: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of it. Errors: TenantRefusedError (too late); those of the share's check and
+        """What comes of it. Errors: AdapterRejectedError (too late); those of the share's check and
         of `doing`, which has ended then unless the engine hangs."""
         task, clock = asyncio.ensure_future(doing), asyncio.get_running_loop().time
         timeout_s = self.settings.timeout_s
@@ -164,7 +164,7 @@ class Bench:
             while not task.done():
                 self.share.check()
                 if clock() >= until_s:
-                    raise TenantRefusedError(
+                    raise AdapterRejectedError(
                         f"the engine took longer than {timeout_s:g} s for a few requests of the "
                         "calibration; raise calibration.timeout_s if it is only busy"
                     )

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from safegene_server.calibration.evaluator import Bench
+from safegene_server.calibration.evaluator import CandidateEvaluator
 from safegene_server.calibration.examples import read_shots, record_of, split, weights_of
-from safegene_server.calibration.objective import Look, Losses, Vector, objective_of
+from safegene_server.calibration.objective import Evaluation, Losses, Vector, objective_of
 from safegene_server.calibration.search import Space, search
 from safegene_server.registry import Revision
 from safegene_server.registry.jobs import PRIVATE
-from safegene_server.tenants import Tenancy, Work
+from safegene_server.tenants import TenantContext, Work
 from safegene_server.tenants.context import aside
-from safegene_server.tenants.duty_cycle import Share
+from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError
 from safegene_server.tenants.onboarding import bring_in, stage
 from safegene_vllm.formats.family import FamilyHeader
@@ -34,7 +34,7 @@ SEARCH_ENDS = 0.35
 """Of the job's progress; loading, the gate and publishing are the rest."""
 
 
-async def calibrate(tenancy: Tenancy, work: Work) -> str:
+async def calibrate(tenancy: TenantContext, work: Work) -> str:
     """The handler of CALIBRATE. `params`: revision (a number) or source, data, seed, evaluations,
     publish, expected, actor; private: examples.
 
@@ -72,7 +72,7 @@ def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
     return Space(lower, (high,) * len(lower))
 
 
-async def _made_before(tenancy: Tenancy, work: Work, method: str) -> Revision | None:
+async def _made_before(tenancy: TenantContext, work: Work, method: str) -> Revision | None:
     """The revision with such coefficients that an earlier attempt of this job has added."""
     for known in reversed(await aside(tenancy.registry.revisions, work.job.tenant)):
         calibration = known.profile.calibration
@@ -81,7 +81,7 @@ async def _made_before(tenancy: Tenancy, work: Work, method: str) -> Revision | 
     return None
 
 
-async def _first(tenancy: Tenancy, work: Work) -> Revision:
+async def _first(tenancy: TenantContext, work: Work) -> Revision:
     """The revision of new content that the search begins with: staged, and not tried out."""
     known = await _made_before(tenancy, work, INITIAL)
     if known is not None:
@@ -97,7 +97,11 @@ async def _first(tenancy: Tenancy, work: Work) -> Revision:
 
 
 async def _add(
-    tenancy: Tenancy, work: Work, profile: Profile, adapter_digest: str | None, source: str | None
+    tenancy: TenantContext,
+    work: Work,
+    profile: Profile,
+    adapter_digest: str | None,
+    source: str | None,
 ) -> Revision:
     params = work.job.params
     return await aside(
@@ -116,7 +120,7 @@ def _profile(header: FamilyHeader, at: Vector, record: Mapping[str, Any]) -> Pro
     return make_profile(header, values, record)
 
 
-async def _better(tenancy: Tenancy, work: Work, current: Revision) -> Profile | None:
+async def _better(tenancy: TenantContext, work: Work, current: Revision) -> Profile | None:
     """A profile with a lower held-out loss than the current one's; None if none was found."""
     settings, params = tenancy.settings.calibration, work.job.params
     await work.step(0.0, "reading the examples")
@@ -125,9 +129,9 @@ async def _better(tenancy: Tenancy, work: Work, current: Revision) -> Profile | 
     header = tenancy.replica.header
     policy = await aside(tenancy.registry.policy, header.digest)
     space = space_of(header, policy.floor)
-    share = Share(settings.share, tenancy.replica.in_flight, lambda: _check(work))
+    share = DutyCycleLimiter(settings.share, tenancy.replica.in_flight, lambda: _check(work))
     objective = objective_of(settings, weights_of(settings, list(shots)))
-    bench = Bench(tenancy.replica, current, objective, settings, share)
+    bench = CandidateEvaluator(tenancy.replica, current, objective, settings, share)
     low, high = header.bounds
     await bench.prepare(searched, held, (min(max(0.0, low), high),) * len(header.layers))
     await work.step(0.03, "scoring what there is")
@@ -182,7 +186,7 @@ def _check(work: Work) -> None:
         raise JobCancelledError("the job was cancelled")
 
 
-def _held(look: Look) -> float:
+def _held(look: Evaluation) -> float:
     return math.inf if look.held is None else look.held
 
 

@@ -21,7 +21,7 @@ Losses = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Look:
+class Evaluation:
     """What is known of one candidate. `loss` is on the examples searched on, with the pull;
     `held` and `parts` are on those held out, None where nobody looked."""
 

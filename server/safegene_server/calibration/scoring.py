@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from safegene_server.tenants import Replica
-from safegene_vllm.errors import ReceiptError, TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError
 
 COMPLETIONS, TOKENIZE = "/v1/completions", "/tokenize"
 PROBE = "Understood"
@@ -31,7 +31,7 @@ class Encoded:
 async def prompt_tokens(replica: Replica, model: str, prompt: str) -> tuple[tuple[int, ...], int]:
     """One user turn in the chat template up to where the assistant begins, and the longest context.
 
-    Errors: TenantRefusedError.
+    Errors: AdapterRejectedError.
     """
     turns = [{"role": "user", "content": prompt}]
     body = {"messages": turns, "add_generation_prompt": True}
@@ -41,7 +41,7 @@ async def prompt_tokens(replica: Replica, model: str, prompt: str) -> tuple[tupl
 
 
 async def text_tokens(replica: Replica, model: str, text: str) -> tuple[int, ...]:
-    """The text alone, without special tokens. Errors: TenantRefusedError."""
+    """The text alone, without special tokens. Errors: AdapterRejectedError."""
     body = {"prompt": text, "add_special_tokens": False}
     return await _ask(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
 
@@ -49,7 +49,7 @@ async def text_tokens(replica: Replica, model: str, text: str) -> tuple[int, ...
 async def end_of_turn(replica: Replica, model: str) -> tuple[int, ...]:
     """The token that the template puts after an answer; none if it cannot be told.
 
-    Errors: TenantRefusedError.
+    Errors: AdapterRejectedError.
     """
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
     body = {"messages": turns, "add_generation_prompt": False}
@@ -64,7 +64,7 @@ async def end_of_turn(replica: Replica, model: str) -> tuple[int, ...]:
 async def own_answer(
     replica: Replica, model: str, prompt: tuple[int, ...], most: int, priority: int | None
 ) -> tuple[int, ...]:
-    """What the model itself says, greedily. Errors: TenantRefusedError, ReceiptError."""
+    """What the model itself says, greedily. Errors: AdapterRejectedError, ReceiptError."""
     body = {"prompt": list(prompt), "max_tokens": most, "return_token_ids": True}
 
     def read(answer: Any) -> tuple[int, ...]:
@@ -72,14 +72,14 @@ async def own_answer(
 
     found = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
     if not found:
-        raise TenantRefusedError(f"{model}: the engine gave no token of an answer of its own")
+        raise AdapterRejectedError(f"{model}: the engine gave no token of an answer of its own")
     return found[:most]
 
 
 async def mean_loss(replica: Replica, model: str, shot: Encoded, priority: int | None) -> float:
     """Mean negative log-probability of the answer's tokens.
 
-    Errors: TenantRefusedError, also for what is not finite; ReceiptError (another model answered).
+    Errors: AdapterRejectedError, also for what is not finite; ReceiptError (another model answered).
     """
     ids = [*shot.prompt, *shot.answer]
     body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
@@ -94,7 +94,9 @@ async def mean_loss(replica: Replica, model: str, shot: Encoded, priority: int |
 
     loss = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
     if not math.isfinite(loss):
-        raise TenantRefusedError(f"{model}: the engine gives an answer the log-probability {-loss}")
+        raise AdapterRejectedError(
+            f"{model}: the engine gives an answer the log-probability {-loss}"
+        )
     return loss
 
 
@@ -114,13 +116,13 @@ async def _ask(
     try:
         found = answer.json()
         if answer.status_code != 200:
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"the engine answers {path} of the calibration with {answer.status_code}: "
                 f"{found['error']['message']:.500}"
             )
         told = read(found)
     except (ValueError, LookupError, TypeError) as error:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"the engine answers {path} of the calibration with {answer.status_code} and something "
             f"that cannot be read ({error!r:.200})"
         ) from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from cmaes import CMA
 
-from safegene_server.calibration.objective import Look, Vector
+from safegene_server.calibration.objective import Evaluation, Vector
 from safegene_vllm.errors import ConfigError
 
 SPREAD = 5
@@ -25,7 +25,7 @@ SIGMA = 0.15
 DIGITS = 4
 LEAST_BUDGET = SPREAD
 
-Evaluate = Callable[[Sequence[Vector], float], Awaitable[Sequence[Look]]]
+Evaluate = Callable[[Sequence[Vector], float], Awaitable[Sequence[Evaluation]]]
 """The candidates' losses, in their order; the held-out one too of whoever is below the given loss
 and below all before it in the batch."""
 Tell = Callable[[int, str], Awaitable[None]]
@@ -70,18 +70,18 @@ class Space:
 class Found:
     """How far a search is; `best` has the least held-out loss of all that was looked at."""
 
-    best: Look
-    lowest: Look
+    best: Evaluation
+    lowest: Evaluation
     tried: int = 0
     idle: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
-    _known: dict[Vector, Look] = field(default_factory=dict)
+    _known: dict[Vector, Evaluation] = field(default_factory=dict)
 
 
 async def search(
     space: Space,
     evaluate: Evaluate,
-    first: Sequence[Look],
+    first: Sequence[Evaluation],
     *,
     budget: int,
     patience: int,
@@ -97,7 +97,7 @@ async def search(
     found = Found(min(inside, key=_held), min(inside, key=lambda look: look.loss))
     found._known = {look.at: look for look in first}
 
-    async def ask(candidates: Sequence[Vector], what: str) -> list[Look] | None:
+    async def ask(candidates: Sequence[Vector], what: str) -> list[Evaluation] | None:
         """All of their looks, or None if there is no budget for them; nothing is tried twice."""
         fresh = [at for at in dict.fromkeys(candidates) if at not in found._known]
         if found.tried + len(fresh) > budget:
@@ -121,7 +121,7 @@ async def search(
     return found
 
 
-Ask = Callable[[Sequence[Vector], str], Awaitable[list[Look] | None]]
+Ask = Callable[[Sequence[Vector], str], Awaitable[list[Evaluation] | None]]
 
 
 async def _scale(space: Space, ask: Ask) -> None:
@@ -163,5 +163,5 @@ async def _layers(space: Space, ask: Ask, found: Found, patience: int, seed: int
         optimizer.tell([(point, look.loss) for point, look in zip(points, looks, strict=True)])
 
 
-def _held(look: Look) -> float:
+def _held(look: Evaluation) -> float:
     return float("inf") if look.held is None else look.held

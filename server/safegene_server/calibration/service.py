@@ -16,7 +16,7 @@ from safegene_server.calibration.job import CALIBRATE, space_of
 from safegene_server.calibration.search import LEAST_BUDGET
 from safegene_server.registry import Job, Revision, Tenant
 from safegene_server.registry.jobs import PRIVATE
-from safegene_server.tenants import Change, Tenancy
+from safegene_server.tenants import Change, TenantContext
 from safegene_server.tenants.context import aside
 from safegene_server.tenants.service import changeable, enqueue, enrol, last_source
 from safegene_vllm.dataset import digest_of_rows
@@ -26,7 +26,7 @@ RECORD_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationRequest:
     """What a search works from: `examples` by kind, `data` that tells the record where they are
     from, and how many candidates at most (None: the server's own number)."""
 
@@ -37,12 +37,18 @@ class Asked:
 
 
 async def start(
-    tenancy: Tenancy, name: str, asked: Asked, *, publish: bool, expected: int | None, actor: str
+    tenancy: TenantContext,
+    name: str,
+    asked: CalibrationRequest,
+    *,
+    publish: bool,
+    expected: int | None,
+    actor: str,
 ) -> Job:
     """The job that looks for better coefficients of what the tenant serves, or of its newest
     revision while it serves nothing.
 
-    Errors: ConfigError, UnknownError, ConflictError, FrozenError.
+    Errors: ConfigError, NotFoundError, ConflictError, FrozenError.
     """
     params = await _params(tenancy, asked, publish, actor)
     tenant = await changeable(tenancy, name, expected)
@@ -52,9 +58,9 @@ async def start(
 
 
 async def register(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     name: str,
-    asked: Asked,
+    asked: CalibrationRequest,
     *,
     source: str | None,
     first: Change,
@@ -74,9 +80,9 @@ async def register(
 
 
 async def add_revision(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     name: str,
-    asked: Asked,
+    asked: CalibrationRequest,
     *,
     source: str | None,
     first: Change,
@@ -87,7 +93,7 @@ async def add_revision(
     """New content for a tenant, whose coefficients the job finds; where it came from last is read
     again if no source is given.
 
-    Errors: ConfigError, BoundsError, UnknownError, ConflictError, FrozenError.
+    Errors: ConfigError, BoundsError, NotFoundError, ConflictError, FrozenError.
     """
     params = await _params(tenancy, asked, publish, actor)
     tenant = await changeable(tenancy, name, expected)
@@ -96,7 +102,9 @@ async def add_revision(
     return await enqueue(tenancy, name, CALIBRATE, params, actor)
 
 
-async def _params(tenancy: Tenancy, asked: Asked, publish: bool, actor: str) -> dict[str, Any]:
+async def _params(
+    tenancy: TenantContext, asked: CalibrationRequest, publish: bool, actor: str
+) -> dict[str, Any]:
     """What every such job works from. Errors: ConfigError."""
     settings, header = tenancy.settings.calibration, tenancy.replica.header
     shots = read_shots(asked.examples, settings)
@@ -131,7 +139,7 @@ def _searchable(source: str | None, first: Change) -> str:
     return source
 
 
-async def _revision(tenancy: Tenancy, name: str, published: int | None) -> Revision:
+async def _revision(tenancy: TenantContext, name: str, published: int | None) -> Revision:
     if published is not None:
         return await aside(tenancy.registry.revision, name, published)
     revisions = await aside(tenancy.registry.revisions, name)

@@ -12,7 +12,7 @@ from typing import Any
 from safegene_vllm.evaluation.judges import OPENING_CHARS, is_refusal
 
 
-class Openings:
+class RefusalDetector:
     """Grows with every document of one answer; done with a choice once its opening is there."""
 
     def __init__(self) -> None:

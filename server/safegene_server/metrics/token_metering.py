@@ -49,7 +49,7 @@ def count_answers(document: Mapping[str, Any]) -> int:
         return prompts
 
 
-class Watch(Protocol):
+class StreamObserver(Protocol):
     """Whoever follows an answer; told after a message was sent on."""
 
     def wants(self, event: bytes) -> bool:
@@ -65,7 +65,7 @@ class Watch(Protocol):
         ...
 
 
-class Meter:
+class UsageMeter:
     """Stands in for `send` during one request; `tokens` is what to charge, at any moment.
 
     `hide_usage`: a stream's last event, which tells the usage and nothing else, is kept back: we
@@ -77,7 +77,7 @@ class Meter:
         self,
         send: Send,
         estimate_tokens: int,
-        watch: Watch | None = None,
+        watch: StreamObserver | None = None,
         *,
         hide_usage: bool = False,
     ) -> None:

@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope
 
 from safegene_server.metrics import definitions
 from safegene_server.metrics.labels import NOBODY, TenantLabels
-from safegene_server.metrics.refusal_detection import Openings
-from safegene_server.metrics.token_metering import Meter
+from safegene_server.metrics.refusal_detection import RefusalDetector
+from safegene_server.metrics.token_metering import UsageMeter
 from safegene_server.metrics.tracing import Span, Tracing
 
 _BEHIND = {401: "unknown_key", 403: "scope", 404: "model"}
@@ -78,7 +78,7 @@ class Traffic:
         definitions.REJECTED.labels(self.labels.label(tenant), reason).inc()
 
 
-class Exchange:
+class RequestMetrics:
     """One request for an answer, from its first byte to its last: a `Watch` of its meter."""
 
     def __init__(self, traffic: Traffic) -> None:
@@ -89,7 +89,7 @@ class Exchange:
         self.left = False
         """The client has gone before its answer was complete."""
         self._of: _Of | None = None
-        self._openings = Openings() if traffic.refusals else None
+        self._openings = RefusalDetector() if traffic.refusals else None
         self._first_s: float | None = None
         self._last_s: float | None = None
         self._spoken = 0
@@ -113,7 +113,7 @@ class Exchange:
             self._openings = None
 
     async def follow(
-        self, app: ASGIApp, scope: Scope, receive: Receive, meter: Meter, *, keyed: bool = True
+        self, app: ASGIApp, scope: Scope, receive: Receive, meter: UsageMeter, *, keyed: bool = True
     ) -> None:
         """Have `app` answer through the meter, to the end, however it ends.
 
@@ -174,7 +174,7 @@ class Exchange:
         if self._span is not None:
             self._span.end(tenant=NOBODY, served="", outcome="cancelled")
 
-    def _ended(self, meter: Meter, keyed: bool) -> None:
+    def _ended(self, meter: UsageMeter, keyed: bool) -> None:
         meter.settle()
         of = self._of or self.traffic.of(NOBODY)
         outcome = self._outcome(meter)
@@ -188,7 +188,7 @@ class Exchange:
         if self._span is not None:
             self._span.end(tenant=self.tenant, served=self.served, outcome=outcome)
 
-    def _outcome(self, meter: Meter) -> str:
+    def _outcome(self, meter: UsageMeter) -> str:
         status = meter.status
         if status is not None and status >= 400:
             return "client_error" if status < 500 else "server_error"
@@ -198,7 +198,7 @@ class Exchange:
             return "cancelled"
         return "ok" if meter.complete else "server_error"
 
-    def _count(self, of: _Of, meter: Meter, outcome: str) -> None:
+    def _count(self, of: _Of, meter: UsageMeter, outcome: str) -> None:
         of.prompt.inc(meter.prompt or 0)
         of.generation.inc(meter.completion or self._spoken)
         if self._openings is not None:

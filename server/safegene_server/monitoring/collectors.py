@@ -15,7 +15,7 @@ from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.series import Labels, Series
 from safegene_server.monitoring.applied import STATES
 from safegene_server.registry import Registry, Revision
-from safegene_server.registry.stats import Figures
+from safegene_server.registry.stats import RegistryStats
 from safegene_server.replica.lag import Lag
 from safegene_vllm.errors import RegistryDownError
 
@@ -27,7 +27,7 @@ PATIENCE_S = 10.0
 """How long the registry may take to answer before it counts as down."""
 
 
-class Follower(Protocol):
+class ReplicaStatus(Protocol):
     """What is looked at of a replica."""
 
     @property
@@ -38,7 +38,7 @@ class Follower(Protocol):
     def offered(self) -> Sequence[tuple[str, Revision]]: ...
 
 
-class Observing:
+class Collectors:
     """Loops of one process; `start` them in its event loop and `stop` them there."""
 
     def __init__(self, period_s: float, look: Callable[[], Awaitable[object]]) -> None:
@@ -70,11 +70,11 @@ async def _forever(step: Callable[[], Awaitable[object]], every_s: float) -> Non
 class Following:
     """Gauges of a server with a registry: the registry's own counts, and this replica's state."""
 
-    def __init__(self, labels: TenantLabels, registry: Registry, replica: Follower) -> None:
+    def __init__(self, labels: TenantLabels, registry: Registry, replica: ReplicaStatus) -> None:
         self.labels = labels
         self.registry = registry
         self.replica = replica
-        self._asked: asyncio.Future[Figures] | None = None
+        self._asked: asyncio.Future[RegistryStats] | None = None
         self._gauges = definitions.replica_gauges()
         self._jobs = Series(definitions.JOBS)
         self._since = Series(definitions.PUBLISHED_AT)

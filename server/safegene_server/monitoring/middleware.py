@@ -12,11 +12,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.access.route_permissions import route_path, rule_for
 from safegene_server.metrics.labels import NOBODY
-from safegene_server.metrics.token_metering import Meter
-from safegene_server.metrics.traffic import Exchange, Traffic
+from safegene_server.metrics.token_metering import UsageMeter
+from safegene_server.metrics.traffic import RequestMetrics, Traffic
 
 
-class Edge:
+class MetricsMiddleware:
     """ASGI middleware. Counts once `traffic` knows what the engine serves, until then nothing.
 
     Routes whose answers cost tokens are those of the access check's table.
@@ -35,13 +35,13 @@ class Edge:
             return
         exchange = _Unnamed(self.traffic)
         headers = exchange.trace(list(scope["headers"]))
-        meter = Meter(send, 1, exchange)
+        meter = UsageMeter(send, 1, exchange)
         keyed = any(name == b"authorization" for name, _ in headers)
         inner = {**scope, "headers": headers}
         await exchange.follow(self.app, inner, receive, meter, keyed=keyed)
 
 
-class _Unnamed(Exchange):
+class _Unnamed(RequestMetrics):
     """A request whose tenant is learned from the first document of its answer."""
 
     def wants(self, event: bytes) -> bool:

@@ -19,9 +19,9 @@ from safegene_server.metrics.tracing import tracing_of
 from safegene_server.metrics.traffic import Traffic
 from safegene_server.metrics.vllm_series import withhold
 from safegene_server.monitoring.applied import Applied, Served
-from safegene_server.monitoring.collectors import Following, Observing
-from safegene_server.monitoring.middleware import Edge
-from safegene_server.replica import Replica
+from safegene_server.monitoring.collectors import Collectors, Following
+from safegene_server.monitoring.middleware import MetricsMiddleware
+from safegene_server.replica import Reconciler
 from safegene_server.verifier import Verifier
 
 logger = logging.getLogger("vllm.safegene_server")
@@ -36,12 +36,12 @@ class Metrics:
         self.settings = settings
         self.labels = TenantLabels(settings)
         self.traffic = Traffic(self.labels, refusals=settings.refusals, tracing=tracing_of(args))
-        self.observing: Observing | None = None
+        self.observing: Collectors | None = None
 
     def attach(self, app: FastAPI, *, edge: bool) -> None:
         """End with the app; `edge`: count in front of it, where there is no access check."""
         if edge:
-            app.add_middleware(Edge, traffic=self.traffic)
+            app.add_middleware(MetricsMiddleware, traffic=self.traffic)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -55,7 +55,7 @@ class Metrics:
         app.router.lifespan_context = lifespan
         app.state.safegene_metrics = self
 
-    def start(self, verifier: Verifier, replica: Replica | None) -> None:
+    def start(self, verifier: Verifier, replica: Reconciler | None) -> None:
         """From here on; called in the server's event loop, once everything is verified.
 
         Of several API processes the first alone tells of the engine, or it would be told twice.
@@ -75,7 +75,7 @@ class Metrics:
         base = next((model.name for model in models.base_model_paths), "")
         applied = Applied(self.labels, verifier.expected, offered, base)
         verifier.told = _harmless(applied.take)
-        self.observing = Observing(self.settings.period_s, verifier.report)
+        self.observing = Collectors(self.settings.period_s, verifier.report)
         if replica is None:
             self.observing.start()
             return

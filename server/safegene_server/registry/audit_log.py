@@ -18,7 +18,7 @@ _T = tables.audit
 LARGEST_PAGE = 1000
 
 
-class Auditing(Database):
+class AuditLog(Database):
     """audit."""
 
     def audit(

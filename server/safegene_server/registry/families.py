@@ -11,7 +11,7 @@ from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
 from safegene_server.registry.family_json import header_json, parse_header
 from safegene_server.registry.records import Family
-from safegene_vllm.errors import ConflictError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError
 from safegene_vllm.formats.family import FamilyHeader
 
 _T = tables.families
@@ -56,7 +56,7 @@ class Families(Database):
             return find_family(write.connection, header.digest)
 
     def family(self, digest: str) -> Family:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_family(connection, digest)
 
@@ -68,10 +68,10 @@ class Families(Database):
 
 
 def find_family(connection: Connection, digest: str) -> Family:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     found = _find(connection, digest)
     if found is None:
-        raise UnknownError(f"no family {digest!r:.100} in the registry; add it first")
+        raise NotFoundError(f"no family {digest!r:.100} in the registry; add it first")
     return found
 
 

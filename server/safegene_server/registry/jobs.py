@@ -17,7 +17,7 @@ from safegene_server.registry.database import Database, Write
 from safegene_server.registry.records import Job, JobState
 from safegene_server.registry.revisions import find_revision_by_id
 from safegene_server.registry.tenants import find_tenant
-from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 
 _T = tables.jobs
 LEASE_S = 30.0
@@ -41,7 +41,7 @@ class Jobs(Database):
     ) -> Job:
         """A job that waits for an owner; `revision` is an id.
 
-        Errors: RegistryError, UnknownError.
+        Errors: RegistryError, NotFoundError.
         """
         validation.line(kind, "job kind", 64)
         given = validation.plain(params or {}, "params")
@@ -50,7 +50,7 @@ class Jobs(Database):
             if revision is not None:
                 found = find_revision_by_id(write.connection, revision)
                 if found.tenant != tenant:
-                    raise UnknownError(f"{found.served_name} is no revision of tenant {tenant!r}")
+                    raise NotFoundError(f"{found.served_name} is no revision of tenant {tenant!r}")
             added = write.connection.execute(
                 insert(_T)
                 .values(
@@ -132,7 +132,7 @@ class Jobs(Database):
     ) -> Job:
         """How far it is (0 to 1), and a new lease; look at `cancel_requested` of the answer.
 
-        Audited when the message changes. Errors: RegistryError, UnknownError; ConflictError if
+        Audited when the message changes. Errors: RegistryError, NotFoundError; ConflictError if
         `owner` does not hold the job any more: stop working on it.
         """
         if not 0.0 <= progress <= 1.0:
@@ -160,7 +160,7 @@ class Jobs(Database):
     ) -> Job:
         """The end of a job, by the owner that holds it.
 
-        Errors: RegistryError, UnknownError; ConflictError if `owner` does not hold it any more.
+        Errors: RegistryError, NotFoundError; ConflictError if `owner` does not hold it any more.
         """
         if state not in ("done", "failed", "cancelled"):
             raise RegistryError(f"job state {state!r}: expected done, failed or cancelled")
@@ -176,7 +176,7 @@ class Jobs(Database):
     def cancel(self, job: int, *, actor: str) -> Job:
         """A waiting job ends at once; of a running one it is asked, and its owner ends it.
 
-        Errors: UnknownError; ConflictError if it has ended.
+        Errors: NotFoundError; ConflictError if it has ended.
         """
         with self.write(actor, exclusive=False) as write:
             found = find_job(write.connection, job, lock=True)
@@ -190,7 +190,7 @@ class Jobs(Database):
             return find_job(write.connection, job)
 
     def job(self, job: int) -> Job:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_job(connection, job)
 
@@ -208,13 +208,13 @@ class Jobs(Database):
 
 
 def find_job(connection: Connection, job: int, *, lock: bool = False) -> Job:
-    """The job; with `lock` nobody else changes it until this write ends. Errors: UnknownError."""
+    """The job; with `lock` nobody else changes it until this write ends. Errors: NotFoundError."""
     query = _query().where(_T.c.id == job)
     if lock:
         query = query.with_for_update(of=_T)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise UnknownError(f"no job {job!r:.40} in the registry")
+        raise NotFoundError(f"no job {job!r:.40} in the registry")
     return _job(row)
 
 

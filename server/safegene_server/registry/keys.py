@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
 from safegene_server.registry.records import Key, NewKey
-from safegene_vllm.errors import ConflictError, RegistryError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 
 _T = tables.keys
 _PREFIX_CHARACTERS = 8
@@ -80,7 +80,7 @@ class Keys(Database):
     def rotate_key(self, name: str, *, actor: str, secret: str | None = None) -> NewKey:
         """A new secret for a key; the old one ends with this call.
 
-        Errors: UnknownError; ConflictError if the key is revoked.
+        Errors: NotFoundError; ConflictError if the key is revoked.
         """
         told = _new_secret() if secret is None else _given_secret(secret)
         with self.write(actor) as write:
@@ -95,7 +95,7 @@ class Keys(Database):
             return NewKey(find_key(write.connection, name), told)
 
     def revoke_key(self, name: str, *, actor: str) -> Key:
-        """The key lets nobody in any more; its row stays. Errors: UnknownError, ConflictError."""
+        """The key lets nobody in any more; its row stays. Errors: NotFoundError, ConflictError."""
         with self.write(actor) as write:
             _usable(write.connection, name)
             write.connection.execute(
@@ -105,7 +105,7 @@ class Keys(Database):
             return find_key(write.connection, name)
 
     def key(self, name: str) -> Key:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_key(connection, name)
 
@@ -127,10 +127,10 @@ def usable_keys(connection: Connection) -> tuple[Key, ...]:
 
 
 def find_key(connection: Connection, name: str) -> Key:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     found = _find(connection, name)
     if found is None:
-        raise UnknownError(f"no key {name!r:.100} in the registry")
+        raise NotFoundError(f"no key {name!r:.100} in the registry")
     return found
 
 

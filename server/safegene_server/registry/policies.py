@@ -33,7 +33,7 @@ class Policies(Database):
         Every published revision that is below gets a successor with the same adapter and raised
         coefficients, published at once and all together; None if there was none to raise. `{}`
         lifts the floor, which lowers nobody's coefficients. Revisions below the floor can neither
-        be added nor published. Errors: UnknownError; BoundsError; FrozenError naming every frozen
+        be added nor published. Errors: NotFoundError; BoundsError; FrozenError naming every frozen
         tenant that would have to change, and then nothing is changed.
         """
         with self.write(actor) as write:
@@ -85,7 +85,7 @@ class Policies(Database):
             return after
 
     def policy(self, family: str) -> Policy:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             find_family(connection, family)
             return find_policy(connection, family)

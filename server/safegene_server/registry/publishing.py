@@ -22,7 +22,7 @@ from safegene_server.registry.revisions import (
     step,
 )
 from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
-from safegene_vllm.errors import ConflictError, UnknownError
+from safegene_vllm.errors import ConflictError, NotFoundError
 
 _P = tables.publications
 
@@ -43,7 +43,7 @@ class Publishing(Database):
 
         `expected` is the number that the caller believes to be published (0: none). With `gate`,
         what was found of a new revision, it becomes ready in the same transaction.
-        Errors: RegistryError, UnknownError, FrozenError; ConflictError (not `expected`, or a
+        Errors: RegistryError, NotFoundError, FrozenError; ConflictError (not `expected`, or a
         revision that is not ready); BoundsError (below the floor).
         """
         with self.write(actor) as write:
@@ -87,7 +87,7 @@ class Publishing(Database):
     def retire(self, tenant: str, *, actor: str, expected: int | None = None) -> Rollout:
         """Serve a tenant no more, ever; its history and its name stay.
 
-        Errors: UnknownError, FrozenError, ConflictError.
+        Errors: NotFoundError, FrozenError, ConflictError.
         """
         with self.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
@@ -139,11 +139,11 @@ def previous_ids() -> Select[tuple[int]]:
 
 
 def find_rollout(connection: Connection, rollout: int) -> Rollout:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     query = select(tables.rollouts).where(tables.rollouts.c.id == rollout)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise UnknownError(f"no rollout {rollout!r:.40} in the registry")
+        raise NotFoundError(f"no rollout {rollout!r:.40} in the registry")
     return rollout_of(row)
 
 
@@ -204,7 +204,7 @@ def _steps_back(
             return undone, row.revision_id
         undone.append(row.id)
     before = ", ".join(str(row.number) for row in rows[1:])
-    raise UnknownError(
+    raise NotFoundError(
         f"{validation.served_name(tenant.name, number or 0)} was not published "
         f"before the current revision ({before} were); publish it instead"
     )

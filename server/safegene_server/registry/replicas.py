@@ -18,7 +18,7 @@ from safegene_server.registry.database import Database, Write, clock
 from safegene_server.registry.publishing import find_rollout, rollout_of
 from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
 from safegene_server.registry.revisions import find_revisions
-from safegene_vllm.errors import RegistryError, UnknownError
+from safegene_vllm.errors import NotFoundError, RegistryError
 
 _T = tables.replicas
 ALIVE_S = 10.0
@@ -67,7 +67,7 @@ class Replicas(Database):
         `receipts` by revision id, each with whether it keeps its promise, replace older ones;
         `gone` are revisions that the replica holds no more.
 
-        Errors: UnknownError for a replica that left or was forgotten: join again; RegistryError.
+        Errors: NotFoundError for a replica that left or was forgotten: join again; RegistryError.
         """
         told = [str(fault) for fault in faults]
         fresh = _receipts_to_put(receipts or {}, gone)
@@ -89,7 +89,7 @@ class Replicas(Database):
             return _find(write.connection, replica)
 
     def leave(self, replica: str, *, actor: str) -> None:
-        """The replica ends in good order; its receipts go with it. Errors: UnknownError."""
+        """The replica ends in good order; its receipts go with it. Errors: NotFoundError."""
         with self.write(actor, exclusive=False) as write:
             _find(write.connection, replica)
             write.connection.execute(delete(_T).where(_T.c.id == replica))
@@ -127,7 +127,7 @@ class Replicas(Database):
         """How many of the live replicas follow a rollout, and why the others do not yet.
 
         A replica follows once it has applied the rollout's version and has a good receipt for each
-        of its revisions that is still published. Errors: UnknownError.
+        of its revisions that is still published. Errors: NotFoundError.
         """
         with self.read() as connection:
             found = find_rollout(connection, rollout)
@@ -162,12 +162,12 @@ def _receipts_to_put(
 
 
 def _put_receipts(write: Write, replica: str, fresh: _Fresh) -> None:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     rows, kept = tables.receipts, fresh.kept
     ids = tables.revisions.c.id
     known = set(write.connection.execute(select(ids).where(ids.in_(kept))).scalars())
     if known != set(kept):
-        raise UnknownError(f"no revisions with ids {sorted(set(kept) - known)}")
+        raise NotFoundError(f"no revisions with ids {sorted(set(kept) - known)}")
     write.connection.execute(
         delete(rows).where(
             rows.c.replica_id == replica, rows.c.revision_id.in_([*kept, *fresh.gone])
@@ -225,7 +225,7 @@ def _alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Repli
 def _find(connection: Connection, replica: str) -> Replica:
     row = connection.execute(select(_T).where(_T.c.id == replica)).one_or_none()
     if row is None:
-        raise UnknownError(f"no replica {replica!r:.100} in the registry; join again")
+        raise NotFoundError(f"no replica {replica!r:.100} in the registry; join again")
     return _replica(row)
 
 

@@ -15,7 +15,7 @@ from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
 from safegene_server.registry.records import Policy, Revision, RevisionState, Tenant
 from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
-from safegene_vllm.errors import BoundsError, ConflictError, UnknownError
+from safegene_vllm.errors import BoundsError, ConflictError, NotFoundError
 from safegene_vllm.formats.profile import Profile, check_profile, parse_profile, profile_json
 
 _T = tables.revisions
@@ -47,7 +47,7 @@ class Revisions(Database):
         `adapter_digest=None` is a profile on the base. `source` is where other replicas fetch the
         adapter (None: the tenant's own source). `expected` is the number that the caller
         believes to be published (0: none); if another one is, nothing happens.
-        Errors: RegistryError, UnknownError, FrozenError; ConflictError naming both numbers;
+        Errors: RegistryError, NotFoundError, FrozenError; ConflictError naming both numbers;
         FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
         """
         if adapter_digest is not None:
@@ -76,24 +76,24 @@ class Revisions(Database):
     ) -> Revision:
         """What a check found: `state` with its reasons; `gate=None` keeps what the gate had said.
 
-        Errors: UnknownError; ConflictError for a step that no check may take.
+        Errors: NotFoundError; ConflictError for a step that no check may take.
         """
         with self.write(actor) as write:
             found = find_revision_by_id(write.connection, revision)
             return step(write, found, state, reasons=reasons, gate=gate)
 
     def revision(self, tenant: str, number: int) -> Revision:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_revision(connection, find_tenant(connection, tenant), number)
 
     def revision_by_id(self, revision: int) -> Revision:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_revision_by_id(connection, revision)
 
     def serving(self, tenant: str) -> tuple[Tenant, Revision | None]:
-        """A tenant and what it serves, as they are at one moment. Errors: UnknownError."""
+        """A tenant and what it serves, as they are at one moment. Errors: NotFoundError."""
         with self.read() as connection:
             owner = find_tenant(connection, tenant)
             if owner.published is None:
@@ -101,7 +101,7 @@ class Revisions(Database):
             return owner, find_revision(connection, owner, owner.published)
 
     def revisions(self, tenant: str) -> tuple[Revision, ...]:
-        """All of a tenant's revisions by number. Errors: UnknownError."""
+        """All of a tenant's revisions by number. Errors: NotFoundError."""
         with self.read() as connection:
             owner = find_tenant(connection, tenant)
             query = revision_query().where(_T.c.tenant_id == owner.id).order_by(_T.c.number)
@@ -204,20 +204,20 @@ def check_floor(profile: Profile, policy: Policy, what: str) -> None:
 
 
 def find_revision(connection: Connection, tenant: Tenant, number: int) -> Revision:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     validation.revision_number(number)
     query = revision_query().where(_T.c.tenant_id == tenant.id, _T.c.number == number)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise UnknownError(f"tenant {tenant.name!r} has no revision {number}")
+        raise NotFoundError(f"tenant {tenant.name!r} has no revision {number}")
     return revision_of(row)
 
 
 def find_revision_by_id(connection: Connection, revision: int) -> Revision:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     row = connection.execute(revision_query().where(_T.c.id == revision)).one_or_none()
     if row is None:
-        raise UnknownError(f"no revision with id {revision!r:.40} in the registry")
+        raise NotFoundError(f"no revision with id {revision!r:.40} in the registry")
     return revision_of(row)
 
 

@@ -18,7 +18,7 @@ from safegene_server.registry.replicas import ALIVE_S
 
 
 @dataclass(frozen=True)
-class Figures:
+class RegistryStats:
     """`revisions` by state, `jobs` by (kind, state); `since` has a moment per published tenant.
 
     `level` replicas have applied `version`, `late` ones have not; only those seen lately count.
@@ -32,10 +32,10 @@ class Figures:
     since: Mapping[str, datetime]
 
 
-class Counting(Database):
+class StatsQueries(Database):
     """figures."""
 
-    def figures(self, *, alive_s: float = ALIVE_S) -> Figures:
+    def figures(self, *, alive_s: float = ALIVE_S) -> RegistryStats:
         """The counts as of now. Errors: RegistryDownError."""
         r, j, p = tables.revisions, tables.jobs, tables.replicas
         a, t = tables.aliases, tables.tenants
@@ -51,7 +51,7 @@ class Counting(Database):
                 for at in connection.execute(select(p.c.applied_version).where(seen)).scalars()
             )
             since = connection.execute(select(t.c.name, a.c.since).join(t, t.c.id == a.c.tenant_id))
-            return Figures(
+            return RegistryStats(
                 version=version,
                 revisions={row[0]: row[1] for row in revisions},
                 jobs={(kind, state): number for kind, state, number in jobs},

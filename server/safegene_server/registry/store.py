@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import URL, select
 
 from safegene_server.registry import tables
-from safegene_server.registry.audit_log import Auditing
+from safegene_server.registry.audit_log import AuditLog
 from safegene_server.registry.families import Families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
@@ -21,12 +21,12 @@ from safegene_server.registry.records import Snapshot
 from safegene_server.registry.replicas import Replicas
 from safegene_server.registry.revisions import Revisions, revision_of, revision_query
 from safegene_server.registry.schema import open_schema
-from safegene_server.registry.stats import Counting
+from safegene_server.registry.stats import StatsQueries
 from safegene_server.registry.tenants import Tenants, living_tenants
 
 
 class Registry(
-    Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, Auditing, Counting
+    Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, AuditLog, StatsQueries
 ):
     """One registry; safe to share between threads, opened anew by every process."""
 

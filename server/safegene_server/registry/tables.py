@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 
-class Moment(TypeDecorator[datetime]):
+class UtcDateTime(TypeDecorator[datetime]):
     """A moment in UTC; SQLite, which has no time zones, keeps it without one."""
 
     impl = DateTime(timezone=True)
@@ -76,7 +76,7 @@ families = Table(
     Column("name", Text, nullable=False),
     Column("header", _json(), nullable=False),
     Column("source", Text),
-    Column("created_at", Moment, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
 )
 
 policies = Table(
@@ -96,7 +96,7 @@ tenants = Table(
     Column("source", Text),
     Column("state", String(16), nullable=False),
     Column("limits", _json(), nullable=False),
-    Column("created_at", Moment, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
     sqlite_autoincrement=True,
 )
 
@@ -114,7 +114,7 @@ revisions = Table(
     Column("state", String(16), nullable=False),
     Column("reasons", _json(), nullable=False),
     Column("gate", _json(), nullable=False),
-    Column("created_at", Moment, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
     Column("created_by", Text, nullable=False),
     UniqueConstraint("tenant_id", "number"),
     sqlite_autoincrement=True,
@@ -125,7 +125,7 @@ aliases = Table(
     metadata,
     Column("tenant_id", ForeignKey(tenants.c.id), primary_key=True),
     Column("revision_id", ForeignKey(revisions.c.id), nullable=False, unique=True),
-    Column("since", Moment, nullable=False),
+    Column("since", UtcDateTime, nullable=False),
 )
 
 rollouts = Table(
@@ -136,7 +136,7 @@ rollouts = Table(
     Column("tenants", _json(), nullable=False),
     Column("revisions", _json(), nullable=False),
     Column("version", Integer, nullable=False),
-    Column("created_at", Moment, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
     Column("created_by", Text, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -162,9 +162,9 @@ keys = Table(
     Column("scopes", _json(), nullable=False),
     Column("tenants", _json(), nullable=False),
     Column("default_tenant", String(127)),
-    Column("expires_at", Moment),
-    Column("revoked_at", Moment),
-    Column("created_at", Moment, nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    Column("created_at", UtcDateTime, nullable=False),
     sqlite_autoincrement=True,
 )
 
@@ -174,8 +174,8 @@ replicas = Table(
     Column("id", String(36), primary_key=True),
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
-    Column("started_at", Moment, nullable=False),
-    Column("seen_at", Moment, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("seen_at", UtcDateTime, nullable=False),
     Column("applied_version", Integer, nullable=False),
     Column("faults", _json(), nullable=False),
 )
@@ -187,7 +187,7 @@ receipts = Table(
     Column("revision_id", ForeignKey(revisions.c.id), primary_key=True),
     Column("receipt", _json(), nullable=False),
     Column("ok", Boolean, nullable=False),
-    Column("at", Moment, nullable=False),
+    Column("at", UtcDateTime, nullable=False),
 )
 
 jobs = Table(
@@ -204,10 +204,10 @@ jobs = Table(
     Column("result", _json()),
     Column("attempts", Integer, nullable=False),
     Column("owner", Text),
-    Column("lease_until", Moment),
+    Column("lease_until", UtcDateTime),
     Column("cancel_requested", Boolean, nullable=False),
-    Column("created_at", Moment, nullable=False),
-    Column("updated_at", Moment, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
     sqlite_autoincrement=True,
 )
 
@@ -215,7 +215,7 @@ audit = Table(
     "audit",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("at", Moment, nullable=False, index=True),
+    Column("at", UtcDateTime, nullable=False, index=True),
     Column("actor", Text, nullable=False),
     Column("action", Text, nullable=False),
     Column("target", Text, nullable=False),

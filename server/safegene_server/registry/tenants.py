@@ -14,7 +14,7 @@ from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
 from safegene_server.registry.records import Policy, Tenant, TenantState
-from safegene_vllm.errors import ConflictError, FrozenError, UnknownError
+from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError
 
 _T = tables.tenants
 
@@ -33,7 +33,7 @@ class Tenants(Database):
     ) -> Tenant:
         """A tenant of the family with digest `family`, with no revision yet.
 
-        Errors: RegistryError, UnknownError; ConflictError if the name is or was in use;
+        Errors: RegistryError, NotFoundError; ConflictError if the name is or was in use;
         FrozenError if the family is frozen.
         """
         validation.tenant_name(name)
@@ -93,7 +93,7 @@ class Tenants(Database):
             return find_tenant(write.connection, name)
 
     def tenant(self, name: str) -> Tenant:
-        """Errors: UnknownError."""
+        """Errors: NotFoundError."""
         with self.read() as connection:
             return find_tenant(connection, name)
 
@@ -111,17 +111,17 @@ def living_tenants(connection: Connection) -> tuple[Tenant, ...]:
 
 
 def find_tenant(connection: Connection, name: str) -> Tenant:
-    """Errors: UnknownError."""
+    """Errors: NotFoundError."""
     found = _find(connection, name)
     if found is None:
-        raise UnknownError(f"no tenant {name!r:.200} in the registry")
+        raise NotFoundError(f"no tenant {name!r:.200} in the registry")
     return found
 
 
 def changeable_tenant(connection: Connection, name: str) -> Tenant:
     """A tenant whose revision or profile may change now.
 
-    Errors: UnknownError, ConflictError (retired), FrozenError.
+    Errors: NotFoundError, ConflictError (retired), FrozenError.
     """
     tenant = _living(connection, name)
     if tenant.state == "frozen":

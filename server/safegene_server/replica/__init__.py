@@ -3,7 +3,7 @@
 Decides nothing: what is published is decided in the registry, what may be loaded in the workers.
 """
 
-from safegene_server.replica.internal_client import Inside, Inward
-from safegene_server.replica.reconciler import Replica
+from safegene_server.replica.internal_client import CaptureApp, InternalClient
+from safegene_server.replica.reconciler import Reconciler
 
-__all__ = ["Inside", "Inward", "Replica"]
+__all__ = ["CaptureApp", "InternalClient", "Reconciler"]

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.safegene_server")
 IDLE_S = 24 * 3600.0
 
 
-class Supply:
+class ArtifactCache:
     """`news` is called whenever the fetch of something that `here` was asked for has ended."""
 
     def __init__(

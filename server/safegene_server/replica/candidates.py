@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safegene_server.engine_client import Gate
+from safegene_server.engine_client import EngineClient
 
 FIRST_ID = 2**30
 """Ids of trials begin here. The registry counts its revisions from 1 and will not get this far; the
@@ -23,12 +23,12 @@ PREFIX = "trial:"
 """No tenant has a colon in its name, so no request from outside resolves to a trial."""
 
 
-class Trials:
+class Candidates:
     """What is on trial in one engine. A name is never used twice, not even by another process: the
     engine's prefix cache knows adapters by their names."""
 
     def __init__(
-        self, gate: Gate, models: Any, make_request: Callable[[str, int, Path], Any]
+        self, gate: EngineClient, models: Any, make_request: Callable[[str, int, Path], Any]
     ) -> None:
         self.gate, self.models, self.make_request = gate, models, make_request
         self._ids = itertools.count()

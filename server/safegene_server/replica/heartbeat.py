@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from safegene_server.registry import Registry
-from safegene_vllm.errors import SafegeneError, UnknownError
+from safegene_vllm.errors import NotFoundError, SafegeneError
 
 ACTOR = "replica"
 BEAT_S = 2.0
@@ -23,7 +23,7 @@ Told = tuple[dict[str, Any], bool]
 """A revision's receipts from every rank, and whether they are as promised."""
 
 
-class Teller:
+class StatusReporter:
     """`recall` gives the receipts of all that is held, for a registry that has forgotten us."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Teller:
         """Errors: RegistryError and its kinds; nothing of it is lost then."""
         try:
             await self._report(version, faults)
-        except UnknownError:
+        except NotFoundError:
             await self.join(version, faults)
 
     async def live(self, version: int, faults: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ class Teller:
             await self._report(version, faults)
 
     async def _report(self, version: int, faults: Sequence[str]) -> None:
-        """Errors: UnknownError for a replica that the registry has forgotten."""
+        """Errors: NotFoundError for a replica that the registry has forgotten."""
         self._told_s = time.monotonic()
         came, gone = dict(self._came), set(self._gone)
         await asyncio.to_thread(

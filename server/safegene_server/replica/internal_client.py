@@ -23,7 +23,7 @@ ROUNDS, ROUND_S = 10, 0.01
 cancelled. The engine is told to drop the request in the event loop's next few rounds."""
 
 
-class Inside:
+class InternalClient:
     """The app without its access check, once the server has built it."""
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class Inside:
             raise
 
 
-class Inward:
+class CaptureApp:
     """ASGI middleware that changes nothing and remembers what lies behind it."""
 
-    def __init__(self, app: ASGIApp, inside: Inside, whole: Any = None) -> None:
+    def __init__(self, app: ASGIApp, inside: InternalClient, whole: Any = None) -> None:
         """`whole` is the app that a route finds at `request.app`: it puts itself into the scope
         before any middleware, so a request from inside has to be given it."""
         self.app = app

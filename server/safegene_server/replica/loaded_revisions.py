@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safegene_server.engine_client import Gate
+from safegene_server.engine_client import EngineClient
 from safegene_server.registry import Revision
-from safegene_server.replica.heartbeat import Teller, receipt_of
+from safegene_server.replica.heartbeat import StatusReporter, receipt_of
 
 
-class Holding:
+class LoadedRevisions:
     """`models.lora_requests` has a name exactly as long as the engine holds its revision."""
 
     def __init__(
         self,
-        gate: Gate,
+        gate: EngineClient,
         models: Any,
         make_request: Callable[[str, int, Path], Any],
-        teller: Teller,
+        teller: StatusReporter,
     ) -> None:
         self.gate, self.models = gate, models
         self.make_request, self.teller = make_request, teller

@@ -20,16 +20,16 @@ import httpx
 from safegene_server.access.catalog import Catalog
 from safegene_server.access.limits import Counters
 from safegene_server.artifacts import Store
-from safegene_server.engine_client import Gate
+from safegene_server.engine_client import EngineClient
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
 from safegene_server.registry import Registry, Revision, Snapshot, watch
-from safegene_server.replica.artifact_cache import Supply
-from safegene_server.replica.candidates import Trials
-from safegene_server.replica.heartbeat import ACTOR, BEAT_S, Teller, Told, receipt_of
-from safegene_server.replica.internal_client import Inside
+from safegene_server.replica.artifact_cache import ArtifactCache
+from safegene_server.replica.candidates import Candidates
+from safegene_server.replica.heartbeat import ACTOR, BEAT_S, StatusReporter, Told, receipt_of
+from safegene_server.replica.internal_client import InternalClient
 from safegene_server.replica.lag import Lag, Waiting
-from safegene_server.replica.loaded_revisions import Holding
+from safegene_server.replica.loaded_revisions import LoadedRevisions
 from safegene_server.replica.view import view_of
 from safegene_vllm.errors import (
     ConfigError,
@@ -50,7 +50,7 @@ FETCH_S = 30.0
 """How long the start waits for adapters that must be fetched; they come later all the same."""
 
 
-class Replica:
+class Reconciler:
     """`make_request(name, id, path)` gives the host's request for an adapter."""
 
     def __init__(
@@ -58,11 +58,11 @@ class Replica:
         *,
         registry: Registry,
         store: Store,
-        gate: Gate,
+        gate: EngineClient,
         models: Any,
         catalog: Catalog,
         counters: Counters,
-        inside: Inside,
+        inside: InternalClient,
         make_request: Callable[[str, int, Path], Any],
     ) -> None:
         """Errors: ConfigError for an engine that has no family."""
@@ -76,11 +76,11 @@ class Replica:
         self.lag = Lag()
         self.changed: Callable[[], None] = lambda: None
         """Called when other revisions are offered than before; set by whoever wants to know."""
-        self._teller = Teller(registry, self._recall)
-        self._holding = Holding(gate, models, make_request, self._teller)
+        self._teller = StatusReporter(registry, self._recall)
+        self._holding = LoadedRevisions(gate, models, make_request, self._teller)
         self._tried: set[int] = set()
         self._warm: set[int] = set()
-        self._trials = Trials(gate, models, make_request)
+        self._trials = Candidates(gate, models, make_request)
         self._serving: dict[str, int] = {}
         self._waiting = Waiting()
         self._known: tuple[Revision, ...] = ()
@@ -89,7 +89,7 @@ class Replica:
         self._lock = asyncio.Lock()
         self._news = asyncio.Event()
         self._loose = asyncio.Event()
-        self.supply = Supply(store, header, self._news.set, RETRY_S)
+        self.supply = ArtifactCache(store, header, self._news.set, RETRY_S)
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -213,7 +213,7 @@ class Replica:
         """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
         or until it has been published and superseded.
 
-        Errors: those of staging, TenantRefusedError, ReceiptError, EngineDownError.
+        Errors: those of staging, AdapterRejectedError, ReceiptError, EngineDownError.
         """
         self._tried.add(revision.id)
         try:

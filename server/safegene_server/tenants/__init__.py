@@ -4,7 +4,7 @@ Between the HTTP routes, the registry, the local store and the engine of this pr
 and keeps nothing itself: what is true is in the registry.
 """
 
-from safegene_server.tenants.context import Replica, Tenancy
+from safegene_server.tenants.context import Replica, TenantContext
 from safegene_server.tenants.declared import register_declared
 from safegene_server.tenants.jobs import Jobs, Work
 from safegene_server.tenants.onboarding import ONBOARD, onboard
@@ -26,7 +26,7 @@ __all__ = [
     "Outcome",
     "Prompt",
     "Replica",
-    "Tenancy",
+    "TenantContext",
     "TenantSettings",
     "Work",
     "onboard",

@@ -74,7 +74,7 @@ class Replica(Protocol):
 
 
 @dataclass(frozen=True)
-class Tenancy:
+class TenantContext:
     """What every step of tenant life works with."""
 
     replica: Replica

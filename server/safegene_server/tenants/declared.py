@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from safegene_server.tenants.context import Tenancy, aside
+from safegene_server.tenants.context import TenantContext, aside
 from safegene_server.tenants.profiles import Change
 from safegene_server.tenants.service import register
 from safegene_vllm.errors import ConfigError, RegistryDownError, SafegeneError
@@ -40,7 +40,7 @@ def find_declared(directory: Path) -> dict[str, Path]:
     }
 
 
-async def register_declared(tenancy: Tenancy, directory: Path) -> list[str]:
+async def register_declared(tenancy: TenantContext, directory: Path) -> list[str]:
     """Start onboarding for every tenant that the registry does not know; their names.
 
     Errors: ConfigError; RegistryDownError.

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 
-class Share:
+class DutyCycleLimiter:
     """`others()` counts the tenants' requests in flight (always 1: bounded on an idle engine too);
     `check()` may raise to end it all."""
 

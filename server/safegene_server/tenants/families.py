@@ -8,23 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from safegene_server.registry import Rollout
-from safegene_server.tenants.context import Tenancy, aside
+from safegene_server.tenants.context import TenantContext, aside
 
 
 async def set_floor(
-    tenancy: Tenancy, family: str, floor: Mapping[int, float], *, actor: str
+    tenancy: TenantContext, family: str, floor: Mapping[int, float], *, actor: str
 ) -> Rollout | None:
     """No coefficient of the family below `floor`; None if nobody had to be raised.
 
-    Errors: UnknownError, BoundsError, FrozenError.
+    Errors: NotFoundError, BoundsError, FrozenError.
     """
     rollout = await aside(tenancy.registry.set_floor, family, floor, actor=actor)
     await tenancy.settle()
     return rollout
 
 
-async def set_family_frozen(tenancy: Tenancy, family: str, frozen: bool, *, actor: str) -> None:
-    """No tenant of the family may change what it serves. Errors: UnknownError."""
+async def set_family_frozen(
+    tenancy: TenantContext, family: str, frozen: bool, *, actor: str
+) -> None:
+    """No tenant of the family may change what it serves. Errors: NotFoundError."""
     registry = tenancy.registry
     step = registry.freeze_family if frozen else registry.unfreeze_family
     await aside(step, family, actor=actor)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-async def together(doing: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+async def gather(doing: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     """Their results in order. However this ends, each of them has ended before.
 
     Errors: the first of theirs; the others are cancelled then.

@@ -21,7 +21,7 @@ from safegene_server.registry import Job, Registry
 from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
 
 if TYPE_CHECKING:
-    from safegene_server.tenants.context import Tenancy
+    from safegene_server.tenants.context import TenantContext
 
 logger = logging.getLogger("vllm.safegene_server")
 PULSE_S = 2.0
@@ -104,7 +104,7 @@ class Work:
             self.cancelled.set()
 
 
-Handler = Callable[["Tenancy", Work], Awaitable[str]]
+Handler = Callable[["TenantContext", Work], Awaitable[str]]
 """Does a job; answers with the message of its success. Errors: SafegeneError, EngineDownError."""
 
 
@@ -119,13 +119,13 @@ class Jobs:
         """There is a new job: look at once instead of at the next poll."""
         self._news.set()
 
-    async def run(self, tenancy: Tenancy) -> None:
+    async def run(self, tenancy: TenantContext) -> None:
         """Until cancelled. What was running then is claimed again, here or elsewhere."""
         async with asyncio.TaskGroup() as group:
             for _ in range(tenancy.settings.jobs_at_once):
                 group.create_task(self._serve(tenancy))
 
-    async def _serve(self, tenancy: Tenancy) -> None:
+    async def _serve(self, tenancy: TenantContext) -> None:
         while True:
             try:
                 if not await self.run_one(tenancy):
@@ -137,7 +137,7 @@ class Jobs:
                 logger.exception("SafeGene jobs: a job could not be brought to its end")
                 await asyncio.sleep(tenancy.settings.poll_s)
 
-    async def run_one(self, tenancy: Tenancy) -> bool:
+    async def run_one(self, tenancy: TenantContext) -> bool:
         """Claim the oldest job that waits and do it; False if there was none."""
         owner, lease_s = tenancy.replica.id, tenancy.settings.lease_s
         job = await asyncio.to_thread(
@@ -153,7 +153,7 @@ class Jobs:
         await self._do(tenancy, Work(tenancy.registry, owner, job, lease_s))
         return True
 
-    async def _do(self, tenancy: Tenancy, work: Work) -> None:
+    async def _do(self, tenancy: TenantContext, work: Work) -> None:
         async def handled() -> str:
             return await self.handlers[work.job.kind](tenancy, work)
 

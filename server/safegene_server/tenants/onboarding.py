@@ -13,18 +13,18 @@ from typing import Any
 from safegene_server.artifacts import Staged, Watch
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.registry import Revision
-from safegene_server.tenants.context import Replica, Tenancy, aside
+from safegene_server.tenants.context import Replica, TenantContext, aside
 from safegene_server.tenants.jobs import JobLostError, Work
 from safegene_server.tenants.profiles import check_record
 from safegene_server.tenants.settings import TenantSettings
 from safegene_server.tenants.smoke_prompts import read_prompts
 from safegene_server.tenants.smoke_test import try_out
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConflictError,
     RegistryDownError,
     SafegeneError,
     SourceError,
-    TenantRefusedError,
 )
 from safegene_vllm.formats.profile import Profile, parse_profile
 
@@ -33,7 +33,7 @@ UNEXPECTED = "a check failed unexpectedly; the server's log says why"
 OFF = {"skipped": "the gate is switched off in this server's settings"}
 
 
-async def onboard(tenancy: Tenancy, work: Work) -> str:
+async def onboard(tenancy: TenantContext, work: Work) -> str:
     """The handler of ONBOARD. `params`: source, profile (whole or None), publish, expected, actor.
 
     Errors: SafegeneError, EngineDownError; JobLostError.
@@ -47,7 +47,7 @@ async def onboard(tenancy: Tenancy, work: Work) -> str:
         return await bring_in(tenancy, work, await _revision(tenancy, work, staged, profile))
 
 
-async def bring_in(tenancy: Tenancy, work: Work, revision: Revision) -> str:
+async def bring_in(tenancy: TenantContext, work: Work, revision: Revision) -> str:
     """Load, try out and publish a job's revision, as far as that is not done yet.
 
     `params`: publish, expected, actor. Errors: as for `onboard`.
@@ -55,7 +55,7 @@ async def bring_in(tenancy: Tenancy, work: Work, revision: Revision) -> str:
     publish = work.job.params["publish"]
     work.result["revision"] = revision.served_name
     if revision.state == "failed":
-        raise TenantRefusedError("; ".join(revision.reasons))
+        raise AdapterRejectedError("; ".join(revision.reasons))
     if revision.state in ("published", "superseded", "retired"):
         return f"{revision.served_name} was published before this job was begun again"
     async with tenancy.trying(revision):
@@ -80,7 +80,7 @@ async def gated(replica: Replica, revision: Revision, settings: TenantSettings) 
     return outcome.record
 
 
-class GateError(TenantRefusedError):
+class GateError(AdapterRejectedError):
     """The revision answered, but not as the thresholds want it."""
 
     def __init__(self, reasons: tuple[str, ...], record: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ class GateError(TenantRefusedError):
         self.record = record
 
 
-async def fail(tenancy: Tenancy, revision: Revision, error: Exception, actor: str) -> None:
+async def fail(tenancy: TenantContext, revision: Revision, error: Exception, actor: str) -> None:
     """Keep the revision with its reasons."""
     gate = error.record if isinstance(error, GateError) else None
     reasons = [UNEXPECTED]
@@ -104,7 +104,7 @@ async def fail(tenancy: Tenancy, revision: Revision, error: Exception, actor: st
     )
 
 
-async def stage(tenancy: Tenancy, work: Work, source: str | None) -> Staged | None:
+async def stage(tenancy: TenantContext, work: Work, source: str | None) -> Staged | None:
     """A job's content, fetched and checked; a cancel stops the fetch.
 
     Errors: those of `Store.stage`; JobCancelledError, JobLostError.
@@ -127,7 +127,7 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
     if staged is not None and staged.profile is not None:
         check_record(staged.profile)
         return staged.profile
-    raise TenantRefusedError(
+    raise AdapterRejectedError(
         f"tenant {work.job.tenant!r} has no profile: none was given, and none lies beside its "
         "adapter. Have one found on this engine, with `calibrate` and a few examples in a revision "
         "(`safegene tenant update ... --calibrate-safety ... --calibrate-task ...`); or make one "
@@ -137,7 +137,7 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
 
 
 async def _revision(
-    tenancy: Tenancy, work: Work, staged: Staged | None, profile: Profile
+    tenancy: TenantContext, work: Work, staged: Staged | None, profile: Profile
 ) -> Revision:
     """The revision of this job: the one that an earlier attempt has added, or a new one."""
     registry, job, actor = tenancy.registry, work.job, work.job.params["actor"]
@@ -157,7 +157,7 @@ async def _revision(
     )
 
 
-async def _prove(tenancy: Tenancy, work: Work, revision: Revision) -> Revision:
+async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revision:
     """Loaded, receipts verified, tried out. What does not pass is kept as failed."""
     registry, actor = tenancy.registry, work.job.params["actor"]
     if revision.state == "registered":
@@ -178,7 +178,7 @@ async def _prove(tenancy: Tenancy, work: Work, revision: Revision) -> Revision:
     return await aside(registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate)
 
 
-async def _publish(tenancy: Tenancy, work: Work, revision: Revision) -> str:
+async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> str:
     params = work.job.params
     try:
         rollout = await aside(

@@ -16,7 +16,7 @@ from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job, Revision, Rollout, RolloutStatus, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.registry.revisions import check_expected
-from safegene_server.tenants.context import Tenancy, aside
+from safegene_server.tenants.context import TenantContext, aside
 from safegene_server.tenants.onboarding import ONBOARD, fail, gated
 from safegene_server.tenants.profiles import Change, changed_profile, first_profile
 from safegene_vllm.errors import ConflictError, FrozenError, RegistryDownError, SafegeneError
@@ -38,7 +38,7 @@ class Published:
 
 
 async def register(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     name: str,
     *,
     source: str | None,
@@ -57,7 +57,7 @@ async def register(
 
 
 async def enrol(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     name: str,
     kind: str,
     params: Mapping[str, Any],
@@ -92,7 +92,7 @@ async def enrol(
 
 
 async def add_revision(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     name: str,
     *,
     source: str | None,
@@ -103,7 +103,7 @@ async def add_revision(
 ) -> Job:
     """New content for a tenant; where it came from last is read again if no source is given.
 
-    Errors: UnknownError, ConflictError, FrozenError, FormatError, BoundsError.
+    Errors: NotFoundError, ConflictError, FrozenError, FormatError, BoundsError.
     """
     tenant = await changeable(tenancy, name, expected)
     where = source or await last_source(tenancy, tenant)
@@ -112,12 +112,12 @@ async def add_revision(
 
 
 async def change_profile(
-    tenancy: Tenancy, name: str, change: Change, *, expected: int | None, actor: str
+    tenancy: TenantContext, name: str, change: Change, *, expected: int | None, actor: str
 ) -> Published:
     """Other coefficients for the adapter that is served; nothing happens if they are the same.
 
-    Errors: UnknownError, ConflictError, FrozenError, FormatError, FamilyMismatchError, BoundsError;
-    TenantRefusedError, ReceiptError and EngineDownError of the engine.
+    Errors: NotFoundError, ConflictError, FrozenError, FormatError, FamilyMismatchError, BoundsError;
+    AdapterRejectedError, ReceiptError and EngineDownError of the engine.
     """
     async with tenancy.changing(name):
         tenant, current = await aside(tenancy.registry.serving, name)
@@ -150,7 +150,7 @@ async def change_profile(
 
 
 async def publish(
-    tenancy: Tenancy, name: str, number: int, *, expected: int | None, actor: str
+    tenancy: TenantContext, name: str, number: int, *, expected: int | None, actor: str
 ) -> Published:
     """Serve a revision that is ready or was served before. Errors: as for `change_profile`."""
     async with tenancy.changing(name):
@@ -169,7 +169,7 @@ async def publish(
 
 
 async def roll_back(
-    tenancy: Tenancy, name: str, number: int | None, *, expected: int | None, actor: str
+    tenancy: TenantContext, name: str, number: int | None, *, expected: int | None, actor: str
 ) -> Published:
     """Serve what was served before, or before that, `number`. Errors: as for `change_profile`.
 
@@ -195,11 +195,11 @@ async def roll_back(
 
 
 async def retire(
-    tenancy: Tenancy, name: str, *, expected: int | None, actor: str
+    tenancy: TenantContext, name: str, *, expected: int | None, actor: str
 ) -> tuple[Tenant, Rollout | None]:
     """Serve a tenant no more, ever; its jobs are cancelled. Nothing happens if it is retired.
 
-    Errors: UnknownError, ConflictError, FrozenError.
+    Errors: NotFoundError, ConflictError, FrozenError.
     """
     async with tenancy.changing(name):
         tenant = await _known(tenancy, name)
@@ -213,8 +213,8 @@ async def retire(
         return await _known(tenancy, name), rollout
 
 
-async def set_frozen(tenancy: Tenancy, name: str, frozen: bool, *, actor: str) -> Tenant:
-    """Serving goes on; what is served may not change. Errors: UnknownError, ConflictError."""
+async def set_frozen(tenancy: TenantContext, name: str, frozen: bool, *, actor: str) -> Tenant:
+    """Serving goes on; what is served may not change. Errors: NotFoundError, ConflictError."""
     registry = tenancy.registry
     step = registry.freeze_tenant if frozen else registry.unfreeze_tenant
     tenant = await aside(step, name, actor=actor)
@@ -223,9 +223,9 @@ async def set_frozen(tenancy: Tenancy, name: str, frozen: bool, *, actor: str) -
 
 
 async def set_limits(
-    tenancy: Tenancy, name: str, limits: Mapping[str, int], *, actor: str
+    tenancy: TenantContext, name: str, limits: Mapping[str, int], *, actor: str
 ) -> Tenant:
-    """Errors: UnknownError, ConflictError, RegistryError."""
+    """Errors: NotFoundError, ConflictError, RegistryError."""
     tenant = await aside(tenancy.registry.set_limits, name, limits, actor=actor)
     await tenancy.settle()
     return tenant
@@ -255,9 +255,9 @@ def _params(
 
 
 async def enqueue(
-    tenancy: Tenancy, name: str, kind: str, params: Mapping[str, Any], actor: str
+    tenancy: TenantContext, name: str, kind: str, params: Mapping[str, Any], actor: str
 ) -> Job:
-    """A job of the tenant, looked at without delay. Errors: RegistryError, UnknownError."""
+    """A job of the tenant, looked at without delay. Errors: RegistryError, NotFoundError."""
     job = await aside(tenancy.registry.enqueue, kind, name, actor=actor, params=params)
     tenancy.jobs.wake()
     return job
@@ -267,22 +267,22 @@ def _told(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key != PRIVATE}
 
 
-async def _known(tenancy: Tenancy, name: str) -> Tenant:
+async def _known(tenancy: TenantContext, name: str) -> Tenant:
     return await aside(tenancy.registry.tenant, name)
 
 
-def _is_ours(tenancy: Tenancy, tenant: Tenant) -> bool:
+def _is_ours(tenancy: TenantContext, tenant: Tenant) -> bool:
     return tenant.family == tenancy.replica.header.digest
 
 
-async def ours(tenancy: Tenancy, name: str) -> Tenant:
-    """Errors: UnknownError; those of `check_ours`."""
+async def ours(tenancy: TenantContext, name: str) -> Tenant:
+    """Errors: NotFoundError; those of `check_ours`."""
     tenant = await _known(tenancy, name)
     check_ours(tenancy, tenant)
     return tenant
 
 
-def check_ours(tenancy: Tenancy, tenant: Tenant) -> None:
+def check_ours(tenancy: TenantContext, tenant: Tenant) -> None:
     """Errors: ConflictError for a tenant that this engine cannot load."""
     if not _is_ours(tenancy, tenant):
         raise ConflictError(
@@ -292,7 +292,7 @@ def check_ours(tenancy: Tenancy, tenant: Tenant) -> None:
         )
 
 
-async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenant:
+async def changeable(tenancy: TenantContext, name: str, expected: int | None) -> Tenant:
     """A tenant that may have new content. Errors: those of `ours`; ConflictError (not `expected`
     is published, or it is retired), FrozenError."""
     tenant = await ours(tenancy, name)
@@ -301,7 +301,7 @@ async def changeable(tenancy: Tenancy, name: str, expected: int | None) -> Tenan
     return tenant
 
 
-async def last_source(tenancy: Tenancy, tenant: Tenant) -> str | None:
+async def last_source(tenancy: TenantContext, tenant: Tenant) -> str | None:
     """Where the revision that is served came from, or else the newest; before there is one, what
     the tenant was registered with."""
     revisions = await aside(tenancy.registry.revisions, tenant.name)
@@ -310,7 +310,7 @@ async def last_source(tenancy: Tenancy, tenant: Tenant) -> str | None:
     return (sources[-1] if sources else None) or tenant.source
 
 
-async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
+async def refuse_unchangeable(tenancy: TenantContext, tenant: Tenant) -> None:
     """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
     FrozenError."""
     if tenant.state == "retired":
@@ -326,7 +326,7 @@ async def refuse_unchangeable(tenancy: Tenancy, tenant: Tenant) -> None:
         )
 
 
-def _make_directory(tenancy: Tenancy, adapter_digest: str | None, profile: Profile) -> None:
+def _make_directory(tenancy: TenantContext, adapter_digest: str | None, profile: Profile) -> None:
     """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
     stands in the way is met again, and told, when it is loaded."""
     with suppress(Exception):
@@ -334,7 +334,7 @@ def _make_directory(tenancy: Tenancy, adapter_digest: str | None, profile: Profi
 
 
 async def _prove(
-    tenancy: Tenancy, revision: Revision, current: Revision, actor: str
+    tenancy: TenantContext, revision: Revision, current: Revision, actor: str
 ) -> dict[str, Any]:
     """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
     gate: dict[str, Any] = {"made_from": current.served_name}
@@ -351,7 +351,7 @@ async def _prove(
 
 
 async def _switch(
-    tenancy: Tenancy,
+    tenancy: TenantContext,
     revision: Revision,
     expected: int | None,
     actor: str,
@@ -376,21 +376,21 @@ async def _switch(
         raise
 
 
-async def _live(tenancy: Tenancy, rollout: Rollout) -> Published:
+async def _live(tenancy: TenantContext, rollout: Rollout) -> Published:
     """What a switch has led to, followed by this server."""
     await tenancy.settle()
     status = await aside(tenancy.registry.rollout_status, rollout.id)
     return Published(status.revisions[0], status)
 
 
-async def _rollout_to(tenancy: Tenancy, revision: Revision) -> RolloutStatus | None:
+async def _rollout_to(tenancy: TenantContext, revision: Revision) -> RolloutStatus | None:
     """The newest rollout that led to this revision."""
     rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
     found = next((r.id for r in rollouts if revision.id in r.revisions), None)
     return None if found is None else await aside(tenancy.registry.rollout_status, found)
 
 
-async def _cancel(tenancy: Tenancy, job: Job, actor: str) -> None:
+async def _cancel(tenancy: TenantContext, job: Job, actor: str) -> None:
     try:
         await aside(tenancy.registry.cancel, job.id, actor=actor)
     except ConflictError:

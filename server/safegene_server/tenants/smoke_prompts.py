@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, cast, get_args
 import httpx
 
 from safegene_server.error_responses import EngineDownError
-from safegene_server.tenants.gather import together
-from safegene_vllm.errors import ConfigError, ReceiptError, TenantRefusedError
+from safegene_server.tenants.gather import gather
+from safegene_vllm.errors import AdapterRejectedError, ConfigError, ReceiptError
 from safegene_vllm.evaluation.judges import is_coherent, is_refusal
 
 CHAT = "/v1/chat/completions"
@@ -121,7 +121,7 @@ async def ask_all(
     Nothing is left in the engine when this ends, however it does. `priority` is for an engine that
     schedules by priority; others refuse it. With a `salt` of its own nothing is answered from
     blocks of the prefix cache that were computed before.
-    Errors: TenantRefusedError (the engine refuses a question); EngineDownError (it fails);
+    Errors: AdapterRejectedError (the engine refuses a question); EngineDownError (it fails);
     ReceiptError (another model answered); what `replica.call` raises.
     """
     turn = asyncio.Semaphore(concurrent)
@@ -136,7 +136,7 @@ async def ask_all(
         async with turn:
             return _answer(await replica.call("POST", CHAT, {**body, "messages": turns}), model)
 
-    return await together(ask(prompt) for prompt in prompts)
+    return await gather(ask(prompt) for prompt in prompts)
 
 
 def tally(prompts: Sequence[Prompt], answers: Sequence[str]) -> Tally:
@@ -177,14 +177,14 @@ def _answer(response: httpx.Response, model: str) -> str:
     try:
         found = response.json()
         if status != 200:
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"{model}: the engine answers a question with {status}: "
                 f"{found['error']['message']:.500}"
             )
         text = found["choices"][0]["message"]["content"]
         answered_by = found["model"]
     except (ValueError, LookupError, TypeError) as error:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"{model}: the engine answers a question with {status} and something that is no chat "
             "completion"
         ) from error

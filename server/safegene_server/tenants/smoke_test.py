@@ -13,7 +13,7 @@ from typing import Any
 
 from safegene_server.tenants.settings import GateSettings
 from safegene_server.tenants.smoke_prompts import JUDGES, Asked, Prompt, ask_all, digest, tally
-from safegene_vllm.errors import TenantRefusedError
+from safegene_vllm.errors import AdapterRejectedError
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ async def try_out(
 ) -> Outcome:
     """Ask `model` (`tenant@N`, loaded) everything and hold it against the thresholds.
 
-    Errors: those of `ask_all`; TenantRefusedError (the engine answers too slowly).
+    Errors: those of `ask_all`; AdapterRejectedError (the engine answers too slowly).
     """
     try:
         async with asyncio.timeout(settings.timeout_s):
@@ -46,7 +46,7 @@ async def try_out(
                 priority=settings.priority,
             )
     except TimeoutError:
-        raise TenantRefusedError(
+        raise AdapterRejectedError(
             f"{model}: the gate's {len(prompts)} questions took longer than {settings.timeout_s:g} "
             "s; try again when the engine is less busy, or raise gate.timeout_s"
         ) from None

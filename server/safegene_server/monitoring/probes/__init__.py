@@ -5,8 +5,8 @@ is counted, shown and exported, and whoever is alerted acts.
 """
 
 from safegene_server.monitoring.probes.job import PROBE, handler, start
-from safegene_server.monitoring.probes.prober import Prober, Standing
+from safegene_server.monitoring.probes.prober import Prober, ProbeStatus
 from safegene_server.monitoring.probes.result import Result
 from safegene_server.monitoring.probes.settings import ProbeSettings
 
-__all__ = ["PROBE", "ProbeSettings", "Prober", "Result", "Standing", "handler", "start"]
+__all__ = ["PROBE", "ProbeSettings", "ProbeStatus", "Prober", "Result", "handler", "start"]

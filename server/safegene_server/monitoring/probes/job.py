@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safegene_server.monitoring.probes.prober import Prober
 from safegene_server.registry import Job
-from safegene_server.tenants import Tenancy, Work
+from safegene_server.tenants import TenantContext, Work
 from safegene_server.tenants.context import aside
 from safegene_server.tenants.jobs import Handler
 from safegene_server.tenants.service import ours
@@ -16,7 +16,7 @@ PROBE = "probe"
 def handler(prober: Prober) -> Handler:
     """Does jobs of kind PROBE; `result` has the counts."""
 
-    async def probe(_tenancy: Tenancy, work: Work) -> str:
+    async def probe(_tenancy: TenantContext, work: Work) -> str:
         async def step(done: float) -> None:
             await work.step(done, "asking")
 
@@ -27,10 +27,10 @@ def handler(prober: Prober) -> Handler:
     return probe
 
 
-async def start(tenancy: Tenancy, name: str, *, actor: str) -> Job:
+async def start(tenancy: TenantContext, name: str, *, actor: str) -> Job:
     """A job that probes what the tenant serves; the one that waits or runs, if there is one.
 
-    Errors: UnknownError; ConflictError if nothing is served, or by another family's servers.
+    Errors: NotFoundError; ConflictError if nothing is served, or by another family's servers.
     """
     tenant = await ours(tenancy, name)
     if tenant.published is None:

@@ -22,14 +22,14 @@ from safegene_server.monitoring.probes.gauges import Labels, Outcome
 from safegene_server.monitoring.probes.result import Result
 from safegene_server.monitoring.probes.settings import ProbeSettings
 from safegene_server.tenants import Prompt, Replica
-from safegene_server.tenants.duty_cycle import Share
+from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError, JobLostError
 from safegene_server.tenants.smoke_prompts import ask_all, digest, tally
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     ConflictError,
     RegistryDownError,
     SafegeneError,
-    TenantRefusedError,
 )
 
 logger = logging.getLogger("vllm.safegene_server")
@@ -44,7 +44,7 @@ Step = Callable[[float], Awaitable[None]]
 
 
 @dataclass
-class Standing:
+class ProbeStatus:
     """How it stands with a tenant's revision; `due_s` is on the prober's clock.
 
     `outcome` and `message` are of the last probe, `result` of the last that was whole.
@@ -80,10 +80,12 @@ class Prober:
         self.clock = clock
         self._begun_s = clock()
         # Nobody waits for a scheduled probe, so it keeps to its share on an idle engine as well.
-        self._scheduled = Share(settings.share, lambda: 1, clock=clock, sleep=sleep)
-        self._by_hand = Share(settings.share, replica.in_flight, clock=clock, sleep=sleep)
+        self._scheduled = DutyCycleLimiter(settings.share, lambda: 1, clock=clock, sleep=sleep)
+        self._by_hand = DutyCycleLimiter(
+            settings.share, replica.in_flight, clock=clock, sleep=sleep
+        )
         self._turn = asyncio.Lock()
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, ProbeStatus] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -92,7 +94,7 @@ class Prober:
             if self.settings.enabled:
                 group.create_task(self._forever(self.probe_next))
 
-    def standings(self) -> list[Standing]:
+    def standings(self) -> list[ProbeStatus]:
         """Everybody who is served here now, by name."""
         self.look()
         return [self._standings[tenant] for tenant in sorted(self._standings)]
@@ -107,7 +109,7 @@ class Prober:
                     gauges.clear(self.labels, standing.result)
         for tenant, served in serving.items():
             if tenant not in self._standings:
-                self._standings[tenant] = Standing(tenant, served, now_s)
+                self._standings[tenant] = ProbeStatus(tenant, served, now_s)
                 if self.settings.enabled and self._chosen(tenant):
                     gauges.begin(self.labels, tenant)
         busy_s = self._scheduled.busy_s + self._by_hand.busy_s
@@ -135,7 +137,7 @@ class Prober:
         """Ask everything of what the tenant serves here, and tell the gauges.
 
         Errors: ConflictError (nothing is served, or something else since it began);
-        TenantRefusedError, ReceiptError (the engine does not answer as it should); those of `step`.
+        AdapterRejectedError, ReceiptError (the engine does not answer as it should); those of `step`.
         """
         self.look()
         standing = self._standings.get(tenant)
@@ -152,7 +154,7 @@ class Prober:
         self._ended(standing, "ok", "", result)
         return result
 
-    async def _result(self, standing: Standing, share: Share, step: Step) -> Result:
+    async def _result(self, standing: ProbeStatus, share: DutyCycleLimiter, step: Step) -> Result:
         answers: list[str] = []
         # An engine that has lost a vector must not answer from what it computed when it had it.
         salt = uuid.uuid4().hex
@@ -182,7 +184,7 @@ class Prober:
             prompts=self._digest,
         )
 
-    async def _asked(self, standing: Standing, few: Sequence[Prompt], salt: str) -> list[str]:
+    async def _asked(self, standing: ProbeStatus, few: Sequence[Prompt], salt: str) -> list[str]:
         served, settings = standing.served, self.settings
         if self.replica.serving().get(standing.tenant) != served:
             raise ConflictError(f"{served} was replaced or retired while it was probed")
@@ -200,13 +202,13 @@ class Prober:
                         salt=salt,
                     )
         except TimeoutError:
-            raise TenantRefusedError(
+            raise AdapterRejectedError(
                 f"{served}: {len(few)} questions of a probe took longer than "
                 f"{settings.timeout_s:g} s; raise probes.timeout_s if the engine is only busy"
             ) from None
 
     def _ended(
-        self, standing: Standing, outcome: Outcome, message: str, result: Result | None = None
+        self, standing: ProbeStatus, outcome: Outcome, message: str, result: Result | None = None
     ) -> None:
         gauges.count(self.labels, standing.tenant, outcome)
         pause_s = self.settings.every_s
