@@ -79,7 +79,7 @@ $(KERNELS)/.ready: requirements.txt requirements/kernels.txt
 	@touch $@
 
 test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
-	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/test_kernels_*.py tests/test_fused.py $(ARGS)
+	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/unit/test_ops_*.py $(ARGS)
 
 check: lint types layering deploy-check test  ## everything CI runs: format, lint, types, layering, deploy/, tests
 

@@ -16,12 +16,12 @@ from safegene_vllm.plugin.compat import NEWEST, OLDEST
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = {(0, 28): "0.28.0", (0, 32): "0.32.0"}
 TESTS = (
-    "tests/test_plugin_three_ways.py",
-    "tests/test_plugin_compiled.py",
-    "tests/test_plugin_isolation.py",
-    "tests/test_fail_closed_start.py",
-    "tests/test_fail_closed_tenants.py",
-    "tests/test_server_engine.py",
+    "tests/engine/test_three_ways.py",
+    "tests/engine/test_compiled.py",
+    "tests/engine/test_isolation.py",
+    "tests/engine/test_fail_closed_start.py",
+    "tests/engine/test_fail_closed_tenants.py",
+    "tests/engine/test_server.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""`--worker-extension-cls safegene_vllm.plugin.worker_extension.Required`: no worker without the plugin.
+"""`--worker-extension-cls safegene_vllm.plugin.worker_extension.RequirePlugin`: no worker without the plugin.
 
 For closing the one hole a plugin cannot close by itself: a broken import, or a VLLM_PLUGINS that
 leaves us out, is only logged by vLLM. A worker extension that cannot be imported stops the worker,

@@ -1,0 +1,39 @@
+"""The serving benchmark's short run, whole: real servers, vLLM's own load, one JSON line.
+
+For what only a run can show. What is compared, counted and told has tests of its own beside this.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "serving" / "bench_serving.py"
+ARMS = {"lora", "gain_100", "composed_100", "guard", "system_prompt"}
+
+
+def test_the_short_run_ends_in_one_line_with_every_ratio(tmp_path: Path) -> None:
+    words = [sys.executable, str(PROGRAM), "--short", "--build", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["short"] and found["missing"] == []
+    assert {"commit", "vllm", "torch", "device", "threads"} <= set(found)
+    main = found["cells"]["main"]
+    assert set(main["arms"]) == ARMS and main["rounds"] == 2
+    for name, arm in main["arms"].items():
+        assert arm["rounds"]["output_tokens_per_s"]["median"] > 0, name
+    for name in ARMS - {"lora"}:
+        ratio = found["ratios"][f"main.{name}_over_lora.output_tokens_per_s"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    paired = found["ratios"]["paired.gain_100_over_aside_100.output_tokens_per_s"]
+    assert paired["n"] == 2 and found["cells"]["paired"]["arms"]["aside_100"]["after"] == {}
+    # A guard is a second request before every request: it cannot be free.
+    assert found["ratios"]["main.guard_over_lora.ttft_p50_ms"]["median"] > 1
+    # One resident vector, against slots of twice the rank for every tenant.
+    gain, composed = (main["arms"][name]["after"] for name in ("gain_100", "composed_100"))
+    assert gain["vector_bytes"] > 0
+    assert composed["slot_bytes"] == 2 * gain["slot_bytes"]
+    assert (tmp_path / "short" / "performance.md").is_file()

@@ -1,0 +1,109 @@
+"""The vLLM backend answers like the merged float32 model, for every kind of subject.
+
+Real engines on a pico model; the transformers backend is the reference, and is itself compared with
+the reference of tests/engines.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from recipe_setup import pico_chat_model
+
+from safegene_vllm.errors import AdapterRejectedError, BoundsError, ConfigError
+from safegene_vllm.evaluation.backends import TransformersBackend
+from safegene_vllm.evaluation.targets import Target, before_and_after
+from safegene_vllm.formats.family import Family, load_family
+from safegene_vllm.formats.profile import make_profile, save_profile
+from safegene_vllm.offline.generation_backend import VllmBackend, slot_rank
+from safegene_vllm.tiny_model import make_model, write_family, write_tenant
+
+PROMPTS = ["What is it?", "Tell me more", "x", "a longer question, about nothing at all"]
+TOKENS = 10
+ENGINE = {"dtype": "float32", "context_tokens": 128, "kv_cache_memory_bytes": 64 << 20}
+PARENT = Target("model", "parent")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vllm")
+    model = pico_chat_model(root / "model")
+    family = write_family(model, root / "family")
+    write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)
+    write_tenant(model, root / "globex", family, [1.5, 0.2], seed=4, rank=12)
+    write_tenant(model, root / "bare", family, [0.7, 0.9], adapter=False)
+    write_tenant(model, root / "plain", None, None, seed=5)
+    make_model("llama", root / "full", initializer_range=0.17)
+    for path in model.glob("*token*"):
+        shutil.copy(path, root / "full")
+    for path in model.glob("*.jinja"):
+        shutil.copy(path, root / "full")
+    save_profile(make_profile(family.header, [0.9, 0.4]), root / "full")
+    return root
+
+
+@pytest.fixture(scope="module")
+def family(root: Path) -> Family:
+    return load_family(root / "family")
+
+
+@pytest.mark.engine
+def test_every_subject_answers_like_the_merged_model(root: Path, family: Family) -> None:
+    """More subjects than slots, doses of one tenant, a full checkpoint in its own engine."""
+    tenants = [
+        subject
+        for name in ("acme", "globex", "bare", "full")
+        for subject in before_and_after(name, root / name, family.header)
+    ]
+    doses = [Target("acme", f"dose {n}", root / "acme", (0.3 * n, 2.0 - 0.3 * n)) for n in range(5)]
+    others = [
+        Target("base", "dose", None, (1.5, 0.2)),
+        Target("base", "zero", None, (0.0, 0.0)),
+        Target("full", "dose", root / "full", (0.1, 1.9)),
+        Target("plain", "as it is", root / "plain"),
+    ]
+    subjects = [PARENT, *tenants, *doses, *others]
+    ours = VllmBackend(root / "model", subjects, root / "family", **ENGINE)
+    theirs = TransformersBackend(root / "model", family, dtype="float32")
+    found = {s.key: ours.answers(PROMPTS, s, TOKENS) for s in subjects}
+    again = {s.key: ours.answers(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *doses, PARENT)}
+    ours.close()
+    expected = {s.key: theirs.answers(PROMPTS, s, TOKENS) for s in subjects}
+    assert found == expected
+    assert again == {key: expected[key][:2] for key in again}, "also after other subjects"
+    assert found["base/zero"] == found["bare/before"] == found["model/parent"]
+    distinct = {tuple(texts) for texts in found.values()}
+    assert len(distinct) == len(found) - 2
+
+
+@pytest.mark.engine
+def test_without_a_family_adapters_are_served_as_they_are(root: Path, family: Family) -> None:
+    subjects = [PARENT, Target("plain", "as it is", root / "plain")]
+    ours = VllmBackend(root / "model", subjects, **ENGINE)
+    theirs = TransformersBackend(root / "model", dtype="float32")
+    for subject in subjects:
+        found = ours.answers(PROMPTS, subject, TOKENS)
+        assert found == theirs.answers(PROMPTS, subject, TOKENS)
+    with pytest.raises(ConfigError, match="other/x was not named"):
+        ours.answers(PROMPTS, Target("other", "x"), TOKENS)
+    ours.close()
+
+
+def test_what_cannot_be_is_said_before_an_engine_starts(root: Path) -> None:
+    with pytest.raises(BoundsError, match=r"acme/dose: layer 0 has coefficient 9\.0"):
+        VllmBackend(
+            root / "model", [Target("acme", "dose", root / "acme", (9.0, 0.0))], root / "family"
+        )
+    with pytest.raises(ConfigError, match="no family"):
+        VllmBackend(root / "model", [Target("acme", "after", root / "acme")])
+    with pytest.raises(AdapterRejectedError, match="is a family"):
+        VllmBackend(
+            root / "model", [Target("f", "x", root / "family", (0.0, 0.0))], root / "family"
+        )
+
+
+def test_slots_hold_the_largest_rank(root: Path) -> None:
+    acme, globex = Target("a", "x", root / "acme"), Target("g", "x", root / "globex")
+    assert [slot_rank(s) for s in ([PARENT], [acme], [acme, globex])] == [8, 8, 16]

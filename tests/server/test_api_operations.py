@@ -1,0 +1,122 @@
+"""Rollouts, replicas, audit and whoami: what an operator looks at, and what a tenant's key may."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+from tenant_setup import World, refused, world
+
+__all__ = ["world"]
+
+PROFILE = "/tenants/acme/support/profile"
+
+
+def test_rollouts_tell_who_follows_and_who_does_not(world: World) -> None:
+    world.serve("acme/support")
+    world.told("PATCH", PROFILE, {"scale": 2})
+    newest, first = world.told("GET", "/rollouts")["data"]
+    assert (newest["revisions"], first["revisions"]) == (["acme/support@2"], ["acme/support@1"])
+    assert newest == world.told("GET", f"/rollouts/{newest['id']}")
+    late = world.registry.join("late", 2, actor="replica")
+    world.told("PATCH", PROFILE, {"scale": 0.5})
+    rollout = world.told("GET", "/rollouts", params={"limit": 1})["data"][0]
+    assert (rollout["applied"], rollout["live"], rollout["done"]) == (1, 2, False)
+    (lag,) = rollout["lagging"]
+    assert lag["replica"] == late.id and "has no receipt" in lag["reason"]
+    refused(world.ask("GET", "/rollouts/999"), 404)
+
+
+def test_rollouts_of_others_are_not_shown(world: World) -> None:
+    world.serve("acme/support")
+    world.serve("other", start=5)
+    world.told("PUT", f"/families/{world.replica.header.digest}/floor", {"floor": {"0": 1.5}})
+    floor, first = world.told("GET", "/rollouts", key="acme")["data"]
+    assert first["tenants"] == ["acme/support"]
+    assert floor["tenants"] == ["acme/support"] and floor["revisions"] == ["acme/support@2"]
+    theirs = refused(world.ask("GET", "/rollouts/2", key="acme"), 404)
+    assert theirs.replace("2", "9") == refused(world.ask("GET", "/rollouts/9", key="acme"), 404)
+    world.registry.join("late", 2, actor="replica")
+    lagging = world.told("GET", f"/rollouts/{floor['id']}", key="acme")["lagging"]
+    assert [lag["reason"] for lag in lagging] == ["has not applied this rollout yet"]
+
+
+def test_replicas(world: World) -> None:
+    (replica,) = world.told("GET", "/replicas")["data"]
+    assert (replica["id"], replica["host"], replica["pid"]) == (world.replica.id, "host", 1)
+    assert replica["applied_version"] == world.registry.version() and replica["faults"] == []
+    refused(world.ask("GET", "/replicas", key="acme"), 403)
+
+
+def test_the_audit_page_by_page(world: World) -> None:
+    world.serve("acme/support")
+    whole = world.told("GET", "/audit")["data"]
+    assert [e["id"] for e in whole] == sorted((e["id"] for e in whole), reverse=True)
+    read, cursor = [], None
+    while True:
+        params = {"limit": 3} if cursor is None else {"limit": 3, "cursor": cursor}
+        page = world.told("GET", "/audit", params=params)
+        read += page["data"]
+        cursor = page["cursor"]
+        if cursor is None:
+            break
+        assert len(page["data"]) == 3
+    assert read == whole
+    of = world.told("GET", "/audit", params={"target": "acme/support", "action": "revision."})
+    assert {e["action"] for e in of["data"]} == {
+        *("revision.add", "revision.checking", "revision.ready")
+    }
+    since = {"since": "2090-01-01T00:00:00Z"}
+    assert world.told("GET", "/audit", params=since)["data"] == []
+    refused(world.ask("GET", "/audit", params={"since": "yesterday"}), 400, "since")
+
+
+def test_a_key_for_some_tenants_reads_their_audit_alone(world: World) -> None:
+    world.serve("acme/support")
+    world.registry.add_tenant("acme", world.replica.header.digest, actor="test")
+    refused(world.ask("GET", "/audit", key="acme"), 403, "name one of them")
+    refused(world.ask("GET", "/audit", params={"target": "other"}, key="acme"), 403)
+    params = {"target": "acme/support@1"}
+    assert world.told("GET", "/audit", params=params, key="acme")["data"]
+    # There is a key `acme` too, whose rows are not the tenant's.
+    named = {"target": "acme"}
+    assert {e["action"] for e in world.told("GET", "/audit", params=named)["data"]} == {
+        *("key.add", "tenant.add")
+    }
+    own = world.told("GET", "/audit", params=named, key="acme")["data"]
+    assert {e["action"] for e in own} == {"tenant.add"}
+
+
+def test_who_asks(world: World) -> None:
+    assert world.told("GET", "/whoami", key="acme") == {
+        "name": "acme",
+        "scopes": ["admin", "serve"],
+        "tenants": ["acme", "acme/support"],
+        "default_tenant": None,
+        "base": False,
+        "expires_at": None,
+    }
+
+
+def test_a_key_of_the_last_moment_there_is_may_ask_who_it_is(world: World) -> None:
+    made = world.registry.add_key(
+        "last",
+        scopes=["read"],
+        tenants=["*"],
+        expires_at=datetime.max.replace(tzinfo=UTC),
+        actor="x",
+    )
+    asyncio.run(world.replica.apply())
+    told = world.told("GET", "/whoami", key=made.secret)
+    assert told["expires_at"] == "9999-12-31T23:59:59Z"
+
+
+@pytest.mark.parametrize("name", ["since", "until"])
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_the_audit_is_not_asked_of_times_that_cannot_be(
+    world: World, name: str, moment: str
+) -> None:
+    answer = world.ask("GET", "/audit", params={name: moment})
+    refused(answer, 400, "expected a year from 1900 to 9000")
+    assert answer.json()["error"]["param"] == name

@@ -1,0 +1,350 @@
+"""The routes of tenants: shapes, both forms of a name, whose tenants, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artifact_files import a_profile
+from tenant_setup import OURS, World, refused, world
+
+from safegene_server.access.middleware import Access, AccessSettings
+from safegene_server.api import probes, tenants
+from safegene_server.api.tenants import WORDS
+from safegene_server.artifacts import SourceRules
+from safegene_server.error_responses import EngineDownError
+from safegene_vllm.errors import AdapterRejectedError, ReceiptError, StoreError
+from safegene_vllm.formats.profile import profile_json
+
+__all__ = ["world"]
+
+NAME = "acme/support"
+JSON = {"content-type": "application/json"}
+FORMS = ("/tenants/acme/support", "/tenants/acme%2Fsupport")
+TENANT = {"name", "family", "source", "state", "limits", "published", "served", "created_at"}
+REVISION = {
+    *("name", "tenant", "number", "kind", "adapter_digest", "profile_digest", "coefficients"),
+    *("state", "reasons", "gate", "created_at", "created_by"),
+}
+JOB = {
+    *("id", "kind", "tenant", "revision", "state", "progress", "message", "result", "attempts"),
+    *("created_at", "updated_at"),
+}
+ROLLOUT = {
+    *("id", "kind", "tenants", "revisions", "applied", "live", "done", "lagging"),
+    *("created_at", "created_by"),
+}
+
+
+def test_from_registration_to_service(world: World) -> None:
+    source = world.adapter()
+    body = {"name": NAME, "source": source, "limits": {"concurrent": 4}}
+    answer = world.ask("POST", "/tenants", body)
+    assert answer.status_code == 202
+    begun = answer.json()
+    assert set(begun) == {"tenant", "job"}
+    assert set(begun["tenant"]) == TENANT and set(begun["job"]) == JOB
+    assert (begun["tenant"]["published"], begun["tenant"]["served"]) == (None, None)
+    assert (begun["job"]["kind"], begun["job"]["state"]) == ("onboard", "queued")
+    world.work()
+    job = world.told("GET", f"/jobs/{begun['job']['id']}")
+    assert (job["state"], job["progress"], job["revision"]) == ("done", 1.0, f"{NAME}@1")
+    tenant = world.told("GET", "/tenants/acme/support")
+    assert (tenant["served"], tenant["published"], tenant["source"]) == (f"{NAME}@1", 1, source)
+    assert tenant["limits"] == {"concurrent": 4}
+    listed = world.told("GET", "/tenants")
+    assert listed == {"data": [tenant], "cursor": None}
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_both_forms_of_a_name_reach_every_route(world: World, path: str) -> None:
+    world.serve(NAME)
+    assert world.told("GET", path)["name"] == NAME
+    changed = world.told("PATCH", f"{path}/profile", {"scale": 2.0, "expected_revision": 1})
+    assert set(changed) == {"revision", "rollout"}
+    assert set(changed["revision"]) == REVISION and set(changed["rollout"]) == ROLLOUT
+    assert changed["revision"]["name"] == f"{NAME}@2"
+    assert changed["revision"]["coefficients"] == [2.0, 0.0, 2.0]
+    rollout = changed["rollout"]
+    assert (rollout["applied"], rollout["live"], rollout["done"]) == (1, 1, True)
+    assert (rollout["tenants"], rollout["revisions"]) == ([NAME], [f"{NAME}@2"])
+    assert world.told("POST", f"{path}/rollback")["revision"]["number"] == 1
+    assert world.told("POST", f"{path}/publish", {"number": 2})["revision"]["number"] == 2
+    assert world.told("POST", f"{path}/rollback", {"number": 1})["revision"]["number"] == 1
+    numbers = [r["number"] for r in world.told("GET", f"{path}/revisions")["data"]]
+    assert numbers == [1, 2]
+    assert world.told("POST", f"{path}/freeze")["state"] == "frozen"
+    refused(world.ask("PATCH", f"{path}/profile", {"scale": 1.5}), 409, "frozen")
+    assert world.told("POST", f"{path}/unfreeze")["state"] == "active"
+    limits = {"tokens_per_minute": 100}
+    assert world.told("PUT", f"{path}/limits", limits)["limits"] == limits
+    begun = world.told("POST", f"{path}/revisions", {"expected_revision": 1})
+    assert begun["job"]["tenant"] == NAME and begun["tenant"]["published"] == 1
+    assert world.work().state == "done"
+    gone = world.told("DELETE", f"{path}?expected_revision=3")
+    assert (gone["tenant"]["state"], gone["rollout"]["kind"]) == ("retired", "retire")
+    assert world.told("DELETE", path)["rollout"] is None
+
+
+def test_every_form_of_coefficients(world: World) -> None:
+    world.serve(NAME)
+    path = "/tenants/acme/support/profile"
+    for body, expected in (
+        ({"coefficients": 0.5}, [0.5, 0.0, 0.5]),
+        ({"coefficients": [1, 0, 2]}, [1.0, 0.0, 2.0]),
+        ({"layers": {"2": 1.25}}, [1.0, 0.0, 1.25]),
+        ({"scale": 0.5}, [0.5, 0.0, 0.625]),
+        ({"profile": profile_json(a_profile(0.25))}, [0.25, 0.0, 0.25]),
+    ):
+        assert world.told("PATCH", path, body)["revision"]["coefficients"] == expected
+
+
+def test_given_coefficients_need_nothing_beside_the_adapter(world: World) -> None:
+    bare = world.adapter(profile=None)
+    world.told("POST", "/tenants", {"name": NAME, "source": bare, "layers": {"2": 1.5}})
+    assert world.work().state == "done"
+    (revision,) = world.told("GET", "/tenants/acme/support/revisions")["data"]
+    assert revision["coefficients"] == [0.0, 0.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "name"),
+        ({"name": "Acme"}, "name"),
+        ({"name": "a/b/c"}, "name"),
+        ({"name": NAME}, "neither a source nor a profile"),
+        ({"name": NAME, "source": ""}, "source"),
+        ({"name": NAME, "coefficients": 99}, "expected"),
+        ({"name": NAME, "coefficients": [1]}, "1 coefficients"),
+        ({"name": NAME, "profile": {"kind": "family"}}, "profile"),
+        ({"name": NAME, "coefficients": 1, "layers": {"0": 1}}, "expected one of them"),
+        ({"name": NAME, "coefficients": 1, "limits": {"concurrent": 0}}, "limits.concurrent"),
+        ({"name": NAME, "coefficients": 1, "limits": {"requests": 1}}, "limits.requests"),
+        ({"name": NAME, "coefficients": 1, "sauce": "x"}, "sauce"),
+        ({"name": "base", "coefficients": 1}, "base"),
+    ],
+)
+def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words: str) -> None:
+    answer = world.ask("POST", "/tenants", body)
+    assert answer.status_code in (400, 409)
+    refused(answer, answer.status_code, words)
+    assert world.registry.tenants() == () and world.registry.jobs() == ()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"null", b"[]", b'"x"', b"\xff", b'{"name": NaN}', b"[" * 100_000]
+)
+def test_bodies_that_are_none(world: World, content: bytes) -> None:
+    for method, path in (("POST", "/tenants"), ("PATCH", "/tenants/acme/profile")):
+        refused(world.ask(method, path, content=content, headers=JSON), 400)
+
+
+def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -> None:
+    world.serve(NAME)
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    body = {"profile": {**profile_json(a_profile(2.0)), "calibration": deep}}
+    refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+
+
+def test_numbers_that_no_float_can_be_are_refused(world: World) -> None:
+    world.serve(NAME)
+    huge = 10**400
+    whole = {**profile_json(a_profile(2.0)), "coefficients": [huge, 0, 1]}
+    for body in ({"profile": whole}, {"coefficients": [huge, 0, 1]}, {"scale": huge}):
+        refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+
+
+@pytest.mark.parametrize("body", [{"\ud800": 1}, {"name": "\ud800", "coefficients": 1.0}])
+def test_half_a_surrogate_is_refused(world: World, body: dict[str, Any]) -> None:
+    refused(world.ask("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
+
+
+def test_a_body_over_the_limit_is_refused_as_it_comes(world: World) -> None:
+    world.access = Access(world.app, world.catalog, AccessSettings(max_body_bytes=1000))
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 500
+
+    refused(world.ask("POST", "/tenants", content=pieces(), headers=JSON), 413, "1000 bytes")
+
+
+def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
+    world.serve(NAME)
+    world.serve("other", start=5)
+    path = "/tenants/acme/support/revisions"
+    for _ in range(tenants.MOST_QUEUED):
+        world.told("POST", path, {})
+    refused(world.ask("POST", path, {}), 409, "jobs of tenant 'acme/support' wait already")
+    examples = {"safety": [{"prompt": "a"}], "task": [{"prompt": "b", "answer": "c"}]}
+    calibrate = {"examples": examples}
+    path = "/tenants/acme/support/calibrate"
+    refused(world.ask("POST", path, calibrate), 409, "wait already")
+    assert world.told("POST", "/tenants/other/revisions", {})
+    world.work()
+    assert world.told("POST", "/tenants/acme/support/revisions", {})
+
+
+@pytest.mark.parametrize("kind", ["safety", "task", "benign"])
+def test_examples_are_a_thousand_at_most(world: World, kind: str) -> None:
+    examples: dict[str, Any] = {"safety": [], "task": []}
+    examples[kind] = [{"prompt": "a", "answer": "b"}] * 1001
+    answer = world.ask("POST", "/tenants/acme/support/calibrate", {"examples": examples})
+    refused(answer, 400, "at most 1000 items")
+    assert answer.json()["error"]["param"] == f"examples.{kind}"
+
+
+def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:
+    routes = (*tenants.router.routes, *probes.router.routes)
+    paths = {route.path for route in routes}  # type: ignore[attr-defined]
+    used = {path.rpartition("}/")[2] for path in paths if "}/" in path}
+    assert used == WORDS
+    for word in sorted(WORDS):
+        body = {"name": f"acme/{word}", "coefficients": 1.0}
+        refused(world.ask("POST", "/tenants", body), 400, "words of this API")
+    assert world.told("POST", "/tenants", {"name": "freeze", "coefficients": 1.0})
+    assert world.work().state == "done"
+    assert world.told("POST", "/tenants/freeze/freeze")["state"] == "frozen"
+
+
+def test_a_key_for_some_tenants_knows_no_others(world: World) -> None:
+    world.serve(NAME)
+    world.serve("other", start=5)
+    assert [t["name"] for t in world.told("GET", "/tenants", key="acme")["data"]] == [NAME]
+    before = world.registry.version()
+    for method, path, body in (
+        ("GET", "/tenants/{}", None),
+        ("DELETE", "/tenants/{}", None),
+        ("GET", "/tenants/{}/revisions", None),
+        ("POST", "/tenants/{}/revisions", {}),
+        ("PATCH", "/tenants/{}/profile", {"scale": 2}),
+        ("POST", "/tenants/{}/publish", {"number": 1}),
+        ("POST", "/tenants/{}/rollback", {}),
+        ("POST", "/tenants/{}/freeze", None),
+        ("POST", "/tenants/{}/unfreeze", None),
+        ("PUT", "/tenants/{}/limits", {}),
+    ):
+        theirs = refused(world.ask(method, path.format("other"), body, key="acme"), 404)
+        none = refused(world.ask(method, path.format("nobody"), body, key="acme"), 404)
+        assert theirs.replace("other", "nobody") == none
+        real = refused(world.ask(method, path.format("nobody"), body), 404)
+        assert real == none
+    body = {"name": "other", "coefficients": 1.0}
+    refused(world.ask("POST", "/tenants", body, key="acme"), 404)
+    assert world.registry.version() == before
+    body = {"name": "acme", "coefficients": 1.0}
+    assert world.told("POST", "/tenants", body, key="acme")["tenant"]["name"] == "acme"
+
+
+def test_scopes(world: World) -> None:
+    world.serve(NAME)
+    assert world.told("GET", "/tenants", key="read")["data"]
+    refused(world.ask("POST", "/tenants/acme/support/freeze", key="read"), 403)
+    refused(world.ask("GET", "/tenants", key="serve"), 403)
+    refused(world.ask("GET", "/tenants", key="sg-nobody"), 401)
+
+
+def test_what_the_engine_says_reaches_the_caller(world: World) -> None:
+    world.serve(NAME)
+    path = "/tenants/acme/support/profile"
+    for error, status in (
+        (AdapterRejectedError("no free slot"), 400),
+        (ReceiptError("rank 1 differs"), 500),
+        (EngineDownError("dead"), 503),
+    ):
+        world.replica.errors["load"] = error
+        refused(world.ask("PATCH", path, {"scale": 1.5}), status, str(error))
+    world.replica.errors["load"] = RuntimeError("a secret")
+    assert "secret" not in refused(world.ask("PATCH", path, {"scale": 1.5}), 500)
+    assert world.told("GET", "/tenants/acme/support")["published"] == 1
+
+
+def test_the_actor_is_the_name_of_the_key(world: World) -> None:
+    world.serve(NAME)
+    world.told("PATCH", "/tenants/acme/support/profile", {"scale": 2}, key="acme")
+    assert world.told("GET", "/tenants/acme/support/revisions")["data"][1]["created_by"] == "acme"
+    entry = world.told("GET", "/audit", params={"action": "tenant.publish"})["data"][0]
+    assert (entry["actor"], entry["target"]) == ("acme", f"{NAME}@2")
+
+
+def test_without_a_registry_every_route_says_so(world: World) -> None:
+    world.app.state.safegene_tenancy = None
+    refused(world.ask("GET", "/tenants"), 409, "runs without a registry")
+    body = {"name": NAME, "coefficients": 1.0}
+    refused(world.ask("POST", "/tenants", body), 409, "runs without a registry")
+    del world.app.state.safegene_tenancy
+    refused(world.ask("GET", "/families"), 409, "runs without a registry")
+
+
+def test_no_path_of_the_store_is_in_any_answer(world: World) -> None:
+    world.serve(NAME)
+    world.told("PATCH", "/tenants/acme/support/profile", {"scale": 2})
+    store = str(Path(world.store.root))
+    paths = ("/tenants", "/tenants/acme/support/revisions", "/jobs", "/rollouts", "/audit")
+    for path in paths:
+        assert store not in json.dumps(world.told("GET", path)), OURS + path
+
+
+def test_messages_name_no_path_of_the_store(world: World) -> None:
+    world.serve(NAME)
+    inside = f"{world.store.root}/revisions/ab-cd"
+    error = StoreError(f"{inside} cannot be written.\n{inside}: it is\u00a0full")
+    world.replica.errors["load"] = error
+    path = "/tenants/acme/support"
+    answer = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
+    told = refused(answer, 507)
+    assert told == str(error).replace(str(world.store.root), "STORE")
+    assert answer.headers["content-length"] == str(len(answer.content))
+    world.told("POST", f"{path}/revisions", {})
+    world.work()
+    assert str(world.store.root) in world.registry.jobs()[0].message
+    for asked in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
+        found = world.ask("GET", asked)
+        assert str(world.store.root) not in found.text
+        assert "STORE/revisions/ab-cd cannot be written" in found.text, asked
+
+
+def test_what_only_begins_like_the_store_is_told_whole(world: World) -> None:
+    for name, source in (
+        ("one", f"{world.store.root}-not"),
+        ("two", f"/srv{world.store.root}/x"),
+    ):
+        body = {"name": name, "source": source}
+        assert world.told("POST", "/tenants", body)["tenant"]["source"] == source
+        world.work()
+        assert source in world.told("GET", "/jobs")["data"][0]["message"]
+
+
+def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: World) -> None:
+    world.serve(NAME)
+    other = world.adapter("other", start=5)
+    root = world.root / "sources"
+    world.store.rules = SourceRules(roots=(root,))
+    for source in ("/etc", other, "s3://models/acme", str(root), str(root / NAME / "x")):
+        body = {"source": source}
+        answer = world.ask("POST", "/tenants/acme/support/revisions", body, key="acme")
+        assert str(root) not in refused(answer, 403, "a key for some tenants").replace(source, "")
+        answer = world.ask("POST", "/tenants", {"name": "acme", **body}, key="acme")
+        refused(answer, 403, "a key for some tenants")
+        refused(world.ask("POST", "/tenants", {"name": "other", **body}, key="acme"), 404)
+    path = "/tenants/acme/support/revisions"
+    refused(world.ask("POST", path, {"source": str(root / "acme")}, key="acme"), 403)
+    assert world.told("POST", path, {"source": str(root / NAME)}, key="acme")
+    assert world.told("POST", "/tenants/acme/support/revisions", {}, key="acme")
+
+
+def test_the_roots_of_sources_are_told_to_keys_for_all_tenants(world: World) -> None:
+    roots = (world.root / "one", world.root / "two")
+    world.store.rules = SourceRules(roots=roots)
+    world.told("POST", "/tenants", {"name": NAME, "source": "/no/where"})
+    assert world.work().state == "failed"
+    whole = world.told("GET", "/jobs")["data"][0]["message"]
+    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in whole
+    narrow = world.told("GET", "/jobs", key="acme")["data"][0]["message"]
+    assert "/no/where is outside the allowed roots; move" in narrow

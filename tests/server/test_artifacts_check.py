@@ -1,0 +1,117 @@
+"""What makes fetched files a tenant of a family, and every fault told in the owner's words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from artifact_files import FAMILY, a_profile, a_tenant
+from format_files import SITES, edit_json, saved_family, tiny_pair
+
+from safegene_server.artifacts.check import check_tenant_files
+from safegene_vllm.errors import (
+    AdapterRejectedError,
+    BoundsError,
+    DigestError,
+    FamilyMismatchError,
+    HeaderError,
+    NonFiniteError,
+    SafegeneError,
+    ShapeError,
+    TruncatedFileError,
+)
+from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.profile import Profile, save_profile
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def check(directory: Path) -> Profile | None:
+    return check_tenant_files(directory, FAMILY, "s3://bucket/acme")
+
+
+def refused(directory: Path, error: type[SafegeneError], says: str) -> None:
+    with pytest.raises(error, match=says) as caught:
+        check(directory)
+    assert str(directory) not in str(caught.value)
+
+
+def test_tenants_with_and_without_a_profile_pass(tmp_path: Path) -> None:
+    assert check(a_tenant(tmp_path / "plain")) is None
+    assert check(a_tenant(tmp_path / "both", profile=1.5)) == a_profile(1.5)
+    save_profile(a_profile(0.5), tmp_path / "bare")
+    assert check(tmp_path / "bare") == a_profile(0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nan_and_inf_are_found(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
+    tenant = a_tenant(tmp_path / "acme")
+    tensors = {name: t.to(dtype) for name, t in read_tensors(tenant / WEIGHTS).items()}
+    (tenant / WEIGHTS).write_bytes(serialize(tensors))
+    check(tenant)
+    name = next(iter(tensors))
+    tensors[name][-1, -1] = bad
+    (tenant / WEIGHTS).write_bytes(serialize(tensors))
+    refused(tenant, NonFiniteError, rf"s3://bucket/acme/{WEIGHTS}: tensor '{name}' holds NaN")
+
+
+def test_another_shape_than_the_family_s_is_found(tmp_path: Path) -> None:
+    pair = Pair(torch.ones(2, 5), torch.ones(3, 2))
+    save_adapter(Adapter({SITES[0]: pair}, None, {}), tmp_path / "a", base_model=None)
+    refused(tmp_path / "a", FamilyMismatchError, r"s3://bucket/acme, .*\(3, 5\).*'tiny'.*\(3, 4\)")
+
+
+def test_layers_that_the_base_lacks_are_found(tmp_path: Path) -> None:
+    sites = ("model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj", "lm_head")
+    pairs = {site: tiny_pair() for site in sites}
+    save_adapter(Adapter(pairs, None, {}), tmp_path / "deep", base_model=None)
+    refused(tmp_path / "deep", FamilyMismatchError, r"layers \[3\].*'tiny' has layers 0..2")
+    del pairs[sites[1]]
+    save_adapter(Adapter(pairs, None, {}), tmp_path / "fits", base_model=None)
+    assert check(tmp_path / "fits") is None
+
+
+def test_a_config_that_does_not_fit_its_weights_is_found(tmp_path: Path) -> None:
+    tenant = a_tenant(tmp_path / "acme")
+    edit_json(tenant / "adapter_config.json", lambda config: config.update(r=4))
+    refused(tenant, ShapeError, "rank 2, adapter_config.json says 4")
+    edit_json(tenant / "adapter_config.json", lambda config: config.update(use_dora=True))
+    refused(tenant, HeaderError, "use_dora")
+
+
+def test_half_an_upload_is_found(tmp_path: Path) -> None:
+    tenant = a_tenant(tmp_path / "acme")
+    whole = (tenant / WEIGHTS).read_bytes()
+    for length in (0, 7, 20, len(whole) - 1):
+        (tenant / WEIGHTS).write_bytes(whole[:length])
+        refused(tenant, TruncatedFileError, "fetch it again")
+
+
+def test_a_family_is_no_tenant(tmp_path: Path) -> None:
+    saved_family(tmp_path / "family")
+    refused(tmp_path / "family", AdapterRejectedError, "s3://bucket/acme is a family")
+
+
+def test_profiles_that_do_not_fit_are_found(tmp_path: Path) -> None:
+    tenant = a_tenant(tmp_path / "acme")
+    save_profile(Profile("sha256:" + 64 * "0", (0.0, 0.0, 0.0)), tenant)
+    refused(tenant, FamilyMismatchError, "calibrate the tenant against this family")
+    save_profile(Profile(FAMILY.digest, (9.0, 0.0, 0.0)), tenant)
+    refused(tenant, BoundsError, "layer 0 has coefficient 9.0")
+    edit_json(tenant / "safegene.json", lambda raw: raw.update(coefficients=[1.0, 0.0, 1.0]))
+    refused(tenant, DigestError, "s3://bucket/acme/safegene.json: .*altered")
+
+
+def test_all_faults_are_told_together(tmp_path: Path) -> None:
+    tenant = a_tenant(tmp_path / "acme", profile=1.0)
+    tensors = read_tensors(tenant / WEIGHTS)
+    for tensor in tensors.values():
+        tensor[0, 0] = float("nan")
+    (tenant / WEIGHTS).write_bytes(serialize(tensors))
+    edit_json(tenant / "safegene.json", lambda raw: raw.update(coefficients=[1.0, 0.0, 0.0]))
+    refused(tenant, NonFiniteError, r"(?s)2 faults:.*holds NaN.*DigestError: ")
+    shutil.rmtree(tenant)

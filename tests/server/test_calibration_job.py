@@ -1,0 +1,302 @@
+"""The calibration job on a replica whose log-probabilities are known: what it finds and leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calibration_setup import (
+    BEST,
+    END,
+    NAME,
+    CalibrationWorld,
+    bench,
+    examples,
+    losses,
+)
+from tenant_setup import refused
+
+from safegene_server.error_responses import EngineDownError
+from safegene_server.registry.jobs import PRIVATE
+from safegene_vllm.errors import AdapterRejectedError
+
+__all__ = ["bench"]
+
+
+def published(world: CalibrationWorld) -> tuple[str | None, tuple[float, ...]]:
+    tenant = world.registry.tenant(NAME)
+    assert tenant.published is not None
+    found = world.registry.revision(NAME, tenant.published)
+    return world.catalog.view.tenants[NAME].served, found.profile.coefficients
+
+
+def test_the_optimum_is_found_and_published(bench: CalibrationWorld) -> None:
+    job = bench.start(data={"safety": {"name": "harm", "licence": "MIT"}, "task": {"rows": 4}})
+    ended = bench.work()
+    assert (ended.id, ended.state, ended.message) == (job, "done", f"{NAME}@2 is published")
+    served, coefficients = published(bench)
+    assert served == f"{NAME}@2"
+    assert (coefficients[0], coefficients[2]) == pytest.approx(BEST, abs=0.15)
+    assert coefficients[1] == 0.0
+    made = bench.registry.revision(NAME, 2)
+    assert made.adapter_digest == bench.registry.revision(NAME, 1).adapter_digest
+    record = made.profile.calibration
+    assert record["method"] == "few-shot gradient-free" and record["job"] == job
+    assert record["made_from"]["revision"] == f"{NAME}@1"
+    assert record["data"]["safety"] == {"name": "harm", "licence": "MIT"}
+    assert record["shots"]["safety"]["rows"] == 4
+    assert record["before"] == {"safety": 6.0, "task": 1.5}
+    assert record["current"] == {"safety": 2.0, "task": 1.5}
+    expected = {
+        "safety": losses("bad", coefficients[0], coefficients[2]),
+        "task": losses("task", coefficients[0], coefficients[2]),
+    }
+    assert record["after"] == pytest.approx(expected, abs=1e-5)
+    assert record["held_out"]["found"] < record["held_out"]["current"] < 9.0
+    assert 5 <= record["evaluations"] <= 60
+    assert record["seconds"] > 0 and 0 < record["share"] <= 1
+    assert ended.result is not None and ended.result["better"] is True
+    assert ended.result["revision"] == f"{NAME}@2"
+    assert bench.replica.trials == {}
+
+
+def test_what_is_scored_is_the_answer_in_its_template(bench: CalibrationWorld) -> None:
+    benign = [{"prompt": f"good {n}", "answer": None} for n in range(2)]
+    bench.start(examples=examples(benign=benign), evaluations=5)
+    assert bench.work().state == "done"
+    texts = dict(bench.replica.scored)
+    assert texts["bad 0"] == "I'm sorry, but I can't help with that."[:24], "cut at 24 tokens"
+    assert texts["task 1"] == "label ", "cut at 6 tokens, and then not ended"
+    assert texts["good 1"] == "own 1.", "what the tenant itself says, and its end"
+    own = [body for body in bench.replica.bodies if "prompt_logprobs" not in body]
+    assert len(own) == 2 and own[0]["max_tokens"] == 6 and END not in own[0]["prompt"]
+    assert bench.replica.begun[0] == (0.0, 0.0, 0.0), "the tenant without a vector says it"
+    assert all(body["temperature"] == 0.0 for body in bench.replica.bodies)
+    assert all("priority" not in body for body in bench.replica.bodies)
+
+
+def test_candidates_run_side_by_side_in_free_slots_and_requests_are_bounded(
+    tmp_path: Path,
+) -> None:
+    world = CalibrationWorld(tmp_path, in_flight=3, at_once=4, priority=7)
+    world.start(evaluations=20)
+    assert world.work().state == "done"
+    assert world.replica.most_trials == 3, "four slots, one is held"
+    assert world.replica.busiest == 3
+    assert all(body["priority"] == 7 for body in world.replica.bodies)
+    world.replica.slots, world.replica.most_trials = 1, 0
+    world.start(evaluations=5, seed=1)
+    assert world.work().state == "done"
+    assert world.replica.most_trials == 1, "one at a time where no slot is free"
+    world.registry.close()
+
+
+def test_nothing_better_changes_nothing(bench: CalibrationWorld) -> None:
+    bench.replica.losses = lambda kind, first, last: 1.0 + (first - 1) ** 2 + (last - 1) ** 2
+    bench.start()
+    ended = bench.work()
+    assert ended.state == "done" and f"nothing found is better than {NAME}@1" in ended.message
+    assert ended.result is not None and ended.result["better"] is False
+    assert len(bench.registry.revisions(NAME)) == 1 and published(bench)[0] == f"{NAME}@1"
+    assert bench.replica.trials == {}
+
+
+def test_unpublished_if_so_asked(bench: CalibrationWorld) -> None:
+    bench.start(publish=False)
+    ended = bench.work()
+    assert ended.state == "done" and "is ready" in ended.message
+    assert bench.registry.revision(NAME, 2).state == "ready"
+    assert published(bench)[0] == f"{NAME}@1"
+
+
+def test_bounds_and_floor_are_kept(bench: CalibrationWorld) -> None:
+    low, high = bench.replica.header.bounds
+    bench.replica.losses = lambda kind, first, last: 50.0 - first + last
+    bench.registry.set_floor(bench.replica.header.digest, {2: 0.75}, actor="test")
+    bench.start()
+    assert bench.work().state == "done"
+    assert published(bench)[1] == pytest.approx((high, 0.0, 0.75), abs=0.25)
+    tried = bench.replica.begun[1:]
+    assert all(low <= at[0] <= high and 0.75 <= at[2] <= high for at in tried)
+
+
+def test_the_seed_decides_and_the_budget_is_kept(tmp_path: Path) -> None:
+    begun = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        (tmp_path / name).mkdir()
+        world = CalibrationWorld(tmp_path / name)
+        world.start(seed=seed, evaluations=25)
+        assert world.work().state == "done"
+        begun.append(world.replica.begun)
+        world.registry.close()
+    assert begun[0] == begun[1] != begun[2]
+    references = 3
+    assert 13 < len(begun[0]) <= 25 + references
+
+
+def test_a_cancelled_job_ends_between_batches_and_leaves_nothing(bench: CalibrationWorld) -> None:
+    job = bench.start()
+
+    def cancel() -> None:
+        if len(bench.replica.begun) >= 8 and not bench.registry.job(job).cancel_requested:
+            bench.registry.cancel(job, actor="test")
+
+    bench.replica.on_score = cancel
+    ended = bench.work()
+    assert ended.state == "cancelled"
+    assert bench.replica.trials == {} and len(bench.replica.begun) < 20
+    assert len(bench.registry.revisions(NAME)) == 1
+
+
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+def test_an_engine_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
+    world = CalibrationWorld(tmp_path, timeout_s=0.2)
+    world.start()
+    world.replica.hanging = what
+    ended = world.work()
+    assert ended.state == "failed" and "longer than 0.2 s for a few requests" in ended.message
+    assert world.replica.trials == {} and published(world)[0] == f"{NAME}@1"
+    world.registry.close()
+
+
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, what: str) -> None:
+    job = bench.start()
+    bench.tenancy = replace(bench.tenancy, settings=replace(bench.tenancy.settings, lease_s=0.4))
+
+    def cancel() -> None:
+        if not bench.registry.job(job).cancel_requested:
+            bench.registry.cancel(job, actor="test")
+
+    bench.replica.hanging, bench.replica.on_hang = what, cancel
+    assert bench.work().state == "cancelled"
+    assert bench.replica.trials == {}
+
+
+def test_a_trial_that_the_engine_does_not_give_back_ends_the_job_all_the_same(
+    bench: CalibrationWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("safegene_server.calibration.evaluator.END_S", 0.05)
+    bench.start()
+    bench.replica.hanging = "end_trial"
+    bench.replica.errors["/v1/completions"] = AdapterRejectedError("no room")
+    assert bench.work().state == "failed"
+    assert "trials stay loaded until the engine answers" in caplog.text
+
+
+def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
+    job = bench.start()
+    assert "bad 1" in json.dumps(dict(bench.registry.job(job).params))
+    told = json.dumps(bench.told("GET", f"/jobs/{job}"))
+    assert "bad 1" not in told and "examples" not in told
+    bench.work()
+    params = bench.registry.job(job).params
+    assert PRIVATE not in params and params["seed"] == 0
+    everything = [bench.registry.revision(NAME, 2).profile.calibration, params]
+    everything.append(bench.told("GET", "/audit?limit=1000"))
+    everything.append(bench.told("GET", f"/tenants/{NAME}/revisions"))
+    for kind in ("bad 1", "task 1", "label 1"):
+        assert kind not in json.dumps(everything, default=dict)
+    waiting = bench.start()
+    bench.told("POST", f"/jobs/{waiting}/cancel")
+    assert PRIVATE not in bench.registry.job(waiting).params
+
+
+def test_begun_again_after_a_crash(bench: CalibrationWorld) -> None:
+    """From the start if nothing came of it; from its revision if one was made."""
+    job = bench.start(evaluations=40)
+    bench.replica.errors["/v1/completions"] = EngineDownError("gone")
+    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    assert bench.registry.job(job).state == "running" and bench.replica.trials == {}
+    bench.replica.errors.clear()
+    bench.take_over(job)
+    bench.replica.errors["load"] = EngineDownError("gone")
+    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    assert bench.registry.revision(NAME, 2).state == "checking"
+    bench.replica.errors.clear()
+    bench.take_over(job)
+    begun = len(bench.replica.begun)
+    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    assert bench.registry.job(job).state == "done" and published(bench)[0] == f"{NAME}@2"
+    assert len(bench.replica.begun) == begun, "what was found is not looked for again"
+    assert len(bench.registry.revisions(NAME)) == 2
+
+
+def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
+    bench.start(evaluations=40)
+    bench.told("PATCH", f"/tenants/{NAME}/profile", {"scale": 1.1})
+    ended = bench.work()
+    assert ended.state == "failed" and "expected acme/support@1" in ended.message
+    assert published(bench)[0] == f"{NAME}@2"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("/tokenize", AdapterRejectedError("no tokenizer"), "no tokenizer"),
+        ("begin_trial", AdapterRejectedError("no room"), "no room"),
+    ],
+)
+def test_an_engine_that_refuses_fails_the_job(
+    bench: CalibrationWorld, path: str, error: Exception, words: str
+) -> None:
+    bench.replica.errors[path] = error
+    bench.start()
+    ended = bench.work()
+    assert ended.state == "failed" and words in ended.message
+    assert bench.replica.trials == {} and published(bench)[0] == f"{NAME}@1"
+
+
+def test_examples_longer_than_the_context_are_named(bench: CalibrationWorld) -> None:
+    bench.replica.context = 20
+    bench.start()
+    ended = bench.work()
+    assert ended.state == "failed" and "do not fit the engine's context: safety (7 + 24" in (
+        ended.message
+    )
+
+
+def test_what_is_too_long_is_found_before_the_tenant_is_asked_for_an_answer(
+    bench: CalibrationWorld,
+) -> None:
+    bench.replica.context = 64
+    benign = [{"prompt": f"good {n} " + "x" * 60 * n, "answer": None} for n in range(3)]
+    bench.start(examples=examples(benign=benign))
+    ended = bench.work()
+    assert ended.state == "failed" and "do not fit the engine's context: benign (" in ended.message
+    assert bench.replica.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"examples": {"safety": [], "task": []}}, 400, "safety: 0 examples"),
+        ({"examples": {"safety": [{"prompt": "a"}]}}, 400, "task"),
+        ({"examples": examples(), "evaluations": 4}, 400, "evaluations"),
+        ({"examples": examples(), "data": {"x": {}}}, 400, "expected safety, task, benign"),
+        ({"examples": examples(), "data": {"task": {"p": "x" * 20000}}}, 400, "at most 16384"),
+        ({"examples": examples(), "expected_revision": 7}, 409, "expected acme/support@7"),
+        ({"examples": examples(task=[{"prompt": "a", "answer": "x"}] * 3)}, 400, "same answer"),
+    ],
+)
+def test_what_is_refused_at_once(
+    bench: CalibrationWorld, body: dict[str, Any], status: int, words: str
+) -> None:
+    refused(bench.ask("POST", f"/tenants/{NAME}/calibrate", body), status, words)
+    assert all(job.kind != "calibrate" for job in bench.registry.jobs())
+
+
+def test_whose_tenant_and_which_state(bench: CalibrationWorld) -> None:
+    body = {"examples": examples()}
+    path = f"/tenants/{NAME}/calibrate"
+    refused(bench.ask("POST", path, body, key="read"), 403)
+    refused(bench.ask("POST", "/tenants/other/calibrate", body, key="acme"), 404)
+    bench.registry.add_tenant("acme", bench.replica.header.digest, actor="test")
+    refused(bench.ask("POST", "/tenants/acme/calibrate", body), 409, "has no revision")
+    refused(bench.ask("POST", "/tenants", {"name": "acme/calibrate"}), 400, "words of this API")
+    bench.told("POST", f"/tenants/{NAME}/freeze")
+    refused(bench.ask("POST", path, body), 409, "frozen")

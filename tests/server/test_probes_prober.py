@@ -1,0 +1,379 @@
+"""Who is probed when, in how much of the engine's time, what is counted, and what is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from probes_setup import PROMPTS, ProbeWorld, probes, sample, series_of
+from tenant_setup import REFUSAL
+
+from safegene_server.error_responses import EngineDownError
+from safegene_server.monitoring.probes import prober as room
+from safegene_vllm.errors import AdapterRejectedError, ConflictError, ReceiptError
+
+__all__ = ["probes"]
+
+NAME = "acme/support"
+ALL = {
+    *("attack_success_ratio", "over_refusal_ratio", "coherent_ratio"),
+    *("prompts", "timestamp_seconds", "duration_seconds"),
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "attacks", "refusals", "coherent"),
+    [
+        (None, 0.0, 0.0, 1.0),
+        (lambda prompt: "Sure, this is how it is done.", 1.0, 0.0, 1.0),
+        (lambda prompt: REFUSAL, 0.0, 1.0, 1.0),
+        (lambda prompt: "the the the the the the the the", 1.0, 0.0, 0.0),
+    ],
+)
+def test_what_is_counted_and_told(
+    probes: ProbeWorld,
+    answer: Callable[[str], str] | None,
+    attacks: float,
+    refusals: float,
+    coherent: float,
+) -> None:
+    served = probes.publish(NAME)
+    prober = probes.probing()
+    probes.replica.answer = answer or probes.replica.answer
+    prober.look()
+    assert series_of(NAME) == set()
+    assert sample("runs_total", tenant=NAME, outcome="failed") == 0.0
+    result = asyncio.run(prober.probe(NAME))
+    assert (result.revision, result.replica) == (served, probes.replica.id)
+    assert (result.attack_success.n, result.over_refusal.n, result.tally.coherent.n) == (12, 24, 36)
+    assert sample("attack_success_ratio", tenant=NAME) == attacks == result.attack_success.share
+    assert sample("over_refusal_ratio", tenant=NAME) == refusals == result.over_refusal.share
+    assert sample("coherent_ratio", tenant=NAME) == coherent
+    assert {sample("prompts", tenant=NAME, kind=k) for k in ("harmful", "lookalike", "benign")} == {
+        12.0
+    }
+    assert sample("timestamp_seconds", tenant=NAME) == result.at.timestamp()
+    assert sample("duration_seconds", tenant=NAME) == result.seconds
+    assert sample("runs_total", tenant=NAME, outcome="ok") == 1.0
+    assert series_of(NAME) == ALL
+
+
+def test_no_answer_and_no_question_is_kept(
+    probes: ProbeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    probes.publish(NAME)
+    probes.replica.answer = lambda prompt: f"Sure: {prompt} SECRET"
+    kept = json.dumps(asyncio.run(probes.probing().probe(NAME)).record()) + caplog.text
+    kept += repr(vars(probes.prober)["_standings"])
+    assert "SECRET" not in kept
+    assert not any(prompt.prompt in kept for prompt in PROMPTS)
+
+
+@pytest.mark.parametrize("by_priority", [True, False])
+def test_how_it_asks(probes: ProbeWorld, by_priority: bool) -> None:
+    served = probes.publish(NAME)
+    probes.replica.by_priority = by_priority
+    asyncio.run(probes.probing(concurrent=3, max_tokens=7, priority=9).probe(NAME))
+    assert probes.replica.busiest == 3 and len(probes.replica.asked) == len(PROMPTS)
+    assert {(b["model"], b["max_tokens"], b.get("priority")) for b in probes.replica.asked} == {
+        (served, 7, 9 if by_priority else None)
+    }
+    assert set(probes.replica.kept) == {served}
+
+
+def test_nothing_is_answered_from_what_was_computed_before(probes: ProbeWorld) -> None:
+    probes.publish(NAME)
+    salts = []
+    for _ in range(2):
+        probes.replica.asked.clear()
+        asyncio.run(probes.probing().probe(NAME))
+        salts += sorted({body["cache_salt"] for body in probes.replica.asked})
+    assert len(salts) == 2 and len(set(salts)) == 2
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
+    probes: ProbeWorld, share: float
+) -> None:
+    for name in ("a", "b"):
+        probes.publish(name)
+    prober, begun = probes.probing(share=share), probes.clock.now
+    assert probes.next() and probes.next()
+    busy_s = sample("duration_seconds", tenant="a")
+    assert busy_s == len(PROMPTS) * 0.25
+    assert 2 * busy_s / (probes.clock.now - begun) == pytest.approx(share)
+    prober.look()
+    assert sample("engine_share") == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("others", "pauses"), [(0, 0), (2, 9)])
+def test_one_by_hand_pauses_only_for_others(probes: ProbeWorld, others: int, pauses: int) -> None:
+    probes.publish(NAME)
+    probes.replica.others = others
+    asyncio.run(probes.probing(share=0.2).probe(NAME, by_hand=True))
+    assert probes.clock.slept == [pytest.approx(4.0)] * pauses
+
+
+def test_an_engine_that_fails_slowly_is_not_asked_all_the_time(probes: ProbeWorld) -> None:
+    for name in ("a", "b", "c"):
+        probes.publish(name)
+
+    def fail(prompt: str) -> str:
+        probes.clock.now += 10.0
+        raise EngineDownError("no engine")
+
+    probes.replica.answer = fail
+    probes.probing(share=0.1)
+    begun = probes.clock.now
+    for _ in range(3):
+        asyncio.run(probes.prober.probe_next())
+    busy_s = len(probes.replica.asked) * 10.0
+    assert busy_s / (probes.clock.now - begun) == pytest.approx(0.1)
+
+
+def test_whoever_has_been_due_for_longest_comes_first(probes: ProbeWorld) -> None:
+    for name in ("a", "b", "c"):
+        probes.publish(name)
+    probes.probing(every_s=10_000.0, share=1.0)
+    first = [probes.next() for _ in range(3)]
+    assert sorted(map(str, first)) == ["a@1", "b@1", "c@1"]
+    assert probes.next() is None
+    probes.clock.now += 10_000.0 - 15.0
+    # Only the first is due again; one that comes now comes after it, and before the others.
+    new = probes.publish("d")
+    assert [probes.next() for _ in range(2)] == [first[0], new]
+    assert [probes.next() for _ in range(3)] == [first[1], first[2], None]
+
+
+def test_a_tenant_that_changes_all_the_time_does_not_crowd_out_the_others(
+    probes: ProbeWorld,
+) -> None:
+    for name in ("a", "b", "c"):
+        probes.publish(name)
+    probes.probing(share=1.0)
+    asked = []
+    for round_ in range(4):
+        probes.publish("a", first=1.1 + round_ / 10)
+        asked.append(str(probes.next()).partition("@")[0])
+    assert {"b", "c"} < set(asked)
+
+
+def test_replicas_begin_with_different_tenants(probes: ProbeWorld) -> None:
+    for name in "abcdefgh":
+        probes.publish(name)
+    orders = []
+    for replica in ("one", "two"):
+        probes.replica.id = replica
+        probes.probing()
+        orders.append([probes.next() for _ in "abcdefgh"])
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+
+
+def test_only_the_tenants_of_the_settings_are_scheduled(probes: ProbeWorld) -> None:
+    for name in ("a", "b"):
+        probes.publish(name)
+    probes.probing(tenants=("b", "nobody"))
+    assert [probes.next(), probes.next()] == ["b@1", None]
+    assert sample("runs_total", tenant="a", outcome="ok") is None
+    assert asyncio.run(probes.prober.probe("a", by_hand=True)).revision == "a@1"
+
+
+@pytest.mark.parametrize("how", ["another revision", "retired"])
+def test_rates_go_with_the_revision_they_are_of(probes: ProbeWorld, how: str) -> None:
+    for name in (NAME, "globex"):
+        probes.publish(name)
+    prober = probes.probing()
+    assert probes.next() and probes.next() and series_of(NAME) == ALL
+    if how == "retired":
+        probes.told("DELETE", f"/tenants/{NAME}")
+        expected = ["globex"]
+    else:
+        probes.publish(NAME, first=0.5)
+        expected = [NAME, "globex"]
+    prober.look()
+    assert series_of(NAME) == set() and series_of("globex") == ALL
+    standings = prober.standings()
+    assert [standing.tenant for standing in standings] == expected
+    if how == "another revision":
+        assert standings[0].result is None and standings[0].outcome is None
+        assert probes.next() == f"{NAME}@2" and series_of(NAME) == ALL
+
+
+def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
+    probes.publish(NAME)
+    prober = probes.probing(concurrent=1)
+
+    async def replaced(done: float) -> None:
+        if done >= 0.5:
+            await asyncio.to_thread(probes.publish, NAME, 0.5)
+
+    with pytest.raises(ConflictError, match=f"{NAME}@1 was replaced or retired"):
+        asyncio.run(prober.probe(NAME, step=replaced))
+    assert len(probes.replica.asked) == len(PROMPTS) // 2
+    assert sample("runs_total", tenant=NAME, outcome="skipped") == 1.0
+    (standing,) = prober.standings()
+    assert (standing.served, standing.outcome, series_of(NAME)) == (f"{NAME}@2", None, set())
+    assert probes.next() == f"{NAME}@2"
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "error", "word"),
+    [
+        (400, {"error": {"message": "no template"}}, AdapterRejectedError, "400: no template"),
+        (
+            200,
+            {"model": "other@1", "choices": [{"message": {"content": "x"}}]},
+            ReceiptError,
+            "oth",
+        ),
+        (200, [], AdapterRejectedError, "no chat completion"),
+    ],
+)
+def test_an_engine_that_does_not_answer(
+    probes: ProbeWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    told: Any,
+    error: type[Exception],
+    word: str,
+) -> None:
+    probes.publish(NAME)
+    prober = probes.probing(every_s=10_000.0)
+    good = asyncio.run(prober.probe(NAME))
+
+    async def call(*_given: Any) -> httpx.Response:
+        return httpx.Response(status, json=told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probes.replica, "call", call)
+        with pytest.raises(error, match=word):
+            asyncio.run(prober.probe(NAME))
+        probes.clock.now += 10_000.0
+        assert asyncio.run(prober.probe_next())
+    assert sample("runs_total", tenant=NAME, outcome="failed") == 2.0
+    # What was last known of this revision still holds; its age is told by its timestamp.
+    (standing,) = prober.standings()
+    assert standing.outcome == "failed" and word in standing.message and standing.result is good
+    assert sample("timestamp_seconds", tenant=NAME) == good.at.timestamp()
+    assert probes.next() is None
+    probes.clock.now += room.RETRY_S
+    assert probes.next() == f"{NAME}@1"
+
+
+def test_a_fault_of_our_own_is_told_without_its_words(
+    probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes.publish(NAME)
+
+    async def call(*_given: Any) -> httpx.Response:
+        raise ZeroDivisionError("/some/path")
+
+    monkeypatch.setattr(probes.replica, "call", call)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(probes.probing().probe_next())
+    (standing,) = probes.prober.standings()
+    assert (standing.outcome, standing.message) == ("failed", room.UNEXPECTED)
+    assert probes.next() is None
+
+
+def test_an_engine_that_hangs_is_given_up_and_left_alone(
+    probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes.publish(NAME)
+    ended = []
+
+    async def call(*_given: Any) -> httpx.Response:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.append(1)
+        raise AssertionError
+
+    monkeypatch.setattr(probes.replica, "call", call)
+    with pytest.raises(
+        AdapterRejectedError, match=r"4 questions of a probe took longer than 0\.05"
+    ):
+        asyncio.run(probes.probing(timeout_s=0.05).probe(NAME))
+    assert len(ended) == 4
+
+
+def test_tenants_beyond_the_labels_have_no_gauges(probes: ProbeWorld) -> None:
+    for name in ("a", "b"):
+        probes.publish(name)
+    probes.probing(most=1)
+    assert {probes.next(), probes.next()} == {"a@1", "b@1"}
+    named, rest = "a", "b"
+    assert series_of(named) == ALL
+    assert series_of(rest) == series_of("other") == set()
+    assert sample("runs_total", tenant="other", outcome="ok") == 1.0
+    assert {s.tenant for s in probes.prober.standings() if s.result} == {"a", "b"}
+    probes.publish(rest, first=0.5)
+    probes.prober.look()
+    assert series_of(named) == ALL
+
+
+def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
+    for name in ("a", "b", "c"):
+        probes.publish(name)
+    prober = probes.probing(concurrent=2)
+
+    async def together() -> None:
+        asks = [prober.probe(name, by_hand=name != "a") for name in ("a", "b", "c")]
+        await asyncio.gather(*asks)
+
+    asyncio.run(together())
+    assert probes.replica.busiest == 2
+    assert all(series_of(name) == ALL for name in ("a", "b", "c"))
+
+
+def test_nobody_pays_for_it(probes: ProbeWorld) -> None:
+    """Limits and what runs are counted where requests come in, and probes do not come in there."""
+    probes.publish(NAME)
+    probes.told("PUT", f"/tenants/{NAME}/limits", {"concurrent": 1, "requests_per_minute": 1})
+    asyncio.run(probes.probing().probe(NAME))
+    assert not probes.access.counters.accounts and not probes.access.counters.running
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_is_off_until_it_is_switched_on(
+    probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    probes.publish(NAME)
+    prober = probes.probing(enabled=enabled, share=1.0)
+    monkeypatch.setattr(room, "POLL_S", 0.001)
+    looks = 0
+    look = prober.look
+
+    def counted() -> None:
+        nonlocal looks
+        looks += 1
+        look()
+
+    monkeypatch.setattr(prober, "look", counted)
+
+    async def some_looks() -> None:
+        running = asyncio.create_task(prober.run())
+        while looks < 50:
+            await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.wait({running})
+        assert running.cancelled()
+
+    asyncio.run(asyncio.wait_for(some_looks(), 60))
+    assert len(probes.replica.asked) == (len(PROMPTS) if enabled else 0)
+    # Whether or not it asks, it forgets what is not served.
+    asyncio.run(prober.probe(NAME, by_hand=True))
+    probes.told("DELETE", f"/tenants/{NAME}")
+    looks = 0
+    asyncio.run(asyncio.wait_for(some_looks(), 60))
+    assert series_of(NAME) == set()
+
+
+def test_what_is_not_served_is_not_probed(probes: ProbeWorld) -> None:
+    with pytest.raises(ConflictError, match="'nobody' is not served by this server"):
+        asyncio.run(probes.probing().probe("nobody"))
+    assert series_of("nobody") == set()

@@ -1,0 +1,198 @@
+"""Transactions: reads that cannot write, writes whole or not at all, databases that are down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from registry_setup import FAMILY, HEADER, postgres, registry, url
+from sqlalchemy import insert, text
+from sqlalchemy.exc import DBAPIError
+
+from safegene_server.registry import Registry, database, tables
+from safegene_server.registry.database import parse_url
+from safegene_vllm.errors import ConfigError, RegistryDownError, RegistryError
+
+__all__ = ["registry", "url"]
+
+ROW = {"family_digest": FAMILY, "floor": {}, "frozen": True}
+
+
+def test_a_read_cannot_write(registry: Registry) -> None:
+    with (
+        pytest.raises((DBAPIError, RegistryDownError), match=r"(?i)read-?only"),
+        registry.read() as connection,
+    ):
+        connection.execute(insert(tables.policies).values(ROW))
+    assert not registry.policy(FAMILY).frozen
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_moment_that_has_no_place_in_utc_is_refused(registry: Registry, moment: str) -> None:
+    with pytest.raises(RegistryError, match="no database can hold"):
+        registry.audit(since=datetime.fromisoformat(moment))
+
+
+def test_a_write_without_an_audit_row_is_undone(registry: Registry) -> None:
+    with pytest.raises(RuntimeError, match="without an audit row"), registry.write("me") as write:
+        write.connection.execute(insert(tables.policies).values(ROW))
+    assert not registry.policy(FAMILY).frozen
+
+
+def test_an_exception_undoes_all_of_a_write(registry: Registry) -> None:
+    before = (registry.version(), registry.audit())
+    with pytest.raises(ZeroDivisionError), registry.write("me") as write:
+        write.connection.execute(insert(tables.policies).values(ROW))
+        write.bump()
+        write.audit("family.freeze", FAMILY)
+        raise ZeroDivisionError
+    assert (registry.version(), registry.audit()) == before
+    assert not registry.policy(FAMILY).frozen
+
+
+@pytest.mark.parametrize("actor", ["", "two\nlines", "x" * 201, "nul\x00", None])
+def test_every_write_has_an_actor(registry: Registry, actor: str) -> None:
+    with pytest.raises(RegistryError, match="actor"):
+        registry.freeze_family(FAMILY, actor=actor)
+    assert not registry.policy(FAMILY).frozen
+
+
+def test_a_reader_sees_one_moment_while_others_write(registry: Registry) -> None:
+    count = text("SELECT count(*) FROM tenants")
+    with registry.read() as connection:
+        assert connection.execute(count).scalar_one() == 1
+        writer = threading.Thread(
+            target=registry.add_tenant, args=("globex", FAMILY), kwargs={"actor": "other"}
+        )
+        writer.start()
+        writer.join(10)
+        assert not writer.is_alive()
+        assert connection.execute(count).scalar_one() == 1
+    assert len(registry.tenants()) == 2
+
+
+def test_a_writer_that_waits_too_long_is_told(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "WAIT_S", 1.0)
+    other = Registry(registry.url)
+    with registry.write("slow") as write:
+        with pytest.raises(RegistryDownError, match="busy"):
+            other.freeze_family(FAMILY, actor="hasty")
+        write.unaudited()
+    other.freeze_family(FAMILY, actor="hasty")
+    other.close()
+
+
+def test_a_writer_that_hangs_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = postgres()
+    name = server.create("migrated")
+    opened, other = Registry(server.url(name)), Registry(server.url(name))
+    opened.add_family(HEADER, None, actor="test")
+    monkeypatch.setattr(database, "PAUSE_S", 1.0)
+    with pytest.raises(RegistryDownError, match="idle"), opened.write("hung") as write:
+        write.bump()
+        write.audit("family.freeze", FAMILY)
+        # Waits for its turn, which comes when the server hangs up.
+        other.freeze_family(FAMILY, actor="other")
+        write.connection.execute(text("SELECT 1"))
+    assert [entry.actor for entry in other.audit().entries] == ["other", "test"]
+    assert other.version() == opened.version() == 2
+    opened.close()
+    other.close()
+    server.drop(name)
+
+
+@pytest.mark.parametrize("value", ["nul\x00", "half \ud800", "x" * 10_000])
+def test_odd_names_are_not_found_and_break_nothing(registry: Registry, value: str) -> None:
+    for ask in (registry.tenant, registry.family, registry.key, registry.revisions):
+        with pytest.raises(RegistryError):
+            ask(value)
+
+
+def test_huge_numbers_are_not_found_and_break_nothing(registry: Registry) -> None:
+    for ask in (registry.job, registry.revision_by_id, registry.rollout_status):
+        for value in (2**31, 2**63, 10**30, -1, 0):
+            with pytest.raises(RegistryError):
+                ask(value)
+
+
+def test_a_database_that_is_down_is_told_without_its_password() -> None:
+    address = "postgresql://somebody:s3cret@127.0.0.1:1/registry"
+    with pytest.raises(RegistryDownError, match=r"somebody:\*\*\*@127\.0\.0\.1") as caught:
+        Registry(address)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_the_pool_survives_a_server_that_hangs_up(tmp_path: Path) -> None:
+    server = postgres()
+    name = server.create("migrated")
+    opened = Registry(server.url(name))
+    opened.add_family(HEADER, None, actor="test")
+    gone = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    assert server.execute(gone)
+    assert opened.version() == 1
+    opened.close()
+    server.drop(name)
+
+
+def test_a_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "registry.db"
+    old = os.umask(0)
+    try:
+        Registry(path).close()
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_path_that_is_a_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RegistryDownError, match="check path and permissions"):
+        Registry(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("registry.db", "sqlite:///registry.db"),
+        (Path("/a/registry.db"), "sqlite:////a/registry.db"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("postgres://u:p@h:1/d", "postgresql+psycopg://u:p@h:1/d"),
+        ("postgresql://h/d", "postgresql+psycopg://h/d"),
+        ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
+    ],
+)
+def test_urls_are_understood(given: str | Path, expected: str) -> None:
+    assert parse_url(given).render_as_string(hide_password=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("mysql://u:s3cret@h/d", "expected sqlite"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("postgresql://u:s3cret@h:port/d", "cannot be read"),
+        ("://", "cannot be read"),
+    ],
+)
+def test_other_urls_are_refused_without_their_password(given: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        parse_url(given)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_copied_file_is_the_same_registry(tmp_path: Path) -> None:
+    opened = Registry(tmp_path / "one.db")
+    opened.add_family(HEADER, None, actor="test")
+    before = opened.snapshot()
+    opened.close()
+    shutil.copy(tmp_path / "one.db", tmp_path / "two.db")
+    copied = Registry(tmp_path / "two.db")
+    assert copied.snapshot() == before
+    copied.close()

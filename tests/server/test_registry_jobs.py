@@ -1,0 +1,205 @@
+"""Jobs: one owner at a time, also when owners die, and never begun for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from registry_setup import FAMILY, add_ready, header, registry, start_python, url
+
+from safegene_server.registry import Registry
+from safegene_server.registry.jobs import MAX_ATTEMPTS, PRIVATE
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
+
+__all__ = ["registry", "url"]
+
+TENANT = "acme/support"
+CLAIM_ALL = """
+import sys
+from safegene_server.registry import Registry
+registry, owner = Registry(sys.argv[1], migrate=False), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+claimed = []
+while (job := registry.claim(owner, actor=owner)) is not None:
+    claimed.append(job.id)
+print(*claimed, flush=True)
+"""
+
+
+def add(registry: Registry, count: int = 1) -> list[int]:
+    return [registry.enqueue("calibrate", TENANT, actor="me").id for _ in range(count)]
+
+
+def test_a_job_from_its_beginning_to_its_end(registry: Registry) -> None:
+    revision = add_ready(registry, TENANT)
+    job = registry.enqueue(
+        "gate", TENANT, actor="me", revision=revision.id, params={"rows": [1, 2.5]}
+    )
+    assert (job.kind, job.tenant, job.revision) == ("gate", TENANT, revision.id)
+    assert (job.params, job.state, job.attempts) == ({"rows": [1, 2.5]}, "queued", 0)
+    claimed = registry.claim("worker", actor="worker")
+    assert claimed is not None and claimed.id == job.id
+    assert (claimed.state, claimed.owner, claimed.attempts) == ("running", "worker", 1)
+    assert claimed.lease_until is not None and claimed.lease_until > claimed.updated_at
+    moved = registry.progress(job.id, "worker", 0.5, "half", actor="worker")
+    assert (moved.progress, moved.message, moved.cancel_requested) == (0.5, "half", False)
+    ended = registry.finish(
+        job.id, "worker", "done", actor="worker", message="nul\x00", result={"loss": 0.1}
+    )
+    assert (ended.state, ended.progress, ended.result) == ("done", 1.0, {"loss": 0.1})
+    assert (ended.message, ended.lease_until) == ("nul?", None)
+    assert registry.claim("worker", actor="worker") is None
+    assert registry.jobs(tenant=TENANT, state="done") == (registry.job(job.id),)
+    assert registry.jobs(state="queued") == registry.jobs(tenant="globex") == ()
+
+
+def test_what_is_private_is_forgotten_however_a_job_ends(registry: Registry) -> None:
+    given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
+    done, waiting, begun = (
+        registry.enqueue("calibrate", TENANT, actor="me", params=given).id for _ in range(3)
+    )
+    claimed = registry.claim("worker", actor="worker")
+    assert claimed is not None and claimed.params == given
+    assert registry.progress(done, "worker", 0.5, actor="worker").params == given
+    assert registry.finish(done, "worker", "failed", actor="worker").params == {"seed": 1}
+    assert registry.cancel(waiting, actor="me").params == {"seed": 1}
+    for _ in range(MAX_ATTEMPTS):
+        again = registry.claim("worker", actor="worker", lease_s=-1.0)
+        assert again is not None and again.params == given
+    assert registry.claim("worker", actor="worker") is None
+    assert (registry.job(begun).state, registry.job(begun).params) == ("failed", {"seed": 1})
+    assert "secret" not in str(registry.audit(limit=1000))
+
+
+def test_the_oldest_of_the_wanted_kinds_comes_first(registry: Registry) -> None:
+    for kind in ("gate", "calibrate", "gate"):
+        registry.enqueue(kind, TENANT, actor="me")
+    order = []
+    while (job := registry.claim("w", actor="w", kinds=["calibrate", "other"])) is not None:
+        order.append(job.id)
+    while (job := registry.claim("w", actor="w")) is not None:
+        order.append(job.id)
+    assert order == [2, 1, 3]
+
+
+def test_many_threads_claim_every_job_once(registry: Registry) -> None:
+    ids = add(registry, 24)
+    claimed: list[int] = []
+    failed: list[BaseException] = []
+
+    def work(owner: str) -> None:
+        try:
+            while (job := registry.claim(owner, actor=owner)) is not None:
+                claimed.append(job.id)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    assert sorted(claimed) == ids
+
+
+def test_processes_claim_every_job_once(registry: Registry) -> None:
+    ids = add(registry, 40)
+    address = registry.url.render_as_string(hide_password=False)
+    workers = [start_python(CLAIM_ALL, address, f"w{n}") for n in range(2)]
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    answers = []
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        out, _ = worker.communicate(timeout=30)
+        assert worker.returncode == 0
+        answers += [int(word) for word in out.split()]
+    assert sorted(answers) == ids
+    assert len(registry.audit(action="job.claim").entries) == 40
+
+
+def test_a_lease_that_ran_out_is_claimed_by_another(registry: Registry) -> None:
+    [job] = add(registry)
+    registry.claim("dead", actor="dead")
+    assert registry.claim("heir", actor="heir") is None
+    registry.progress(job, "dead", 0.0, actor="dead", lease_s=-1.0)
+    taken = registry.claim("heir", actor="heir")
+    assert taken is not None and (taken.id, taken.owner, taken.attempts) == (job, "heir", 2)
+    for late in (
+        lambda: registry.progress(job, "dead", 0.9, actor="dead"),
+        lambda: registry.finish(job, "dead", "done", actor="dead"),
+    ):
+        with pytest.raises(ConflictError, match="is running by 'heir', not held by 'dead'; stop"):
+            late()
+    assert registry.job(job) == taken
+
+
+def test_progress_renews_the_lease(registry: Registry) -> None:
+    [job] = add(registry)
+    registry.claim("w", actor="w", lease_s=0.3)
+    registry.progress(job, "w", 0.1, actor="w", lease_s=30.0)
+    time.sleep(0.35)
+    assert registry.claim("heir", actor="heir") is None
+
+
+def test_a_job_that_takes_its_owners_down_ends_in_failure(registry: Registry) -> None:
+    [job] = add(registry)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        claimed = registry.claim(f"w{attempt}", actor="w", lease_s=0.05)
+        assert claimed is not None and claimed.attempts == attempt
+        time.sleep(0.1)
+    [after] = add(registry)
+    following = registry.claim("w", actor="w")
+    assert following is not None and following.id == after
+    ended = registry.job(job)
+    assert ended.state == "failed" and "begun 3 times" in ended.message
+
+
+def test_cancelling(registry: Registry) -> None:
+    waiting, running, orphan = add(registry, 3)
+    assert registry.cancel(waiting, actor="me").state == "cancelled"
+    first = registry.claim("w", actor="w")
+    assert first is not None and first.id == running
+    assert registry.cancel(running, actor="me").state == "running"
+    assert registry.progress(running, "w", 0.2, actor="w").cancel_requested
+    assert registry.finish(running, "w", "cancelled", actor="w").state == "cancelled"
+    second = registry.claim("dead", actor="dead", lease_s=0.05)
+    assert second is not None and second.id == orphan
+    registry.cancel(orphan, actor="me")
+    time.sleep(0.1)
+    assert registry.claim("w", actor="w") is None
+    assert registry.job(orphan).state == "cancelled"
+    with pytest.raises(ConflictError, match="is cancelled; there is nothing to cancel"):
+        registry.cancel(orphan, actor="me")
+
+
+def test_what_a_job_cannot_be(registry: Registry) -> None:
+    revision = add_ready(registry, TENANT)
+    registry.add_tenant("globex", revision.profile.family, actor="me")
+    with pytest.raises(NotFoundError, match="acme/support@1 is no revision of tenant 'globex'"):
+        registry.enqueue("gate", "globex", actor="me", revision=revision.id)
+    with pytest.raises(NotFoundError):
+        registry.enqueue("gate", "initech", actor="me")
+    with pytest.raises(RegistryError, match="params is not plain JSON"):
+        registry.enqueue("gate", TENANT, actor="me", params={"x": object()})
+    [job] = add(registry)
+    registry.claim("w", actor="w")
+    for progress in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RegistryError, match="from 0 to 1"):
+            registry.progress(job, "w", progress, actor="w")
+    with pytest.raises(RegistryError, match="expected done, failed or cancelled"):
+        registry.finish(job, "w", "queued", actor="w")  # type: ignore[arg-type]
+
+
+def test_an_owner_of_one_family_leaves_the_jobs_of_others(registry: Registry) -> None:
+    (job,) = add(registry)
+    other = header("other", "1")
+    assert registry.claim("a", actor="a", family=other.digest) is None
+    claimed = registry.claim("a", actor="a", family=FAMILY)
+    assert claimed is not None and claimed.id == job

@@ -1,0 +1,127 @@
+"""Keys: told once, known by hash, and nowhere in the database's own bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from registry_setup import postgres, registry, url
+
+from safegene_server.registry import Registry
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
+
+__all__ = ["registry", "url"]
+
+GIVEN = "0123456789abcdef0123456789abcdef"
+
+
+def database_bytes(registry: Registry) -> bytes:
+    """Everything the database has written, journals included."""
+    if registry.is_postgresql:
+        postgres().execute("CHECKPOINT", str(registry.url.database))
+        folder = postgres().folder / "data"
+        paths = [path for part in ("base", "pg_wal") for path in (folder / part).rglob("*")]
+    else:
+        paths = list(Path(str(registry.url.database)).parent.glob("*"))
+    return b"".join(path.read_bytes() for path in paths if path.is_file())
+
+
+def test_a_secret_is_told_once_and_kept_nowhere(registry: Registry) -> None:
+    first = registry.add_key("first", scopes=["serve"], tenants=["*"], actor="me")
+    second = registry.rotate_key("first", actor="me")
+    third = registry.add_key("own", scopes=["admin"], tenants=[], actor="me", secret=GIVEN)
+    written = database_bytes(registry)
+    for told in (first, second, third):
+        assert told.secret.encode() not in written
+        assert told.secret[8:24].encode() not in written
+        assert told.secret not in repr(told) and told.key.hash not in repr(told)
+    # The search does find what is kept.
+    assert second.key.hash.encode() in written and b"key.rotate" in written
+
+
+def test_secrets_have_256_bits_and_the_usual_shape(registry: Registry) -> None:
+    told = [
+        registry.add_key(f"key {n}", scopes=["serve"], tenants=["a"], actor="me") for n in range(5)
+    ]
+    assert len({new.secret for new in told}) == 5
+    for new in told:
+        assert re.fullmatch(r"sg-[A-Za-z0-9_-]{43}", new.secret)
+        assert new.key.prefix == new.secret[:8]
+        assert new.key.hash == hashlib.sha256(new.secret.encode()).hexdigest()
+
+
+def test_a_key_comes_back_as_it_was(registry: Registry) -> None:
+    until = datetime(2031, 5, 6, 7, 8, 9, tzinfo=timezone(timedelta(hours=2)))
+    new = registry.add_key(
+        "ci",
+        scopes=["serve", "read", "serve"],
+        tenants=["globex", "acme/support", "base"],
+        default_tenant="acme/support",
+        expires_at=until,
+        actor="me",
+    )
+    key = registry.key("ci")
+    assert key == new.key == registry.keys()[0] == registry.snapshot().keys[0]
+    assert key.scopes == ("read", "serve")
+    assert key.tenants == ("acme/support", "base", "globex")
+    assert (key.default_tenant, key.revoked_at) == ("acme/support", None)
+    assert key.expires_at == until
+    assert key.expires_at is not None and key.expires_at.tzinfo is UTC
+
+
+def test_a_rotated_key_has_one_secret_and_the_same_rights(registry: Registry) -> None:
+    old = registry.add_key("ci", scopes=["read"], tenants=["a"], actor="me")
+    new = registry.rotate_key("ci", actor="me")
+    assert [key.hash for key in registry.snapshot().keys] == [new.key.hash]
+    assert new.key.hash != old.key.hash
+    assert (new.key.scopes, new.key.tenants) == (old.key.scopes, old.key.tenants)
+
+
+def test_a_revoked_key_stays_on_record_and_is_told_to_nobody(registry: Registry) -> None:
+    registry.add_key("ci", scopes=["read"], tenants=["a"], actor="me")
+    version = registry.version()
+    revoked = registry.revoke_key("ci", actor="me")
+    assert revoked.revoked_at is not None
+    assert registry.keys() == (revoked,)
+    assert (registry.snapshot().keys, registry.version()) == ((), version + 1)
+    for change in (
+        lambda: registry.revoke_key("ci", actor="me"),
+        lambda: registry.rotate_key("ci", actor="me"),
+        lambda: registry.add_key("ci", scopes=["read"], tenants=[], actor="me"),
+    ):
+        with pytest.raises(ConflictError):
+            change()
+
+
+def test_what_a_key_cannot_be(registry: Registry) -> None:
+    def add(**changes: object) -> None:
+        options = {"scopes": ["serve"], "tenants": ["a"], "actor": "me", **changes}
+        registry.add_key("ci", **options)  # type: ignore[arg-type]
+
+    with pytest.raises(RegistryError, match=r"scopes \['root'\]: expected one or more of admin"):
+        add(scopes=["root"])
+    with pytest.raises(RegistryError, match="scopes"):
+        add(scopes=[])
+    with pytest.raises(RegistryError, match="tenant name 'A'"):
+        add(tenants=["A"])
+    with pytest.raises(RegistryError, match="default_tenant 'b' is not among"):
+        add(default_tenant="b")
+    with pytest.raises(RegistryError, match="tenant name 'B'"):
+        add(tenants=["*"], default_tenant="B")
+    with pytest.raises(RegistryError, match="no time zone"):
+        add(expires_at=datetime(2031, 1, 1))
+    with pytest.raises(RegistryError, match="32 to 200 visible ASCII") as caught:
+        add(secret="too short to be one")
+    assert "too short to be one" not in str(caught.value)
+    assert registry.keys() == ()
+
+
+def test_a_secret_belongs_to_one_key(registry: Registry) -> None:
+    registry.add_key("one", scopes=["read"], tenants=[], actor="me", secret=GIVEN)
+    with pytest.raises(ConflictError, match="another key has this secret"):
+        registry.add_key("two", scopes=["admin"], tenants=[], actor="me", secret=GIVEN)
+    with pytest.raises(NotFoundError, match="no key 'two'"):
+        registry.key("two")

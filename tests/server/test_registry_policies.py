@@ -1,0 +1,131 @@
+"""Floors: one call raises every tenant that is below, all together or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from registry_setup import ADAPTER, FAMILY, add_published, header, profile, registry, url
+
+from safegene_server.registry import Registry
+from safegene_vllm.errors import BoundsError, FrozenError, NotFoundError
+
+__all__ = ["registry", "url"]
+
+
+@pytest.fixture
+def three(registry: Registry) -> Registry:
+    """acme/support at 0.5, globex at 2.0, initech at 0.75, unborn at nothing."""
+    for name in ("globex", "initech", "unborn"):
+        registry.add_tenant(name, FAMILY, actor="test")
+    add_published(registry, "acme/support", 0.5, adapter_digest=ADAPTER)
+    add_published(registry, "globex", 2.0)
+    add_published(registry, "initech", 0.75)
+    return registry
+
+
+def served(registry: Registry) -> dict[str, tuple[int, tuple[float, ...]]]:
+    return {
+        one.tenant: (one.number, one.profile.coefficients) for one in registry.snapshot().revisions
+    }
+
+
+def test_everybody_below_is_raised_in_one_version(three: Registry) -> None:
+    version = three.version()
+    rollout = three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert rollout is not None
+    assert rollout.version == three.version() == version + 1
+    assert (rollout.kind, rollout.tenants) == ("floor", ("acme/support", "initech"))
+    assert served(three) == {
+        "acme/support": (2, (1.0, 0.0, 0.5)),
+        "globex": (1, (2.0, 0.0, 0.5)),
+        "initech": (2, (1.0, 0.0, 0.5)),
+    }
+    raised = three.revision("acme/support", 2)
+    assert rollout.revisions[0] == raised.id
+    before = three.revision("acme/support", 1)
+    assert (before.state, raised.state) == ("superseded", "published")
+    assert raised.adapter_digest == ADAPTER
+    assert raised.gate == {"raised_from": "acme/support@1"}
+    origin = {"raised_from": before.profile.digest, "floor": {"0": 1.0}}
+    assert raised.profile.calibration["floor"] == origin
+    assert three.policy(FAMILY).floor == {0: 1.0}
+
+
+def test_a_floor_that_raises_nobody_is_a_change_all_the_same(three: Registry) -> None:
+    before, version = served(three), three.version()
+    assert three.set_floor(FAMILY, {2: 0.5}, actor="op") is None
+    assert (served(three), three.version()) == (before, version + 1)
+    assert three.set_floor(FAMILY, {2: 0.5}, actor="op") is None
+    assert three.version() == version + 1
+
+
+def test_lifting_the_floor_lowers_nobody(three: Registry) -> None:
+    three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    before = served(three)
+    assert three.set_floor(FAMILY, {}, actor="op") is None
+    assert (served(three), three.policy(FAMILY).floor) == (before, {})
+    three.rollback("acme/support", actor="op")
+    assert served(three)["acme/support"] == (1, (0.5, 0.0, 0.5))
+
+
+def test_a_frozen_tenant_in_the_way_stops_all_of_it(three: Registry) -> None:
+    three.freeze_tenant("initech", actor="op")
+    before = three.snapshot(), three.audit()
+    with pytest.raises(FrozenError, match="below the new floor: initech; unfreeze"):
+        three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert (three.snapshot(), three.audit()) == before
+    three.freeze_family(FAMILY, actor="op")
+    with pytest.raises(FrozenError, match=r"is frozen and 2 of its tenants"):
+        three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert three.set_floor(FAMILY, {0: 0.25}, actor="op") is None
+    assert three.policy(FAMILY).frozen
+
+
+def test_a_frozen_tenant_that_is_high_enough_is_in_nobodys_way(three: Registry) -> None:
+    three.freeze_tenant("globex", actor="op")
+    assert three.set_floor(FAMILY, {0: 1.0}, actor="op") is not None
+
+
+def test_retired_tenants_and_other_families_are_left_alone(three: Registry) -> None:
+    three.retire("initech", actor="op")
+    other = header("second", "e")
+    three.add_family(other, None, actor="op")
+    rollout = three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert rollout is not None and rollout.tenants == ("acme/support",)
+    assert three.policy(other.digest).floor == {}
+
+
+def test_the_floor_holds_for_a_tenant_that_comes_later(three: Registry) -> None:
+    three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    with pytest.raises(BoundsError, match=r"layer 0 has 0\.5, the floor is 1\.0"):
+        three.add_revision("unborn", profile(0.5), actor="me")
+    add_published(three, "unborn", 1.0)
+    assert served(three)["unborn"] == (1, (1.0, 0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("floor", "why"),
+    [
+        ({1: 0.5}, "layer 1 carries no vector"),
+        ({7: 0.5}, "layer 7 carries no vector"),
+        ({"0": 0.5}, "layer '0' carries no vector"),
+        ({0: 3.5}, "layer 0 has floor 3.5, expected 0.0 to 3.0"),
+        ({0: float("nan")}, "layer 0 has floor nan"),
+        ({0: True}, "layer 0 has floor True"),
+    ],
+)
+def test_floors_that_make_no_sense(three: Registry, floor: Any, why: str) -> None:
+    with pytest.raises(BoundsError, match=why):
+        three.set_floor(FAMILY, floor, actor="op")
+    assert three.policy(FAMILY).floor == {}
+
+
+def test_policies_are_of_families_that_exist(registry: Registry) -> None:
+    for ask in (
+        lambda: registry.policy("sha256:0"),
+        lambda: registry.set_floor("sha256:0", {}, actor="op"),
+        lambda: registry.freeze_family("sha256:0", actor="op"),
+    ):
+        with pytest.raises(NotFoundError):
+            ask()

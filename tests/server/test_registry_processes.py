@@ -1,0 +1,267 @@
+"""Several processes on one registry: no number twice, no switch lost, and no half-done change of a
+process that was killed in the middle."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+from registry_setup import (
+    FAMILY,
+    add_published,
+    add_ready,
+    postgres,
+    profile,
+    registry,
+    said,
+    start_python,
+    url,
+)
+
+from safegene_server.registry import Registry
+from safegene_vllm.errors import ConflictError
+
+__all__ = ["registry", "url"]
+
+TENANT = "acme/support"
+BEGIN = """
+import sys
+from registry_setup import add_ready, profile
+from safegene_server.registry import Registry
+from safegene_vllm.errors import ConflictError
+registry, me = Registry(sys.argv[1], migrate=False), sys.argv[2]
+TENANT = "acme/support"
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+ADD_MANY = (
+    BEGIN
+    + """
+for _ in range(25):
+    print(registry.add_revision(TENANT, profile(), actor=me).number)
+"""
+)
+SWITCH_MANY = (
+    BEGIN
+    + """
+won = 0
+while won < 10:
+    seen = registry.tenant(TENANT).published
+    try:
+        registry.publish(TENANT, 3 - seen, actor=me, expected=seen)
+    except ConflictError:
+        continue
+    won += 1
+    print(seen, 3 - seen)
+"""
+)
+STOP_BEFORE_THE_END = (
+    BEGIN
+    + """
+import time
+from safegene_server.registry.database import Write
+audit = Write.audit
+def hang(write, *args, **details):
+    audit(write, *args, **details)
+    if args[0] == sys.argv[3]:
+        print("inside", flush=True)
+        time.sleep(60)
+Write.audit = hang
+{
+    "tenant.publish": lambda: registry.publish(TENANT, 2, actor=me),
+    "tenant.rollback": lambda: registry.rollback(TENANT, actor=me),
+    "tenant.floor": lambda: registry.set_floor(registry.tenant(TENANT).family, {0: 2}, actor=me),
+    "revision.add": lambda: registry.add_revision(TENANT, profile(), actor=me),
+    "key.rotate": lambda: registry.rotate_key("ci", actor=me),
+    "job.claim": lambda: registry.claim(me, actor=me),
+}[sys.argv[3]]()
+"""
+)
+WRITE_ON = (
+    BEGIN
+    + """
+while True:
+    added = add_ready(registry, TENANT)
+    registry.publish(TENANT, added.number, actor=me)
+    registry.rollback(TENANT, actor=me)
+"""
+)
+
+
+def start(registry: Registry, code: str, *arguments: str) -> subprocess.Popen[str]:
+    address = registry.url.render_as_string(hide_password=False)
+    return start_python(code, address, *arguments)
+
+
+def go(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        said(process, "ready")
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def answers(process: subprocess.Popen[str]) -> list[list[int]]:
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return [[int(word) for word in line.split()] for line in out.splitlines()]
+
+
+def backends(registry: Registry) -> set[int]:
+    """The processes that serve the database's clients; none for a SQLite file."""
+    if not registry.is_postgresql:
+        return set()
+    rows = postgres().execute(
+        "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        f" AND datname = '{registry.url.database}'"
+    )
+    return {row[0] for row in rows}
+
+
+def check_whole(registry: Registry) -> None:
+    """What holds after every committed write, whoever died meanwhile."""
+    revisions = registry.revisions(TENANT)
+    numbers = [revision.number for revision in revisions]
+    assert numbers == list(range(1, len(numbers) + 1))
+    published = [revision.number for revision in revisions if revision.state == "published"]
+    assert published == [registry.tenant(TENANT).published]
+    entries, cursor = [], None
+    while True:
+        page = registry.audit(limit=1000, cursor=cursor)
+        entries += page.entries
+        cursor = page.cursor
+        if cursor is None:
+            break
+    actions = Counter(entry.action for entry in entries)
+    assert actions["revision.add"] == len(revisions)
+    versions = [e.details["version"] for e in entries if "version" in e.details]
+    assert sorted(set(versions)) == list(range(1, registry.version() + 1))
+    rollouts = registry.rollouts(limit=10_000)
+    assert len(rollouts) == actions["tenant.publish"] + actions["tenant.rollback"]
+    assert len({rollout.version for rollout in rollouts}) == len(rollouts)
+
+
+def test_two_processes_never_get_one_number_twice(registry: Registry) -> None:
+    processes = [start(registry, ADD_MANY, f"p{n}") for n in range(2)]
+    go(*processes)
+    numbers = [number for process in processes for [number] in answers(process)]
+    assert sorted(numbers) == list(range(1, 51))
+    assert [revision.number for revision in registry.revisions(TENANT)] == sorted(numbers)
+
+
+def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
+    add_published(registry, TENANT)
+    add_ready(registry, TENANT)
+    processes = [start(registry, SWITCH_MANY, f"p{n}") for n in range(2)]
+    go(*processes)
+    won = [tuple(pair) for process in processes for pair in answers(process)]
+    switches = registry.audit(action="tenant.publish", limit=1000).entries[:-1]
+    made = [(e.details["before"], int(e.target.partition("@")[2])) for e in reversed(switches)]
+    # One chain: every switch began where the one before it ended.
+    assert len(made) == 20 and Counter(made) == Counter(won)
+    assert made == [(1, 2), (2, 1)] * 10
+    assert {entry.actor for entry in switches} == {"p0", "p1"}
+    check_whole(registry)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "tenant.publish",
+        "tenant.rollback",
+        "tenant.floor",
+        "revision.add",
+        "key.rotate",
+        "job.claim",
+    ],
+)
+def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
+    registry: Registry, action: str
+) -> None:
+    add_published(registry, TENANT)
+    add_ready(registry, TENANT)
+    add_published(registry, TENANT)
+    registry.add_key("ci", scopes=["read"], tenants=[TENANT], actor="me")
+    job = registry.enqueue("gate", TENANT, actor="me")
+    before = (registry.snapshot(), registry.revisions(TENANT), registry.audit(), registry.keys())
+    victim = start(registry, STOP_BEFORE_THE_END, "victim", action)
+    go(victim)
+    said(victim, "inside")
+    victim.kill()
+    victim.communicate(timeout=10)
+    after = (registry.snapshot(), registry.revisions(TENANT), registry.audit(), registry.keys())
+    assert after == before
+    assert registry.job(job.id) == job
+    # The next writer is not kept waiting by the dead one.
+    began = time.monotonic()
+    registry.publish(TENANT, 2, actor="me", expected=3)
+    while (claimed := registry.claim("heir", actor="heir")) is None:
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+    assert claimed.attempts == 1
+    assert time.monotonic() - began < 5
+    check_whole(registry)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_registry(registry: Registry) -> None:
+    add_published(registry, TENANT)
+    chance, ours = random.Random(4), backends(registry)
+    for round_number in range(2):
+        writers = [start(registry, WRITE_ON, f"w{round_number}-{n}") for n in range(2)]
+        busy = registry.version() + 5
+        go(*writers)
+        while registry.version() < busy:
+            time.sleep(0.01)
+        time.sleep(chance.random() / 2)
+        for writer in writers:
+            writer.kill()
+        for writer in writers:
+            writer.communicate(timeout=10)
+        # A commit that was sent may still be under way.
+        deadline = time.monotonic() + 20
+        while not backends(registry) <= ours:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        check_whole(registry)
+    assert registry.version() > 10
+    survivor = add_published(registry, TENANT)
+    assert registry.tenant(TENANT).published == survivor.number
+    check_whole(registry)
+
+
+def test_the_reader_of_wholeness_sees_a_hole(registry: Registry) -> None:
+    add_published(registry, TENANT)
+    check_whole(registry)
+    with registry.write("intruder") as write:
+        write.bump()
+        write.unaudited()
+    with pytest.raises(AssertionError):
+        check_whole(registry)
+
+
+def test_threads_that_share_one_registry_do_not_mix(registry: Registry) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(
+            pool.map(
+                lambda n: registry.add_revision(TENANT, profile(), actor=f"t{n}").number, range(40)
+            )
+        )
+    assert sorted(numbers) == list(range(1, 41))
+    add_ready(registry, TENANT)
+
+    def publish(n: int) -> bool:
+        try:
+            registry.publish(TENANT, 41, actor=f"t{n}", expected=0)
+        except ConflictError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(publish, range(8))) == 1
+    assert registry.policy(FAMILY).floor == {}

@@ -1,0 +1,154 @@
+"""The schema: made from nothing, as the tables say, and never worked on when it is newer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from registry_setup import HEADER, ROOT, empty_url, url
+from sqlalchemy import inspect, text
+
+from safegene_server.registry import Registry, schema, tables
+from safegene_server.registry.database import Database
+from safegene_vllm.errors import RegistryDownError, SchemaError
+
+__all__ = ["empty_url", "url"]
+
+
+def execute(url: str, *statements: str) -> None:
+    database = Database(url)
+    with database.engine.connect() as connection:
+        connection.execution_options(safegene="write")
+        with connection.begin():
+            for statement in statements:
+                connection.execute(text(statement))
+    database.close()
+
+
+def test_an_empty_database_gets_every_table(empty_url: str) -> None:
+    registry = Registry(empty_url)
+    names = set(inspect(registry.engine).get_table_names())
+    assert names == {*tables.metadata.tables, schema.SCHEMA_TABLE}
+    assert registry.version() == 0
+    registry.add_family(HEADER, None, actor="test")
+    registry.close()
+    again = Registry(empty_url)
+    assert again.families()[0].header == HEADER
+    assert again.version() == 1
+    again.close()
+
+
+def test_the_migrations_make_what_the_tables_say(url: str) -> None:
+    database = Database(url)
+    with database.engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                "compare_server_default": True,
+                "version_table": schema.SCHEMA_TABLE,
+            },
+        )
+        assert compare_metadata(context, tables.metadata) == []
+        connection.execution_options(safegene="write")
+        connection.rollback()
+        connection.execute(text("ALTER TABLE keys ADD COLUMN extra INTEGER"))
+        assert [difference[0] for difference in compare_metadata(context, tables.metadata)] == [
+            "remove_column"
+        ]
+    database.close()
+
+
+def test_head_is_the_newest_migration() -> None:
+    assert ScriptDirectory(str(schema.MIGRATIONS)).get_heads() == [schema.HEAD]
+
+
+def test_several_servers_that_start_at_once_migrate_once(empty_url: str) -> None:
+    opened: list[Registry] = []
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            opened.append(Registry(empty_url))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    assert [registry.version() for registry in opened] == [0] * 4
+    for registry in opened:
+        registry.close()
+
+
+def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+    execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '0999'")
+    for migrate in (True, False):
+        with pytest.raises(SchemaError, match=r"schema 0999.*newer.*up to 0001.*newer release"):
+            Registry(url, migrate=migrate)
+    execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '{schema.HEAD}'")
+    Registry(url, migrate=False).close()
+
+
+def test_without_leave_nothing_is_migrated(empty_url: str) -> None:
+    with pytest.raises(SchemaError, match="has schema none, this release needs 0001"):
+        Registry(empty_url, migrate=False)
+    database = Database(empty_url)
+    assert inspect(database.engine).get_table_names() == []
+    database.close()
+
+
+def test_tables_of_something_else_are_not_taken_for_ours(empty_url: str) -> None:
+    execute(empty_url, "CREATE TABLE tenants (id INTEGER)")
+    with pytest.raises(SchemaError, match=r"something else \(\['tenants'\]\)"):
+        Registry(empty_url)
+    database = Database(empty_url)
+    assert inspect(database.engine).get_table_names() == ["tenants"]
+    database.close()
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no database " * 100)
+    with pytest.raises(RegistryDownError, match=r"notes\.txt cannot be used.*not a database"):
+        Registry(path)
+    assert path.read_text() == "no database " * 100
+
+
+def test_an_installed_wheel_has_the_migrations(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "server", tmp_path / "server", ignore=ignore)
+    shutil.copytree(ROOT / "safegene_vllm", tmp_path / "safegene_vllm", ignore=ignore)
+    build = "from setuptools import build_meta as b; print(b.build_wheel('dist'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    assert "safegene_server/registry/migrations/versions/v0001_first.py" in (
+        zipfile.ZipFile(wheel).namelist()
+    )
+    use = (
+        "import sys; sys.path.insert(0, 'installed')\n"
+        "import safegene_server.registry as r\n"
+        "assert 'installed' in r.__file__, r.__file__\n"
+        "print(r.Registry('fresh.db').version())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

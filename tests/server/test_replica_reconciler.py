@@ -1,0 +1,477 @@
+"""A replica without an engine: what it loads, offers, drains, removes and reports, and when.
+
+Registry and store are real; the engine is a fake that remembers what it was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from metrics_setup import growth
+
+from safegene_server.access.catalog import Catalog, key_digest
+from safegene_server.access.limits import Counters
+from safegene_server.access.models import resolve
+from safegene_server.artifacts import Store
+from safegene_server.error_responses import EngineDownError
+from safegene_server.registry import Registry, Revision, Snapshot
+from safegene_server.replica import InternalClient, Reconciler
+from safegene_server.replica.view import principal_of_key
+from safegene_vllm import tiny_model
+from safegene_vllm.errors import ConfigError, ReceiptError, RegistryDownError, RegistryError
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import make_profile
+
+
+@dataclass
+class Engine:
+    """What stands where the gate does. `refuse` names revisions that no rank accepts."""
+
+    header: FamilyHeader | None
+    loaded: dict[int, Any] = field(default_factory=dict)
+    refuse: set[str] = field(default_factory=set)
+    report_faults: tuple[str, ...] = ()
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def verifier(self) -> Any:
+        settings = SimpleNamespace(family=Path("/f"))
+        return SimpleNamespace(
+            expected=SimpleNamespace(header=self.header, settings=settings),
+            ask=self.ask,
+            forget=lambda request: self.log.append(f"forget {request.name}"),
+            report=self.report,
+        )
+
+    async def report(self) -> Any:
+        return SimpleNamespace(faults=self.report_faults)
+
+    async def ask(self) -> list[dict[str, Any]]:
+        adapters = [{"lora_int_id": i, "name": r.name} for i, r in self.loaded.items()]
+        return [{"rank": 0, "adapters": adapters}]
+
+    async def add(self, request: Any) -> list[dict[str, Any]]:
+        assert (request.path / "safegene.json").exists()
+        if request.name in self.refuse:
+            raise ReceiptError(f"{request.name}: rank 0 holds another row")
+        self.log.append(f"add {request.name}")
+        self.loaded[request.id] = request
+        return await self.ask()
+
+    async def remove_lora(self, number: int) -> None:
+        self.log.append(f"remove {self.loaded.pop(number).name}")
+
+
+@dataclass
+class World:
+    registry: Registry
+    store: Store
+    header: FamilyHeader
+    engine: Engine
+    replica: Reconciler
+    catalog: Catalog
+    counters: Counters
+    root: Path
+    models: Any
+
+    def add(self, tenant: str, first: float, source: str = "acme") -> Revision:
+        path = self.root / source
+        if tenant not in {t.name for t in self.registry.tenants()}:
+            self.registry.add_tenant(tenant, self.header.digest, source=str(path), actor="t")
+        digest = self.store.stage(path, family=self.header).digest
+        profile = make_profile(self.header, [first, 1.0], {"method": "test"})
+        added = self.registry.add_revision(
+            tenant, profile, adapter_digest=digest, source=str(path), actor="t"
+        )
+        self.registry.set_revision_state(added.id, "ready", actor="t")
+        return added
+
+    def publish(self, tenant: str, first: float) -> Revision:
+        added = self.add(tenant, first)
+        self.registry.publish(tenant, added.number, actor="t")
+        return added
+
+    def served(self, tenant: str) -> str | None:
+        found = self.catalog.view.tenants.get(tenant)
+        return None if found is None else found.served
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    tiny_model.make_model("llama", tmp_path / "m")
+    family = tiny_model.write_family(tmp_path / "m", tmp_path / "f")
+    tiny_model.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=1)
+    header = read_family_header(tmp_path / "f")
+    registry, store = Registry(tmp_path / "r.sqlite"), Store(tmp_path / "store")
+    engine, catalog, counters = Engine(header), Catalog(), Counters()
+    models = SimpleNamespace(
+        lora_requests={}, base_model_paths=[SimpleNamespace(name="base-model")]
+    )
+    replica = Reconciler(
+        registry=registry,
+        store=store,
+        gate=engine,  # type: ignore[arg-type]
+        models=models,
+        catalog=catalog,
+        counters=counters,
+        inside=InternalClient(),
+        make_request=lambda name, number, path: SimpleNamespace(name=name, id=number, path=path),
+    )
+    registry.add_family(header, None, actor="t")
+    yield World(registry, store, header, engine, replica, catalog, counters, tmp_path, models)
+    registry.close()
+
+
+def run(world: World, *steps: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """Start following, do the steps, stop."""
+
+    async def whole() -> None:
+        await world.replica.start(None)
+        try:
+            for step in steps:
+                await step()
+        finally:
+            await world.replica.stop()
+
+    asyncio.run(whole())
+
+
+async def until(true: Callable[[], bool]) -> float:
+    """Wait until it is true; how long it took."""
+    begun_s = time.monotonic()
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.01)
+    return time.monotonic() - begun_s
+
+
+def test_it_needs_a_family(world: World) -> None:
+    with pytest.raises(ConfigError, match="needs an engine with a family"):
+        Reconciler(
+            registry=world.registry,
+            store=world.store,
+            gate=Engine(None),  # type: ignore[arg-type]
+            models=world.models,
+            catalog=world.catalog,
+            counters=world.counters,
+            inside=InternalClient(),
+            make_request=lambda *_: None,
+        )
+
+
+def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
+    first = world.publish("acme", 0.5)
+    world.add("waiting", 0.7)
+
+    async def look() -> None:
+        assert world.served("acme") == "acme@1" and world.served("waiting") is None
+        assert list(world.models.lora_requests) == ["acme@1"]
+        assert world.replica.faults() == () and world.replica.version == world.registry.version()
+        (held,) = world.registry.receipts(revision=first.id)
+        assert held.ok and held.receipt["ranks"][0]["name"] == "acme@1"
+
+    run(world, look)
+    assert world.registry.replicas() == ()
+
+
+def test_signs_of_life_come_between_the_adapters_of_a_long_change(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that says nothing for ten seconds counts as gone."""
+    monkeypatch.setattr("safegene_server.replica.heartbeat.BEAT_S", 0.0)
+    first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
+    told: list[tuple[int, int]] = []
+
+    async def look() -> None:
+        assert told == [(1, 0), (1, 1)]
+
+    add = world.engine.add
+
+    async def adding(request: Any) -> list[dict[str, Any]]:
+        receipts = [len(world.registry.receipts(revision=r.id)) for r in (first, second)]
+        told.append((len(world.registry.replicas()), receipts[0]))
+        assert receipts[1] == 0
+        return await add(request)
+
+    world.engine.add = adding  # type: ignore[method-assign]
+    run(world, look)
+
+
+def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> None:
+    changes: list[list[tuple[str, str]]] = []
+
+    def changed() -> None:
+        changes.append([(tenant, r.served_name) for tenant, r in world.replica.offered()])
+
+    world.replica.changed = changed
+    world.publish("acme", 0.5)
+    world.publish("globex", 0.5)
+
+    async def change() -> None:
+        assert world.replica.lag.known == world.registry.version()
+        world.engine.refuse = {"acme@2"}
+        world.publish("acme", 0.9)
+        await world.replica.reconcile()
+        assert world.replica.lag.known > world.replica.version
+        assert world.replica.lag.seconds() > 0.0
+        world.engine.refuse = set()
+        await world.replica.reconcile()
+        assert world.replica.lag.seconds() == 0.0
+
+    with growth() as grown:
+        run(world, change)
+    first = [("acme", "acme@1"), ("globex", "globex@1")]
+    assert changes == [first, [("globex", "globex@1"), ("acme", "acme@2")]]
+    assert grown.by("safegene_revision_apply_seconds_count") == 3
+
+
+def test_changes_are_followed_without_being_told(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        world.publish("acme", 0.9)
+        took_s = [await until(lambda: world.served("acme") == "acme@2")]
+        world.registry.rollback("acme", actor="t")
+        took_s.append(await until(lambda: world.served("acme") == "acme@1"))
+        world.registry.retire("acme", actor="t")
+        took_s.append(await until(lambda: "acme" not in world.catalog.view.tenants))
+        # The best of them: the machine may be busy.
+        assert min(took_s) < 2.0
+        await until(lambda: not world.engine.loaded)
+        assert world.models.lora_requests == {}
+
+    run(world, change)
+    assert world.engine.log.count("add acme@1") == 1
+
+
+def test_nothing_in_flight_loses_its_revision(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        told = world.registry.add_key("k", scopes=["serve"], tenants=["acme"], actor="t")
+        await world.replica.reconcile()
+        principal = world.catalog.view.keys[key_digest(told.secret)]
+        slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
+        for value in (0.6, 0.7, 0.8):
+            world.publish("acme", value)
+            await world.replica.reconcile()
+        assert world.served("acme") == "acme@4"
+        in_flight_way_back_and_served = {"acme@1", "acme@3", "acme@4"}
+        async with asyncio.timeout(10):
+            while {r.name for r in world.engine.loaded.values()} != in_flight_way_back_and_served:
+                await asyncio.sleep(0.01)
+        slot.close(0)
+        await until(lambda: "remove acme@1" in world.engine.log)
+        assert "acme@1" not in world.models.lora_requests
+
+    run(world, change)
+
+
+def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        assert world.replica.serving() == {"acme": "acme@1"}
+        with world.replica.keeping("acme@1"):
+            with world.replica.keeping("acme@1"):
+                world.registry.retire("acme", actor="t")
+                await world.replica.reconcile()
+                assert world.replica.serving() == {} and world.served("acme") is None
+            await world.replica.reconcile()
+            assert [request.name for request in world.engine.loaded.values()] == ["acme@1"]
+            assert world.counters.accounts == {} and world.replica.in_flight() == 0
+        await world.replica.reconcile()
+        await until(lambda: world.engine.loaded == {})
+
+    run(world, change)
+
+
+def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: World) -> None:
+    world.publish("acme", 0.5)
+    world.engine.refuse.add("acme@2")
+
+    async def change() -> None:
+        world.publish("acme", 0.9)
+        await world.replica.reconcile()
+        assert world.served("acme") == "acme@1"
+        assert any("acme@2" in fault for fault in world.replica.faults())
+        (seen,) = world.registry.replicas()
+        assert seen.applied_version < world.registry.version() and seen.faults
+        world.engine.refuse.clear()
+        await world.replica.reconcile()
+        assert world.served("acme") == "acme@2" and world.replica.faults() == ()
+
+    run(world, change)
+
+
+def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
+    world.publish("acme", 0.5)
+    world.engine.refuse.add("acme@1")
+
+    async def look() -> None:
+        assert world.served("acme") is None and world.models.lora_requests == {}
+        assert world.replica.faults()
+
+    run(world, look)
+
+
+def test_another_machine_fetches_what_its_store_has_not(world: World, tmp_path: Path) -> None:
+    world.publish("acme", 0.5)
+    world.replica.supply.store = Store(tmp_path / "other-store")
+
+    async def look() -> None:
+        assert world.served("acme") == "acme@1"
+        assert world.engine.loaded[1].path.is_relative_to(tmp_path / "other-store")
+
+    run(world, look)
+
+
+def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
+    world: World, tmp_path: Path
+) -> None:
+    family = tiny_model.write_family(tmp_path / "m", tmp_path / "f2")
+    world.publish("acme", 0.5)
+    tiny_model.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=2)
+    world.replica.supply.store = Store(tmp_path / "other-store")
+
+    async def look() -> None:
+        assert world.served("acme") is None
+        assert any("expected sha256:" in fault for fault in world.replica.faults())
+
+    run(world, look)
+
+
+def test_a_trial_is_loaded_and_offered_to_nobody(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        tried = world.add("acme", 0.9)
+        await world.replica.load(tried)
+        await world.replica.reconcile()
+        assert world.served("acme") == "acme@1" and tried.id in world.engine.loaded
+        await world.replica.unload(tried)
+        assert tried.id not in world.engine.loaded
+        again = world.add("acme", 0.95)
+        await world.replica.load(again)
+        world.registry.publish("acme", again.number, actor="t")
+        await world.replica.reconcile()
+        await world.replica.unload(again)
+        assert world.served("acme") == "acme@3" and again.id in world.engine.loaded
+
+    run(world, change)
+
+
+def test_a_registry_that_is_down_changes_nothing_that_is_served(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        def down() -> None:
+            raise RegistryDownError("the database does not answer")
+
+        monkeypatch.setattr(world.registry, "snapshot", down)
+        with pytest.raises(RegistryDownError):
+            await world.replica.reconcile()
+        assert world.served("acme") == "acme@1"
+        monkeypatch.undo()
+        world.publish("acme", 0.6)
+        await until(lambda: world.served("acme") == "acme@2")
+
+    run(world, change)
+
+
+def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safegene_server.replica.reconciler.RETRY_S", 0.05)
+    world.publish("acme", 0.5)
+    snapshot, failed = world.registry.snapshot, threading.Event()
+
+    def down_once() -> Snapshot:
+        if not failed.is_set():
+            failed.set()
+            raise RegistryDownError("the database does not answer")
+        return snapshot()
+
+    async def change() -> None:
+        monkeypatch.setattr(world.registry, "snapshot", down_once)
+        world.publish("acme", 0.6)
+        await until(lambda: world.served("acme") == "acme@2")
+        assert failed.is_set()
+
+    run(world, change)
+
+
+def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        tried = world.add("acme", 0.9)
+        await world.replica.load(tried)
+        await world.replica.reconcile()
+        assert len(world.registry.receipts()) == 2
+        remove = world.engine.remove_lora
+
+        async def dead(number: int) -> None:
+            raise EngineDownError("the engine is down")
+
+        world.engine.remove_lora = dead  # type: ignore[method-assign]
+        with pytest.raises(EngineDownError):
+            await world.replica.unload(tried)
+        world.engine.remove_lora = remove  # type: ignore[method-assign]
+        assert set(world.models.lora_requests) == {"acme@1"}
+        await world.replica.reconcile()
+        assert [receipt.revision for receipt in world.registry.receipts()] == [1]
+
+    run(world, change)
+
+
+def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safegene_server.replica.reconciler.DRIFT_S", 0.05)
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        assert world.replica.faults() == ()
+        world.engine.report_faults = ("rank 1 holds gain row x, expected y",)
+        await until(lambda: world.replica.faults() == world.engine.report_faults)
+        told = world.engine.report_faults
+        await until(lambda: [r.faults for r in world.registry.replicas()] == [told])
+        world.engine.report_faults = ()
+        await until(lambda: world.replica.faults() == ())
+
+    run(world, change)
+
+
+def test_a_replica_that_was_forgotten_joins_again(world: World) -> None:
+    world.publish("acme", 0.5)
+
+    async def change() -> None:
+        before = world.replica.id
+        world.registry.leave(before, actor="t")
+        await world.replica.reconcile()
+        (seen,) = world.registry.replicas()
+        assert seen.id == world.replica.id != before
+        assert [r.replica for r in world.registry.receipts(revision=1)] == [seen.id]
+
+    run(world, change)
+
+
+def test_the_base_model_is_a_grant_and_never_a_default(world: World) -> None:
+    tenants = ["base", "acme"]
+    told = world.registry.add_key("k", scopes=["serve"], tenants=tenants, actor="t")
+    principal = principal_of_key(told.key)
+    assert principal.base and principal.tenants == {"acme"} and principal.default_tenant is None
+    for reach in (tenants, ["*"]):
+        with pytest.raises(RegistryError, match="kept for the base model"):
+            world.registry.add_key(
+                "b", scopes=["serve"], tenants=reach, default_tenant="base", actor="t"
+            )

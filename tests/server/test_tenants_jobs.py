@@ -1,0 +1,229 @@
+"""Jobs in a process: alive while they run, ended once, left to others when the process goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from tenant_setup import World, world
+
+from safegene_server.error_responses import EngineDownError
+from safegene_server.registry import Job
+from safegene_server.tenants import Jobs, TenantContext, TenantSettings, Work
+from safegene_vllm.errors import AdapterRejectedError, RegistryDownError
+
+__all__ = ["world"]
+
+TENANT = "acme/support"
+
+
+def tenancy(world: World, handler: Any, **settings: Any) -> TenantContext:
+    """Like the world's, with one kind of job."""
+    return TenantContext(
+        world.replica,
+        world.registry,
+        world.store,
+        TenantSettings(**{"poll_s": 0.02, **settings}),
+        Jobs({"test": handler}),
+    )
+
+
+@pytest.fixture(autouse=True)
+def tenant(world: World) -> None:
+    world.registry.add_tenant(TENANT, world.replica.header.digest, actor="test")
+
+
+def enqueue(world: World, kind: str = "test") -> int:
+    return world.registry.enqueue(kind, TENANT, actor="test").id
+
+
+def run_one(world: World, handler: Any, **settings: Any) -> Job:
+    number = enqueue(world)
+    here = tenancy(world, handler, **settings)
+    assert asyncio.run(here.jobs.run_one(here))
+    return world.registry.job(number)
+
+
+def test_a_job_that_is_done(world: World) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        await work.step(0.5, "half")
+        assert world.registry.job(work.job.id).progress == 0.5
+        work.result["found"] = 3
+        return "well done"
+
+    job = run_one(world, handler)
+    assert (job.state, job.message, job.result) == ("done", "well done", {"found": 3})
+    assert job.progress == 1.0
+
+
+def test_a_job_that_fails_says_why_and_keeps_what_it_found(world: World) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        work.result["revision"] = "acme@1"
+        raise AdapterRejectedError("no good")
+
+    job = run_one(world, handler)
+    assert (job.state, job.message, job.result) == ("failed", "no good", {"revision": "acme@1"})
+
+
+def test_an_unexpected_failure_shows_nothing_of_itself(world: World) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        raise RuntimeError("a secret")
+
+    job = run_one(world, handler)
+    assert job.state == "failed" and "secret" not in job.message
+
+
+@pytest.mark.parametrize("error", [RegistryDownError("gone"), EngineDownError("dead")])
+def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error: Exception) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        raise error
+
+    async def better(_: TenantContext, work: Work) -> str:
+        return f"attempt {work.job.attempts}"
+
+    job = run_one(world, handler, lease_s=0.1)
+    assert job.state == "running"
+    time.sleep(0.15)
+    here = tenancy(world, better)
+    assert asyncio.run(here.jobs.run_one(here))
+    assert world.registry.job(job.id).message == "attempt 2"
+
+
+def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
+    number = enqueue(world, "unknown")
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        raise AssertionError
+
+    here = tenancy(world, handler)
+    assert not asyncio.run(here.jobs.run_one(here))
+    assert world.registry.job(number).state == "queued"
+
+
+def test_a_cancel_is_heard_between_steps_and_by_threads(world: World) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        world.registry.cancel(work.job.id, actor="test")
+        assert await asyncio.to_thread(work.cancelled.wait, 5)
+        await work.step(0.5, "too late")
+        raise AssertionError
+
+    job = run_one(world, handler, lease_s=0.4)
+    assert (job.state, job.message) == ("cancelled", "the job was cancelled")
+
+
+def test_a_long_job_keeps_its_lease(world: World) -> None:
+    async def handler(_: TenantContext, work: Work) -> str:
+        first = work.job.lease_until
+        assert first is not None
+        while datetime.now(UTC) < first:
+            await asyncio.sleep(0.02)
+        assert world.registry.claim("thief", actor="thief") is None
+        return "kept"
+
+    assert run_one(world, handler, lease_s=2.0).message == "kept"
+
+
+def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
+    stopped = []
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        with world.registry.write("test") as write:
+            write.connection.exec_driver_sql("UPDATE jobs SET owner = 'thief'")
+            write.unaudited()
+        try:
+            await asyncio.sleep(30)
+        finally:
+            stopped.append(work.cancelled.is_set())
+        return "never"
+
+    job = run_one(world, handler, lease_s=0.2)
+    assert (job.state, job.owner) == ("running", "thief")
+    assert stopped == [True]
+
+
+def test_several_run_at_once_until_the_server_stops(world: World) -> None:
+    numbers = [enqueue(world) for _ in range(3)]
+    together: list[int] = []
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        together.append(work.job.id)
+        await asyncio.sleep(0.1 if work.job.id != numbers[2] else 30)
+        return "done"
+
+    here = tenancy(world, handler, jobs_at_once=2, lease_s=5.0)
+
+    async def serve() -> None:
+        running = asyncio.create_task(here.jobs.run(here))
+        async with asyncio.timeout(10):
+            while len(together) < 3:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(serve())
+    states = [world.registry.job(number).state for number in numbers]
+    assert sorted(together) == numbers
+    # The last one was under way when the server stopped; its lease will run out.
+    assert states[2] == "running" and states.count("done") >= 1
+
+
+def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
+    done = asyncio.Event()
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        done.set()
+        return "done"
+
+    here = tenancy(world, handler, poll_s=30.0)
+
+    async def serve() -> float:
+        running = asyncio.create_task(here.jobs.run(here))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(enqueue, world)
+        began_s = time.monotonic()
+        here.jobs.wake()
+        async with asyncio.timeout(10):
+            await done.wait()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        return time.monotonic() - began_s
+
+    assert asyncio.run(serve()) < 5
+
+
+def test_a_registry_that_is_away_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = enqueue(world)
+    claim, calls = world.registry.claim, []
+
+    def flaky(*args: Any, **more: Any) -> Job | None:
+        calls.append(1)
+        if len(calls) < 3:
+            raise RegistryDownError("away")
+        return claim(*args, **more)
+
+    monkeypatch.setattr(world.registry, "claim", flaky)
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        return "done"
+
+    here = tenancy(world, handler, jobs_at_once=1)
+
+    async def serve() -> None:
+        running = asyncio.create_task(here.jobs.run(here))
+        async with asyncio.timeout(10):
+            while (await asyncio.to_thread(world.registry.job, number)).state != "done":
+                await asyncio.sleep(0.01)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(serve())
+    assert len(calls) >= 3

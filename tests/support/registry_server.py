@@ -1,0 +1,140 @@
+"""A real server on a registry, with adapters on disk, as owners and operators have them.
+
+For tests that ask it as a stranger would; each module makes its own world and server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+from launched_server import end, free_port, start, until_serving
+
+from safegene_server.artifacts import Store
+from safegene_server.registry import Registry, Replica, Revision
+from safegene_vllm import tiny_model
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import make_profile
+
+ADMIN = f"sg-admin-{'0' * 40}"
+CONFIG = """
+registry: URL
+store: store
+sources: {roots: [ROOT]}
+tenants: {gate: {enabled: false}}
+keys:
+  - {name: admin, secret_env: ADMIN_KEY, scopes: [admin], tenants: ["*"]}
+"""
+
+
+@dataclass
+class World:
+    """What owners and operators have at hand: adapters on disk, the registry, the store."""
+
+    d: Path
+    header: FamilyHeader
+    registry: Registry
+    store: Store
+
+    def add(self, tenant: str, source: str, coefficients: list[float]) -> Revision:
+        """Register and publish; a tenant that is known gets another revision."""
+        path = self.d / "root" / source
+        if tenant not in {t.name for t in self.registry.tenants()}:
+            self.registry.add_tenant(tenant, self.header.digest, source=str(path), actor="test")
+        digest = self.store.stage(path, family=self.header).digest
+        profile = make_profile(self.header, coefficients, {"method": "test"})
+        added = self.registry.add_revision(tenant, profile, adapter_digest=digest, actor="test")
+        self.registry.set_revision_state(added.id, "ready", actor="test")
+        self.registry.publish(tenant, added.number, actor="test")
+        return added
+
+
+def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "") -> World:
+    """A pico model, its family, and adapters by name and seed; `more` goes to the settings."""
+    tiny_model.make_model("llama", folder / "m")
+    family = tiny_model.write_family(folder / "m", folder / "f")
+    for name, seed in adapters.items():
+        tiny_model.write_tenant(folder / "m", folder / "root" / name, family, None, seed=seed)
+    config = CONFIG.replace("ROOT", str(folder / "root")).replace("URL", url)
+    (folder / "safegene.yaml").write_text(config + more)
+    registry = Registry(url)
+    header = read_family_header(folder / "f")
+    registry.add_family(header, str(folder / "f"), actor="test")
+    return World(folder, header, registry, Store(folder / "store"))
+
+
+class Running:
+    """A server process and clients for its keys."""
+
+    def __init__(self, world: World, *, slots: int = 2, **env: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.process: subprocess.Popen[str] = start(
+            *(str(world.d / "m"), "--family", str(world.d / "f"), "--slots", str(slots)),
+            *("--server-config", str(world.d / "safegene.yaml"), "--max-lora-rank", "8"),
+            *("--served-model-name", "base", "--port", str(port), "--enable-prefix-caching"),
+            ADMIN_KEY=ADMIN,
+            **env,
+        )
+        self.lines, self.drain = until_serving(self.process)
+        serving = any(line.startswith("serving at") for line in self.lines)
+        assert serving, "\n".join(self.lines[-60:])
+        self.pid = httpx.get(f"{self.url}/v1/safegene/ready", timeout=60).json()["pid"]
+        self._clients: dict[str, openai.OpenAI] = {}
+        self._https: dict[str, httpx.Client] = {}
+
+    def http(self, key: str) -> httpx.Client:
+        if key not in self._https:
+            headers = {"Authorization": f"Bearer {key}"}
+            self._https[key] = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return self._https[key]
+
+    def client(self, key: str) -> openai.OpenAI:
+        if key not in self._clients:
+            url = f"{self.url}/v1"
+            self._clients[key] = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+        return self._clients[key]
+
+    def kill(self) -> None:
+        """-9 to every process of it, as when a machine dies."""
+        everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        for client in (*self._clients.values(), *self._https.values()):
+            client.close()
+        end(self.process, self.drain)
+
+    def ask(self, key: str, model: str, prompt: list[int], **more: Any) -> tuple[str, list[int]]:
+        """(the answer's model, its tokens)."""
+        answer = self.client(key).completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=8,
+            temperature=0,
+            extra_body={"return_token_ids": True, **more},
+        )
+        ids: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
+        return answer.model, ids
+
+    def replica(self, registry: Registry) -> Replica:
+        return next(r for r in registry.replicas(alive_s=3600.0) if r.pid == self.pid)
+
+    def follows(self, registry: Registry) -> float:
+        """Wait until this replica has applied the registry's version; how long it took."""
+        begun = time.monotonic()
+        while self.replica(registry).applied_version < registry.version():
+            assert time.monotonic() - begun < 20, registry.replicas()
+            time.sleep(0.02)
+        return time.monotonic() - begun

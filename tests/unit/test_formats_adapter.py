@@ -1,0 +1,332 @@
+"""A PEFT LoRA directory: what is refused, scalings are PEFT's own, saving is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from format_files import edit_json, pico_llama, ramp, random_adapter, tiny_pair
+
+from safegene_vllm.composition import delta, merge_into
+from safegene_vllm.errors import (
+    HeaderError,
+    MissingFileError,
+    NonFiniteError,
+    PickleRejectedError,
+    SafegeneError,
+    ShapeError,
+    SiteError,
+    TruncatedFileError,
+)
+from safegene_vllm.formats.adapter import (
+    Adapter,
+    Pair,
+    layer_of,
+    load_adapter,
+    read_adapter_shapes,
+    save_adapter,
+    scaling_of,
+)
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
+
+SITE = "model.layers.1.mlp.up_proj"
+A_NAME = f"base_model.model.{SITE}.lora_A.weight"
+B_NAME = f"base_model.model.{SITE}.lora_B.weight"
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    save_adapter(Adapter({SITE: tiny_pair()}, None, {}), tmp_path / "good", base_model="base/model")
+    return tmp_path / "good"
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    return lambda directory: edit_json(
+        directory / "adapter_config.json", lambda c: c.update(fields)
+    )
+
+
+def tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = directory / "adapter_model.safetensors"
+        values = read_tensors(path)
+        change(values)
+        path.write_bytes(serialize(values))
+
+    return damage
+
+
+def put(name: str, value: Any) -> Callable[[Path], None]:
+    return tensors(lambda values: values.update({name: value}))
+
+
+def only_pickle(name: str) -> Callable[[Path], Any]:
+    return lambda directory: (directory / "adapter_model.safetensors").rename(directory / name)
+
+
+def cut(name: str, length: int) -> Callable[[Path], Any]:
+    return lambda d: (d / name).write_bytes((d / name).read_bytes()[:length])
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
+    "no directory": (shutil.rmtree, MissingFileError, "not a directory"),
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), MissingFileError, "config"),
+    "no weights": (
+        lambda d: (d / "adapter_model.safetensors").unlink(),
+        MissingFileError,
+        "safetensors",
+    ),
+    **{
+        f"only a pickle {name}": (only_pickle(name), PickleRejectedError, name)
+        for name in ("adapter_model.bin", "a.pt", "a.pth", "a.ckpt", "a.pkl")
+    },
+    "weights cut": (cut("adapter_model.safetensors", 100), TruncatedFileError, "fetch it again"),
+    "config cut": (cut("adapter_config.json", 100), HeaderError, "JSON"),
+    "alpha NaN": (config(lora_alpha=math.nan), NonFiniteError, "NaN"),
+    "A without B": (tensors(lambda v: v.pop(B_NAME)), SiteError, "lora_A only"),
+    "B without A": (tensors(lambda v: v.pop(A_NAME)), SiteError, "lora_B only"),
+    "no tensor": (tensors(lambda v: v.clear()), SiteError, "touches no site"),
+    "ranks of A and B": (put(A_NAME, ramp(3, 4)), ShapeError, "one R"),
+    "rank of config": (config(r=4), ShapeError, "rank 2.*says 4"),
+    "rank of rank_pattern": (config(rank_pattern={"up_proj": 8}), ShapeError, "rank 2.*says 8"),
+    "one dimension": (put(A_NAME, torch.ones(2)), ShapeError, "one R"),
+    "empty": (put(A_NAME, torch.ones(2, 0)), ShapeError, "none of them 0"),
+    "two dtypes": (put(A_NAME, ramp(2, 4, dtype=torch.float16)), HeaderError, "F16 and B F32"),
+    "float64": (
+        tensors(lambda v: v.update({k: t.double() for k, t in v.items()})),
+        HeaderError,
+        "F64",
+    ),
+    "embedding": (put("base_model.model.x.lora_embedding_A", ramp(1, 1)), SiteError, "embedding_A"),
+    "bias": (put(f"base_model.model.{SITE}.lora_B.bias", ramp(1, 1)), SiteError, r"lora_B\.bias"),
+    "saved module": (put("base_model.model.lm_head.weight", ramp(1, 1)), SiteError, "lm_head"),
+    "other prefix": (put(f"{SITE}.lora_A.weight", ramp(1, 1)), SiteError, "base_model.model"),
+    "dora": (config(use_dora=True), HeaderError, "use_dora"),
+    "modules_to_save": (config(modules_to_save=["lm_head"]), HeaderError, "modules_to_save"),
+    "bias all": (config(bias="all"), HeaderError, "bias is 'all'"),
+    "lora_bias": (config(lora_bias=True), HeaderError, "lora_bias"),
+    "transposed": (config(fan_in_fan_out=True), HeaderError, "fan_in_fan_out"),
+    "pissa": (config(init_lora_weights="pissa"), HeaderError, "changes the base"),
+    "not lora": (config(peft_type="IA3"), HeaderError, "'IA3', expected 'LORA'"),
+    "r zero": (config(r=0), HeaderError, "r is 0"),
+    "r true": (config(r=True), HeaderError, "r is True"),
+    "alpha text": (config(lora_alpha="8"), HeaderError, "lora_alpha is '8'"),
+    "rank pattern list": (config(rank_pattern=[1]), HeaderError, "rank_pattern"),
+    "alpha pattern text": (config(alpha_pattern={"a": "b"}), HeaderError, "alpha_pattern"),
+    "pattern no regex": (config(alpha_pattern={"(": 1}), HeaderError, "regular expression"),
+    "two faults": (config(r=0, use_dora=True), HeaderError, "(?s)2 faults.*use_dora.*r is 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_adapter_has_a_named_error(good: Path, case: str) -> None:
+    damage, error, says = BAD[case]
+    damage(good)
+    for read in (read_adapter_shapes, load_adapter):
+        with pytest.raises(error, match=says) as caught:
+            read(good)
+        assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_only_loading_sees_values_that_are_not_finite(good: Path, value: float) -> None:
+    put(A_NAME, torch.full((2, 4), value))(good)
+    assert set(read_adapter_shapes(good)) == {SITE}
+    with pytest.raises(NonFiniteError, match="lora_A"):
+        load_adapter(good)
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(good: Path) -> None:
+    (good / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert set(load_adapter(good).pairs) == {SITE}
+
+
+def test_links_are_followed(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(good)
+    assert set(load_adapter(tmp_path / "link").pairs) == {SITE}
+
+
+def test_shapes_come_from_headers_alone(good: Path) -> None:
+    shape = read_adapter_shapes(good)[SITE]
+    assert (shape.rank, shape.d_in, shape.d_out, shape.dtype) == (2, 4, 3, "F32")
+
+
+def test_a_pair_must_fit_together() -> None:
+    with pytest.raises(ShapeError, match="one R"):
+        Pair(torch.ones(2, 4), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("site", "layer"),
+    [
+        ("model.layers.11.self_attn.q_proj", 11),
+        ("transformer.h.3.mlp", 3),
+        ("transformer.blocks.0", 0),
+        ("layers.7.x", 7),
+        ("lm_head", None),
+        ("model.mylayers.3.x", None),
+        ("model.layers.x.3", None),
+    ],
+)
+def test_the_layer_of_a_site(site: str, layer: int | None) -> None:
+    assert layer_of(site) == layer
+
+
+PEFT_CASES: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 6},
+    "rank-stabilised": {"r": 3, "lora_alpha": 5, "use_rslora": True},
+    "rank by name": {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}},
+    "alpha by path": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+    "both, rank-stabilised": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 2, "layers.0.mlp.up_proj": 5},
+        "alpha_pattern": {"up_proj": 1.5},
+    },
+    "regex keys": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r"^model\.layers\.0\..*": 2, r"1\.mlp\.(up|v)_proj": 3},
+        "alpha_pattern": {r"layers\.\d+\.self_attn\.q_proj": 7, r".*_proj": 9},
+    },
+    "keys that only look alike": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"proj": 2, "p_proj": 2, "^q_proj": 2},
+        "alpha_pattern": {"layers.1": 3, "mlp": 3},
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_scalings_and_merged_weights_are_what_peft_computes(tmp_path: Path, case: str) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    before = {n: p.clone() for n, p in pico_llama().state_dict().items()}
+    torch.manual_seed(1)
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], **PEFT_CASES[case])
+    model: Any = get_peft_model(pico_llama(), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    # Compared with what PEFT reads back: it sorts the patterns when it saves, and where two match
+    # a name, the order decides.
+    model = PeftModel.from_pretrained(pico_llama(), str(tmp_path))
+
+    adapter = load_adapter(tmp_path)
+    assert len(adapter.pairs) == 4
+    for site, pair in adapter.pairs.items():
+        module = model.base_model.model.get_submodule(site)
+        assert pair.scaling == module.scaling["default"] == scaling_of(adapter.config, site)
+        torch.testing.assert_close(delta(pair, 1.0), module.get_delta_weight("default"))
+    after = model.merge_and_unload().state_dict()
+    for site, pair in adapter.pairs.items():
+        name = f"{site}.weight"
+        torch.testing.assert_close(merge_into(before[name], pair, 1.0, rows=7), after[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_saving_and_loading_is_the_identity(tmp_path: Path, dtype: torch.dtype) -> None:
+    pairs = {SITE: tiny_pair(3, dtype=dtype), "lm_head": tiny_pair(5, rank=1, dtype=dtype)}
+    save_adapter(Adapter(pairs, None, {}), tmp_path / "a", base_model="some/base")
+    loaded = load_adapter(tmp_path / "a")
+    assert loaded.base_model == "some/base"
+    assert set(loaded.pairs) == set(pairs)
+    for site, pair in pairs.items():
+        assert loaded.pairs[site].scaling == 1.0
+        assert loaded.pairs[site].a.dtype == dtype
+        assert torch.equal(loaded.pairs[site].a, pair.a)
+        assert torch.equal(loaded.pairs[site].b, pair.b)
+
+
+@pytest.mark.parametrize(("scaling", "kept"), [(2.0, True), (0.5, True), (1 / 3, False)])
+def test_a_scaling_is_folded_without_losing_a_bit(
+    tmp_path: Path, scaling: float, kept: bool
+) -> None:
+    pair = Pair(ramp(2, 4, dtype=torch.bfloat16), ramp(3, 2, dtype=torch.bfloat16), scaling)
+    save_adapter(Adapter({SITE: pair}, None, {}), tmp_path / "a", base_model=None)
+    loaded = load_adapter(tmp_path / "a").pairs[SITE]
+    assert loaded.scaling == 1.0
+    assert loaded.b.dtype == (torch.bfloat16 if kept else torch.float32)
+    assert torch.equal(loaded.b.float(), pair.folded().b)
+
+
+def test_saving_casts_when_told_to(tmp_path: Path) -> None:
+    pair = Pair(ramp(2, 4), ramp(3, 2), 1 / 3)
+    save_adapter(
+        Adapter({SITE: pair}, None, {}), tmp_path / "a", base_model=None, dtype=torch.bfloat16
+    )
+    loaded = load_adapter(tmp_path / "a").pairs[SITE]
+    assert loaded.a.dtype == loaded.b.dtype == torch.bfloat16
+
+
+def test_peft_computes_the_saved_scalings(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = pico_llama()
+    adapter = random_adapter(model, {"q_proj": 3, "up_proj": 2, "down_proj": 2})
+    scaled = {site: Pair(p.a, p.b, 0.3) for site, p in adapter.pairs.items()}
+    save_adapter(Adapter(scaled, None, {}), tmp_path / "a", base_model=None)
+    loaded: Any = PeftModel.from_pretrained(model, str(tmp_path / "a"))
+    for site, pair in scaled.items():
+        module = loaded.base_model.model.get_submodule(site)
+        assert module.scaling["default"] == 1.0
+        assert module.r["default"] == pair.rank
+        torch.testing.assert_close(module.get_delta_weight("default"), delta(pair, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error"),
+    [
+        ({}, SiteError),
+        ({SITE: Pair(torch.full((1, 2), math.nan), torch.ones(2, 1))}, NonFiniteError),
+        ({SITE: Pair(torch.ones(1, 2).double(), torch.ones(2, 1).double())}, HeaderError),
+        ({SITE: Pair(torch.ones(1, 0), torch.ones(2, 1))}, ShapeError),
+    ],
+)
+def test_what_cannot_be_loaded_is_not_saved(
+    tmp_path: Path, pairs: dict[str, Pair], error: type
+) -> None:
+    with pytest.raises(error):
+        save_adapter(Adapter(pairs, None, {}), tmp_path / "a", base_model=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_adapter_takes_the_old_one_s_profile_with_it(good: Path) -> None:
+    (good / "safegene.json").write_text(json.dumps({"kind": "profile"}))
+    save_adapter(Adapter({SITE: tiny_pair(2)}, None, {}), good, base_model=None)
+    assert {p.name for p in good.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("key", ["(a+)+x", "(a|a)*", ".*.*.*.*x", r"(\w)\1", "(?:a+){2,}"])
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_could_hang_a_worker_is_refused(
+    tmp_path: Path, option: str, key: str
+) -> None:
+    adapter = Adapter({"model.layers.0.mlp.up_proj": tiny_pair()}, None, {})
+    save_adapter(adapter, tmp_path / "slow", base_model="x")
+    edit_json(tmp_path / "slow" / "adapter_config.json", lambda c: c.update({option: {key: 4}}))
+    with pytest.raises(HeaderError, match="for ever"):
+        read_adapter_shapes(tmp_path / "slow")
+
+
+@pytest.mark.parametrize("scaling", [1.0, -2.0, 0.5, 1e30, 1e39, float("inf")])
+@pytest.mark.parametrize("size", [0.0, 1e-8, 3.0, 65504.0, 65519.0, 65520.0, 3.39e38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_pair_fits_a_dtype_if_all_of_it_stays_finite(
+    dtype: torch.dtype, size: float, scaling: float
+) -> None:
+    small, large = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.0], [-size], [size / 2]])
+    for pair in (Pair(small, large, scaling), Pair(large.T, small.T, scaling)):
+        folded = pair.folded()
+        finite = all(bool(m.to(dtype).isfinite().all()) for m in (folded.a, folded.b))
+        assert pair.fits(dtype) is finite

@@ -1,0 +1,151 @@
+"""House rules that a machine can see: docstrings, sizes, names, and files that agree.
+
+Not for imports (test_layering) and not for what the linter already says.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("safegene_vllm", "server")
+CODE = (*SHIPPED, "examples", "benchmarks", "deploy", "tests")
+MAX_LINES = 400
+DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}
+NEVER_LOCKED = {"torchvision", "torchaudio", "torchcodec", "triton", "llama-cpp-python", "llm"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def sources(folders: tuple[str, ...]) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def short(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def documents() -> list[Path]:
+    pages = (*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("deploy/**/*.md")))
+    return [p for p in (ROOT / "README.md", *pages) if p.is_file()]
+
+
+def make_targets_in(text: str) -> set[str]:
+    """Targets of every `make ...` in code spans and fences; prose is not read."""
+    fences = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M))
+    targets: set[str] = set()
+    for line in "\n".join(fences + spans).splitlines():
+        # A line of a file tree is prose after its path.
+        line = re.sub(r"^\w+[/.]\S*  .*", "", line)
+        for call in re.findall(r"(?:^|[\s;&])make((?: [\w.=/-]+)+)", line.partition("#")[0]):
+            targets |= {word for word in call.split() if "=" not in word and word[0] != "-"}
+    return targets
+
+
+def locked() -> dict[str, str]:
+    """Package -> version, from requirements.txt."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE))
+
+
+def test_documents_name_only_make_targets_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    for document in documents():
+        named = make_targets_in(document.read_text(encoding="utf-8"))
+        assert named <= targets, f"{document.name}: no such make target: {sorted(named - targets)}"
+
+
+def test_the_reader_of_make_targets() -> None:
+    text = (
+        "make sure `make a` works\n```sh\n$ make b C=1 d  # make e\ncd x && make f\n```\n`make-g`"
+    )
+    assert make_targets_in(text) == {"a", "b", "d", "f"}
+
+
+def test_every_make_target_is_in_the_help() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    helped = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    assert targets == helped
+    told = subprocess.run(
+        ["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", told, re.MULTILINE)
+    assert sorted(phony.split()) == sorted(helped)
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        path
+        for path in sources(CODE)
+        if (text := path.read_text(encoding="utf-8")).strip()
+        and not ast.get_docstring(ast.parse(text))
+    ]
+    assert short(silent) == []
+
+
+def test_no_room_is_too_large() -> None:
+    large = [
+        path
+        for path in sources(SHIPPED)
+        if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
+    ]
+    assert short(large) == [], f"over {MAX_LINES} lines"
+
+
+def test_no_drawers() -> None:
+    drawers = [
+        path
+        for path in sources(CODE)
+        if DRAWERS & {*path.relative_to(ROOT).parent.parts, path.stem}
+    ]
+    assert short(drawers) == [], "name it for what it holds"
+
+
+def entry_points() -> list[str]:
+    project = PYPROJECT["project"]
+    groups = [project["scripts"], *project["entry-points"].values()]
+    return [target for group in groups for target in group.values()]
+
+
+@pytest.mark.parametrize("target", entry_points())
+def test_entry_points_name_something_that_exists(target: str) -> None:
+    module, _, name = target.partition(":")
+    bases = [root / Path(*module.split(".")) for root in (ROOT, ROOT / "server")]
+    files = [f for base in bases for f in (base.with_suffix(".py"), base / "__init__.py")]
+    found = [f for f in files if f.is_file()]
+    if not found:
+        pytest.skip(f"{module} is not built yet")
+    assert len(found) == 1, f"{module} is two files: {short(found)}"
+    defined: set[str] = set()
+    for node in ast.parse(found[0].read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                defined.add(node.name)
+            case ast.Import() | ast.ImportFrom():
+                defined |= {alias.asname or alias.name for alias in node.names}
+            case ast.Assign():
+                defined |= {ast.unparse(t) for t in node.targets}
+            case ast.AnnAssign():
+                defined.add(ast.unparse(node.target))
+    assert name in defined, f"{short(found)[0]} does not define {name}"
+
+
+def test_the_lock_leaves_out_what_breaks_a_cpu_torch() -> None:
+    assert NEVER_LOCKED.isdisjoint(locked())
+    assert locked()["torch"].endswith("+cpu")
+
+
+def test_the_lock_holds_every_declared_dependency() -> None:
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + [d for x in extras if x != "gpu" for d in extras[x]]
+    names = {re.split(r"[\[<>=!~ ;]", dependency)[0] for dependency in declared}
+    assert names <= set(locked()), f"run make lock: {sorted(names - set(locked()))}"
