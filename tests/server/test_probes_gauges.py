@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, math, sys, warnings
 from datetime import UTC, datetime
