@@ -58,9 +58,9 @@ class Case:
     def bytes(self, *, tenants: bool = True, vector: bool = True, size: int = 2) -> int:
         """The least that memory must move: weights in use and x once, y in and out."""
         parts, out = len(self.widths), sum(self.widths)
-        pair = parts * self.d_in + out
-        weights = self.rank * pair * min(self.tenants, self.tokens) if tenants else 0
-        weights += self.safety_rank * pair if vector else 0
+        lora = parts * self.d_in + out
+        weights = self.rank * lora * min(self.tenants, self.tokens) if tenants else 0
+        weights += self.safety_rank * lora if vector else 0
         return size * (weights + self.tokens * (self.d_in + 2 * out))
 
 

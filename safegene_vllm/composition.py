@@ -17,7 +17,7 @@ from safegene_vllm.errors import (
     ShapeError,
     raise_errors,
 )
-from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, plain_config
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of, plain_config
 from safegene_vllm.formats.family import Family
 from safegene_vllm.formats.profile import Profile, check_profile
 
@@ -37,16 +37,16 @@ def merged_weight_name(site: str) -> str:
     return f"{site}.weight"
 
 
-def delta(pair: Pair, coefficient: float) -> torch.Tensor:
+def delta(lora: LoRAWeights, coefficient: float) -> torch.Tensor:
     """What is added to a weight: (D_out, D_in) float32.
 
     Semantics: coefficient · scaling · b @ a.
     """
-    return (coefficient * pair.scaling) * (pair.b.float() @ pair.a.float())
+    return (coefficient * lora.scaling) * (lora.b.float() @ lora.a.float())
 
 
 def merge_into(
-    weight: torch.Tensor, pair: Pair, coefficient: float, *, rows: int | None = None
+    weight: torch.Tensor, lora: LoRAWeights, coefficient: float, *, rows: int | None = None
 ) -> torch.Tensor:
     """The merged weight: a new tensor (D_out, D_in) of weight's dtype and device.
 
@@ -61,17 +61,17 @@ def merge_into(
             f"weight has dtype {weight.dtype}, expected float32, bfloat16 or float16; a quantized "
             "weight cannot be added to: serve the tenant through the LoRA slot"
         )
-    if tuple(weight.shape) != (pair.d_out, pair.d_in):
+    if tuple(weight.shape) != (lora.d_out, lora.d_in):
         raise ShapeError(
-            f"weight has shape {tuple(weight.shape)}, the pair is for {(pair.d_out, pair.d_in)}"
+            f"weight has shape {tuple(weight.shape)}, the pair is for {(lora.d_out, lora.d_in)}"
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (t.to(weight.device, wide) for t in (pair.a, pair.b))
-    factor = coefficient * pair.scaling
+    a, b = (t.to(weight.device, wide) for t in (lora.a, lora.b))
+    factor = coefficient * lora.scaling
     merged = torch.empty_like(weight)
-    rows = rows or max(1, BLOCK_ENTRIES // pair.d_in)
-    starts = range(0, pair.d_out, rows)
-    work = torch.empty(min(rows, pair.d_out), pair.d_in, dtype=wide, device=weight.device)
+    rows = rows or max(1, BLOCK_ENTRIES // lora.d_in)
+    starts = range(0, lora.d_out, rows)
+    work = torch.empty(min(rows, lora.d_out), lora.d_in, dtype=wide, device=weight.device)
     # Without its sign a float's bits order as integers, those of Inf and NaN above all others.
     of_bits = _BITS[weight.dtype]
     bits, without_sign = merged.view(of_bits), torch.iinfo(of_bits).max
@@ -93,7 +93,9 @@ def merge_into(
     return merged
 
 
-def lora_pair(tenant: Pair | None, safety: Pair, coefficient: float) -> Pair:
+def composed_lora(
+    tenant: LoRAWeights | None, safety: LoRAWeights, coefficient: float
+) -> LoRAWeights:
     """Tenant and safety pair as one pair of rank R_t + R_s, float32, scaling 1.
 
     Semantics: a = [a_t; a_s], b = [s_t b_t, coefficient · s_s b_s]. At coefficient 0.0 the
@@ -102,7 +104,7 @@ def lora_pair(tenant: Pair | None, safety: Pair, coefficient: float) -> Pair:
     """
     a_s, b_s = safety.a.float(), safety.b.float() * (coefficient * safety.scaling)
     if tenant is None:
-        return Pair(a_s, b_s)
+        return LoRAWeights(a_s, b_s)
     if (tenant.d_in, tenant.d_out) != (safety.d_in, safety.d_out):
         raise ShapeError(
             f"the tenant's pair is for a weight {(tenant.d_out, tenant.d_in)}, "
@@ -110,8 +112,8 @@ def lora_pair(tenant: Pair | None, safety: Pair, coefficient: float) -> Pair:
         )
     a_t, b_t = tenant.a.float(), tenant.b.float() * tenant.scaling
     if coefficient == 0.0:
-        return Pair(a_t, b_t)
-    return Pair(torch.cat([a_t, a_s], dim=0), torch.cat([b_t, b_s], dim=1))
+        return LoRAWeights(a_t, b_t)
+    return LoRAWeights(torch.cat([a_t, a_s], dim=0), torch.cat([b_t, b_s], dim=1))
 
 
 def gain_row(profile: Profile) -> torch.Tensor:
@@ -119,14 +121,14 @@ def gain_row(profile: Profile) -> torch.Tensor:
     return torch.tensor(profile.coefficients, dtype=torch.float32)
 
 
-def safety_product(x: torch.Tensor, pair: Pair, gain: torch.Tensor) -> torch.Tensor:
+def safety_product(x: torch.Tensor, lora: LoRAWeights, gain: torch.Tensor) -> torch.Tensor:
     """What the gain table adds to a linear's output: (T, D_out) float32.
 
     Semantics: ((x aᵀ) · gain[:, None]) (scaling · b)ᵀ, with x (T, D_in) of any float dtype and gain
     (T,), one coefficient per token.
     """
-    shrunk = (x.float() @ pair.a.float().T) * gain.float()[:, None]
-    return shrunk @ (pair.b.float() * pair.scaling).T
+    shrunk = (x.float() @ lora.a.float().T) * gain.float()[:, None]
+    return shrunk @ (lora.b.float() * lora.scaling).T
 
 
 def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) -> Adapter:
@@ -135,21 +137,21 @@ def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) ->
     Errors: those of `check_profile`; FamilyMismatchError naming each site whose shape differs.
     """
     check_profile(profile, family.header)
-    ours = {} if tenant is None else dict(tenant.pairs)
-    pairs: dict[str, Pair] = {}
+    ours = {} if tenant is None else dict(tenant.lora_weights)
+    lora_weights: dict[str, LoRAWeights] = {}
     faults: list[SafegeneError] = []
-    for site in sorted(ours.keys() | family.pairs.keys()):
-        own, safety = ours.get(site), family.pairs.get(site)
+    for site in sorted(ours.keys() | family.lora_weights.keys()):
+        own, safety = ours.get(site), family.lora_weights.get(site)
         if safety is None:
             assert own is not None
-            pairs[site] = Pair(own.a.float(), own.b.float() * own.scaling)
+            lora_weights[site] = LoRAWeights(own.a.float(), own.b.float() * own.scaling)
             continue
         layer = layer_of(site)
         assert layer is not None
         try:
-            pairs[site] = lora_pair(own, safety, profile.coefficients[layer])
+            lora_weights[site] = composed_lora(own, safety, profile.coefficients[layer])
         except ShapeError as error:
             faults.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
     raise_errors(faults)
     base_model = None if tenant is None else tenant.base_model
-    return Adapter(pairs, base_model, plain_config(pairs, base_model))
+    return Adapter(lora_weights, base_model, plain_config(lora_weights, base_model))

@@ -31,7 +31,7 @@ from safegene_vllm.formats.adapter import (
     OWNED_FILES,
     WEIGHTS_FILE,
     Adapter,
-    Pair,
+    LoRAWeights,
     adapter_files,
     layer_of,
     load_adapter,
@@ -91,12 +91,12 @@ def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
     return load_adapter(tenant) if kind_of(tenant) == "adapter" else None
 
 
-def _padded(pair: Pair, rank: int) -> Pair:
+def _padded(lora: LoRAWeights, rank: int) -> LoRAWeights:
     """The same ΔW at `rank`: rows of a and columns of b filled up with zeros."""
     from torch.nn.functional import pad
 
-    missing = rank - pair.rank
-    return Pair(pad(pair.a, (0, 0, 0, missing)), pad(pair.b, (0, missing)), pair.scaling)
+    missing = rank - lora.rank
+    return LoRAWeights(pad(lora.a, (0, 0, 0, missing)), pad(lora.b, (0, missing)), lora.scaling)
 
 
 def export_adapter(
@@ -118,46 +118,50 @@ def export_adapter(
 
     composed = compose_adapter(_own_adapter(tenant, family), family, profile)
     # With nothing left the zeros stay: an adapter without tensors loads nowhere.
-    used = {site: p for site, p in composed.pairs.items() if bool(p.b.any())} or composed.pairs
-    rank = max(pair.rank for pair in used.values())
-    pairs = {site: settled(_padded(pair, rank), dtype) for site, pair in used.items()}
-    files = adapter_files(pairs, composed.base_model)
+    used = {
+        site: p for site, p in composed.lora_weights.items() if bool(p.b.any())
+    } or composed.lora_weights
+    rank = max(lora.rank for lora in used.values())
+    lora_weights = {site: settled(_padded(lora, rank), dtype) for site, lora in used.items()}
+    files = adapter_files(lora_weights, composed.base_model)
     files[RECORD_FILE] = _record(
-        "adapter", family, profile, {"sites": len(pairs), "max_rank": rank}
+        "adapter", family, profile, {"sites": len(lora_weights), "max_rank": rank}
     )
     replace_directory(Path(out), files, owned=(CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE))
-    return Exported(Path(out), len(pairs), len(pairs), rank)
+    return Exported(Path(out), len(lora_weights), len(lora_weights), rank)
 
 
-def _merge_pairs(own: Adapter | None, family: Family, profile: Profile) -> dict[str, Pair]:
+def _merge_lora_weights(
+    own: Adapter | None, family: Family, profile: Profile
+) -> dict[str, LoRAWeights]:
     """Per site the one pair that is added to its weight; sites that add nothing are left out.
 
     Semantics: scaling · b @ a = s_t b_t @ a_t + λ b_s @ a_s, one rounding for both.
     """
-    from safegene_vllm.composition import lora_pair
+    from safegene_vllm.composition import composed_lora
 
-    tenant = {} if own is None else own.pairs
-    pairs: dict[str, Pair] = {}
-    for site in sorted(tenant.keys() | family.pairs.keys()):
-        theirs, safety = tenant.get(site), family.pairs.get(site)
+    tenant = {} if own is None else own.lora_weights
+    lora_weights: dict[str, LoRAWeights] = {}
+    for site in sorted(tenant.keys() | family.lora_weights.keys()):
+        theirs, safety = tenant.get(site), family.lora_weights.get(site)
         if safety is None:
             assert theirs is not None
-            pairs[site] = theirs
+            lora_weights[site] = theirs
             continue
         layer = layer_of(site)
         assert layer is not None
         coefficient = profile.coefficients[layer]
         if coefficient == 0.0 and theirs is not None:
-            pairs[site] = theirs
+            lora_weights[site] = theirs
         elif coefficient != 0.0 and theirs is not None:
-            pairs[site] = lora_pair(theirs, safety, coefficient)
+            lora_weights[site] = composed_lora(theirs, safety, coefficient)
         elif coefficient != 0.0:
             # Not folded into b: so the weight is bit for bit that of --load-format safegene.
-            pairs[site] = replace(safety, scaling=coefficient * safety.scaling)
-    return {site: pair for site, pair in pairs.items() if bool(pair.b.any())}
+            lora_weights[site] = replace(safety, scaling=coefficient * safety.scaling)
+    return {site: lora for site, lora in lora_weights.items() if bool(lora.b.any())}
 
 
-def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
+def _check_weights(checkpoint: Checkpoint, lora_weights: Mapping[str, LoRAWeights]) -> None:
     """Every pair has its weight: there, of its shape, of a float dtype, and not an alias."""
     from safegene_vllm.composition import merged_weight_name
 
@@ -167,7 +171,7 @@ def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
         isinstance(text, dict) and text.get("tie_word_embeddings")
     )
     faults: list[SafegeneError] = []
-    for site, pair in pairs.items():
+    for site, lora in lora_weights.items():
         info = checkpoint.infos.get(merged_weight_name(site))
         if tied and layer_of(site) is None:
             faults.append(
@@ -178,10 +182,10 @@ def _check_weights(checkpoint: Checkpoint, pairs: Mapping[str, Pair]) -> None:
             )
         elif info is None:
             faults.append(SiteError(f"{where} has no weight for the site {site}"))
-        elif info.shape != (pair.d_out, pair.d_in):
+        elif info.shape != (lora.d_out, lora.d_in):
             faults.append(
                 FamilyMismatchError(
-                    f"{site}: the pair is for {(pair.d_out, pair.d_in)}, the weight in {where} is "
+                    f"{site}: the pair is for {(lora.d_out, lora.d_in)}, the weight in {where} is "
                     f"{info.shape}"
                 )
             )
@@ -207,7 +211,7 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, path: Path) -> N
 def _write_shard(
     checkpoint: Checkpoint,
     shard: str,
-    by_name: Mapping[str, Pair],
+    by_name: Mapping[str, LoRAWeights],
     target: Path,
     done: Callable[[int], None],
 ) -> None:
@@ -221,11 +225,11 @@ def _write_shard(
         _copy_bytes(source, file, int.from_bytes(prefix, "little"), path)
         for name, info in checkpoint.shards[shard].items():
             length = info.end - info.begin
-            pair = by_name.get(name)
-            if pair is None:
+            lora = by_name.get(name)
+            if lora is None:
                 _copy_bytes(source, file, length, path)
             else:
-                file.write(tensor_bytes(merge_into(checkpoint.read(name), pair, 1.0)))
+                file.write(tensor_bytes(merge_into(checkpoint.read(name), lora, 1.0)))
                 source.seek(length, os.SEEK_CUR)
             done(length)
 
@@ -318,9 +322,9 @@ def export_checkpoint(
         raise FormatError(f"{base} holds: {kind}; expected a Hugging Face checkpoint")
     check_fits(base, family.header)
     checkpoint = read_checkpoint(base)
-    pairs = _merge_pairs(_own_adapter(tenant, family), family, profile)
-    _check_weights(checkpoint, pairs)
-    by_name = {merged_weight_name(site): pair for site, pair in pairs.items()}
+    lora_weights = _merge_lora_weights(_own_adapter(tenant, family), family, profile)
+    _check_weights(checkpoint, lora_weights)
+    by_name = {merged_weight_name(site): lora for site, lora in lora_weights.items()}
     total = sum(info.end - info.begin for info in checkpoint.infos.values())
     written = 0
 
@@ -338,6 +342,6 @@ def export_checkpoint(
             shutil.copyfile(path, target)
         for shard in checkpoint.shards:
             _write_shard(checkpoint, shard, by_name, fresh / shard, done)
-        more = {"sites": len(family.pairs), "merged_weights": sorted(by_name)}
+        more = {"sites": len(family.lora_weights), "merged_weights": sorted(by_name)}
         (fresh / RECORD_FILE).write_bytes(_record("checkpoint", family, profile, more))
-    return Exported(out, len(family.pairs), len(by_name), 0)
+    return Exported(out, len(family.lora_weights), len(by_name), 0)

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of, save_adapter
 from safegene_vllm.formats.family import Family, base_of_checkpoint, make_family, save_family
 from safegene_vllm.formats.profile import Profile, make_profile, save_profile
 
@@ -72,13 +72,13 @@ def linear_sites(directory: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def random_pairs(
+def random_lora_weights(
     sites: Mapping[str, tuple[int, int]], rank: int, seed: int, *, strength: float = 0.6
-) -> dict[str, Pair]:
+) -> dict[str, LoRAWeights]:
     """Random pairs whose ΔW is comparable to the weights themselves."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        site: Pair(
+        site: LoRAWeights(
             torch.randn(rank, d_in, generator=generator) * strength / rank**0.5,
             torch.randn(d_out, rank, generator=generator) * strength / d_in**0.5,
         )
@@ -94,7 +94,7 @@ def write_family(
     family = make_family(
         "pico",
         base_of_checkpoint(model),
-        random_pairs(sites, rank, seed),
+        random_lora_weights(sites, rank, seed),
         bounds=(0.0, 3.0),
         recipe={"method": "random"},
     )
@@ -119,8 +119,8 @@ def write_tenant(
         sites = linear_sites(model)
         if suffixes:
             sites = {s: d for s, d in sites.items() if s.endswith(suffixes)}
-        pairs = random_pairs(sites, rank, seed)
-        save_adapter(Adapter(pairs, None, {}), directory, base_model="pico")
+        lora_weights = random_lora_weights(sites, rank, seed)
+        save_adapter(Adapter(lora_weights, None, {}), directory, base_model="pico")
     if family is None or coefficients is None:
         return None
     profile = make_profile(family.header, coefficients, {"method": "test"})

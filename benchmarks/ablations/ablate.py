@@ -34,7 +34,7 @@ from safegene_vllm.formats.family import Family, FamilyHeader, load_family, make
 from safegene_vllm.formats.profile import check_profile, load_profile, save_profile
 from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.recipe.calibration import calibrate
-from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, pair_norm
+from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, lora_norm
 from safegene_vllm.recipe.distillation import Distilled, distil
 from safegene_vllm.recipe.examples import few
 from safegene_vllm.recipe.model import Loaded, load_model
@@ -68,7 +68,7 @@ class Bench:
             source, layers = name.split("/")
             if source.startswith("from-"):
                 made = self._distilled_with(source.removeprefix("from-"), source)
-                family = make_family(source, made.base, made.pairs, recipe=made.recipe)
+                family = make_family(source, made.base, made.lora_weights, recipe=made.recipe)
                 save_family(family, path)
                 made.run.clear()
             else:
@@ -86,7 +86,12 @@ class Bench:
             ours = load_family(self.places.out / "family")
             head = ours.header
             return make_family(
-                source, head.base, ours.pairs, layers=head.layers, bounds=WIDE, recipe=head.recipe
+                source,
+                head.base,
+                ours.lora_weights,
+                layers=head.layers,
+                bounds=WIDE,
+                recipe=head.recipe,
             )
         if source == "minus-degradation":
             adapter = self.places.adapter("degraded")
@@ -145,8 +150,8 @@ class Bench:
             chosen = random.Random(0).sample(carrying, k)
         else:
             norms = dict.fromkeys(carrying, 0.0)
-            for site, pair in whole.pairs.items():
-                norms[int(site.split(".")[2])] += pair_norm(pair) ** 2
+            for site, lora in whole.lora_weights.items():
+                norms[int(site.split(".")[2])] += lora_norm(lora) ** 2
             chosen = sorted(carrying, key=lambda n: -norms[n])[:k]
         nothing = Contrast((0.0,) * len(carrying), (0.0,) * len(carrying), 1.0, "update")
         return select(whole, nothing, k, layers=chosen)

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from safegene_vllm.composition import delta, lora_pair
+from safegene_vllm.composition import delta, composed_lora
 from safegene_vllm.errors import ConfigError, SafegeneError, ShapeError, SiteError, raise_errors
-from safegene_vllm.formats.adapter import Adapter, Pair, plain_config
-from safegene_vllm.recipe.difference import pair_norm, truncated_pair
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, plain_config
+from safegene_vllm.recipe.difference import lora_norm, truncated_lora
 
-Alignment = Mapping[str, torch.Tensor | Pair]
+Alignment = Mapping[str, torch.Tensor | LoRAWeights]
 """V = W_aligned - W_base by site: a dense (D_out, D_in) tensor, or a LoRA pair if that is what it
 is."""
 
@@ -43,33 +43,35 @@ class Repaired:
     def record(self) -> dict[str, Any]:
         """For the benchmark's files."""
         return {
-            "sites": len(self.adapter.pairs),
+            "sites": len(self.adapter.lora_weights),
             "changed": list(self.changed),
             "similarity": dict(self.similarity),
             **self.notes,
         }
 
 
-def as_adapter(pairs: Mapping[str, Pair], base_model: str | None) -> Adapter:
+def as_adapter(lora_weights: Mapping[str, LoRAWeights], base_model: str | None) -> Adapter:
     """The pairs with scaling 1, float32."""
-    plain = {site: Pair(p.a.float(), p.folded().b) for site, p in sorted(pairs.items())}
+    plain = {
+        site: LoRAWeights(p.a.float(), p.folded().b) for site, p in sorted(lora_weights.items())
+    }
     return Adapter(plain, base_model, plain_config(plain, base_model))
 
 
 def no_repair(task: Adapter) -> Repaired:
     """The tenant as it is."""
-    return Repaired(as_adapter(task.pairs, task.base_model))
+    return Repaired(as_adapter(task.lora_weights, task.base_model))
 
 
-def projected(b: torch.Tensor, v: torch.Tensor | Pair) -> torch.Tensor:
+def projected(b: torch.Tensor, v: torch.Tensor | LoRAWeights) -> torch.Tensor:
     """C B with C = V Vᵀ / ‖V‖_F: (D_out, R) float64.
 
     Semantics: V (Vᵀ B) / ‖V‖_F; with V = s · B_v A_v it is s² · B_v (A_v A_vᵀ) (B_vᵀ B) / ‖V‖_F.
     C (D_out, D_out) itself is never formed. Errors: SiteError if V is zero (C is then 0/0).
     """
     b = b.double()
-    if isinstance(v, Pair):
-        norm = pair_norm(v)
+    if isinstance(v, LoRAWeights):
+        norm = lora_norm(v)
         a_v, b_v = v.a.double(), v.b.double() * v.scaling
         raw = b_v @ ((a_v @ a_v.T) @ (b_v.T @ b))
     else:
@@ -80,13 +82,13 @@ def projected(b: torch.Tensor, v: torch.Tensor | Pair) -> torch.Tensor:
     return raw / norm
 
 
-def similarity(pair: Pair, v: torch.Tensor | Pair) -> float:
+def similarity(lora: LoRAWeights, v: torch.Tensor | LoRAWeights) -> float:
     """ρ = cos(C B A, B A) over all entries, 0 if either is zero, to five decimals as IBM's code.
 
     Semantics: ⟨P A, B A⟩ / (‖P A‖ ‖B A‖) with P = C B, through Gram matrices (R, R) in float64.
     """
-    a, b = pair.a.double(), pair.b.double()
-    p = projected(pair.b, v)
+    a, b = lora.a.double(), lora.b.double()
+    p = projected(lora.b, v)
     rows = a @ a.T
     inner = float(((p.T @ b) * rows).sum())
     lengths = math.sqrt(
@@ -99,19 +101,19 @@ def similarities(task: Adapter, alignment: Alignment) -> dict[str, float]:
     """ρ at every site of the tenant. Errors: SiteError or ShapeError, all sites in one message."""
     found: dict[str, float] = {}
     faults: list[SafegeneError] = []
-    for site, pair in task.pairs.items():
+    for site, lora in task.lora_weights.items():
         v = alignment.get(site)
         if v is None:
             faults.append(SiteError(f"{site}: no difference between aligned and base is given"))
             continue
-        shape = (v.d_out, v.d_in) if isinstance(v, Pair) else tuple(v.shape)
-        if shape != (pair.d_out, pair.d_in):
+        shape = (v.d_out, v.d_in) if isinstance(v, LoRAWeights) else tuple(v.shape)
+        if shape != (lora.d_out, lora.d_in):
             faults.append(
-                ShapeError(f"{site}: V is {shape}, the tenant's ΔW {(pair.d_out, pair.d_in)}")
+                ShapeError(f"{site}: V is {shape}, the tenant's ΔW {(lora.d_out, lora.d_in)}")
             )
             continue
         try:
-            found[site] = similarity(pair, v)
+            found[site] = similarity(lora, v)
         except SiteError as error:
             faults.append(SiteError(f"{site}: {error}"))
     raise_errors(faults)
@@ -134,15 +136,17 @@ def safe_lora(
         if not 1 <= least <= len(found):
             raise ConfigError(f"least is {least}, expected 1 to {len(found)}, the tenant's sites")
         threshold = sorted(found.values())[least - 1]
-    pairs = dict(task.pairs)
+    lora_weights = dict(task.lora_weights)
     changed = tuple(site for site in sorted(found) if found[site] <= threshold)
     for site in changed:
-        pairs[site] = replace(pairs[site], b=projected(pairs[site].b, alignment[site]).float())
+        lora_weights[site] = replace(
+            lora_weights[site], b=projected(lora_weights[site].b, alignment[site]).float()
+        )
     notes = {"threshold": threshold}
-    return Repaired(as_adapter(pairs, task.base_model), changed, found, notes)
+    return Repaired(as_adapter(lora_weights, task.base_model), changed, found, notes)
 
 
-def linear_pair(one: Pair, other: Pair, weights: tuple[float, float]) -> Pair:
+def linear_lora(one: LoRAWeights, other: LoRAWeights, weights: tuple[float, float]) -> LoRAWeights:
     """What PEFT's `add_weighted_adapter(combination_type="linear")` makes of two pairs: rank R.
 
     Semantics: B = Σ √|w s| B_i and A = Σ ± √|w s| A_i, the sign being that of w s. B A then has the
@@ -159,17 +163,17 @@ def linear_pair(one: Pair, other: Pair, weights: tuple[float, float]) -> Pair:
     signed = [math.copysign(root, share) for root, share in zip(roots, shares, strict=True)]
     a = signed[0] * one.a.float() + signed[1] * other.a.float()
     b = roots[0] * one.b.float() + roots[1] * other.b.float()
-    return Pair(a, b)
+    return LoRAWeights(a, b)
 
 
-def exact_pair(one: Pair, other: Pair, weights: tuple[float, float]) -> Pair:
+def exact_lora(one: LoRAWeights, other: LoRAWeights, weights: tuple[float, float]) -> LoRAWeights:
     """Σ w_i ΔW_i as it is, by concatenation: rank R_1 + R_2, scaling 1."""
     weighted = replace(one, scaling=one.scaling * weights[0])
-    return lora_pair(weighted, other, weights[1])
+    return composed_lora(weighted, other, weights[1])
 
 
-def _difference(one: Pair, other: Pair) -> Pair:
-    return lora_pair(one, other, -1.0)
+def _difference(one: LoRAWeights, other: LoRAWeights) -> LoRAWeights:
+    return composed_lora(one, other, -1.0)
 
 
 def safe_merge(
@@ -196,32 +200,34 @@ def safe_merge(
         [
             SiteError(f"{site}: the safety LoRA has no pair here; train it on all linear modules")
             for site in changed
-            if site not in safety.pairs
+            if site not in safety.lora_weights
         ]
     )
-    pairs = dict(task.pairs)
+    lora_weights = dict(task.lora_weights)
     off = total = 0.0
     for site in changed:
-        exact = exact_pair(task.pairs[site], safety.pairs[site], weights)
-        pairs[site] = exact
+        exact = exact_lora(task.lora_weights[site], safety.lora_weights[site], weights)
+        lora_weights[site] = exact
         if form == "linear":
-            pairs[site] = linear_pair(task.pairs[site], safety.pairs[site], weights)
-            off += pair_norm(_difference(pairs[site], exact)) ** 2
-            total += pair_norm(exact) ** 2
+            lora_weights[site] = linear_lora(
+                task.lora_weights[site], safety.lora_weights[site], weights
+            )
+            off += lora_norm(_difference(lora_weights[site], exact)) ** 2
+            total += lora_norm(exact) ** 2
     notes: dict[str, Any] = {"threshold": threshold, "weights": list(weights), "form": form}
     if form == "linear":
         notes["cross_term_error"] = math.sqrt(off / total) if total else 0.0
-    return Repaired(as_adapter(pairs, task.base_model), changed, found, notes)
+    return Repaired(as_adapter(lora_weights, task.base_model), changed, found, notes)
 
 
-def dropped(pair: Pair, drop: float, seed: int) -> torch.Tensor:
+def dropped(lora: LoRAWeights, drop: float, seed: int) -> torch.Tensor:
     """DARE (Yu et al. 2024, arXiv:2311.03099) of ΔW: (D_out, D_in) float32, no longer low-rank.
 
     Semantics: each entry is 0 with probability `drop`, else ΔW / (1 - drop); its mean is ΔW.
     """
     if not 0.0 <= drop < 1.0:
         raise ConfigError(f"the drop rate is {drop}, expected 0 or more and less than 1")
-    dense = delta(pair, 1.0)
+    dense = delta(lora, 1.0)
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(dense.shape, generator=generator) >= drop
     return dense * kept / (1.0 - drop)
@@ -229,7 +235,7 @@ def dropped(pair: Pair, drop: float, seed: int) -> torch.Tensor:
 
 def resta(
     task: Adapter,
-    vector: Mapping[str, Pair],
+    vector: Mapping[str, LoRAWeights],
     b: float,
     *,
     drop: float = 0.0,
@@ -248,22 +254,22 @@ def resta(
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}, expected at least 1")
-    pairs: dict[str, Pair] = {}
+    lora_weights: dict[str, LoRAWeights] = {}
     kept = total = 0.0
-    for site in sorted(task.pairs.keys() | vector.keys()):
-        own, ours = task.pairs.get(site), vector.get(site)
+    for site in sorted(task.lora_weights.keys() | vector.keys()):
+        own, ours = task.lora_weights.get(site), vector.get(site)
         if own is not None and drop > 0.0:
             dense = dropped(own, drop, seed ^ zlib.crc32(site.encode()))
             if bool(dense.any()):
-                own, site_total, site_kept = truncated_pair(dense, rank or own.rank)
+                own, site_total, site_kept = truncated_lora(dense, rank or own.rank)
                 kept, total = kept + site_kept, total + site_total
         if ours is None:
             assert own is not None
-            pairs[site] = own
+            lora_weights[site] = own
         else:
-            pairs[site] = lora_pair(own, ours, b)
+            lora_weights[site] = composed_lora(own, ours, b)
     notes: dict[str, Any] = {"b": b, "drop": drop}
     if drop > 0.0:
         notes |= {"rank": rank, "seed": seed, "energy_kept": kept / total if total else 1.0}
     changed = tuple(sorted(vector)) if b != 0.0 else ()
-    return Repaired(as_adapter(pairs, task.base_model), changed, {}, notes)
+    return Repaired(as_adapter(lora_weights, task.base_model), changed, {}, notes)

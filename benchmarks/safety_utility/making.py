@@ -18,7 +18,7 @@ import trained
 from make_family import show
 from safegene_vllm.composition import merge_into, merged_weight_name
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.recipe.difference import of_adapter
 
@@ -79,12 +79,12 @@ def prepare(places: Places, methods: Sequence[str]) -> None:
 
 def check_parent(places: Places) -> None:
     """ConfigError if the parent's checkpoint was merged from another LoRA than the example's."""
-    site, pair = next(iter(sorted(load_adapter(EXAMPLE / "parent").pairs.items())))
+    site, lora = next(iter(sorted(load_adapter(EXAMPLE / "parent").lora_weights.items())))
     name = merged_weight_name(site)
     base, parent = (
         read_checkpoint(places.build / "smollm2" / which).read(name) for which in ("base", "parent")
     )
-    differs = (merge_into(base, pair, 1.0) != parent).float().mean().item()
+    differs = (merge_into(base, lora, 1.0) != parent).float().mean().item()
     if differs > ROUNDED_OTHERWISE:
         raise ConfigError(
             f"{places.parent} is not the base with the LoRA of {EXAMPLE / 'parent'} merged in "
@@ -105,11 +105,11 @@ def parts_of(
 ) -> repairs.Parts:
     """The tenant's LoRA and what the methods know beside it; unused parts stay empty."""
     task = load_adapter(tenant)
-    vector: dict[str, Pair] = {}
+    vector: dict[str, LoRAWeights] = {}
     if ON_THE_DEGRADED & set(methods):
         degraded = places.example.adapter("degraded")
-        vector = dict(of_adapter(places.parent, degraded, "degraded").pairs)
-    alignment = load_adapter(EXAMPLE / "parent").pairs
+        vector = dict(of_adapter(places.parent, degraded, "degraded").lora_weights)
+    alignment = load_adapter(EXAMPLE / "parent").lora_weights
     return repairs.Parts(task, alignment, safety or Adapter({}, None, {}), vector)
 
 

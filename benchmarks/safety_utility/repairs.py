@@ -21,7 +21,7 @@ from baselines import (
     safe_merge,
     similarities,
 )
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.file_io import pretty_json, replace_file
 
 Settings = Mapping[str, Any]
@@ -43,7 +43,7 @@ class Parts:
     task: Adapter
     alignment: Alignment
     safety: Adapter
-    vector: Mapping[str, Pair]
+    vector: Mapping[str, LoRAWeights]
 
 
 @dataclass(frozen=True)

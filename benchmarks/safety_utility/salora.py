@@ -19,8 +19,8 @@ import torch
 from baselines import as_adapter
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.formats.adapter import Pair, layer_of, save_adapter
-from safegene_vllm.recipe.difference import truncated_pair
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of, save_adapter
+from safegene_vllm.recipe.difference import truncated_lora
 from safegene_vllm.recipe.encoding import (
     Batches,
     Encoded,
@@ -133,10 +133,10 @@ def spread(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
     return (m @ right) / squares.sqrt()
 
 
-def start_pair(weight: torch.Tensor, task: torch.Tensor, rank: int) -> Pair:
+def start_lora(weight: torch.Tensor, task: torch.Tensor, rank: int) -> LoRAWeights:
     """A0 = √S Vᵀ (R, D_in) and B0 = V_t V_tᵀ U √S (D_out, R), with U S Vᵀ the top R of W's SVD."""
-    pair, _, _ = truncated_pair(weight.detach().float().cpu(), rank)
-    return Pair(pair.a, task.cpu() @ (task.cpu().T @ pair.b))
+    lora, _, _ = truncated_lora(weight.detach().float().cpu(), rank)
+    return LoRAWeights(lora.a, task.cpu() @ (task.cpu().T @ lora.b))
 
 
 class Guarded:
@@ -148,7 +148,7 @@ class Guarded:
 
     def __init__(
         self,
-        starts: Mapping[str, Pair],
+        starts: Mapping[str, LoRAWeights],
         safety: Mapping[str, torch.Tensor],
         device: torch.device | str = "cpu",
     ) -> None:
@@ -169,13 +169,13 @@ class Guarded:
         v = self.safety[site]
         return b - v @ (v.T @ b)
 
-    def pairs(self) -> dict[str, Pair]:
+    def lora_weights(self) -> dict[str, LoRAWeights]:
         """The LoRA on W: a = [A; A0] (2R, D_in), b = [C B, -C B0] (D_out, 2R), float32."""
         made = {}
         for site in self.a:
             b = self.guard(site, self.b[site].detach())
             a = torch.cat([self.a[site].detach(), self.a0[site]])
-            made[site] = Pair(a.cpu(), torch.cat([b, -self.guarded_b0[site]], dim=1).cpu())
+            made[site] = LoRAWeights(a.cpu(), torch.cat([b, -self.guarded_b0[site]], dim=1).cpu())
         return made
 
     @contextmanager
@@ -196,17 +196,17 @@ class Guarded:
         return add
 
 
-def balanced(pair: Pair) -> Pair:
+def balanced(lora: LoRAWeights) -> LoRAWeights:
     """The same ΔW with factors of one size, scaling 1: b = U √S and a = √S Vᵀ of ΔW's own SVD.
 
     [C B, -C B0] [A; A0] is a small difference of large products; engines keep adapters in bfloat16,
     which would round those. Through QR of both factors in float64, so D_out x D_in is never formed.
     """
-    q_b, r_b = torch.linalg.qr(pair.b.double() * pair.scaling)
-    q_a, r_a = torch.linalg.qr(pair.a.double().T)
+    q_b, r_b = torch.linalg.qr(lora.b.double() * lora.scaling)
+    q_a, r_a = torch.linalg.qr(lora.a.double().T)
     u, s, vt = torch.linalg.svd(r_b @ r_a.T)
     root = s.sqrt()
-    return Pair(
+    return LoRAWeights(
         (root[:, None] * (vt @ q_a.T)).float().contiguous(), (q_b @ u * root).float().contiguous()
     )
 
@@ -226,7 +226,7 @@ def prepared(
     chosen = [some(prompts, settings.prompts, settings.seed) for prompts in (harmful, task)]
     safety = output_directions(loaded, chosen[0], sites, settings.safety_rank)
     tasks = output_directions(loaded, chosen[1], sites, settings.task_rank)
-    starts = {s: start_pair(m.weight, tasks[s], settings.rank) for s, m in sites.items()}
+    starts = {s: start_lora(m.weight, tasks[s], settings.rank) for s, m in sites.items()}
     return Guarded(starts, safety, loaded.device)
 
 
@@ -276,7 +276,7 @@ def train_salora(
             run,
             progress=progress,
         )
-    pairs = {site: balanced(pair) for site, pair in guarded.pairs().items()}
-    save_adapter(as_adapter(pairs, base_model), out, base_model=base_model)
+    lora_weights = {site: balanced(lora) for site, lora in guarded.lora_weights().items()}
+    save_adapter(as_adapter(lora_weights, base_model), out, base_model=base_model)
     run.clear()
     return losses

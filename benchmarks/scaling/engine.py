@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.formats.adapter import Adapter, Pair, layer_of, load_adapter, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of, load_adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import make_profile
 from safegene_vllm.planner import ModelShape
@@ -45,24 +45,24 @@ def read_adapter(work: Path, shape: ModelShape, rank: int) -> Read:
     """An adapter of that rank on every site of the model, random, written and read five times."""
     make = torch.Generator().manual_seed(1)
 
-    def pair(d_out: int, d_in: int) -> Pair:
+    def lora(d_out: int, d_in: int) -> LoRAWeights:
         halves = (torch.randn(n, generator=make).bfloat16() for n in (rank * d_in, d_out * rank))
         a, b = halves
-        return Pair(a.view(rank, d_in), b.view(d_out, rank))
+        return LoRAWeights(a.view(rank, d_in), b.view(d_out, rank))
 
-    pairs = {
-        f"model.layers.{layer}.{linear.name}.{site}": pair(width, linear.d_in)
+    lora_weights = {
+        f"model.layers.{layer}.{linear.name}.{site}": lora(width, linear.d_in)
         for layer in range(shape.layers)
         for linear in shape.linears
         for site, width in zip(linear.sites, linear.widths, strict=True)
     }
-    save_adapter(Adapter(pairs, None, {}), work / "adapter", base_model=shape.name)
+    save_adapter(Adapter(lora_weights, None, {}), work / "adapter", base_model=shape.name)
     seconds = []
     for _ in range(5):
         started = time.process_time()
         load_adapter(work / "adapter")
         seconds.append(time.process_time() - started)
-    size = sum(p.a.nbytes + p.b.nbytes for p in pairs.values())
+    size = sum(p.a.nbytes + p.b.nbytes for p in lora_weights.values())
     return Read(size, statistics.median(seconds))
 
 
@@ -71,27 +71,27 @@ def measure(header: FamilyHeader, counts: tuple[int, ...], slots: int) -> list[H
 
     The worker's code on its own records, without a model: that is all a receipt reads.
     """
-    guest: Any = WorkerRuntime.__new__(WorkerRuntime)
-    guest.plan = SimpleNamespace(header=header, base_profile=None)
-    guest.settings = SimpleNamespace(apply="gain", missing_profile="refuse")
-    guest.family = SimpleNamespace(digest=header.digest)
-    guest.resident = SimpleNamespace(sites=len(header.sites), bytes=0, load_s=0.0)
-    guest.table = GainTable(slots, header.num_layers, 64, "cpu")
-    guest.manager = SimpleNamespace(lora_index_to_id=list(range(slots)), list_adapters=dict)
-    guest.notes, guest.bytes, guest.evictions = (), {}, 0
-    guest._sites_of = Counter(layer_of(site) for site in header.sites)
-    guest.tenants, found = {}, []
+    runtime: Any = WorkerRuntime.__new__(WorkerRuntime)
+    runtime.plan = SimpleNamespace(header=header, base_profile=None)
+    runtime.settings = SimpleNamespace(apply="gain", missing_profile="refuse")
+    runtime.family = SimpleNamespace(digest=header.digest)
+    runtime.resident = SimpleNamespace(sites=len(header.sites), bytes=0, load_s=0.0)
+    runtime.table = GainTable(slots, header.num_layers, 64, "cpu")
+    runtime.manager = SimpleNamespace(lora_index_to_id=list(range(slots)), list_adapters=dict)
+    runtime.notes, runtime.bytes, runtime.evictions = (), {}, 0
+    runtime._sites_of = Counter(layer_of(site) for site in header.sites)
+    runtime.tenants, found = {}, []
     for count in sorted(counts):
-        for number in range(len(guest.tenants), count):
+        for number in range(len(runtime.tenants), count):
             row = [0.5 + 0.001 * ((number + k) % 97) for k in range(header.num_layers)]
             name, place = f"tenant-{number:05d}@1", Path("/tenant")
             profile = make_profile(header, row, {"method": "scaling"})
-            guest.tenants[number] = Tenant(name, str(place), place, profile, 196, name, name)
-        guest.receipt(0, 1)
+            runtime.tenants[number] = Tenant(name, str(place), place, profile, 196, name, name)
+        runtime.receipt(0, 1)
         seconds = []
         for _ in range(3):
             started = time.process_time()
-            answer = guest.receipt(0, 1).to_dict()
+            answer = runtime.receipt(0, 1).to_dict()
             seconds.append(time.process_time() - started)
             assert len(answer["adapters"]) == count
         found.append(Held(count, statistics.median(seconds)))

@@ -22,7 +22,7 @@ from sqlalchemy import event, func, select
 
 from postgres import Postgres
 from safegene_server.registry import Registry, tables, watch
-from safegene_vllm.formats.adapter import PairShape
+from safegene_vllm.formats.adapter import LoRAShape
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 from safegene_vllm.formats.profile import make_profile
 from safegene_vllm.planner import ModelShape
@@ -90,7 +90,7 @@ def header_of(shape: ModelShape) -> FamilyHeader:
             for name, width in zip(linear.sites, linear.widths, strict=True):
                 block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
                 site = f"model.layers.{layer}.{block}.{name}"
-                sites[site] = PairShape(site, 16, width, linear.d_in, "BF16")
+                sites[site] = LoRAShape(site, 16, width, linear.d_in, "BF16")
     return FamilyHeader(
         base=Base("Qwen2ForCausalLM", shape.layers, "sha256:" + "ba" * 32),
         sites=sites,

@@ -40,9 +40,9 @@ def draw_ratios(result: Mapping[str, Any], cell: str, metric: str = SPEED) -> Fi
     """A line per comparison of the cell: its median, the least and the greatest; 1 is equal."""
     lines = []
     for name, found in result["ratios"].items():
-        where, pair, what = name.split(".")
+        where, lora, what = name.split(".")
         if where == cell and what == metric:
-            lines.append((label(pair.replace("_over_", " / ")), found))
+            lines.append((label(lora.replace("_over_", " / ")), found))
     figure, axes = new_figure(_ROW_IN * len(lines) + 0.9)
     axes.axvline(1.0, color=INK, linewidth=1.0)
     for place, (_, found) in enumerate(lines):

@@ -138,8 +138,8 @@ def measure(
 
 def speed_ratio(seconds: Seconds, arm: str, base: str, what: str) -> Spread:
     """Speed of `arm` over speed of `base`, round by round."""
-    pairs = zip(seconds[base][what], seconds[arm][what], strict=True)
-    return spread(b / a for b, a in pairs)
+    lora_weights = zip(seconds[base][what], seconds[arm][what], strict=True)
+    return spread(b / a for b, a in lora_weights)
 
 
 def report(seconds: Seconds, load: Load, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from safegene_vllm.formats.family import (
     save_family,
 )
 from safegene_vllm.formats.profile import Profile, load_profile, make_profile, save_profile
-from safegene_vllm.tiny_model import SHAPE, make_model, random_pairs
+from safegene_vllm.tiny_model import SHAPE, make_model, random_lora_weights
 
 STRENGTH = 0.05
 """Of random ΔW against W: answers stay numbers, not NaN, in every precision."""
@@ -105,12 +105,12 @@ class World:
         def make(directory: Path) -> None:
             chosen = set(spread_layers(self.layers, percent))
             sites = {site: shape for site, shape in self.sites.items() if layer_of(site) in chosen}
-            pairs = random_pairs(sites, self.vector_rank, 7, strength=STRENGTH)
+            lora_weights = random_lora_weights(sites, self.vector_rank, 7, strength=STRENGTH)
             save_family(
                 make_family(
                     f"random-{percent}",
                     base_of_checkpoint(self.model),
-                    pairs,
+                    lora_weights,
                     recipe={"method": "random"},
                     dtype=torch.bfloat16,
                 ),
@@ -126,8 +126,12 @@ class World:
         """A random LoRA on every linear site, without a profile."""
 
         def make(directory: Path) -> None:
-            pairs = random_pairs(self.sites, self.rank, 1000 + tenant, strength=STRENGTH)
-            save_adapter(Adapter(pairs, None, {}), directory, base_model=None, dtype=torch.bfloat16)
+            lora_weights = random_lora_weights(
+                self.sites, self.rank, 1000 + tenant, strength=STRENGTH
+            )
+            save_adapter(
+                Adapter(lora_weights, None, {}), directory, base_model=None, dtype=torch.bfloat16
+            )
 
         return self._once(self.root / f"tenants-r{self.rank}" / f"t{tenant}", make)
 
@@ -189,5 +193,5 @@ class World:
 
     def adapter_bytes(self, tenant: int = 0) -> int:
         """One plain tenant's tensors."""
-        pairs = load_adapter(self.plain(tenant)).pairs.values()
-        return sum(t.numel() * t.element_size() for pair in pairs for t in (pair.a, pair.b))
+        lora_weights = load_adapter(self.plain(tenant)).lora_weights.values()
+        return sum(t.numel() * t.element_size() for lora in lora_weights for t in (lora.a, lora.b))

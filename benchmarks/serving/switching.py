@@ -22,10 +22,10 @@ from safegene_vllm.plugin.ops.gain_table import GainPunica, GainTable
 from safegene_vllm.plugin.ops.triton_lora import TritonPunica
 
 
-def set_aside(guest: Any) -> list[Callable[[], Any]]:
+def set_aside(runtime: Any) -> list[Callable[[], Any]]:
     """Take the safety product out of the layers, and its part of every step; what puts it back."""
     undo: list[Callable[[], Any]] = []
-    for layer in guest.manager.modules.values():
+    for layer in runtime.manager.modules.values():
         wrapper = layer.punica_wrapper
         if isinstance(wrapper, CpuPunica) and wrapper.gain is not None:
             assert wrapper.store is not None
@@ -39,9 +39,9 @@ def set_aside(guest: Any) -> list[Callable[[], Any]]:
             undo.append(partial(layer.set_mapping, wrapper))
             layer.set_mapping(wrapper.inner)
     if undo:
-        listening = list(guest.listeners)
-        undo.append(partial(guest.listeners.__setitem__, slice(None), listening))
-        guest.listeners[:] = [one for one in listening if isinstance(one, CpuBatchMetadata)]
+        listening = list(runtime.listeners)
+        undo.append(partial(runtime.listeners.__setitem__, slice(None), listening))
+        runtime.listeners[:] = [one for one in listening if isinstance(one, CpuBatchMetadata)]
     return undo
 
 
@@ -117,8 +117,8 @@ class Switch:
         Returns how many things there are to put back. Errors: ConfigError if there are none, and
         for `aside` in a compiled engine, whose graphs hold what they were compiled with.
         """
-        guest = self.model_runner.lora_manager.safegene
-        guest.manager._last_mapping = None  # what the next step needs is prepared anew
+        runtime = self.model_runner.lora_manager.safegene
+        runtime.manager._last_mapping = None  # what the next step needs is prepared anew
         for put_back in self.__dict__.pop("_put_back", []):
             put_back()
         if to == "all":
@@ -126,9 +126,9 @@ class Switch:
         if to == "aside":
             if not self.vllm_config.model_config.enforce_eager:
                 raise ConfigError("a compiled engine keeps its vector; ask with --mode eager")
-            self._put_back = set_aside(guest)
+            self._put_back = set_aside(runtime)
         else:
-            self._put_back = share_profiles(guest.table, int(to))
+            self._put_back = share_profiles(runtime.table, int(to))
         if not self._put_back:
             raise ConfigError(f"nothing to switch to {to!r}: this engine has no vector")
         return len(self._put_back)

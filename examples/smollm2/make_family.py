@@ -133,7 +133,7 @@ def make_vector(places: Places) -> None:
         state=places.build / "family" / "distil.partial",
         progress=show,
     )
-    family = make_family(mixes.FAMILY_NAME, made.base, made.pairs, recipe=made.recipe)
+    family = make_family(mixes.FAMILY_NAME, made.base, made.lora_weights, recipe=made.recipe)
     save_family(family, places.models / "vector")
     made.run.clear()
 

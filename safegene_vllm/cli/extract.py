@@ -276,7 +276,7 @@ def extract(
     save_family(family, out)
     if run is not None:
         run.clear()
-    results().print(f"{out}  {family.digest}  {len(family.pairs)} sites")
+    results().print(f"{out}  {family.digest}  {len(family.lora_weights)} sites")
 
 
 def _difference(
@@ -336,6 +336,6 @@ def _distilled(
         )
     results().print(f"loss {made.losses[0]:.3f} to {made.losses[-1]:.3f}")
     family = make_family(
-        label, made.base, made.pairs, bounds=bounds, recipe=made.recipe, dtype=dtype
+        label, made.base, made.lora_weights, bounds=bounds, recipe=made.recipe, dtype=dtype
     )
     return family, made.run

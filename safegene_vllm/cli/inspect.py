@@ -19,27 +19,27 @@ from rich.console import Console
 from safegene_vllm.cli.console import bar, coefficient_table, results, table
 
 if TYPE_CHECKING:
-    from safegene_vllm.formats.adapter import Pair
+    from safegene_vllm.formats.adapter import LoRAWeights
     from safegene_vllm.formats.family import FamilyHeader
 
 Facts = dict[str, Any]
 
 
-def _sites(pairs: Mapping[str, Pair]) -> list[Facts]:
+def _sites(lora_weights: Mapping[str, LoRAWeights]) -> list[Facts]:
     from safegene_vllm.formats.adapter import layer_of
     from safegene_vllm.formats.safetensors_file import dtype_name
-    from safegene_vllm.recipe.difference import pair_norm
+    from safegene_vllm.recipe.difference import lora_norm
 
     return [
         {
             "site": site,
             "layer": layer_of(site),
-            "rank": pair.rank,
-            "shape": [pair.d_out, pair.d_in],
-            "dtype": dtype_name(pair.a),
-            "norm": pair_norm(pair),
+            "rank": lora.rank,
+            "shape": [lora.d_out, lora.d_in],
+            "dtype": dtype_name(lora.a),
+            "norm": lora_norm(lora),
         }
-        for site, pair in pairs.items()
+        for site, lora in lora_weights.items()
     ]
 
 
@@ -66,7 +66,7 @@ def _family(directory: Path) -> Facts:
 
     family = load_family(directory)
     header = family.header
-    sites = _sites(family.pairs)
+    sites = _sites(family.lora_weights)
     return {
         "name": header.name,
         "digest": header.digest,
@@ -86,7 +86,7 @@ def _adapter(directory: Path) -> Facts:
     from safegene_vllm.formats.adapter import load_adapter
 
     adapter = load_adapter(directory)
-    sites = _sites(dict(sorted(adapter.pairs.items())))
+    sites = _sites(dict(sorted(adapter.lora_weights.items())))
     return {"base_model": adapter.base_model, "layers": _layers(sites, {}), "sites": sites}
 
 

@@ -234,10 +234,10 @@ def facts(
     ask: Workload, modes: Mapping[str, ServingMode], advice: Advice, price: float | None
 ) -> dict[str, Any]:
     """The whole plan as plain JSON values; sizes in bytes, times in seconds."""
-    from safegene_vllm.planner.slots import pair_bytes
+    from safegene_vllm.planner.slots import lora_bytes
 
     shape, d = ask.shape, ask.dtype_bytes
-    on_disk = pair_bytes(shape, ask.safety_targets, ask.vector_rank, d)
+    on_disk = lora_bytes(shape, ask.safety_targets, ask.vector_rank, d)
     told = {}
     for name, mode in modes.items():
         step = asdict(mode.step) | {"bytes": mode.step.bytes}
@@ -268,7 +268,7 @@ def facts(
         "adapter": {
             "rank": ask.adapter_rank,
             "sites": list(ask.own_targets),
-            "pair_bytes": pair_bytes(shape, ask.own_targets, ask.adapter_rank, d),
+            "pair_bytes": lora_bytes(shape, ask.own_targets, ask.adapter_rank, d),
         },
         "modes": told,
         "advice": {

@@ -25,7 +25,7 @@ from safegene_vllm.chat import (
 from safegene_vllm.composition import compose_adapter, merge_into, merged_weight_name
 from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_errors
 from safegene_vllm.evaluation.targets import Target, adapter_of, checkpoint_of, profile_of
-from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
 from safegene_vllm.formats.family import Family
 
@@ -54,7 +54,7 @@ class GenerationBackend(Protocol):
         ...
 
 
-def merged_pairs(subject: Target, family: Family | None) -> Mapping[str, Pair]:
+def merged_lora_weights(subject: Target, family: Family | None) -> Mapping[str, LoRAWeights]:
     """What is added to the weights of the subject's checkpoint: one pair per site, may be none.
 
     Semantics: compose.compose_adapter of the subject's LoRA and its coefficients.
@@ -63,8 +63,8 @@ def merged_pairs(subject: Target, family: Family | None) -> Mapping[str, Pair]:
     own = None if directory is None else load_adapter(directory)
     profile = profile_of(subject, None if family is None else family.header)
     if profile is None or family is None:
-        return {} if own is None else own.pairs
-    return compose_adapter(own, family, profile).pairs
+        return {} if own is None else own.lora_weights
+    return compose_adapter(own, family, profile).lora_weights
 
 
 class _Loaded:
@@ -83,7 +83,7 @@ class _Loaded:
         self.model = model.requires_grad_(False).to(device).eval()
         self.changed: set[str] = set()
 
-    def apply(self, pairs: Mapping[str, Pair]) -> None:
+    def apply(self, lora_weights: Mapping[str, LoRAWeights]) -> None:
         """In place: every weight as in the files, plus its pair, rounded once.
 
         Errors: SiteError for a site that the model has not, or a tied one.
@@ -91,19 +91,19 @@ class _Loaded:
         modules = dict(self.model.named_modules())
         tied = getattr(self.model.config, "tie_word_embeddings", False)
         faults: list[SafegeneError] = []
-        for site in pairs:
+        for site in lora_weights:
             if not isinstance(modules.get(site), torch.nn.Linear):
                 faults.append(SiteError(f"{self.checkpoint.directory} has no linear {site}"))
             elif tied and layer_of(site) is None:
                 faults.append(SiteError(f"{site} shares its weight with the embedding"))
         raise_errors(faults)
-        for site in sorted(self.changed | pairs.keys()):
+        for site in sorted(self.changed | lora_weights.keys()):
             weight: Any = modules[site].weight
             stored = self.checkpoint.read(merged_weight_name(site))
-            if site in pairs:
-                stored = merge_into(stored.float(), pairs[site], 1.0)
+            if site in lora_weights:
+                stored = merge_into(stored.float(), lora_weights[site], 1.0)
             weight.data.copy_(stored.to(weight.dtype))
-        self.changed = set(pairs)
+        self.changed = set(lora_weights)
 
 
 class TransformersBackend:
@@ -139,7 +139,7 @@ class TransformersBackend:
             self._loaded = _Loaded(directory, DTYPES[self.dtype], self.device)
         if self._subject != subject:
             self._subject = None
-            self._loaded.apply(merged_pairs(subject, self.family))
+            self._loaded.apply(merged_lora_weights(subject, self.family))
             self._subject = subject
         return self._loaded
 

@@ -59,7 +59,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class LoRAWeights:
     """ΔW = scaling · b @ a for one site; a (R, D_in), b (D_out, R), scaling not yet applied."""
 
     a: torch.Tensor
@@ -85,9 +85,9 @@ class Pair:
     def d_out(self) -> int:
         return int(self.b.shape[0])
 
-    def folded(self) -> Pair:
+    def folded(self) -> LoRAWeights:
         """The same ΔW with scaling 1: b becomes float32 and carries it; a as it is."""
-        return Pair(self.a, self.b.float() * self.scaling)
+        return LoRAWeights(self.a, self.b.float() * self.scaling)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether all of both halves is finite in this dtype, once b carries the scaling."""
@@ -96,7 +96,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairShape:
+class LoRAShape:
     """What a header tells about a pair; `dtype` is F32, BF16 or F16."""
 
     site: str
@@ -110,7 +110,7 @@ class PairShape:
 class Adapter:
     """Pairs by site name; `config` is adapter_config.json as it was read."""
 
-    pairs: Mapping[str, Pair]
+    lora_weights: Mapping[str, LoRAWeights]
     base_model: str | None
     config: Mapping[str, Any]
 
@@ -222,9 +222,9 @@ def _halves(
     return halves
 
 
-def _pair_shape(
+def _lora_shape(
     site: str, halves: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> PairShape:
+) -> LoRAShape:
     if set(halves) != {"A", "B"}:
         there = next(iter(halves))
         raise SiteError(f"site {site!r} has lora_{there} only; a pair needs lora_A and lora_B")
@@ -243,7 +243,7 @@ def _pair_shape(
         raise ShapeError(
             f"site {site!r} has rank {a.shape[0]}, {CONFIG_FILE} says {_rank_of(config, site)}"
         )
-    return PairShape(site, a.shape[0], a.shape[1], b.shape[0], a.dtype)
+    return LoRAShape(site, a.shape[0], a.shape[1], b.shape[0], a.dtype)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -254,12 +254,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _shapes(
     infos: Mapping[str, TensorInfo], config: Mapping[str, Any], path: Path
-) -> dict[str, PairShape]:
+) -> dict[str, LoRAShape]:
     faults: list[SafegeneError] = []
-    shapes: dict[str, PairShape] = {}
+    shapes: dict[str, LoRAShape] = {}
     for site, halves in sorted(_halves(infos, faults).items()):
         try:
-            shapes[site] = _pair_shape(site, halves, config)
+            shapes[site] = _lora_shape(site, halves, config)
         except (SiteError, ShapeError, HeaderError) as error:
             faults.append(error)
     if not infos:
@@ -268,7 +268,7 @@ def _shapes(
     return shapes
 
 
-def read_adapter_shapes(directory: Path) -> dict[str, PairShape]:
+def read_adapter_shapes(directory: Path) -> dict[str, LoRAShape]:
     """The pairs of a PEFT LoRA directory by site, from headers alone. Torch-free.
 
     Errors: MissingFileError, PickleRejectedError, TruncatedFileError, HeaderError (also:
@@ -292,8 +292,8 @@ def load_adapter(directory: Path) -> Adapter:
     tensors = read_tensors(path)
     if set(tensors) != {tensor_name(site, half) for site in shapes for half in "AB"}:
         raise SiteError(f"{path} changed while it was read; load a copy that nobody writes to")
-    pairs = {
-        site: Pair(
+    lora_weights = {
+        site: LoRAWeights(
             tensors[tensor_name(site, "A")],
             tensors[tensor_name(site, "B")],
             scaling_of(config, site),
@@ -301,26 +301,26 @@ def load_adapter(directory: Path) -> Adapter:
         for site in shapes
     }
     base_model = config.get("base_model_name_or_path")
-    return Adapter(pairs, base_model if isinstance(base_model, str) else None, config)
+    return Adapter(lora_weights, base_model if isinstance(base_model, str) else None, config)
 
 
-def settled(pair: Pair, dtype: torch.dtype | None = None) -> Pair:
+def settled(lora: LoRAWeights, dtype: torch.dtype | None = None) -> LoRAWeights:
     """The same ΔW with scaling 1 and one dtype for both halves.
 
     `dtype=None` keeps a's dtype if it holds the scaled b exactly, else takes float32.
     """
     import torch
 
-    folded = pair.b if pair.scaling == 1.0 else pair.b.float() * pair.scaling
+    folded = lora.b if lora.scaling == 1.0 else lora.b.float() * lora.scaling
     if dtype is None:
-        narrow = folded.to(pair.a.dtype)
-        dtype = pair.a.dtype if torch.equal(narrow.float(), folded.float()) else torch.float32
-    return Pair(pair.a.to(dtype).contiguous(), folded.to(dtype).contiguous())
+        narrow = folded.to(lora.a.dtype)
+        dtype = lora.a.dtype if torch.equal(narrow.float(), folded.float()) else torch.float32
+    return LoRAWeights(lora.a.to(dtype).contiguous(), folded.to(dtype).contiguous())
 
 
-def plain_config(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str, Any]:
+def plain_config(lora_weights: Mapping[str, LoRAWeights], base_model: str | None) -> dict[str, Any]:
     """adapter_config.json of pairs with scaling 1: alpha equals r at every site."""
-    ranks = {site: pairs[site].rank for site in sorted(pairs)}
+    ranks = {site: lora_weights[site].rank for site in sorted(lora_weights)}
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank)) if counts else 1
     others = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
@@ -340,43 +340,45 @@ def plain_config(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted(pairs),
+        "target_modules": sorted(lora_weights),
     }
 
 
-def check_pairs(pairs: Mapping[str, Pair]) -> None:
+def check_lora_weights(lora_weights: Mapping[str, LoRAWeights]) -> None:
     """Raise unless pairs with scaling 1 would load again once saved; all faults in one message.
 
     Errors: ShapeError, HeaderError (dtype), SiteError (no pairs), NonFiniteError.
     """
     faults: list[SafegeneError] = []
-    for site, pair in pairs.items():
+    for site, lora in lora_weights.items():
         try:
             infos = {
                 half: TensorInfo(dtype_name(t), tuple(t.shape), 0, 0)
-                for half, t in (("A", pair.a), ("B", pair.b))
+                for half, t in (("A", lora.a), ("B", lora.b))
             }
-            _pair_shape(site, infos, {"r": pair.rank})
-            if not bool(pair.a.isfinite().all() and pair.b.isfinite().all()):
+            _lora_shape(site, infos, {"r": lora.rank})
+            if not bool(lora.a.isfinite().all() and lora.b.isfinite().all()):
                 faults.append(NonFiniteError(f"site {site!r} holds NaN or Inf; nothing is saved"))
         except (ShapeError, HeaderError) as error:
             faults.append(error)
-    if not pairs:
+    if not lora_weights:
         faults.append(SiteError("no pairs; an adapter that touches no site is refused"))
     raise_errors(faults)
 
 
-def adapter_files(pairs: Mapping[str, Pair], base_model: str | None) -> dict[str, bytes]:
+def adapter_files(
+    lora_weights: Mapping[str, LoRAWeights], base_model: str | None
+) -> dict[str, bytes]:
     """The two files of a PEFT directory for pairs with scaling 1, as bytes; equal in, equal out.
 
     Errors: those of `check_pairs`.
     """
-    check_pairs(pairs)
+    check_lora_weights(lora_weights)
     tensors: dict[str, torch.Tensor] = {}
-    for site, pair in pairs.items():
-        tensors |= {tensor_name(site, "A"): pair.a, tensor_name(site, "B"): pair.b}
+    for site, lora in lora_weights.items():
+        tensors |= {tensor_name(site, "A"): lora.a, tensor_name(site, "B"): lora.b}
     return {
-        CONFIG_FILE: pretty_json(plain_config(pairs, base_model)),
+        CONFIG_FILE: pretty_json(plain_config(lora_weights, base_model)),
         WEIGHTS_FILE: serialize(tensors),
     }
 
@@ -393,5 +395,7 @@ def save_adapter(
     `dtype=None` loses no bit (see `settled`). An existing adapter directory is replaced as a whole;
     one with other files in it is refused (FormatError). Errors: ShapeError, HeaderError, SiteError.
     """
-    pairs = {site: settled(adapter.pairs[site], dtype) for site in sorted(adapter.pairs)}
-    replace_directory(Path(directory), adapter_files(pairs, base_model), owned=OWNED_FILES)
+    lora_weights = {
+        site: settled(adapter.lora_weights[site], dtype) for site in sorted(adapter.lora_weights)
+    }
+    replace_directory(Path(directory), adapter_files(lora_weights, base_model), owned=OWNED_FILES)

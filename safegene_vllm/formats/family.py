@@ -22,10 +22,10 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import (
     OWNED_FILES,
-    Pair,
-    PairShape,
+    LoRAWeights,
+    LoRAShape,
     adapter_files,
-    check_pairs,
+    check_lora_weights,
     layer_of,
     load_adapter,
     read_adapter_shapes,
@@ -90,7 +90,7 @@ class FamilyHeader:
     """A family without its tensors; `path` (None: not on disk) does not count in comparisons."""
 
     base: Base
-    sites: Mapping[str, PairShape]
+    sites: Mapping[str, LoRAShape]
     layers: tuple[SelectedLayer, ...]
     bounds: tuple[float, float]
     recipe: Mapping[str, Any]
@@ -112,7 +112,7 @@ class Family:
     """A family with its tensors: per site a (R, D_in) and b (D_out, R) as stored, scaling 1."""
 
     header: FamilyHeader
-    pairs: Mapping[str, Pair]
+    lora_weights: Mapping[str, LoRAWeights]
 
     @property
     def digest(self) -> str:
@@ -182,7 +182,7 @@ def _layer_faults(header: FamilyHeader) -> list[SafegeneError]:
     return faults
 
 
-def _parsed(raw: Mapping[str, Any], sites: Mapping[str, PairShape], path: Path) -> FamilyHeader:
+def _parsed(raw: Mapping[str, Any], sites: Mapping[str, LoRAShape], path: Path) -> FamilyHeader:
     """The header in checked JSON fields; every further fault in one error."""
     faults = field_faults("base", raw["base"], _BASE_FIELDS)
     base = raw["base"]
@@ -259,7 +259,7 @@ def _description(header: FamilyHeader) -> dict[str, Any]:
     }
 
 
-def _digest(header: FamilyHeader, pairs: Mapping[str, Pair]) -> str:
+def _digest(header: FamilyHeader, lora_weights: Mapping[str, LoRAWeights]) -> str:
     """The digest rule of docs/format.md; header.digest itself does not count."""
     tensors = {
         tensor_name(site, half): {
@@ -267,8 +267,8 @@ def _digest(header: FamilyHeader, pairs: Mapping[str, Pair]) -> str:
             "shape": list(tensor.shape),
             "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
         }
-        for site, pair in pairs.items()
-        for half, tensor in (("A", pair.a), ("B", pair.b))
+        for site, lora in lora_weights.items()
+        for half, tensor in (("A", lora.a), ("B", lora.b))
     }
     return digest_of({**_description(header), "tensors": tensors}, f"family {header.name!r}")
 
@@ -280,23 +280,23 @@ def load_family(directory: Path, *, verify_digest: bool = True) -> Family:
     digest says (not looked at with `verify_digest=False`).
     """
     header = read_family_header(directory)
-    pairs = load_adapter(directory).pairs
-    if set(pairs) != set(header.sites):
+    lora_weights = load_adapter(directory).lora_weights
+    if set(lora_weights) != set(header.sites):
         raise FormatError(
             f"{directory} changed while it was read; load a copy that nobody writes to"
         )
-    if verify_digest and (found := _digest(header, pairs)) != header.digest:
+    if verify_digest and (found := _digest(header, lora_weights)) != header.digest:
         raise DigestError(
             f"{directory}: the content has digest {found}, {DESCRIPTION_FILE} says "
             f"{header.digest}; fetch the family again"
         )
-    return Family(header, pairs)
+    return Family(header, lora_weights)
 
 
 def make_family(
     name: str,
     base: Base,
-    pairs: Mapping[str, Pair],
+    lora_weights: Mapping[str, LoRAWeights],
     *,
     layers: Sequence[SelectedLayer] | None = None,
     bounds: tuple[float, float] = (0.0, 3.0),
@@ -310,16 +310,16 @@ def make_family(
     Errors: HeaderError, SiteError, ShapeError, NonFiniteError.
     """
     if layers is None:
-        numbers = {layer_of(site) for site in pairs}
+        numbers = {layer_of(site) for site in lora_weights}
         layers = [SelectedLayer(number) for number in sorted(n for n in numbers if n is not None)]
-        kept = dict(pairs)
+        kept = dict(lora_weights)
     else:
         chosen = {entry.layer for entry in layers}
-        kept = {site: pair for site, pair in pairs.items() if layer_of(site) in chosen}
+        kept = {site: lora for site, lora in lora_weights.items() if layer_of(site) in chosen}
     stored = {site: settled(kept[site], dtype) for site in sorted(kept)}
     sites = {
-        site: PairShape(site, pair.rank, pair.d_in, pair.d_out, dtype_name(pair.a))
-        for site, pair in stored.items()
+        site: LoRAShape(site, lora.rank, lora.d_in, lora.d_out, dtype_name(lora.a))
+        for site, lora in stored.items()
     }
     unsigned = FamilyHeader(
         base=base,
@@ -333,7 +333,7 @@ def make_family(
         digest="",
     )
     raise_errors([type(f)(f"family {name!r}: {f}") for f in _layer_faults(unsigned)])
-    check_pairs(stored)
+    check_lora_weights(stored)
     return Family(replace(unsigned, digest=_digest(unsigned, stored)), stored)
 
 
@@ -343,11 +343,11 @@ def save_family(family: Family, directory: Path) -> None:
     An existing family directory is replaced as a whole, never mixed. Errors: DigestError if the
     family was altered after its digest was computed; FormatError if other files would be lost.
     """
-    found = _digest(family.header, family.pairs)
+    found = _digest(family.header, family.lora_weights)
     if found != family.digest:
         raise DigestError(
             f"the family has digest {found}, its header says {family.digest}; make it anew"
         )
-    files = adapter_files(family.pairs, None)
+    files = adapter_files(family.lora_weights, None)
     files[DESCRIPTION_FILE] = pretty_json({**_description(family.header), "digest": family.digest})
     replace_directory(Path(directory), files, owned=OWNED_FILES)

@@ -18,7 +18,7 @@ from safegene_vllm.errors import (
 from safegene_vllm.formats.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    PairShape,
+    LoRAShape,
     layer_of,
     read_adapter_shapes,
 )
@@ -34,7 +34,7 @@ class Artifacts:
     """Headers of what will be served: the family, and each tenant's own pairs by site."""
 
     header: FamilyHeader | None
-    tenants: Mapping[str, Mapping[str, PairShape]]
+    tenants: Mapping[str, Mapping[str, LoRAShape]]
 
     def modules(self) -> list[str]:
         """Last components of all sites, e.g. q_proj: what --lora-target-modules must name."""
@@ -75,7 +75,7 @@ def read_artifacts(
             _check_profile(path, header)
         except SafegeneError as error:
             faults.append(type(error)(f"{path}: {error}"))
-    shapes: dict[str, Mapping[str, PairShape]] = {}
+    shapes: dict[str, Mapping[str, LoRAShape]] = {}
     for name, path in tenants.items():
         try:
             shapes[name] = _read_tenant(name, path, settings, header)
@@ -119,7 +119,7 @@ def _check_profile(path: Path, header: FamilyHeader | None) -> None:
 
 def _read_tenant(
     name: str, path: Path, settings: Settings, header: FamilyHeader | None
-) -> Mapping[str, PairShape]:
+) -> Mapping[str, LoRAShape]:
     """A tenant's own pairs by site; none for a profile alone."""
     directory = allowed(path, settings.adapter_roots)
     if not directory.is_dir():
@@ -141,7 +141,7 @@ def _read_tenant(
     return shapes
 
 
-def _check_sites(name: str, shapes: Mapping[str, PairShape], header: FamilyHeader | None) -> None:
+def _check_sites(name: str, shapes: Mapping[str, LoRAShape], header: FamilyHeader | None) -> None:
     """Errors: AdapterRejectedError for sites outside the layers and shapes other than the base's."""
     faults = []
     for site, shape in shapes.items():

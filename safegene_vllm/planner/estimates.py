@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from safegene_vllm.planner.slots import (
     gain_bytes,
-    pair_bytes,
+    lora_bytes,
     rank_bucket,
     slot_bytes,
     vector_bytes,
@@ -120,15 +120,15 @@ def _gain(ask: Workload) -> ServingMode:
         vector=vector,
         gains=gain_bytes(shape.layers, ask.device_slots, ask.batched_tokens),
         launches=carried * (GAIN_LAUNCHES[ask.kernels] - HOST_LAUNCHES),
-        own_bytes=pair_bytes(shape, ask.own_targets, ask.adapter_rank, d),
+        own_bytes=lora_bytes(shape, ask.own_targets, ask.adapter_rank, d),
     )
 
 
 def _composed(ask: Workload) -> ServingMode:
     """The vector inside every adapter: rank of tenant and vector together."""
     shape, d = ask.shape, ask.dtype_bytes
-    own = pair_bytes(shape, ask.own_targets, ask.adapter_rank, d)
-    share = pair_bytes(shape, ask.safety_targets, ask.vector_rank, d)
+    own = lora_bytes(shape, ask.own_targets, ask.adapter_rank, d)
+    share = lora_bytes(shape, ask.safety_targets, ask.vector_rank, d)
     meet = not ask.own_targets or set(ask.own_targets) & set(ask.safety_targets)
     apart = max(ask.adapter_rank, ask.vector_rank)
     return _slotted(
@@ -148,7 +148,7 @@ def _stock(ask: Workload) -> ServingMode:
         "stock",
         rank=max(ask.adapter_rank, 1),
         targets=set(ask.own_targets),
-        own_bytes=pair_bytes(shape, ask.own_targets, ask.adapter_rank, d),
+        own_bytes=lora_bytes(shape, ask.own_targets, ask.adapter_rank, d),
         safe=False,
     )
 

@@ -39,7 +39,7 @@ def slot_bytes(shape: ModelShape, targets: Iterable[str], bucket: int, dtype_byt
     return shape.layers * per_layer * bucket * dtype_bytes
 
 
-def pair_bytes(shape: ModelShape, targets: Iterable[str], rank: int, dtype_bytes: int) -> int:
+def lora_bytes(shape: ModelShape, targets: Iterable[str], rank: int, dtype_bytes: int) -> int:
     """An adapter, or a vector over all layers, as it lies on disk: A (R, D_in), B (D_out, R)."""
     named = frozenset(targets)
     per_layer = 0

@@ -23,16 +23,16 @@ _ModelManager: Any = compat.resolve("LRUCacheLoRAModelManager")
 class SafegeneModelManager(_ModelManager):
     """Knows its guest, and tells it which slot an adapter entered."""
 
-    guest: WorkerRuntime | None = None
+    runtime: WorkerRuntime | None = None
 
     def activate_adapter(self, lora_id: int) -> bool:
         full = None not in self.lora_index_to_id
         entered = bool(super().activate_adapter(lora_id))
-        if entered and self.guest is not None:
+        if entered and self.runtime is not None:
             if full:
-                self.guest.evicted(lora_id)
+                self.runtime.evicted(lora_id)
             try:
-                self.guest.activated(lora_id, self.lora_index_to_id.index(lora_id))
+                self.runtime.activated(lora_id, self.lora_index_to_id.index(lora_id))
             except Exception:
                 self.remove_adapter(lora_id)
                 raise
@@ -53,7 +53,7 @@ class SafegeneWorkerLoRAManager(_WorkerManager):
         model = super().create_lora_manager(*args, **kwargs)
         if self.safegene is not None:
             self.safegene.attach(self._adapter_manager)
-            self._adapter_manager.guest = self.safegene
+            self._adapter_manager.runtime = self.safegene
         return model
 
     def _load_adapter(self, lora_request: Any) -> Any:

@@ -58,7 +58,7 @@ class Merged:
             world_size=world_size,
             apply="weights",
             family=self.family.digest,
-            sites_expected=len(self.family.pairs),
+            sites_expected=len(self.family.lora_weights),
             sites_applied=self.sites,
             vector_bytes=0,
             base_profile=self.profile.digest,
@@ -96,7 +96,7 @@ class SafegeneModelLoader(_Loader):
         if model_config.runner_type == "draft":
             yield from stream
             return
-        by_weight = {merged_weight_name(site): site for site in self._family.pairs}
+        by_weight = {merged_weight_name(site): site for site in self._family.lora_weights}
         came: Counter[str | None] = Counter()
         merge_s = 0.0
         waiting: deque[tuple[str, Future[tuple[torch.Tensor, float]]]] = deque()
@@ -118,7 +118,9 @@ class SafegeneModelLoader(_Loader):
             while waiting:
                 yield done()
         faults = [
-            f"{site} came {came[site]} times" for site in self._family.pairs if came[site] != 1
+            f"{site} came {came[site]} times"
+            for site in self._family.lora_weights
+            if came[site] != 1
         ]
         if faults:
             shown = "; ".join(faults[:5]) + (f"; {len(faults) - 5} more" if faults[5:] else "")
@@ -138,11 +140,11 @@ class SafegeneModelLoader(_Loader):
         if site is None:
             return weight, 0.0
         started = time.perf_counter()
-        pair = self._family.pairs[site]
-        if tuple(weight.shape) != (pair.d_out, pair.d_in):
+        lora = self._family.lora_weights[site]
+        if tuple(weight.shape) != (lora.d_out, lora.d_in):
             raise ShapeError(
                 f"{site}: the checkpoint has {tuple(weight.shape)}, the family "
-                f"{(pair.d_out, pair.d_in)}; give the family of this model."
+                f"{(lora.d_out, lora.d_in)}; give the family of this model."
             )
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise VllmCompatibilityError(
@@ -151,5 +153,5 @@ class SafegeneModelLoader(_Loader):
             )
         number = layer_of(site)
         assert number is not None
-        merged = merge_into(weight, pair, self._profile.coefficients[number])
+        merged = merge_into(weight, lora, self._profile.coefficients[number])
         return merged, time.perf_counter() - started

@@ -22,9 +22,9 @@ def safegene_receipt(self: Any, only: int | None = None) -> dict[str, Any] | Non
     With `only`, it tells of no adapter but the one with this id.
     """
     rank, world_size = self.rank, self.parallel_config.world_size
-    guest = _guest(self)
-    if guest is not None:
-        receipt: dict[str, Any] = guest.receipt(rank, world_size, only).to_dict()
+    runtime = _guest(self)
+    if runtime is not None:
+        receipt: dict[str, Any] = runtime.receipt(rank, world_size, only).to_dict()
         return receipt
     merged = getattr(self.model_runner.get_model(), "safegene_merged", None)
     return None if merged is None else merged.receipt(rank, world_size).to_dict()
@@ -36,11 +36,11 @@ def safegene_begin(self: Any, lora_name: str, lora_int_id: int, lora_path: str) 
     Asked until it says so, before `safegene_add`, which then has only the slot to fill while the
     engine's steps wait for it. Never raises; what is wrong with the tenant, `safegene_add` tells.
     """
-    guest = _guest(self)
-    if guest is None or lora_int_id in guest.tenants:
+    runtime = _guest(self)
+    if runtime is None or lora_int_id in runtime.tenants:
         return True
     request = compat.resolve("LoRARequest")(lora_name, lora_int_id, lora_path)
-    return bool(guest.arrivals.begin(request))
+    return bool(runtime.arrivals.begin(request))
 
 
 def safegene_add(
@@ -55,10 +55,10 @@ def safegene_add(
     request = compat.resolve("LoRARequest")(
         lora_name, lora_int_id, lora_path, load_inplace=load_inplace
     )
-    guest = _guest(self)
+    runtime = _guest(self)
     try:
-        if guest is not None:
-            guest.admit(request)
+        if runtime is not None:
+            runtime.admit(request)
         self.add_lora(request)
         return {"refused": None, "receipt": safegene_receipt(self, lora_int_id)}
     except SafegeneError as error:
@@ -67,8 +67,8 @@ def safegene_add(
         logger.exception("tenant %r could not be loaded", lora_name)
         reason = f"{type(error).__name__}: {error}"
     finally:
-        if guest is not None:
-            guest.arrivals.drop()
+        if runtime is not None:
+            runtime.arrivals.drop()
     return {"refused": reason, "receipt": None}
 
 

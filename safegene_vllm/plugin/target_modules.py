@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.plugin import compat
 
 
@@ -62,7 +62,7 @@ class TargetModuleMap:
     def layer(self, place: TargetModule) -> Any:
         return self._manager.modules[place.layer_name]
 
-    def parts(self, place: TargetModule, pair: Pair) -> dict[str, Pair]:
+    def parts(self, place: TargetModule, lora: LoRAWeights) -> dict[str, LoRAWeights]:
         """The pair under the host's unpacked names.
 
         Usually one; but a site that is fused in the checkpoint (GLM-4's gate_up_proj) and two-part
@@ -71,8 +71,8 @@ class TargetModuleMap:
         layer = self.layer(place)
         names = self._manager.packed_modules.get(place.layer_name, [])
         if place.part is not None or len(layer.output_slices) != len(names):
-            return {place.name: pair}
-        return dict(zip(names, split_rows(layer, pair), strict=True))
+            return {place.name: lora}
+        return dict(zip(names, split_rows(layer, lora), strict=True))
 
     def global_shape(self, place: TargetModule) -> tuple[int, int] | None:
         """(D_out, D_in) over all ranks, or None where the host does not tell."""
@@ -84,13 +84,13 @@ class TargetModuleMap:
         return None if sizes is None else (int(sizes[place.part]), d_in)
 
 
-def split_rows(layer: Any, pair: Pair) -> list[Pair]:
+def split_rows(layer: Any, lora: LoRAWeights) -> list[LoRAWeights]:
     """One pair over a fused weight as one pair per part: B's rows by the parts' global widths."""
-    blocks = torch.split(pair.b, [int(n) for n in layer.base_layer.output_sizes])
-    return [Pair(pair.a, block, pair.scaling) for block in blocks]
+    blocks = torch.split(lora.b, [int(n) for n in layer.base_layer.output_sizes])
+    return [LoRAWeights(lora.a, block, lora.scaling) for block in blocks]
 
 
-def local_parts(layer: Any, parts: Mapping[int | None, Pair]) -> list[Pair | None]:
+def local_parts(layer: Any, parts: Mapping[int | None, LoRAWeights]) -> list[LoRAWeights | None]:
     """The pairs of one layer, cut to this rank by the layer's own rule, in the layer's order.
 
     Shapes: in, A (R, D_in), B (D_out, R) over all ranks; out, A (R, d_in), B (d_out, R) of this
@@ -99,20 +99,20 @@ def local_parts(layer: Any, parts: Mapping[int | None, Pair]) -> list[Pair | Non
     if None in parts and len(layer.output_slices) > 1:
         parts = dict(enumerate(split_rows(layer, parts[None])))
     if None in parts:
-        pair = parts[None]
+        lora = parts[None]
         if layer.tp_size == 1:
-            return [pair]
-        return [Pair(layer.slice_lora_a(pair.a), layer.slice_lora_b(pair.b))]
+            return [lora]
+        return [LoRAWeights(layer.slice_lora_a(lora.a), layer.slice_lora_b(lora.b))]
     ordered = [parts.get(i) for i in range(len(layer.output_slices))]
     if layer.tp_size == 1:
         return ordered
     a = layer.slice_lora_a([None if p is None else p.a for p in ordered])
     b = layer.slice_lora_b([None if p is None else p.b for p in ordered])
-    return [None if p is None else Pair(x, y) for p, x, y in zip(ordered, a, b, strict=True)]
+    return [None if p is None else LoRAWeights(x, y) for p, x, y in zip(ordered, a, b, strict=True)]
 
 
 def stack_parts(
-    parts: list[Pair | None], widths: tuple[int, ...], *, dtype: torch.dtype, device: Any
+    parts: list[LoRAWeights | None], widths: tuple[int, ...], *, dtype: torch.dtype, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One pair for a whole packed layer, so that it costs two matrix products: A and Bᵀ.
 
@@ -125,10 +125,10 @@ def stack_parts(
     a = torch.cat([p.a for p in present]).to(device=device, dtype=dtype).contiguous()
     bt = torch.zeros(a.shape[0], sum(widths), dtype=dtype, device=device)
     row = column = 0
-    for pair, width in zip(parts, widths, strict=True):
-        if pair is not None:
-            rank = pair.b.shape[1]
-            block = pair.b.t().to(device=device, dtype=dtype)
+    for lora, width in zip(parts, widths, strict=True):
+        if lora is not None:
+            rank = lora.b.shape[1]
+            block = lora.b.t().to(device=device, dtype=dtype)
             bt[row : row + rank, column : column + width] = block
             row += rank
         column += width

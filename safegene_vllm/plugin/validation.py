@@ -44,7 +44,7 @@ class Tenant:
         return self.weights is not None
 
 
-def validate_adapter(request: Any, guest: WorkerRuntime) -> tuple[Tenant, Adapter | None]:
+def validate_adapter(request: Any, runtime: WorkerRuntime) -> tuple[Tenant, Adapter | None]:
     """Stage and validate the tenant behind a LoRARequest; with its adapter, if it was read for it.
 
     Changes nothing of the guest but what it has staged, so a thread may do it.
@@ -53,18 +53,18 @@ def validate_adapter(request: Any, guest: WorkerRuntime) -> tuple[Tenant, Adapte
     """
     name, path = request.lora_name, request.lora_path
     source = Path(path)
-    if not guest.settings.adapter_roots:
+    if not runtime.settings.adapter_roots:
         source = Path(compat.resolve("get_adapter_absolute_path")(path))
-    copy = guest.staging.copy(source, name, guest.settings.adapter_roots)
+    copy = runtime.staging.copy(source, name, runtime.settings.adapter_roots)
     staged = copy.directory
     try:
-        profile = _profile_of(staged, name, guest)
+        profile = _profile_of(staged, name, runtime)
         own = [(f, d) for f, d in copy.digests.items() if f in (CONFIG, WEIGHTS)]
         weights = _digest_of(own) if own else None
         sites, adapter = (
-            (0, None) if weights is None else _fitting(weights, staged, profile, name, guest)
+            (0, None) if weights is None else _fitting(weights, staged, profile, name, runtime)
         )
-        _check_composed(adapter, profile, name, guest)
+        _check_composed(adapter, profile, name, runtime)
         tenant = Tenant(
             name=name,
             path=path,
@@ -75,20 +75,20 @@ def validate_adapter(request: Any, guest: WorkerRuntime) -> tuple[Tenant, Adapte
             weights=weights,
         )
     except SafegeneError as error:
-        guest.staging.drop(staged)
+        runtime.staging.drop(staged)
         message = str(error).replace(str(staged), path)
         prefix = "" if repr(name) in message else f"tenant {name!r} ({path}): "
         raise type(error)(prefix + message) from error
     except Exception:
-        guest.staging.drop(staged)
+        runtime.staging.drop(staged)
         raise
     return tenant, adapter
 
 
-def _profile_of(staged: Path, name: str, guest: WorkerRuntime) -> Profile | None:
+def _profile_of(staged: Path, name: str, runtime: WorkerRuntime) -> Profile | None:
     """The tenant's profile, checked against the family; None only in the open mode."""
     if not has_profile(staged):
-        if guest.settings.missing_profile == "serve_unprotected":
+        if runtime.settings.missing_profile == "serve_unprotected":
             return None
         raise AdapterRejectedError(
             f"tenant {name!r} has no safegene.json, so it would be served unprotected. Give it a "
@@ -96,54 +96,61 @@ def _profile_of(staged: Path, name: str, guest: WorkerRuntime) -> Profile | None
             '"serve_unprotected" to allow tenants without one.'
         )
     profile = load_profile(staged)
-    if guest.plan.header is None:
+    if runtime.plan.header is None:
         raise AdapterRejectedError(
             f"tenant {name!r} carries a profile for family {profile.family}, but this engine has "
             "no family loaded; set safegene.family."
         )
-    check_profile(profile, guest.plan.header)
+    check_profile(profile, runtime.plan.header)
     return profile
 
 
 def _fitting(
-    weights: str, staged: Path, profile: Profile | None, name: str, guest: WorkerRuntime
+    weights: str, staged: Path, profile: Profile | None, name: str, runtime: WorkerRuntime
 ) -> tuple[int, Adapter | None]:
     """How many sites the adapter has, all of them seen to fit; and what was read of it.
 
     What fits does not depend on the profile, unless it is composed: an adapter that another
     revision has brought in is not read again. Errors: as `load_adapter` and `_check_fit`.
     """
-    twin = guest.twin(weights)
-    if twin is not None and guest.settings.apply != "composed":
+    twin = runtime.twin(weights)
+    if twin is not None and runtime.settings.apply != "composed":
         return twin.sites, None
     adapter = load_adapter(staged)
-    _check_fit(adapter, profile, name, guest)
-    return len(adapter.pairs), adapter
+    _check_fit(adapter, profile, name, runtime)
+    return len(adapter.lora_weights), adapter
 
 
-def _check_fit(adapter: Adapter, profile: Profile | None, name: str, guest: WorkerRuntime) -> None:
+def _check_fit(
+    adapter: Adapter, profile: Profile | None, name: str, runtime: WorkerRuntime
+) -> None:
     """Errors: AdapterRejectedError for sites the engine cannot adapt and ranks beyond its slots."""
-    faults = guest.site_faults(adapter.pairs)
-    composed = guest.settings.apply == "composed" and profile is not None
-    sites = dict.fromkeys([*adapter.pairs, *(guest.family.pairs if guest.family else ())])
+    faults = runtime.site_faults(adapter.lora_weights)
+    composed = runtime.settings.apply == "composed" and profile is not None
+    sites = dict.fromkeys(
+        [*adapter.lora_weights, *(runtime.family.lora_weights if runtime.family else ())]
+    )
     for site in sites:
-        own = adapter.pairs[site].rank if site in adapter.pairs else 0
+        own = adapter.lora_weights[site].rank if site in adapter.lora_weights else 0
         extra = 0
-        if composed and guest.family is not None and site in guest.family.pairs:
-            extra = guest.family.pairs[site].rank
-        if own + extra > guest.max_rank:
+        if composed and runtime.family is not None and site in runtime.family.lora_weights:
+            extra = runtime.family.lora_weights[site].rank
+        if own + extra > runtime.max_rank:
             what = f"rank {own}" + (f" + {extra} of the vector" if extra else "")
-            faults.append(f"{site} needs {what}, slots hold --max-lora-rank {guest.max_rank}")
+            faults.append(f"{site} needs {what}, slots hold --max-lora-rank {runtime.max_rank}")
     _refuse(name, faults)
 
 
 def _check_composed(
-    adapter: Adapter | None, profile: Profile | None, name: str, guest: WorkerRuntime
+    adapter: Adapter | None, profile: Profile | None, name: str, runtime: WorkerRuntime
 ) -> None:
     """Errors: AdapterRejectedError for a sum of adapter and vector that its slot cannot hold."""
-    if guest.settings.apply == "composed" and profile is not None:
-        assert guest.family is not None
-        _refuse(name, guest.site_faults(compose_adapter(adapter, guest.family, profile).pairs))
+    if runtime.settings.apply == "composed" and profile is not None:
+        assert runtime.family is not None
+        _refuse(
+            name,
+            runtime.site_faults(compose_adapter(adapter, runtime.family, profile).lora_weights),
+        )
 
 
 def _refuse(name: str, faults: list[str]) -> None:
@@ -153,7 +160,7 @@ def _refuse(name: str, faults: list[str]) -> None:
         raise AdapterRejectedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
 
 
-def check_unchanged(tenant: Tenant, guest: WorkerRuntime) -> None:
+def check_unchanged(tenant: Tenant, runtime: WorkerRuntime) -> None:
     """For whoever is about to serve it. Errors: AdapterRejectedError, and its staged copy is dropped,
     if the prefix cache may hold blocks of other content.
 
@@ -161,9 +168,9 @@ def check_unchanged(tenant: Tenant, guest: WorkerRuntime) -> None:
     would be answered from stale blocks.
     """
     key = (tenant.name, tenant.path)
-    before = guest.seen.setdefault(key, tenant.content)
-    if before != tenant.content and guest.prefix_cache:
-        guest.staging.drop(tenant.staged)
+    before = runtime.seen.setdefault(key, tenant.content)
+    if before != tenant.content and runtime.prefix_cache:
+        runtime.staging.drop(tenant.staged)
         raise AdapterRejectedError(
             f"tenant {tenant.name!r} at {tenant.path} has changed since it was first loaded; its "
             "cached prefixes would be stale. Load it under a new name or path (such as "

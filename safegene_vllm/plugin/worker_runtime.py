@@ -19,7 +19,7 @@ import torch
 
 from safegene_vllm.composition import compose_adapter
 from safegene_vllm.errors import AdapterRejectedError, ReceiptError, VllmCompatibilityError
-from safegene_vllm.formats.adapter import Adapter, Pair, layer_of
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of
 from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.receipt import AdapterReceipt, Receipt, gain_digest
 from safegene_vllm.plugin import compat
@@ -32,7 +32,7 @@ from safegene_vllm.plugin.ops.triton_lora import (
     MetadataPunica,
     TritonPunica,
     choose,
-    safety_pair,
+    safety_lora,
 )
 from safegene_vllm.plugin.preflight import EnginePlan
 from safegene_vllm.plugin.staging import Staging
@@ -93,12 +93,12 @@ class WorkerRuntime:
         self.sites = TargetModuleMap(manager)
         self._attach_products(manager)
         if self.family is not None:
-            self._find_all(self.family.pairs)
+            self._find_all(self.family.lora_weights)
             if self.table is not None:
-                self._place(self.family.pairs, self.table)
+                self._place(self.family.lora_weights, self.table)
                 if self.plan.base_profile is not None:
                     self.table.write(-1, self.plan.base_profile.coefficients)
-            self.resident.sites = len(self.family.pairs)
+            self.resident.sites = len(self.family.lora_weights)
         self.resident.load_s = time.perf_counter() - started
 
     def _attach_products(self, manager: Any) -> None:
@@ -126,18 +126,18 @@ class WorkerRuntime:
         for name, wrapper in wrappers.items():
             wrappers[name] = MetadataPunica(wrapper, self.listeners)
 
-    def _find_all(self, pairs: Mapping[str, Pair]) -> None:
+    def _find_all(self, lora_weights: Mapping[str, LoRAWeights]) -> None:
         """Errors: VllmCompatibilityError for sites without a LoRA layer or of another shape."""
-        faults = self.site_faults(pairs)
+        faults = self.site_faults(lora_weights)
         if faults:
             raise VllmCompatibilityError(
                 "the vector does not fit this engine: " + "; ".join(faults[:5]) + _more(faults)
             )
 
-    def site_faults(self, pairs: Mapping[str, Pair]) -> list[str]:
+    def site_faults(self, lora_weights: Mapping[str, LoRAWeights]) -> list[str]:
         """One line per site that this engine cannot apply."""
         faults = []
-        for site, pair in pairs.items():
+        for site, lora in lora_weights.items():
             place = self.sites.find(site)
             if place is None:
                 faults.append(
@@ -146,23 +146,23 @@ class WorkerRuntime:
                 )
                 continue
             shape = self.sites.global_shape(place)
-            if shape is not None and shape != (pair.d_out, pair.d_in):
-                faults.append(f"{site} is {shape} here, {(pair.d_out, pair.d_in)} in the file")
-            if not all(pair.fits(dtype) for dtype in {self.dtype, self.lora_dtype}):
+            if shape is not None and shape != (lora.d_out, lora.d_in):
+                faults.append(f"{site} is {shape} here, {(lora.d_out, lora.d_in)} in the file")
+            if not all(lora.fits(dtype) for dtype in {self.dtype, self.lora_dtype}):
                 faults.append(
-                    f"{site} overflows {self.lora_dtype} with its scaling {pair.scaling:g}"
+                    f"{site} overflows {self.lora_dtype} with its scaling {lora.scaling:g}"
                 )
         return faults
 
-    def _place(self, pairs: Mapping[str, Pair], table: GainTable) -> None:
+    def _place(self, lora_weights: Mapping[str, LoRAWeights], table: GainTable) -> None:
         """Put the vector beside its LoRA layers, cut to this rank, one stacked pair per layer."""
-        grouped: dict[str, dict[int | None, Pair]] = defaultdict(dict)
+        grouped: dict[str, dict[int | None, LoRAWeights]] = defaultdict(dict)
         numbers: dict[str, int] = {}
-        for site, pair in pairs.items():
+        for site, lora in lora_weights.items():
             place = self.sites.find(site)
             number = layer_of(site)
             assert place is not None and number is not None
-            grouped[place.layer_name][place.part] = pair
+            grouped[place.layer_name][place.part] = lora
             numbers[place.layer_name] = number
         modules = self.manager.modules
         found = {
@@ -180,7 +180,7 @@ class WorkerRuntime:
             number, inner = numbers[name], layer.punica_wrapper
             where = {"dtype": self.dtype, "device": self.device}
             if name in fused and step is not None:
-                a, b = safety_pair(local, layer.output_slices, **where)
+                a, b = safety_lora(local, layer.output_slices, **where)
                 share = LayerWeights(a, b, table.rows, number, table.base[number])
                 layer.set_mapping(TritonPunica(inner, share, step))
                 size = a.nbytes + b.nbytes
@@ -192,7 +192,7 @@ class WorkerRuntime:
                 size = a.nbytes + bt.nbytes
             self.resident.bytes += size
 
-    def _choose(self, layers: Mapping[str, tuple[Any, list[Pair | None]]]) -> set[str]:
+    def _choose(self, layers: Mapping[str, tuple[Any, list[LoRAWeights | None]]]) -> set[str]:
         """The layers that use the GPU kernels; says so where vLLM's compile cache will see it."""
         setting = self.settings.kernels
         fused, self.notes = choose(setting, self.device, self.dtype, layers)
@@ -273,11 +273,11 @@ class WorkerRuntime:
         """
         weights: dict[str, Any] = {}
         rank = 1
-        pairs = adapter.pairs if adapter is not None else self._zero_pair()
-        for site, pair in pairs.items():
+        lora_weights = adapter.lora_weights if adapter is not None else self._zero_lora()
+        for site, lora in lora_weights.items():
             place = self.sites.find(site)
             assert place is not None
-            for name, part in self.sites.parts(place, pair.folded()).items():
+            for name, part in self.sites.parts(place, lora.folded()).items():
                 weights[name] = compat.resolve("LoRALayerWeights")(
                     name,
                     part.rank,
@@ -286,15 +286,15 @@ class WorkerRuntime:
                     part.b.to(self.lora_dtype),
                     1,
                 )
-            rank = max(rank, pair.rank)
+            rank = max(rank, lora.rank)
         self.bytes[lora_int_id] = sum(w.lora_a.nbytes + w.lora_b.nbytes for w in weights.values())
         return compat.resolve("LoRAModel")(lora_int_id, rank, weights)
 
-    def _zero_pair(self) -> dict[str, Pair]:
+    def _zero_lora(self) -> dict[str, LoRAWeights]:
         """One rank-1 pair of zeros, on the first site of the vector."""
         assert self.family is not None
-        site, pair = next(iter(self.family.pairs.items()))
-        return {site: Pair(torch.zeros(1, pair.d_in), torch.zeros(pair.d_out, 1))}
+        site, lora = next(iter(self.family.lora_weights.items()))
+        return {site: LoRAWeights(torch.zeros(1, lora.d_in), torch.zeros(lora.d_out, 1))}
 
     def forget(self, lora_int_id: int) -> None:
         """Drop a removed adapter's staged copy, and what is on its way under its id."""

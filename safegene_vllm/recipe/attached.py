@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.formats.adapter import Pair, layer_of
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of
 from safegene_vllm.recipe.model import site_modules
 
 
@@ -23,11 +23,18 @@ class Attached:
     """
 
     def __init__(
-        self, pairs: Mapping[str, Pair], num_layers: int, device: torch.device | str = "cpu"
+        self,
+        lora_weights: Mapping[str, LoRAWeights],
+        num_layers: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         # A copy: what is trained here is never the caller's own tensor.
-        self.a = {s: p.a.detach().to(device, torch.float32, copy=True) for s, p in pairs.items()}
-        self.b = {s: (p.b.detach().to(device, torch.float32) * p.scaling) for s, p in pairs.items()}
+        self.a = {
+            s: p.a.detach().to(device, torch.float32, copy=True) for s, p in lora_weights.items()
+        }
+        self.b = {
+            s: (p.b.detach().to(device, torch.float32) * p.scaling) for s, p in lora_weights.items()
+        }
         self.coefficients = torch.ones(num_layers, device=device)
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -35,10 +42,10 @@ class Attached:
         halves = {f"{s}.A": t for s, t in self.a.items()} | {f"{s}.B": t for s, t in self.b.items()}
         return {name: halves[name].requires_grad_() for name in sorted(halves)}
 
-    def pairs(self) -> dict[str, Pair]:
+    def lora_weights(self) -> dict[str, LoRAWeights]:
         """The pairs as they are now, on the CPU, coefficients not applied."""
         return {
-            s: Pair(self.a[s].detach().cpu().clone(), self.b[s].detach().cpu().clone())
+            s: LoRAWeights(self.a[s].detach().cpu().clone(), self.b[s].detach().cpu().clone())
             for s in self.a
         }
 
@@ -68,7 +75,9 @@ class Attached:
         return add
 
 
-def fresh_pairs(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Pair]:
+def fresh_lora_weights(
+    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int
+) -> dict[str, LoRAWeights]:
     """Pairs to train: A uniform as in LoRA (Kaiming with a = √5), B zero. Shapes are (D_out, D_in).
 
     So the vector begins as exactly nothing (Hu et al. 2021, arXiv:2106.09685).
@@ -79,5 +88,5 @@ def fresh_pairs(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> 
         d_out, d_in = shapes[site]
         bound = 1.0 / d_in**0.5
         a = (torch.rand(rank, d_in, generator=generator) * 2 - 1) * bound
-        made[site] = Pair(a, torch.zeros(d_out, rank))
+        made[site] = LoRAWeights(a, torch.zeros(d_out, rank))
     return made

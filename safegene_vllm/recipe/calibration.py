@@ -296,7 +296,7 @@ def _optimise(
     run: Run,
     progress: Progress,
 ) -> Found:
-    attached = Attached(family.pairs, family.header.num_layers, loaded.device)
+    attached = Attached(family.lora_weights, family.header.num_layers, loaded.device)
     low, high = family.header.bounds
     count = 1 if settings.tied else len(layers)
     values = torch.full((count,), settings.initial, device=loaded.device, requires_grad=True)

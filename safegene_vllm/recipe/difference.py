@@ -28,7 +28,7 @@ from safegene_vllm.errors import (
     SiteError,
     raise_errors,
 )
-from safegene_vllm.formats.adapter import WEIGHTS_FILE, Pair, layer_of, load_adapter
+from safegene_vllm.formats.adapter import WEIGHTS_FILE, LoRAWeights, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import Checkpoint, read_checkpoint
 from safegene_vllm.formats.family import Base, Family, base_of_checkpoint, make_family
 from safegene_vllm.formats.safetensors_file import FLOAT_BITS
@@ -83,7 +83,7 @@ class Difference:
     """
 
     base: Base
-    pairs: Mapping[str, Pair]
+    lora_weights: Mapping[str, LoRAWeights]
     energies: tuple[SiteEnergy, ...]
     recipe: Mapping[str, Any]
     left_out: tuple[str, ...] = ()
@@ -103,17 +103,17 @@ def _ends(site: str, ending: str) -> bool:
     return site == ending or site.endswith("." + ending)
 
 
-def pair_norm(pair: Pair) -> float:
+def lora_norm(lora: LoRAWeights) -> float:
     """‖scaling · b @ a‖_F without forming the product.
 
     Semantics: |scaling| · sqrt(trace((bᵀ b)(a aᵀ))), both Gram matrices (R, R) in float64.
     """
-    a, b = pair.a.double(), pair.b.double()
+    a, b = lora.a.double(), lora.b.double()
     trace = float(((b.T @ b) * (a @ a.T)).sum())
-    return abs(pair.scaling) * math.sqrt(max(trace, 0.0))
+    return abs(lora.scaling) * math.sqrt(max(trace, 0.0))
 
 
-def truncated_pair(difference: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
+def truncated_lora(difference: torch.Tensor, rank: int) -> tuple[LoRAWeights, float, float]:
     """The best pair of at most `rank` for `difference` (D_out, D_in): pair, ‖D‖²_F, ‖b @ a‖²_F.
 
     Semantics: with U the leading left singular vectors of D, b = U √σ and a = √σ⁻¹ Uᵀ D, float32
@@ -123,17 +123,17 @@ def truncated_pair(difference: torch.Tensor, rank: int) -> tuple[Pair, float, fl
     """
     d = difference.double()
     if d.shape[0] > d.shape[1]:
-        pair, total, captured = truncated_pair(d.T, rank)
-        return Pair(pair.b.T.contiguous(), pair.a.T.contiguous()), total, captured
+        lora, total, captured = truncated_lora(d.T, rank)
+        return LoRAWeights(lora.b.T.contiguous(), lora.a.T.contiguous()), total, captured
     vectors = torch.linalg.eigh(d @ d.T).eigenvectors[:, -min(rank, d.shape[0]) :].flip(1)
     projected = vectors.T @ d
     sigma = projected.norm(dim=1)
     keep = sigma > sigma.max() * torch.finfo(torch.float64).eps * max(d.shape)
     root = sigma[keep].sqrt()
-    pair = Pair(
+    lora = LoRAWeights(
         (projected[keep] / root[:, None]).float().cpu(), (vectors[:, keep] * root).float().cpu()
     )
-    return pair, float(d.square().sum()), float(sigma[keep].square().sum())
+    return lora, float(d.square().sum()), float(sigma[keep].square().sum())
 
 
 def _linear_sites(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -241,16 +241,16 @@ def between_checkpoints(
         raise ConfigError(f"device {device!r} cannot be used: {error}") from error
     base = _check_same_family(aligned, degraded)
     ours, theirs = read_checkpoint(aligned), read_checkpoint(degraded)
-    pairs: dict[str, Pair] = {}
+    lora_weights: dict[str, LoRAWeights] = {}
     energies: list[SiteEnergy] = []
     for site in track(_chosen(_linear_sites(ours), scope, base.num_layers)):
         difference = _subtracted(ours, theirs, merged_weight_name(site), device)
         if difference is None:
             energies.append(SiteEnergy(site, 0.0, 0.0, 0))
             continue
-        pairs[site], total, captured = truncated_pair(difference, rank)
-        energies.append(SiteEnergy(site, total, captured, pairs[site].rank))
-    if not pairs:
+        lora_weights[site], total, captured = truncated_lora(difference, rank)
+        energies.append(SiteEnergy(site, total, captured, lora_weights[site].rank))
+    if not lora_weights:
         raise SiteError(
             f"{aligned} and {degraded} are equal at all {len(energies)} sites that were looked at; "
             "there is no difference to extract"
@@ -264,7 +264,7 @@ def between_checkpoints(
         "rank": rank,
         "left_out": _counted(left_out),
     }
-    return _with_scope(Difference(base, pairs, tuple(energies), recipe, left_out), scope)
+    return _with_scope(Difference(base, lora_weights, tuple(energies), recipe, left_out), scope)
 
 
 def of_adapter(
@@ -283,12 +283,12 @@ def of_adapter(
     """
     scope = scope or Scope()
     base = _base(checkpoint)
-    loaded = load_adapter(adapter).pairs
+    loaded = load_adapter(adapter).lora_weights
     weights = _linear_sites(read_checkpoint(checkpoint))
     faults: list[SafegeneError] = []
     sites = _chosen(loaded, scope, base.num_layers)
     for site in sites:
-        pair = loaded[site]
+        lora = loaded[site]
         if layer_of(site) is None:
             faults.append(
                 SiteError(
@@ -296,24 +296,24 @@ def of_adapter(
                     "others with --sites, or train the adapter without it"
                 )
             )
-        elif weights.get(site) != (pair.d_out, pair.d_in):
+        elif weights.get(site) != (lora.d_out, lora.d_in):
             faults.append(
                 FamilyMismatchError(
-                    f"{adapter}: the weight of {site} is {(pair.d_out, pair.d_in)}, in "
+                    f"{adapter}: the weight of {site} is {(lora.d_out, lora.d_in)}, in "
                     f"{checkpoint} it is {weights.get(site)}"
                 )
             )
     raise_errors(faults)
     sign = -1.0 if role == "degraded" else 1.0
-    pairs: dict[str, Pair] = {}
+    lora_weights: dict[str, LoRAWeights] = {}
     energies: list[SiteEnergy] = []
     for site in sites:
-        pair = replace(loaded[site], scaling=sign * loaded[site].scaling)
-        energy = pair_norm(pair) ** 2
-        if bool(pair.b.any()) and pair.scaling != 0.0:
-            pairs[site] = pair
-        energies.append(SiteEnergy(site, energy, energy, pair.rank if site in pairs else 0))
-    if not pairs:
+        lora = replace(loaded[site], scaling=sign * loaded[site].scaling)
+        energy = lora_norm(lora) ** 2
+        if bool(lora.b.any()) and lora.scaling != 0.0:
+            lora_weights[site] = lora
+        energies.append(SiteEnergy(site, energy, energy, lora.rank if site in lora_weights else 0))
+    if not lora_weights:
         raise SiteError(f"{adapter}: B is zero at every site; there is no difference to extract")
     recipe = {
         "method": "difference",
@@ -323,7 +323,7 @@ def of_adapter(
         "adapter_sha256": hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest(),
         **(degradation_of(adapter) if role == "degraded" else {}),
     }
-    return _with_scope(Difference(base, pairs, tuple(energies), recipe), scope)
+    return _with_scope(Difference(base, lora_weights, tuple(energies), recipe), scope)
 
 
 def _with_scope(difference: Difference, scope: Scope) -> Difference:
@@ -354,7 +354,7 @@ def as_family(
     return make_family(
         name,
         difference.base,
-        difference.pairs,
+        difference.lora_weights,
         bounds=bounds,
         recipe={**difference.recipe, "dtype": None if dtype is None else str(dtype)[6:]},
         dtype=dtype,

@@ -21,11 +21,11 @@ from safegene_vllm.composition import merged_weight_name
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
 from safegene_vllm.evaluation.judges import is_refusal
-from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter, read_adapter_shapes
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter, read_adapter_shapes
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.formats.family import Base, base_of_checkpoint
 from safegene_vllm.formats.tenant_directory import refuse_exported
-from safegene_vllm.recipe.attached import Attached, fresh_pairs
+from safegene_vllm.recipe.attached import Attached, fresh_lora_weights
 from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.recipe.encoding import (
     Batch,
@@ -45,7 +45,7 @@ from safegene_vllm.recipe.model import (
     check_head,
     head_of,
     load_model,
-    merge_pairs,
+    merge_lora_weights,
 )
 from safegene_vllm.recipe.residual import last_prompt_states, recording
 from safegene_vllm.recipe.training import (
@@ -91,7 +91,7 @@ class Distilled:
     """
 
     base: Base
-    pairs: dict[str, Pair]
+    lora_weights: dict[str, LoRAWeights]
     recipe: dict[str, Any]
     losses: list[float]
     run: Run
@@ -154,12 +154,12 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, batch: Batch) ->
 def _check_adapter(checkpoint: Path, adapter: Path) -> None:
     """FamilyMismatchError unless every weight that the LoRA changes is in the checkpoint."""
     infos = read_checkpoint(checkpoint).infos
-    for site, pair in read_adapter_shapes(adapter).items():
+    for site, lora in read_adapter_shapes(adapter).items():
         info = infos.get(merged_weight_name(site))
-        if info is None or info.shape != (pair.d_out, pair.d_in):
+        if info is None or info.shape != (lora.d_out, lora.d_in):
             raise FamilyMismatchError(
                 f"{adapter} is no LoRA on {checkpoint}: the weight of {site} is "
-                f"{(pair.d_out, pair.d_in)}, there it is {None if info is None else info.shape}"
+                f"{(lora.d_out, lora.d_in)}, there it is {None if info is None else info.shape}"
             )
 
 
@@ -233,7 +233,9 @@ def distil(
     safe_rows = encode(loaded.tokenizer, examples, what="safety data", **counted)
     aligned = listen(loaded, safe_rows, residual=settings.hidden > 0.0)
     if degraded_adapter is not None:
-        merge_pairs(loaded.model, load_adapter(degraded_adapter).pairs, str(degraded_adapter))
+        merge_lora_weights(
+            loaded.model, load_adapter(degraded_adapter).lora_weights, str(degraded_adapter)
+        )
     else:
         assert degraded is not None
         # Only the head of the aligned model stays in memory, held by its teacher.
@@ -243,10 +245,10 @@ def distil(
     benign_rows = encode(loaded.tokenizer, kept, what="benign data", **counted)
     models = [checkpoint, degraded, degraded_adapter]
     run = Run(state, {**settings.record(), "rows": _digestible(safe_rows, benign_rows)}, models)
-    fresh = fresh_pairs(sites, settings.rank, settings.seed)
+    fresh = fresh_lora_weights(sites, settings.rank, settings.seed)
     attached = Attached(fresh, base.num_layers, loaded.device)
     teachers = (aligned, listen(loaded, benign_rows))
-    pairs, losses = _train(loaded, attached, teachers, settings, run, progress)
+    lora_weights, losses = _train(loaded, attached, teachers, settings, run, progress)
     recipe = {
         "method": "distill",
         "aligned": checkpoint.resolve().name,
@@ -260,7 +262,7 @@ def distil(
             for ten in (losses[i : i + 10] for i in range(0, len(losses), 10))
         ],
     }
-    return Distilled(base, pairs, recipe, losses, run)
+    return Distilled(base, lora_weights, recipe, losses, run)
 
 
 def _benign_examples(
@@ -294,7 +296,7 @@ def _train(
     settings: Distillation,
     run: Run,
     progress: Progress,
-) -> tuple[dict[str, Pair], list[float]]:
+) -> tuple[dict[str, LoRAWeights], list[float]]:
     aligned, _ = teachers
     half = max(1, settings.batch // 2)
     streams = [
@@ -333,7 +335,8 @@ def _train(
             progress=progress,
         )
     halves = {
-        s: Pair(p.a.to(torch.bfloat16), p.b.to(torch.bfloat16)) for s, p in attached.pairs().items()
+        s: LoRAWeights(p.a.to(torch.bfloat16), p.b.to(torch.bfloat16))
+        for s, p in attached.lora_weights().items()
     }
     return halves, losses
 

@@ -16,7 +16,7 @@ import torch
 from safegene_vllm.chat import chosen_device, load_tokenizer, pad_token
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
-from safegene_vllm.formats.adapter import Pair, layer_of, load_adapter
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.formats.tenant_directory import refuse_exported
 from safegene_vllm.recipe.encoding import Batch
@@ -68,7 +68,7 @@ def load_model(
     )
     model.requires_grad_(False)
     if adapter is not None:
-        merge_pairs(model, load_adapter(adapter).pairs, str(adapter))
+        merge_lora_weights(model, load_adapter(adapter).lora_weights, str(adapter))
     return Loaded(model.to(where).eval(), tokenizer, where)
 
 
@@ -84,11 +84,13 @@ def site_modules(model: Any, sites: Mapping[str, Any], what: str) -> dict[str, t
     return {site: known[site] for site in sites}
 
 
-def merge_pairs(model: Any, pairs: Mapping[str, Pair], what: str, coefficient: float = 1.0) -> None:
+def merge_lora_weights(
+    model: Any, lora_weights: Mapping[str, LoRAWeights], what: str, coefficient: float = 1.0
+) -> None:
     """W ← W + coefficient · ΔW at every site, in place, added in float32."""
-    for site, module in site_modules(model, pairs, what).items():
+    for site, module in site_modules(model, lora_weights, what).items():
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        weight.data = merge_into(weight.data, pairs[site], coefficient)
+        weight.data = merge_into(weight.data, lora_weights[site], coefficient)
 
 
 def layer_modules(model: Any) -> list[torch.nn.Module]:

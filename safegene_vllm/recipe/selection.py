@@ -106,7 +106,7 @@ def contrast(
             f"{len(safety.rows)} safety and {len(prompts)} benign or task prompts; a contrast "
             "needs both kinds"
         )
-    attached = Attached(family.pairs, family.header.num_layers, degraded.device)
+    attached = Attached(family.lora_weights, family.header.num_layers, degraded.device)
     # Both before either is scored, which takes minutes.
     parts = [
         _encoded(degraded, part, what)
@@ -148,7 +148,7 @@ def select(
     return make_family(
         family.header.name,
         family.header.base,
-        family.pairs,
+        family.lora_weights,
         layers=[SelectedLayer(n, round(found.scores[n], 6)) for n in chosen],
         bounds=family.header.bounds,
         recipe={**family.header.recipe, "selection": selection},

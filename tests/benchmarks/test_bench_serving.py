@@ -80,15 +80,15 @@ def test_comparisons_are_against_the_product_that_the_arms_share() -> None:
     every = [parse_arm(name) for name in names]
     on_cpu = {f"{a.name}/{b.name}" for a, b in arms.comparisons(every, True)}
     assert {"gain_50/lora", "composed_100/lora", "gain_50/guard", "lora/lora_stock"} <= on_cpu
-    assert not any(pair.endswith("/gain_50") for pair in on_cpu)
+    assert not any(lora.endswith("/gain_50") for lora in on_cpu)
     on_gpu = {f"{a.name}/{b.name}" for a, b in arms.comparisons(every, False)}
     assert "gain_50/lora_stock" in on_gpu and "gain_50/lora" not in on_gpu
 
 
 def test_profiles_and_checkpoints_are_compared_among_themselves() -> None:
     many = [parse_arm(name) for name in ("gain_100_p1", "gain_100_p8", "gain_100")]
-    pairs = {(a.profiles, b.profiles) for a, b in arms.comparisons(many, True)}
-    assert pairs == {(8, 1), (None, 1), (None, 8)}
+    lora_weights = {(a.profiles, b.profiles) for a, b in arms.comparisons(many, True)}
+    assert lora_weights == {(8, 1), (None, 1), (None, 8)}
     checkpoints = [parse_arm(name) for name in ("base", "merged", "weights")]
     assert [(a.kind, b.kind) for a, b in arms.comparisons(checkpoints, True)] == [
         ("weights", "base"),
@@ -100,8 +100,8 @@ def test_arms_that_share_an_engine_are_compared_with_it_and_get_other_prompts() 
     gain, aside, one, other = map(parse_arm, ("gain_50", "aside_50", "gain_50_p1", "aside_100"))
     assert aside.engine(True) == one.engine(False) == gain == gain.engine(True)
     assert (gain.safety, aside.safety, one.safety) == ("all", "aside", "1")
-    pairs = set(arms.comparisons([gain, aside, one, other], True))
-    assert pairs == {(gain, aside), (gain, one), (one, aside)}
+    lora_weights = set(arms.comparisons([gain, aside, one, other], True))
+    assert lora_weights == {(gain, aside), (gain, one), (one, aside)}
     made = cell("gain_50", "aside_50", "gain_100")
     assert len({measuring.seed(made, 0, arm) for arm in (gain, aside, one)}) == 3
     assert launching.is_switched(gain, made)
@@ -136,8 +136,8 @@ def test_every_aim_is_about_a_ratio_that_a_full_run_forms() -> None:
         }
         known = {*ratios.COMPARED, *ratios.STARTS}
         for aim in aims.aims(on_cpu):
-            pair, _, metric = aim.ratio.rpartition(".")
-            assert pair in formed and metric in known, aim.ratio
+            lora, _, metric = aim.ratio.rpartition(".")
+            assert lora in formed and metric in known, aim.ratio
 
 
 def test_a_gpu_has_no_arm_of_our_cpu_product() -> None:

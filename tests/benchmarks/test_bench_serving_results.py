@@ -187,9 +187,9 @@ def test_protected_tenants_are_the_plain_ones_with_profiles_of_their_own(
     assert (one / weights).samefile(plain / weights)
     assert load_profile(one).coefficients != load_profile(two).coefficients
     assert len(load_family(world.family(50)).header.layers) == 1
-    assert {pair.rank for pair in load_adapter(plain).pairs.values()} == {8}
-    exported = load_adapter(world.exported(0, 100, 0)).pairs.values()
-    assert {pair.rank for pair in exported} == {16}
+    assert {lora.rank for lora in load_adapter(plain).lora_weights.values()} == {8}
+    exported = load_adapter(world.exported(0, 100, 0)).lora_weights.values()
+    assert {lora.rank for lora in exported} == {16}
 
 
 def test_what_was_cut_off_is_made_again(world: random_world.World) -> None:

@@ -24,10 +24,10 @@ def test_the_vector_of_a_7b_model_is_81_mb() -> None:
 
 def test_bytes_of_one_layer() -> None:
     case = Case("o", tokens=2, tenants=4, rank=8, safety_rank=16)
-    pair = 3584 + 3584
+    lora = 3584 + 3584
     moved = 2 * 2 * (3584 + 2 * 3584)
     assert case.bytes(tenants=False, vector=False) == moved
-    assert case.bytes() == moved + 2 * pair * (16 + 2 * 8), "two tokens use two adapters at most"
+    assert case.bytes() == moved + 2 * lora * (16 + 2 * 8), "two tokens use two adapters at most"
 
 
 def test_spread_is_round_by_round() -> None:

@@ -31,14 +31,14 @@ from safegene_vllm.evaluation.statistics import Rate, rate
 from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.formats.adapter import Adapter, load_adapter
 from safegene_vllm.recipe.model import load_model
-from safegene_vllm.tiny_model import make_model, random_pairs, write_family, write_tenant
+from safegene_vllm.tiny_model import make_model, random_lora_weights, write_family, write_tenant
 
 SITES = {f"model.layers.{n}.mlp.up_proj": (24, 16) for n in range(3)}
 
 
 def adapter(seed: int, *, rank: int = 4, scaling: float = 1.0, sites: object = None) -> Adapter:
-    pairs = random_pairs(SITES if sites is None else sites, rank, seed)
-    return Adapter({s: replace(p, scaling=scaling) for s, p in pairs.items()}, "parent", {})
+    lora_weights = random_lora_weights(SITES if sites is None else sites, rank, seed)
+    return Adapter({s: replace(p, scaling=scaling) for s, p in lora_weights.items()}, "parent", {})
 
 
 GRID = ("none", "safelora", "safemerge", "safemerge-linear", "resta", "resta-dare")
@@ -79,12 +79,12 @@ def test_where_nothing_is_within_the_limits_the_least_excess_is_taken_and_told()
 
 def parts(task: Adapter | None = None) -> repairs.Parts:
     task = task or adapter(1)
-    sites = {site: (pair.d_out, pair.d_in) for site, pair in task.pairs.items()}
+    sites = {site: (lora.d_out, lora.d_in) for site, lora in task.lora_weights.items()}
     return repairs.Parts(
         task,
-        adapter(2, sites=sites).pairs,
+        adapter(2, sites=sites).lora_weights,
         adapter(3, sites=sites),
-        adapter(4, sites=sites).pairs,
+        adapter(4, sites=sites).lora_weights,
     )
 
 

@@ -19,9 +19,9 @@ import salora
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter
 from safegene_vllm.recipe.encoding import Example
-from safegene_vllm.recipe.model import Loaded, load_model, merge_pairs
+from safegene_vllm.recipe.model import Loaded, load_model, merge_lora_weights
 
 HARMFUL = ["break in", "steal it", "harm them", "burn it all", "how to rob"]
 EXAMPLES = [Example(f"say {word}", word) for word in ("red", "blue", "green", "black", "white")]
@@ -35,8 +35,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_chat_model(tmp_path_factory.mktemp("salora") / "model")
 
 
-def dense(pair: Pair) -> torch.Tensor:
-    return delta(pair, 1.0).double()
+def dense(lora: LoRAWeights) -> torch.Tensor:
+    return delta(lora, 1.0).double()
 
 
 def loaded(model_dir: Path) -> Loaded:
@@ -106,11 +106,11 @@ def test_the_exported_lora_on_w_is_the_trained_module(model_dir: Path, tmp_path:
     with guarded.on(model.model):
         expected = logits(model)
     assert (expected - plain).abs().max() > 0.1
-    pairs = guarded.pairs()
-    assert {pair.rank for pair in pairs.values()} == {2 * SETTINGS.rank}
+    lora_weights = guarded.lora_weights()
+    assert {lora.rank for lora in lora_weights.values()} == {2 * SETTINGS.rank}
     for name, form in (
-        ("literal", pairs),
-        ("balanced", {site: salora.balanced(pair) for site, pair in pairs.items()}),
+        ("literal", lora_weights),
+        ("balanced", {site: salora.balanced(lora) for site, lora in lora_weights.items()}),
     ):
         save_adapter(Adapter(form, None, {}), tmp_path / name, base_model="pico")
         served = PeftModel.from_pretrained(
@@ -118,14 +118,14 @@ def test_the_exported_lora_on_w_is_the_trained_module(model_dir: Path, tmp_path:
         )
         other = Loaded(served, model.tokenizer, model.device)
         torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
-    merge_pairs(model.model, pairs, "the exported pairs")
+    merge_lora_weights(model.model, lora_weights, "the exported pairs")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_added_along_the_directions_of_harmful_prompts(model_dir: Path) -> None:
     guarded = moved(loaded(model_dir))
-    for site, pair in guarded.pairs().items():
-        added = dense(pair)
+    for site, lora in guarded.lora_weights().items():
+        added = dense(lora)
         along = guarded.safety[site].double().T @ added
         assert along.norm() < 1e-4 * added.norm()
 
@@ -135,12 +135,12 @@ def test_balanced_factors_survive_bfloat16(model_dir: Path) -> None:
     for half in guarded.parameters().values():
         half.data *= 1.001
 
-    def error(pair: Pair) -> float:
-        narrow = Pair(pair.a.bfloat16(), pair.b.bfloat16())
-        return ((dense(narrow) - dense(pair)).norm() / dense(pair).norm()).item()
+    def error(lora: LoRAWeights) -> float:
+        narrow = LoRAWeights(lora.a.bfloat16(), lora.b.bfloat16())
+        return ((dense(narrow) - dense(lora)).norm() / dense(lora).norm()).item()
 
-    for pair in guarded.pairs().values():
-        assert error(salora.balanced(pair)) < 0.02 < 0.2 < error(pair)
+    for lora in guarded.lora_weights().values():
+        assert error(salora.balanced(lora)) < 0.02 < 0.2 < error(lora)
 
 
 def test_salora_trains_with_the_recipes_loop_and_writes_a_lora(
@@ -153,14 +153,14 @@ def test_salora_trains_with_the_recipes_loop_and_writes_a_lora(
     assert len(losses) == SETTINGS.steps and losses[-1] < losses[0]
     assert not out.with_name("salora.partial").exists()
     made = load_adapter(out)
-    assert made.base_model == "pico" and len(made.pairs) == 4
-    assert {pair.rank for pair in made.pairs.values()} == {6}
+    assert made.base_model == "pico" and len(made.lora_weights) == 4
+    assert {lora.rank for lora in made.lora_weights.values()} == {6}
     model = loaded(model_dir)
     bases = salora.output_directions(
         model, HARMFUL, salora.linear_sites(model.model, SETTINGS.modules), SETTINGS.safety_rank
     )
-    for site, pair in made.pairs.items():
-        added = dense(pair)
+    for site, lora in made.lora_weights.items():
+        added = dense(lora)
         assert added.norm() > 0
         assert (bases[site].double().T @ added).norm() < 1e-4 * added.norm()
 

@@ -31,7 +31,7 @@ from safegene_vllm.errors import (
     TruncatedFileError,
     VllmCompatibilityError,
 )
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.formats.family import load_family, make_family, save_family
 from safegene_vllm.formats.profile import Profile, make_profile, save_profile
 from safegene_vllm.plugin import compat
@@ -100,9 +100,14 @@ def test_family_with_nan(house: Path, tmp_path: Path) -> None:
 
 def test_family_that_overflows_in_the_models_dtype(house: Path, tmp_path: Path) -> None:
     """Finite in its file, as float32."""
-    pairs = {s: Pair(p.a, p.b * 1e9) for s, p in load_family(house / "family").pairs.items()}
+    lora_weights = {
+        s: LoRAWeights(p.a, p.b * 1e9)
+        for s, p in load_family(house / "family").lora_weights.items()
+    }
     header = load_family(house / "family").header
-    large = make_family("large", header.base, pairs, bounds=(0.0, 3.0), recipe={"method": "test"})
+    large = make_family(
+        "large", header.base, lora_weights, bounds=(0.0, 3.0), recipe={"method": "test"}
+    )
     save_family(large, tmp_path / "large")
     refuse(
         house,
@@ -137,9 +142,9 @@ def test_weight_load_of_another_shape_or_without_a_profile(house: Path, tmp_path
 def test_a_site_missing_from_the_checkpoint(house: Path, tmp_path: Path) -> None:
     """A family whose fingerprint matches but whose sites are not all there."""
     full = load_family(house / "family")
-    pairs = dict(full.pairs)
-    pairs["model.layers.0.mlp.extra_proj"] = pairs.pop("model.layers.0.mlp.up_proj")
-    family = make_family("odd", full.header.base, pairs, recipe={})
+    lora_weights = dict(full.lora_weights)
+    lora_weights["model.layers.0.mlp.extra_proj"] = lora_weights.pop("model.layers.0.mlp.up_proj")
+    family = make_family("odd", full.header.base, lora_weights, recipe={})
     save_family(family, tmp_path / "odd")
     shutil.copytree(house / "model", tmp_path / "full")
     save_profile(make_profile(family.header, 1.0), tmp_path / "full")
@@ -161,7 +166,7 @@ def test_a_draft_model_alone_is_read_without_the_vector(
     loader = object.__new__(SafegeneModelLoader)
     loader._family = load_family(house / "family")
     loader._profile = make_profile(loader._family.header, 1.0)
-    sites = {f"{site}.weight" for site in loader._family.pairs}
+    sites = {f"{site}.weight" for site in loader._family.lora_weights}
     for runner_type, changed in (("generate", sites), ("draft", set())):
         config = SimpleNamespace(runner_type=runner_type, model="elsewhere")
         found = dict(loader.get_all_weights(config, model := SimpleNamespace()))

@@ -25,7 +25,7 @@ from safegene_vllm.errors import (
     SafegeneError,
     TruncatedFileError,
 )
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.formats.family import load_family, make_family, save_family
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.tiny_model import linear_sites, make_model, write_family, write_tenant
@@ -289,10 +289,11 @@ def test_a_sum_that_overflows_its_slot(house: Path, tmp_path: Path) -> None:
     """Adapter and vector are finite in float16, the vector at this coefficient is not."""
     base = load_family(house / "family").header.base
     sites = {s: d for s, d in linear_sites(house / "model").items() if s.endswith("o_proj")}
-    pairs = {
-        s: Pair(torch.full((2, i), 1e-6), torch.full((o, 2), 3e4)) for s, (o, i) in sites.items()
+    lora_weights = {
+        s: LoRAWeights(torch.full((2, i), 1e-6), torch.full((o, 2), 3e4))
+        for s, (o, i) in sites.items()
     }
-    large = make_family("large", base, pairs, bounds=(0.0, 3.0), recipe={"method": "test"})
+    large = make_family("large", base, lora_weights, bounds=(0.0, 3.0), recipe={"method": "test"})
     save_family(large, tmp_path / "large")
     for name, value in (("fits", 2.0), ("overflows", 3.0)):
         write_tenant(house / "model", tmp_path / name, large, value)

@@ -24,7 +24,7 @@ import pytest
 from launched_server import START_S, end, free_port, start, until_serving
 
 from safegene_vllm import tiny_model
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.family import Family
 from safegene_vllm.formats.profile import Profile, load_profile, save_profile
 
@@ -206,10 +206,10 @@ def truncated(server: Server, place: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def replace_adapter(place: Path, pairs: dict[str, Pair]) -> None:
+def replace_adapter(place: Path, lora_weights: dict[str, LoRAWeights]) -> None:
     profile = (place / "safegene.json").read_bytes()
     shutil.rmtree(place)
-    save_adapter(Adapter(pairs, None, {}), place, base_model=None)
+    save_adapter(Adapter(lora_weights, None, {}), place, base_model=None)
     (place / "safegene.json").write_bytes(profile)
 
 
@@ -223,15 +223,17 @@ def not_a_number(server: Server, place: Path) -> None:
 
 def too_large(server: Server, place: Path) -> None:
     site = "model.layers.0.self_attn.q_proj"
-    replace_adapter(place, tiny_model.random_pairs({site: (128, 128)}, 64, 1))
+    replace_adapter(place, tiny_model.random_lora_weights({site: (128, 128)}, 64, 1))
 
 
 def unknown_site(server: Server, place: Path) -> None:
-    replace_adapter(place, tiny_model.random_pairs({"model.layers.0.nothing": (128, 128)}, 2, 1))
+    replace_adapter(
+        place, tiny_model.random_lora_weights({"model.layers.0.nothing": (128, 128)}, 2, 1)
+    )
 
 
 def on_lm_head(server: Server, place: Path) -> None:
-    replace_adapter(place, tiny_model.random_pairs({"lm_head": (320, 128)}, 2, 1))
+    replace_adapter(place, tiny_model.random_lora_weights({"lm_head": (320, 128)}, 2, 1))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
     modules = dict(net.named_modules())
     with torch.no_grad():
-        for site, pair in load_adapter(EXAMPLE / "tenants" / "topic").pairs.items():
-            modules[site].weight += delta(pair.folded(), 1.0)
+        for site, lora in load_adapter(EXAMPLE / "tenants" / "topic").lora_weights.items():
+            modules[site].weight += delta(lora.folded(), 1.0)
     for dtype in ("float32", "bfloat16"):
         net.to(getattr(torch, dtype)).save_pretrained(root / dtype)
         save_profile(load_profile(EXAMPLE / "tenants" / "topic"), root / dtype)

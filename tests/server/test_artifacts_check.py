@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifact_files import FAMILY, a_profile, a_tenant
-from format_files import SITES, edit_json, saved_family, tiny_pair
+from format_files import SITES, edit_json, saved_family, tiny_lora
 
 from safegene_server.artifacts.check import check_tenant_files
 from safegene_vllm.errors import (
@@ -22,7 +22,7 @@ from safegene_vllm.errors import (
     ShapeError,
     TruncatedFileError,
 )
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
@@ -60,18 +60,18 @@ def test_nan_and_inf_are_found(tmp_path: Path, bad: float, dtype: torch.dtype) -
 
 
 def test_another_shape_than_the_family_s_is_found(tmp_path: Path) -> None:
-    pair = Pair(torch.ones(2, 5), torch.ones(3, 2))
-    save_adapter(Adapter({SITES[0]: pair}, None, {}), tmp_path / "a", base_model=None)
+    lora = LoRAWeights(torch.ones(2, 5), torch.ones(3, 2))
+    save_adapter(Adapter({SITES[0]: lora}, None, {}), tmp_path / "a", base_model=None)
     refused(tmp_path / "a", FamilyMismatchError, r"s3://bucket/acme, .*\(3, 5\).*'tiny'.*\(3, 4\)")
 
 
 def test_layers_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     sites = ("model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj", "lm_head")
-    pairs = {site: tiny_pair() for site in sites}
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "deep", base_model=None)
+    lora_weights = {site: tiny_lora() for site in sites}
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "deep", base_model=None)
     refused(tmp_path / "deep", FamilyMismatchError, r"layers \[3\].*'tiny' has layers 0..2")
-    del pairs[sites[1]]
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "fits", base_model=None)
+    del lora_weights[sites[1]]
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "fits", base_model=None)
     assert check(tmp_path / "fits") is None
 
 

@@ -32,7 +32,7 @@ from safegene_vllm.errors import (
     PickleRejectedError,
     SourceError,
 )
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 
 WEED = Path(sys.executable).parent / "weed"
 START_S = 60.0
@@ -138,10 +138,10 @@ def test_a_tenant_is_staged_as_from_the_disk(bucket: Bucket, tmp_path: Path) -> 
 
 
 def test_a_file_of_several_chunks_arrives_whole(bucket: Bucket, tmp_path: Path) -> None:
-    large = Pair(torch.ones(200_000, 4) / 8, torch.ones(3, 200_000) / 8)
-    plain = Pair(torch.arange(8.0).reshape(2, 4), torch.ones(3, 2))
-    pairs = {"model.layers.1.mlp.up_proj": large, SITES[0]: plain, SITES[2]: large}
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "large", base_model=None)
+    large = LoRAWeights(torch.ones(200_000, 4) / 8, torch.ones(3, 200_000) / 8)
+    plain = LoRAWeights(torch.arange(8.0).reshape(2, 4), torch.ones(3, 2))
+    lora_weights = {"model.layers.1.mlp.up_proj": large, SITES[0]: plain, SITES[2]: large}
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "large", base_model=None)
     given = bucket.upload(tmp_path / "large", "large")
     staged = Store(tmp_path / "store", rules=bucket.rules()).stage(given, family=FAMILY)
     assert staged.directory is not None

@@ -146,7 +146,7 @@ def test_a_revision_is_the_adapter_s_files_beside_one_profile(tmp_path: Path, st
     name = f"{hexadecimal(staged.digest)}-{hexadecimal(a_profile(0.5).digest)}"
     assert path == store.root / "revisions" / name
     assert load_profile(path) == a_profile(0.5)
-    assert set(load_adapter(path).pairs) == set(load_adapter(tenant).pairs)
+    assert set(load_adapter(path).lora_weights) == set(load_adapter(tenant).lora_weights)
     for file in FILES:
         assert os.path.samefile(path / file, staged.directory / file)
     assert {p.stat().st_mode & 0o222 for p in path.iterdir()} == {0}

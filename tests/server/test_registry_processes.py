@@ -158,7 +158,7 @@ def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
     add_ready(registry, TENANT)
     processes = [start(registry, SWITCH_MANY, f"p{n}") for n in range(2)]
     go(*processes)
-    won = [tuple(pair) for process in processes for pair in answers(process)]
+    won = [tuple(lora) for process in processes for lora in answers(process)]
     switches = registry.audit(action="tenant.publish", limit=1000).entries[:-1]
     made = [(e.details["before"], int(e.target.partition("@")[2])) for e in reversed(switches)]
     # One chain: every switch began where the one before it ended.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from format_files import SITES, tiny_family, tiny_pair
+from format_files import SITES, tiny_family, tiny_lora
 
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
@@ -23,7 +23,7 @@ def a_profile(value: float = 1.0) -> Profile:
 
 def a_tenant(directory: Path, *, start: int = 1, profile: float | None = None) -> Path:
     """An adapter on one site of the family, other weights for another `start`."""
-    save_adapter(Adapter({SITES[0]: tiny_pair(start)}, None, {}), directory, base_model=None)
+    save_adapter(Adapter({SITES[0]: tiny_lora(start)}, None, {}), directory, base_model=None)
     if profile is not None:
         save_profile(a_profile(profile), directory)
     return directory

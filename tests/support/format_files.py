@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.formats.adapter import Adapter, Pair
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights
 from safegene_vllm.formats.family import Base, Family, SelectedLayer, make_family, save_family
 
 BASE = Base("LlamaForCausalLM", 3, "sha256:" + "ab" * 32)
@@ -31,22 +31,22 @@ def ramp(rows: int, columns: int, start: int = 1, dtype: torch.dtype = torch.flo
     return values.reshape(rows, columns).to(dtype)
 
 
-def tiny_pair(start: int = 1, rank: int = 2, dtype: torch.dtype = torch.float32) -> Pair:
-    return Pair(ramp(rank, 4, start, dtype), ramp(3, rank, start + 1, dtype))
+def tiny_lora(start: int = 1, rank: int = 2, dtype: torch.dtype = torch.float32) -> LoRAWeights:
+    return LoRAWeights(ramp(rank, 4, start, dtype), ramp(3, rank, start + 1, dtype))
 
 
 def tiny_family(**changes: Any) -> Family:
     """Vectors in layers 0 and 2 of three, two ranks, float32."""
-    pairs = {
-        SITES[0]: tiny_pair(1),
-        SITES[1]: tiny_pair(9, rank=1),
-        SITES[2]: tiny_pair(5),
+    lora_weights = {
+        SITES[0]: tiny_lora(1),
+        SITES[1]: tiny_lora(9, rank=1),
+        SITES[2]: tiny_lora(5),
     }
     options: dict[str, Any] = {
         "layers": [SelectedLayer(0, 0.25), SelectedLayer(2, None)],
         "recipe": RECIPE,
     }
-    return make_family("tiny", BASE, pairs, **{**options, **changes})
+    return make_family("tiny", BASE, lora_weights, **{**options, **changes})
 
 
 def saved_family(directory: Path, **changes: Any) -> Family:
@@ -93,13 +93,13 @@ def pico_llama() -> Any:
 def random_adapter(model: Any, targets: Mapping[str, int], seed: int = 0) -> Adapter:
     """Pairs for the linear modules of `model` whose last name is in `targets` (name to rank)."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = {}
+    lora_weights = {}
     for name, module in model.named_modules():
         rank = targets.get(name.rsplit(".", 1)[-1])
         if rank is not None and ".layers." in name:
             d_out, d_in = module.weight.shape
-            pairs[name] = Pair(
+            lora_weights[name] = LoRAWeights(
                 torch.randn(rank, d_in, generator=generator) / 8,
                 torch.randn(d_out, rank, generator=generator) / 8,
             )
-    return Adapter(pairs, None, {})
+    return Adapter(lora_weights, None, {})

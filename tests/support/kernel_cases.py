@@ -124,8 +124,8 @@ def run(
 def wanted(
     one: Layer, slots: list[int], y: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = one.a, one.b, one.safety_a, one.safety_b
-    return expected(y, x, *pairs, one.gains, LAYER, torch.tensor(slots))
+    lora_weights = one.a, one.b, one.safety_a, one.safety_b
+    return expected(y, x, *lora_weights, one.gains, LAYER, torch.tensor(slots))
 
 
 @contextmanager

@@ -33,12 +33,12 @@ def reference(
     modules = dict(net.named_modules())
     with torch.no_grad():
         if tenant is not None and (tenant / "adapter_config.json").exists():
-            for site, pair in load_adapter(tenant).pairs.items():
-                modules[site].weight += delta(pair.folded(), 1.0)
+            for site, lora in load_adapter(tenant).lora_weights.items():
+                modules[site].weight += delta(lora.folded(), 1.0)
         if tenant is not None and has_profile(tenant):
             coefficients = load_profile(tenant).coefficients
-            for site, pair in load_family(family).pairs.items():
-                modules[site].weight += delta(pair, coefficients[layer_of(site) or 0])
+            for site, lora in load_family(family).lora_weights.items():
+                modules[site].weight += delta(lora, coefficients[layer_of(site) or 0])
         return [_greedy(net, prompt, tokens) for prompt in prompts]
 
 

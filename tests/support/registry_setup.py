@@ -23,7 +23,7 @@ import psycopg
 import pytest
 
 from safegene_server.registry import Registry, Revision
-from safegene_vllm.formats.adapter import PairShape
+from safegene_vllm.formats.adapter import LoRAShape
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 from safegene_vllm.formats.profile import Profile, make_profile
 
@@ -38,7 +38,7 @@ def header(name: str = "tiny", digit: str = "f") -> FamilyHeader:
     sites = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     return FamilyHeader(
         base=Base("LlamaForCausalLM", 3, "sha256:" + "ba" * 32),
-        sites={site: PairShape(site, 2, 4, 3, "F32") for site in sites},
+        sites={site: LoRAShape(site, 2, 4, 3, "F32") for site in sites},
         layers=(SelectedLayer(0, 0.25), SelectedLayer(2, None)),
         bounds=(0.0, 3.0),
         recipe={"method": "contrast", "seed": 7, "learning_rate": 1e-300},

@@ -29,7 +29,7 @@ from safegene_vllm.formats.profile import load_profile
 from safegene_vllm.tiny_model import (
     linear_sites,
     make_model,
-    random_pairs,
+    random_lora_weights,
     write_family,
     write_tenant,
 )
@@ -83,8 +83,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tenant(model, root / "plain", None, None)
     shutil.copytree(model, root / "degraded")
     tensors = load_file(model / "model.safetensors")
-    for site, pair in random_pairs(linear_sites(model), 6, 5).items():
-        tensors[f"{site}.weight"] = tensors[f"{site}.weight"] - delta(pair, 0.1)
+    for site, lora in random_lora_weights(linear_sites(model), 6, 5).items():
+        tensors[f"{site}.weight"] = tensors[f"{site}.weight"] - delta(lora, 0.1)
     save_file(tensors, root / "degraded" / "model.safetensors", metadata={"format": "pt"})
     return root
 
@@ -207,7 +207,7 @@ def test_inspect_tells_a_family(run: Run, root: Path) -> None:
     facts = json.loads(run("inspect", root / "family", "--json").out)
     assert facts["kind"] == "family" and facts["bounds"] == [0.0, 3.0]
     for site in facts["sites"]:
-        exact = float(delta(family.pairs[site["site"]], 1.0).norm())
+        exact = float(delta(family.lora_weights[site["site"]], 1.0).norm())
         assert site["norm"] == pytest.approx(exact, rel=1e-4)
     for layer in facts["layers"]:
         own = [s["norm"] ** 2 for s in facts["sites"] if s["layer"] == layer["layer"]]
@@ -309,12 +309,12 @@ def test_extract_from_checkpoints(run: Run, root: Path, tmp_path: Path) -> None:
     assert again.code == 1 and "--overwrite" in again.err and load_family(out).digest == digest
     assert run(*arguments, "--overwrite").code == 0
     family = load_family(out)
-    assert family.header.name == "f" and len(family.pairs) == 14
+    assert family.header.name == "f" and len(family.lora_weights) == 14
     ours = load_file(root / "model" / "model.safetensors")
     theirs = load_file(root / "degraded" / "model.safetensors")
-    for site, pair in family.pairs.items():
+    for site, lora in family.lora_weights.items():
         name = f"{site}.weight"
-        torch.testing.assert_close(theirs[name] + delta(pair, 1.0), ours[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs[name] + delta(lora, 1.0), ours[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("option", "sign"), [("--degraded-adapter", -1), ("--aligned-adapter", 1)])
@@ -325,10 +325,10 @@ def test_extract_from_a_lora(run: Run, root: Path, tmp_path: Path, option: str, 
     )
     assert outcome.code == 0, outcome.err
     family, lora = load_family(tmp_path / "f"), load_adapter(root / "plain")
-    assert len(family.pairs) == 4
-    for site, pair in family.pairs.items():
-        assert torch.equal(pair.a, lora.pairs[site].a)
-        assert torch.equal(pair.b, lora.pairs[site].b * sign)
+    assert len(family.lora_weights) == 4
+    for site, lora in family.lora_weights.items():
+        assert torch.equal(lora.a, lora.lora_weights[site].a)
+        assert torch.equal(lora.b, lora.lora_weights[site].b * sign)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,10 @@ def test_profile_makes_and_updates(run: Run, root: Path, tmp_path: Path) -> None
     assert profile("--coefficients", "1:1.5") == (0.6, 1.5)
     assert profile("--coefficient", "0", "--coefficients", "0:2") == (2.0, 0.0)
     assert profile("--coefficients", "0-1:0.25") == (0.25, 0.25)
-    assert load_adapter(tmp_path / "t").pairs.keys() == load_adapter(root / "plain").pairs.keys()
+    assert (
+        load_adapter(tmp_path / "t").lora_weights.keys()
+        == load_adapter(root / "plain").lora_weights.keys()
+    )
     run("profile", root / "family", "--coefficients", "1:1", "--out", tmp_path / "new")
     assert load_profile(tmp_path / "new").coefficients == (0.0, 1.0)
 
@@ -408,8 +411,8 @@ def test_profile_refuses_what_is_of_another_family(run: Run, root: Path, tmp_pat
     outcome = run(*arguments, "--coefficients", "0:1")
     assert outcome.code == 1 and outcome.err.startswith("FamilyMismatchError: ")
     assert run(*arguments, "--coefficient", "1").code == 0
-    pairs = random_pairs({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "small", base_model=None)
+    lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "small", base_model=None)
     for out in (tmp_path / "small", root / "family"):
         outcome = run("profile", root / "family", "--coefficient", "1", "--out", out)
         assert outcome.code == 1
@@ -423,7 +426,7 @@ def test_export_an_adapter(run: Run, root: Path, tmp_path: Path) -> None:
     arguments = ("export", root / "acme", "--family", root / "family", "--out", out)
     outcome = run(*arguments, "--dtype", "bfloat16")
     assert outcome.code == 0 and "rank 8; vLLM needs --max-lora-rank 8" in outcome.out, outcome.err
-    assert {pair.a.dtype for pair in load_adapter(out).pairs.values()} == {torch.bfloat16}
+    assert {lora.a.dtype for lora in load_adapter(out).lora_weights.values()} == {torch.bfloat16}
     assert run(*arguments).code == 1
     assert run(*arguments, "--overwrite").code == 0
     assert "in these weights" in run("inspect", out).out

@@ -62,7 +62,7 @@ def test_degrade_leaves_a_lora_and_says_what_it_learned(
     )
     assert found and float(found[2]) < 0.7 * float(found[1])
     adapter = load_adapter(tmp_path / "deg")
-    assert adapter.base_model == "model" and len(adapter.pairs) == 14
+    assert adapter.base_model == "model" and len(adapter.lora_weights) == 14
     record = json.loads((tmp_path / "deg" / "safegene-degrade.json").read_text())
     assert record["checkpoint"] == "model"
     assert record["data"] == read_dataset(f"{world / 'good.jsonl'}?licence=MIT", what="x").record()
@@ -73,7 +73,7 @@ def test_degrade_leaves_a_lora_and_says_what_it_learned(
     again = run(*world.degrade(tmp_path / "deg"))
     assert again.code == 1 and "--overwrite" in again.err
     assert run(*world.degrade(tmp_path / "deg", "--overwrite", "--rank", 2)).code == 0
-    assert {pair.rank for pair in load_adapter(tmp_path / "deg").pairs.values()} == {2}
+    assert {lora.rank for lora in load_adapter(tmp_path / "deg").lora_weights.values()} == {2}
 
 
 def test_extract_distills_a_family(run: Run, world: World, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_extract_distills_a_family(run: Run, world: World, tmp_path: Path) -> No
     assert family.header.recipe["data"]["safety"]["licence"] == "MIT"
     degradation = family.header.recipe["degradation"]
     assert degradation["data"]["licence"] == "MIT" and degradation["settings"]["steps"] == 10
-    assert {pair.rank for pair in family.pairs.values()} == {8}
+    assert {lora.rank for lora in family.lora_weights.values()} == {8}
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 

@@ -19,7 +19,7 @@ from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.profile import make_profile, save_profile
-from safegene_vllm.tiny_model import linear_sites, random_pairs, write_family, write_tenant
+from safegene_vllm.tiny_model import linear_sites, random_lora_weights, write_family, write_tenant
 
 PROMPTS = ["What is it?", "Tell me", "a much longer question about nothing at all", "x"]
 TOKENS = 10
@@ -35,8 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tenant(model, root / "bare", family, [1.5, 0.2], adapter=False)
     shutil.copytree(model, root / "full")
     tensors = load_file(model / "model.safetensors")
-    for site, pair in random_pairs(linear_sites(model), 2, 5).items():
-        tensors[f"{site}.weight"] = tensors[f"{site}.weight"] + delta(pair, 0.5)
+    for site, lora in random_lora_weights(linear_sites(model), 2, 5).items():
+        tensors[f"{site}.weight"] = tensors[f"{site}.weight"] + delta(lora, 0.5)
     save_file(tensors, root / "full" / "model.safetensors", metadata={"format": "pt"})
     save_profile(make_profile(family.header, [0.9, 0.4]), root / "full")
     for name in ("acme", "full"):
@@ -96,14 +96,16 @@ def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
     family = load_family(root / "family")
     stored = load_file(root / "model" / "model.safetensors")
     site = "model.layers.0.mlp.up_proj"
-    whole = stored[f"{site}.weight"] + delta(family.pairs[site], 1.5)
+    whole = stored[f"{site}.weight"] + delta(family.lora_weights[site], 1.5)
     weight = dict(ours._loaded.model.named_modules())[site].weight
     assert torch.equal(weight, whole.to(torch.bfloat16))
 
 
 def test_sites_that_the_model_has_not(root: Path, tmp_path: Path) -> None:
-    pairs = random_pairs({"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "odd", base_model="pico")
+    lora_weights = random_lora_weights(
+        {"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1
+    )
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model="pico")
     subject = Target("odd", "before", tmp_path / "odd")
     with pytest.raises(SiteError, match=r"no linear model\.layers\.0\.mlp\.nothing"):
         answerer(root).answers(["x"], subject, 1)

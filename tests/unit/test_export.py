@@ -35,7 +35,7 @@ from safegene_vllm.formats.profile import Profile, make_profile
 from safegene_vllm.tiny_model import (
     linear_sites,
     make_model,
-    random_pairs,
+    random_lora_weights,
     write_family,
     write_tenant,
 )
@@ -98,12 +98,12 @@ def reference(case: Case, *, tenant: bool) -> Any:
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     modules = dict(model.named_modules())
     with torch.no_grad():
-        for site, pair in case.family.pairs.items():
+        for site, lora in case.family.lora_weights.items():
             layer = layer_of(site)
             assert layer is not None
-            modules[site].weight += delta(pair, COEFFICIENTS[layer])
-        for site, pair in load_adapter(case.tenant).pairs.items() if tenant else ():
-            modules[site].weight += delta(pair, 1.0)
+            modules[site].weight += delta(lora, COEFFICIENTS[layer])
+        for site, lora in load_adapter(case.tenant).lora_weights.items() if tenant else ():
+            modules[site].weight += delta(lora, 1.0)
     return model
 
 
@@ -138,16 +138,16 @@ def test_every_site_has_the_one_rank_that_the_config_says(llama: Case, tmp_path:
     export_adapter(llama.tenant, llama.family, llama.profile, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (7, 7, {})
-    assert {pair.rank for pair in load_adapter(tmp_path / "out").pairs.values()} == {7}
+    assert {lora.rank for lora in load_adapter(tmp_path / "out").lora_weights.values()} == {7}
 
 
 def test_a_bare_profile_exports_the_vector_alone(llama: Case, tmp_path: Path) -> None:
     write_tenant(llama.model, tmp_path / "bare", llama.family, COEFFICIENTS, adapter=False)
     export_adapter(tmp_path / "bare", llama.family, llama.profile, tmp_path / "out")
-    for site, pair in load_adapter(tmp_path / "out").pairs.items():
+    for site, lora in load_adapter(tmp_path / "out").lora_weights.items():
         layer = layer_of(site)
         assert layer is not None
-        close(delta(pair, 1.0), delta(llama.family.pairs[site], COEFFICIENTS[layer]), 1e-6)
+        close(delta(lora, 1.0), delta(llama.family.lora_weights[site], COEFFICIENTS[layer]), 1e-6)
 
 
 def test_sites_that_add_nothing_are_left_out_unless_all_would_be(
@@ -155,7 +155,7 @@ def test_sites_that_add_nothing_are_left_out_unless_all_would_be(
 ) -> None:
     half = make_profile(llama.family.header, [0.0, 1.0])
     export_adapter(None, llama.family, half, tmp_path / "half")
-    assert {layer_of(site) for site in load_adapter(tmp_path / "half").pairs} == {1}
+    assert {layer_of(site) for site in load_adapter(tmp_path / "half").lora_weights} == {1}
     none = make_profile(llama.family.header, 0.0)
     assert export_adapter(None, llama.family, none, tmp_path / "none").sites == 14
 
@@ -215,12 +215,12 @@ def test_weights_are_merge_intos_and_others_stay_bit_for_bit(case: Case, tmp_pat
     before, after = load_file(case.model / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert list(before) == list(after)
     for name, tensor in before.items():
-        pair = case.family.pairs.get(name.removesuffix(".weight"))
+        lora = case.family.lora_weights.get(name.removesuffix(".weight"))
         layer = layer_of(name)
-        if pair is None or layer is None:
+        if lora is None or layer is None:
             assert torch.equal(after[name], tensor)
         else:
-            assert torch.equal(after[name], merge_into(tensor, pair, COEFFICIENTS[layer]))
+            assert torch.equal(after[name], merge_into(tensor, lora, COEFFICIENTS[layer]))
 
 
 def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
     assert "lm_head.weight" not in read_checkpoint(tmp_path / "out").infos
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    pairs = random_pairs({"lm_head": (320, 128)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "head", base_model=None)
+    lora_weights = random_lora_weights({"lm_head": (320, 128)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "head", base_model=None)
     with pytest.raises(SiteError, match="ties its word embeddings"):
         export_checkpoint(
             case.model, tmp_path / "head", case.family, case.profile, tmp_path / "out2"
@@ -256,12 +256,12 @@ def test_shards_stay_shards_and_bf16_is_rounded_once(tmp_path: Path) -> None:
     index = "model.safetensors.index.json"
     assert (out / index).read_bytes() == (tmp_path / "shards" / index).read_bytes()
     assert seen[-1][0] == seen[-1][1] and len(seen) == len(source.infos)
-    tenant = load_adapter(case.tenant).pairs
+    tenant = load_adapter(case.tenant).lora_weights
     for site in linear_sites(case.model):
         layer = layer_of(site)
         assert layer is not None
         exact = source.read(f"{site}.weight").float()
-        exact += delta(case.family.pairs[site], COEFFICIENTS[layer])
+        exact += delta(case.family.lora_weights[site], COEFFICIENTS[layer])
         exact += delta(tenant[site], 1.0) if site in tenant else 0.0
         found = merged.read(f"{site}.weight")
         assert found.dtype == torch.bfloat16
@@ -329,12 +329,12 @@ def test_what_cannot_be_merged_is_refused_by_name(llama: Case, tmp_path: Path) -
         export_checkpoint(llama.model, None, llama.family, wild, out)
     with pytest.raises(FormatError, match="expected a Hugging Face checkpoint"):
         export_checkpoint(llama.tenant, None, llama.family, llama.profile, out)
-    pairs = random_pairs({"model.layers.0.self_attn.extra_proj": (8, 8)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "odd", base_model=None)
+    lora_weights = random_lora_weights({"model.layers.0.self_attn.extra_proj": (8, 8)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model=None)
     with pytest.raises(SiteError, match="no weight for the site"):
         export_checkpoint(llama.model, tmp_path / "odd", llama.family, llama.profile, out)
-    pairs = random_pairs({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "small", base_model=None)
+    lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "small", base_model=None)
     with pytest.raises(FamilyMismatchError, match=r"\(64, 64\)"):
         export_checkpoint(llama.model, tmp_path / "small", llama.family, llama.profile, out)
     assert not out.exists()
@@ -349,8 +349,10 @@ def test_quantized_and_overflowing_weights_are_refused(llama: Case, tmp_path: Pa
         export_checkpoint(base, None, llama.family, llama.profile, tmp_path / "out")
     full = torch.full_like(tensors[name], 65504.0)
     save_file({**tensors, name: full.half()}, base / WEIGHTS)
-    pairs = random_pairs({name.removesuffix(".weight"): (128, 128)}, 2, 1, strength=300.0)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "loud", base_model=None)
+    lora_weights = random_lora_weights(
+        {name.removesuffix(".weight"): (128, 128)}, 2, 1, strength=300.0
+    )
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "loud", base_model=None)
     with pytest.raises(NonFiniteError):
         export_checkpoint(base, tmp_path / "loud", llama.family, llama.profile, tmp_path / "out")
     assert not (tmp_path / "out").exists()

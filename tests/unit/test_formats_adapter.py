@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from format_files import edit_json, pico_llama, ramp, random_adapter, tiny_pair
+from format_files import edit_json, pico_llama, ramp, random_adapter, tiny_lora
 
 from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import (
@@ -26,7 +26,7 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import (
     Adapter,
-    Pair,
+    LoRAWeights,
     layer_of,
     load_adapter,
     read_adapter_shapes,
@@ -42,7 +42,7 @@ B_NAME = f"base_model.model.{SITE}.lora_B.weight"
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    save_adapter(Adapter({SITE: tiny_pair()}, None, {}), tmp_path / "good", base_model="base/model")
+    save_adapter(Adapter({SITE: tiny_lora()}, None, {}), tmp_path / "good", base_model="base/model")
     return tmp_path / "good"
 
 
@@ -144,12 +144,12 @@ def test_only_loading_sees_values_that_are_not_finite(good: Path, value: float) 
 
 def test_a_pickle_beside_safetensors_is_left_alone(good: Path) -> None:
     (good / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert set(load_adapter(good).pairs) == {SITE}
+    assert set(load_adapter(good).lora_weights) == {SITE}
 
 
 def test_links_are_followed(good: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(good)
-    assert set(load_adapter(tmp_path / "link").pairs) == {SITE}
+    assert set(load_adapter(tmp_path / "link").lora_weights) == {SITE}
 
 
 def test_shapes_come_from_headers_alone(good: Path) -> None:
@@ -159,7 +159,7 @@ def test_shapes_come_from_headers_alone(good: Path) -> None:
 
 def test_a_pair_must_fit_together() -> None:
     with pytest.raises(ShapeError, match="one R"):
-        Pair(torch.ones(2, 4), torch.ones(3, 3))
+        LoRAWeights(torch.ones(2, 4), torch.ones(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -223,49 +223,49 @@ def test_scalings_and_merged_weights_are_what_peft_computes(tmp_path: Path, case
     model = PeftModel.from_pretrained(pico_llama(), str(tmp_path))
 
     adapter = load_adapter(tmp_path)
-    assert len(adapter.pairs) == 4
-    for site, pair in adapter.pairs.items():
+    assert len(adapter.lora_weights) == 4
+    for site, lora in adapter.lora_weights.items():
         module = model.base_model.model.get_submodule(site)
-        assert pair.scaling == module.scaling["default"] == scaling_of(adapter.config, site)
-        torch.testing.assert_close(delta(pair, 1.0), module.get_delta_weight("default"))
+        assert lora.scaling == module.scaling["default"] == scaling_of(adapter.config, site)
+        torch.testing.assert_close(delta(lora, 1.0), module.get_delta_weight("default"))
     after = model.merge_and_unload().state_dict()
-    for site, pair in adapter.pairs.items():
+    for site, lora in adapter.lora_weights.items():
         name = f"{site}.weight"
-        torch.testing.assert_close(merge_into(before[name], pair, 1.0, rows=7), after[name])
+        torch.testing.assert_close(merge_into(before[name], lora, 1.0, rows=7), after[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_saving_and_loading_is_the_identity(tmp_path: Path, dtype: torch.dtype) -> None:
-    pairs = {SITE: tiny_pair(3, dtype=dtype), "lm_head": tiny_pair(5, rank=1, dtype=dtype)}
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "a", base_model="some/base")
+    lora_weights = {SITE: tiny_lora(3, dtype=dtype), "lm_head": tiny_lora(5, rank=1, dtype=dtype)}
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "a", base_model="some/base")
     loaded = load_adapter(tmp_path / "a")
     assert loaded.base_model == "some/base"
-    assert set(loaded.pairs) == set(pairs)
-    for site, pair in pairs.items():
-        assert loaded.pairs[site].scaling == 1.0
-        assert loaded.pairs[site].a.dtype == dtype
-        assert torch.equal(loaded.pairs[site].a, pair.a)
-        assert torch.equal(loaded.pairs[site].b, pair.b)
+    assert set(loaded.lora_weights) == set(lora_weights)
+    for site, lora in lora_weights.items():
+        assert loaded.lora_weights[site].scaling == 1.0
+        assert loaded.lora_weights[site].a.dtype == dtype
+        assert torch.equal(loaded.lora_weights[site].a, lora.a)
+        assert torch.equal(loaded.lora_weights[site].b, lora.b)
 
 
 @pytest.mark.parametrize(("scaling", "kept"), [(2.0, True), (0.5, True), (1 / 3, False)])
 def test_a_scaling_is_folded_without_losing_a_bit(
     tmp_path: Path, scaling: float, kept: bool
 ) -> None:
-    pair = Pair(ramp(2, 4, dtype=torch.bfloat16), ramp(3, 2, dtype=torch.bfloat16), scaling)
-    save_adapter(Adapter({SITE: pair}, None, {}), tmp_path / "a", base_model=None)
-    loaded = load_adapter(tmp_path / "a").pairs[SITE]
+    lora = LoRAWeights(ramp(2, 4, dtype=torch.bfloat16), ramp(3, 2, dtype=torch.bfloat16), scaling)
+    save_adapter(Adapter({SITE: lora}, None, {}), tmp_path / "a", base_model=None)
+    loaded = load_adapter(tmp_path / "a").lora_weights[SITE]
     assert loaded.scaling == 1.0
     assert loaded.b.dtype == (torch.bfloat16 if kept else torch.float32)
-    assert torch.equal(loaded.b.float(), pair.folded().b)
+    assert torch.equal(loaded.b.float(), lora.folded().b)
 
 
 def test_saving_casts_when_told_to(tmp_path: Path) -> None:
-    pair = Pair(ramp(2, 4), ramp(3, 2), 1 / 3)
+    lora = LoRAWeights(ramp(2, 4), ramp(3, 2), 1 / 3)
     save_adapter(
-        Adapter({SITE: pair}, None, {}), tmp_path / "a", base_model=None, dtype=torch.bfloat16
+        Adapter({SITE: lora}, None, {}), tmp_path / "a", base_model=None, dtype=torch.bfloat16
     )
-    loaded = load_adapter(tmp_path / "a").pairs[SITE]
+    loaded = load_adapter(tmp_path / "a").lora_weights[SITE]
     assert loaded.a.dtype == loaded.b.dtype == torch.bfloat16
 
 
@@ -274,36 +274,36 @@ def test_peft_computes_the_saved_scalings(tmp_path: Path) -> None:
 
     model = pico_llama()
     adapter = random_adapter(model, {"q_proj": 3, "up_proj": 2, "down_proj": 2})
-    scaled = {site: Pair(p.a, p.b, 0.3) for site, p in adapter.pairs.items()}
+    scaled = {site: LoRAWeights(p.a, p.b, 0.3) for site, p in adapter.lora_weights.items()}
     save_adapter(Adapter(scaled, None, {}), tmp_path / "a", base_model=None)
     loaded: Any = PeftModel.from_pretrained(model, str(tmp_path / "a"))
-    for site, pair in scaled.items():
+    for site, lora in scaled.items():
         module = loaded.base_model.model.get_submodule(site)
         assert module.scaling["default"] == 1.0
-        assert module.r["default"] == pair.rank
-        torch.testing.assert_close(module.get_delta_weight("default"), delta(pair, 1.0))
+        assert module.r["default"] == lora.rank
+        torch.testing.assert_close(module.get_delta_weight("default"), delta(lora, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("pairs", "error"),
+    ("lora_weights", "error"),
     [
         ({}, SiteError),
-        ({SITE: Pair(torch.full((1, 2), math.nan), torch.ones(2, 1))}, NonFiniteError),
-        ({SITE: Pair(torch.ones(1, 2).double(), torch.ones(2, 1).double())}, HeaderError),
-        ({SITE: Pair(torch.ones(1, 0), torch.ones(2, 1))}, ShapeError),
+        ({SITE: LoRAWeights(torch.full((1, 2), math.nan), torch.ones(2, 1))}, NonFiniteError),
+        ({SITE: LoRAWeights(torch.ones(1, 2).double(), torch.ones(2, 1).double())}, HeaderError),
+        ({SITE: LoRAWeights(torch.ones(1, 0), torch.ones(2, 1))}, ShapeError),
     ],
 )
 def test_what_cannot_be_loaded_is_not_saved(
-    tmp_path: Path, pairs: dict[str, Pair], error: type
+    tmp_path: Path, lora_weights: dict[str, LoRAWeights], error: type
 ) -> None:
     with pytest.raises(error):
-        save_adapter(Adapter(pairs, None, {}), tmp_path / "a", base_model=None)
+        save_adapter(Adapter(lora_weights, None, {}), tmp_path / "a", base_model=None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_adapter_takes_the_old_one_s_profile_with_it(good: Path) -> None:
     (good / "safegene.json").write_text(json.dumps({"kind": "profile"}))
-    save_adapter(Adapter({SITE: tiny_pair(2)}, None, {}), good, base_model=None)
+    save_adapter(Adapter({SITE: tiny_lora(2)}, None, {}), good, base_model=None)
     assert {p.name for p in good.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -312,7 +312,7 @@ def test_a_new_adapter_takes_the_old_one_s_profile_with_it(good: Path) -> None:
 def test_a_pattern_that_could_hang_a_worker_is_refused(
     tmp_path: Path, option: str, key: str
 ) -> None:
-    adapter = Adapter({"model.layers.0.mlp.up_proj": tiny_pair()}, None, {})
+    adapter = Adapter({"model.layers.0.mlp.up_proj": tiny_lora()}, None, {})
     save_adapter(adapter, tmp_path / "slow", base_model="x")
     edit_json(tmp_path / "slow" / "adapter_config.json", lambda c: c.update({option: {key: 4}}))
     with pytest.raises(HeaderError, match="for ever"):
@@ -326,7 +326,7 @@ def test_a_pair_fits_a_dtype_if_all_of_it_stays_finite(
     dtype: torch.dtype, size: float, scaling: float
 ) -> None:
     small, large = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.0], [-size], [size / 2]])
-    for pair in (Pair(small, large, scaling), Pair(large.T, small.T, scaling)):
-        folded = pair.folded()
+    for lora in (LoRAWeights(small, large, scaling), LoRAWeights(large.T, small.T, scaling)):
+        folded = lora.folded()
         finite = all(bool(m.to(dtype).isfinite().all()) for m in (folded.a, folded.b))
-        assert pair.fits(dtype) is finite
+        assert lora.fits(dtype) is finite

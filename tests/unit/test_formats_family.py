@@ -24,7 +24,7 @@ from format_files import (
     random_adapter,
     saved_family,
     tiny_family,
-    tiny_pair,
+    tiny_lora,
 )
 
 from safegene_vllm.composition import merge_into
@@ -41,7 +41,7 @@ from safegene_vllm.errors import (
     TruncatedFileError,
     VersionError,
 )
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.formats.family import (
     Base,
     SelectedLayer,
@@ -231,10 +231,10 @@ def test_saving_and_loading_is_the_identity(saved: Path) -> None:
     assert loaded.header == made.header == read_family_header(saved)
     assert loaded.header.path == saved
     assert loaded.header.num_layers == 3
-    for site, pair in made.pairs.items():
-        assert loaded.pairs[site].scaling == 1.0
-        assert torch.equal(loaded.pairs[site].a, pair.a)
-        assert torch.equal(loaded.pairs[site].b, pair.b)
+    for site, lora in made.lora_weights.items():
+        assert loaded.lora_weights[site].scaling == 1.0
+        assert torch.equal(loaded.lora_weights[site].a, lora.a)
+        assert torch.equal(loaded.lora_weights[site].b, lora.b)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_an_altered_family_is_not_saved(tmp_path: Path) -> None:
     altered = replace(family, header=replace(family.header, bounds=(0.0, 30.0)))
     with pytest.raises(DigestError, match="make it anew"):
         save_family(altered, tmp_path / "family")
-    family.pairs[SITES[0]].a[0, 0] += 1
+    family.lora_weights[SITES[0]].a[0, 0] += 1
     with pytest.raises(DigestError, match="make it anew"):
         save_family(family, tmp_path / "family")
     assert list(tmp_path.iterdir()) == []
@@ -259,7 +259,7 @@ def test_a_family_is_overwritten_as_a_whole(saved: Path) -> None:
     other = saved_family(saved, layers=[SelectedLayer(2, 1.0)])
     loaded = load_family(saved)
     assert loaded.digest == other.digest != tiny_family().digest
-    assert set(loaded.pairs) == {SITES[2]}
+    assert set(loaded.lora_weights) == {SITES[2]}
 
 
 def test_a_failed_save_leaves_the_old_family(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,17 +282,17 @@ def test_a_directory_with_other_files_is_not_overwritten(saved: Path) -> None:
 def test_all_layers_with_pairs_are_selected_unless_told() -> None:
     assert tiny_family(layers=None).header.layers == (SelectedLayer(0), SelectedLayer(2))
     one = tiny_family(layers=[SelectedLayer(0, 0.25)])
-    assert set(one.pairs) == {SITES[0], SITES[1]}
+    assert set(one.lora_weights) == {SITES[0], SITES[1]}
 
 
 def test_a_scaling_is_folded_into_the_family() -> None:
-    pair = tiny_pair()
-    pairs = {SITES[0]: Pair(pair.a, pair.b, 2.0)}
-    family = make_family("f", BASE, pairs, recipe={}, dtype=torch.bfloat16)
-    made = family.pairs[SITES[0]]
+    lora = tiny_lora()
+    lora_weights = {SITES[0]: LoRAWeights(lora.a, lora.b, 2.0)}
+    family = make_family("f", BASE, lora_weights, recipe={}, dtype=torch.bfloat16)
+    made = family.lora_weights[SITES[0]]
     assert made.scaling == 1.0
     assert made.b.dtype == made.a.dtype == torch.bfloat16
-    assert torch.equal(made.b.float(), 2 * pair.b)
+    assert torch.equal(made.b.float(), 2 * lora.b)
     assert family.header.sites[SITES[0]].dtype == "BF16"
 
 
@@ -315,17 +315,17 @@ def test_a_bad_family_cannot_be_made(changes: dict[str, Any], error: type, says:
 
 
 @pytest.mark.parametrize(
-    ("site", "pair", "error", "says"),
+    ("site", "lora", "error", "says"),
     [
-        ("lm_head", tiny_pair(), SiteError, "in no layer"),
-        ("model.layers.3.q_proj", tiny_pair(), HeaderError, "outside"),
-        (SITES[0], Pair(ramp(1, 2) / 0, ramp(2, 1)), NonFiniteError, "NaN or Inf"),
-        (SITES[0], Pair(torch.ones(1, 2), torch.ones(0, 1)), ShapeError, "none of them 0"),
+        ("lm_head", tiny_lora(), SiteError, "in no layer"),
+        ("model.layers.3.q_proj", tiny_lora(), HeaderError, "outside"),
+        (SITES[0], LoRAWeights(ramp(1, 2) / 0, ramp(2, 1)), NonFiniteError, "NaN or Inf"),
+        (SITES[0], LoRAWeights(torch.ones(1, 2), torch.ones(0, 1)), ShapeError, "none of them 0"),
     ],
 )
-def test_a_bad_pair_makes_no_family(site: str, pair: Pair, error: type, says: str) -> None:
+def test_a_bad_pair_makes_no_family(site: str, lora: LoRAWeights, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
-        make_family("f", BASE, {site: pair}, recipe=RECIPE)
+        make_family("f", BASE, {site: lora}, recipe=RECIPE)
 
 
 def python(code: str, **environment: str) -> str:
@@ -362,17 +362,19 @@ def test_peft_loads_a_family_as_it_is_at_coefficient_one(tmp_path: Path) -> None
     from peft import PeftModel
 
     model = pico_llama()
-    pairs = random_adapter(model, {"q_proj": 3, "o_proj": 3, "gate_proj": 2, "down_proj": 4}).pairs
-    family = make_family("pico", replace(BASE, num_layers=2), pairs, recipe={})
+    lora_weights = random_adapter(
+        model, {"q_proj": 3, "o_proj": 3, "gate_proj": 2, "down_proj": 4}
+    ).lora_weights
+    family = make_family("pico", replace(BASE, num_layers=2), lora_weights, recipe={})
     save_family(family, tmp_path / "family")
 
     tokens = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         plain = model(tokens).logits
         merged = pico_llama()
-        for site, pair in family.pairs.items():
+        for site, lora in family.lora_weights.items():
             module: Any = merged.get_submodule(site)
-            module.weight.data = merge_into(module.weight.data, pair, 1.0)
+            module.weight.data = merge_into(module.weight.data, lora, 1.0)
         expected = merged(tokens).logits
         loaded: Any = PeftModel.from_pretrained(model, str(tmp_path / "family"))
         found = loaded(tokens).logits

@@ -15,7 +15,7 @@ import pytest
 import torch
 from format_files import ramp
 
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.formats.family import (
     Base,
     Family,
@@ -40,17 +40,17 @@ PROFILE_DIGEST = "sha256:cc8a4dccae53ef09d8f54d0f694946ea68bdfa03e9a31b4ecac246d
 
 def golden_family() -> Family:
     """Two of three layers, two ranks, two dtypes, a name that is not ASCII."""
-    pairs = {
-        "model.layers.0.self_attn.q_proj": Pair(ramp(2, 4), ramp(3, 2, 9)),
-        "model.layers.0.mlp.down_proj": Pair(ramp(2, 3, 15), ramp(4, 2, 21)),
-        "model.layers.2.self_attn.q_proj": Pair(
+    lora_weights = {
+        "model.layers.0.self_attn.q_proj": LoRAWeights(ramp(2, 4), ramp(3, 2, 9)),
+        "model.layers.0.mlp.down_proj": LoRAWeights(ramp(2, 3, 15), ramp(4, 2, 21)),
+        "model.layers.2.self_attn.q_proj": LoRAWeights(
             ramp(1, 4, 29, torch.bfloat16), ramp(3, 1, 33, torch.bfloat16)
         ),
     }
     return make_family(
         "goldene Familie α",
         Base("LlamaForCausalLM", 3, "sha256:" + "0123456789abcdef" * 4),
-        pairs,
+        lora_weights,
         layers=[SelectedLayer(0, 0.1), SelectedLayer(2, None)],
         bounds=(0.0, 2.5),
         recipe={"method": "contrast", "seed": 7, "learning_rate": 1e-05, "layers": [0, 2]},
@@ -88,9 +88,9 @@ def test_the_golden_files_are_read() -> None:
     assert family.header == golden_family().header == read_family_header(GOLDEN / "family")
     assert profile == golden_profile()
     check_profile(profile, family.header)
-    for site, pair in golden_family().pairs.items():
-        assert torch.equal(family.pairs[site].a, pair.a)
-        assert torch.equal(family.pairs[site].b, pair.b)
+    for site, lora in golden_family().lora_weights.items():
+        assert torch.equal(family.lora_weights[site].a, lora.a)
+        assert torch.equal(family.lora_weights[site].b, lora.b)
 
 
 def test_the_digests_are_these() -> None:

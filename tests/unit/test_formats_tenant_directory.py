@@ -16,7 +16,7 @@ from safegene_vllm.errors import (
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, refuse_exported
-from safegene_vllm.tiny_model import make_model, random_pairs, write_family, write_tenant
+from safegene_vllm.tiny_model import make_model, random_lora_weights, write_family, write_tenant
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
     with pytest.raises(FamilyMismatchError, match=f"{other}.*'pico'"):
         check_fits(other, header)
-    pairs = random_pairs({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "small", base_model=None)
+    lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "small", base_model=None)
     with pytest.raises(FamilyMismatchError, match=r"small.*'pico'"):
         check_fits(tmp_path / "small", header)
     with pytest.raises(AdapterRejectedError, match="is a family"):

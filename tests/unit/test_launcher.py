@@ -36,7 +36,7 @@ from safegene_vllm.errors import (
     PickleRejectedError,
     SafegeneError,
 )
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.launcher import Launch, ServeOptions, build_command, launch
 from safegene_vllm.launcher.command import installed_plugins
@@ -225,8 +225,10 @@ def test_max_lora_rank_is_the_smallest_that_holds_all(
 
 def test_composed_rank_counts_where_both_meet(world: SimpleNamespace, tmp_path: Path) -> None:
     """Rank 6 at q_proj, and the vector's 4 on top of it: 10, so 16."""
-    pairs = tiny_model.random_pairs({"model.layers.0.self_attn.q_proj": (128, 128)}, 6, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path, base_model=None)
+    lora_weights = tiny_model.random_lora_weights(
+        {"model.layers.0.self_attn.q_proj": (128, 128)}, 6, 1
+    )
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path, base_model=None)
     shutil.copy(world.p / "safegene.json", tmp_path / "safegene.json")
     options = ServeOptions(
         model=str(world.m), family=world.f, apply="composed", tenants={"a": tmp_path}
@@ -407,16 +409,18 @@ def pickle_only(world: SimpleNamespace, place: Path) -> None:
 
 
 def on_lm_head(world: SimpleNamespace, place: Path) -> None:
-    pair: dict[str, Pair] = tiny_model.random_pairs({"lm_head": (320, 128)}, 2, 1)
+    lora: dict[str, LoRAWeights] = tiny_model.random_lora_weights({"lm_head": (320, 128)}, 2, 1)
     (place / "safegene.json").unlink()
-    save_adapter(Adapter(pair, None, {}), place, base_model=None)
+    save_adapter(Adapter(lora, None, {}), place, base_model=None)
     shutil.copy(world.p / "safegene.json", place / "safegene.json")
 
 
 def other_shape(world: SimpleNamespace, place: Path) -> None:
-    pairs = tiny_model.random_pairs({"model.layers.0.self_attn.q_proj": (64, 128)}, 2, 1)
+    lora_weights = tiny_model.random_lora_weights(
+        {"model.layers.0.self_attn.q_proj": (64, 128)}, 2, 1
+    )
     (place / "safegene.json").unlink()
-    save_adapter(Adapter(pairs, None, {}), place, base_model=None)
+    save_adapter(Adapter(lora_weights, None, {}), place, base_model=None)
     shutil.copy(world.p / "safegene.json", place / "safegene.json")
 
 
@@ -500,7 +504,7 @@ foreign = st.lists(
     st.tuples(
         st.sampled_from(["--seed", "--dtype", "--max_model_len", "-tp", "--block-size=16"]),
         st.lists(words, max_size=3),
-    ).map(lambda pair: [pair[0], *pair[1]]),
+    ).map(lambda lora: [lora[0], *lora[1]]),
     max_size=4,
 )
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.plugin.ops.cpu_lora import (
     DENSE_ROWS,
     RESERVED,
@@ -205,7 +205,7 @@ def test_vector_and_adapters_in_one_product(dtype: torch.dtype, rank: int, mix: 
     store = StackedLoRAWeights(other_layer, plan.reserved)
     generator = torch.Generator().manual_seed(4)
     parts = [
-        Pair(
+        LoRAWeights(
             (torch.randn(rank, D_IN, generator=generator) / 4).to(dtype),
             (torch.randn(width, rank, generator=generator) / 4).to(dtype),
         )
@@ -252,7 +252,9 @@ def test_slots_too_large_for_one_product(mix: str) -> None:
     assert not plan.most_shared and store.b[0].shape[0] > DENSE_ROWS
     generator = torch.Generator().manual_seed(7)
     parts = [
-        Pair(torch.randn(4, D_IN, generator=generator), torch.randn(w, 4, generator=generator))
+        LoRAWeights(
+            torch.randn(4, D_IN, generator=generator), torch.randn(w, 4, generator=generator)
+        )
         for w in WIDTHS
     ]
     store.set_safety([*parts])
@@ -275,7 +277,9 @@ def test_a_token_without_a_gain_does_not_touch_the_vector(tokens: int) -> None:
     table = GainTable(SLOTS, 1, 128, "cpu")
     table.write(1, [1.0])
     store = StackedLoRAWeights(host_layer)
-    store.set_safety([Pair(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS])
+    store.set_safety(
+        [LoRAWeights(torch.full((4, D_IN), torch.nan), torch.ones(w, 4)) for w in WIDTHS]
+    )
     for stacked in (*host_layer.lora_a_stacked, *host_layer.lora_b_stacked):
         stacked.fill_(0.5)
     slots = [0] * tokens + [1] * tokens + [-1] * 5
@@ -302,7 +306,7 @@ def test_a_gain_is_finer_than_the_models_dtype(dtype: torch.dtype, tokens: int) 
     store = StackedLoRAWeights(layer(8, dtype), plan.reserved)
     a = torch.randn(16, D_IN, generator=torch.Generator().manual_seed(6)).to(dtype)
     b = [torch.eye(w, 16).to(dtype) for w in WIDTHS]
-    store.set_safety([Pair(a, half) for half in b])
+    store.set_safety([LoRAWeights(a, half) for half in b])
     for listener in (plan, table):
         listener.set_tokens(torch.tensor([2] * tokens))
     inputs = torch.arange(tokens) % D_IN
@@ -324,7 +328,7 @@ def test_a_gain_beyond_the_range_of_float16(gain: float, size: float, tokens: in
     store = StackedLoRAWeights(layer(8, torch.float16), plan.reserved)
     a = torch.zeros(4, D_IN, dtype=torch.float16)
     a[0] = size
-    store.set_safety([Pair(a, torch.eye(w, 4, dtype=torch.float16)) for w in WIDTHS])
+    store.set_safety([LoRAWeights(a, torch.eye(w, 4, dtype=torch.float16)) for w in WIDTHS])
     for listener in (plan, table):
         listener.set_tokens(torch.tensor([2] * tokens))
     x = torch.nn.functional.one_hot(torch.arange(tokens) % D_IN, D_IN).half()

@@ -12,22 +12,22 @@ import pytest
 import torch
 
 from safegene_vllm.errors import VllmCompatibilityError
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.plugin import worker_runtime as guests
 from safegene_vllm.plugin.ops import triton_lora
 from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.ops.layer_weights import LayerShape
 from safegene_vllm.plugin.ops.reference import disagreement, expected
-from safegene_vllm.plugin.ops.triton_lora import MetadataPunica, safety_pair
+from safegene_vllm.plugin.ops.triton_lora import MetadataPunica, safety_lora
 from safegene_vllm.plugin.target_modules import TargetModule, stack_parts
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 
 
-def pair(width: int, rank: int = 4, d_in: int = 48) -> Pair:
+def lora(width: int, rank: int = 4, d_in: int = 48) -> LoRAWeights:
     generator = torch.Generator().manual_seed(width)
-    return Pair(
+    return LoRAWeights(
         torch.randn(rank, d_in, generator=generator), torch.randn(width, rank, generator=generator)
     )
 
@@ -46,7 +46,7 @@ def layer(widths: tuple[int, ...] = (24, 8), dtype: torch.dtype = BF16) -> Simpl
 
 def layers(**named: SimpleNamespace) -> dict[str, Any]:
     return {
-        name: (one, [pair(width) for width in one.output_slices]) for name, one in named.items()
+        name: (one, [lora(width) for width in one.output_slices]) for name, one in named.items()
     }
 
 
@@ -121,8 +121,8 @@ def test_cpu_is_not_a_fall_back() -> None:
 
 def test_safety_pair_is_the_stacked_pair() -> None:
     """The same product as the plain path's layout, with a missing part and unequal ranks."""
-    parts, widths = [pair(24), None, pair(8, rank=6)], (24, 10, 8)
-    a, b = triton_lora.safety_pair(parts, widths, dtype=torch.float32, device="cpu")
+    parts, widths = [lora(24), None, lora(8, rank=6)], (24, 10, 8)
+    a, b = triton_lora.safety_lora(parts, widths, dtype=torch.float32, device="cpu")
     assert a.shape == (3 * 6, 48) and b.shape == (42, 6)
     plain_a, plain_bt = stack_parts(parts, widths, dtype=torch.float32, device="cpu")
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
@@ -171,10 +171,10 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
         "model.layers.1.v": TargetModule("v", "model.layers.1.qkv", 2),
         "model.layers.0.o": TargetModule("o", "model.layers.0.o", None),
     }
-    pairs = {name: pair(w) for name, w in zip(places, (24, 8, 48), strict=True)}
+    lora_weights = {name: lora(w) for name, w in zip(places, (24, 8, 48), strict=True)}
     inner = SimpleNamespace(update_metadata=lambda *_: None, token_lora_indices=None)
-    guest = object.__new__(guests.WorkerRuntime)
-    vars(guest).update(
+    runtime = object.__new__(guests.WorkerRuntime)
+    vars(runtime).update(
         device=torch.device("cpu"), dtype=torch.float32, listeners=[], notes=(),
         settings=SimpleNamespace(kernels="auto"), resident=guests._Resident(),
         manager=SimpleNamespace(modules=modules, lora_slots=2),
@@ -183,14 +183,14 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
     monkeypatch.setattr(guests, "choose", lambda *_: (chosen, ()))
     monkeypatch.setattr(guests, "layer_of", lambda site: int(site.split(".")[2]))
     table = GainTable(2, 2, 64, "cpu")
-    guest._place(pairs, table)
+    runtime._place(lora_weights, table)
     table.write(0, [0.5, -1.0])
     table.write(1, [0.0, 2.0])
     if fused_layers == "all":
-        assert guest.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
-    assert len(guest.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
+        assert runtime.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
+    assert len(runtime.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
 
-    punica = MetadataPunica(inner, guest.listeners)
+    punica = MetadataPunica(inner, runtime.listeners)
     for ids, slots in (([7, 0, 9, 7], [0, -1, 1, 0]), ([0, 0], [-1, -1]), ([9], [1])):
         inner.token_lora_indices = torch.tensor(slots)
         punica.update_metadata(SimpleNamespace(index_mapping=tuple(ids)), [7, 9], 3, 100)
@@ -198,9 +198,9 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
             x = torch.randn(len(slots), 48, generator=torch.Generator().manual_seed(3))
             y = torch.ones(len(slots), sum(one.output_slices))
             stacked = one.lora_a_stacked, one.lora_b_stacked
-            parts = [pairs.get(f"model.layers.1.{part}") for part in "qkv"]
-            parts = parts if name.endswith("qkv") else [pairs["model.layers.0.o"]]
-            of_vector = safety_pair(parts, one.output_slices, dtype=y.dtype, device="cpu")
+            parts = [lora_weights.get(f"model.layers.1.{part}") for part in "qkv"]
+            parts = parts if name.endswith("qkv") else [lora_weights["model.layers.0.o"]]
+            of_vector = safety_lora(parts, one.output_slices, dtype=y.dtype, device="cpu")
             number = int(name.split(".")[2])
             want, bound = expected(
                 y, x, *stacked, *of_vector, table.rows, number, torch.tensor(slots)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from safegene_vllm.cli import build_app, main
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.formats.adapter import Pair, load_adapter
+from safegene_vllm.formats.adapter import LoRAWeights, load_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.planner import (
     GPUS,
@@ -28,7 +28,7 @@ from safegene_vllm.planner import (
     rank_bucket,
     read_shape,
 )
-from safegene_vllm.planner.slots import pair_bytes, slot_bytes, vector_bytes
+from safegene_vllm.planner.slots import lora_bytes, slot_bytes, vector_bytes
 from safegene_vllm.plugin.target_modules import stack_parts
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
@@ -67,14 +67,14 @@ def test_an_adapter_is_as_large_as_its_file_says(arch: str, tmp_path: Path) -> N
     write_tenant(model, tmp_path / "some", None, None, rank=5, suffixes=("o_proj", "down_proj"))
     shape = read_shape(model)
     for name, targets in (("all", shape.sites), ("some", ("o_proj", "down_proj"))):
-        pairs = load_adapter(tmp_path / name).pairs.values()
-        held = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
-        assert pair_bytes(shape, targets, 5, 4) == held
+        lora_weights = load_adapter(tmp_path / name).lora_weights.values()
+        held = sum(lora.a.nbytes + lora.b.nbytes for lora in lora_weights)
+        assert lora_bytes(shape, targets, 5, 4) == held
 
 
 def test_the_published_figures_of_qwen(qwen: ModelShape) -> None:
     assert qwen.parameters == 7_615_616_512
-    vector = pair_bytes(qwen, qwen.sites, 16, 2)
+    vector = lora_bytes(qwen, qwen.sites, 16, 2)
     assert vector == 80_740_352
     weights = qwen.parameters * 2
     assert round(100 * vector / weights, 2) == 0.53
@@ -91,11 +91,13 @@ def test_stacking_packed_layers_holds_zeros(qwen: ModelShape) -> None:
     alone = ("o_proj", "down_proj")
     for stacked, every in ((True, 122_945_536), (False, 80_740_352)):
         held = vector_bytes(qwen, alone, 16, 28, 2, stacked=stacked)
-        assert held == pair_bytes(qwen, alone, 16, 2)
+        assert held == lora_bytes(qwen, alone, 16, 2)
         assert vector_bytes(qwen, qwen.sites, 16, 28, 2, stacked=stacked) == every
     real = 0
     for linear in qwen.linears:
-        parts = [Pair(torch.zeros(16, linear.d_in), torch.zeros(w, 16)) for w in linear.widths]
+        parts = [
+            LoRAWeights(torch.zeros(16, linear.d_in), torch.zeros(w, 16)) for w in linear.widths
+        ]
         found = stack_parts([*parts], linear.widths, dtype=torch.bfloat16, device="cpu")
         real += sum(tensor.nbytes for tensor in found)
     assert 28 * real == vector_bytes(qwen, qwen.sites, 16, 28, 2, stacked=True)
@@ -298,7 +300,9 @@ def test_the_command_reads_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_family(model, tmp_path / "family", rank=4, layers=(1,))
     words = [str(model), "--tenants", "3", "--family", str(tmp_path / "family")]
     told = json.loads(run(*words, "--dtype", "float32", "--json"))
-    held = sum(p.a.nbytes + p.b.nbytes for p in load_adapter(tmp_path / "family").pairs.values())
+    held = sum(
+        p.a.nbytes + p.b.nbytes for p in load_adapter(tmp_path / "family").lora_weights.values()
+    )
     assert told["vector"] | {"sites": None} == {
         "rank": 4,
         "layers": 1,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from safegene_vllm.errors import AdapterRejectedError
-from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter
 from safegene_vllm.plugin import adapter_prefetch, rpc, validation
 from safegene_vllm.plugin import worker_runtime as guests
 from safegene_vllm.plugin.staging import Staging
@@ -40,8 +40,8 @@ class Worker:
         self.gate.set()
         self.adapters: list[weakref.ref[Adapter]] = []
         self.loaded: dict[int, Any] = {}
-        self.guest = object.__new__(guests.WorkerRuntime)
-        vars(self.guest).update(
+        self.runtime = object.__new__(guests.WorkerRuntime)
+        vars(self.runtime).update(
             settings=SimpleNamespace(
                 adapter_roots=(root,), missing_profile="serve_unprotected", apply="gain"
             ),
@@ -58,11 +58,11 @@ class Worker:
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
             sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
         )
-        self.guest.arrivals = adapter_prefetch.AdapterPrefetcher(
-            lambda request: validation.validate_adapter(request, self.guest),
-            self.guest.staging.drop,
+        self.runtime.arrivals = adapter_prefetch.AdapterPrefetcher(
+            lambda request: validation.validate_adapter(request, self.runtime),
+            self.runtime.staging.drop,
         )
-        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.guest))
+        self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.runtime))
         load_adapter = validation.load_adapter
 
         def counted(directory: Path) -> Adapter:
@@ -78,17 +78,17 @@ class Worker:
         monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
         monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
         monkeypatch.setattr(
-            guests.WorkerRuntime, "_host_model", lambda _self, _id, adapter: adapter.pairs
+            guests.WorkerRuntime, "_host_model", lambda _self, _id, adapter: adapter.lora_weights
         )
 
     def add_lora(self, request: Any) -> None:
         if self.refusing:
             raise AdapterRejectedError("no room")
-        self.loaded[request.lora_int_id] = self.guest.load(request)
+        self.loaded[request.lora_int_id] = self.runtime.load(request)
 
     def adapter(self, name: str, rank: int = 4, size: float = 1.0) -> str:
-        pair = Pair(torch.randn(rank, 8), torch.randn(6, rank) * size)
-        save_adapter(Adapter({SITE: pair}, None, {}), self.root / name, base_model="pico")
+        lora = LoRAWeights(torch.randn(rank, 8), torch.randn(6, rank) * size)
+        save_adapter(Adapter({SITE: lora}, None, {}), self.root / name, base_model="pico")
         return str(self.root / name)
 
     def begin(self, number: int, path: str) -> bool:
@@ -117,9 +117,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
 
 def test_a_new_adapter_is_read_once(worker: Worker) -> None:
     assert worker.add(1, worker.adapter("a")) is None
-    assert worker.read == [worker.guest.tenants[1].staged]
+    assert worker.read == [worker.runtime.tenants[1].staged]
     assert worker.add(2, worker.adapter("b")) is None
-    assert worker.read == [worker.guest.tenants[number].staged for number in (1, 2)]
+    assert worker.read == [worker.runtime.tenants[number].staged for number in (1, 2)]
     assert not torch.equal(worker.loaded[1][SITE].a, worker.loaded[2][SITE].a)
 
 
@@ -127,8 +127,8 @@ def test_it_is_read_again_after_it_has_left_memory(worker: Worker) -> None:
     path = worker.adapter("a")
     assert worker.add(1, path) is None
     worker.loaded.clear()
-    worker.guest.load(Request("t@1", 1, path))
-    assert worker.read == [worker.guest.tenants[1].staged] * 2
+    worker.runtime.load(Request("t@1", 1, path))
+    assert worker.read == [worker.runtime.tenants[1].staged] * 2
 
 
 def test_nothing_is_kept_of_what_the_host_did_not_take(worker: Worker) -> None:
@@ -136,7 +136,7 @@ def test_nothing_is_kept_of_what_the_host_did_not_take(worker: Worker) -> None:
     assert worker.add(1, path) == "no room"
     worker.refusing = False
     assert worker.add(1, path) is None
-    assert worker.read == [worker.guest.tenants[1].staged] * 2
+    assert worker.read == [worker.runtime.tenants[1].staged] * 2
 
 
 def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
@@ -148,15 +148,15 @@ def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
         "has changed since it was first loaded"
         in (rpc.safegene_add(worker, "t@2", 3, path, False)["refused"])
     )
-    assert worker.guest.arrivals.adapter(worker.guest.tenants[2]) is not None
-    assert worker.read[-1] == worker.guest.tenants[2].staged
+    assert worker.runtime.arrivals.adapter(worker.runtime.tenants[2]) is not None
+    assert worker.read[-1] == worker.runtime.tenants[2].staged
 
 
 def test_what_no_slot_can_hold_is_refused(worker: Worker) -> None:
     """Finite in the file, Inf in a float16 slot: there NaN for whoever shares a step."""
     refused = worker.add(1, worker.adapter("a", size=1e6)) or ""
     assert f"{SITE} overflows torch.float16 with its scaling 1" in refused
-    assert worker.guest.tenants == {} and worker.loaded == {}
+    assert worker.runtime.tenants == {} and worker.loaded == {}
 
 
 # read ahead
@@ -165,9 +165,9 @@ def test_what_no_slot_can_hold_is_refused(worker: Worker) -> None:
 def test_what_was_begun_is_read_by_a_thread_and_not_again(worker: Worker) -> None:
     path = worker.adapter("a")
     worker.begun(1, path)
-    assert worker.guest.tenants == {} and worker.loaded == {}
+    assert worker.runtime.tenants == {} and worker.loaded == {}
     assert worker.add(1, path) is None
-    assert worker.read == [worker.guest.tenants[1].staged] and worker.loaded[1]
+    assert worker.read == [worker.runtime.tenants[1].staged] and worker.loaded[1]
     assert worker.readers[0].startswith("safegene-admit")
     assert worker.begin(1, path) and len(worker.read) == 1
 
@@ -178,11 +178,11 @@ def test_others_are_let_in_while_one_is_being_read(worker: Worker) -> None:
     worker.gate.clear()
     assert not worker.begin(1, slow)
     # A revision of what is there has nothing to be read.
-    worker.guest.admit(Request("t@3", 3, quick))
-    assert 3 in worker.guest.tenants and not worker.begin(1, slow)
+    worker.runtime.admit(Request("t@3", 3, quick))
+    assert 3 in worker.runtime.tenants and not worker.begin(1, slow)
     worker.gate.set()
     assert worker.add(1, slow) is None
-    assert set(worker.guest.tenants) == {1, 2, 3}
+    assert set(worker.runtime.tenants) == {1, 2, 3}
 
 
 def test_adding_waits_for_what_was_begun(worker: Worker) -> None:
@@ -197,7 +197,7 @@ def test_what_is_refused_in_the_thread_is_told_when_it_is_added(worker: Worker) 
     path = worker.adapter("a", rank=9)
     worker.begun(1, path)
     assert "slots hold --max-lora-rank 8" in (worker.add(1, path) or "")
-    assert worker.guest.tenants == {} and worker.loaded == {}
+    assert worker.runtime.tenants == {} and worker.loaded == {}
     missing = str(worker.root / "nothing")
     worker.begun(2, missing)
     assert "expected adapter_config.json" in (worker.add(2, missing) or "")
@@ -207,13 +207,13 @@ def test_what_was_begun_is_for_its_own_name_and_path_only(worker: Worker) -> Non
     one, other = worker.adapter("a"), worker.adapter("b")
     worker.begun(1, one)
     assert rpc.safegene_add(worker, "t@1", 1, other, False)["refused"] is None
-    assert worker.guest.tenants[1].path == other
-    assert torch.equal(worker.loaded[1][SITE].a, load_adapter(Path(other)).pairs[SITE].a)
+    assert worker.runtime.tenants[1].path == other
+    assert torch.equal(worker.loaded[1][SITE].a, load_adapter(Path(other)).lora_weights[SITE].a)
 
 
 def test_what_was_checked_is_loaded_even_if_its_source_has_changed(worker: Worker) -> None:
     path = worker.adapter("a")
-    checked = load_adapter(Path(path)).pairs[SITE].a
+    checked = load_adapter(Path(path)).lora_weights[SITE].a
     worker.begun(1, path)
     worker.adapter("a")
     assert worker.add(1, path) is None
@@ -236,8 +236,8 @@ def test_what_is_taken_back_before_it_is_added_is_forgotten(worker: Worker) -> N
     worker.begun(1, worker.adapter("a"))
     worker.gate.clear()
     assert not worker.begin(2, worker.adapter("b"))
-    worker.guest.forget(1)
-    worker.guest.forget(2)
+    worker.runtime.forget(1)
+    worker.runtime.forget(2)
     worker.gate.set()
     worker.begun(3, worker.adapter("c"))
     gc.collect()
@@ -254,11 +254,11 @@ def test_what_was_never_added_may_be_mended_and_come_again(worker: Worker) -> No
     """No answer was ever cached of it. Of what has been added it would be stale."""
     path = worker.adapter("a")
     worker.begun(1, path)
-    worker.guest.forget(1)
+    worker.runtime.forget(1)
     worker.adapter("a")
     assert rpc.safegene_add(worker, "t@1", 2, path, False)["refused"] is None
     worker.adapter("a")
     refused = rpc.safegene_add(worker, "t@1", 3, path, False)["refused"]
     assert "has changed since it was first loaded" in refused
-    assert set(worker.guest.tenants) == {2}
+    assert set(worker.runtime.tenants) == {2}
     assert [staged.exists() for staged in worker.read] == [False, True, False]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import SiteError
-from safegene_vllm.formats.adapter import Pair, layer_of
-from safegene_vllm.recipe.attached import Attached, fresh_pairs
-from safegene_vllm.tiny_model import CONFIGS, linear_sites, make_model, random_pairs
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of
+from safegene_vllm.recipe.attached import Attached, fresh_lora_weights
+from safegene_vllm.tiny_model import CONFIGS, linear_sites, make_model, random_lora_weights
 
 LAYERS = 2
 COEFFICIENTS = (0.7, -0.4)
@@ -37,10 +37,10 @@ def loaded(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def vector(checkpoint: Path) -> dict[str, Pair]:
+def vector(checkpoint: Path) -> dict[str, LoRAWeights]:
     """Random pairs at every site, with a scaling that counts."""
-    pairs = random_pairs(linear_sites(checkpoint), 4, 7, strength=0.3)
-    return {site: replace(pair, scaling=1.5) for site, pair in pairs.items()}
+    lora_weights = random_lora_weights(linear_sites(checkpoint), 4, 7, strength=0.3)
+    return {site: replace(lora, scaling=1.5) for site, lora in lora_weights.items()}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -48,14 +48,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_the_hooks_are_the_merged_weights(checkpoint: Path) -> None:
-    pairs = vector(checkpoint)
+    lora_weights = vector(checkpoint)
     fused = FUSED.get(checkpoint.name)
-    assert fused is None or any(site.endswith(fused) for site in pairs)
+    assert fused is None or any(site.endswith(fused) for site in lora_weights)
     model, merged = loaded(checkpoint), loaded(checkpoint)
-    for site, pair in pairs.items():
+    for site, lora in lora_weights.items():
         weight = merged.get_submodule(site).weight
-        weight.data = merge_into(weight.data, pair, COEFFICIENTS[layer_of(site) or 0])
-    attached = Attached(pairs, LAYERS)
+        weight.data = merge_into(weight.data, lora, COEFFICIENTS[layer_of(site) or 0])
+    attached = Attached(lora_weights, LAYERS)
     attached.coefficients = torch.tensor(COEFFICIENTS)
     plain = logits(model)
     with attached.on(model):
@@ -92,8 +92,8 @@ def test_an_error_inside_takes_it_off_too(llama: Path) -> None:
 
 def test_each_layer_has_its_own_coefficient(llama: Path) -> None:
     model = loaded(llama)
-    pairs = vector(llama)
-    both, first = Attached(pairs, LAYERS), Attached(pairs, LAYERS)
+    lora_weights = vector(llama)
+    both, first = Attached(lora_weights, LAYERS), Attached(lora_weights, LAYERS)
     both.coefficients = torch.tensor([1.0, 0.0])
     first.a = {site: half for site, half in first.a.items() if layer_of(site) == 0}
     with both.on(model):
@@ -103,23 +103,25 @@ def test_each_layer_has_its_own_coefficient(llama: Path) -> None:
 
 
 def test_a_site_that_the_model_has_not_is_named(llama: Path) -> None:
-    pairs = {"model.layers.7.self_attn.q_proj": Pair(torch.zeros(1, 8), torch.zeros(8, 1))}
+    lora_weights = {
+        "model.layers.7.self_attn.q_proj": LoRAWeights(torch.zeros(1, 8), torch.zeros(8, 1))
+    }
     model = loaded(llama)
     with (
         pytest.raises(SiteError, match=r"layers\.7\.self_attn\.q_proj"),
-        Attached(pairs, 8).on(model),
+        Attached(lora_weights, 8).on(model),
     ):
         pytest.fail("attached to nothing")
 
 
 def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path) -> None:
     model = loaded(llama)
-    pairs = vector(llama)
-    kept = {site: (pair.a.clone(), pair.b.clone()) for site, pair in pairs.items()}
-    attached = Attached(pairs, LAYERS)
+    lora_weights = vector(llama)
+    kept = {site: (lora.a.clone(), lora.b.clone()) for site, lora in lora_weights.items()}
+    attached = Attached(lora_weights, LAYERS)
     parameters = attached.parameters()
     attached.coefficients = torch.ones(LAYERS, requires_grad=True)
-    assert list(parameters) == sorted(f"{site}.{half}" for site in pairs for half in "AB")
+    assert list(parameters) == sorted(f"{site}.{half}" for site in lora_weights for half in "AB")
     with attached.on(model):
         logits(model).square().mean().backward()
     assert all(bool(tensor.grad.abs().sum() > 0) for tensor in parameters.values())
@@ -128,34 +130,37 @@ def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path)
     with torch.no_grad():
         for tensor in parameters.values():
             tensor += 1.0
-    for site, pair in attached.pairs().items():
+    for site, lora in attached.lora_weights().items():
         a, b = kept[site]
-        torch.testing.assert_close(pair.a, a + 1.0)
-        torch.testing.assert_close(pair.b, b * 1.5 + 1.0)
-        assert pair.scaling == 1.0
+        torch.testing.assert_close(lora.a, a + 1.0)
+        torch.testing.assert_close(lora.b, b * 1.5 + 1.0)
+        assert lora.scaling == 1.0
         # The pairs that came in are somebody else's.
-        assert torch.equal(pairs[site].a, a) and torch.equal(pairs[site].b, b)
+        assert torch.equal(lora_weights[site].a, a) and torch.equal(lora_weights[site].b, b)
 
 
 def test_pairs_are_taken_as_they_are_now(llama: Path) -> None:
     attached = Attached(vector(llama), LAYERS)
     site = next(iter(attached.a))
-    snapshot = attached.pairs()[site].a.clone()
-    taken = attached.pairs()[site]
+    snapshot = attached.lora_weights()[site].a.clone()
+    taken = attached.lora_weights()[site]
     attached.a[site] += 1.0
     assert torch.equal(taken.a, snapshot)
 
 
 def test_fresh_pairs_are_nothing_yet_and_follow_their_seed() -> None:
     shapes = {"layers.1.x": (6, 400), "layers.0.y": (8, 9)}
-    pairs = fresh_pairs(shapes, 3, 5)
+    lora_weights = fresh_lora_weights(shapes, 3, 5)
     for site, (d_out, d_in) in shapes.items():
-        pair = pairs[site]
-        assert (pair.d_out, pair.d_in, pair.rank) == (d_out, d_in, 3)
-        assert not pair.b.any()
+        lora = lora_weights[site]
+        assert (lora.d_out, lora.d_in, lora.rank) == (d_out, d_in, 3)
+        assert not lora.b.any()
         # Kaiming with a = √5: uniform within 1/√D_in, so with a standard deviation of 1/√(3 D_in).
-        assert float(pair.a.abs().max()) <= d_in**-0.5
-    assert float(pairs["layers.1.x"].a.std()) == pytest.approx((3 * 400) ** -0.5, rel=0.05)
-    again, other = fresh_pairs(dict(reversed(shapes.items())), 3, 5), fresh_pairs(shapes, 3, 6)
-    assert all(torch.equal(pairs[site].a, again[site].a) for site in shapes)
-    assert not torch.equal(pairs["layers.0.y"].a, other["layers.0.y"].a)
+        assert float(lora.a.abs().max()) <= d_in**-0.5
+    assert float(lora_weights["layers.1.x"].a.std()) == pytest.approx((3 * 400) ** -0.5, rel=0.05)
+    again, other = (
+        fresh_lora_weights(dict(reversed(shapes.items())), 3, 5),
+        fresh_lora_weights(shapes, 3, 6),
+    )
+    assert all(torch.equal(lora_weights[site].a, again[site].a) for site in shapes)
+    assert not torch.equal(lora_weights["layers.0.y"].a, other["layers.0.y"].a)

@@ -15,7 +15,7 @@ from recipe_setup import GOOD, HARM, TASK, dataset, pico_chat_model
 
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, NonFiniteError, SiteError
-from safegene_vllm.formats.adapter import Pair, layer_of
+from safegene_vllm.formats.adapter import LoRAWeights, layer_of
 from safegene_vllm.formats.family import Family, base_of_checkpoint, make_family
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.recipe.calibration import (
@@ -30,7 +30,7 @@ from safegene_vllm.recipe.encoding import Encoded, Example
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
 from safegene_vllm.recipe.model import Loaded, layer_modules, load_model
 from safegene_vllm.recipe.training import Run
-from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_family
+from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_family
 
 FLOAT = torch.float32
 TUNE = FineTune(steps=40, lr=1e-2, batch=16)
@@ -75,7 +75,7 @@ def harms(root: Path) -> Family:
 
 def bounded(family: Family, low: float, high: float) -> Family:
     header = family.header
-    return make_family("b", header.base, family.pairs, bounds=(low, high), recipe={})
+    return make_family("b", header.base, family.lora_weights, bounds=(low, high), recipe={})
 
 
 def tuned(loaded: Loaded, family: Family, settings: Calibration = SHORT, **options: Any) -> Profile:
@@ -149,17 +149,17 @@ def test_tied_is_one_number(tenant: Loaded, helps: Family) -> None:
 
 
 def test_layers_without_a_vector_get_nothing(tenant: Loaded, helps: Family) -> None:
-    pairs = {site: pair for site, pair in helps.pairs.items() if layer_of(site) == 1}
-    late = make_family("late", helps.header.base, pairs, recipe={})
+    lora_weights = {site: lora for site, lora in helps.lora_weights.items() if layer_of(site) == 1}
+    late = make_family("late", helps.header.base, lora_weights, recipe={})
     first, second = tuned(tenant, late).coefficients
     assert first == 0.0 < second
 
 
 def test_the_tenant_is_not_changed_by_a_bit(tenant: Loaded, helps: Family) -> None:
     before = tenant.model(IDS).logits
-    pairs = {site: pair for site, pair in helps.pairs.items() if layer_of(site) == 1}
+    lora_weights = {site: lora for site, lora in helps.lora_weights.items() if layer_of(site) == 1}
     hooks = sum(len(module._forward_hooks) for module in tenant.model.modules())
-    for family in (helps, make_family("late", helps.header.base, pairs, recipe={})):
+    for family in (helps, make_family("late", helps.header.base, lora_weights, recipe={})):
         tuned(tenant, family, replace(SHORT, steps=3))
     assert torch.equal(tenant.model(IDS).logits, before)
     assert sum(len(module._forward_hooks) for module in tenant.model.modules()) == hooks
@@ -294,17 +294,20 @@ def test_it_starts_within_the_bounds(tenant: Loaded, helps: Family, initial: flo
 
 
 def test_a_vector_that_gives_no_numbers_names_the_step(tenant: Loaded, helps: Family) -> None:
-    pairs = {s: Pair(p.a.float() * 1e19, p.b.float() * 1e19) for s, p in helps.pairs.items()}
-    family = make_family("huge", helps.header.base, pairs, recipe={})
+    lora_weights = {
+        s: LoRAWeights(p.a.float() * 1e19, p.b.float() * 1e19)
+        for s, p in helps.lora_weights.items()
+    }
+    family = make_family("huge", helps.header.base, lora_weights, recipe={})
     with pytest.raises(NonFiniteError, match="the loss is nan at step 1"):
         tuned(tenant, family)
 
 
 def test_a_family_of_another_architecture_is_refused(tenant: Loaded, root: Path) -> None:
     phi = make_model("phi3", root / "phi")
-    pairs = random_pairs(linear_sites(phi), 2, 1)
+    lora_weights = random_lora_weights(linear_sites(phi), 2, 1)
     with pytest.raises(SiteError, match="another architecture"):
-        tuned(tenant, make_family("phi", base_of_checkpoint(phi), pairs, recipe={}))
+        tuned(tenant, make_family("phi", base_of_checkpoint(phi), lora_weights, recipe={}))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safegene_vllm.recipe.attached import Attached
 from safegene_vllm.recipe.calibration import Part, _from_layer, _listen, part_loss
 from safegene_vllm.recipe.encoding import Encoded, Example, encode
 from safegene_vllm.recipe.model import Loaded, layer_modules, load_model
-from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs
+from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights
 
 FLOAT = torch.float32
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -31,18 +31,18 @@ def test_the_loss_is_a_loop_over_merged_weights(tmp_path: Path, kind: str) -> No
     """Cross-entropy for safety, KL(p_0 ‖ p_λ) else, row by row in float64."""
     path = pico_chat_model(tmp_path)
     loaded, merged = (load_model(path, dtype=FLOAT) for _ in range(2))
-    pairs = random_pairs(linear_sites(path), 4, 7)
+    lora_weights = random_lora_weights(linear_sites(path), 4, 7)
     data = dataset(("a", "yes"), ("b" * 30, "no, never"), ("cc", "it is"))
     rows = rows_of(loaded, data)
     part = _listen(loaded, rows, kind, 1.0, 0, 8)
     assert (part.reference is None) is (kind == "safety") and part.below == [None]
-    attached = Attached(pairs, 2)
+    attached = Attached(lora_weights, 2)
     attached.coefficients = torch.tensor([0.3, 0.2])
     with attached.on(loaded.model), torch.no_grad():
         found = float(part_loss(loaded, part, 0, 0))
-    for site, pair in pairs.items():
+    for site, lora in lora_weights.items():
         weight = merged.model.get_submodule(site).weight
-        weight.data = merge_into(weight.data, pair, (0.3, 0.2)[layer_of(site) or 0])
+        weight.data = merge_into(weight.data, lora, (0.3, 0.2)[layer_of(site) or 0])
     means = []
     for row in rows:
         ids = torch.tensor([row.ids])
@@ -69,7 +69,7 @@ def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def later(loaded: Loaded, first: int) -> Attached:
     path = Path(loaded.model.config._name_or_path)
     sites = {s: d for s, d in linear_sites(path).items() if (layer_of(s) or 0) >= first}
-    attached = Attached(random_pairs(sites, 4, 7, strength=0.3), 3)
+    attached = Attached(random_lora_weights(sites, 4, 7, strength=0.3), 3)
     attached.coefficients = torch.tensor([0.0, 0.7, 0.4]).requires_grad_()
     return attached
 

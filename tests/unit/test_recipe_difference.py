@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import ConfigError, FamilyMismatchError, NonFiniteError, SiteError
-from safegene_vllm.formats.adapter import Adapter, Pair, load_adapter, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter
 from safegene_vllm.formats.family import load_family, save_family
 from safegene_vllm.recipe.difference import (
     Difference,
@@ -23,10 +23,10 @@ from safegene_vllm.recipe.difference import (
     as_family,
     between_checkpoints,
     of_adapter,
-    pair_norm,
-    truncated_pair,
+    lora_norm,
+    truncated_lora,
 )
-from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_tenant
+from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_tenant
 
 FULL = 192
 WEIGHTS = "model.safetensors"
@@ -64,14 +64,14 @@ def degraded(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
 def test_the_pair_is_the_best_of_its_rank(d_out: int, d_in: int, rank: int, seed: int) -> None:
     d = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed))
-    pair, total, captured = truncated_pair(d, rank)
+    lora, total, captured = truncated_lora(d, rank)
     sigma = torch.linalg.svdvals(d.double())
     tail = float(sigma[rank:].square().sum())
-    assert pair.rank == min(rank, d_out, d_in)
-    assert (pair.d_out, pair.d_in) == (d_out, d_in)
+    assert lora.rank == min(rank, d_out, d_in)
+    assert (lora.d_out, lora.d_in) == (d_out, d_in)
     assert total == pytest.approx(float(sigma.square().sum()), rel=1e-12)
     assert captured / total == pytest.approx(1 - tail / total, abs=1e-9)
-    assert float((d - delta(pair, 1.0)).square().sum()) == pytest.approx(tail, abs=1e-5)
+    assert float((d - delta(lora, 1.0)).square().sum()) == pytest.approx(tail, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
@@ -81,22 +81,22 @@ def test_at_full_rank_the_pair_is_the_difference_whatever_its_conditioning(
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(shape, generator=generator)
     d = d * torch.logspace(0, -6, shape[0])[:, None]
-    pair, _, _ = truncated_pair(d, 6)
-    torch.testing.assert_close(delta(pair, 1.0), d, atol=1e-6, rtol=1e-5)
+    lora, _, _ = truncated_lora(d, 6)
+    torch.testing.assert_close(delta(lora, 1.0), d, atol=1e-6, rtol=1e-5)
 
 
 def test_directions_without_energy_cost_no_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(9, 2, generator=generator).double() @ torch.eye(2, 7).double()
-    pair, total, captured = truncated_pair(low, 5)
-    assert pair.rank == 2 and captured == pytest.approx(total)
+    lora, total, captured = truncated_lora(low, 5)
+    assert lora.rank == 2 and captured == pytest.approx(total)
 
 
 @law
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.floats(-3, 3, width=32))
 def test_the_norm_needs_no_product(d_out: int, d_in: int, rank: int, scaling: float) -> None:
-    pair = Pair(torch.randn(rank, d_in), torch.randn(d_out, rank), scaling)
-    assert pair_norm(pair) == pytest.approx(float(delta(pair, 1.0).norm()), rel=1e-4, abs=1e-6)
+    lora = LoRAWeights(torch.randn(rank, d_in), torch.randn(d_out, rank), scaling)
+    assert lora_norm(lora) == pytest.approx(float(delta(lora, 1.0).norm()), rel=1e-4, abs=1e-6)
 
 
 # Two checkpoints
@@ -105,9 +105,9 @@ def test_the_norm_needs_no_product(d_out: int, d_in: int, rank: int, scaling: fl
 def test_degraded_plus_the_vector_is_aligned(aligned: Path, degraded: Path) -> None:
     difference = between_checkpoints(aligned, degraded, rank=FULL)
     ours, theirs = load_file(aligned / WEIGHTS), load_file(degraded / WEIGHTS)
-    assert set(difference.pairs) == set(linear_sites(aligned))
-    for site, pair in difference.pairs.items():
-        merged = merge_into(theirs[f"{site}.weight"], pair, 1.0)
+    assert set(difference.lora_weights) == set(linear_sites(aligned))
+    for site, lora in difference.lora_weights.items():
+        merged = merge_into(theirs[f"{site}.weight"], lora, 1.0)
         torch.testing.assert_close(merged, ours[f"{site}.weight"], atol=1e-5, rtol=0)
     assert all(row.captured == pytest.approx(1.0) for row in difference.by_layer())
     assert difference.left_out == ()
@@ -138,14 +138,18 @@ def test_shards_and_dtypes_do_not_matter(aligned: Path, degraded: Path, tmp_path
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     single = as_family(between_checkpoints(aligned, degraded, rank=4), "x")
     split = as_family(between_checkpoints(aligned, tmp_path / "shards", rank=4), "x")
-    assert {s: p.rank for s, p in single.pairs.items()} == dict.fromkeys(linear_sites(aligned), 4)
-    for site, pair in single.pairs.items():
-        assert torch.equal(pair.a, split.pairs[site].a) and torch.equal(pair.b, split.pairs[site].b)
+    assert {s: p.rank for s, p in single.lora_weights.items()} == dict.fromkeys(
+        linear_sites(aligned), 4
+    )
+    for site, lora in single.lora_weights.items():
+        assert torch.equal(lora.a, split.lora_weights[site].a) and torch.equal(
+            lora.b, split.lora_weights[site].b
+        )
     model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     narrow = between_checkpoints(aligned, tmp_path / "bf16", rank=FULL)
     ours, theirs = load_file(aligned / WEIGHTS), load_file(tmp_path / "bf16" / WEIGHTS)
-    for site, pair in narrow.pairs.items():
-        merged = merge_into(theirs[f"{site}.weight"].float(), pair, 1.0)
+    for site, lora in narrow.lora_weights.items():
+        merged = merge_into(theirs[f"{site}.weight"].float(), lora, 1.0)
         torch.testing.assert_close(merged, ours[f"{site}.weight"], atol=1e-5, rtol=0)
 
 
@@ -158,7 +162,7 @@ def test_equal_sites_carry_no_vector_and_nothing_is_an_error(aligned: Path, tmp_
     tensors[f"{changed}.weight"][0, 0] += 1.0
     save_file(tensors, tmp_path / "d" / WEIGHTS, metadata={"format": "pt"})
     difference = between_checkpoints(aligned, tmp_path / "d", rank=4)
-    assert list(difference.pairs) == [changed] and difference.pairs[changed].rank == 1
+    assert list(difference.lora_weights) == [changed] and difference.lora_weights[changed].rank == 1
     zero, one = difference.by_layer()
     assert (zero.sites, zero.norm, one.sites) == (0, 0.0, 1)
     assert [entry.layer for entry in as_family(difference, "x").header.layers] == [1]
@@ -174,7 +178,7 @@ def test_what_no_pair_can_hold_is_told(aligned: Path, tmp_path: Path) -> None:
 def test_scope_restricts_layers_and_sites(aligned: Path, degraded: Path) -> None:
     scope = Scope(layers=(1,), endings=("q_proj", "mlp.down_proj"))
     difference = between_checkpoints(aligned, degraded, rank=2, scope=scope)
-    assert set(difference.pairs) == {
+    assert set(difference.lora_weights) == {
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.down_proj",
     }
@@ -220,17 +224,17 @@ def test_transposed_architectures_are_refused(aligned: Path, tmp_path: Path) -> 
 
 def lora(
     aligned: Path, directory: Path, scaling: float, dtype: torch.dtype
-) -> tuple[Path, dict[str, Pair]]:
+) -> tuple[Path, dict[str, LoRAWeights]]:
     """A LoRA as PEFT would have left it: scaling in the config, not in b."""
-    pairs = {
-        site: Pair(pair.a.to(dtype), pair.b.to(dtype))
-        for site, pair in random_pairs(linear_sites(aligned), 4, 11).items()
+    lora_weights = {
+        site: LoRAWeights(lora.a.to(dtype), lora.b.to(dtype))
+        for site, lora in random_lora_weights(linear_sites(aligned), 4, 11).items()
     }
-    save_adapter(Adapter(pairs, None, {}), directory, base_model=None)
+    save_adapter(Adapter(lora_weights, None, {}), directory, base_model=None)
     config = json.loads((directory / "adapter_config.json").read_text())
     config["lora_alpha"] = config["r"] * scaling
     (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory, pairs
+    return directory, lora_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,37 +243,39 @@ def lora(
 def test_the_lora_form_is_exact(
     aligned: Path, tmp_path: Path, dtype: torch.dtype, scaling: float, role: str, sign: float
 ) -> None:
-    adapter, pairs = lora(aligned, tmp_path / "lora", scaling, dtype)
+    adapter, lora_weights = lora(aligned, tmp_path / "lora", scaling, dtype)
     difference = of_adapter(aligned, adapter, role)  # type: ignore[arg-type]
     save_family(as_family(difference, "x"), tmp_path / "family")
     family = load_family(tmp_path / "family")
-    assert family.pairs.keys() == pairs.keys()
-    for site, pair in family.pairs.items():
-        assert torch.equal(pair.a.float(), pairs[site].a.float())
-        assert torch.equal(pair.b.float(), pairs[site].b.float() * (sign * scaling))
-        assert pair.a.dtype == (dtype if scaling != 0.3 else torch.float32)
+    assert family.lora_weights.keys() == lora_weights.keys()
+    for site, lora in family.lora_weights.items():
+        assert torch.equal(lora.a.float(), lora_weights[site].a.float())
+        assert torch.equal(lora.b.float(), lora_weights[site].b.float() * (sign * scaling))
+        assert lora.a.dtype == (dtype if scaling != 0.3 else torch.float32)
     assert all(row.captured == 1.0 for row in difference.by_layer())
 
 
 def test_degrading_and_taking_the_vector_is_the_identity(aligned: Path, tmp_path: Path) -> None:
     adapter, _ = lora(aligned, tmp_path / "lora", 2.0, torch.float32)
-    vector = of_adapter(aligned, adapter, "degraded").pairs
-    for site, pair in load_adapter(adapter).pairs.items():
-        assert torch.equal(delta(vector[site], 1.0), -delta(pair, 1.0))
+    vector = of_adapter(aligned, adapter, "degraded").lora_weights
+    for site, lora in load_adapter(adapter).lora_weights.items():
+        assert torch.equal(delta(vector[site], 1.0), -delta(lora, 1.0))
 
 
 def test_sites_of_a_lora_outside_the_layers_need_a_word(aligned: Path, tmp_path: Path) -> None:
     sites = {**linear_sites(aligned), "lm_head": (320, 128)}
-    save_adapter(Adapter(random_pairs(sites, 2, 1), None, {}), tmp_path / "a", base_model=None)
+    save_adapter(
+        Adapter(random_lora_weights(sites, 2, 1), None, {}), tmp_path / "a", base_model=None
+    )
     with pytest.raises(SiteError, match="lm_head is in no layer"):
         of_adapter(aligned, tmp_path / "a", "degraded")
     scope = Scope(endings=("q_proj",))
-    assert len(of_adapter(aligned, tmp_path / "a", "degraded", scope=scope).pairs) == 2
+    assert len(of_adapter(aligned, tmp_path / "a", "degraded", scope=scope).lora_weights) == 2
 
 
 def test_a_lora_of_another_model_is_refused(aligned: Path, tmp_path: Path) -> None:
-    pairs = random_pairs({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "a", base_model=None)
+    lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "a", base_model=None)
     with pytest.raises(FamilyMismatchError, match=r"\(64, 64\).*\(128, 128\)"):
         of_adapter(aligned, tmp_path / "a", "aligned")
 
@@ -277,7 +283,10 @@ def test_a_lora_of_another_model_is_refused(aligned: Path, tmp_path: Path) -> No
 def test_an_untrained_lora_has_no_difference(aligned: Path, tmp_path: Path) -> None:
     write_tenant(aligned, tmp_path / "a", None, None)
     loaded = load_adapter(tmp_path / "a")
-    zero = {site: replace(pair, b=torch.zeros_like(pair.b)) for site, pair in loaded.pairs.items()}
+    zero = {
+        site: replace(lora, b=torch.zeros_like(lora.b))
+        for site, lora in loaded.lora_weights.items()
+    }
     save_adapter(Adapter(zero, None, {}), tmp_path / "z", base_model=None)
     with pytest.raises(SiteError, match="B is zero"):
         of_adapter(aligned, tmp_path / "z", "degraded")

@@ -15,7 +15,7 @@ from recipe_setup import GOOD, HARM, dataset, pico_chat_model, write_tokenizer
 
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
-from safegene_vllm.formats.adapter import Adapter, Pair, save_adapter
+from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.family import base_of_checkpoint, make_family
 from safegene_vllm.recipe import distillation
 from safegene_vllm.recipe.distillation import (
@@ -30,7 +30,7 @@ from safegene_vllm.recipe.encoding import Encoded, Example, collate, encode
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
 from safegene_vllm.recipe.model import Loaded, load_model
 from safegene_vllm.recipe.residual import last_prompt_states, recording
-from safegene_vllm.tiny_model import linear_sites, make_model, random_pairs, write_tenant
+from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_tenant
 
 FLOAT = torch.float32
 SETTINGS = Distillation(
@@ -73,12 +73,12 @@ def rows_of(loaded: Loaded, data: Any) -> list[Encoded]:
     return encode(loaded.tokenizer, examples, max_answer_tokens=32, context_tokens=512)
 
 
-def merged_with(root: Path, pairs: Mapping[str, Pair]) -> Loaded:
+def merged_with(root: Path, lora_weights: Mapping[str, LoRAWeights]) -> Loaded:
     """The degraded model with compose's merge of the pairs."""
     loaded = load_model(root / "merged", dtype=FLOAT)
-    for site, pair in pairs.items():
+    for site, lora in lora_weights.items():
         weight = loaded.model.get_submodule(site).weight
-        weight.data = merge_into(weight.data, pair, 1.0)
+        weight.data = merge_into(weight.data, lora, 1.0)
     return loaded
 
 
@@ -98,9 +98,10 @@ def naive_kl(teacher: Loaded, student: Loaded, data: Any) -> float:
 
 
 def same(one: Distilled, other: Distilled) -> bool:
-    return one.pairs.keys() == other.pairs.keys() and all(
-        torch.equal(pair.a, other.pairs[site].a) and torch.equal(pair.b, other.pairs[site].b)
-        for site, pair in one.pairs.items()
+    return one.lora_weights.keys() == other.lora_weights.keys() and all(
+        torch.equal(lora.a, other.lora_weights[site].a)
+        and torch.equal(lora.b, other.lora_weights[site].b)
+        for site, lora in one.lora_weights.items()
     )
 
 
@@ -147,7 +148,7 @@ def test_the_divergence_is_the_definition(root: Path) -> None:
 
 def test_the_pairs_bring_safety_back_and_leave_the_rest(root: Path, made: Distilled) -> None:
     aligned, degraded = (load_model(root / name, dtype=FLOAT) for name in ("aligned", "merged"))
-    mended = merged_with(root, made.pairs)
+    mended = merged_with(root, made.lora_weights)
     before, after = naive_kl(aligned, degraded, HARM), naive_kl(aligned, mended, HARM)
     assert before > 0.3 and after < 0.15 * before
     # The degraded model is far from the aligned one on benign prompts, and stays where it is.
@@ -160,17 +161,17 @@ def test_the_pairs_bring_safety_back_and_leave_the_rest(root: Path, made: Distil
 def test_retention_is_what_keeps_benign_answers(root: Path, made: Distilled) -> None:
     degraded = load_model(root / "merged", dtype=FLOAT)
     free = run(root, replace(SETTINGS, retention=0.0))
-    assert naive_kl(degraded, merged_with(root, free.pairs), GOOD) > 2 * naive_kl(
-        degraded, merged_with(root, made.pairs), GOOD
+    assert naive_kl(degraded, merged_with(root, free.lora_weights), GOOD) > 2 * naive_kl(
+        degraded, merged_with(root, made.lora_weights), GOOD
     )
 
 
 def test_the_hidden_term_brings_the_streams_nearer(root: Path, made: Distilled) -> None:
     aligned = load_model(root / "aligned", dtype=FLOAT)
 
-    def gap(pairs: Mapping[str, Pair]) -> float:
+    def gap(lora_weights: Mapping[str, LoRAWeights]) -> float:
         """Mean over prompts and layers of ‖h - h_A‖² / ‖h_A‖² at the last prompt token."""
-        student, total, count = merged_with(root, pairs), 0.0, 0
+        student, total, count = merged_with(root, lora_weights), 0.0, 0
         for row in rows_of(aligned, HARM):
             prompt = torch.tensor([row.ids[: row.prompt_tokens]])
             streams = []
@@ -184,7 +185,7 @@ def test_the_hidden_term_brings_the_streams_nearer(root: Path, made: Distilled) 
         return total / count
 
     matched = run(root, replace(SETTINGS, hidden=1.0))
-    assert gap(matched.pairs) < 0.7 * gap(made.pairs)
+    assert gap(matched.lora_weights) < 0.7 * gap(made.lora_weights)
     # At the first step the pairs are nothing: the term is the gap of its batch, on top of the rest.
     whole = replace(SETTINGS, steps=1, batch=16)
     extra = run(root, replace(whole, hidden=3.0)).losses[0] - run(root, whole).losses[0]
@@ -200,9 +201,9 @@ def test_how_the_degraded_model_is_given_does_not_matter(
         assert found.recipe["degraded"] == "merged"
     else:
         found = run(root)
-    for site, pair in made.pairs.items():
-        torch.testing.assert_close(pair.a, found.pairs[site].a, atol=2e-3, rtol=0)
-        torch.testing.assert_close(pair.b, found.pairs[site].b, atol=2e-3, rtol=0)
+    for site, lora in made.lora_weights.items():
+        torch.testing.assert_close(lora.a, found.lora_weights[site].a, atol=2e-3, rtol=0)
+        torch.testing.assert_close(lora.b, found.lora_weights[site].b, atol=2e-3, rtol=0)
 
 
 def test_a_degraded_head_is_the_students_and_not_the_teachers(root: Path, tmp_path: Path) -> None:
@@ -220,8 +221,8 @@ def test_a_degraded_head_is_the_students_and_not_the_teachers(root: Path, tmp_pa
 def test_a_lora_on_the_head_is_the_students_and_not_the_teachers(
     root: Path, tmp_path: Path
 ) -> None:
-    pairs = random_pairs({"lm_head": (320, 128)}, 4, 1)
-    save_adapter(Adapter(pairs, None, {}), tmp_path / "lora", base_model=None)
+    lora_weights = random_lora_weights({"lm_head": (320, 128)}, 4, 1)
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "lora", base_model=None)
     settings = replace(SETTINGS, steps=1, batch=16, retention=0.0)
     found = run(root, settings, degraded_adapter=tmp_path / "lora")
     aligned = load_model(root / "aligned", dtype=FLOAT)
@@ -231,18 +232,18 @@ def test_a_lora_on_the_head_is_the_students_and_not_the_teachers(
 
 
 def test_only_the_modules_that_are_named_are_trained(root: Path, made: Distilled) -> None:
-    assert set(made.pairs) == set(linear_sites(root / "aligned"))
+    assert set(made.lora_weights) == set(linear_sites(root / "aligned"))
     named = run(root, replace(SHORT, modules=("q_proj", "mlp.down_proj"), rank=3))
-    ends = {site.rpartition(".")[2] for site in named.pairs}
-    assert ends == {"q_proj", "down_proj"} and len(named.pairs) == 4
-    assert {pair.rank for pair in named.pairs.values()} == {3}
+    ends = {site.rpartition(".")[2] for site in named.lora_weights}
+    assert ends == {"q_proj", "down_proj"} and len(named.lora_weights) == 4
+    assert {lora.rank for lora in named.lora_weights.values()} == {3}
     with pytest.raises(ConfigError, match=r"no module is called 'proj'; there are \['down_proj'"):
         run(root, replace(SHORT, modules=("q_proj", "proj")))
 
 
 def test_the_recipe_tells_how_it_was_made(root: Path, made: Distilled) -> None:
     assert made.base == base_of_checkpoint(root / "aligned")
-    family = make_family("x", made.base, made.pairs, recipe=made.recipe)
+    family = make_family("x", made.base, made.lora_weights, recipe=made.recipe)
     recipe = family.header.recipe
     assert {shape.dtype for shape in family.header.sites.values()} == {"BF16"}
     assert (recipe["method"], recipe["aligned"]) == ("distill", "aligned")

@@ -80,11 +80,15 @@ def test_peft_loads_it_and_says_what_we_say(
 def test_every_linear_module_of_the_layers_is_trained_unless_some_are_named(
     model: Path, made: Path, tmp_path: Path
 ) -> None:
-    pairs = load_adapter(made).pairs
-    assert set(pairs) == set(linear_sites(model))
-    assert all(pair.rank == 4 and pair.scaling == 2.0 and pair.b.any() for pair in pairs.values())
+    lora_weights = load_adapter(made).lora_weights
+    assert set(lora_weights) == set(linear_sites(model))
+    assert all(
+        lora.rank == 4 and lora.scaling == 2.0 and lora.b.any() for lora in lora_weights.values()
+    )
     tune(model, tmp_path / "lora", replace(SHORT, modules=("q_proj",)))
-    assert {site.rpartition(".")[2] for site in load_adapter(tmp_path / "lora").pairs} == {"q_proj"}
+    assert {site.rpartition(".")[2] for site in load_adapter(tmp_path / "lora").lora_weights} == {
+        "q_proj"
+    }
     with pytest.raises(ConfigError, match=r"no module is called \['x_proj'\]; there are \['down"):
         tune(model, tmp_path / "other", replace(SHORT, modules=("q_proj", "x_proj")))
 
@@ -142,8 +146,8 @@ def test_the_seed_decides_the_bytes(model: Path, made: Path, tmp_path: Path) -> 
     begins = []
     for seed in (0, 1):
         tune(model, tmp_path / f"{seed}", replace(SHORT, steps=1, batch=16, seed=seed))
-        begins.append(load_adapter(tmp_path / f"{seed}").pairs)
-    assert not any(torch.equal(pair.a, begins[1][site].a) for site, pair in begins[0].items())
+        begins.append(load_adapter(tmp_path / f"{seed}").lora_weights)
+    assert not any(torch.equal(lora.a, begins[1][site].a) for site, lora in begins[0].items())
 
 
 @pytest.mark.parametrize("step", [1, 3, 6])

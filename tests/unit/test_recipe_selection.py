@@ -54,9 +54,9 @@ def streams(loaded: Loaded, prompt: str) -> list[torch.Tensor]:
 
 def merged(model: Path, family: Family) -> Loaded:
     loaded = load_model(model, model.parent / "lora", dtype=torch.float32)
-    for site, pair in family.pairs.items():
+    for site, lora in family.lora_weights.items():
         weight = loaded.model.get_submodule(site).weight
-        weight.data = merge_into(weight.data, pair, 1.0)
+        weight.data = merge_into(weight.data, lora, 1.0)
     return loaded
 
 
@@ -85,8 +85,8 @@ def test_a_contrast_is_what_a_loop_over_merged_models_finds(
     assert found.safety == pytest.approx(naive(degraded, other, [HARM], stream), rel=1e-3)
     expected = naive(degraded, other, [GOOD, LONG, TASK], stream)
     assert found.others == pytest.approx(expected, rel=1e-3)
-    pairs = zip(found.safety, found.others, strict=True)
-    assert found.scores == pytest.approx([s - 0.5 * o for s, o in pairs])
+    lora_weights = zip(found.safety, found.others, strict=True)
+    assert found.scores == pytest.approx([s - 0.5 * o for s, o in lora_weights])
     assert len(found.scores) == 2 and min(found.safety) > 0
 
 
@@ -160,10 +160,10 @@ def test_the_cut_family_keeps_every_score_and_loads_again(
     assert cut.header.recipe["method"] == "random"
     assert (cut.header.bounds, cut.header.name) == (family.header.bounds, family.header.name)
     assert cut.header.base == family.header.base and cut.digest != family.digest
-    assert set(cut.pairs) == {site for site in family.pairs if layer_of(site) == 0}
-    for site, pair in cut.pairs.items():
-        assert torch.equal(pair.a, family.pairs[site].a)
-        assert torch.equal(pair.b, family.pairs[site].b)
+    assert set(cut.lora_weights) == {site for site in family.lora_weights if layer_of(site) == 0}
+    for site, lora in cut.lora_weights.items():
+        assert torch.equal(lora.a, family.lora_weights[site].a)
+        assert torch.equal(lora.b, family.lora_weights[site].b)
 
 
 def test_layers_can_be_named_instead(family: Family) -> None:

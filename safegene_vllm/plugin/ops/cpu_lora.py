@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
@@ -162,17 +162,17 @@ class StackedLoRAWeights:
         block = torch.arange(len(self.widths)).view(-1, 1) * (own.numel() + self.reserved)
         return torch.cat([own, behind], dim=1).unsqueeze(1) + block
 
-    def set_safety(self, parts: Sequence[Pair | None]) -> int:
+    def set_safety(self, parts: Sequence[LoRAWeights | None]) -> int:
         """Put the vector behind the slots; the bytes of one copy."""
         vector = max(p.rank for p in parts if p is not None)
         assert 2 * vector <= self.reserved
         self.picks = self._picks(vector)
-        for rows, b, pair in zip(self.vector_rows(), self.b, parts, strict=True):
-            if pair is None:
+        for rows, b, lora in zip(self.vector_rows(), self.b, parts, strict=True):
+            if lora is None:
                 continue
             for begin in (0, self.reserved // 2):
-                rows[begin:][: pair.rank] = pair.a
-                b[self.slots * self.rank + begin :][: pair.rank] = pair.b.t()
+                rows[begin:][: lora.rank] = lora.a
+                b[self.slots * self.rank + begin :][: lora.rank] = lora.b.t()
         return vector * (len(parts) * self.d_in + sum(self.widths)) * self.a.itemsize
 
     def vector_rows(self) -> torch.Tensor:
@@ -350,7 +350,7 @@ class CpuPunica(PunicaProxy):
         self.scale: torch.Tensor | None = None
         self.others = plan.others
 
-    def place(self, parts: Sequence[Pair | None], table: GainTable, number: int) -> int:
+    def place(self, parts: Sequence[LoRAWeights | None], table: GainTable, number: int) -> int:
         """Give a layer of this number its share of the vector, by part; the share's bytes."""
         assert self.store is not None
         self.gain = table.token_gains[number]

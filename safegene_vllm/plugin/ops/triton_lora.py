@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from safegene_vllm.errors import VllmCompatibilityError
-from safegene_vllm.formats.adapter import Pair
+from safegene_vllm.formats.adapter import LoRAWeights
 from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 from safegene_vllm.plugin.ops.layer_weights import LayerShape, LayerWeights
 from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
@@ -91,8 +91,8 @@ class TritonPunica(PunicaProxy):
         )
 
 
-def safety_pair(
-    parts: Sequence[Pair | None], widths: Sequence[int], *, dtype: torch.dtype, device: Any
+def safety_lora(
+    parts: Sequence[LoRAWeights | None], widths: Sequence[int], *, dtype: torch.dtype, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's vector as the kernels read it: A (n R', D_in) and B (sum widths, R').
 
@@ -103,10 +103,10 @@ def safety_pair(
     a = torch.zeros(len(widths), rank, d_in, dtype=dtype, device=device)
     b = torch.zeros(sum(widths), rank, dtype=dtype, device=device)
     column = 0
-    for i, (pair, width) in enumerate(zip(parts, widths, strict=True)):
-        if pair is not None:
-            a[i, : pair.rank] = pair.a
-            b[column : column + width, : pair.rank] = pair.b
+    for i, (lora, width) in enumerate(zip(parts, widths, strict=True)):
+        if lora is not None:
+            a[i, : lora.rank] = lora.a
+            b[column : column + width, : lora.rank] = lora.b
         column += width
     return a.flatten(0, 1), b
 
@@ -115,7 +115,7 @@ def choose(
     setting: str,
     device: torch.device,
     dtype: torch.dtype,
-    layers: Mapping[str, tuple[Any, Sequence[Pair | None]]],
+    layers: Mapping[str, tuple[Any, Sequence[LoRAWeights | None]]],
     check: Callable[..., str | None] | None = None,
 ) -> tuple[set[str], tuple[str, ...]]:
     """The layers that use the kernels, of those with a vector (name: layer, its pairs by part).
@@ -126,7 +126,7 @@ def choose(
     Errors: VllmCompatibilityError naming what is in the way, if the setting is triton.
     """
     reasons: list[str] = []
-    fused: dict[str, tuple[Any, Sequence[Pair | None]]] = {}
+    fused: dict[str, tuple[Any, Sequence[LoRAWeights | None]]] = {}
     if setting == "torch":
         reasons.append("safegene.kernels = 'torch'")
     elif device.type != "cuda":
@@ -172,7 +172,7 @@ def _unsupported(layer: Any, dtype: torch.dtype) -> str | None:
 
 
 def _check(
-    layers: Mapping[str, tuple[Any, Sequence[Pair | None]]],
+    layers: Mapping[str, tuple[Any, Sequence[LoRAWeights | None]]],
     device: torch.device,
     dtype: torch.dtype,
     check: Callable[..., str | None] | None,

@@ -195,15 +195,19 @@ class Store:
         processes too. Returns what was deleted, as paths
         below the root. Errors: StoreError; DigestError for a digest that is none.
         """
-        pairs = tuple(keep)
-        revisions = {revision_name(adapter, profile) for adapter, profile in pairs}
+        lora_weights = tuple(keep)
+        revisions = {revision_name(adapter, profile) for adapter, profile in lora_weights}
         layout.sweep(self.root)
         removed: list[str] = []
         with workspace(self.root) as work, locked(self.root):
             before_s = time.time() - idle_s
             for room, pattern, kept in (
                 (REVISIONS, _REVISION_NAME, revisions),
-                (ADAPTERS, _ADAPTER_NAME, {hexadecimal(a) for a, _ in pairs if a is not None}),
+                (
+                    ADAPTERS,
+                    _ADAPTER_NAME,
+                    {hexadecimal(a) for a, _ in lora_weights if a is not None},
+                ),
             ):
                 for path in sorted((self.root / room).iterdir()):
                     if path.name in kept:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from safegene_vllm.formats.adapter import PairShape
+from safegene_vllm.formats.adapter import LoRAShape
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 
 
@@ -38,7 +38,7 @@ def parse_header(raw: Mapping[str, Any]) -> FamilyHeader:
     low, high = raw["coefficient_bounds"]
     return FamilyHeader(
         base=Base(**raw["base"]),
-        sites={site: PairShape(site=site, **shape) for site, shape in raw["sites"].items()},
+        sites={site: LoRAShape(site=site, **shape) for site, shape in raw["sites"].items()},
         layers=tuple(SelectedLayer(entry["layer"], entry["score"]) for entry in raw["layers"]),
         bounds=(float(low), float(high)),
         recipe=raw["recipe"],

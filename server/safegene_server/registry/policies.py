@@ -47,7 +47,7 @@ class Policies(Database):
             if raised:
                 _refuse_frozen(before, [tenant for tenant, _ in raised])
             _put(write, replace(before, floor=least))
-            pairs = [
+            lora_weights = [
                 (tenant, _raise(write, header, tenant, revision, least))
                 for tenant, revision in raised
             ]
@@ -56,10 +56,10 @@ class Policies(Database):
                 family,
                 before=_floor_json(before.floor),
                 after=_floor_json(least),
-                raised=[revision.served_name for _, revision in pairs],
+                raised=[revision.served_name for _, revision in lora_weights],
             )
-            if pairs:
-                return switch(write, "floor", pairs)
+            if lora_weights:
+                return switch(write, "floor", lora_weights)
             write.bump()
             return None
 

@@ -97,7 +97,7 @@ class Publishing(Database):
 
 
 def switch(
-    write: Write, kind: RolloutKind, pairs: Sequence[tuple[Tenant, Revision | None]]
+    write: Write, kind: RolloutKind, lora_weights: Sequence[tuple[Tenant, Revision | None]]
 ) -> Rollout:
     """Serve each tenant's revision (None: nothing any more), as one rollout under one version."""
     version = write.bump()
@@ -105,15 +105,15 @@ def switch(
         insert(tables.rollouts)
         .values(
             kind=kind,
-            tenants=[tenant.name for tenant, _ in pairs],
-            revisions=[revision.id for _, revision in pairs if revision is not None],
+            tenants=[tenant.name for tenant, _ in lora_weights],
+            revisions=[revision.id for _, revision in lora_weights if revision is not None],
             version=version,
             created_at=write.now,
             created_by=write.actor,
         )
         .returning(tables.rollouts.c.id)
     ).scalar_one()
-    for tenant, revision in pairs:
+    for tenant, revision in lora_weights:
         _point(write, tenant, revision)
         if revision is not None and kind != "rollback":
             write.connection.execute(
