@@ -104,6 +104,13 @@ def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
         faults.append("--weight-transfer-config replaces weights that the vector was checked with")
     if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         faults.append("--enable-elastic-ep takes weights from other engines, past the checks")
+    if getattr(lora, "default_mm_loras", None):
+        faults.append("--default-mm-loras answers requests for the base model with an adapter")
+    if getattr(compat.resolve("envs"), "VLLM_SKIP_MODEL_NAME_VALIDATION", False):
+        faults.append(
+            "VLLM_SKIP_MODEL_NAME_VALIDATION=1 answers requests for any unknown model with the "
+            "base model"
+        )
     if settings.apply == "weights":
         if lora is not None:
             faults.append(

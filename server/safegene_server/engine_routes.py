@@ -112,13 +112,19 @@ async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
     if media_type != "application/json":
         # A browser may post other types across sites without asking.
         raise HTTPException(400, f"content type {media_type!r}; expected application/json")
+    return await publish(request.app.state.openai_serving_models, body)
+
+
+async def publish(models: Any, body: LoadBody, *, param: str = "lora_path") -> Response:
+    """Load and publish an adapter through vLLM's model list, with the plain reason if it is
+    rejected; `param` is the field of the request that names the directory."""
     refusal.set(None)
-    answer = await request.app.state.openai_serving_models.load_lora_adapter(body)
+    answer = await models.load_lora_adapter(body)
     if isinstance(answer, str):
         return PlainTextResponse(answer)
     error = refusal.get()
     if error is not None:
-        return error_response(status_of(error), plain(error), param="lora_path")
+        return error_response(status_of(error), plain(error), param=param)
     found = answer.model_dump()
     found["error"]["message"] = plain(found["error"]["message"])
     return JSONResponse(found, status_code=answer.error.code)

@@ -15,8 +15,13 @@ from starlette.datastructures import State
 from safegene_server.app import check_vllm_args, configure_app, start
 from safegene_server.engine_client import EngineClient
 from safegene_server.engine_routes import LOAD_PATH, load_router, router
+from safegene_server.model_choice import serve_named_adapters_only
 from safegene_server.monitoring.setup import Metrics
-from safegene_server.sagemaker import AdaptersNeedKey
+from safegene_server.sagemaker import (
+    AdaptersNeedKey,
+    guard_invocations,
+    replace_adapter_routes,
+)
 from safegene_server.settings import metrics_alone, read_settings
 from safegene_server.verifier import Verifier, read_expected
 from safegene_vllm.errors import ConfigError, ReceiptError
@@ -35,9 +40,11 @@ class SafegeneEndpoints:
         vLLM 0.28 does not drop the route it had, and would go on answering with it.
         """
         app.include_router(router)
+        guard_invocations(app)
         settings = read_settings()
         if settings is not None:
             app.router.routes[:] = [r for r in app.router.routes if not _is_runtime_lora(r)]
+            replace_adapter_routes(app, registry=True)
             configure_app(app, settings)
             return
         Metrics(metrics_alone(), getattr(app.state, "args", None)).attach(app, edge=True)
@@ -45,6 +52,7 @@ class SafegeneEndpoints:
         if stock:
             app.router.routes[:] = [r for r in app.router.routes if r not in stock]
             app.include_router(load_router)
+            replace_adapter_routes(app, registry=False)
             keys = _api_keys(getattr(app.state, "args", None))
             if keys:
                 app.add_middleware(AdaptersNeedKey, keys=keys)
@@ -66,6 +74,7 @@ class SafegeneEndpoints:
                     "MODEL --family DIR`."
                 )
             return
+        serve_named_adapters_only(state)
         models = state.openai_serving_models
         verifier = Verifier(engine_client, models, expected)
         report = await verifier.report()

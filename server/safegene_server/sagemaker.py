@@ -1,19 +1,182 @@
-"""Puts vLLM's SageMaker adapter routes behind --api-key.
+"""SageMaker's routes on vLLM's server, held to what vLLM's own routes promise.
 
-vLLM opens POST /adapters and DELETE /adapters/{name} together with runtime LoRA, outside the paths
-its key guards. With a key set, they ask for it here. Without one, nothing changes.
+- POST /invocations is answered by the model that its body or its header names. vLLM overwrites the
+  body's `model` with a header's value, and so with nothing where there is no such header.
+- POST /adapters answers as POST /v1/load_lora_adapter does. With a registry neither it nor
+  DELETE /adapters/{name} loads or unloads anything: ids and names are the registry's.
+  Both ask for --api-key where there is one, as they lie outside the paths that vLLM's key guards.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from fastapi import FastAPI
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from safegene_server.access.body import HeaderList, replay
+from safegene_server.access.rejection import RequestRejectedError, reject
+from safegene_server.access.route_permissions import route_path
+from safegene_server.engine_routes import LoadBody, publish
 from safegene_server.error_responses import error_response
+
+INVOCATIONS = "/invocations"
+ADAPTERS = "/adapters"
+ADAPTER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
+ALIAS_HEADER = "X-Amzn-SageMaker-Adapter-Alias"
+SHOWN_CHARACTERS = 200
+REGISTRY_LOADS = (
+    "this server's adapters are its registry's: add a tenant with POST /v1/safegene/tenants or "
+    "`safegene tenant add`, and remove one with `safegene tenant retire`."
+)
+
+
+class Invocations:
+    """ASGI app of the route: gives vLLM's decorator the body's `model` in the header it reads.
+
+    Without a family everything passes as it is. Around the route itself and not the whole app, so
+    that no other request pays for it and no other spelling of the path goes around it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if getattr(scope["app"].state, "safegene", None) is None:
+            await self.app(scope, receive, send)
+            return
+        try:
+            payload = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
+        try:
+            headers = header_with_model(list(scope["headers"]), payload)
+        except RequestRejectedError as refusal:
+            await reject(refusal, scope, receive, send)
+            return
+        await self.app({**scope, "headers": headers}, replay(payload, receive), send)
+
+
+def header_with_model(headers: HeaderList, payload: bytes) -> HeaderList:
+    """The headers with the one name that body and header agree on; unchanged if neither has one.
+
+    The body is read as vLLM reads it, so both find the same `model`.
+    Errors: Refusal, 400, for a body that is no JSON object, a `model` that is no name or does not
+    fit into a header, and for two different names.
+    """
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise RequestRejectedError(400, f"the body is not JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise RequestRejectedError(
+            400, f"the body is a JSON {type(document).__name__}; expected an object."
+        )
+    in_body = document.get("model")
+    if in_body is not None and not isinstance(in_body, str):
+        found = type(in_body).__name__
+        raise RequestRejectedError(400, f"`model` is a {found}; expected a string.", param="model")
+    key = ADAPTER_HEADER.lower().encode()
+    sent = [value.decode("latin-1") for name, value in headers if name.lower() == key]
+    names = list(dict.fromkeys(name for name in (in_body, *sent) if name))
+    if not names:
+        return headers
+    if len(names) > 1:
+        raise RequestRejectedError(
+            400,
+            f"the request names {_shown(names)}: `model` and the header {ADAPTER_HEADER} must "
+            "agree; send one of them, or the same name in both.",
+            param="model",
+        )
+    try:
+        value = names[0].encode("latin-1")
+    except UnicodeEncodeError:
+        raise RequestRejectedError(
+            400,
+            f"{_shown(names)} has characters that no header can carry, and this route passes the "
+            "name on in one; use /v1/chat/completions or /v1/completions.",
+            param="model",
+        ) from None
+    return [*((name, other) for name, other in headers if name.lower() != key), (key, value)]
+
+
+def _shown(names: Iterable[str]) -> str:
+    return " and ".join(repr(name[:SHOWN_CHARACTERS]) for name in names)
+
+
+def guard_invocations(app: FastAPI) -> None:
+    """Put `Invocations` around vLLM's own route. One that the operator wrote stays as it is."""
+    for route in _leaves(app.router.routes):
+        methods = getattr(route, "methods", None) or ()
+        if getattr(route, "path", None) == INVOCATIONS and "POST" in methods:
+            route.app = Invocations(route.app)
+
+
+def _leaves(routes: Iterable[Any]) -> Iterable[Any]:
+    """Every route, those of routers that are included as a whole too."""
+    for route in routes:
+        inner = getattr(route, "routes", None)
+        yield from _leaves(inner) if inner else (route,)
+
+
+class AdapterBody(BaseModel):
+    """The body of POST /adapters; further fields are ignored, as SageMaker's standard does."""
+
+    name: str = Field(min_length=1)
+    src: str = Field(min_length=1)
+
+
+async def register_adapter(request: Request) -> Response:
+    """POST /adapters: load an adapter as POST /v1/load_lora_adapter does, in SageMaker's words.
+
+    A body that is not JSON is passed over for the query's parameters, as vLLM does.
+    """
+    try:
+        wanted: Any = await request.json()
+    except (ValueError, RecursionError):
+        wanted = dict(request.query_params)
+    try:
+        body = AdapterBody.model_validate(wanted)
+    except ValidationError as error:
+        faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        message = "; ".join(f"{where or 'body'}: {what}" for where, what in faults)
+        return error_response(400, message, param=faults[0][0] or None)
+    answer = await publish(
+        request.app.state.openai_serving_models,
+        LoadBody(lora_name=body.name, lora_path=body.src),
+        param="src",
+    )
+    if answer.status_code != 200:
+        return answer
+    shown = request.headers.get(ALIAS_HEADER) or body.name
+    return PlainTextResponse(f"Adapter {shown} registered")
+
+
+async def closed(request: Request) -> Response:
+    """404 for what only a server without a registry does."""
+    return error_response(404, REGISTRY_LOADS)
+
+
+def replace_adapter_routes(app: FastAPI, *, registry: bool) -> None:
+    """Our routes in place of those that vLLM adds for SageMaker once plugins have been attached.
+
+    It drops FastAPI's routes of the same path before it adds its own, but not Starlette's, and the
+    first that matches answers. DELETE stays vLLM's where there is no registry.
+    """
+    post = closed if registry else register_adapter
+    app.router.routes.append(Route(ADAPTERS, post, methods=["POST"]))
+    if registry:
+        path = f"{ADAPTERS}/{{adapter_name}}"
+        app.router.routes.append(Route(path, closed, methods=["DELETE"]))
 
 
 class AdaptersNeedKey:
@@ -32,8 +195,9 @@ class AdaptersNeedKey:
 
     @staticmethod
     def _guarded(scope: Scope) -> bool:
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        return path.strip("/").split("/")[0] == "adapters" and scope["method"] != "OPTIONS"
+        # A router's pattern also matches a path that ends in a line feed.
+        first = route_path(scope).strip("/\n").split("/")[0]
+        return first == "adapters" and scope["method"] != "OPTIONS"
 
     def _known(self, scope: Scope) -> bool:
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

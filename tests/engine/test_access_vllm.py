@@ -50,6 +50,25 @@ routes = sorted(named_routes(app.routes))
 print("FOUND " + json.dumps({"routes": routes, "beyond": unclassified(app)}))
 """
 
+CLOSED = """
+from fastapi.testclient import TestClient
+
+from safegene_server.access.catalog import Principal, key_digest, make_view
+
+admin = Principal("root", frozenset({"admin"}), frozenset({"*"}))
+door = app.state.safegene_door
+door.catalog.replace(make_view(keys={key_digest("sg-root"): admin}, tenants=()))
+client = TestClient(app, headers={"Authorization": "Bearer sg-root"})
+calls = {
+    "POST /adapters": client.post("/adapters", json={"name": "x", "src": "/x"}),
+    "POST /adapters%0A": client.post("/adapters%0A", json={"name": "x", "src": "/x"}),
+    "DELETE /adapters/x": client.delete("/adapters/x"),
+    "POST /v1/load_lora_adapter": client.post("/v1/load_lora_adapter", json={}),
+    "POST /v1/unload_lora_adapter": client.post("/v1/unload_lora_adapter", json={}),
+}
+print("FOUND " + json.dumps({name: answer.status_code for name, answer in calls.items()}))
+"""
+
 ELSEWHERE = {
     # Behind an SDK or static files that are not installed here, or answered by `Access` itself.
     "POST /cohere/v2/chat",
@@ -59,16 +78,16 @@ ELSEWHERE = {
 }
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def run(code: str, **env: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", BUILD],
+        [sys.executable, "-c", code],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "server")]),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_PLUGINS": "",
             "VLLM_SERVER_DEV_MODE": "1",
+            **env,
         },
         capture_output=True,
         text=True,
@@ -78,6 +97,11 @@ def found() -> dict[str, Any]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     result: dict[str, Any] = json.loads(lines[-1].removeprefix("FOUND "))
     return result
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run(BUILD)
 
 
 def test_every_route_of_vllm_is_in_the_table(found: dict[str, Any]) -> None:
@@ -93,3 +117,12 @@ def test_what_vllm_offers_for_changing_weights_is_closed(found: dict[str, Any]) 
     dangerous = [r for r in found["routes"] if "weight" in r or "lora" in r or "adapters" in r]
     assert len(dangerous) > 8
     assert {RULES[route] for route in dangerous} == {OPERATE}
+
+
+def test_with_a_registry_not_even_an_administrator_loads_past_it(tmp_path: Path) -> None:
+    """vLLM adds SageMaker's routes after every plugin has been attached."""
+    settings = tmp_path / "safegene.yaml"
+    settings.write_text("registry: r.sqlite\nstore: store\n")
+    plugins = {"VLLM_PLUGINS": "safegene_server", "SAFEGENE_SERVER_CONFIG": str(settings)}
+    answers = run(BUILD + CLOSED, **plugins)
+    assert len(answers) == 5 and set(answers.values()) == {404}, answers

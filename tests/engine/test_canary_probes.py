@@ -1,4 +1,7 @@
-"""Probes on a real server that schedules by priority: its /metrics, and its tenants' limits."""
+"""Probes on a real server that schedules by priority: its /metrics, and its tenants' limits.
+
+Its model has a chat template, so it also shows that no chat reaches a tenant it does not name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from safegene_vllm import tiny_model
 
 pytestmark = pytest.mark.engine
 
-ADMIN, SUPPORT = (f"sg-{who}-{'0' * 40}" for who in ("admin", "support"))
+ADMIN, SUPPORT, BASE = (f"sg-{who}-{'0' * 40}" for who in ("admin", "support", "base"))
 REQUESTS_PER_MINUTE = 2
 CONFIG = """
 registry: registry.sqlite
@@ -27,6 +30,7 @@ sources: {roots: [ROOT]}
 keys:
   - {name: admin, secret_env: ADMIN_KEY, scopes: [admin, read, serve], tenants: ["*"]}
   - {name: support, secret_env: SUPPORT_KEY, tenants: [support]}
+  - {name: base, secret_env: BASE_KEY, tenants: [base]}
 tenants: {gate: {enabled: false}}
 probes: {enabled: true, every_s: 3600, share: 0.5, concurrent: 2, max_tokens: 8, prompts: own.jsonl}
 """
@@ -57,6 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
             *("--port", str(port), "--scheduling-policy", "priority"),
             ADMIN_KEY=ADMIN,
             SUPPORT_KEY=SUPPORT,
+            BASE_KEY=BASE,
         )
     told, drain = until_serving(process)
     try:
@@ -119,6 +124,28 @@ def series(client: httpx.Client) -> dict[str, float]:
 
 def gauges(found: dict[str, float]) -> set[str]:
     return {name.partition(":")[0] for name in found} & GAUGES
+
+
+def test_a_key_for_the_base_model_reaches_no_tenant(server: httpx.Client) -> None:
+    models = ask(server, "GET", "/v1/models")["data"]
+    (served,) = (model["root"] for model in models if model["id"] == "support")
+    part = {"type": f"{served}_x", "uuid": "u", "tool_reference": 1, "name": "x"}
+    body = {"model": "base", "messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
+    assert ask(server, "POST", "/v1/chat/completions", body, key=BASE)["model"] == "base"
+    assert ask(server, "POST", "/invocations", body)["model"] == "base"
+
+
+def test_an_administrators_invocations_are_answered_by_the_named_model(
+    server: httpx.Client,
+) -> None:
+    models = ask(server, "GET", "/v1/models")["data"]
+    (served,) = (model["root"] for model in models if model["id"] == "support")
+    body = {"prompt": "hello", "max_tokens": 2}
+    for name in (served, "base"):
+        assert ask(server, "POST", "/invocations", {**body, "model": name})["model"] == name
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    answer = server.post("/invocations", json={**body, "model": "missing"}, headers=headers)
+    assert answer.status_code == 404
 
 
 def test_a_tenant_is_probed_through_its_life_and_its_limits_stay_its_own(

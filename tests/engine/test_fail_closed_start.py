@@ -200,14 +200,16 @@ def fake_config(house: Path, **changes: Any) -> Any:
     flat = {
         "fully_sharded": False, "pipeline": 1, "sleep": False, "runner": "generate",
         "quantization": None, "load_format": "auto", "lora": True, "transfer": None,
-        "elastic": False, "fast_prefill": False, **changes,
+        "elastic": False, "fast_prefill": False, "default_mm": None, **changes,
     }  # fmt: skip
     apply = "weights" if flat["load_format"] == "safegene" else "gain"
     return SimpleNamespace(
         additional_config={"safegene": {"family": str(house / "family"), "apply": apply}},
         load_config=SimpleNamespace(load_format=flat["load_format"]),
         weight_transfer_config=flat["transfer"],
-        lora_config=SimpleNamespace(fully_sharded_loras=flat["fully_sharded"])
+        lora_config=SimpleNamespace(
+            fully_sharded_loras=flat["fully_sharded"], default_mm_loras=flat["default_mm"]
+        )
         if flat["lora"]
         else None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=flat["fast_prefill"]),
@@ -234,6 +236,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
         ({"runner": "pooling"}, "--runner pooling"),
         ({"transfer": object()}, "--weight-transfer-config"),
         ({"elastic": True}, "--enable-elastic-ep"),
+        ({"default_mm": {"audio": "/adapters/audio"}}, "--default-mm-loras"),
     ],
 )
 def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str) -> None:
@@ -266,6 +269,20 @@ def test_dual_stream(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(VllmCompatibilityError, match="DUAL_STREAM"):
         prepare_engine(fake_config(house))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safegene"])
+def test_names_that_vllm_does_not_check(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
+) -> None:
+    shutil.copytree(house / "model", tmp_path / "full")
+    save_profile(make_profile(load_family(house / "family").header, 1.0), tmp_path / "full")
+    changes = {"load_format": load_format, "model": tmp_path / "full"}
+    config = fake_config(house, lora=load_format == "auto", **changes)
+    prepare_engine(config)
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    with pytest.raises(VllmCompatibilityError, match="SKIP_MODEL_NAME_VALIDATION"):
+        prepare_engine(config)
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

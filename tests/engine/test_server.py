@@ -295,7 +295,7 @@ def test_an_idle_connection_outlives_vllms_five_seconds(server: Server) -> None:
 
 def test_sagemakers_route_passes_the_same_gate(server: Server, unharmed: None) -> None:
     body = {"name": "sage", "src": str(server.d / "outside")}
-    assert server.http.post("/adapters", json=body).status_code >= 400
+    assert server.http.post("/adapters", json=body).status_code == 400
     assert "sage" not in server.tenants()
     body["src"] = str(server.root / "t1")
     assert server.http.post("/adapters", json=body).status_code == 200

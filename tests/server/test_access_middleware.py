@@ -116,6 +116,7 @@ def test_a_revoked_key_is_out_with_the_next_view() -> None:
         ("POST", "/invocations", {"admin"}),
         ("GET", "/v1/responses/resp_1", {"admin"}),
         ("POST", "/unheard/of", {"admin"}),
+        ("GET", "/v1/safegene/tenants%0A", {"admin"}),
     ],
 )
 def test_the_scopes_of_a_route(method: str, path: str, allowed: set[str]) -> None:

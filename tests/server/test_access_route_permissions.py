@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette._utils import get_route_path
 from starlette.applications import Starlette
-from starlette.routing import Mount, Route
+from starlette.routing import Match, Mount, Route
 
 from safegene_server.access.route_permissions import (
     ANY_KEY,
@@ -74,6 +74,10 @@ PATHS = st.text(alphabet="/av", max_size=8)
         ("OPTIONS", "/v1/chat/completions", OPERATE),
         ("GET", "/nobody/knows", OPERATE),
         ("GET", "", OPERATE),
+        ("GET", "/v1/safegene/receipts\n", OPERATE),
+        ("GET", "/v1/safegene/tenants\n", OPERATE),
+        ("GET", "/v1/models/acme\n", OPERATE),
+        ("POST", "/v1/chat/completions\n", OPERATE),
     ],
 )
 def test_the_rule_of_a_request(method: str, path: str, rule: Rule) -> None:
@@ -93,6 +97,13 @@ def test_the_rules_do_not_contradict_themselves() -> None:
     assert all(rule.model for rule in RULES.values() if rule.tokens)
     assert all(rule.whole_server for rule in RULES.values() if rule.need in ("read", "admin"))
     assert "public" not in {rule.need for rule in RULES.values()}
+
+
+def test_a_line_feed_leads_a_router_to_the_route_before_it() -> None:
+    """Why such a path is closed."""
+    route = Route("/v1/safegene/receipts", answer)
+    scope = {"type": "http", "method": "GET", "path": "/v1/safegene/receipts\n"}
+    assert route.matches(scope)[0] is Match.FULL
 
 
 @given(PATHS, PATHS)

@@ -796,8 +796,9 @@ def test_sagemakers_routes_ask_for_the_key(
     async def remove(name: str) -> str:
         return name
 
+    body = {"name": "t1", "src": str(world.d / "t1")}
     for call in (
-        lambda h: client.post("/adapters", headers=h),
+        lambda h: client.post("/adapters", headers=h, json=body),
         lambda h: client.delete("/adapters/x", headers=h),
     ):
         if where is None:
@@ -808,6 +809,70 @@ def test_sagemakers_routes_ask_for_the_key(
             shape_of_openai(answer.json(), 401)
         assert call({"Authorization": "Bearer k1"}).status_code == 200
     assert client.get("/v1/safegene/ready").status_code == 200
+
+
+def test_adapters_answers_as_the_load_route_does(world: World) -> None:
+    client = world.start()
+
+    def register(name: str, src: Any, **headers: str) -> Any:
+        return client.post("/adapters", json={"name": name, "src": str(src)}, headers=headers)
+
+    assert register("t1", world.d / "t1").text == "Adapter t1 registered"
+    alias = {"X-Amzn-SageMaker-Adapter-Alias": "shown"}
+    assert register("t2", world.d / "t2", **alias).text == "Adapter shown registered"
+    tenants = client.get("/v1/safegene/ready").json()["tenants"]
+    assert [t["profile"] for t in tenants] == [
+        load_profile(world.d / name).digest for name in ("t1", "t2")
+    ]
+    world.engine.refuse = AdapterRejectedError("the profile was altered after calibration")
+    for path, status in ((world.d / "t0", 400), ("/nowhere/at/all", 404)):
+        loaded, registered = load(client, "x", path), register("x", path)
+        message = shape_of_openai(loaded.json(), status)
+        assert shape_of_openai(registered.json(), status) == message
+        assert (loaded.status_code, registered.status_code) == (status, status)
+        assert registered.json()["error"]["param"] == "src"
+    again = register("t1", world.d / "t1")
+    assert shape_of_openai(again.json(), 400) == "already loaded"
+
+
+def test_bodies_of_adapters(world: World) -> None:
+    client = world.start()
+    for body, param in (
+        ({"name": "x"}, "src"),
+        ({"name": "", "src": "x"}, "name"),
+        ({"name": "x", "src": 1}, "src"),
+        ([], None),
+        ("x", None),
+    ):
+        answer = client.post("/adapters", json=body)
+        shape_of_openai(answer.json(), 400)
+        assert answer.json()["error"]["param"] == param
+    asked = {"name": "t1", "src": str(world.d / "t1")}
+    assert client.post("/adapters", params=asked).text == "Adapter t1 registered"
+    assert client.post("/adapters", params={"name": "t1"}).status_code == 400
+
+
+def test_no_serving_object_picks_an_adapter_itself(world: World) -> None:
+    class Serving:
+        def _get_active_default_mm_loras(self, request: Any) -> str:
+            return "an adapter"
+
+    serving = world.app.state.openai_serving_chat = Serving()
+    other = world.app.state.another = SimpleNamespace()
+    world.start()
+    assert serving._get_active_default_mm_loras("a request") is None
+    assert vars(other) == {}
+
+
+def test_without_a_family_vllm_may_pick_as_it_does(files: Path) -> None:
+    class Serving:
+        def _get_active_default_mm_loras(self, request: Any) -> str:
+            return "an adapter"
+
+    world = make_world(files, None)
+    serving = world.app.state.openai_serving_chat = Serving()
+    world.start()
+    assert serving._get_active_default_mm_loras("a request") == "an adapter"
 
 
 def test_the_contract_of_vllm(world: World) -> None:

@@ -15,6 +15,7 @@ from safegene_server.metrics import definitions
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.applied import STATES
 from safegene_server.monitoring.probes import ProbeSettings, gauges
+from safegene_server.sagemaker import ADAPTERS, INVOCATIONS
 from safegene_vllm.cli import COMMANDS, build_app
 from safegene_vllm.plugin.compat import NEWEST, OLDEST
 from safegene_vllm.settings import Settings
@@ -38,7 +39,7 @@ def test_every_route_and_no_other_is_documented() -> None:
         f"{method} {route.path}"
         for route in (*router.routes, *load_router.routes)
         for method in route.methods
-    }
+    } | {f"POST {ADAPTERS}", f"POST {INVOCATIONS}"}
     assert described == real
 
 

@@ -1,0 +1,29 @@
+"""Keeps vLLM from choosing an adapter that the request does not name.
+
+vLLM answers a chat request for the base model with an adapter whose name is the first word of a
+content part's `type` (`text`, `image`, ...), and a client may write such a type so that it begins
+with any adapter's name. With a registry that would go around what the key may use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.datastructures import State
+
+CHOICE = "_get_active_default_mm_loras"
+"""vLLM's method: the adapter of a request that names none, from the types of its content parts."""
+
+
+def serve_named_adapters_only(state: State) -> None:
+    """In place: no serving object of the app looks for an adapter in a request's content.
+
+    --default-mm-loras, which needs that, is rejected by the workers before they load.
+    """
+    for serving in list(state._state.values()):
+        if callable(getattr(serving, CHOICE, None)):
+            setattr(serving, CHOICE, _none)
+
+
+def _none(request: Any) -> None:
+    """No adapter: the base model answers."""
