@@ -154,13 +154,20 @@ class RegistryDownError(RegistryError):
     """The database does not answer, or is busy for too long."""
 
 
+MAX_SHOWN = 20
+"""Errors that one message names: some are written by whoever wrote the file, by the thousand."""
+
+
 def raise_errors(faults: Sequence[SafegeneError]) -> None:
     """Raise what was found, all of it in one message; do nothing if nothing was found.
 
-    One fault is raised as it is. Several become one error of the first one's class, a line each.
+    One fault is raised as it is. Several become one error of the first one's class, a line each
+    for the first MAX_SHOWN.
     """
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        lines = [f"- {type(fault).__name__}: {fault}" for fault in faults]
+        lines = [f"- {type(fault).__name__}: {fault}" for fault in faults[:MAX_SHOWN]]
+        if len(faults) > MAX_SHOWN:
+            lines.append(f"- and {len(faults) - MAX_SHOWN} more")
         raise type(faults[0])("\n".join([f"{len(faults)} faults:", *lines]))

@@ -25,7 +25,7 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.file_io import read_json
 from safegene_vllm.formats.safetensors_file import (
-    ANY_BITS,
+    CHECKPOINT,
     FLOAT_BITS,
     TensorInfo,
     read_safetensors_header,
@@ -122,7 +122,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     holder: dict[str, str] = {}
     faults: list[SafegeneError] = []
     for shard, promised in _shard_names(directory).items():
-        shards[shard] = read_safetensors_header(directory / shard, bits=ANY_BITS)
+        shards[shard] = read_safetensors_header(directory / shard, rules=CHECKPOINT)
         for name in promised:
             if name not in shards[shard]:
                 faults.append(

@@ -22,14 +22,14 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import (
     OWNED_FILES,
-    LoRAWeights,
     LoRAShape,
+    LoRAWeights,
+    Scalings,
     adapter_files,
     check_lora_weights,
     layer_of,
     load_adapter,
     read_adapter_shapes,
-    scaling_of,
     settled,
     tensor_name,
 )
@@ -232,8 +232,8 @@ def read_family_header(directory: Path) -> FamilyHeader:
     path = directory / DESCRIPTION_FILE
     raw = read_description(path, "family", _FIELDS)
     sites = read_adapter_shapes(directory)
-    config = read_json(directory / "adapter_config.json")
-    scaled = [site for site in sites if scaling_of(config, site) != 1.0]
+    scalings = Scalings(read_json(directory / "adapter_config.json"))
+    scaled = [site for site in sites if scalings.scaling(site) != 1.0]
     if scaled:
         raise HeaderError(
             f"{directory}: scaling is not 1 at {', '.join(scaled[:3])}; in a family alpha equals r"

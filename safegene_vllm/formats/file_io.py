@@ -39,7 +39,7 @@ def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise HeaderError(f"key {key!r} occurs twice in one object; keep one of them")
+            raise HeaderError(f"key {key[:100]!r} occurs twice in one object; keep one of them")
         result[key] = value
     return result
 
@@ -84,11 +84,15 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Errors: those of `parse_json`, MissingFileError."""
+def read_json(path: Path, limit_bytes: int | None = None) -> dict[str, Any]:
+    """The JSON object in the file `path`, of JSON_LIMIT_BYTES at most if no limit is given.
+
+    Errors: those of `parse_json`, MissingFileError.
+    """
     size_bytes = size_of_regular_file(path)
-    if size_bytes > JSON_LIMIT_BYTES:
-        raise HeaderError(f"{path} has {size_bytes} bytes, expected at most {JSON_LIMIT_BYTES}")
+    limit_bytes = JSON_LIMIT_BYTES if limit_bytes is None else limit_bytes
+    if size_bytes > limit_bytes:
+        raise HeaderError(f"{path} has {size_bytes} bytes, expected at most {limit_bytes}")
     return parse_json(path.read_bytes(), str(path))
 
 

@@ -25,7 +25,6 @@ from safegene_vllm.formats.file_io import canonical_json, parse_json, size_of_re
 if TYPE_CHECKING:
     import torch
 
-HEADER_LIMIT_BYTES = 100_000_000
 FLOAT_BITS: Mapping[str, int] = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
 ANY_BITS: Mapping[str, int] = {
     **FLOAT_BITS,
@@ -34,6 +33,10 @@ ANY_BITS: Mapping[str, int] = {
     **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
 """What a base checkpoint may hold; adapters may hold FLOAT_BITS only."""
+MAX_NAME_CHARS = 512
+"""Of a tensor. The longest of the Hugging Face hub's models have about 150."""
+MAX_SIZE = 2**63 - 1
+"""Of a dimension or an offset: what the safetensors library reads."""
 
 # The bits of the exponent, all ones in NaN and Inf and in no other value.
 _EXPONENTS: Mapping[str, tuple[str, int]] = {
@@ -48,6 +51,25 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 @dataclass(frozen=True)
+class HeaderRules:
+    """What a header may hold: dtypes with bits per element, and how much of everything."""
+
+    bits: Mapping[str, int]
+    dimensions: int
+    tensors: int
+    size_bytes: int
+
+
+ADAPTER = HeaderRules(FLOAT_BITS, dimensions=2, tensors=100_000, size_bytes=16 << 20)
+"""Pairs of matrices on every expert of 60 layers of 256 experts are 93,000 tensors; each takes
+about 160 bytes of header. A dense model of 80 layers has 1,100."""
+CHECKPOINT = HeaderRules(ANY_BITS, dimensions=8, tensors=1_000_000, size_bytes=100_000_000)
+"""The safetensors library's own limit of the header."""
+_MARKS_PER_TENSOR = 20
+"""Brackets, colons and commas of one entry: at most 18, in eight dimensions."""
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """One entry of a header; `begin` and `end` are bytes from the start of the data section."""
 
@@ -57,25 +79,52 @@ class TensorInfo:
     end: int
 
 
-def _entry(name: str, value: Any, bits: Mapping[str, int]) -> TensorInfo:
+def _entry(name: str, value: Any, rules: HeaderRules) -> TensorInfo:
     """The checked entry `name`; HeaderError if it is not one of ours."""
+    if len(name) > MAX_NAME_CHARS:
+        raise HeaderError(
+            f"tensor {name[:100]!r}... has a name of {len(name)} characters, expected at most "
+            f"{MAX_NAME_CHARS}"
+        )
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in bits:
-        raise HeaderError(f"tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(bits)}")
-    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise HeaderError(f"tensor {name!r}: {what} {numbers!r} is not a list of sizes")
-    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * bits[dtype]:
+    if not isinstance(dtype, str) or dtype not in rules.bits:
+        raise HeaderError(
+            f"tensor {name!r} has dtype {dtype!r:.40}, expected one of {', '.join(rules.bits)}"
+        )
+    # Counted before anything is multiplied: a product of thousands of numbers takes minutes.
+    for what, numbers, most in (("shape", shape, rules.dimensions), ("data_offsets", offsets, 2)):
+        if not isinstance(numbers, list):
+            raise HeaderError(f"tensor {name!r}: {what} {numbers!r:.40} is not a list of sizes")
+        if len(numbers) > most:
+            raise HeaderError(
+                f"tensor {name!r}: {what} has {len(numbers)} numbers, expected at most {most}"
+            )
+        if any(type(n) is not int or not 0 <= n <= MAX_SIZE for n in numbers):
+            raise HeaderError(f"tensor {name!r}: {what} {numbers!r:.200} is not a list of sizes")
+    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * rules.bits[dtype]:
         raise HeaderError(
             f"tensor {name!r}: data_offsets {offsets} do not hold {dtype} of shape {shape}"
         )
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
+def _parsed_header(data: bytes, where: str, rules: HeaderRules) -> dict[str, Any]:
+    """The JSON of a header, seen to hold no more than its tensors need before it is parsed."""
+    marks = sum(data.count(mark) for mark in (b"[", b"{", b":", b","))
+    if marks <= _MARKS_PER_TENSOR * rules.tensors:
+        raw = parse_json(data, where)
+        if len(raw) <= rules.tensors + 1:
+            return raw
+    raise HeaderError(
+        f"{where} holds more values than {rules.tensors} tensors have, which is the most; give a "
+        "file with fewer tensors"
+    )
+
+
 def _checked_header(
-    file: BinaryIO, path: Path, bits: Mapping[str, int]
+    file: BinaryIO, path: Path, rules: HeaderRules
 ) -> tuple[dict[str, TensorInfo], int]:
     """The entries of an open file, sorted by offset, and where its data section starts."""
     size_bytes = os.fstat(file.fileno()).st_size
@@ -85,16 +134,16 @@ def _checked_header(
             f"{path} has {len(prefix)} bytes, expected at least 8; fetch it again"
         )
     length = int.from_bytes(prefix, "little")
-    if length > HEADER_LIMIT_BYTES:
+    if length > rules.size_bytes:
         raise HeaderError(
-            f"{path}: header length {length} is over {HEADER_LIMIT_BYTES} bytes; "
-            "this is not a safetensors file"
+            f"{path}: header length {length} is over {rules.size_bytes} bytes; "
+            "this is not a safetensors file of such tensors"
         )
     if 8 + length > size_bytes:
         raise TruncatedFileError(
             f"{path} has {size_bytes} bytes, its header alone needs {8 + length}; fetch it again"
         )
-    raw = parse_json(file.read(length), f"{path} (header)")
+    raw = _parsed_header(file.read(length), f"{path} (header)", rules)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
         raise HeaderError(f"{path}: __metadata__ is not a map from text to text")
@@ -102,7 +151,7 @@ def _checked_header(
     faults: list[SafegeneError] = []
     for name, value in raw.items():
         try:
-            infos[name] = _entry(name, value, bits)
+            infos[name] = _entry(name, value, rules)
         except HeaderError as error:
             faults.append(HeaderError(f"{path}: {error}"))
     raise_errors(faults)
@@ -126,18 +175,15 @@ def _checked_header(
     return infos, 8 + length
 
 
-def read_safetensors_header(
-    path: Path, *, bits: Mapping[str, int] = FLOAT_BITS
-) -> dict[str, TensorInfo]:
+def read_safetensors_header(path: Path, *, rules: HeaderRules = ADAPTER) -> dict[str, TensorInfo]:
     """Name, dtype, shape and place of every tensor in `path`, sorted by place. Torch-free.
 
-    `bits` lists the dtypes that are allowed, with bits per element; the default is the float ones.
     Errors: MissingFileError, TruncatedFileError, HeaderError, NonFiniteError.
     """
     path = Path(path)
     size_of_regular_file(path)
     with open(path, "rb") as file:
-        return _checked_header(file, path, bits)[0]
+        return _checked_header(file, path, rules)[0]
 
 
 def check_finite(path: Path) -> None:
@@ -151,7 +197,7 @@ def check_finite(path: Path) -> None:
     size_of_regular_file(path)
     faults: list[SafegeneError] = []
     with open(path, "rb") as file:
-        infos, start = _checked_header(file, path, FLOAT_BITS)
+        infos, start = _checked_header(file, path, ADAPTER)
         for name, info in infos.items():
             unsigned, exponent = _EXPONENTS[info.dtype]
             file.seek(start + info.begin)
@@ -181,7 +227,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     size_of_regular_file(path)
     tensors: dict[str, torch.Tensor] = {}
     with open(path, "rb") as file:
-        infos, start = _checked_header(file, path, FLOAT_BITS)
+        infos, start = _checked_header(file, path, ADAPTER)
         file.seek(start)
         for name, info in infos.items():
             data = bytearray(info.end - info.begin)

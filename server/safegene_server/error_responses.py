@@ -31,6 +31,8 @@ from safegene_vllm.errors import (
 )
 
 logger = logging.getLogger("vllm.safegene_server")
+MAX_SHOWN = 20
+"""Errors of one body that its response names."""
 
 _WRAPPERS = (
     re.compile(r"^Call to \w+ method failed: "),
@@ -94,11 +96,15 @@ def status_of(error: BaseException) -> int:
 class ErrorRoute(APIRoute):
     """A route whose every error has OpenAI's shape, whatever handlers the app has."""
 
+    async def check(self, request: Request) -> None:
+        """Check before the body is parsed; nothing here. Errors: SafegeneError, HTTPException."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
             try:
+                await self.check(request)
                 return await answer(request)
             except RequestValidationError as error:
                 return _invalid(error)
@@ -114,10 +120,13 @@ class ErrorRoute(APIRoute):
 
 
 def _invalid(error: RequestValidationError) -> JSONResponse:
-    """400 naming every bad field of a body; `param` is the first one."""
+    """400 naming the first bad fields of a body; `param` is the first one."""
+    found = error.errors()
     faults = [
         (".".join(part for part in fault["loc"][1:] if isinstance(part, str)), fault["msg"])
-        for fault in error.errors()
+        for fault in found[:MAX_SHOWN]
     ]
     message = "; ".join(f"{where or 'body'}: {what}" for where, what in faults)
+    if len(found) > MAX_SHOWN:
+        message += f"; and {len(found) - MAX_SHOWN} more"
     return error_response(400, message, param=(faults[0][0] if faults else None) or None)

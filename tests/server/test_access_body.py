@@ -11,7 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive
 
-from safegene_server.access.body import encode, headers_for, parse, read_body, replay
+from safegene_server.access import body as bodies
+from safegene_server.access.body import (
+    check_size,
+    encode,
+    headers_for,
+    parse,
+    read_body,
+    replay,
+)
 from safegene_server.access.rejection import RequestRejectedError
 from safegene_server.error_responses import error_response
 
@@ -103,6 +111,7 @@ def test_any_bytes_are_one_object_or_refused(body: bytes) -> None:
         (b'{"prompt": "\\ud800"}', "surrogate"),
         (b'{"\\udfff": 1}', "surrogate"),
         (b'{"model": "\xff"}', "not UTF-8: byte 11"),
+        (b'{"model": "a\x00"}', "not JSON: it holds a NUL"),
         ('{"model": "a"}'.encode("utf-16"), "not UTF-8"),
         ('{"model": "a"}'.encode("utf-16-le"), "not JSON"),
         ('{"model": "a"}'.encode("utf-8-sig"), "not JSON"),
@@ -142,6 +151,99 @@ def test_half_a_surrogate_named_twice_can_be_told(body: bytes) -> None:
     refusal = refused(body, "twice")
     answer = error_response(refusal.status, str(refusal), param=refusal.param)
     assert json.loads(bytes(answer.body))["error"]["param"] in (r"\ud800", r"\udfff")
+
+
+class CountedName(str):
+    """A name that counts how often it is hashed."""
+
+    hashed = 0
+
+    def __hash__(self) -> int:
+        CountedName.hashed += 1
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("length", [1000, 8000])
+def test_a_late_name_twice_is_found_in_one_pass(length: int) -> None:
+    names = [CountedName(f"k{n}") for n in range(length)]
+    CountedName.hashed = 0
+    with pytest.raises(RequestRejectedError, match=f"'k{length - 1}' twice"):
+        bodies._unique([(name, 0) for name in [*names, names[-1]]])
+    # Once for the object, and twice for the search: once looked up, once added.
+    assert CountedName.hashed <= 3 * (length + 1)
+
+
+def limited(text: str, members: int, values: int) -> bool:
+    """Whether `check_size` refuses it."""
+    try:
+        check_size(text.encode(), max_members=members, max_values=values)
+    except RequestRejectedError as refusal:
+        assert refusal.status == 400 and "send less in one request" in str(refusal)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["member", "object", "list", "value", "string", "key"])
+def test_a_body_of_too_many_values_is_not_parsed(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def text(count: int) -> str:
+        if kind in ("member", "key"):
+            value = "0" if kind == "member" else '{"":0}'
+            return json.dumps({f"k{n}": 0 for n in range(count)}).replace(" 0", value)
+        one = {"object": "{}", "list": "[]", "value": "0", "string": '"x"'}[kind]
+        return '{"x":[' + ",".join([one] * count) + "]}"
+
+    assert parse(text(8).encode(), 4, max_members=20, max_values=20)
+
+    class Unreachable:
+        @staticmethod
+        def decode(text: str) -> None:
+            raise AssertionError("a body over the limit was parsed")
+
+    monkeypatch.setattr(bodies, "_DECODER", Unreachable)
+    with pytest.raises(
+        RequestRejectedError, match="more than 20 objects and lists, 20 members of objects or"
+    ):
+        parse(text(21).encode(), 4, max_members=20, max_values=20)
+
+
+def test_the_middleware_s_own_limits_hold_for_what_a_client_sends() -> None:
+    assert parse(json.dumps({"prompt": [7] * 200_000}).encode(), 4)
+    with pytest.raises(RequestRejectedError, match="more than 100000 objects and lists"):
+        parse(b'{"x":[' + b"[]," * 100_000 + b"0]}", 4)
+    with pytest.raises(RequestRejectedError, match="or 1000000 values"):
+        parse(b'{"x":[' + b"1," * 1_000_000 + b"0]}", 4)
+
+
+@given(st.dictionaries(st.text(), values, max_size=4), st.booleans())
+def test_values_are_counted_outside_of_strings_alone(document: dict[str, Any], ascii: bool) -> None:
+    text = json.dumps(document, ensure_ascii=ascii, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    opened, members, values = _counted(document)
+    largest = max(opened, members)
+    slack = opened  # An empty object or list counts as one that holds a value.
+    assert not limited(text, largest, values + slack)
+    assert limited(text, largest - 1, values + slack)
+    assert limited(text, largest, values - 1)
+
+
+def _counted(value: Any) -> tuple[int, int, int]:
+    """(objects and lists, members of objects, values in objects and lists)."""
+    if not isinstance(value, dict | list):
+        return 0, 0, 0
+    inner = list(value.values()) if isinstance(value, dict) else value
+    sums = [sum(column) for column in zip(*map(_counted, inner), strict=True)] or [0, 0, 0]
+    members = len(value) if isinstance(value, dict) else 0
+    return 1 + sums[0], members + sums[1], len(inner) + sums[2]
+
+
+def test_text_may_hold_what_an_object_may_not() -> None:
+    words = {"prompt": '{"a": [1, 2], "b\\": "\\\\"}' * 1000, "suffix": "\\"}
+    assert parse(json.dumps(words).encode(), 4, max_members=10, max_values=10) == words
 
 
 def test_a_body_in_pieces() -> None:

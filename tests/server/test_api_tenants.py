@@ -175,6 +175,28 @@ def test_a_body_over_the_limit_is_refused_as_it_comes(world: World) -> None:
     refused(world.ask("POST", "/tenants", content=pieces(), headers=JSON), 413, "1000 bytes")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32"])
+def test_a_body_of_more_values_than_any_has_is_not_parsed(
+    world: World, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise AssertionError("the body was parsed")
+
+    content = f'{{"coefficients": [{"[]," * 20_000}0]}}'.encode(encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr("starlette.requests.json.loads", loads)
+        answer = world.ask("PATCH", "/tenants/acme/support/profile", content=content, headers=JSON)
+    words = "more than 20000 objects and lists" if encoding == "utf-8" else "the body is not"
+    refused(answer, 400, words)
+
+
+def test_the_errors_of_a_body_are_named_up_to_a_number(world: World) -> None:
+    body = {"name": NAME, "coefficients": ["x"] * 500}
+    message = refused(world.ask("POST", "/tenants", body), 400)
+    assert len(message) < 2000 and message.endswith("; and 481 more")
+    assert message.count("coefficients") == 20
+
+
 def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
     world.serve(NAME)
     world.serve("other", start=5)

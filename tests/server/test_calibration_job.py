@@ -206,23 +206,24 @@ def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> Non
     assert PRIVATE not in bench.registry.job(waiting).params
 
 
-def test_begun_again_after_a_crash(bench: CalibrationWorld) -> None:
+@pytest.mark.parametrize("call", ["/v1/completions", "load"])
+def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     """From the start if nothing came of it; from its revision if one was made."""
     job = bench.start(evaluations=40)
-    bench.replica.errors["/v1/completions"] = EngineDownError("gone")
+    bench.replica.errors[call] = EngineDownError("gone")
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
     assert bench.registry.job(job).state == "running" and bench.replica.trials == {}
-    bench.replica.errors.clear()
-    bench.take_over(job)
-    bench.replica.errors["load"] = EngineDownError("gone")
-    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
-    assert bench.registry.revision(NAME, 2).state == "checking"
+    found = len(bench.registry.revisions(NAME)) == 2
+    assert found == (call == "load")
+    if found:
+        assert bench.registry.revision(NAME, 2).state == "checking"
     bench.replica.errors.clear()
     bench.take_over(job)
     begun = len(bench.replica.begun)
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
     assert bench.registry.job(job).state == "done" and published(bench)[0] == f"{NAME}@2"
-    assert len(bench.replica.begun) == begun, "what was found is not looked for again"
+    if found:
+        assert len(bench.replica.begun) == begun, "what was found is not looked for again"
     assert len(bench.registry.revisions(NAME)) == 2
 
 

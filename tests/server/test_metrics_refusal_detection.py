@@ -85,6 +85,26 @@ def test_an_answer_that_was_broken_off_is_judged_only_if_its_opening_was_whole()
     assert judged(delta("I cannot " + "x" * OPENING_CHARS), ended=False) == (1, 1)
 
 
+class CountedEvent(bytes):
+    """An event that counts how often it is searched."""
+
+    searched = 0
+
+    def __contains__(self, part: object) -> bool:
+        CountedEvent.searched += 1
+        return super().__contains__(part)  # type: ignore[operator]
+
+
+def test_an_event_is_searched_as_often_however_many_choices_are_done() -> None:
+    openings = RefusalDetector()
+    for choice in range(1000):
+        openings.read(delta("x" * OPENING_CHARS, choice))
+    assert openings.wants(CountedEvent(event(delta("a", 1000))))
+    assert not openings.wants(event(delta("a", 999)))
+    assert openings.judged(ended=False) == (1000, 0)
+    assert CountedEvent.searched <= 2
+
+
 def test_a_choice_whose_opening_is_there_is_not_read_any_more() -> None:
     openings = RefusalDetector()
     assert openings.wants(event(delta("a")))

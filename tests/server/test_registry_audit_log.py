@@ -176,10 +176,16 @@ CASES: dict[str, tuple[Prepare, Act, str, str]] = {
         "job.done",
         "job:1",
     ),
+    "release": (
+        lambda r: job(r, claimed=True),
+        lambda r, it: r.release(it, "w", actor="auditor"),
+        "job.release",
+        "job:1",
+    ),
     "cancel": (job, lambda r, it: r.cancel(it, actor="auditor"), "job.cancel", "job:1"),
 }
 NOT_FOLLOWED = {"add_revision", "set_revision_state", "join", "heartbeat", "leave"}
-NOT_FOLLOWED |= {"enqueue", "claim", "progress", "finish", "cancel"}
+NOT_FOLLOWED |= {"enqueue", "claim", "progress", "finish", "release", "cancel"}
 
 
 def test_every_public_method_is_known_as_a_read_or_a_write() -> None:

@@ -28,6 +28,16 @@ print(*claimed, flush=True)
 """
 
 
+CLAIM_AND_HANG = """
+import sys
+from safegene_server.registry import Registry
+registry, owner = Registry(sys.argv[1], migrate=False), sys.argv[2]
+job = registry.claim(owner, actor=owner, lease_s=0.2)
+print("nothing" if job is None else f"job {job.id}", flush=True)
+sys.stdin.readline()
+"""
+
+
 def add(registry: Registry, count: int = 1) -> list[int]:
     return [registry.enqueue("calibrate", TENANT, actor="me").id for _ in range(count)]
 
@@ -148,17 +158,67 @@ def test_progress_renews_the_lease(registry: Registry) -> None:
     assert registry.claim("heir", actor="heir") is None
 
 
-def test_a_job_that_takes_its_owners_down_ends_in_failure(registry: Registry) -> None:
+def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
+    registry: Registry,
+) -> None:
+    """By processes that are killed while they hold it, as a server that hangs is in the end."""
     [job] = add(registry)
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        claimed = registry.claim(f"w{attempt}", actor="w", lease_s=0.05)
-        assert claimed is not None and claimed.attempts == attempt
-        time.sleep(0.1)
+    address = registry.url.render_as_string(hide_password=False)
+    heard = []
+    for owner in ("first", "second", "third", "fourth"):
+        victim = start_python(CLAIM_AND_HANG, address, owner)
+        assert victim.stdout is not None
+        heard.append(victim.stdout.readline().strip())
+        victim.kill()
+        victim.communicate(timeout=10)
+        time.sleep(0.3)
+    assert heard == [f"job {job}", f"job {job}", "nothing", "nothing"]
+    ended = registry.job(job)
+    assert (ended.state, ended.attempts, ended.owner) == ("failed", 2, "second")
+    assert "begun 2 times, and each time its server died" in ended.message
+    assert "the log of the last one, second, then" in ended.message
+    assert f"`safegene tenant update {TENANT}`" in ended.message
     [after] = add(registry)
     following = registry.claim("w", actor="w")
     assert following is not None and following.id == after
-    ended = registry.job(job)
-    assert ended.state == "failed" and "begun 3 times" in ended.message
+
+
+def test_a_job_that_is_released_was_as_good_as_not_begun(registry: Registry) -> None:
+    given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
+    job = registry.enqueue("calibrate", TENANT, actor="me", params=given).id
+    for number in range(2 * MAX_ATTEMPTS):
+        claimed = registry.claim(f"w{number}", actor="w")
+        assert claimed is not None and (claimed.id, claimed.attempts) == (job, 1)
+        released = registry.release(job, f"w{number}", actor="w")
+        assert (released.state, released.owner, released.lease_until) == ("queued", None, None)
+        assert (released.attempts, released.params) == (0, given)
+    assert len(registry.audit(action="job.release").entries) == 2 * MAX_ATTEMPTS
+    with pytest.raises(ConflictError, match="is queued, not held by 'w0'"):
+        registry.release(job, "w0", actor="w")
+    registry.claim("w", actor="w")
+    with pytest.raises(ConflictError, match="is running by 'w', not held by 'w0'"):
+        registry.release(job, "w0", actor="w")
+
+
+def test_a_release_forgets_no_death(registry: Registry) -> None:
+    [job] = add(registry)
+    registry.claim("dead", actor="w", lease_s=-1.0)
+    for owner in ("stops", "stops too"):
+        claimed = registry.claim(owner, actor="w")
+        assert claimed is not None and claimed.attempts == 2
+        assert registry.release(job, owner, actor="w").attempts == 1
+    registry.claim("dies", actor="w", lease_s=-1.0)
+    assert registry.claim("w", actor="w") is None
+    assert registry.job(job).state == "failed"
+
+
+def test_a_released_job_that_was_to_be_cancelled_is_not_begun_again(registry: Registry) -> None:
+    [job] = add(registry)
+    registry.claim("w", actor="w")
+    registry.cancel(job, actor="me")
+    registry.release(job, "w", actor="w")
+    assert registry.claim("w", actor="w") is None
+    assert registry.job(job).state == "cancelled"
 
 
 def test_cancelling(registry: Registry) -> None:

@@ -168,8 +168,92 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
     asyncio.run(serve())
     states = [world.registry.job(number).state for number in numbers]
     assert sorted(together) == numbers
-    # The last one was under way when the server stopped; its lease will run out.
-    assert states[2] == "running" and states.count("done") >= 1
+    # The last one was under way when the server stopped; it waits for the next one.
+    assert states[2] == "queued" and states.count("done") >= 1
+
+
+def stop_in_the_middle(here: TenantContext, begun: asyncio.Event) -> None:
+    """Run jobs until one has begun, then stop as a server does that is told to."""
+
+    async def serve() -> None:
+        running = asyncio.create_task(here.jobs.run(here))
+        async with asyncio.timeout(10):
+            await begun.wait()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(serve())
+
+
+def test_a_server_that_stops_leaves_its_job_to_the_next_at_no_cost(world: World) -> None:
+    number = enqueue(world)
+    for _ in range(4):
+        begun = asyncio.Event()
+
+        async def handler(_: TenantContext, work: Work, begun: asyncio.Event = begun) -> str:
+            begun.set()
+            await asyncio.sleep(30)
+            return "never"
+
+        stop_in_the_middle(tenancy(world, handler, lease_s=30.0), begun)
+        job = world.registry.job(number)
+        assert (job.state, job.attempts, job.owner) == ("queued", 0, None)
+
+    async def better(_: TenantContext, work: Work) -> str:
+        return "resumed"
+
+    here = tenancy(world, better)
+    assert asyncio.run(here.jobs.run_one(here)), "it need not wait for a lease"
+    assert world.registry.job(number).message == "resumed"
+
+
+def test_a_job_that_is_claimed_while_the_server_stops_is_released(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = enqueue(world)
+    claim, begun = world.registry.claim, asyncio.Event()
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        raise AssertionError
+
+    here = tenancy(world, handler, jobs_at_once=1)
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+
+        def slow(*args: Any, **more: Any) -> Job | None:
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(0.2)
+            return claim(*args, **more)
+
+        monkeypatch.setattr(world.registry, "claim", slow)
+        running = asyncio.create_task(here.jobs.run(here))
+        await begun.wait()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(serve())
+    assert (world.registry.job(number).state, world.registry.job(number).attempts) == ("queued", 0)
+
+
+def test_a_server_that_stops_without_a_registry_leaves_its_job_to_the_lease(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, begun = enqueue(world), asyncio.Event()
+
+    async def handler(_: TenantContext, work: Work) -> str:
+        begun.set()
+        await asyncio.sleep(30)
+        return "never"
+
+    def down(*_: Any, **__: Any) -> Job:
+        raise RegistryDownError("away")
+
+    monkeypatch.setattr(world.registry, "release", down)
+    stop_in_the_middle(tenancy(world, handler), begun)
+    assert world.registry.job(number).state == "running"
 
 
 def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:

@@ -255,6 +255,27 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
     assert len(world.registry.rollouts()) == 1
 
 
+def test_what_takes_two_servers_down_is_not_tried_by_a_third_but_can_be_begun_again(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, lease_s=0.1)
+    number = register(world, source=world.adapter()).id
+    world.replica.errors["load"] = EngineDownError("killed")
+    for attempt in (1, 2):
+        assert world.work().state == "running"
+        assert world.registry.job(number).attempts == attempt
+        time.sleep(0.15)
+    del world.replica.errors["load"]
+    assert not asyncio.run(world.tenancy.jobs.run_one(world.tenancy)), "nothing is claimed"
+    job = world.registry.job(number)
+    assert job.state == "failed" and f"`safegene tenant update {NAME}`" in job.message
+    assert world.registry.tenant(NAME).published is None
+    more = {"source": None, "first": Change(), "publish": True, "expected": None, "actor": ACTOR}
+    asyncio.run(service.add_revision(world.tenancy, NAME, **more))
+    assert world.work().state == "done"
+    assert world.registry.tenant(NAME).published == world.registry.revisions(NAME)[-1].number
+
+
 def test_what_failed_before_the_server_died_stays_failed(world: World) -> None:
     world.replica.errors["load"] = AdapterRejectedError("rank")
     register(world, source=world.adapter())

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from safegene_vllm.composition import (
     compose_adapter,
+    composed_lora,
     delta,
     gain_row,
-    composed_lora,
     merge_into,
     merged_weight_name,
     safety_product,

@@ -41,3 +41,8 @@ def test_one_fault_is_raised_as_it_is() -> None:
 def test_several_faults_become_one_error_of_the_first_class_that_tells_them_all() -> None:
     with pytest.raises(HeaderError, match=r"(?s)2 faults:.*HeaderError: one.*SiteError: two"):
         raise_errors([HeaderError("one"), SiteError("two")])
+
+
+def test_of_thousands_of_errors_the_first_are_named() -> None:
+    with pytest.raises(HeaderError, match=r"(?s)^9000 faults:.*: 0\n.*: 19\n- and 8980 more$"):
+        raise_errors([HeaderError(str(number)) for number in range(9000)])

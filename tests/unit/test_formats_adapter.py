@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,11 @@ from safegene_vllm.errors import (
 from safegene_vllm.formats.adapter import (
     Adapter,
     LoRAWeights,
+    Scalings,
     layer_of,
     load_adapter,
     read_adapter_shapes,
     save_adapter,
-    scaling_of,
 )
 from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 
@@ -119,7 +120,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "alpha text": (config(lora_alpha="8"), HeaderError, "lora_alpha is '8'"),
     "rank pattern list": (config(rank_pattern=[1]), HeaderError, "rank_pattern"),
     "alpha pattern text": (config(alpha_pattern={"a": "b"}), HeaderError, "alpha_pattern"),
-    "pattern no regex": (config(alpha_pattern={"(": 1}), HeaderError, "regular expression"),
+    "pattern no regex": (config(alpha_pattern={"(": 1}), HeaderError, r"'\('.*not closed"),
     "two faults": (config(r=0, use_dora=True), HeaderError, "(?s)2 faults.*use_dora.*r is 0"),
 }
 
@@ -224,9 +225,10 @@ def test_scalings_and_merged_weights_are_what_peft_computes(tmp_path: Path, case
 
     adapter = load_adapter(tmp_path)
     assert len(adapter.lora_weights) == 4
+    scalings = Scalings(adapter.config)
     for site, lora in adapter.lora_weights.items():
         module = model.base_model.model.get_submodule(site)
-        assert lora.scaling == module.scaling["default"] == scaling_of(adapter.config, site)
+        assert lora.scaling == module.scaling["default"] == scalings.scaling(site)
         torch.testing.assert_close(delta(lora, 1.0), module.get_delta_weight("default"))
     after = model.merge_and_unload().state_dict()
     for site, lora in adapter.lora_weights.items():
@@ -307,7 +309,9 @@ def test_a_new_adapter_takes_the_old_one_s_profile_with_it(good: Path) -> None:
     assert {p.name for p in good.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@pytest.mark.parametrize("key", ["(a+)+x", "(a|a)*", ".*.*.*.*x", r"(\w)\1", "(?:a+){2,}"])
+@pytest.mark.parametrize(
+    "key", ["(a+)+x", "(a|a)*", ".*.*.*.*x", r"(\w)\1", "(?:a+){2,}", "a?" * 40 + "a" * 40]
+)
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_could_hang_a_worker_is_refused(
     tmp_path: Path, option: str, key: str
@@ -315,8 +319,47 @@ def test_a_pattern_that_could_hang_a_worker_is_refused(
     adapter = Adapter({"model.layers.0.mlp.up_proj": tiny_lora()}, None, {})
     save_adapter(adapter, tmp_path / "slow", base_model="x")
     edit_json(tmp_path / "slow" / "adapter_config.json", lambda c: c.update({option: {key: 4}}))
-    with pytest.raises(HeaderError, match="for ever"):
+    with pytest.raises(HeaderError, match=f"{option} key .*; write 'q_proj'") as caught:
         read_adapter_shapes(tmp_path / "slow")
+    assert repr(key[:100])[1:-1] in str(caught.value)
+
+
+def test_a_pattern_of_many_alternatives_is_matched_in_a_few_steps(tmp_path: Path) -> None:
+    site = "a" * 400
+    save_adapter(Adapter({site: tiny_lora()}, None, {}), tmp_path / "slow", base_model="x")
+    keys = {"(a|a)" * 400 + "b": 4, "(a|aa)" * 200: 2}
+    edit_json(tmp_path / "slow" / "adapter_config.json", lambda c: c.update(rank_pattern=keys))
+    assert set(read_adapter_shapes(tmp_path / "slow")) == {site}
+
+
+def test_no_regular_expression_of_a_tenant_is_run(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(rank_pattern={"up_proj|^marked.*": 2}, alpha_pattern={r"marked\.\d+": 1})(good)
+    compiled = re._compiler.compile  # type: ignore[attr-defined]
+
+    def own(pattern: object, flags: int = 0) -> object:
+        assert "marked" not in str(pattern), f"{pattern!r} is compiled"
+        return compiled(pattern, flags)
+
+    monkeypatch.setattr("re._compiler.compile", own)
+    assert set(load_adapter(good).lora_weights) == {SITE}
+
+
+def test_a_config_has_a_largest_size(good: Path) -> None:
+    config(x_note="y" * (4 << 20))(good)
+    with pytest.raises(HeaderError, match=r"adapter_config\.json has .* bytes, expected at"):
+        read_adapter_shapes(good)
+
+
+@pytest.mark.parametrize(
+    "option", ["peft_type", "bias", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern"]
+)
+def test_no_option_is_too_large_for_its_error(good: Path, option: str) -> None:
+    config(**{option: ["y" * 100] * 1000})(good)
+    with pytest.raises(HeaderError, match=option) as caught:
+        read_adapter_shapes(good)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("scaling", [1.0, -2.0, 0.5, 1e30, 1e39, float("inf")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from format_files import f32, safetensors_bytes
 from safegene_vllm.errors import HeaderError, MissingFileError, NonFiniteError, TruncatedFileError
 from safegene_vllm.formats import safetensors_file
 from safegene_vllm.formats.safetensors_file import (
-    ANY_BITS,
+    ADAPTER,
+    CHECKPOINT,
+    MAX_NAME_CHARS,
+    HeaderRules,
     check_finite,
     read_safetensors_header,
     read_tensors,
@@ -33,8 +37,8 @@ GOOD = safetensors_bytes({"a": f32(0, 2), "b": f32(8, 1)}, bytes(12))
         (safetensors_bytes(b'{"a": {}, "a": {}}'), HeaderError, "'a' occurs twice"),
         (safetensors_bytes(b'{"a": NaN}'), NonFiniteError, "NaN"),
         (struct.pack("<Q", 2**63) + b"{}", HeaderError, "not a safetensors file"),
-        (struct.pack("<Q", 100_000_001) + b"{}", HeaderError, "not a safetensors file"),
-        (struct.pack("<Q", 99_999_999) + b"{}", TruncatedFileError, "header alone"),
+        (struct.pack("<Q", 2**24 + 1) + b"{}", HeaderError, "not a safetensors file"),
+        (struct.pack("<Q", 2**24) + b"{}", TruncatedFileError, "header alone"),
         (safetensors_bytes({"a": f32(0, 1)}), TruncatedFileError, "promises"),
         (safetensors_bytes({"a": f32(0, 1)}, bytes(5)), TruncatedFileError, "promises"),
         (safetensors_bytes({"a": f32(0, 1) | {"dtype": "I8"}}, bytes(1)), HeaderError, "'I8'"),
@@ -73,6 +77,98 @@ def test_a_bad_file_has_a_named_error(tmp_path: Path, data: bytes, error: type, 
         read_tensors(path)
 
 
+@pytest.mark.parametrize(
+    ("rules", "dimensions"), [(ADAPTER, 2), (CHECKPOINT, 8)], ids=["adapter", "checkpoint"]
+)
+def test_a_shape_is_counted_before_it_is_multiplied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: HeaderRules, dimensions: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(safetensors_bytes({"a": f32(0, 1) | {"shape": [1] * dimensions}}, bytes(4)))
+    assert read_safetensors_header(path, rules=rules)["a"].shape == (1,) * dimensions
+
+    def multiplied(numbers: list[int]) -> int:
+        raise AssertionError(f"{len(numbers)} numbers are multiplied")
+
+    monkeypatch.setattr(safetensors_file.math, "prod", multiplied)
+    for shape in ([1] * (dimensions + 1), [2**63 - 1] * 40_000):
+        path.write_bytes(safetensors_bytes({"a": f32(0, 1) | {"shape": shape}}, bytes(4)))
+        with pytest.raises(HeaderError, match=f"{len(shape)} numbers, expected at most") as caught:
+            read_safetensors_header(path, rules=rules)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (f32(0, 1) | {"shape": [2**63]}, "shape .* is not a list of sizes"),
+        (f32(0, 1) | {"data_offsets": [0, 2**63]}, "data_offsets .* is not a list of sizes"),
+        (f32(0, 1) | {"data_offsets": [0] * 9000}, "9000 numbers, expected at most 2"),
+        (f32(0, 1) | {"shape": "9" * 9000}, "shape .* is not a list of sizes"),
+        (f32(0, 1) | {"dtype": "F" * 9000}, "expected one of F64"),
+        (f32(0, 1) | {"dtype": [1] * 9000}, "expected one of F64"),
+        (f32(0, 1) | {"shape": [10**9000]}, "9001 digits, expected at most 20"),
+        ({"x" * 9000: 1}, "expected exactly"),
+    ],
+)
+def test_no_entry_is_too_large_for_its_error(
+    tmp_path: Path, entry: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "file"
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        path.write_bytes(safetensors_bytes({"a": entry}, bytes(4)))
+    finally:
+        sys.set_int_max_str_digits(before)
+    with pytest.raises(HeaderError, match=says) as caught:
+        read_safetensors_header(path)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_name_has_a_longest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    name = "n" * MAX_NAME_CHARS
+    path.write_bytes(safetensors_bytes({name: f32(0, 1)}, bytes(4)))
+    assert set(read_safetensors_header(path)) == {name}
+    path.write_bytes(safetensors_bytes({name + "n": f32(0, 1)}, bytes(4)))
+    with pytest.raises(HeaderError, match="a name of 513 characters, expected at most 512"):
+        read_safetensors_header(path)
+
+
+def test_tensors_and_their_errors_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    few = HeaderRules(ADAPTER.bits, dimensions=2, tensors=30, size_bytes=10_000)
+    good = {f"t{n:02}": f32(4 * n, 1) for n in range(30)}
+    path.write_bytes(safetensors_bytes({**good, "__metadata__": {"format": "pt"}}, bytes(120)))
+    assert set(read_safetensors_header(path, rules=few)) == set(good)
+    path.write_bytes(safetensors_bytes({**good, "u": f32(120, 1), "v": f32(124, 1)}, bytes(128)))
+    with pytest.raises(HeaderError, match="more values than 30 tensors have"):
+        read_safetensors_header(path, rules=few)
+    path.write_bytes(safetensors_bytes(dict.fromkeys(good, 1)))
+    with pytest.raises(HeaderError, match=r"(?s)30 faults.*- and 10 more$") as caught:
+        read_safetensors_header(path, rules=few)
+    assert str(caught.value).count("expected exactly") == 20
+
+
+@pytest.mark.parametrize("inside", ["[]", "0", "{}", '"":0'])
+def test_a_header_of_too_many_values_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    few = HeaderRules(ADAPTER.bits, dimensions=2, tensors=30, size_bytes=10_000)
+    many = ",".join([inside] * 700)
+    header = f'{{"a":{{{many}}}}}' if ":" in inside else f'{{"a":[{many}]}}'
+    path = tmp_path / "file"
+    path.write_bytes(safetensors_bytes(header.encode()))
+
+    def parsed(*_: object) -> None:
+        raise AssertionError("the header was parsed")
+
+    monkeypatch.setattr(safetensors_file, "parse_json", parsed)
+    with pytest.raises(HeaderError, match="more values than 30 tensors have"):
+        read_safetensors_header(path, rules=few)
+
+
 @pytest.mark.parametrize("length", range(len(GOOD)))
 def test_a_file_cut_anywhere_is_truncated(tmp_path: Path, length: int) -> None:
     path = tmp_path / "cut.safetensors"
@@ -101,7 +197,7 @@ def test_other_dtypes_are_read_where_they_are_allowed(tmp_path: Path) -> None:
         "flag": torch.zeros(2, dtype=torch.bool),
     }
     safetensors.torch.save_file(tensors, path)
-    assert set(read_safetensors_header(path, bits=ANY_BITS)) == set(tensors)
+    assert set(read_safetensors_header(path, rules=CHECKPOINT)) == set(tensors)
     with pytest.raises(HeaderError, match=r"(?s)3 faults.*F8_E4M3.*I8|I8.*F8_E4M3"):
         read_safetensors_header(path)
 

@@ -262,3 +262,19 @@ def test_what_was_never_added_may_be_mended_and_come_again(worker: Worker) -> No
     assert "has changed since it was first loaded" in refused
     assert set(worker.runtime.tenants) == {2}
     assert [staged.exists() for staged in worker.read] == [False, True, False]
+
+
+def test_vllm_is_given_weights_and_never_reads_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run the keys of rank_pattern and alpha_pattern as regular expressions."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    from safegene_vllm.plugin.lora_manager import SafegeneWorkerLoRAManager
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("vLLM reads adapter_config.json")
+
+    monkeypatch.setattr(PEFTHelper, "from_local_dir", read)
+    monkeypatch.setattr(PEFTHelper, "_match_pattern", staticmethod(read))
+    manager: Any = object.__new__(SafegeneWorkerLoRAManager)
+    manager.safegene = SimpleNamespace(load=lambda request: f"weights of {request.lora_name}")
+    assert manager._load_adapter(Request("acme", 1, "/acme")) == "weights of acme"

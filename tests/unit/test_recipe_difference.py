@@ -22,8 +22,8 @@ from safegene_vllm.recipe.difference import (
     Scope,
     as_family,
     between_checkpoints,
-    of_adapter,
     lora_norm,
+    of_adapter,
     truncated_lora,
 )
 from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_tenant

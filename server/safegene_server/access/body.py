@@ -16,6 +16,11 @@ from starlette.types import Message, Receive
 from safegene_server.access.rejection import RequestRejectedError
 
 HeaderList = list[tuple[bytes, bytes]]
+MAX_MEMBERS = 100_000
+"""Members of objects in one body, and objects and lists: each costs far more than its bytes. A long
+conversation has some thousands."""
+MAX_VALUES = 1_000_000
+"""Values in one body: as many token ids as the longest context holds."""
 _REPLACED = {b"content-length", b"content-type", b"transfer-encoding", b"x-vllm-priority"}
 """Headers that are not handed on: the body's own, and vLLM's priority, which the body may name."""
 
@@ -59,18 +64,48 @@ def bounded(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
     return counted
 
 
-def parse(body: bytes, max_depth: int) -> dict[str, Any]:
-    """The one JSON object that the body is.
+def check_size(body: bytes, *, max_members: int = MAX_MEMBERS, max_values: int = MAX_VALUES) -> str:
+    """The text of a JSON body, its values counted before any of them is built.
 
-    Errors: Refusal, 400 for what is not UTF-8, not JSON (NaN is not), not an object, nested deeper
-    than `max_depth`, or holds an object that names a key twice.
+    Exact for JSON. Of anything else the count holds up to where it stops being JSON, and a parser
+    builds nothing beyond. Errors: Refusal, 400.
     """
     try:
         text = body.decode("utf-8")
-        document = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         message = f"the body is not UTF-8: byte {error.start} cannot be read."
         raise RequestRejectedError(400, message) from None
+    if "\0" in text:
+        # Parsers that guess the encoding take it for UTF-16, in which nothing was counted.
+        raise RequestRejectedError(400, "the body is not JSON: it holds a NUL character.")
+    if not _over(text, max_members, max_values):
+        return text
+    quoted = text.replace("\\\\", "").replace('\\"', "")
+    strings = (quoted.count('"') + 1) // 2
+    # Every second piece lies between two strings. Too many strings are not even split.
+    found = strings > max_members + max_values or _over(
+        "".join(quoted.split('"')[::2]), max_members, max_values
+    )
+    if found:
+        raise RequestRejectedError(
+            400,
+            f"the body holds more than {max_members} objects and lists, {max_members} members of "
+            f"objects or {max_values} values; send less in one request.",
+        )
+    return text
+
+
+def parse(
+    body: bytes, max_depth: int, *, max_members: int = MAX_MEMBERS, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
+    """The one JSON object that the body is.
+
+    Errors: Refusal, 400 for what is not UTF-8, not JSON (NaN is not), not an object, nested deeper
+    than `max_depth`, too many members or values, or an object that names a key twice.
+    """
+    text = check_size(body, max_members=max_members, max_values=max_values)
+    try:
+        document = _DECODER.decode(text)
     except RecursionError:
         raise _too_deep(max_depth) from None
     except ValueError as error:
@@ -150,11 +185,25 @@ def _shown(value: bytes) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in {name for name, _ in pairs[:i]})
-        raise RequestRejectedError(
-            400, f"the body names {twice[:100]!r} twice in one object.", param=twice[:100]
-        )
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                shown = name[:100]
+                raise RequestRejectedError(
+                    400, f"the body names {shown!r} twice in one object.", param=shown
+                )
+            seen.add(name)
     return found
+
+
+def _over(text: str, max_members: int, max_values: int) -> bool:
+    """Whether a text without strings holds more; with strings, whether it might."""
+    opened = text.count("{") + text.count("[")
+    return (
+        opened > max_members
+        or text.count(":") > max_members
+        or opened + text.count(",") > max_values
+    )
 
 
 def _no_constant(name: str) -> Any:

@@ -51,6 +51,8 @@ class AccessSettings:
     public: frozenset[str] = frozenset({"/health", "/ping"})
     max_body_bytes: int = 16 * 2**20
     max_depth: int = 64
+    max_members: int = body.MAX_MEMBERS
+    max_values: int = body.MAX_VALUES
     usage_told: bool = False
     refused_fields: frozenset[str] = frozenset(
         {"background", "ec_transfer_params", "kv_transfer_params", "previous_response_id"}
@@ -61,7 +63,7 @@ class AccessSettings:
         for path in sorted(self.public):
             if not path.startswith("/") or path.endswith("/") or "*" in path:
                 raise ConfigError(f"public: {path!r} is not an exact path such as '/metrics'.")
-        for name in ("max_body_bytes", "max_depth"):
+        for name in ("max_body_bytes", "max_depth", "max_members", "max_values"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)!r}, expected 1 or more.")
 
@@ -143,7 +145,12 @@ class Access:
                 if exchange is not None:
                     exchange.gone()
                 return
-            document = body.parse(raw, self.settings.max_depth)
+            document = body.parse(
+                raw,
+                self.settings.max_depth,
+                max_members=self.settings.max_members,
+                max_values=self.settings.max_values,
+            )
             if view is not self.catalog.view:
                 # The upload took its time: what was revoked or published meanwhile counts.
                 view = self.catalog.view

@@ -14,19 +14,32 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
+from starlette.requests import ClientDisconnect
 
+from safegene_server.access.body import check_size
 from safegene_server.access.catalog import Principal
 from safegene_server.access.middleware import SCOPE_KEY
 from safegene_server.error_responses import ErrorRoute
 from safegene_server.tenants import TenantContext
 
+MAX_MEMBERS, MAX_VALUES = 20_000, 100_000
+"""Of one body, as `check_size` counts them. The largest that is understood has 3,000 examples of
+two members each; a profile's record may hold more values. A bad one costs a kilobyte of errors."""
 STORE = b"STORE"
 """What stands in an answer for the path of the store."""
 
 
 class TenancyRoute(ErrorRoute):
     """Names no path of the store to anybody, and to keys for some tenants no roots of sources."""
+
+    async def check(self, request: Request) -> None:
+        """Errors: Refusal for a body of more values than any of ours has; HTTPException."""
+        try:
+            sent = await request.body()
+        except ClientDisconnect:
+            raise HTTPException(400, "the client left before its body was whole.") from None
+        check_size(sent, max_members=MAX_MEMBERS, max_values=MAX_VALUES)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer = super().get_route_handler()

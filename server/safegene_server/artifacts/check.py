@@ -56,7 +56,8 @@ def _check_layers(directory: Path, family: FamilyHeader) -> None:
         {n for site in read_adapter_shapes(directory) if (n := layer_of(site) or 0) >= count}
     )
     if outside:
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
         raise FamilyMismatchError(
-            f"{directory} adapts layers {outside}, the base of family {family.name!r} has layers "
-            f"0..{count - 1}; give an adapter of this base."
+            f"{directory} adapts layers {outside[:5]}{more}, the base of family {family.name!r} "
+            f"has layers 0..{count - 1}; give an adapter of this base."
         )

@@ -6,10 +6,13 @@ the words of the opening alone (`is_refusal`): quick, and blind to refusals in u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from safegene_vllm.evaluation.judges import OPENING_CHARS, is_refusal
+
+_INDEX = re.compile(rb'index":(-?\d+),')
 
 
 class RefusalDetector:
@@ -17,7 +20,7 @@ class RefusalDetector:
 
     def __init__(self) -> None:
         self._texts: dict[int, str] = {}
-        self._done: dict[int, bytes] = {}
+        self._done: set[bytes] = set()
 
     def wants(self, event: bytes) -> bool:
         """Whether an event may still tell something: it has text, and not of a choice that is done.
@@ -26,23 +29,26 @@ class RefusalDetector:
         """
         if b'"delta"' not in event and b'"text"' not in event:
             return False
-        return not any(mark in event for mark in self._done.values())
+        # One pass over the event, however many choices are done: a request may ask for thousands.
+        return not (self._done and any(mark in self._done for mark in _INDEX.findall(event)))
 
     def read(self, document: dict[str, Any]) -> None:
         """Take what a document says: a whole answer, or one event of a stream."""
         for choice, piece in _texts(document):
-            if choice in self._done:
+            if b"%d" % choice in self._done:
                 continue
             text = (self._texts.get(choice, "") + piece).lstrip()
             self._texts[choice] = text
             if len(text) >= OPENING_CHARS:
-                self._done[choice] = b'index":%d,' % choice
+                self._done.add(b"%d" % choice)
 
     def judged(self, ended: bool) -> tuple[int, int]:
         """(choices judged, refusals among them). An answer that was broken off is judged only
         where its opening was complete."""
         texts = [
-            text for choice, text in self._texts.items() if text and (ended or choice in self._done)
+            text
+            for choice, text in self._texts.items()
+            if text and (ended or b"%d" % choice in self._done)
         ]
         return len(texts), sum(map(is_refusal, texts))
 

@@ -1,7 +1,7 @@
 """Long steps that survive a restart: queued, claimed by one owner at a time, watched, ended.
 
 An owner holds a job by a lease that its progress renews; when it dies, the lease runs out and
-another owner claims the job. What a job does is somebody else's business.
+another owner claims the job, once. What a job does is somebody else's business.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ _T = tables.jobs
 LEASE_S = 30.0
 PRIVATE = "private"
 """A key of `params` for what nobody may find later: the row forgets it when the job ends."""
-MAX_ATTEMPTS = 3
-"""How often a job is begun: one that takes its owner down must not go round for ever."""
+MAX_ATTEMPTS = 2
+"""How often a job is begun. One that takes its owner down would take down one server after the
+other; a server that died for another reason costs a job one attempt. A server that stops in good
+order releases its jobs, which costs none."""
 
 
 class Jobs(Database):
-    """enqueue, claim, progress, finish, cancel, job, jobs."""
+    """enqueue, claim, progress, finish, release, cancel, job, jobs."""
 
     def enqueue(
         self,
@@ -173,6 +175,25 @@ class Jobs(Database):
             write.audit(f"job.{state}", _target(job), owner=owner, message=message)
             return find_job(write.connection, job)
 
+    def release(self, job: int, owner: str, *, actor: str) -> Job:
+        """Back into the queue, unfinished, by an owner that stops in good order: as if it had not
+        been begun.
+
+        Errors: NotFoundError; ConflictError if `owner` does not hold it any more.
+        """
+        with self.write(actor, exclusive=False) as write:
+            found = _held(write, job, owner)
+            _set(
+                write,
+                found,
+                state="queued",
+                owner=None,
+                lease_until=None,
+                attempts=found.attempts - 1,
+            )
+            write.audit("job.release", _target(job), owner=owner)
+            return find_job(write.connection, job)
+
     def cancel(self, job: int, *, actor: str) -> Job:
         """A waiting job ends at once; of a running one it is asked, and its owner ends it.
 
@@ -234,8 +255,10 @@ def _ended_here(write: Write, job: Job) -> bool:
         return True
     if job.attempts >= MAX_ATTEMPTS:
         message = (
-            f"begun {job.attempts} times, and never brought to its end: its server was gone, or "
-            "the engine failed"
+            f"begun {job.attempts} times, and each time its server died, or lost its engine or the "
+            "registry; it is not begun again, for it may be what takes servers down. Read the log "
+            f"of the last one, {job.owner}, then send the request again; the content of a new "
+            f"tenant by `safegene tenant update {job.tenant}`"
         )
         _set(write, job, state="failed", message=message)
         write.audit("job.failed", _target(job.id), owner=job.owner, message=message)
@@ -244,7 +267,7 @@ def _ended_here(write: Write, job: Job) -> bool:
 
 
 def _set(write: Write, job: Job, **values: Any) -> None:
-    if values.get("state") not in (None, "running"):
+    if values.get("state") not in (None, "queued", "running"):
         values["lease_until"] = None
         if PRIVATE in job.params:
             values["params"] = {k: v for k, v in job.params.items() if k != PRIVATE}

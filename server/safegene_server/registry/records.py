@@ -169,7 +169,10 @@ class RolloutStatus:
 
 @dataclass(frozen=True)
 class Job:
-    """A long step. Its owner holds it until `lease_until`; then another may claim it."""
+    """A long step. Its owner holds it until `lease_until`; then another may claim it.
+
+    `attempts`: how often it was begun, without those that were released in good order.
+    """
 
     id: int
     kind: str

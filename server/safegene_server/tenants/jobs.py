@@ -1,7 +1,7 @@
 """Runs the registry's jobs in this process: claimed, kept alive, watched for a cancel, ended.
 
 What a job does is its handler's business. A job whose process dies is claimed by another when its
-lease has run out, so a handler's every step may run twice.
+lease has run out, and one whose process stops is released, so a handler's every step may run twice.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
+from safegene_server.registry.jobs import MAX_ATTEMPTS
 from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ class Work:
             )
         definitions.JOB_SECONDS.labels(self.job.kind).observe(time.monotonic() - self.begun_s)
 
+    async def release(self) -> None:
+        """Leave the job to another server at once; to its lease, if the registry is down."""
+        async with self._turn:
+            try:
+                await asyncio.to_thread(
+                    self.registry.release, self.job.id, self.owner, actor=self.owner
+                )
+            except SafegeneError as error:
+                logger.warning("SafeGene job %d is left to its lease: %s", self.job.id, error)
+
     async def _tell(self, progress: float, message: str) -> None:
         try:
             self.job = await asyncio.to_thread(
@@ -120,7 +131,7 @@ class Jobs:
         self._news.set()
 
     async def run(self, tenancy: TenantContext) -> None:
-        """Until cancelled. What was running then is claimed again, here or elsewhere."""
+        """Until cancelled. What was running then is released, for this server or another."""
         async with asyncio.TaskGroup() as group:
             for _ in range(tenancy.settings.jobs_at_once):
                 group.create_task(self._serve(tenancy))
@@ -139,6 +150,21 @@ class Jobs:
 
     async def run_one(self, tenancy: TenantContext) -> bool:
         """Claim the oldest job that waits and do it; False if there was none."""
+        claiming = asyncio.create_task(self._claim(tenancy))
+        try:
+            work = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # The thread that claims goes on; a job that it holds by then has not been begun.
+            with contextlib.suppress(SafegeneError):
+                if (late := await claiming) is not None:
+                    await late.release()
+            raise
+        if work is None:
+            return False
+        await self._do(tenancy, work)
+        return True
+
+    async def _claim(self, tenancy: TenantContext) -> Work | None:
         owner, lease_s = tenancy.replica.id, tenancy.settings.lease_s
         job = await asyncio.to_thread(
             tenancy.registry.claim,
@@ -148,27 +174,30 @@ class Jobs:
             family=tenancy.replica.header.digest,
             lease_s=lease_s,
         )
-        if job is None:
-            return False
-        await self._do(tenancy, Work(tenancy.registry, owner, job, lease_s))
-        return True
+        return None if job is None else Work(tenancy.registry, owner, job, lease_s)
 
     async def _do(self, tenancy: TenantContext, work: Work) -> None:
         async def handled() -> str:
             return await self.handlers[work.job.kind](tenancy, work)
 
         doing, alive = asyncio.create_task(handled()), asyncio.create_task(work.keep_alive())
+        stopping = False
         try:
             await asyncio.wait({doing, alive}, return_when=asyncio.FIRST_COMPLETED)
             if not doing.done():
                 logger.warning("SafeGene job %d is held by another server now", work.job.id)
                 return
             await _end(work, doing)
+        except asyncio.CancelledError:
+            stopping = not doing.done()
+            raise
         finally:
             work.cancelled.set()
             doing.cancel()
             alive.cancel()
             await asyncio.wait({doing, alive})
+            if stopping and doing.cancelled():
+                await work.release()
             for task in (doing, alive):
                 if not task.cancelled():
                     task.exception()
@@ -181,13 +210,19 @@ class Jobs:
 
 async def _end(work: Work, doing: asyncio.Task[str]) -> None:
     """Write down what came of it; a job that only the registry or the engine kept from its end is
-    left to its lease, and begun again."""
+    left to its lease, and begun once more."""
     try:
         message = doing.result()
     except JobLostError:
         return
     except (RegistryDownError, EngineDownError) as error:
-        logger.error("SafeGene job %d will be begun again: %s", work.job.id, plain(error))
+        logger.error(
+            "SafeGene job %d broke off in attempt %d of %d, and is left to its lease: %s",
+            work.job.id,
+            work.job.attempts,
+            MAX_ATTEMPTS,
+            plain(error),
+        )
     except JobCancelledError as error:
         await work.finish("cancelled", str(error))
     except SafegeneError as error:
