@@ -107,7 +107,7 @@ def world() -> Iterator[World]:
 
 def metric_names(modules: Sequence[str] = (*MODULES, "vllm")) -> set[str]:
     """Names of all series that the modules' metrics can have; "vllm" is vLLM's few."""
-    code = f"import exporter_world as w; print(*w._series_of({tuple(modules)!r}))"
+    code = f"import metrics_exporter as w; print(*w._series_of({tuple(modules)!r}))"
     path = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -208,7 +208,7 @@ def registry(url: str) -> Iterator[Registry]:
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     """A fresh interpreter that runs `code`; its answers are read from stdout."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "server"), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "server"), str(ROOT / "tests" / "support")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path},

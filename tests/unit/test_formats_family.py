@@ -329,7 +329,7 @@ def test_a_bad_pair_makes_no_family(site: str, lora: LoRAWeights, error: type, s
 
 
 def python(code: str, **environment: str) -> str:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **environment},
@@ -342,7 +342,7 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:
-    code = "from formats_fixtures import tiny_family; print(tiny_family().digest)"
+    code = "from format_files import tiny_family; print(tiny_family().digest)"
     assert python(code, PYTHONHASHSEED="1234") == tiny_family().digest
 
 

@@ -269,14 +269,14 @@ def test_nothing_is_fetched_or_run() -> None:
 def test_the_same_bytes_in_every_process_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, hashlib\n"
-        "from report_fixtures import evaluation\n"
+        "from report_files import evaluation\n"
         "from safegene_vllm.report.report import report_page\n"
         "print(hashlib.sha256(report_page(evaluation())).hexdigest())\n"
         "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)))\n"
     )
     outputs = []
     for seed in ("1", "2"):
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
