@@ -264,7 +264,14 @@ sys.stdin.read()
 def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
     """As vLLM does with several API processes: one directory, read by whoever is asked."""
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    paths = json.dumps([str(ROOT), str(ROOT / "server"), str(ROOT / "tests" / "support")])
+    paths = json.dumps(
+        [
+            str(ROOT),
+            str(ROOT / "server"),
+            str(ROOT / "tests" / "support"),
+            str(ROOT / "tests" / "server"),
+        ]
+    )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), paths],

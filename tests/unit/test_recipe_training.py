@@ -144,7 +144,7 @@ Toy().train(training.Run(Path({state!r}), JOB))
 def test_killed_while_it_saves_it_goes_on_from_the_save_before(
     tmp_path: Path, alone: tuple[bytes, list[float]], files: int, steps_left: int
 ) -> None:
-    paths = [str(ROOT), str(ROOT / "tests" / "support")]
+    paths = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "unit")]
     code = KILLED.format(paths=paths, files=files, state=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

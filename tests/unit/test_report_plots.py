@@ -340,7 +340,9 @@ def test_the_same_bytes_in_every_process_and_no_pyplot(tmp_path: Path) -> None:
             [sys.executable, "-c", code, str(tmp_path)],
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+                "PYTHONPATH": os.pathsep.join(
+                    [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "unit")]
+                ),
                 "PYTHONHASHSEED": seed,
                 **settings,
             },
