@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safegene_vllm import __version__
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     FamilyMismatchError,
     FormatError,
     SafegeneError,
@@ -87,8 +88,14 @@ def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
     if tenant is None:
         return None
     refuse_exported(tenant)
+    kind = kind_of(tenant)
+    if kind == "checkpoint":
+        raise AdapterRejectedError(
+            f"{tenant} is a full checkpoint; expected a LoRA adapter or a profile alone: export it "
+            f"by --checkpoint {tenant}, without a tenant"
+        )
     check_fits(tenant, family.header)
-    return load_adapter(tenant) if kind_of(tenant) == "adapter" else None
+    return load_adapter(tenant) if kind == "adapter" else None
 
 
 def _padded(lora: LoRAWeights, rank: int) -> LoRAWeights:

@@ -18,7 +18,8 @@ def calibrate(
         Path,
         typer.Argument(
             help="The tenant's directory, where the profile is written: a LoRA on --model, a full "
-            "checkpoint, or a directory that is to hold nothing but the profile, e.g. tenants/acme."
+            "checkpoint, or an empty directory that is to hold nothing but the profile, e.g. "
+            "tenants/acme."
         ),
     ],
     safety: Annotated[

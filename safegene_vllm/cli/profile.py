@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,6 @@ def profile(
 
     Example: safegene profile families/qwen2.5-7b --coefficient 0.6 --out tenants/acme
     """
-    from safegene_vllm.formats.adapter import OWNED_FILES
     from safegene_vllm.formats.family import read_family_header
     from safegene_vllm.formats.metadata import DESCRIPTION_FILE
     from safegene_vllm.formats.profile import (
@@ -80,8 +80,8 @@ def profile(
         raise ConfigError("give --coefficient 0.6 or --coefficients 0:0.5,3:1.0, or both")
     header = read_family_header(family)
     refuse_exported(out)
-    if any((out / name).exists() for name in (*OWNED_FILES, "config.json")):
-        check_fits(out, header)
+    if os.path.lexists(out):
+        check_fits(out, header, new_profile=True)
     selected = {entry.layer for entry in header.layers}
     if coefficient is not None:
         values = dict.fromkeys(selected, coefficient)

@@ -13,33 +13,31 @@ from safegene_vllm.errors import (
     AdapterRejectedError,
     FamilyMismatchError,
     HeaderError,
-    MissingFileError,
     SafegeneError,
     raise_errors,
 )
-from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_shapes
+from safegene_vllm.formats.adapter import read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint
 from safegene_vllm.formats.file_io import read_json
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 from safegene_vllm.formats.profile import has_profile
+from safegene_vllm.formats.tenant_kind import TenantKind, tenant_kind
 
 RECORD_FILE = "safegene-export.json"
 """What `safegene export` leaves beside weights that already carry a vector."""
 
-Kind = Literal["family", "adapter", "checkpoint", "profile"]
+Kind = TenantKind | Literal["family"]
 
 
-def kind_of(directory: Path) -> Kind:
+def kind_of(directory: Path, *, new_profile: bool = False) -> Kind:
     """What `directory` is; an adapter or a checkpoint may have a profile beside it.
 
-    Errors: MissingFileError if it is none of them; HeaderError if its safegene.json is of neither
-    kind; what reading that file may raise.
+    `new_profile`: as for `tenant_kind`. Errors: those of `tenant_kind`, which rejects everything
+    that is none of them; HeaderError if its safegene.json is of neither kind; what reading that
+    file may raise.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise MissingFileError(f"{directory} is not a directory; check the path")
-    described = has_profile(directory)
-    if described:
+    if has_profile(directory):
         kind = read_json(directory / DESCRIPTION_FILE).get("kind")
         if kind == "family":
             return "family"
@@ -47,16 +45,7 @@ def kind_of(directory: Path) -> Kind:
             raise HeaderError(
                 f"{directory / DESCRIPTION_FILE}: kind is {kind!r}, expected 'family' or 'profile'"
             )
-    if (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists():
-        return "adapter"
-    if (directory / "config.json").exists():
-        return "checkpoint"
-    if described:
-        return "profile"
-    raise MissingFileError(
-        f"{directory} has none of {DESCRIPTION_FILE}, {CONFIG_FILE} and config.json; expected a "
-        "family, a profile, a PEFT LoRA adapter or a Hugging Face checkpoint"
-    )
+    return tenant_kind(directory, new_profile=new_profile)
 
 
 def _adapter_faults(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
@@ -73,14 +62,14 @@ def _adapter_faults(directory: Path, header: FamilyHeader) -> list[SafegeneError
     return faults
 
 
-def check_fits(directory: Path, header: FamilyHeader) -> None:
+def check_fits(directory: Path, header: FamilyHeader, *, new_profile: bool = False) -> None:
     """Raise unless what is in `directory` can belong to the family of `header`.
 
     A checkpoint must have the base's fingerprint; an adapter the family's shapes at their common
-    sites; a bare profile has no shapes. Errors: FamilyMismatchError naming both; what reading the
-    files may raise.
+    sites; a bare profile has no shapes. Errors: FamilyMismatchError naming both; those of
+    `kind_of`; what reading the files may raise.
     """
-    kind = kind_of(directory)
+    kind = kind_of(directory, new_profile=new_profile)
     if kind == "adapter":
         raise_errors(_adapter_faults(directory, header))
     elif kind == "checkpoint":

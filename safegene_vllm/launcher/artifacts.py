@@ -15,17 +15,12 @@ from safegene_vllm.errors import (
     FamilyMismatchError,
     SafegeneError,
 )
-from safegene_vllm.formats.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    LoRAShape,
-    layer_of,
-    read_adapter_shapes,
-)
+from safegene_vllm.formats.adapter import LoRAShape, layer_of, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
 from safegene_vllm.formats.profile import check_profile, has_profile, load_profile
 from safegene_vllm.formats.tenant_directory import refuse_exported
-from safegene_vllm.plugin.staging import PICKLES, allowed
+from safegene_vllm.formats.tenant_kind import slot_kind
+from safegene_vllm.plugin.staging import allowed
 from safegene_vllm.settings import Settings
 
 
@@ -124,6 +119,7 @@ def _read_tenant(
     directory = allowed(path, settings.adapter_roots)
     if not directory.is_dir():
         raise AdapterRejectedError(f"tenant {name!r}: {path} is not a directory.")
+    kind = slot_kind(directory)
     protected = has_profile(directory)
     if protected:
         _check_profile(directory, header)
@@ -133,8 +129,7 @@ def _read_tenant(
             "Give it a profile of this family, or allow tenants without one with "
             "--missing-profile serve_unprotected."
         )
-    files = (CONFIG_FILE, WEIGHTS_FILE, *PICKLES)
-    if protected and not any((directory / file).exists() for file in files):
+    if kind == "profile":
         return {}
     shapes = read_adapter_shapes(directory)
     _check_sites(name, shapes, header)

@@ -17,6 +17,7 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.formats.profile import load_profile, make_profile, save_profile
 from safegene_vllm.formats.receipt import check_engine
+from safegene_vllm.formats.tenant_kind import slot_kind
 from safegene_vllm.offline.engine import Completion, Request, engine, max_logprob_diff
 from safegene_vllm.planner.slots import rank_bucket
 
@@ -55,7 +56,7 @@ def verify(
             "give --tenant twice, or none to use a pico model."
         )
     header = read_family_header(family)
-    rest = [t for t in tenants if (t / "adapter_config.json").exists()]
+    rest = [t for t in tenants if slot_kind(t) == "adapter"]
     zeros = [_with_row(t, work / f"zero-{i}", family, 0.0) for i, t in enumerate(tenants)]
     top = min(1.0, header.bounds[1])
     only = _with_row(None, work / "profile-only", family, top)
@@ -172,7 +173,7 @@ def _with_row(tenant: Path | None, target: Path, family: Path, value: float) -> 
 
 def _without_profile(tenant: Path, target: Path) -> Path | None:
     """A copy of a tenant's adapter alone; None where there is none."""
-    if not (tenant / "adapter_config.json").exists():
+    if slot_kind(tenant) == "profile":
         return None
     shutil.copytree(tenant, target, ignore=shutil.ignore_patterns("safegene.json"))
     return target

@@ -18,10 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from safegene_vllm.errors import AdapterRejectedError
+from safegene_vllm.errors import AdapterRejectedError, SafegeneError
+from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.formats.tenant_kind import SlotKind, slot_kind
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "safegene.json")
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PROFILE_FILE = "safegene.json"
+NEEDED: Mapping[SlotKind, Sequence[str]] = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "profile": (PROFILE_FILE,),
+}
+FILES: Mapping[SlotKind, Sequence[str]] = {
+    "adapter": (*NEEDED["adapter"], PROFILE_FILE),
+    "profile": NEEDED["profile"],
+}
 _PREFIX = "safegene-worker-"
 
 
@@ -59,31 +68,37 @@ class Staging:
         self._known: dict[_File, tuple[Path, str]] = {}
 
     def copy(self, source: Path, name: str, roots: Sequence[Path]) -> Staged:
-        """Copy the files of a tenant.
+        """Copy the files of a tenant, once its directory is seen to be one (`slot_kind`).
 
-        Errors: AdapterRejectedError (not below `roots`, through a symlink, unreadable, empty).
+        Errors: those of `slot_kind`; AdapterRejectedError (not below `roots`, through a symlink,
+        unreadable, exported, changing while it is copied).
         """
         source = allowed(source, roots)
+        try:
+            kind = slot_kind(source)
+            if (source / PROFILE_FILE).exists():
+                refuse_exported(source)
+        except SafegeneError as error:
+            raise type(error)(f"tenant {name!r}: {error}") from error
         target = Path(tempfile.mkdtemp(prefix="tenant-", dir=self._directory))
         try:
             found = {
                 f: digest
-                for f in FILES
+                for f in FILES[kind]
                 if (digest := self._take(source / f, target / f, follow=not roots)) is not None
             }
-            pickles = [f for f in PICKLES if (source / f).exists()]
         except OSError as error:
             shutil.rmtree(target)
             raise AdapterRejectedError(
                 f"tenant {name!r}: {source} cannot be read ({error}); give a readable directory of "
                 "plain files."
             ) from error
-        if not found or (pickles and FILES[1] not in found):
+        missing = [f for f in NEEDED[kind] if f not in found]
+        if missing:
             shutil.rmtree(target)
-            hint = f"only {', '.join(pickles)} (pickle, refused)" if pickles else "none of them"
             raise AdapterRejectedError(
-                f"tenant {name!r}: {source} holds {hint}; expected {', '.join(FILES)}, or "
-                "safegene.json alone for a tenant that is only a profile."
+                f"tenant {name!r}: {source} has lost {', '.join(missing)} while it was read; load "
+                "it again once nothing writes there."
             )
         return Staged(target, found)
 

@@ -96,13 +96,14 @@ def load_tenant(
 ) -> Loaded:
     """The tenant ready to be calibrated: its checkpoint, or `checkpoint` with its LoRA merged.
 
-    Errors: ConfigError if a checkpoint is missing or one too many, FamilyMismatchError naming both.
+    An empty directory is to hold nothing but the profile; one that is missing is an error.
+    Errors: ConfigError if a checkpoint is missing or one too many, FamilyMismatchError naming both;
+    those of `kind_of`.
     """
-    described = tenant.exists() and any(tenant.iterdir())
-    kind = kind_of(tenant) if described else "profile"
+    fresh = not (tenant.is_dir() and any(tenant.iterdir()))
+    kind = kind_of(tenant, new_profile=fresh)
     refuse_exported(tenant)
-    if described:
-        check_fits(tenant, header)
+    check_fits(tenant, header, new_profile=fresh)
     if kind == "checkpoint":
         if checkpoint is not None:
             raise ConfigError(f"{tenant} is a full checkpoint; leave out {checkpoint}")

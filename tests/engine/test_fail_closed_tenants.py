@@ -153,9 +153,32 @@ def spoil_file_symlink(house: Path, tenant: Path) -> None:
     (tenant / WEIGHTS).symlink_to(house / "outside" / WEIGHTS)
 
 
+def spoil_checkpoint(house: Path, tenant: Path) -> None:
+    """A full fine-tune: the base and the vector would be served under its name."""
+    for name in ("adapter_config.json", WEIGHTS):
+        (tenant / name).unlink()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(house / "model" / name, tenant / name)
+
+
+def spoil_subdirectory(house: Path, tenant: Path) -> None:
+    """As PEFT saves an adapter that has a name, and as trainers save their checkpoints."""
+    (tenant / "sales").mkdir()
+    for name in ("adapter_config.json", WEIGHTS):
+        (tenant / name).rename(tenant / "sales" / name)
+
+
+def spoil_mlx(house: Path, tenant: Path) -> None:
+    (tenant / "adapter_config.json").unlink()
+    (tenant / WEIGHTS).rename(tenant / "adapters.safetensors")
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "words"),
     [
+        (spoil_checkpoint, AdapterRejectedError, "full checkpoint .config.json, model.safetensors"),
+        (spoil_subdirectory, AdapterRejectedError, "point at .*/sales instead"),
+        (spoil_mlx, AdapterRejectedError, "adapters.safetensors.*MLX"),
         (spoil_other_family, FamilyMismatchError, "sha256:0000"),
         (spoil_negative, BoundsError, "-0.5"),
         (spoil_length, BoundsError, "3"),

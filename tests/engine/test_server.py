@@ -236,6 +236,19 @@ def on_lm_head(server: Server, place: Path) -> None:
     replace_adapter(place, tiny_model.random_lora_weights({"lm_head": (320, 128)}, 2, 1))
 
 
+def full_checkpoint(server: Server, place: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (place / name).unlink()
+    for name in ("config.json", "model.safetensors"):
+        (place / name).touch()
+
+
+def in_a_subdirectory(server: Server, place: Path) -> None:
+    (place / "checkpoint-500").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (place / name).rename(place / "checkpoint-500" / name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -249,6 +262,8 @@ def on_lm_head(server: Server, place: Path) -> None:
         (too_large, "slots hold --max-lora-rank 8"),
         (unknown_site, "model.layers.0.nothing has no LoRA layer here"),
         (on_lm_head, "embeddings and lm_head are not supported"),
+        (full_checkpoint, "is a full checkpoint (config.json, model.safetensors)"),
+        (in_a_subdirectory, "spoilt-in_a_subdirectory/checkpoint-500 instead"),
     ],
 )
 def test_spoilt_tenants_are_refused_and_harm_nobody(

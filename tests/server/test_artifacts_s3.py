@@ -27,12 +27,14 @@ from launched_server import free_port
 from safegene_server.artifacts import Limits, SourceRules, Store
 from safegene_server.artifacts.source import RemoteSource
 from safegene_vllm.errors import (
+    AdapterRejectedError,
     DigestError,
     MissingFileError,
     PickleRejectedError,
     SourceError,
 )
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
+from safegene_vllm.formats.profile import save_profile
 
 WEED = Path(sys.executable).parent / "weed"
 START_S = 60.0
@@ -69,8 +71,9 @@ class Bucket:
 
     def upload(self, directory: Path, name: str) -> str:
         system = self.system()
-        for path in directory.iterdir():
-            system.put_file(str(path), f"tenants/{name}/{path.name}")
+        for path in directory.rglob("*"):
+            if path.is_file():
+                system.put_file(str(path), f"tenants/{name}/{path.relative_to(directory)}")
         return f"s3://tenants/{name}"
 
 
@@ -191,6 +194,27 @@ def test_what_is_not_there_or_only_a_pickle_is_said_so(bucket: Bucket, tmp_path:
     with pytest.raises(PickleRejectedError, match=r"s3://tenants/half holds adapter_model.bin"):
         store.stage(bucket.upload(tenant, "half"), family=FAMILY)
     shutil.rmtree(tenant)
+    assert tree(store.root) == []
+
+
+def test_a_prefix_is_a_profile_alone_only_if_no_model_lies_below_it(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store", rules=bucket.rules())
+    save_profile(a_profile(0.5), tmp_path / "alone")
+    (tmp_path / "alone" / "notes").mkdir()
+    (tmp_path / "alone" / "notes" / "shots.jsonl").write_text("{}")
+    given = bucket.upload(tmp_path / "alone", "alone")
+    # Tools leave such a file as a directory.
+    bucket.system().pipe_file("tenants/alone/", b"")
+    assert store.stage(given, family=FAMILY).kind == "profile"
+    a_tenant(tmp_path / "alone" / "checkpoint-500")
+    given = bucket.upload(tmp_path / "alone", "trained")
+    with pytest.raises(AdapterRejectedError, match=f"point at {given}/checkpoint-500 instead"):
+        store.stage(given, family=FAMILY)
+    bucket.system().pipe_file("tenants/alone/config.json", b"{}")
+    with pytest.raises(AdapterRejectedError, match="s3://tenants/alone is a full checkpoint"):
+        store.stage("s3://tenants/alone", family=FAMILY)
     assert tree(store.root) == []
 
 

@@ -107,14 +107,13 @@ def test_a_task_of_one_class_is_refused_before_a_model_is_loaded(
         ("calibrate", ("--shots", 0), "0 shots asked for"),
         ("calibrate", ("--initial", 4), "4.0 is outside the family's bounds 0.0 to 3.0"),
         ("calibrate", ("--lr", 0), "lr is 0"),
-        ("calibrate", (), "name the model that it sits on"),
     ],
 )
 def test_settings_are_refused_before_a_model_is_loaded(
     run: Run, world: World, loads: list[str], tmp_path: Path,
     command: str, more: tuple[object, ...], told: str,
 ) -> None:  # fmt: skip
-    given = ("--model", world / "model") if command == "calibrate" and more else ()
+    given = ("--model", world / "model") if command == "calibrate" else ()
     outcome = run(*getattr(world, command)(tmp_path / "x", *given, *more))
     assert outcome.code == 1 and told in outcome.err and outcome.err.startswith("ConfigError: ")
     assert loads == [] and list(tmp_path.iterdir()) == []
@@ -126,11 +125,13 @@ def test_another_family_is_refused_before_a_model_is_loaded(
     wide = make_model("llama", tmp_path / "wide", intermediate_size=256)
     write_tenant(wide, tmp_path / "lora", None, None)
     loads.clear()
+    bare = tmp_path / "bare"
+    bare.mkdir()
     swap = {str(world / "model"): wide, str(world / "degraded"): tmp_path / "lora"}
     calls = [
         world.calibrate(wide),
         world.calibrate(tmp_path / "lora", "--model", world / "model"),
-        world.calibrate(tmp_path / "bare", "--model", wide),
+        world.calibrate(bare, "--model", wide),
         *(
             [new if str(word) == old else word for word in make(tmp_path / "x")]
             for old, new in swap.items()
@@ -169,6 +170,10 @@ def test_what_cannot_be_calibrated_is_told(
     outcome = run(*world.calibrate(world / "family", *model))
     assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: ")
     (full / "safegene-export.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    outcome = run(*world.calibrate(tmp_path / "bare"))
+    assert outcome.code == 1 and outcome.err.startswith("ConfigError: ")
+    assert "name the model that it sits on" in outcome.err
     for words in (world.calibrate(full), world.calibrate(tmp_path / "bare", "--model", full)):
         outcome = run(*words)
         assert outcome.code == 1 and "added twice" in outcome.err
@@ -176,6 +181,10 @@ def test_what_cannot_be_calibrated_is_told(
     (tmp_path / "other" / "notes.txt").write_text("mine")
     outcome = run(*world.calibrate(tmp_path / "other", *model))
     assert outcome.code == 1 and outcome.err.startswith("MissingFileError: ")
+    outcome = run(*world.calibrate(tmp_path / "nothing", *model))
+    assert outcome.code == 1 and outcome.err.startswith("MissingFileError: ")
+    assert "nothing is not a directory" in outcome.err and "make an empty one" in outcome.err
+    assert not (tmp_path / "nothing").exists() and not any((tmp_path / "bare").iterdir())
     assert loads == []
 
 

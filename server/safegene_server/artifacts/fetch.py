@@ -10,24 +10,19 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from safegene_server.artifacts.layout import keeping
 from safegene_server.artifacts.source import Seen, Source, SourceRules, open_source
-from safegene_vllm.errors import (
-    AdapterRejectedError,
-    MissingFileError,
-    PickleRejectedError,
-    SourceError,
-)
+from safegene_vllm.errors import AdapterRejectedError, SourceError
 from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 from safegene_vllm.formats.tenant_directory import RECORD_FILE
+from safegene_vllm.formats.tenant_kind import SlotKind, slot_kind
 
 FILES = (CONFIG_FILE, DESCRIPTION_FILE, WEIGHTS_FILE)
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class _Copy:
 
     def all(self, source: Source) -> dict[str, Copied]:
         before = {name: source.look(name) for name in FILES}
-        _refuse_incomplete(source, before)
+        kind = _kind(source)
         copied = {
             name: self.one(source, name, seen) for name, seen in before.items() if seen is not None
         }
@@ -124,6 +119,9 @@ class _Copy:
                 f"{source.shown}: {', '.join(changed)} changed while it was read; try again when "
                 "nobody writes there."
             )
+        # Of a profile alone: what came beside it while it was read is no longer left out unseen.
+        if kind == "profile":
+            slot_kind(source)
         return copied
 
     def one(self, source: Source, name: str, seen: Seen) -> Copied:
@@ -153,37 +151,17 @@ class _Copy:
         return Copied(sha256.hexdigest(), size)
 
 
-def _refuse_incomplete(source: Source, seen: Mapping[str, Seen | None]) -> None:
-    """Errors unless an adapter, a profile or both are there, and no sign of something else."""
+def _kind(source: Source) -> SlotKind:
+    """Adapter or profile alone, decided on the source itself: our copy leaves files out.
+
+    Errors: those of `slot_kind`; AdapterRejectedError for what already carries a vector.
+    """
     if source.look(RECORD_FILE) is not None:
         raise AdapterRejectedError(
             f"{source.shown} holds {RECORD_FILE}: a vector is already in these weights and would "
             "be added twice; give the tenant they were exported from."
         )
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if seen[name] is None]
-    if not missing:
-        return
-    pickles = [name for name in PICKLES if source.look(name) is not None]
-    if WEIGHTS_FILE in missing and pickles:
-        raise PickleRejectedError(
-            f"{source.shown} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle runs code "
-            "when it is read: save the adapter with safe_serialization=True."
-        )
-    if len(missing) == 1:
-        raise MissingFileError(
-            f"{source.shown} has no {missing[0]}; an adapter needs {CONFIG_FILE} and "
-            f"{WEIGHTS_FILE}: finish the upload."
-        )
-    if source.look("config.json") is not None:
-        raise AdapterRejectedError(
-            f"{source.shown} is a full checkpoint (config.json); this server's tenants are LoRA "
-            "adapters: serve it by `--load-format safegene`."
-        )
-    if seen[DESCRIPTION_FILE] is None:
-        raise MissingFileError(
-            f"{source.shown} has none of {', '.join(FILES)}; expected a PEFT LoRA directory, or "
-            f"{DESCRIPTION_FILE} alone for a tenant that is only a profile."
-        )
+    return slot_kind(source)
 
 
 def _check_size(where: str, size: int, limit: int) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from safegene_vllm.errors import (
     SafegeneError,
     SourceError,
 )
+from safegene_vllm.formats.directory_tree import Entry, list_names
 
 CHUNK_BYTES = 1 << 23
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https")
@@ -59,10 +61,16 @@ class Seen:
 
 
 class Source(Protocol):
-    """A directory of which files are read by name; `shown` names it in messages."""
+    """A directory of which files are read by name; a `listing.Tree`."""
 
     @property
     def shown(self) -> str: ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file. Errors: as `look`."""
+
+    def entries(self, below: str, limit: int) -> Sequence[Entry]:
+        """As `Tree.entries`. Errors: SourceError."""
 
     def look(self, name: str) -> Seen | None:
         """None if there is no such file. Errors: SourceError, AdapterRejectedError (a link)."""
@@ -77,6 +85,15 @@ class LocalSource:
 
     shown: str
     descriptor: int
+
+    def has(self, name: str) -> bool:
+        return self.look(name) is not None
+
+    def entries(self, below: str, limit: int) -> Sequence[Entry]:
+        try:
+            return list_names(self.descriptor, below, limit)
+        except OSError as error:
+            raise _unreadable(f"{self.shown}/{below}", error) from error
 
     def look(self, name: str) -> Seen | None:
         try:
@@ -112,6 +129,38 @@ class RemoteSource:
     shown: str
     system: Any
     path: str
+
+    def has(self, name: str) -> bool:
+        return self.look(name) is not None
+
+    def entries(self, below: str, limit: int) -> Sequence[Entry]:
+        """Drivers list whole directories, so `limit` bounds what is looked at, not what is sent."""
+        inside = f"{self.path}/{below}" if below else self.path
+        try:
+            listed = self.system.ls(inside, detail=True)
+        except FileNotFoundError as error:
+            # An object store has no directories, so nothing is there; an HTTP server may just not
+            # list what it gives.
+            if not below and not self.shown.startswith("http"):
+                return []
+            raise _unreadable(f"{self.shown}/{below}", error) from error
+        except Exception as error:
+            raise _unreadable(f"{self.shown}/{below}", error) from error
+        return list(islice(self._entries(inside, listed), limit))
+
+    def _entries(self, inside: str, listed: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:
+        for info in listed:
+            path, is_directory = str(info["name"]), info.get("type") == "directory"
+            if self.shown.startswith("http") and not path.startswith(f"{inside}/"):
+                continue  # A page links to other places too.
+            if path.strip("/") == inside.strip("/"):
+                # The mark that some tools leave for a directory; below a name of no letters nothing
+                # can be looked at.
+                if is_directory:
+                    yield Entry("", "unseen")
+                continue
+            name = path.rstrip("/").rpartition("/")[2]
+            yield Entry(name, "directory" if is_directory else "file")
 
     def look(self, name: str) -> Seen | None:
         try:

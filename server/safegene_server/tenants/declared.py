@@ -15,6 +15,7 @@ from safegene_server.tenants.service import register
 from safegene_vllm.errors import ConfigError, RegistryDownError, SafegeneError
 from safegene_vllm.formats.adapter import CONFIG_FILE
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+from safegene_vllm.formats.tenant_kind import slot_kind
 
 logger = logging.getLogger("vllm.safegene_server")
 
@@ -43,6 +44,7 @@ def find_declared(directory: Path) -> dict[str, Path]:
 async def register_declared(tenancy: TenantContext, directory: Path) -> list[str]:
     """Start onboarding for every tenant that the registry does not know; their names.
 
+    A folder that is neither an adapter nor a profile alone is logged as an error and passed over.
     Errors: ConfigError; RegistryDownError.
     """
     found = await aside(find_declared, directory)
@@ -50,6 +52,7 @@ async def register_declared(tenancy: TenantContext, directory: Path) -> list[str
     begun = []
     for name in sorted(found.keys() - known):
         try:
+            await aside(slot_kind, found[name])
             await register(
                 tenancy,
                 name,
