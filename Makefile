@@ -15,8 +15,8 @@ TORCH = $(shell grep -m 1 '^torch==' requirements.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # What is linted and what is typed, as far as it exists.
-CODE := $(wildcard safegene_vllm server examples benchmarks deploy tests)
-TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy)
+CODE := $(wildcard safegene_vllm server examples benchmarks deploy docs tests)
+TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy docs)
 
 # More words for the program behind a target: make test ARGS="-k gain"
 ARGS ?=
@@ -81,7 +81,14 @@ $(KERNELS)/.ready: requirements.txt requirements/kernels.txt
 test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
 	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/unit/test_ops_*.py $(ARGS)
 
-check: lint types layering deploy-check test  ## everything CI runs: format, lint, types, layering, deploy/, tests
+check: lint types layering docs deploy-check test  ## everything CI runs: format, lint, types, layering, docs, deploy/, tests
+
+docs: $(READY)  ## check the reference pages and build the documentation site, strictly, in build/site
+	@PYTHONPATH=.:server $(RUN) docs/generate.py --check
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
+
+docs-reference: $(READY)  ## rewrite docs/reference from the code: settings, commands, routes, errors
+	@PYTHONPATH=.:server $(RUN) docs/generate.py
 
 deploy-check: $(READY)  ## check everything in deploy/ that needs neither a cluster nor a container
 	@PYTHONPATH=.:server $(RUN) -m deploy.check $(ARGS)

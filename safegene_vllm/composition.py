@@ -2,8 +2,8 @@
 
 Merged weight, LoRA pair (rank concatenation) and gain row, all in float32 and in plain torch.
 Every fast path is tested against this file; merging alone is tuned, because starts wait for it.
-Notation: L layers, T tokens, R rank, D_in, D_out. Source: docs/format.md; LoRA is Hu et al. 2021,
-arXiv:2106.09685.
+Notation: L layers, T tokens, R rank, D_in, D_out. Source: docs/reference/format.md;
+LoRA is Hu et al. 2021, arXiv:2106.09685.
 """
 
 from __future__ import annotations

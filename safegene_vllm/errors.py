@@ -1,7 +1,7 @@
 """One tree for everything that SafeGene refuses; this module imports nothing.
 
 SafegeneError
-├── FormatError             a file on disk breaks a rule of docs/format.md
+├── FormatError             a file on disk breaks a rule of docs/reference/format.md
 │   ├── MissingFileError    a file or directory is not there, or is not a regular file
 │   ├── PickleRejectedError  weights exist only as a pickle (.bin, .pt, .pth, .ckpt, .pkl)
 │   ├── TruncatedFileError  the file is not as long as its header promises
@@ -36,7 +36,7 @@ class SafegeneError(Exception):
 
 
 class FormatError(SafegeneError):
-    """A file on disk breaks a rule of docs/format.md."""
+    """A file on disk breaks a rule of docs/reference/format.md."""
 
 
 class MissingFileError(FormatError):

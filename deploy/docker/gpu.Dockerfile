@@ -1,6 +1,6 @@
 # SafeGene for vLLM on the official vLLM image. Build from the repository's root:
 #   docker build -f deploy/docker/gpu.Dockerfile -t safegene-vllm:0.1.0 .
-# VLLM_VERSION: 0.28 to 0.32 (docs/serving.md); for Ray Serve LLM the one that your Ray pins.
+# VLLM_VERSION: 0.28 to 0.32 (docs/guides/serving.md); for Ray Serve LLM the one that your Ray pins.
 ARG VLLM_IMAGE=docker.io/vllm/vllm-openai
 ARG VLLM_VERSION=v0.32.0
 

@@ -1,7 +1,7 @@
 """A family on disk: a PEFT LoRA directory plus safegene.json, and the base model it belongs to.
 
 `base_of_checkpoint` and `read_family_header` are torch-free. Where the vectors come from is the
-recipe's business; applying them is compose's. The rules are in docs/format.md.
+recipe's business; applying them is compose's. The rules are in docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _description(header: FamilyHeader) -> dict[str, Any]:
 
 
 def _digest(header: FamilyHeader, lora_weights: Mapping[str, LoRAWeights]) -> str:
-    """The digest rule of docs/format.md; header.digest itself does not count."""
+    """The digest rule of docs/reference/format.md; header.digest itself does not count."""
     tensors = {
         tensor_name(site, half): {
             "dtype": dtype_name(tensor),

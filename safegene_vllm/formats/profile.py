@@ -1,7 +1,7 @@
 """A profile on disk: the coefficients of one tenant for one family. Torch-free.
 
 A profile is a safegene.json beside a tenant's files. It holds no tensors, and what the coefficients
-are multiplied with is compose's business. The rules are in docs/format.md.
+are multiplied with is compose's business. The rules are in docs/reference/format.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Golden files: format version 1 byte for byte, and its digests computed from the page alone.
 
 The files may change only together with `format_version`. Nothing here calls the code that is
-being checked to find out what is right: `digest_by_the_page` follows docs/format.md.
+being checked to find out what is right: `digest_by_the_page` follows docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def test_the_profile_digest_follows_from_the_page() -> None:
 
 @pytest.mark.parametrize("name", ["family/safegene.json", "profile/safegene.json"])
 def test_every_field_is_on_the_page(name: str) -> None:
-    page = (GOLDEN.parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    page = (GOLDEN.parent.parent / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
     for key in json.loads((GOLDEN / name).read_text()):
         assert f"`{key}`" in page, key
 

@@ -1,7 +1,8 @@
 """Every metric of this project that is not a probe's: one object each, on the default registry.
 
 Made once per process, when this module is first imported. Gauges keep the newest value where
-several processes share /metrics, and only one of them writes them. docs/metrics.md explains all.
+several processes share /metrics, and only one of them writes them.
+docs/reference/metrics.md explains all.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Applied:
         )
 
     def _modes(self, inert: bool) -> Mapping[str, bool]:
-        """Each way in which an answer may come without safety; docs/metrics.md names them."""
+        """The ways to be unprotected, named in docs/reference/metrics.md."""
         header, settings = self.expected.header, self.expected.settings
         return {
             "no_family": header is None,

@@ -1,7 +1,7 @@
 """A family's header as JSON and back, for the registry's `families` table. Torch-free.
 
-Not a format for disks: docs/format.md has that. The digest covers the family's tensors, which are
-not here, so it is taken from whoever has read them.
+Not a format for disks: docs/reference/format.md has that. The digest covers the family's
+tensors, which are not here, so it is taken from whoever has read them.
 """
 
 from __future__ import annotations
