@@ -85,7 +85,7 @@ check: lint types layering docs deploy-check test  ## everything CI runs: format
 
 docs: $(READY)  ## check the reference pages and build the documentation site, strictly, in build/site
 	@PYTHONPATH=.:server $(RUN) docs/generate.py --check
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 docs-reference: $(READY)  ## rewrite docs/reference from the code: settings, commands, routes, errors
 	@PYTHONPATH=.:server $(RUN) docs/generate.py

@@ -42,6 +42,7 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
 WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.RequirePlugin"
+_FORMER_WORKER_EXTENSION = "safegene_vllm.plugin.required.Required"
 
 _OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
 # Where the server will be asked whether it is ready; a value in --config would go unseen.
@@ -164,6 +165,11 @@ def _contradictions(
         names = ", ".join(f"--{name}" for name in in_file)
         found.append(
             f"--config {flags.value('config')} sets {names}: give them on the command line"
+        )
+    if flags.value("worker-extension-cls") == _FORMER_WORKER_EXTENSION:
+        found.append(
+            f"--worker-extension-cls {_FORMER_WORKER_EXTENSION}: renamed, give {WORKER_EXTENSION} "
+            "or leave it out"
         )
     if options.server_config is not None:
         found += _registry_contradictions(options, flags, settings)

@@ -19,7 +19,7 @@ from safegene_vllm.cli import client_options, console, main
 from safegene_vllm.client import polling
 
 NAME = "acme/support"
-DOCS = Path(__file__).parents[2] / "docs" / "tenants.md"
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 PROFILE = {"kind": "profile", "coefficients": [0.0, 0.5]}
 
 
@@ -533,10 +533,10 @@ def test_clean_and_cell() -> None:
 
 
 def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Path) -> None:
-    section = DOCS.read_text().split("## From the command line")[1].split("\n## ")[0]
-    fences = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    pages = [(GUIDES / f"{name}.md").read_text() for name in ("tenants", "keys", "probes")]
+    fences = re.findall(r"^```\w*\n(.*?)^```", "\n".join(pages), re.DOTALL | re.MULTILINE)
     lines = "\n".join(fences).replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if line.startswith("safegene ")]
+    commands = [line for line in lines if re.match(r"safegene (?!serve)", line)]
     (tmp_path / "advbench.csv").write_text("goal\nharm\nworse\n")
     (tmp_path / "tickets.jsonl").write_text(
         '{"prompt": "a", "answer": "x"}\n{"prompt": "b", "answer": "y"}\n'

@@ -357,6 +357,11 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]] = 
     ),
     (("--additional-config", '{"safegene": {"famly": "x"}}'), {}, ("famly", "Known keys")),
     (("--lora-modules", "nonsense"), {}, ("'nonsense'", "name=path")),
+    (
+        ("--worker-extension-cls", "safegene_vllm.plugin.required.Required"),
+        {},
+        ("required.Required", "safegene_vllm.plugin.worker_extension.RequirePlugin"),
+    ),
     ((), {"slots": 0}, ("--slots 0", "at least 1")),
     ((), {"family": None}, ("--family", "missing")),
     ((), {"family": Path("/nowhere")}, ("/nowhere", "not a directory")),

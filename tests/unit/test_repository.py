@@ -10,8 +10,12 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from safegene_vllm import __version__
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("safegene_vllm", "server")
@@ -31,8 +35,8 @@ def short(paths: list[Path]) -> list[str]:
 
 
 def documents() -> list[Path]:
-    pages = (*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("deploy/**/*.md")))
-    return [p for p in (ROOT / "README.md", *pages) if p.is_file()]
+    globs = ("*.md", "docs/**/*.md", "deploy/**/*.md", ".github/**/*.md")
+    return sorted(path for pattern in globs for path in ROOT.glob(pattern))
 
 
 def make_targets_in(text: str) -> set[str]:
@@ -60,6 +64,67 @@ def test_documents_name_only_make_targets_that_exist() -> None:
     for document in documents():
         named = make_targets_in(document.read_text(encoding="utf-8"))
         assert named <= targets, f"{document.name}: no such make target: {sorted(named - targets)}"
+
+
+def commands_of(workflow: dict[str, Any]) -> str:
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    return "\n".join(str(step.get("run", "")) for step in steps)
+
+
+@pytest.mark.parametrize("name", ["ci", "gpu", "nightly", "release"])
+def test_workflows_run_only_make_targets_and_files_that_exist(name: str) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    commands = commands_of(workflow)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= targets
+    paths = re.findall(r"\b(?:tests|benchmarks)/[\w/.-]+", commands)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    if name == "gpu":
+        assert all("vars.GPU_RUNNER" in job["if"] for job in workflow["jobs"].values())
+
+
+def test_templates_and_hooks_are_yaml() -> None:
+    for path in (*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+
+
+VERSIONED = {
+    "CITATION.cff": r"^version: (\S+)$",
+    "deploy/helm/safegene/Chart.yaml": r"^(?:appVersion|version): (\S+)$",
+    "deploy/docker/cpu.Dockerfile": r"^ARG VERSION=(\S+)$",
+    "deploy/docker/gpu.Dockerfile": r"^ARG VERSION=(\S+)$",
+    "deploy/README.md": r"safegene-vllm:(\d\S+)",
+    "deploy/compose/README.md": r"safegene-vllm:(\d[\d.]*)",
+    "deploy/compose/compose.gpu.yaml": r"safegene-vllm:(\d[\d.]*)",
+    "deploy/kserve/llm-inference-service.yaml": r"safegene-vllm:(\d\S+)",
+    "deploy/production-stack/engines.yaml": r'tag: "(\d[^"]+)"',
+    "deploy/ray/README.md": r"safegene-vllm:(\d[\d.]*)",
+    "deploy/ray/ray-service.yaml": r"safegene-vllm:(\d[\d.]*)",
+    "CHANGELOG.md": r"\A(?:.*?\n)+?## \[(\d\S*)\] - \d{4}-\d\d-\d\d\n",
+    "docs/reference/openapi.json": r'^  "version": "(\S+)"',
+}
+"""Files that repeat the version, which is safegene_vllm.__version__ (RELEASING.md)."""
+
+
+@pytest.mark.parametrize("name", VERSIONED)
+def test_the_version_is_the_same_everywhere(name: str) -> None:
+    found = re.findall(VERSIONED[name], (ROOT / name).read_text(), re.MULTILINE)
+    assert found and set(found) == {__version__}, name
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "safegene_vllm.__version__"
+    }
+
+
+def test_the_changelog_has_an_unreleased_section_and_dated_releases() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings[0] == "[Unreleased]" and len(headings) > 1
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", h) for h in headings[1:])
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 
 
 def test_the_reader_of_make_targets() -> None:
