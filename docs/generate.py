@@ -262,13 +262,15 @@ def api_page() -> str:
         text = inspect.cleandoc(bodies[name].get("description", ""))
         schema = json.loads(json.dumps(schema).replace("#/components/schemas/", "#/$defs/"))
         sections.append(f"### {name.removesuffix('-Input')}\n\n{text}\n\n{_settings_table(schema)}")
+    # FastAPI declares 422 for every route with parameters; ErrorRoute responds with 400.
     codes = sorted(
         {
             code
             for methods in document["paths"].values()
-            for o in methods.values()
-            for code in o["responses"]
+            for operation in methods.values()
+            for code in operation["responses"]
         }
+        - {"422"}
     )
     return f"""{NOTICE}
 # HTTP API

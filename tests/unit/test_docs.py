@@ -310,6 +310,17 @@ def test_pages_named_in_the_code_exist() -> None:
     assert found and not missing
 
 
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    cells = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    messages = [re.sub(r"^\w+Error: | ?\.\.\.$", "", cell) for cell in cells]
+    messages = [text for text in messages if re.match(r"(?:the|found|SafeGene) ", text)]
+    sources = [*(ROOT / "safegene_vllm").rglob("*.py"), *(ROOT / "server").rglob("*.py")]
+    code = "".join(re.sub(r'"\s+f?"', "", path.read_text()) for path in sources)
+    assert len(messages) >= 4
+    assert [text for text in messages if text not in code] == []
+
+
 def test_the_worker_extension_is_named_as_it_is() -> None:
     named = set(re.findall(r"safegene_vllm\.plugin\.worker_extension\.\w+", SERVING))
     assert named == {WORKER_EXTENSION}
