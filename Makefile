@@ -18,7 +18,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CODE := $(wildcard safegene_vllm server examples benchmarks deploy docs tests)
 TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy docs)
 
-# More words for the program behind a target: make test ARGS="-k gain"
+# Extra arguments for the program of a target: make test ARGS="-k gain"
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -97,7 +97,7 @@ lint: $(READY)  ## check format and lint rules
 	@$(RUN) -m ruff format --check $(CODE)
 	@$(RUN) -m ruff check $(CODE)
 
-format: $(READY)  ## rewrite the code in the house format
+format: $(READY)  ## format the code and fix lint findings
 	@$(RUN) -m ruff format $(CODE)
 	@$(RUN) -m ruff check --fix $(CODE)
 

@@ -1,7 +1,4 @@
-"""House rules that a machine can see: docstrings, sizes, names, and files that agree.
-
-Not for imports (test_layering) and not for what the linter already says.
-"""
+"""Repository rules: module docstrings, file sizes, names, and files that must agree."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ("safegene_vllm", "server")
 CODE = (*SHIPPED, "examples", "benchmarks", "deploy", "tests")
 MAX_LINES = 400
-DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc"}
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 NEVER_LOCKED = {"torchvision", "torchaudio", "torchcodec", "triton", "llama-cpp-python", "llm"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -34,7 +31,7 @@ def short(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
-def documents() -> list[Path]:
+def pages() -> list[Path]:
     globs = ("*.md", "docs/**/*.md", "deploy/**/*.md", ".github/**/*.md")
     return sorted(path for pattern in globs for path in ROOT.glob(pattern))
 
@@ -45,7 +42,7 @@ def make_targets_in(text: str) -> set[str]:
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M))
     targets: set[str] = set()
     for line in "\n".join(fences + spans).splitlines():
-        # A line of a file tree is prose after its path.
+        # A line of a package tree is prose after its path.
         line = re.sub(r"^\w+[/.]\S*  .*", "", line)
         for call in re.findall(r"(?:^|[\s;&])make((?: [\w.=/-]+)+)", line.partition("#")[0]):
             targets |= {word for word in call.split() if "=" not in word and word[0] != "-"}
@@ -61,7 +58,7 @@ def locked() -> dict[str, str]:
 def test_documents_name_only_make_targets_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
-    for document in documents():
+    for document in pages():
         named = make_targets_in(document.read_text(encoding="utf-8"))
         assert named <= targets, f"{document.name}: no such make target: {sorted(named - targets)}"
 
@@ -139,24 +136,24 @@ def test_every_make_target_is_in_the_help() -> None:
     targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
     helped = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
     assert targets == helped
-    told = subprocess.run(
+    database = subprocess.run(
         ["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", told, re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", database, re.MULTILINE)
     assert sorted(phony.split()) == sorted(helped)
 
 
-def test_every_module_says_what_it_is_for() -> None:
-    silent = [
+def test_every_module_has_a_docstring() -> None:
+    missing = [
         path
         for path in sources(CODE)
         if (text := path.read_text(encoding="utf-8")).strip()
         and not ast.get_docstring(ast.parse(text))
     ]
-    assert short(silent) == []
+    assert short(missing) == []
 
 
-def test_no_room_is_too_large() -> None:
+def test_no_module_is_too_large() -> None:
     large = [
         path
         for path in sources(SHIPPED)
@@ -165,13 +162,13 @@ def test_no_room_is_too_large() -> None:
     assert short(large) == [], f"over {MAX_LINES} lines"
 
 
-def test_no_drawers() -> None:
-    drawers = [
+def test_no_module_has_a_vague_name() -> None:
+    vague = [
         path
         for path in sources(CODE)
-        if DRAWERS & {*path.relative_to(ROOT).parent.parts, path.stem}
+        if VAGUE_NAMES & {*path.relative_to(ROOT).parent.parts, path.stem}
     ]
-    assert short(drawers) == [], "name it for what it holds"
+    assert short(vague) == [], "name it for what it holds"
 
 
 def entry_points() -> list[str]:
