@@ -310,6 +310,16 @@ def test_pages_named_in_the_code_exist() -> None:
     assert found and not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_programs_named_in_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    programs = re.findall(r"python -m ((?:deploy|benchmarks|examples|safegene_\w+)[\w.]*)", text)
+    files = [name.rstrip(".").replace(".", "/") + ".py" for name in programs]
+    files += re.findall(r"python ((?:\w+/)+\w+\.py)", text)
+    packages = [name for name in files if (ROOT / name).with_suffix("").is_dir()]
+    assert [name for name in files if name not in packages and not (ROOT / name).exists()] == []
+
+
 def test_messages_of_the_troubleshooting_page_exist() -> None:
     page = (DOCS / "troubleshooting.md").read_text()
     cells = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
