@@ -29,6 +29,7 @@ from safegene_server.sagemaker import ADAPTERS, INVOCATIONS
 from safegene_server.settings import ServerSettings
 from safegene_vllm import errors
 from safegene_vllm.cli import COMMANDS, build_app
+from safegene_vllm.client import Client
 from safegene_vllm.launcher.command import WORKER_EXTENSION
 from safegene_vllm.launcher.config_file import ConfigFile
 from safegene_vllm.plugin.compat import NEWEST, OLDEST
@@ -233,6 +234,26 @@ def test_the_examples_of_settings_are_complete_and_show_the_defaults() -> None:
     monitoring = (DOCS / "guides" / "monitoring.md").read_text()
     example = yaml.safe_load("metrics:\n" + monitoring.split("metrics:\n")[1].split("```")[0])
     assert list(example["metrics"]) == list(fields_of(MetricsSettings))
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_of_a_settings_file_is_accepted() -> None:
+    (text,) = fences(DOCS / "guides" / "tenants.md", "yaml")
+    given = yaml.safe_load(text)
+    settings = ServerSettings(**given)
+    assert ConfigFile(**given["serve"]).flags() == ("--max-lora-rank", "16", "--port", "8000")
+    assert [key.name for key in settings.keys] == ["admin", "acme-app"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_python_examples_parse_and_use_methods_that_exist(page: Path) -> None:
+    for text in fences(page, "python"):
+        ast.parse(text)
+        for method in re.findall(r"\bserver\.(\w+)\(", text):
+            assert hasattr(Client, method), method
 
 
 # -- the site ------------------------------------------------------------------------------------
