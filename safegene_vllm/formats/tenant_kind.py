@@ -1,7 +1,7 @@
-"""What a tenant's directory is: a LoRA adapter, a full checkpoint, a profile alone, or rejected.
+"""The kind of a tenant's directory: LoRA adapter, full checkpoint, profile alone, or rejected.
 
-The one decision for every way in: worker, launcher, commands, registry, local and remote sources.
-By names, before anything is copied or read: a copy of the known files has lost what decides.
+The one decision for every entry: worker, launcher, commands, registry, local and remote sources.
+Made from names, before anything is copied: a copy of the known files leaves out what decides.
 Torch-free. Whether the files are sound, and fit a family, is checked elsewhere.
 """
 
@@ -79,7 +79,7 @@ class _Decision:
 
 
 def tenant_kind(where: Path | Tree, *, new_profile: bool = False) -> TenantKind:
-    """What a tenant's directory is; an adapter or a checkpoint may have a profile in it.
+    """The kind of a tenant's directory; an adapter or a checkpoint may have a profile in it.
 
     - adapter: adapter_config.json and adapter_model.safetensors, whatever else is there;
     - checkpoint: config.json or weights of a whole model;
@@ -94,7 +94,7 @@ def tenant_kind(where: Path | Tree, *, new_profile: bool = False) -> TenantKind:
 
 
 def slot_kind(where: Path | Tree) -> SlotKind:
-    """What a tenant in a LoRA slot is: `tenant_kind`, and a full checkpoint is rejected.
+    """The kind of a tenant in a LoRA slot: `tenant_kind`, and a full checkpoint is rejected.
 
     Errors: those of `tenant_kind`; AdapterRejectedError for a full checkpoint.
     """
@@ -123,7 +123,7 @@ def is_weight_like(name: str) -> bool:
 
 
 def _decide(tree: Tree, *, new_profile: bool = False, slot: bool = False) -> _Decision:
-    """With `slot`, what is said of full checkpoints is meant for a tenant of a LoRA slot."""
+    """With `slot`, the next step in an error is one for a tenant in a LoRA slot."""
     config, weights = tree.has(CONFIG_FILE), tree.has(WEIGHTS_FILE)
     if config and weights:
         return _Decision("adapter", (CONFIG_FILE, WEIGHTS_FILE))
@@ -159,7 +159,7 @@ def _decide(tree: Tree, *, new_profile: bool = False, slot: bool = False) -> _De
 
 
 def _listed(tree: Tree, below: str, left: int) -> tuple[Sequence[Entry], SafegeneError | None]:
-    """The names in one directory; and why they may not be all."""
+    """The names in one directory, and why they may not be all (None: they are)."""
     try:
         entries = tree.entries(below, left + 1)
     except MissingFileError:
@@ -179,7 +179,7 @@ def _listed(tree: Tree, below: str, left: int) -> tuple[Sequence[Entry], Safegen
 
 
 def _walk(tree: Tree, top: Sequence[Entry]) -> tuple[list[str], SafegeneError | None]:
-    """What is weight-like in the subdirectories; and why there may be more, else None."""
+    """Weight-like names in the subdirectories, and why there may be more (None: there are not)."""
     likes: list[str] = []
     unseen: SafegeneError | None = None
     left = MAX_ENTRIES - len(top)
@@ -230,11 +230,11 @@ def _tree(where: Path | Tree, *, new_profile: bool = False) -> Tree:
     return LocalTree(where)
 
 
-# -- what is said --------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------
 
 
 def _incomplete(tree: Tree, missing: str, likes: Sequence[str]) -> SafegeneError:
-    """Half an adapter, or one in a form that is not read."""
+    """The error for half an adapter, or one in a form that is not read."""
     others = [name for name in likes if name not in (CONFIG_FILE, WEIGHTS_FILE)]
     pickles = [name for name in others if name.lower().rpartition(".")[2] in _PICKLES]
     if missing == WEIGHTS_FILE and any(map(_is_adapter_pickle, others)):
@@ -255,7 +255,7 @@ def _incomplete(tree: Tree, missing: str, likes: Sequence[str]) -> SafegeneError
 
 
 def _not_alone(tree: Tree, likes: Sequence[str], *, described: bool, slot: bool) -> SafegeneError:
-    """Something of a model in a directory, or below it, that is neither adapter nor checkpoint."""
+    """The error for parts of a model in or below what is neither adapter nor checkpoint."""
     holders: dict[str, set[str]] = {}
     for path in likes:
         folder, _, name = path.rpartition("/")
@@ -283,7 +283,7 @@ def _not_alone(tree: Tree, likes: Sequence[str], *, described: bool, slot: bool)
 
 
 def _folders(tree: Tree, folders: Sequence[str]) -> str:
-    """Subdirectories as paths, one of which is meant."""
+    """Subdirectories as paths to choose from."""
     names = [f"{tree.shown}/{folder}" for folder in sorted(folders, key=_natural)]
     return ("one of " if len(names) > 1 else "") + _list(names)
 
@@ -303,7 +303,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name of somebody else's file, fit for one line of a log and for UTF-8."""
+    """A name of unknown origin, fit for one line of a log and for UTF-8."""
     name = name if name.isprintable() else ascii(name)[1:-1]
     return name if len(name) <= 500 else f"{name[:500]}..."
 

@@ -119,7 +119,7 @@ class _Copy:
                 f"{source.shown}: {', '.join(changed)} changed while it was read; try again when "
                 "nobody writes there."
             )
-        # Of a profile alone: what came beside it while it was read is no longer left out unseen.
+        # An upload may have gone on meanwhile: the profile must still be alone.
         if kind == "profile":
             slot_kind(source)
         return copied

@@ -154,8 +154,8 @@ class RemoteSource:
             if self.shown.startswith("http") and not path.startswith(f"{inside}/"):
                 continue  # A page links to other places too.
             if path.strip("/") == inside.strip("/"):
-                # The mark that some tools leave for a directory; below a name of no letters nothing
-                # can be looked at.
+                # A file of this name is the mark that some tools leave for a directory; a directory
+                # of it (`acme//x`) has an empty name, which cannot be listed.
                 if is_directory:
                     yield Entry("", "unseen")
                 continue
