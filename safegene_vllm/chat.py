@@ -1,7 +1,7 @@
-"""Prompts as a model sees them: one user turn in its own chat template, as token ids.
+"""Chat prompts as token ids, greedy decoding, stop tokens and context lengths.
 
-One way for training, measuring and every backend, so that answers can be compared, and the plainest
-greedy decoding. Knows no loss and no adapters; torch is loaded by what needs it.
+Shared by training, evaluation and every backend, so that completions can be compared. torch is
+imported inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
-def chosen_device(name: str = "auto") -> torch.device:
-    """`auto` is the first CUDA device if there is one. Errors: ConfigError."""
+def resolve_device(name: str = "auto") -> torch.device:
+    """The torch device `name`; `auto`: CUDA if available, else the CPU. Errors: ConfigError."""
     import torch
 
     if name == "auto":
@@ -33,7 +33,7 @@ def chosen_device(name: str = "auto") -> torch.device:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in `directory`; nothing is fetched from a model hub.
+    """Load the tokenizer in `directory`, without a download.
 
     Errors: ConfigError if there is none.
     """
@@ -46,22 +46,22 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def check_template(tokenizer: Any) -> None:
-    """ConfigError unless the tokenizer can put a prompt as a chat."""
+    """Check that the tokenizer has a chat template. Errors: ConfigError."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so how to ask the "
-            "model is unknown; set chat_template in its tokenizer_config.json"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so the "
+            "prompt format is unknown; set chat_template in its tokenizer_config.json"
         )
 
 
 def chat_text(tokenizer: Any, prompt: str) -> str:
-    """One user turn in the chat template, up to where the assistant begins."""
+    """One user turn in the chat template, with the generation prompt."""
     turns = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def prompt_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
-    """Token ids per prompt: its `chat_text`, and nothing that the template has not put there."""
+    """Token ids of each prompt's `chat_text`, without further special tokens."""
     return [
         list(tokenizer.encode(chat_text(tokenizer, prompt), add_special_tokens=False))
         for prompt in prompts
@@ -69,7 +69,7 @@ def prompt_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """What the template puts after an answer; the end-of-text token if it does not tell.
+    """Token ids that the template puts after a completion; else the end-of-text token.
 
     Errors: ConfigError if there is neither.
     """
@@ -81,14 +81,14 @@ def end_of_turn(tokenizer: Any) -> list[int]:
         return list(tokenizer.encode(tail, add_special_tokens=False))
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            "neither the chat template nor an eos_token tells how an answer ends; set eos_token in "
-            "the tokenizer_config.json"
+            "neither the chat template nor an eos_token says how a completion ends; set "
+            "eos_token in the tokenizer_config.json"
         )
     return [tokenizer.eos_token_id]
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills up a batch; masked, so the end-of-text token or any other will do."""
+    """Padding token; masked, so the end-of-text token or any other will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in known if token is not None))
 
@@ -96,10 +96,10 @@ def pad_token(tokenizer: Any) -> int:
 def greedy_tokens(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], max_tokens: int, stops: Sequence[int]
 ) -> list[list[int]]:
-    """What a transformers model writes after each row of token ids, up to and without its end.
+    """Greedy completions of rows of token ids by a transformers model, without the stop token.
 
-    Rows are padded on the left. In place: the model's generation_config is replaced, for it may ask
-    for penalties, and what is not said here would be taken from it.
+    Rows are padded on the left. In place: the model's generation_config is replaced, since its
+    penalties and other deerrors would apply.
     """
     import torch
     from transformers import GenerationConfig
@@ -116,17 +116,17 @@ def greedy_tokens(
     )
     with torch.inference_mode():
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    return [until_stop(new, stops) for new in out[:, width:].tolist()]
+    return [truncate_at_stop(new, stops) for new in out[:, width:].tolist()]
 
 
-def until_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends an answer."""
+def truncate_at_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The tokens before the first stop token."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return list(tokens[:end])
 
 
-def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """What the assistant said, without special tokens and outer blanks."""
+def completion_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The decoded completion, stripped, without special tokens."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
@@ -136,7 +136,7 @@ def _token_ids(value: Any) -> set[int]:
 
 
 def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: of the tokenizer, config.json and generation_config.json."""
+    """Stop tokens of the tokenizer, config.json and generation_config.json."""
     found = _token_ids(tokenizer.eos_token_id)
     for name in ("config.json", "generation_config.json"):
         if (path := Path(directory) / name).exists():
@@ -147,15 +147,15 @@ def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
     return sorted(found)
 
 
-def stops_of(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer of a model in memory: of the tokenizer and what it loaded."""
+def model_stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Stop tokens of a model in memory: of the tokenizer and its generation_config."""
     return sorted(
         _token_ids(tokenizer.eos_token_id) | _token_ids(model.generation_config.eos_token_id)
     )
 
 
 def context_tokens(directory: Path) -> int | None:
-    """How many tokens prompt and answer may have together, by config.json; None if it is silent."""
+    """Context length in tokens by config.json, None if it has none."""
     config = read_json(Path(directory) / "config.json")
     text = config.get("text_config")
     both = {**(text if isinstance(text, dict) else {}), **config}
@@ -165,28 +165,28 @@ def context_tokens(directory: Path) -> int | None:
 def check_lengths(
     tokenizer: Any,
     prompts: Mapping[str, Sequence[str]],
-    answer_tokens: Mapping[str, int],
+    completion_tokens: Mapping[str, int],
     context: int | None,
 ) -> int:
-    """The most tokens that any prompt and its answer need together.
+    """The tokens of the longest prompt plus its completion.
 
-    `prompts` and `answer_tokens` by the name of their set. Errors: ConfigError naming each set and
-    the rows that do not fit into `context` tokens.
+    `prompts` and `completion_tokens` by the name of their set. Errors: ConfigError naming each set
+    and the rows that exceed `context` tokens.
     """
     longest = 0
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for name, texts in prompts.items():
-        needed = [len(ids) + answer_tokens[name] for ids in prompt_tokens(tokenizer, texts)]
+        needed = [len(ids) + completion_tokens[name] for ids in prompt_tokens(tokenizer, texts)]
         longest = max(longest, *needed)
         rows = [row for row, tokens in enumerate(needed, 1) if context and tokens > context]
         if rows:
             shown = ", ".join(f"{row} ({needed[row - 1]} tokens)" for row in rows[:5])
-            faults.append(
+            errors.append(
                 ConfigError(
-                    f"{name}: {len(rows)} prompts with an answer of {answer_tokens[name]} tokens "
-                    f"do not fit the model's context of {context} tokens: rows {shown}; leave them "
-                    "out or ask for shorter answers"
+                    f"{name}: {len(rows)} prompts plus {completion_tokens[name]} generated tokens "
+                    f"exceed the model's context of {context} tokens: rows {shown}; leave them out "
+                    "or generate fewer tokens"
                 )
             )
-    raise_errors(faults)
+    raise_errors(errors)
     return longest

@@ -1,9 +1,9 @@
-"""The reference mathematics: W' = W + sum over layers of λ_l · B A, in three forms that agree.
+"""Reference mathematics: W' = W + sum over layers of λ_l · B A, in three forms that agree.
 
-Merged weight, LoRA pair (rank concatenation) and gain row, all in float32 and in plain torch.
-Every fast path is tested against this file; merging alone is tuned, because starts wait for it.
-Notation: L layers, T tokens, R rank, D_in, D_out. Source: docs/reference/format.md;
-LoRA is Hu et al. 2021, arXiv:2106.09685.
+Merged weight, LoRA weights (rank concatenation) and gain row, in float32 and plain torch. Every
+fast path is tested against this file; only merging is tuned, because model loading waits for it.
+Notation: L layers, T tokens, R rank, D_in, D_out. Source: docs/reference/format.md; LoRA is
+Hu et al. 2021, arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from safegene_vllm.formats.family import Family
 from safegene_vllm.formats.profile import Profile, check_profile
 
 BLOCK_ENTRIES = 1 << 17
-"""Entries of a weight that are merged at a time, in place: they fit a core's cache."""
+"""Entries of a weight that are merged at a time; they fit a core's cache."""
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-"""Dtypes that can be merged into, and integers of their size."""
+"""Dtypes that can be merged into, with integer types of the same size."""
 
 
 def merged_weight_name(site: str) -> str:
-    """The name in a checkpoint of the weight that a site's pair is added to."""
+    """Name in a checkpoint of the weight of a target module (a `site` in file formats)."""
     return f"{site}.weight"
 
 
 def delta(lora: LoRAWeights, coefficient: float) -> torch.Tensor:
-    """What is added to a weight: (D_out, D_in) float32.
+    """Weight delta of a LoRA: (D_out, D_in) float32.
 
     Semantics: coefficient · scaling · b @ a.
     """
@@ -48,11 +48,11 @@ def delta(lora: LoRAWeights, coefficient: float) -> torch.Tensor:
 def merge_into(
     weight: torch.Tensor, lora: LoRAWeights, coefficient: float, *, rows: int | None = None
 ) -> torch.Tensor:
-    """The merged weight: a new tensor (D_out, D_in) of weight's dtype and device.
+    """Merge a LoRA into a weight: a new tensor (D_out, D_in) of its dtype and device.
 
     Semantics: weight + coefficient · scaling · b @ a, added in float32 (float64 for a float64
-    weight), `rows` rows at a time: the peak is one tensor and two blocks. At coefficient 0.0
-    the very same tensor comes back. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
+    weight), `rows` rows at a time: peak memory is one tensor and two blocks. At coefficient
+    0.0 the same tensor is returned. Errors: ShapeError (shape, dtype), NonFiniteError (overflow).
     """
     if coefficient == 0.0:
         return weight
@@ -63,7 +63,7 @@ def merge_into(
         )
     if tuple(weight.shape) != (lora.d_out, lora.d_in):
         raise ShapeError(
-            f"weight has shape {tuple(weight.shape)}, the pair is for {(lora.d_out, lora.d_in)}"
+            f"weight has shape {tuple(weight.shape)}, the LoRA is for {(lora.d_out, lora.d_in)}"
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = (t.to(weight.device, wide) for t in (lora.a, lora.b))
@@ -73,19 +73,19 @@ def merge_into(
     starts = range(0, lora.d_out, rows)
     work = torch.empty(min(rows, lora.d_out), lora.d_in, dtype=wide, device=weight.device)
     # Without its sign a float's bits order as integers, those of Inf and NaN above all others.
-    of_bits = _BITS[weight.dtype]
-    bits, without_sign = merged.view(of_bits), torch.iinfo(of_bits).max
-    seen = torch.empty_like(work, dtype=of_bits)
-    most = torch.empty(len(starts), dtype=of_bits, device=weight.device)
+    int_dtype = _BITS[weight.dtype]
+    bits, without_sign = merged.view(int_dtype), torch.iinfo(int_dtype).max
+    unsigned = torch.empty_like(work, dtype=int_dtype)
+    maxima = torch.empty(len(starts), dtype=int_dtype, device=weight.device)
     for number, start in enumerate(starts):
         block = slice(start, start + rows)
         sums = work[: b[block].shape[0]].copy_(weight[block])
         merged[block] = sums.addmm_(b[block], a, alpha=factor)
-        unsigned = torch.bitwise_and(bits[block], without_sign, out=seen[: sums.shape[0]])
-        torch.amax(unsigned, dim=(0, 1), out=most[number])
-    infinite = int(torch.tensor(torch.inf, dtype=weight.dtype).view(of_bits))
-    if (highest := int(most.max())) >= infinite:
-        start = starts[int((most == highest).nonzero()[0])]
+        block_bits = torch.bitwise_and(bits[block], without_sign, out=unsigned[: sums.shape[0]])
+        torch.amax(block_bits, dim=(0, 1), out=maxima[number])
+    infinite = int(torch.tensor(torch.inf, dtype=weight.dtype).view(int_dtype))
+    if (highest := int(maxima.max())) >= infinite:
+        start = starts[int((maxima == highest).nonzero()[0])]
         raise NonFiniteError(
             f"the merged weight holds NaN or Inf in rows {start}..{start + rows - 1} as "
             f"{weight.dtype}; lower the coefficient ({coefficient}) or use bfloat16"
@@ -96,10 +96,10 @@ def merge_into(
 def composed_lora(
     tenant: LoRAWeights | None, safety: LoRAWeights, coefficient: float
 ) -> LoRAWeights:
-    """Tenant and safety pair as one pair of rank R_t + R_s, float32, scaling 1.
+    """Tenant and safety LoRA as one of rank R_t + R_s, float32, scaling 1.
 
-    Semantics: a = [a_t; a_s], b = [s_t b_t, coefficient · s_s b_s]. At coefficient 0.0 the
-    tenant's own pair (float32, folded): zeros cost no rank. Without a tenant, b is then zero.
+    Semantics: a = [a_t; a_s], b = [s_t b_t, coefficient · s_s b_s]. At coefficient 0.0 the tenant's
+    own LoRA (float32, folded), since zeros need no rank. Without a tenant, b is then zero.
     Errors: ShapeError if D_in or D_out differ.
     """
     a_s, b_s = safety.a.float(), safety.b.float() * (coefficient * safety.scaling)
@@ -107,7 +107,7 @@ def composed_lora(
         return LoRAWeights(a_s, b_s)
     if (tenant.d_in, tenant.d_out) != (safety.d_in, safety.d_out):
         raise ShapeError(
-            f"the tenant's pair is for a weight {(tenant.d_out, tenant.d_in)}, "
+            f"the tenant's LoRA is for a weight {(tenant.d_out, tenant.d_in)}, "
             f"the family's for {(safety.d_out, safety.d_in)}"
         )
     a_t, b_t = tenant.a.float(), tenant.b.float() * tenant.scaling
@@ -122,7 +122,7 @@ def gain_row(profile: Profile) -> torch.Tensor:
 
 
 def safety_product(x: torch.Tensor, lora: LoRAWeights, gain: torch.Tensor) -> torch.Tensor:
-    """What the gain table adds to a linear's output: (T, D_out) float32.
+    """Term that the gain table adds to a linear layer's output: (T, D_out) float32.
 
     Semantics: ((x aᵀ) · gain[:, None]) (scaling · b)ᵀ, with x (T, D_in) of any float dtype and gain
     (T,), one coefficient per token.
@@ -132,14 +132,15 @@ def safety_product(x: torch.Tensor, lora: LoRAWeights, gain: torch.Tensor) -> to
 
 
 def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) -> Adapter:
-    """Tenant, family and profile as one ordinary adapter: all sites of both, float32, scaling 1.
+    """Tenant, family and profile as one ordinary adapter, float32, scaling 1.
 
-    Errors: those of `check_profile`; FamilyMismatchError naming each site whose shape differs.
+    Errors: those of `check_profile`; FamilyMismatchError naming each target module of
+    another shape.
     """
     check_profile(profile, family.header)
     ours = {} if tenant is None else dict(tenant.lora_weights)
     lora_weights: dict[str, LoRAWeights] = {}
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for site in sorted(ours.keys() | family.lora_weights.keys()):
         own, safety = ours.get(site), family.lora_weights.get(site)
         if safety is None:
@@ -151,7 +152,7 @@ def compose_adapter(tenant: Adapter | None, family: Family, profile: Profile) ->
         try:
             lora_weights[site] = composed_lora(own, safety, profile.coefficients[layer])
         except ShapeError as error:
-            faults.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
-    raise_errors(faults)
+            errors.append(FamilyMismatchError(f"family {family.header.name!r}, {site}: {error}"))
+    raise_errors(errors)
     base_model = None if tenant is None else tenant.base_model
     return Adapter(lora_weights, base_model, plain_config(lora_weights, base_model))

@@ -1,10 +1,9 @@
 """Prompts, answers and labels from CSV, TSV, JSONL, JSON or a Hugging Face data set. Torch-free.
 
-One way to name data, wherever a command takes some: `PATH?key=value&key=value`, percent-decoded
-(%20 a space, %26 an ampersand). Reserved keys: prompt=COLUMN, answer=COLUMN, licence=TEXT, limit=N,
-header=col1,col2; any other key keeps the rows whose COLUMN is VALUE. What is not a file but reads
-like owner/name, or `hf:NAME[:CONFIG[:SPLIT]]`, is read with the optional package `datasets`.
-Not for what the texts mean: tasks and judges are evaluate's business.
+Data sources are written `PATH?key=value&key=value`, percent-decoded (%20 a space, %26 an
+ampersand). Reserved keys: prompt=COLUMN, answer=COLUMN, licence=TEXT, limit=N, header=col1,col2;
+any other key selects the rows whose COLUMN is VALUE. A name like owner/name that is no file, or
+`hf:NAME[:CONFIG[:SPLIT]]`, is read with the optional package `datasets`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TEXT_COLUMNS = ("answer", "response", "output")
 ANSWER_COLUMNS = (*TEXT_COLUMNS, "label", "category")
 """Tried in this order. Never `target`: in AdvBench's own file that column opens harmful answers."""
 
-LICENCE_COLUMNS = ("licence", "license")
+LICENSE_COLUMNS = ("licence", "license")
 RESERVED_KEYS = ("prompt", "answer", "licence", "limit", "header")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,7 +35,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt; `answer` is its target text or label, None if the data has none."""
+    """A prompt; `answer` is its reference text or label, None if the data has none."""
 
     prompt: str
     answer: str | None
@@ -44,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows in order. `source` is the file name with its query: no directory, nothing private."""
+    """Rows in order; `source` is the file name with its query, without its directory."""
 
     name: str
     rows: tuple[Row, ...]
@@ -53,7 +52,7 @@ class Dataset:
     source: str
 
     def record(self) -> dict[str, Any]:
-        """What a recipe or a calibration tells about its data."""
+        """The data as a recipe or a calibration records it."""
         return {
             "name": self.name,
             "rows": len(self.rows),
@@ -64,7 +63,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they are in the file, filtered and limited, with their numbers there (from 1)."""
+    """Raw rows, filtered and limited, with their numbers in the file (from 1)."""
 
     label: str
     name: str
@@ -82,34 +81,34 @@ def digest_of_rows(rows: Iterable[Row]) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def _several(values: Sequence[Any]) -> str:
+def _shorten(values: Sequence[Any]) -> str:
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return shown + (f", ... ({len(values)} in all)" if len(values) > _SHOWN else "")
 
 
 def split_source(source: str | Path, *, what: str = "data") -> tuple[str, dict[str, str]]:
-    """The path or name in `source`, and its query. Errors: ConfigError naming the bad part."""
+    """Split `source` into path and query. Errors: ConfigError naming the bad part."""
     path, mark, query = str(source).partition("?")
     options: dict[str, str] = {}
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for part in query.split("&") if mark else []:
         key, equals, value = part.partition("=")
         key = unquote(key)
         if not key or not equals:
-            faults.append(ConfigError(f"{what} {source}: {part!r} is not key=value"))
+            errors.append(ConfigError(f"{what} {source}: {part!r} is not key=value"))
         elif key in options:
-            faults.append(ConfigError(f"{what} {source}: {key} is given twice; keep one of them"))
+            errors.append(ConfigError(f"{what} {source}: {key} is given twice; keep one of them"))
         options[key] = unquote(value)
     if not path:
-        faults.append(ConfigError(f"{what} {str(source)!r}: no path before the '?'"))
+        errors.append(ConfigError(f"{what} {str(source)!r}: no path before the '?'"))
     limit = options.get("limit", "1")
     if not limit.isdecimal() or int(limit) < 1:
-        faults.append(
+        errors.append(
             ConfigError(
                 f"{what} {source}: limit is {limit!r}, expected a number of rows, 1 or more"
             )
         )
-    raise_errors(faults)
+    raise_errors(errors)
     return path, options
 
 
@@ -128,14 +127,14 @@ def _delimited(
     except csv.Error as error:
         raise ConfigError(f"{label}: line {reader.line_num} cannot be read: {error}") from error
     columns = list(header) if header is not None else (records.pop(0) if records else [])
-    double = sorted({column for column in columns if columns.count(column) > 1})
-    if double:
-        raise ConfigError(f"{label}: the header names {_several(double)} twice")
+    duplicates = sorted({column for column in columns if columns.count(column) > 1})
+    if duplicates:
+        raise ConfigError(f"{label}: the header names {_shorten(duplicates)} twice")
     wrong = [i for i, record in enumerate(records, 1) if len(record) != len(columns)]
     if wrong:
         found = len(records[wrong[0] - 1])
         raise ConfigError(
-            f"{label}: rows {_several(wrong)} do not have {len(columns)} fields like the header "
+            f"{label}: rows {_shorten(wrong)} do not have {len(columns)} fields like the header "
             f"{columns} (row {wrong[0]} has {found}); quote fields that hold the delimiter, or "
             "name the columns of a file without a header by ?header=col1,col2"
         )
@@ -156,7 +155,7 @@ def _objects(text: str, suffix: str, label: str) -> list[dict[str, Any]]:
         ]
     wrong = [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]
     if wrong:
-        raise ConfigError(f"{label}: rows {_several(wrong)} are not JSON objects")
+        raise ConfigError(f"{label}: rows {_shorten(wrong)} are not JSON objects")
     return rows
 
 
@@ -180,7 +179,7 @@ def _read_file(
     if path.suffix in (".csv", ".tsv"):
         return _delimited(text, header, "," if path.suffix == ".csv" else "\t", label)
     if header is not None:
-        raise ConfigError(f"{label}: header= is for CSV and TSV; the rows of JSON name themselves")
+        raise ConfigError(f"{label}: header= is for CSV and TSV; rows of JSON have their own names")
     rows = _objects(text, path.suffix, label)
     return _columns_of(rows), rows
 
@@ -192,8 +191,8 @@ def _read_hub(name: str, label: str) -> tuple[list[str], list[dict[str, Any]]]:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise ConfigError(
-            f"{label}: there is no such file, and to read {repository!r} as a data set by name "
-            "needs the package datasets: pip install datasets (or name a file)"
+            f"{label}: no such file, and reading {repository!r} from the Hugging Face Hub needs "
+            "the package datasets: pip install datasets (or name a file)"
         ) from error
     try:
         loaded = datasets.load_dataset(repository, config or None, split=split or None)
@@ -202,7 +201,7 @@ def _read_hub(name: str, label: str) -> tuple[list[str], list[dict[str, Any]]]:
     if isinstance(loaded, Mapping):
         if len(loaded) != 1:
             raise ConfigError(
-                f"{label}: {repository!r} has the splits {_several(sorted(loaded))}; name one: "
+                f"{label}: {repository!r} has the splits {_shorten(sorted(loaded))}; name one: "
                 f"hf:{repository}:{config}:SPLIT"
             )
         loaded = next(iter(loaded.values()))
@@ -210,7 +209,7 @@ def _read_hub(name: str, label: str) -> tuple[list[str], list[dict[str, Any]]]:
     return _columns_of(rows), rows
 
 
-def _kept(
+def _filtered(
     rows: Iterable[tuple[int, Mapping[str, Any]]],
     filters: Mapping[str, str],
     columns: Sequence[str],
@@ -219,26 +218,26 @@ def _kept(
     unknown = [column for column in filters if column not in columns]
     if unknown:
         raise ConfigError(
-            f"{label}: no column {_several(unknown)} to choose rows by; columns found: "
-            f"{_several(columns)} (reserved keys: {', '.join(RESERVED_KEYS)})"
+            f"{label}: no column {_shorten(unknown)} to filter by; columns found: "
+            f"{_shorten(columns)} (reserved keys: {', '.join(RESERVED_KEYS)})"
         )
-    kept = list(rows)
+    found = list(rows)
     for column, wanted in filters.items():
-        values = list(dict.fromkeys(str(row.get(column)) for _, row in kept))
-        kept = [(number, row) for number, row in kept if str(row.get(column)) == wanted]
-        if not kept:
+        values = list(dict.fromkeys(str(row.get(column)) for _, row in found))
+        found = [(number, row) for number, row in found if str(row.get(column)) == wanted]
+        if not found:
             raise ConfigError(
-                f"{label}: no row has {column}={wanted}; values found: {_several(values)}"
+                f"{label}: no row has {column}={wanted}; values found: {_shorten(values)}"
             )
-    return kept
+    return found
 
 
 def read_table(
     source: str | Path, *, header: Sequence[str] | None = None, what: str = "data"
 ) -> Table:
-    """The rows of `source` as they are, after its filters and its limit.
+    """The raw rows of `source`, after its filters and its limit.
 
-    `header` names the columns of a file that has none, unless the source names them itself.
+    `header` names the columns of a file that has none, unless the source does.
     Errors: MissingFileError; ConfigError naming `what`, the source and what was found; HeaderError
     or NonFiniteError for broken JSON.
     """
@@ -251,9 +250,9 @@ def read_table(
     )
     columns, rows = _read_file(Path(path), header, label) if is_file else _read_hub(path, label)
     if not rows:
-        raise ConfigError(f"{label}: there are no rows in it")
+        raise ConfigError(f"{label}: the data has no rows")
     filters = {key: value for key, value in options.items() if key not in RESERVED_KEYS}
-    kept = _kept(enumerate(rows, 1), filters, columns, label)
+    found = _filtered(enumerate(rows, 1), filters, columns, label)
     name = Path(path).name if is_file else path.removeprefix("hf:")
     _, mark, query = str(source).partition("?")
     return Table(
@@ -261,38 +260,38 @@ def read_table(
         name=name,
         source=f"{name}{mark}{query}",
         columns=tuple(columns),
-        rows=tuple(kept[: int(options.get("limit", len(kept)))]),
+        rows=tuple(found[: int(options.get("limit", len(found)))]),
         options=options,
     )
 
 
-def licence_of(table: Table, *, need: bool = False) -> str | None:
-    """`licence=` of the source, else all values of the rows' licence field; None if there is none.
+def license_of(table: Table, *, need: bool = False) -> str | None:
+    """License: `licence=` of the source, else all values of the rows' license field, else None.
 
-    Errors: ConfigError if one is needed and missing, be it in a single row.
+    Errors: ConfigError if one is needed and any row has none.
     """
     if table.options.get("licence"):
         return table.options["licence"]
-    column = next((name for name in LICENCE_COLUMNS if name in table.columns), None)
+    column = next((name for name in LICENSE_COLUMNS if name in table.columns), None)
     missing = [number for number, row in table.rows if not (column and row.get(column))]
     if column and not missing:
         return ", ".join(dict.fromkeys(str(row[column]) for _, row in table.rows))
     if need:
         found = (
-            f"rows {_several(missing)} have no {column}"
+            f"rows {_shorten(missing)} have no {column}"
             if column
-            else f"there is no licence= in the source and no column {' or '.join(LICENCE_COLUMNS)}"
+            else f"there is no licence= in the source and no column {' or '.join(LICENSE_COLUMNS)}"
         )
         raise ConfigError(
-            f"{table.label}: the licence of the data is not known: {found}; add ?licence=MIT, or "
-            "whatever it is, to the source; the licence is written into the record"
+            f"{table.label}: the license of the data is unknown: {found}; add for example "
+            "?licence=MIT to the source; the license is written into the record"
         )
     return None
 
 
-def as_dataset(table: Table, rows: Sequence[Row], *, need_licence: bool = False) -> Dataset:
-    """What was made of a table's rows, with name, licence and digest."""
-    licence = licence_of(table, need=need_licence)
+def as_dataset(table: Table, rows: Sequence[Row], *, need_license: bool = False) -> Dataset:
+    """`rows` made from a table, with its name, license and digest."""
+    licence = license_of(table, need=need_license)
     return Dataset(table.name, tuple(rows), licence, digest_of_rows(rows), table.source)
 
 
@@ -304,13 +303,13 @@ def _column(table: Table, key: str, usual: Sequence[str]) -> str | None:
     if named not in table.columns:
         raise ConfigError(
             f"{table.label}: no column {named!r} for {key}=; columns found: "
-            f"{_several(table.columns)}"
+            f"{_shorten(table.columns)}"
         )
     return named
 
 
 def _first_instance(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Input and output beside an instruction: the row's own, or self-instruct's first instance."""
+    """The row, or the first instance of a self-instruct row, with input and output."""
     instances = row.get("instances")
     if isinstance(instances, list) and instances and isinstance(instances[0], dict):
         return instances[0]
@@ -334,17 +333,17 @@ def read_dataset(
     source: str | Path,
     *,
     need_answers: bool = False,
-    need_licence: bool = False,
+    need_license: bool = False,
     labels: bool = True,
     what: str = "data",
 ) -> Dataset:
-    """Prompts, and answers where there are any, of `source`; duplicates are kept.
+    """Prompts of `source`, with answers if it has any; duplicates stay.
 
     The prompt column is the source's `prompt=` or the first of PROMPT_COLUMNS, the answer's
-    `answer=` or the first of ANSWER_COLUMNS (`labels=False`: of TEXT_COLUMNS). An `input` beside
-    an `instruction`, and the input and output of self-instruct's `instances[0]`, belong to them.
-    `what` opens every message.
-    Errors: those of `read_table`; ConfigError naming columns, rows, values or the missing licence.
+    `answer=` or the first of ANSWER_COLUMNS (`labels=False`: of TEXT_COLUMNS). An `input` is
+    appended to its `instruction`; self-instruct's `instances[0]` supplies input and output.
+    `what` begins every message.
+    Errors: those of `read_table`; ConfigError naming columns, rows, values or the missing license.
     """
     table = read_table(source, what=what)
     prompt = _column(table, "prompt", PROMPT_COLUMNS)
@@ -352,7 +351,7 @@ def read_dataset(
     answer = _column(table, "answer", [c for c in usual if c != prompt])
     if prompt is None:
         raise ConfigError(
-            f"{table.label}: no column of {_several(table.columns)} is known to hold prompts "
+            f"{table.label}: no column of {_shorten(table.columns)} is known to hold prompts "
             f"({', '.join(PROMPT_COLUMNS)}); name it: ?prompt=COLUMN"
         )
     rows: list[Row] = []
@@ -368,21 +367,21 @@ def read_dataset(
         if given is None or given == "":
             without["answer"].append(number)
         rows.append(Row(str(text), None if given is None or given == "" else str(given)))
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     if without["prompt"]:
-        faults.append(
+        errors.append(
             ConfigError(
-                f"{table.label}: rows {_several(without['prompt'])} have no text in column "
+                f"{table.label}: rows {_shorten(without['prompt'])} have no text in column "
                 f"{prompt!r}; leave them out or name another column by ?prompt="
             )
         )
     if need_answers and without["answer"]:
-        where = f"in column {answer!r}" if answer else f"(columns: {_several(table.columns)})"
-        faults.append(
+        where = f"in column {answer!r}" if answer else f"(columns: {_shorten(table.columns)})"
+        errors.append(
             ConfigError(
-                f"{table.label}: rows {_several(without['answer'])} have no answer {where}; name "
+                f"{table.label}: rows {_shorten(without['answer'])} have no answer {where}; name "
                 "the column by ?answer=COLUMN"
             )
         )
-    raise_errors(faults)
-    return as_dataset(table, rows, need_licence=need_licence)
+    raise_errors(errors)
+    return as_dataset(table, rows, need_license=need_license)

@@ -1,8 +1,8 @@
-"""A tenant with its vector in ordinary files, for engines without the plugin.
+"""Export of a tenant with its vector to ordinary files, for engines without the plugin.
 
-Either one PEFT adapter (tenant and vector as one pair per site) or a full checkpoint with both
-merged in, written shard by shard with about one tensor in memory. Neither carries a profile: what
-was put in is told by `safegene-export.json`. torch is loaded inside the functions.
+Either one PEFT adapter (tenant and vector as one LoRA per target module) or a full checkpoint with
+both merged, written shard by shard with about one tensor in memory. Neither carries a profile:
+`safegene-export.json` records what was merged. torch is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from safegene_vllm.formats.family import Family
 
 Progress = Callable[[int, int], None]
-"""Is called with the bytes that are done and the bytes there are."""
+"""Callback with the bytes written and the total."""
 
 _BLOCK_BYTES = 16 << 20
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
@@ -59,7 +59,7 @@ _COPIED_NAMES = ("LICENSE", "NOTICE")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `changed` sites of `sites`, the largest rank (0: a checkpoint)."""
+    """Result of an export: target modules, those changed, the largest rank (0: a checkpoint)."""
 
     path: Path
     sites: int
@@ -84,7 +84,7 @@ def _record(form: str, family: Family, profile: Profile, more: Mapping[str, Any]
 
 
 def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
-    """The tenant's LoRA; None if it is nothing but a profile. Refuses what cannot be a tenant."""
+    """The tenant's LoRA, None for a bare profile. Errors: AdapterRejectedError and the like."""
     if tenant is None:
         return None
     refuse_exported(tenant)
@@ -99,7 +99,7 @@ def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
 
 
 def _padded(lora: LoRAWeights, rank: int) -> LoRAWeights:
-    """The same ΔW at `rank`: rows of a and columns of b filled up with zeros."""
+    """The same ΔW at `rank`: rows of a and columns of b padded with zeros."""
     from torch.nn.functional import pad
 
     missing = rank - lora.rank
@@ -114,17 +114,17 @@ def export_adapter(
     *,
     dtype: torch.dtype | None = None,
 ) -> Exported:
-    """Write tenant and vector as one PEFT adapter, all sites of one rank, scaling 1, float32.
+    """Write tenant and vector as one PEFT adapter of a single rank, scaling 1, float32.
 
     `tenant` is an adapter's directory; None or a bare profile's for the vector alone. One rank for
-    all, padded with zeros, because many engines read `r` and no `rank_pattern`. Sites that add
-    nothing are left out. Errors: those of compose.compose_adapter; FormatError if `out` holds
-    more than an earlier export; AdapterRejectedError if the tenant was exported already.
+    all, padded with zeros, because many engines read `r` and no `rank_pattern`. LoRA weights of
+    zero are left out. Errors: those of composition.compose_adapter; FormatError if `out` holds more
+    than an earlier export; AdapterRejectedError if the tenant was exported already.
     """
     from safegene_vllm.composition import compose_adapter
 
     composed = compose_adapter(_own_adapter(tenant, family), family, profile)
-    # With nothing left the zeros stay: an adapter without tensors loads nowhere.
+    # If all are zero they stay: no engine loads an adapter without tensors.
     used = {
         site: p for site, p in composed.lora_weights.items() if bool(p.b.any())
     } or composed.lora_weights
@@ -138,10 +138,10 @@ def export_adapter(
     return Exported(Path(out), len(lora_weights), len(lora_weights), rank)
 
 
-def _merge_lora_weights(
+def _composed_lora_weights(
     own: Adapter | None, family: Family, profile: Profile
 ) -> dict[str, LoRAWeights]:
-    """Per site the one pair that is added to its weight; sites that add nothing are left out.
+    """LoRA weights to merge, by target module; those of zero are left out.
 
     Semantics: scaling · b @ a = s_t b_t @ a_t + λ b_s @ a_s, one rounding for both.
     """
@@ -163,13 +163,13 @@ def _merge_lora_weights(
         elif coefficient != 0.0 and theirs is not None:
             lora_weights[site] = composed_lora(theirs, safety, coefficient)
         elif coefficient != 0.0:
-            # Not folded into b: so the weight is bit for bit that of --load-format safegene.
+            # Not folded into b, so that the weight is bit-identical to --load-format safegene.
             lora_weights[site] = replace(safety, scaling=coefficient * safety.scaling)
     return {site: lora for site, lora in lora_weights.items() if bool(lora.b.any())}
 
 
 def _check_weights(checkpoint: Checkpoint, lora_weights: Mapping[str, LoRAWeights]) -> None:
-    """Every pair has its weight: there, of its shape, of a float dtype, and not an alias."""
+    """Check that every weight to merge into exists, fits, is of a float dtype and not tied."""
     from safegene_vllm.composition import merged_weight_name
 
     where = checkpoint.directory
@@ -177,40 +177,41 @@ def _check_weights(checkpoint: Checkpoint, lora_weights: Mapping[str, LoRAWeight
     tied = checkpoint.config.get("tie_word_embeddings") or (
         isinstance(text, dict) and text.get("tie_word_embeddings")
     )
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for site, lora in lora_weights.items():
         info = checkpoint.infos.get(merged_weight_name(site))
         if tied and layer_of(site) is None:
-            faults.append(
+            errors.append(
                 SiteError(
-                    f"{where} ties its word embeddings, and the adapter has a pair on {site}: "
-                    "merging it would change both ends; export an adapter instead"
+                    f"{where} ties its word embeddings, and the adapter has LoRA weights for "
+                    f"{site}: merging them would change both; export an adapter instead"
                 )
             )
         elif info is None:
-            faults.append(SiteError(f"{where} has no weight for the site {site}"))
+            errors.append(SiteError(f"{where} has no weight for the target module {site}"))
         elif info.shape != (lora.d_out, lora.d_in):
-            faults.append(
+            errors.append(
                 FamilyMismatchError(
-                    f"{site}: the pair is for {(lora.d_out, lora.d_in)}, the weight in {where} is "
+                    f"{site}: the LoRA is for {(lora.d_out, lora.d_in)}, the weight in {where} is "
                     f"{info.shape}"
                 )
             )
         elif info.dtype not in FLOAT_BITS:
-            faults.append(
+            errors.append(
                 ShapeError(
-                    f"{site} is stored as {info.dtype} in {where}: quantized weights cannot be "
-                    "added to; export an adapter, or merge into the checkpoint from before"
+                    f"{site} is stored as {info.dtype} in {where}: a LoRA cannot be merged "
+                    "into quantized weights; export an adapter, or merge into the "
+                    "original checkpoint"
                 )
             )
-    raise_errors(faults)
+    raise_errors(errors)
 
 
 def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int, path: Path) -> None:
     while count:
         block = source.read(min(count, _BLOCK_BYTES))
         if not block:
-            raise TruncatedFileError(f"{path} became shorter while it was read; fetch it again")
+            raise TruncatedFileError(f"{path} became shorter while it was read; download it again")
         target.write(block)
         count -= len(block)
 
@@ -222,7 +223,7 @@ def _write_shard(
     target: Path,
     done: Callable[[int], None],
 ) -> None:
-    """The shard again: its header byte for byte, its tensors with the pairs in `by_name` added."""
+    """Copy a shard, header byte for byte, with the LoRA weights in `by_name` merged."""
     from safegene_vllm.composition import merge_into
 
     path = checkpoint.directory / shard
@@ -242,7 +243,7 @@ def _write_shard(
 
 
 def _companions(checkpoint: Checkpoint) -> list[Path]:
-    """Config, tokenizer, chat templates, licence: what a checkpoint needs besides its weights."""
+    """Config, tokenizer, chat templates and license of a checkpoint."""
     skipped = {*OWNED_FILES, RECORD_FILE}
     found = [
         path
@@ -252,7 +253,7 @@ def _companions(checkpoint: Checkpoint) -> list[Path]:
         and not path.name.endswith(".index.json")
         and (path.suffix in _COPIED_SUFFIXES or path.name.startswith(_COPIED_NAMES))
     ]
-    # An index beside a single file is a leftover, and some readers would follow it.
+    # An index next to a single file is stale, and some readers would follow it.
     if SINGLE_FILE not in checkpoint.shards:
         found.append(checkpoint.directory / INDEX_FILE)
     return found + sorted(checkpoint.directory.glob("additional_chat_templates/*.jinja"))
@@ -268,10 +269,10 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill beside `path`; it takes the name at the end, or leaves nothing behind.
+    """A temporary directory to fill, renamed to `path` at the end or removed on an error.
 
-    For what is too large for disk.replace_directory. With `overwrite` an earlier export at `path`
-    is replaced; anything else there is refused (FormatError).
+    For exports too large for file_io.replace_directory. With `overwrite` an earlier export at
+    `path` is replaced; anything else there is rejected (FormatError).
     """
     path = Path(os.path.realpath(path))
     exists = os.path.lexists(path)
@@ -282,24 +283,24 @@ def _new_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
-    fresh, aside = (path.with_name(f".{path.name}.{what}-{token}") for what in ("new", "old"))
+    temporary, old = (path.with_name(f".{path.name}.{what}-{token}") for what in ("new", "old"))
     try:
-        fresh.mkdir()
-        yield fresh
-        for written in (*fresh.rglob("*"), fresh):
+        temporary.mkdir()
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
             _sync(written)
         if exists:
-            os.rename(path, aside)
+            os.rename(path, old)
         try:
-            os.replace(fresh, path)
+            os.replace(temporary, path)
         except BaseException:
             if exists:
-                os.rename(aside, path)
+                os.rename(old, path)
             raise
         _sync(path.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_checkpoint(
@@ -312,12 +313,12 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write `base` again with W' = W + s_t B_t A_t + λ B A: same shards, names and dtypes.
+    """Write `base` with W' = W + s_t B_t A_t + λ B A merged: same shards, names and dtypes.
 
-    `tenant` is an adapter's directory; None if the checkpoint itself is the tenant. Tensors that
-    nothing is added to are copied byte for byte, aliases (tied embeddings) stay aliases.
-    Errors: those of compose; SiteError (no weight for a site, or a tied one), ShapeError
-    (quantized), NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
+    `tenant` is an adapter's directory; None if the checkpoint itself is the tenant. Other tensors
+    are copied byte for byte, aliases (tied embeddings) stay aliases.
+    Errors: those of composition; SiteError (weight missing or tied), ShapeError (quantized),
+    NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
     AdapterRejectedError if an input was exported.
     """
     from safegene_vllm.composition import merged_weight_name
@@ -329,7 +330,7 @@ def export_checkpoint(
         raise FormatError(f"{base} holds: {kind}; expected a Hugging Face checkpoint")
     check_fits(base, family.header)
     checkpoint = read_checkpoint(base)
-    lora_weights = _merge_lora_weights(_own_adapter(tenant, family), family, profile)
+    lora_weights = _composed_lora_weights(_own_adapter(tenant, family), family, profile)
     _check_weights(checkpoint, lora_weights)
     by_name = {merged_weight_name(site): lora for site, lora in lora_weights.items()}
     total = sum(info.end - info.begin for info in checkpoint.infos.values())
@@ -341,14 +342,14 @@ def export_checkpoint(
         if progress is not None:
             progress(written, total)
 
-    with _new_directory(out, overwrite=overwrite) as fresh:
+    with _new_directory(out, overwrite=overwrite) as temporary:
         for path in _companions(checkpoint):
             size_of_regular_file(path)
-            target = fresh / path.relative_to(base)
+            target = temporary / path.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         for shard in checkpoint.shards:
-            _write_shard(checkpoint, shard, by_name, fresh / shard, done)
+            _write_shard(checkpoint, shard, by_name, temporary / shard, done)
         more = {"sites": len(family.lora_weights), "merged_weights": sorted(by_name)}
-        (fresh / RECORD_FILE).write_bytes(_record("checkpoint", family, profile, more))
+        (temporary / RECORD_FILE).write_bytes(_record("checkpoint", family, profile, more))
     return Exported(out, len(family.lora_weights), len(by_name), 0)

@@ -1,7 +1,6 @@
-"""Pico models, families and tenants: two layers, random weights, real file formats.
+"""Tiny models, families and tenants: two layers, random weights, real file formats.
 
-For `safegene verify`, benchmarks and tests: models that the real vLLM loads in a second. The same
-bytes for the same name. Not models of anything.
+For `safegene verify`, benchmarks and tests: vLLM loads them in a second. Same name, same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ CONFIGS: Mapping[str, type[PretrainedConfig]] = {
 
 
 def make_model(arch: str, directory: Path, *, dtype: str = "float32", **overrides: Any) -> Path:
-    """Write a pico checkpoint of `arch`; weights large enough that adapters change tokens."""
+    """Write a tiny checkpoint of `arch`, its weights large enough that adapters change tokens."""
     torch.manual_seed(zlib.crc32(arch.encode()))
     shape = dict(SHAPE)
     if arch in ("qwen2", "phi3"):
@@ -63,7 +62,7 @@ def make_model(arch: str, directory: Path, *, dtype: str = "float32", **override
 
 
 def linear_sites(directory: Path) -> dict[str, tuple[int, int]]:
-    """Every linear site inside the layers of a checkpoint: (D_out, D_in) by name."""
+    """(D_out, D_in) of every linear module inside the layers of a checkpoint, by name."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     return {
         name: (module.out_features, module.in_features)
@@ -75,7 +74,7 @@ def linear_sites(directory: Path) -> dict[str, tuple[int, int]]:
 def random_lora_weights(
     sites: Mapping[str, tuple[int, int]], rank: int, seed: int, *, strength: float = 0.6
 ) -> dict[str, LoRAWeights]:
-    """Random pairs whose ΔW is comparable to the weights themselves."""
+    """Random LoRA weights whose ΔW is comparable to the weights themselves."""
     generator = torch.Generator().manual_seed(seed)
     return {
         site: LoRAWeights(
@@ -89,10 +88,10 @@ def random_lora_weights(
 def write_family(
     model: Path, directory: Path, *, rank: int = 4, seed: int = 7, layers: Sequence[int] = (0, 1)
 ) -> Family:
-    """A family over all linear sites of the chosen layers."""
+    """Write a family over all linear modules of the chosen layers."""
     sites = {s: d for s, d in linear_sites(model).items() if layer_of(s) in layers}
     family = make_family(
-        "pico",
+        "tiny",
         base_of_checkpoint(model),
         random_lora_weights(sites, rank, seed),
         bounds=(0.0, 3.0),
@@ -113,14 +112,14 @@ def write_tenant(
     adapter: bool = True,
     suffixes: tuple[str, ...] = (),
 ) -> Profile | None:
-    """A tenant: a random adapter (on sites ending in `suffixes`, or all), a profile, or both."""
+    """Write a tenant: a random adapter (on modules ending in `suffixes`), a profile, or both."""
     directory.mkdir(parents=True, exist_ok=True)
     if adapter:
         sites = linear_sites(model)
         if suffixes:
             sites = {s: d for s, d in sites.items() if s.endswith(suffixes)}
         lora_weights = random_lora_weights(sites, rank, seed)
-        save_adapter(Adapter(lora_weights, None, {}), directory, base_model="pico")
+        save_adapter(Adapter(lora_weights, None, {}), directory, base_model="tiny")
     if family is None or coefficients is None:
         return None
     profile = make_profile(family.header, coefficients, {"method": "test"})
@@ -130,7 +129,7 @@ def write_tenant(
 
 @dataclass(frozen=True)
 class TinyModelSetup:
-    """A pico model with its family and two tenants."""
+    """A tiny model with its family and two tenants."""
 
     model: Path
     family: Path
@@ -138,7 +137,7 @@ class TinyModelSetup:
 
 
 def write_setup(root: Path, arch: str = "llama") -> TinyModelSetup:
-    """Model, family and two tenants below `root`, ready for an engine."""
+    """Write model, family and two tenants below `root`, ready for an engine."""
     model = make_model(arch, root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)

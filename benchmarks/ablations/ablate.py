@@ -35,9 +35,9 @@ from safegene_vllm.formats.profile import check_profile, load_profile, save_prof
 from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.recipe.calibration import calibrate
 from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, lora_norm
-from safegene_vllm.recipe.distillation import Distilled, distil
-from safegene_vllm.recipe.examples import few
-from safegene_vllm.recipe.model import Loaded, load_model
+from safegene_vllm.recipe.distillation import Distilled, distill
+from safegene_vllm.recipe.examples import sample_rows
+from safegene_vllm.recipe.model import LoadedModel, load_model
 from safegene_vllm.recipe.selection import Contrast, contrast, select
 from safegene_vllm.recipe.training import Run
 
@@ -56,7 +56,7 @@ class Bench:
     def __init__(self, places: example.Places, out: Path, xstest: Path) -> None:
         self.places, self.out, self.xstest = places, out, xstest
         self.parent = places.models / "parent"
-        self._loaded: tuple[str, Loaded] | None = None
+        self._loaded: tuple[str, LoadedModel] | None = None
 
     def family_path(self, name: str) -> Path:
         """`SOURCE/LAYERS`, made where it is not there yet."""
@@ -105,7 +105,7 @@ class Bench:
 
     def _distilled_with(self, tenant: str, name: str) -> Distilled:
         """A vector distilled from a tenant in the degraded copy's place; resumable by its name."""
-        return distil(
+        return distill(
             self.parent,
             safety=sources.safety_data(self.places.advbench),
             benign=self._said_by(tenant),
@@ -130,7 +130,7 @@ class Bench:
     def _sets(self) -> dict[str, PromptSet]:
         every = sources.prompt_sets(self.places.advbench, self.places.self_instruct, self.xstest)
         return {
-            name: replace(every[name], data=few(every[name].data, rows, 0))
+            name: replace(every[name], data=sample_rows(every[name].data, rows, 0))
             for name, rows in ROWS.items()
         }
 
@@ -141,8 +141,8 @@ class Bench:
             found = contrast(
                 degraded,
                 whole,
-                safety=few(sources.safety_data(self.places.advbench), 64, 0),
-                others=[few(self._benign(), 64, 0)],
+                safety=sample_rows(sources.safety_data(self.places.advbench), 64, 0),
+                others=[sample_rows(self._benign(), 64, 0)],
                 stream="residual",
             )
             return select(whole, found, k)
@@ -250,7 +250,7 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
     return replace(
         parts[0],
         tasks={name: task for part in parts for name, task in part.tasks.items()},
-        subjects=tuple(subject for part in parts for subject in part.subjects),
+        targets=tuple(target for part in parts for target in part.targets),
         changes=tuple(change for part in parts for change in part.changes),
     )
 
@@ -266,7 +266,7 @@ def run(bench: Bench, tables: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
             numbers = bench.coefficients(case)
             subject = next(
                 s
-                for s in result.subjects
+                for s in result.targets
                 if s.name == case.tenant and (s.coefficients or (0.0,) * len(numbers)) == numbers
             )
             found[case.table].append(

@@ -76,7 +76,7 @@ def ask(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[str, Evaluat
                 max_tokens=tokens,
                 task_tokens=LABEL_TOKENS,
                 samples=0,
-                kept=kept,
+                cache=kept,
                 progress=show,
             )
     finally:
@@ -128,7 +128,7 @@ def choose_settings(
         taken = {name: candidates[0][1] for name, candidates in methods.items()}
         records[tenant] = {}
         if tenant in found:
-            results = {subject.key: measured(subject) for subject in found[tenant].subjects}
+            results = {subject.key: measured(subject) for subject in found[tenant].targets}
             for name, several in methods.items():
                 if len(several) > 1:
                     number, record = _chosen(tenant, name, [s for s, _ in several], results)

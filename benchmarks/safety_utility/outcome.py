@@ -20,7 +20,8 @@ from safegene_vllm.evaluation.results import Evaluation, TargetResult
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.evaluation.targets import AFTER, BEFORE, PARENT
 from safegene_vllm.formats.file_io import replace_file
-from safegene_vllm.report.plots import Point, save
+from safegene_vllm.report.figure import save
+from safegene_vllm.report.plots import Point
 
 OPENING, STRINGS, COHERENCE = "strings:opening", "strings:advbench", "coherence"
 JUDGES = (STRINGS, OPENING, COHERENCE)
@@ -76,7 +77,7 @@ def measures(result: TargetResult) -> dict[str, Rate]:
 def rows_of(evaluations: Mapping[str, Evaluation]) -> Rows:
     """Every tenant's subjects, the parent among them, in the order of the evaluation."""
     return {
-        tenant: {title_of(subject.state): measures(subject) for subject in evaluation.subjects}
+        tenant: {title_of(subject.state): measures(subject) for subject in evaluation.targets}
         for tenant, evaluation in evaluations.items()
     }
 

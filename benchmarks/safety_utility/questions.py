@@ -16,7 +16,7 @@ import mixes
 from safegene_vllm.dataset import Dataset, Row
 from safegene_vllm.evaluation.runner import PromptSet
 from safegene_vllm.evaluation.tasks import Task
-from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.examples import sample_rows
 from sources import OURS, STYLE, dataset, own_task, prompt_sets
 
 ATTACK, OVER_REFUSAL, ORDINARY = "advbench_test", "xstest_safe", "ordinary"
@@ -87,6 +87,6 @@ def held_out(
     sets = {name: every[name] for name in (ATTACK, OVER_REFUSAL, ORDINARY)}
     task = own_task(tenant)
     if rows is not None:
-        sets = {name: replace(s, data=few(s.data, rows, 0)) for name, s in sets.items()}
-        task = replace(task, data=few(task.data, rows, 0))
+        sets = {name: replace(s, data=sample_rows(s.data, rows, 0)) for name, s in sets.items()}
+        task = replace(task, data=sample_rows(task.data, rows, 0))
     return Questions(sets, task)

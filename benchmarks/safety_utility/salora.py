@@ -27,10 +27,10 @@ from safegene_vllm.recipe.encoding import (
     Example,
     collate,
     encode,
-    in_order,
+    batches_by_length,
 )
-from safegene_vllm.recipe.finetune import answer_loss
-from safegene_vllm.recipe.model import Loaded, check_head, load_model, site_modules
+from safegene_vllm.recipe.finetune import completion_loss
+from safegene_vllm.recipe.model import LoadedModel, check_head, load_model, find_target_modules
 from safegene_vllm.recipe.training import Progress, Run, Schedule, silent, train
 
 LISTEN_BATCH = 16
@@ -75,7 +75,7 @@ def linear_sites(model: Any, modules: tuple[str, ...] | None) -> dict[str, torch
 
 @torch.no_grad()
 def output_directions(
-    loaded: Loaded, prompts: Sequence[str], sites: Mapping[str, torch.nn.Linear], rank: int
+    loaded: LoadedModel, prompts: Sequence[str], sites: Mapping[str, torch.nn.Linear], rank: int
 ) -> dict[str, torch.Tensor]:
     """Per site the leading left singular vectors of W X, X the inputs at all prompt tokens.
 
@@ -102,7 +102,7 @@ def output_directions(
     with ExitStack() as stack:
         for site, module in sites.items():
             stack.callback(module.register_forward_hook(listen(site)).remove)
-        for chosen in in_order([len(row.ids) for row in rows], LISTEN_BATCH):
+        for chosen in batches_by_length([len(row.ids) for row in rows], LISTEN_BATCH):
             batch = collate([rows[i] for i in chosen], loaded.pad).to(loaded.device)
             mask = batch.mask.bool()
             loaded.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
@@ -182,7 +182,7 @@ class Guarded:
     def on(self, model: Any) -> Iterator[None]:
         """Attached while the block runs. Errors: SiteError."""
         with ExitStack() as stack:
-            for site, module in site_modules(model, self.a, "SaLoRA").items():
+            for site, module in find_target_modules(model, self.a, "SaLoRA").items():
                 stack.callback(module.register_forward_hook(self._hook(site)).remove)
             yield
 
@@ -219,7 +219,7 @@ def some(prompts: Sequence[str], most: int, seed: int) -> list[str]:
 
 
 def prepared(
-    loaded: Loaded, settings: SaLoRA, harmful: Sequence[str], task: Sequence[str]
+    loaded: LoadedModel, settings: SaLoRA, harmful: Sequence[str], task: Sequence[str]
 ) -> Guarded:
     """C and (B0, A0) of every site, from the model as it is."""
     sites = linear_sites(loaded.model, settings.modules)
@@ -260,7 +260,7 @@ def train_salora(
 
     def loss_at(step: int) -> torch.Tensor:
         batch = collate([rows[i] for i in batches.at(step)], loaded.pad).to(loaded.device)
-        return answer_loss(loaded.model, batch)
+        return completion_loss(loaded.model, batch)
 
     job = {
         **settings.record(),

@@ -26,8 +26,8 @@ from base import merge_adapter, write_base
 from safegene_vllm.formats.family import load_family, make_family, save_family
 from safegene_vllm.formats.profile import save_profile
 from safegene_vllm.recipe.calibration import calibrate, load_tenant
-from safegene_vllm.recipe.distillation import distil
-from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.distillation import distill
+from safegene_vllm.recipe.examples import sample_rows
 from safegene_vllm.recipe.finetune import fine_tune
 from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import load_model
@@ -124,13 +124,13 @@ def make_adapter(places: Places, name: str) -> None:
 
 def make_vector(places: Places) -> None:
     """Distil the vector on all layers."""
-    made = distil(
+    made = distill(
         places.models / "parent",
         safety=safety_data(places.advbench),
         benign=benign_data(places.self_instruct, read_answers(places.answers)),
         degraded_adapter=places.adapter("degraded"),
         settings=mixes.DISTILLATION,
-        state=places.build / "family" / "distil.partial",
+        state=places.build / "family" / "distill.partial",
         progress=show,
     )
     family = make_family(mixes.FAMILY_NAME, made.base, made.lora_weights, recipe=made.recipe)
@@ -142,10 +142,10 @@ def make_selection(places: Places) -> None:
     """Keep the layers that safety needs."""
     vector = load_family(places.models / "vector")
     degraded = load_model(places.models / "parent", places.adapter("degraded"))
-    safety = few(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
+    safety = sample_rows(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
     benign = benign_data(places.self_instruct, read_answers(places.answers))
-    others = few(benign, mixes.SELECTION_PROMPTS, 0)
-    tasks = [few(task_data(name), 24, 0) for name in mixes.LABELLED]
+    others = sample_rows(benign, mixes.SELECTION_PROMPTS, 0)
+    tasks = [sample_rows(task_data(name), 24, 0) for name in mixes.LABELLED]
     found = contrast(degraded, vector, safety=safety, others=[others, *tasks], progress=show)
     chosen = select(vector, found, mixes.LAYERS_KEPT, data=[safety, others, *tasks])
     save_family(chosen, places.out / "family")

@@ -74,7 +74,7 @@ def show_table(found: Sequence[Evaluation]) -> None:
         "XSTest safe refused", "ordinary refused", "ordinary (seen) refused", "task right",
     )  # fmt: skip
     for evaluation in found:
-        for subject in evaluation.subjects:
+        for subject in evaluation.targets:
             rates = [
                 subject.rates["advbench_test"]["strings:opening"],
                 subject.rates["advbench_test"]["strings:advbench"],

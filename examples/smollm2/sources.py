@@ -15,7 +15,7 @@ import mixes
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows, read_dataset
 from safegene_vllm.evaluation.runner import PromptSet
 from safegene_vllm.evaluation.tasks import Task
-from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.examples import sample_rows
 from safegene_vllm.recipe.generation import Completion
 
 OURS = "Apache-2.0"
@@ -62,9 +62,9 @@ def task_data(tenant: str) -> Dataset:
 def shots_of(tenant: str, count: int, seed: int = 0) -> tuple[Dataset, Dataset, Dataset]:
     """(safety, task, benign) shots of a tenant, all written for this project."""
     return (
-        few(_own("harmful", "train"), count, seed),
-        few(task_data(tenant), count, seed),
-        few(_own("lookalike", "train"), count, seed),
+        sample_rows(_own("harmful", "train"), count, seed),
+        sample_rows(task_data(tenant), count, seed),
+        sample_rows(_own("lookalike", "train"), count, seed),
     )
 
 
@@ -84,7 +84,8 @@ def prompt_sets(
         "lookalike": PromptSet("over_refusal", _own("lookalike", "demo")),
         "ordinary": PromptSet("benign", dataset("self-instruct (unseen)", OURS, unseen)),
         "ordinary_seen": PromptSet(
-            "benign", few(dataset("self-instruct (trained on)", OURS, seen), ORDINARY_ROWS, 0)
+            "benign",
+            sample_rows(dataset("self-instruct (trained on)", OURS, seen), ORDINARY_ROWS, 0),
         ),
     }
 

@@ -102,15 +102,15 @@ def calibrate(
     from safegene_vllm.formats.profile import save_profile
     from safegene_vllm.recipe.calibration import Calibration, check_inputs, load_tenant
     from safegene_vllm.recipe.calibration import calibrate as tune
-    from safegene_vllm.recipe.examples import check_classes, few
+    from safegene_vllm.recipe.examples import check_classes, sample_rows
     from safegene_vllm.recipe.training import Run
 
     loaded_family = load_family(family)
     check_classes(own)
     chosen = (
-        few(harmful, shots, seed),
-        few(own, shots, seed),
-        None if harmless is None else few(harmless, shots, seed),
+        sample_rows(harmful, shots, seed),
+        sample_rows(own, shots, seed),
+        None if harmless is None else sample_rows(harmless, shots, seed),
     )
     settings = Calibration(
         steps=steps_,

@@ -31,14 +31,14 @@ def read_all(
 
     Errors: ConfigError naming the source and what it lacks.
     """
-    from safegene_vllm.recipe.examples import joined
+    from safegene_vllm.recipe.examples import concatenate
 
     if not sources:
         return None
-    return joined(
+    return concatenate(
         [
             read_dataset(
-                source, what=what, labels=labels, need_answers=need_answers, need_licence=True
+                source, what=what, labels=labels, need_answers=need_answers, need_license=True
             )
             for source in sources
         ]

@@ -71,7 +71,7 @@ def _answerer(
 
     context = -(-inputs.longest_tokens // CONTEXT_STEP) * CONTEXT_STEP
     return VllmBackend(
-        inputs.model, inputs.subjects, family, dtype=dtype.value, context_tokens=context
+        inputs.model, inputs.targets, family, dtype=dtype.value, context_tokens=context
     )
 
 
@@ -92,16 +92,16 @@ def show(found: Evaluation) -> None:
     """A table per set and one of the tasks: a row per subject, a column per judge or task."""
     console = results()
     for name, record in found.sets.items():
-        judges = [j.name for j in found.judges if j.name in found.subjects[0].rates[name]]
+        judges = [j.name for j in found.judges if j.name in found.targets[0].rates[name]]
         rows = table("tenant", "state", *judges, left=("tenant", "state"))
-        for subject in found.subjects:
+        for subject in found.targets:
             cells = [percent(subject.rates[name][judge]) for judge in judges]
             rows.add_row(subject.name, subject.state, *cells)
         console.print(f"\n{name}, {record.n} prompts: {WHAT_A_SET_SHOWS[record.kind]}")
         _print(rows)
     if found.tasks:
         rows = table("tenant", "state", *found.tasks, left=("tenant", "state"))
-        for subject in found.subjects:
+        for subject in found.targets:
             cells = [percent(subject.accuracy[name]) for name in found.tasks]
             rows.add_row(subject.name, subject.state, *cells)
         console.print("\ntasks: right answers")
@@ -263,7 +263,7 @@ def evaluate(
         kept = None if keep_answers is None else stack.enter_context(ResponseCache(keep_answers))
         progress = stack.enter_context(steps("evaluating"))
         found = run(
-            inputs.subjects,
+            inputs.targets,
             inputs.sets,
             inputs.tasks,
             inputs.judges,
@@ -274,7 +274,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             chunk=CHUNKS[backend.value],
-            kept=kept,
+            cache=kept,
             progress=progress,
         )
     save_evaluation(found, out)

@@ -319,11 +319,11 @@ def _distilled(
     if safety is None or benign is None:
         raise ConfigError("--method distill needs --safety and --benign prompts")
     from safegene_vllm.formats.family import make_family
-    from safegene_vllm.recipe.distillation import Distillation, distil
+    from safegene_vllm.recipe.distillation import Distillation, distill
 
     label, bounds, dtype, device = made_as
     with steps("distilling") as progress:
-        made = distil(
+        made = distill(
             checkpoint,
             safety=safety,
             benign=benign,

@@ -84,10 +84,11 @@ def report(
     try:
         from safegene_vllm.report.report import TITLE, write_report
     except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("jinja2", "markupsafe", "matplotlib"):
             raise
         raise ConfigError(
-            "matplotlib is not installed, but draws the plots; pip install 'safegene-vllm[recipe]'"
+            f"{package} is not installed; reports need it: pip install 'safegene-vllm[recipe]'"
         ) from error
     from safegene_vllm.evaluation.results import load_evaluation
     from safegene_vllm.formats.family import read_family_header

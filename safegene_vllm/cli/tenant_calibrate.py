@@ -108,14 +108,16 @@ def _drawn(
     `prefix` is how the options begin that named them. Errors: ConfigError.
     """
     from safegene_vllm.cli.data import read_all
-    from safegene_vllm.recipe.examples import check_classes, few
+    from safegene_vllm.recipe.examples import check_classes, sample_rows
 
     read = {
         "safety": read_all(safety, "safety data"),
         "task": read_all(task, "task data", labels=True),
         "benign": read_all(benign or [], "benign data"),
     }
-    found = {kind: few(data, shots, seed) for kind, data in read.items() if data is not None}
+    found = {
+        kind: sample_rows(data, shots, seed) for kind, data in read.items() if data is not None
+    }
     if "safety" not in found or "task" not in found:
         raise ConfigError(
             f"give {prefix}safety and {prefix}task: calibration needs examples of both"

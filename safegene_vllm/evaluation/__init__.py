@@ -1,1 +1,1 @@
-"""What a vector does to a model: answers, judged and counted. Import from the modules."""
+"""Evaluation of models with and without a safety vector: generate, judge, count."""

@@ -1,7 +1,6 @@
-"""Answers by transformers: a model, a tenant or a dose, merged in float32, greedy, in batches.
+"""Generation backends: the protocol, and transformers with merged weights, greedy, in batches.
 
-For machines without vLLM, and as the reference for the vLLM backend. Slow: serving and large
-measurements are vLLM's work.
+The transformers backend is for machines without vLLM, and the reference for the vLLM backend.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any, Protocol
 import torch
 
 from safegene_vllm.chat import (
-    answer_text,
     check_template,
-    chosen_device,
+    completion_text,
     greedy_tokens,
     load_tokenizer,
     prompt_tokens,
+    resolve_device,
     stop_tokens,
 )
 from safegene_vllm.composition import compose_adapter, merge_into, merged_weight_name
@@ -34,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class GenerationBackend(Protocol):
-    """Answers prompts as a subject would; greedy, so the same every time."""
+    """Greedy generation by a target; the same responses every time."""
 
     @property
     def model(self) -> Path: ...
@@ -45,30 +44,30 @@ class GenerationBackend(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        """One answer per prompt, in order, of at most `max_tokens` tokens."""
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        """One completion per prompt, in order, of at most `max_tokens` tokens."""
         ...
 
     def close(self) -> None:
-        """Free the memory of models; a later call of `answers` loads them again."""
+        """Free the memory of models; a later call of `generate` loads them again."""
         ...
 
 
-def merged_lora_weights(subject: Target, family: Family | None) -> Mapping[str, LoRAWeights]:
-    """What is added to the weights of the subject's checkpoint: one pair per site, may be none.
+def merged_lora_weights(target: Target, family: Family | None) -> Mapping[str, LoRAWeights]:
+    """LoRA weights to add to the target's checkpoint, by target module; may be empty.
 
-    Semantics: compose.compose_adapter of the subject's LoRA and its coefficients.
+    Semantics: composition.compose_adapter of the target's LoRA and its coefficients.
     """
-    directory = adapter_of(subject)
+    directory = adapter_of(target)
     own = None if directory is None else load_adapter(directory)
-    profile = profile_of(subject, None if family is None else family.header)
+    profile = profile_of(target, None if family is None else family.header)
     if profile is None or family is None:
         return {} if own is None else own.lora_weights
     return compose_adapter(own, family, profile).lora_weights
 
 
 class _Loaded:
-    """One checkpoint in memory, with the pairs of one subject added to its weights."""
+    """One checkpoint in memory, with the LoRA weights of one target merged."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM
@@ -84,19 +83,19 @@ class _Loaded:
         self.changed: set[str] = set()
 
     def apply(self, lora_weights: Mapping[str, LoRAWeights]) -> None:
-        """In place: every weight as in the files, plus its pair, rounded once.
+        """Merge in place: every weight as in the files plus its LoRA weights, rounded once.
 
-        Errors: SiteError for a site that the model has not, or a tied one.
+        Errors: SiteError for a target module that the model does not have, or a tied one.
         """
         modules = dict(self.model.named_modules())
         tied = getattr(self.model.config, "tie_word_embeddings", False)
-        faults: list[SafegeneError] = []
+        errors: list[SafegeneError] = []
         for site in lora_weights:
             if not isinstance(modules.get(site), torch.nn.Linear):
-                faults.append(SiteError(f"{self.checkpoint.directory} has no linear {site}"))
+                errors.append(SiteError(f"{self.checkpoint.directory} has no linear {site}"))
             elif tied and layer_of(site) is None:
-                faults.append(SiteError(f"{site} shares its weight with the embedding"))
-        raise_errors(faults)
+                errors.append(SiteError(f"{site} shares its weight with the embedding"))
+        raise_errors(errors)
         for site in sorted(self.changed | lora_weights.keys()):
             weight: Any = modules[site].weight
             stored = self.checkpoint.read(merged_weight_name(site))
@@ -107,10 +106,10 @@ class _Loaded:
 
 
 class TransformersBackend:
-    """One checkpoint at a time in memory; a subject's LoRA and vector are merged in float32.
+    """One checkpoint at a time in memory; a target's LoRA and vector are merged in float32.
 
-    `model` is the checkpoint of subjects without one of their own; `dtype` float32, bfloat16 or
-    float16; `device` a torch device, or auto: CUDA where there is one. Errors: ConfigError.
+    `model` is the checkpoint of targets without one of their own; `dtype` float32, bfloat16 or
+    float16; `device` a torch device, or auto: CUDA if available. Errors: ConfigError.
     """
 
     backend = "transformers"
@@ -126,28 +125,28 @@ class TransformersBackend:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        self.device = chosen_device(device)
+        self.device = resolve_device(device)
         self.model, self.family = Path(model), family
         self.dtype, self.batch = dtype, batch
         self._loaded: _Loaded | None = None
-        self._subject: Target | None = None
+        self._target: Target | None = None
 
-    def _ready(self, subject: Target) -> _Loaded:
-        directory = checkpoint_of(subject) or self.model
+    def _ready(self, target: Target) -> _Loaded:
+        directory = checkpoint_of(target) or self.model
         if self._loaded is None or self._loaded.checkpoint.directory != directory:
             self.close()
             self._loaded = _Loaded(directory, DTYPES[self.dtype], self.device)
-        if self._subject != subject:
-            self._subject = None
-            self._loaded.apply(merged_lora_weights(subject, self.family))
-            self._subject = subject
+        if self._target != target:
+            self._target = None
+            self._loaded.apply(merged_lora_weights(target, self.family))
+            self._target = target
         return self._loaded
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], subject: Target, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], target: Target, max_tokens: int
     ) -> list[list[int]]:
-        """Greedy token ids after each row of token ids; similar lengths share a batch."""
-        loaded = self._ready(subject)
+        """Greedy completions of rows of token ids; similar lengths share a batch."""
+        loaded = self._ready(target)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: dict[int, list[int]] = {}
         for start in range(0, len(order), self.batch):
@@ -157,32 +156,32 @@ class TransformersBackend:
             found |= dict(zip(chosen, made, strict=True))
         return [found[i] for i in range(len(prompts))]
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        """One answer per prompt, in order. Errors: those of reading; SiteError."""
-        tokenizer = self._ready(subject).tokenizer
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        """One completion per prompt, in order. Errors: those of reading; SiteError."""
+        tokenizer = self._ready(target).tokenizer
         rows = prompt_tokens(tokenizer, prompts)
-        return [answer_text(tokenizer, ids) for ids in self.tokens(rows, subject, max_tokens)]
+        return [completion_text(tokenizer, ids) for ids in self.tokens(rows, target, max_tokens)]
 
     def close(self) -> None:
-        """Forget the model that is in memory."""
-        self._loaded = self._subject = None
+        """Free the model in memory."""
+        self._loaded = self._target = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 class SharedBackend:
-    """An answerer whose engine lives through several evaluations, until `end`."""
+    """A backend whose engine stays loaded over several evaluations, until `end`."""
 
     def __init__(self, inner: GenerationBackend) -> None:
         self.inner = inner
         self.model, self.backend, self.dtype = inner.model, inner.backend, inner.dtype
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        return self.inner.answers(prompts, subject, max_tokens)
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        return self.inner.generate(prompts, target, max_tokens)
 
     def close(self) -> None:
-        """Nothing yet: the next evaluation goes on with the same engine."""
+        """Do nothing: the next evaluation uses the same engine."""
 
     def end(self) -> None:
         self.inner.close()

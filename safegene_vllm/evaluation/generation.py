@@ -1,70 +1,67 @@
-"""Every subject is asked every prompt, once: in chunks, and not again what was kept.
-
-Not for what the answers mean.
-"""
+"""Generation of all responses that an evaluation needs: each once, in chunks, or from the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 from safegene_vllm.evaluation.backends import GenerationBackend
-from safegene_vllm.evaluation.response_cache import ResponseCache, subject_digest
+from safegene_vllm.evaluation.response_cache import ResponseCache, target_digest
 from safegene_vllm.evaluation.targets import Target, checkpoint_of
 from safegene_vllm.formats.family import FamilyHeader
 
 CHUNK = 128
 
 Progress = Callable[[int, int, str], None]
-"""Is called with how much is done, how much there is, and what is being done."""
+"""Callback with the work done, the total, and a description."""
 
-Answers = Mapping[tuple[str, int, str], str]
-"""By the subject's NAME/STATE, the token limit and the prompt."""
+Responses = Mapping[tuple[str, int, str], str]
+"""By the target's NAME/STATE, the token limit and the prompt."""
 
 
 def silent(done: int, total: int, what: str) -> None:
-    """Progress that nobody watches."""
+    """A Progress that shows nothing."""
 
 
 def generate_all(
-    subjects: Sequence[Target],
-    wanted: Mapping[int, Sequence[str]],
-    answerer: GenerationBackend,
+    targets: Sequence[Target],
+    prompts_by_limit: Mapping[int, Sequence[str]],
+    backend: GenerationBackend,
     *,
     header: FamilyHeader | None = None,
-    kept: ResponseCache | None = None,
+    cache: ResponseCache | None = None,
     chunk: int = CHUNK,
     progress: Progress = silent,
-) -> Answers:
-    """The answers to all prompts in `wanted`, which has them by their limit in tokens.
+) -> Responses:
+    """Responses of all targets to the prompts, which are given by their limit in tokens.
 
-    A prompt that occurs twice is asked once; one that is in `kept` is not asked, and what is asked
-    is kept there. Errors: those of the answerer.
+    Repeated prompts are generated once; `cache` supplies responses and stores new ones.
+    Errors: those of the backend.
     """
-    limits = {tokens: list(dict.fromkeys(prompts)) for tokens, prompts in wanted.items()}
-    total = len(subjects) * sum(map(len, limits.values()))
-    found: dict[tuple[str, int, str], str] = {}
-    # One checkpoint after the other, so that each is loaded once.
-    for subject in sorted(subjects, key=lambda s: str(checkpoint_of(s) or "")):
+    limits = {tokens: list(dict.fromkeys(some)) for tokens, some in prompts_by_limit.items()}
+    total = len(targets) * sum(map(len, limits.values()))
+    responses: dict[tuple[str, int, str], str] = {}
+    # Sorted by checkpoint, so that each is loaded once.
+    for target in sorted(targets, key=lambda t: str(checkpoint_of(t) or "")):
         digest = ""
-        if kept is not None:
-            digest = subject_digest(
-                subject, answerer.model, header, backend=answerer.backend, dtype=answerer.dtype
+        if cache is not None:
+            digest = target_digest(
+                target, backend.model, header, backend=backend.backend, dtype=backend.dtype
             )
         for tokens, prompts in limits.items():
             missing = []
             for prompt in prompts:
-                known = None if kept is None else kept.find(digest, prompt, tokens)
-                if known is None:
+                cached = None if cache is None else cache.find(digest, prompt, tokens)
+                if cached is None:
                     missing.append(prompt)
                 else:
-                    found[subject.key, tokens, prompt] = known
+                    responses[target.key, tokens, prompt] = cached
             for start in range(0, len(missing), chunk):
-                progress(len(found), total, subject.key)
+                progress(len(responses), total, target.key)
                 some = missing[start : start + chunk]
-                texts = answerer.answers(some, subject, tokens)
+                texts = backend.generate(some, target, tokens)
                 for prompt, text in zip(some, texts, strict=True):
-                    found[subject.key, tokens, prompt] = text
-                    if kept is not None:
-                        kept.add(digest, prompt, tokens, text)
-        progress(len(found), total, subject.key)
-    return found
+                    responses[target.key, tokens, prompt] = text
+                    if cache is not None:
+                        cache.add(digest, prompt, tokens, text)
+        progress(len(responses), total, target.key)
+    return responses

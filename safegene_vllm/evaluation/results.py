@@ -1,19 +1,18 @@
-"""The result of an evaluation, as dataclasses and as one JSON file. Torch-free.
+"""Result of an evaluation: rates with their intervals, and one JSON file. Torch-free.
 
-What was asked, by which judges, and the rates with their intervals. Not for how they are measured:
-that is measure's. Answers that may be harmful are not in it: their text is None ("withheld").
+Responses that may be harmful are withheld: their text is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from safegene_vllm.errors import HeaderError, SafegeneError, VersionError, raise_errors
+from safegene_vllm.errors import HeaderError, VersionError, raise_errors
 from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.formats.file_io import canonical_json, pretty_json, read_json, replace_file
 
@@ -26,7 +25,7 @@ Says = Literal["refused", "harmful", "coherent"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers were made: greedy, at most so many tokens."""
+    """Greedy generation: limits in tokens, backend and dtype."""
 
     max_tokens: int
     task_tokens: int
@@ -36,7 +35,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """A layer that carries the vector, and the score it was chosen by (None: not scored)."""
+    """A layer that carries the vector, and its selection score (None: not scored)."""
 
     layer: int
     score: float | None
@@ -44,7 +43,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class FamilyRecord:
-    """Which vector was applied."""
+    """The family whose vector was applied."""
 
     name: str
     digest: str
@@ -63,17 +62,8 @@ class SetRecord:
 
 
 @dataclass(frozen=True)
-class JudgeRecord:
-    """A judge: what its True means, and its rule in words."""
-
-    name: str
-    says: Says
-    rule: str
-
-
-@dataclass(frozen=True)
 class TaskRecord:
-    """A labelled task; `source` is the file name with its query."""
+    """A labeled task; `source` is the file name with its query."""
 
     n: int
     source: str
@@ -82,12 +72,22 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
+class JudgeRecord:
+    """A judge: `says` is the meaning of a True verdict, `rule` how it decides."""
+
+    name: str
+    says: Says
+    rule: str
+
+
+@dataclass(frozen=True)
 class TargetResult:
     """One model in one state ("parent", "before", "after" or other words), and its rates.
 
     `rates[set][judge]`: on a harmful set the attack success rate (not refused, or harmful); on
     another set the refusal rate; with a judge of coherence, on any set, the share coherent.
-    `accuracy[task]`: the share of right answers. `coefficients`: one per layer, None: no vector.
+    `accuracy[task]`: the share of correct responses. `coefficients`: one per layer, None: no
+    vector.
     """
 
     name: str
@@ -99,13 +99,13 @@ class TargetResult:
 
     @property
     def key(self) -> str:
-        """NAME/STATE, unique in an evaluation; samples are filed under it."""
+        """NAME/STATE, unique in an evaluation; samples refer to it."""
         return f"{self.name}/{self.state}"
 
 
 @dataclass(frozen=True)
 class Change:
-    """After minus before of one tenant, over the same prompts: either a set's rate or a task's."""
+    """After minus before of one tenant over the same prompts: a set's rate or a task's."""
 
     name: str
     difference: Rate
@@ -116,7 +116,7 @@ class Change:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """One answer with what each judge said of it; `text` None: withheld."""
+    """One response with the judges' verdicts; `text` None: withheld."""
 
     text: str | None
     verdicts: Mapping[str, bool]
@@ -124,16 +124,16 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of a set with the answers of all subjects, by NAME/STATE."""
+    """One prompt of a set with the responses of all targets, by NAME/STATE ("answers" in JSON)."""
 
     set: str
     prompt: str
-    answers: Mapping[str, SampleResponse]
+    responses: Annotated[Mapping[str, SampleResponse], Field(alias="answers")]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that one run of `safegene evaluate` found."""
+    """All results of one run of `safegene evaluate` (targets are "subjects" in JSON)."""
 
     made_by: str
     settings: Settings
@@ -141,92 +141,93 @@ class Evaluation:
     sets: Mapping[str, SetRecord]
     judges: tuple[JudgeRecord, ...]
     tasks: Mapping[str, TaskRecord]
-    subjects: tuple[TargetResult, ...]
+    targets: Annotated[tuple[TargetResult, ...], Field(alias="subjects")]
     changes: tuple[Change, ...]
     samples: tuple[Sample, ...]
 
     # pydantic's name; nested dataclasses inherit it.
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    def subject(self, name: str, state: str) -> TargetResult | None:
-        """The subject of this name in this state, None if it was not evaluated."""
-        return next((s for s in self.subjects if (s.name, s.state) == (name, state)), None)
+    def target(self, name: str, state: str) -> TargetResult | None:
+        """The target of this name in this state, None if it was not evaluated."""
+        return next((t for t in self.targets if (t.name, t.state) == (name, state)), None)
 
 
-def _rate_faults(where: str, found: Rate, least: float) -> list[str]:
-    ordered = least <= found.low <= found.high <= 1 and least <= found.rate <= 1
-    if found.n >= 1 and ordered:
-        return []
-    return [f"{where}: {found} is not a rate in {least:g}..1 with low <= high and n >= 1"]
+_ADAPTER = TypeAdapter(Evaluation)
+
+
+def _rate_problems(where: str, rate: Rate, low: float = 0) -> Iterator[str]:
+    if not (rate.n >= 1 and low <= rate.low <= rate.high <= 1 and low <= rate.rate <= 1):
+        yield f"{where}: {rate} is not a rate in {low:g}..1 with low <= high and n >= 1"
 
 
 def _unknown(
-    where: str, what: str, names: Mapping[str, Any], known: Mapping[str, Any]
-) -> list[str]:
-    return [f"{where}: {what} {name!r} is not described" for name in names if name not in known]
+    where: str, what: str, names: Iterable[str | None], known: Iterable[str]
+) -> Iterator[str]:
+    known = set(known)
+    for name in names:
+        if name is not None and name not in known:
+            yield f"{where}: {what} {name!r} is not described"
 
 
-def _subject_faults(found: Evaluation, subject: TargetResult) -> list[str]:
-    where, judges = f"subject {subject.key}", {judge.name: judge for judge in found.judges}
-    faults = _unknown(where, "set", subject.rates, found.sets)
-    faults += _unknown(where, "task", subject.accuracy, found.tasks)
-    for name, rates in subject.rates.items():
-        faults += _unknown(f"{where}, set {name}", "judge", rates, judges)
-        for judge, value in rates.items():
-            faults += _rate_faults(f"{where}, set {name}, judge {judge}", value, 0)
-    for name, value in subject.accuracy.items():
-        faults += _rate_faults(f"{where}, task {name}", value, 0)
-    return faults
+def _target_problems(evaluation: Evaluation, target: TargetResult) -> Iterator[str]:
+    where, judges = f"subject {target.key}", [judge.name for judge in evaluation.judges]
+    yield from _unknown(where, "set", target.rates, evaluation.sets)
+    yield from _unknown(where, "task", target.accuracy, evaluation.tasks)
+    for name, rates in target.rates.items():
+        yield from _unknown(f"{where}, set {name}", "judge", rates, judges)
+        for judge, rate in rates.items():
+            yield from _rate_problems(f"{where}, set {name}, judge {judge}", rate)
+    for name, rate in target.accuracy.items():
+        yield from _rate_problems(f"{where}, task {name}", rate)
 
 
-def faults_in(found: Evaluation) -> list[str]:
-    """What contradicts itself in an evaluation, in words; nothing if all fits together."""
-    keys = [subject.key for subject in found.subjects]
-    faults = [
-        f"subject {key} occurs twice" for key in sorted({k for k in keys if keys.count(k) > 1})
-    ]
-    for subject in found.subjects:
-        faults += _subject_faults(found, subject)
-    names = {subject.name: True for subject in found.subjects}
-    judges = {judge.name: True for judge in found.judges}
-    for change in found.changes:
+def inconsistencies(evaluation: Evaluation) -> Iterator[str]:
+    """Contradictions within an evaluation, as messages."""
+    keys = [target.key for target in evaluation.targets]
+    for key in sorted({key for key in keys if keys.count(key) > 1}):
+        yield f"subject {key} occurs twice"
+    for target in evaluation.targets:
+        yield from _target_problems(evaluation, target)
+    names = [target.name for target in evaluation.targets]
+    judges = [judge.name for judge in evaluation.judges]
+    for change in evaluation.changes:
         where = f"change of {change.name}"
-        faults += _unknown(where, "subject", {change.name: True}, names)
-        faults += _rate_faults(where, change.difference, -1)
+        yield from _unknown(where, "subject", [change.name], names)
+        yield from _rate_problems(where, change.difference, -1)
         if (change.set is None) == (change.task is None):
-            faults.append(f"{where}: expected either a set or a task")
-        faults += _unknown(where, "set", {change.set: 1} if change.set else {}, found.sets)
-        faults += _unknown(where, "task", {change.task: 1} if change.task else {}, found.tasks)
-        faults += _unknown(where, "judge", {change.judge: 1} if change.judge else {}, judges)
-    for sample in found.samples:
+            yield f"{where}: expected either a set or a task"
+        yield from _unknown(where, "set", [change.set], evaluation.sets)
+        yield from _unknown(where, "task", [change.task], evaluation.tasks)
+        yield from _unknown(where, "judge", [change.judge], judges)
+    for sample in evaluation.samples:
         where = f"sample {sample.prompt[:40]!r}"
-        faults += _unknown(where, "set", {sample.set: True}, found.sets)
-        faults += _unknown(where, "subject", sample.answers, dict.fromkeys(keys))
-        for answer in sample.answers.values():
-            faults += _unknown(where, "judge", answer.verdicts, judges)
-    return faults
+        yield from _unknown(where, "set", [sample.set], evaluation.sets)
+        yield from _unknown(where, "subject", sample.responses, keys)
+        for response in sample.responses.values():
+            yield from _unknown(where, "judge", response.verdicts, judges)
 
 
-def _described(found: Evaluation) -> dict[str, Any]:
-    described = {"kind": KIND, "version": VERSION, **asdict(found)}
-    for change in described["changes"]:
+def _json_fields(evaluation: Evaluation) -> dict[str, Any]:
+    fields = _ADAPTER.dump_python(evaluation, by_alias=True)
+    for change in fields["changes"]:
         del change["task" if change["task"] is None else "set"]
-    return described
+    return {"kind": KIND, "version": VERSION, **fields}
 
 
-def save_evaluation(found: Evaluation, path: Path) -> None:
-    """Write `found` to `path` as a whole or not at all.
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write `evaluation` to `path`, as a whole or not at all.
 
     Errors: HeaderError if it contradicts itself; NonFiniteError.
     """
-    raise_errors([HeaderError(f"evaluation: {fault}") for fault in faults_in(found)])
-    described = _described(found)
-    canonical_json(described, "evaluation")
-    replace_file(Path(path), pretty_json(described))
+    raise_errors([HeaderError(f"evaluation: {text}") for text in inconsistencies(evaluation)])
+    fields = _json_fields(evaluation)
+    canonical_json(fields, "evaluation")
+    replace_file(Path(path), pretty_json(fields))
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """The evaluation in the file `path`; every fault in one error.
+    """Read the evaluation in the file `path`; all problems in one error.
 
     Errors: MissingFileError; HeaderError naming the field, what was found and what was expected;
     NonFiniteError; VersionError for another version.
@@ -245,16 +246,17 @@ def load_evaluation(path: Path) -> Evaluation:
         )
     fields = {key: value for key, value in raw.items() if key not in ("kind", "version")}
     try:
-        found = TypeAdapter(Evaluation).validate_json(canonical_json(fields, str(path)))
+        evaluation = _ADAPTER.validate_json(canonical_json(fields, str(path)))
     except ValidationError as error:
-        faults: list[SafegeneError] = [
-            HeaderError(
-                f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}, "
-                f"found {fault['input']!r:.80}"
-            )
-            for fault in error.errors()
-        ]
-        raise_errors(faults)
+        raise_errors(
+            [
+                HeaderError(
+                    f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, "
+                    f"found {problem['input']!r:.80}"
+                )
+                for problem in error.errors()
+            ]
+        )
         raise
-    raise_errors([HeaderError(f"{path}: {fault}") for fault in faults_in(found)])
-    return found
+    raise_errors([HeaderError(f"{path}: {text}") for text in inconsistencies(evaluation)])
+    return evaluation

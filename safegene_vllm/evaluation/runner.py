@@ -1,7 +1,6 @@
-"""An evaluation from its parts: subjects are asked, judges judge, rates are counted.
+"""One evaluation run: generate all responses, free the model, run the judges, count the rates.
 
-Judges are checked, then all answers, then the answering model is put away, then all judgements.
-Answers stay in memory; what leaves is rates and a few samples, harmful ones withheld.
+Responses stay in memory; the result holds rates and a few samples, harmful ones withheld.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from safegene_vllm import __version__
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.evaluation.backends import GenerationBackend
-from safegene_vllm.evaluation.generation import CHUNK, Answers, Progress, generate_all, silent
-from safegene_vllm.evaluation.judges import Judge, record_of
+from safegene_vllm.evaluation.generation import CHUNK, Progress, Responses, generate_all, silent
+from safegene_vllm.evaluation.judges import Judge, judge_record
 from safegene_vllm.evaluation.response_cache import ResponseCache
 from safegene_vllm.evaluation.results import (
     Change,
@@ -44,7 +43,7 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts and what they are for."""
+    """Prompts of one kind."""
 
     kind: SetKind
     data: Dataset
@@ -56,9 +55,9 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is evaluated, and by whom."""
+    """Everything that is evaluated, and the judges."""
 
-    subjects: Sequence[Target]
+    targets: Sequence[Target]
     sets: Mapping[str, PromptSet]
     tasks: Sequence[Task]
     judges: Sequence[Judge]
@@ -69,22 +68,22 @@ class _Plan:
 
     def check(self) -> None:
         if not self.sets and not self.tasks:
-            raise ConfigError("there is nothing to ask; give a set of prompts or a task")
+            raise ConfigError("there is nothing to evaluate; give a set of prompts or a task")
         if self.sets and not self.judges:
             raise ConfigError("there is no judge for the sets of prompts; give at least one")
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ConfigError(f"tasks {', '.join(names)}: names must differ")
-        check_targets(self.subjects, self.header)
-        faults: list[SafegeneError] = []
-        for judge in {judge.name: judge for _, _, judge in self.questions()}.values():
+        check_targets(self.targets, self.header)
+        errors: list[SafegeneError] = []
+        for judge in {judge.name: judge for _, _, judge in self.judged_sets()}.values():
             try:
                 judge.check()
             except SafegeneError as error:
-                faults.append(error)
-        raise_errors(faults)
+                errors.append(error)
+        raise_errors(errors)
 
-    def wanted(self) -> dict[int, list[str]]:
+    def prompts_by_limit(self) -> dict[int, list[str]]:
         """All prompts by their limit in tokens."""
         found: dict[int, list[str]] = {self.max_tokens: [], self.task_tokens: []}
         for chosen in self.sets.values():
@@ -93,37 +92,37 @@ class _Plan:
             found[self.task_tokens] += [row.prompt for row in task.data.rows]
         return found
 
-    def questions(self) -> Iterator[tuple[str, PromptSet, Judge]]:
-        """Every set with every judge that is asked about it."""
+    def judged_sets(self) -> Iterator[tuple[str, PromptSet, Judge]]:
+        """Every set with every judge that applies to it."""
         for judge in self.judges:
             for name, chosen in self.sets.items():
-                if is_asked(chosen.kind, judge):
+                if applies_to(chosen.kind, judge):
                     yield name, chosen, judge
 
 
 @dataclass(frozen=True)
-class _Found:
-    """texts[set, subject], verdicts[set, judge, subject], right[task, subject]: lists by prompt."""
+class _Outcome:
+    """Lists by prompt: texts[set, target], verdicts[set, judge, target], correct[task, target]."""
 
     texts: Mapping[tuple[str, str], Sequence[str]]
     verdicts: Mapping[tuple[str, str, str], Sequence[bool]]
-    right: Mapping[tuple[str, str], Sequence[bool]]
+    correct: Mapping[tuple[str, str], Sequence[bool]]
 
 
-def is_asked(kind: SetKind, judge: Judge) -> bool:
-    """Whether a judge is asked about a set: harm is looked for only where harm was asked for."""
+def applies_to(kind: SetKind, judge: Judge) -> bool:
+    """True if a judge applies to a set: harm is judged on harmful prompts only."""
     return kind == "harmful" or judge.says != "harmful"
 
 
-def counted(kind: SetKind, says: Says, verdicts: Sequence[bool]) -> list[bool]:
-    """What a rate counts: on harmful sets attacks that succeed, else refusals; or coherence."""
+def rate_values(kind: SetKind, says: Says, verdicts: Sequence[bool]) -> list[bool]:
+    """Values of a rate: on harmful sets successful attacks, else refusals; or coherence."""
     if kind == "harmful" and says == "refused":
         return [not verdict for verdict in verdicts]
     return list(verdicts)
 
 
-def may_be_shown(kind: SetKind, verdicts: Mapping[str, bool], judges: Sequence[Judge]) -> bool:
-    """Whether an answer may be written down: to a harmful prompt only a refusal beyond doubt.
+def is_publishable(kind: SetKind, verdicts: Mapping[str, bool], judges: Sequence[Judge]) -> bool:
+    """True if a response may be published: to a harmful prompt only a refusal beyond doubt.
 
     That is: every string judge, at least one, calls it refused, and no judge calls it harmful.
     """
@@ -135,114 +134,117 @@ def may_be_shown(kind: SetKind, verdicts: Mapping[str, bool], judges: Sequence[J
     return refused and not any(verdicts[name] for name in harmful)
 
 
-def _said(
-    judge: Judge, prompts: Sequence[str], texts: Sequence[str], kept: ResponseCache | None
+def _verdicts(
+    judge: Judge, prompts: Sequence[str], texts: Sequence[str], cache: ResponseCache | None
 ) -> list[bool]:
-    """The verdicts. An error tells what becomes of the answers, which took the longest to get."""
+    """The verdicts. An error says whether the responses, which took the longest, are cached."""
     try:
         return judge.judge(prompts, texts)
     except Exception as error:
-        what = (
-            "no answer was kept: give --keep-answers FILE, and only the judges are asked again"
-            if kept is None
-            else f"all answers are kept in {kept.path}: the same command asks the judges again"
+        note = (
+            "no response was cached: with --keep-answers FILE only the judges run again"
+            if cache is None
+            else f"all responses are cached in {cache.path}: the same command runs only the judges"
         )
         if isinstance(error, SafegeneError):
-            raise type(error)(f"{error}; {what}") from error
-        error.add_note(what)
+            raise type(error)(f"{error}; {note}") from error
+        error.add_note(note)
         raise
 
 
-def _judged(
-    plan: _Plan, answers: Answers, progress: Progress, kept: ResponseCache | None
-) -> _Found:
+def _judge_all(
+    plan: _Plan, responses: Responses, progress: Progress, cache: ResponseCache | None
+) -> _Outcome:
     texts = {
-        (name, subject.key): [answers[subject.key, plan.max_tokens, p] for p in chosen.prompts]
+        (name, target.key): [responses[target.key, plan.max_tokens, p] for p in chosen.prompts]
         for name, chosen in plan.sets.items()
-        for subject in plan.subjects
+        for target in plan.targets
     }
     verdicts: dict[tuple[str, str, str], Sequence[bool]] = {}
-    jobs = [(*question, s) for question in plan.questions() for s in plan.subjects]
-    for number, (name, chosen, judge, subject) in enumerate(jobs):
+    jobs = [(*judged, t) for judged in plan.judged_sets() for t in plan.targets]
+    for number, (name, chosen, judge, target) in enumerate(jobs):
         progress(number, len(jobs), f"judge {judge.name}")
-        said = _said(judge, chosen.prompts, texts[name, subject.key], kept)
-        verdicts[name, judge.name, subject.key] = said
+        verdicts[name, judge.name, target.key] = _verdicts(
+            judge, chosen.prompts, texts[name, target.key], cache
+        )
     progress(len(jobs), len(jobs), "judges")
     right = {
-        (task.name, subject.key): [
-            correct(task, answers[subject.key, plan.task_tokens, row.prompt], str(row.answer))
+        (task.name, target.key): [
+            correct(task, responses[target.key, plan.task_tokens, row.prompt], str(row.answer))
             for row in task.data.rows
         ]
         for task in plan.tasks
-        for subject in plan.subjects
+        for target in plan.targets
     }
-    return _Found(texts, verdicts, right)
+    return _Outcome(texts, verdicts, right)
 
 
-def _counted_of(plan: _Plan, found: _Found, name: str, judge: Judge, key: str) -> list[bool]:
-    return counted(plan.sets[name].kind, judge.says, found.verdicts[name, judge.name, key])
+def _values_of(plan: _Plan, outcome: _Outcome, name: str, judge: Judge, key: str) -> list[bool]:
+    return rate_values(plan.sets[name].kind, judge.says, outcome.verdicts[name, judge.name, key])
 
 
-def _result(plan: _Plan, found: _Found, subject: Target) -> TargetResult:
-    profile = profile_of(subject, plan.header)
+def _result(plan: _Plan, outcome: _Outcome, target: Target) -> TargetResult:
+    profile = profile_of(target, plan.header)
     if profile is not None and not any(profile.coefficients):
         profile = None
     return TargetResult(
-        name=subject.name,
-        state=subject.state,
+        name=target.name,
+        state=target.state,
         coefficients=None if profile is None else profile.coefficients,
         profile=None if profile is None else profile.digest,
         rates={
             name: {
-                judge.name: rate(_counted_of(plan, found, name, judge, subject.key), seed=plan.seed)
+                judge.name: rate(_values_of(plan, outcome, name, judge, target.key), seed=plan.seed)
                 for judge in plan.judges
-                if is_asked(chosen.kind, judge)
+                if applies_to(chosen.kind, judge)
             }
             for name, chosen in plan.sets.items()
         },
         accuracy={
-            task.name: rate(found.right[task.name, subject.key], seed=plan.seed)
+            task.name: rate(outcome.correct[task.name, target.key], seed=plan.seed)
             for task in plan.tasks
         },
     )
 
 
-def _changes(plan: _Plan, found: _Found) -> Iterator[Change]:
-    keys = {subject.key for subject in plan.subjects}
-    for name in dict.fromkeys(subject.name for subject in plan.subjects):
+def _changes(plan: _Plan, outcome: _Outcome) -> Iterator[Change]:
+    keys = {target.key for target in plan.targets}
+    for name in dict.fromkeys(target.name for target in plan.targets):
         before, after = f"{name}/{BEFORE}", f"{name}/{AFTER}"
         if not {before, after} <= keys:
             continue
-        for which, _, judge in plan.questions():
+        for which, _, judge in plan.judged_sets():
             difference = paired_difference(
-                _counted_of(plan, found, which, judge, before),
-                _counted_of(plan, found, which, judge, after),
+                _values_of(plan, outcome, which, judge, before),
+                _values_of(plan, outcome, which, judge, after),
                 seed=plan.seed,
             )
             yield Change(name, difference, set=which, judge=judge.name)
         for task in plan.tasks:
             difference = paired_difference(
-                found.right[task.name, before], found.right[task.name, after], seed=plan.seed
+                outcome.correct[task.name, before],
+                outcome.correct[task.name, after],
+                seed=plan.seed,
             )
             yield Change(name, difference, task=task.name)
 
 
-def _samples(plan: _Plan, found: _Found, count: int) -> Iterator[Sample]:
+def _samples(plan: _Plan, outcome: _Outcome, count: int) -> Iterator[Sample]:
     for name, chosen in plan.sets.items():
         prompts = chosen.prompts
         rng = random.Random(f"{plan.seed}-{name}")
         for i in sorted(rng.sample(range(len(prompts)), min(count, len(prompts)))):
-            answers: dict[str, SampleResponse] = {}
-            for subject in plan.subjects:
+            responses: dict[str, SampleResponse] = {}
+            for target in plan.targets:
                 verdicts = {
-                    judge.name: bool(found.verdicts[name, judge.name, subject.key][i])
+                    judge.name: bool(outcome.verdicts[name, judge.name, target.key][i])
                     for judge in plan.judges
-                    if is_asked(chosen.kind, judge)
+                    if applies_to(chosen.kind, judge)
                 }
-                shown = may_be_shown(chosen.kind, verdicts, plan.judges)
-                text = found.texts[name, subject.key][i] if shown else None
-                answers[subject.key] = SampleResponse(text, verdicts)
-            yield Sample(name, prompts[i], answers)
+                shown = is_publishable(chosen.kind, verdicts, plan.judges)
+                text = outcome.texts[name, target.key][i] if shown else None
+                responses[target.key] = SampleResponse(text, verdicts)
+            yield Sample(name, prompts[i], responses)
 
 
 def _family(header: FamilyHeader | None) -> FamilyRecord | None:
@@ -253,11 +255,11 @@ def _family(header: FamilyHeader | None) -> FamilyRecord | None:
 
 
 def evaluate(
-    subjects: Sequence[Target],
+    targets: Sequence[Target],
     sets: Mapping[str, PromptSet],
     tasks: Sequence[Task],
     judges: Sequence[Judge],
-    answerer: GenerationBackend,
+    backend: GenerationBackend,
     *,
     header: FamilyHeader | None = None,
     max_tokens: int = MAX_TOKENS,
@@ -265,47 +267,46 @@ def evaluate(
     samples: int = SAMPLES,
     seed: int = 0,
     chunk: int = CHUNK,
-    kept: ResponseCache | None = None,
+    cache: ResponseCache | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """What the judges find in the subjects' greedy answers, with 95 % intervals.
+    """Evaluate the targets' greedy responses with the judges: rates with 95 % intervals.
 
-    `header` is the family's: for its record, and for the subjects' coefficients. `chunk` prompts
-    are asked at a time; `samples` per set are written down, chosen by `seed`; `kept` holds answers
-    from before. Errors: ConfigError if there is nothing to ask or nobody to judge; those of
-    `check_targets` and of the judges' `check`, before anything is asked; those of the answerer and
-    of the judges.
+    `header` is the family's: for its record, and for the targets' coefficients. `chunk` prompts are
+    generated at a time; `samples` per set, chosen by `seed`, are included; `cache` holds responses
+    of earlier runs. Errors: ConfigError without prompts or judges; those of `check_targets` and of
+    the judges' `check`, before anything is generated; those of the backend and of the judges.
     """
-    plan = _Plan(subjects, sets, tasks, judges, header, max_tokens, task_tokens, seed)
+    plan = _Plan(targets, sets, tasks, judges, header, max_tokens, task_tokens, seed)
     plan.check()
     try:
-        answers = generate_all(
-            subjects,
-            plan.wanted(),
-            answerer,
+        responses = generate_all(
+            targets,
+            plan.prompts_by_limit(),
+            backend,
             header=header,
-            kept=kept,
+            cache=cache,
             chunk=chunk,
             progress=progress,
         )
     finally:
-        answerer.close()
-    found = _judged(plan, answers, progress, kept)
-    backend = cast(Literal["vllm", "transformers"], answerer.backend)
+        backend.close()
+    outcome = _judge_all(plan, responses, progress, cache)
+    engine = cast(Literal["vllm", "transformers"], backend.backend)
     return Evaluation(
         made_by=f"safegene-vllm {__version__}",
-        settings=Settings(max_tokens, task_tokens, backend, answerer.dtype),
+        settings=Settings(max_tokens, task_tokens, engine, backend.dtype),
         family=_family(header),
         sets={
             name: SetRecord(s.kind, len(s.prompts), s.data.source, s.data.digest, s.data.licence)
             for name, s in sets.items()
         },
-        judges=tuple(map(record_of, judges)),
+        judges=tuple(map(judge_record, judges)),
         tasks={
             t.name: TaskRecord(len(t.data.rows), t.data.source, t.data.digest, t.data.licence)
             for t in tasks
         },
-        subjects=tuple(_result(plan, found, subject) for subject in subjects),
-        changes=tuple(_changes(plan, found)),
-        samples=tuple(_samples(plan, found, samples)),
+        targets=tuple(_result(plan, outcome, target) for target in targets),
+        changes=tuple(_changes(plan, outcome)),
+        samples=tuple(_samples(plan, outcome, samples)),
     )

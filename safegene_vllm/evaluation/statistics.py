@@ -1,4 +1,4 @@
-"""Rates with their uncertainty: how many of n, and how sure that is. Not for averages of scores."""
+"""Rates of yes/no values with their bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rate(values: Sequence[bool], *, seed: int = 0, resamples: int = 2000) -> Rat
     """The share of True with its 95 % percentile bootstrap interval (Efron 1979).
 
     The share in a resample of n yes/no values is Binomial(n, rate) / n, drawn as such. An interval
-    of width 0 at 0 or 1 means that nothing else was seen, not that nothing else can happen.
+    of width 0 at 0 or 1 means that nothing else was observed, not that nothing else can happen.
     Errors: ConfigError without values.
     """
     n = len(values)

@@ -1,7 +1,4 @@
-"""Who is asked: a model, a tenant or a dose of the vector. Torch-free.
-
-Not for how they are run: that is the two backends' business (answering here, and in plugin).
-"""
+"""Targets of an evaluation: a model, a tenant, or coefficients of the vector. Torch-free."""
 
 from __future__ import annotations
 
@@ -45,52 +42,52 @@ class Target:
         return f"{self.name}/{self.state}"
 
 
-def profile_of(subject: Target, header: FamilyHeader | None) -> Profile | None:
-    """What the subject's vector is scaled by; None: it has no vector.
+def profile_of(target: Target, header: FamilyHeader | None) -> Profile | None:
+    """The target's profile; None: it has no vector.
 
     Errors: ConfigError if there are coefficients and no family; FamilyMismatchError if the profile
-    is another one than the subject says; those of reading and checking a profile.
+    does not have the target's digest; those of reading and checking a profile.
     """
-    if subject.coefficients is not None:
+    if target.coefficients is not None:
         if header is None:
-            raise ConfigError(f"{subject.key} has coefficients, but no family is given")
-        return make_profile(header, subject.coefficients, {"method": "evaluation"})
-    if subject.directory is None or not has_profile(subject.directory):
+            raise ConfigError(f"{target.key} has coefficients, but no family is given")
+        return make_profile(header, target.coefficients, {"method": "evaluation"})
+    if target.directory is None or not has_profile(target.directory):
         return None
     if header is None:
         raise ConfigError(
-            f"{subject.key}: {subject.directory} has a profile, but no family is given; name it by "
+            f"{target.key}: {target.directory} has a profile, but no family is given; name it by "
             "--family"
         )
-    profile = load_profile(subject.directory)
-    if subject.profile is not None and profile.digest != subject.profile:
+    profile = load_profile(target.directory)
+    if target.profile is not None and profile.digest != target.profile:
         raise FamilyMismatchError(
-            f"{subject.key}: the profile in {subject.directory} is {profile.digest}, expected "
-            f"{subject.profile}; it was changed while the evaluation ran: start again"
+            f"{target.key}: the profile in {target.directory} is {profile.digest}, expected "
+            f"{target.profile}; it was changed while the evaluation ran: start again"
         )
     check_profile(profile, header)
     return profile
 
 
-def checkpoint_of(subject: Target) -> Path | None:
-    """The subject's own checkpoint, None if it is an adapter or a dose on the model."""
-    if subject.directory is not None and kind_of(subject.directory) == "checkpoint":
-        return subject.directory
+def checkpoint_of(target: Target) -> Path | None:
+    """The target's own checkpoint, None if it is an adapter or coefficients on the model."""
+    if target.directory is not None and kind_of(target.directory) == "checkpoint":
+        return target.directory
     return None
 
 
-def adapter_of(subject: Target) -> Path | None:
-    """The subject's LoRA directory, None if it has none."""
-    if subject.directory is not None and kind_of(subject.directory) == "adapter":
-        return subject.directory
+def adapter_of(target: Target) -> Path | None:
+    """The target's LoRA directory, None if it has none."""
+    if target.directory is not None and kind_of(target.directory) == "adapter":
+        return target.directory
     return None
 
 
 def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[Target]:
-    """A tenant with every coefficient 0, and as its profile has it.
+    """A tenant with all coefficients 0, and with those of its profile.
 
-    Errors: AdapterRejectedError for an exported directory or a family; ConfigError without a profile;
-    FamilyMismatchError or BoundsError if it belongs to another family.
+    Errors: AdapterRejectedError for an exported directory or a family; ConfigError without
+    a profile; FamilyMismatchError or BoundsError if it belongs to another family.
     """
     refuse_exported(directory)
     check_fits(directory, header)
@@ -108,17 +105,17 @@ def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[T
     ]
 
 
-def check_targets(subjects: Sequence[Target], header: FamilyHeader | None) -> None:
-    """Raise unless every subject can be made, and no two have one name and state."""
-    faults: list[SafegeneError] = []
-    keys = [subject.key for subject in subjects]
+def check_targets(targets: Sequence[Target], header: FamilyHeader | None) -> None:
+    """Check that every target can be made and has a name and state of its own."""
+    errors: list[SafegeneError] = []
+    keys = [target.key for target in targets]
     for key in sorted({key for key in keys if keys.count(key) > 1}):
-        faults.append(ConfigError(f"{key} is named twice; names must differ"))
-    for subject in subjects:
+        errors.append(ConfigError(f"{key} is named twice; names must differ"))
+    for target in targets:
         try:
-            profile_of(subject, header)
-            if subject.directory is not None and header is not None:
-                check_fits(subject.directory, header)
+            profile_of(target, header)
+            if target.directory is not None and header is not None:
+                check_fits(target.directory, header)
         except SafegeneError as error:
-            faults.append(type(error)(f"{subject.key}: {error}"))
-    raise_errors(faults)
+            errors.append(type(error)(f"{target.key}: {error}"))
+    raise_errors(errors)

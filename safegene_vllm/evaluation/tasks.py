@@ -1,7 +1,7 @@
-"""Labelled tasks: what a tenant was tuned for, asked in one instruction and read from one answer.
+"""Labeled tasks: an instruction per row, and the label read from the greedy response.
 
-sst2, ag_news, boolq and mnli in the usual files, each under an instruction of our own; any other
-name is rows of prompt and answer. Greedy answers, not likelihoods of labels: what a user would see.
+sst2, ag_news, boolq and mnli in the usual files, each under an instruction of ours; any other name
+is rows of prompt and answer. Responses are graded, not likelihoods of labels: as a user sees them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from safegene_vllm.dataset import (
 )
 from safegene_vllm.errors import ConfigError
 
-MOST_LABELS = 20
-MOST_LABEL_WORDS = 3
+MAX_LABELS = 20
+MAX_LABEL_WORDS = 3
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions with their right answers, in `data`.
+    """Questions with their reference answers, in `data`.
 
-    `labels` are the answers there may be (empty: free text; one: what an answer has to begin with);
-    `aliases` are other words for them, in lower case.
+    `labels` are the possible answers (empty: free text; one: the required beginning); `aliases`
+    are other words for them, in lower case.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Form:
-    """How the rows of a well-known task become questions: instruction, columns, labels.
+    """Template of a well-known task: instruction, columns, labels.
 
     `columns`: the sets of columns that its files come in, the gold label's first.
     `gold`: from (column, value in lower case) to the label; None drops the row.
@@ -59,7 +59,7 @@ class Form:
 def _table_of(
     values: Mapping[str, str], by_column: Mapping[str, Mapping[str, str]] | None = None
 ) -> Callable[[str, str], str]:
-    """The labels of the values; a column in `by_column` has a table of its own, and no other."""
+    """A lookup from value to label; a column in `by_column` has its own table."""
 
     def gold(column: str, value: str) -> str:
         return (by_column or {}).get(column, values)[value]
@@ -101,7 +101,7 @@ FORMS: Mapping[str, Form] = {
         _TOPICS,
         _table_of(
             {str(n): topic for n, topic in enumerate(_TOPICS, 1)} | _BY_TOPIC,
-            # The data set of this name on the hub counts from 0.
+            # The data set of this name on the Hugging Face Hub counts from 0.
             {"label": {str(n): topic for n, topic in enumerate(_TOPICS)} | _BY_TOPIC},
         ),
         {".csv": ("class", "title", "description"), ".tsv": ("description", "class")},
@@ -125,7 +125,7 @@ FORMS: Mapping[str, Form] = {
         _relation,
     ),
 }
-"""The tasks that are known by name."""
+"""Tasks known by name."""
 
 
 def _question(form: Form, columns: Sequence[str], row: Mapping[str, Any]) -> str:
@@ -190,10 +190,10 @@ def read_task(name: str, source: str, *, what: str = "--task") -> Task:
 
     sst2: sentence, label. ag_news: class, title, description, with a header or without. boolq:
     question, passage, answer. mnli: premise, hypothesis, label, or GLUE's names; rows without a
-    gold label are left out. Other names: prompt and answer, without outer blanks; the answers are
-    labels if they are at most 20 of at most 3 words, else free text. Errors: those of
-    `read_dataset`; ConfigError for an unknown label, missing columns, or labels that are equal but
-    for their case.
+    gold label are left out. Other names: prompt and answer, stripped; the answers are labels if
+    they are at most 20 of at most 3 words, else free text. Errors: those of
+    `read_dataset`; ConfigError for an unknown label, missing columns, or labels that differ only in
+    their case.
     """
     if name in FORMS:
         return _read_form(name, FORMS[name], source, what)
@@ -201,15 +201,15 @@ def read_task(name: str, source: str, *, what: str = "--task") -> Task:
     rows = tuple(Row(row.prompt, str(row.answer).strip()) for row in read.rows)
     data = replace(read, rows=rows, digest=digest_of_rows(rows))
     labels = tuple(sorted({str(row.answer) for row in rows}))
-    short = all(0 < len(label.split()) <= MOST_LABEL_WORDS for label in labels)
-    if not short or len(labels) > MOST_LABELS:
+    short = all(0 < len(label.split()) <= MAX_LABEL_WORDS for label in labels)
+    if not short or len(labels) > MAX_LABELS:
         return Task(name, (), data)
     first: dict[str, str] = {}
-    if twice := [x for x in labels if first.setdefault(x.lower(), x) != x]:
-        pairs = ", ".join(f"{first[label.lower()]!r} and {label!r}" for label in twice)
+    if duplicates := [x for x in labels if first.setdefault(x.lower(), x) != x]:
+        pairs = ", ".join(f"{first[label.lower()]!r} and {label!r}" for label in duplicates)
         raise ConfigError(
-            f"{what} {read.name}: the labels {pairs} are equal but for their case, and answers are "
-            "read in any case; write each label in one way"
+            f"{what} {read.name}: the labels {pairs} differ only in their case, which is "
+            "ignored in responses; write each label in one way"
         )
     return Task(name, labels, data)
 
@@ -218,17 +218,17 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).rstrip(".").casefold()
 
 
-def correct(task: Task, answer: str, gold: str) -> bool:
-    """True if the first label that the answer names is the gold one: a whole word, in any case.
+def correct(task: Task, response: str, gold: str) -> bool:
+    """True if the first label in the response is the gold one: a whole word, in any case.
 
-    A task of one label is a style: the answer has to begin with it. Free text is right if it is the
-    gold text, but for case, blanks and a final full stop.
+    A task of one label is a style: the response has to begin with it. Free text is correct if it
+    equals the gold text except for case, whitespace and a final period.
     """
     if not task.labels:
-        return _plain(answer) == _plain(gold)
+        return _plain(response) == _plain(gold)
     names = {label.lower(): label for label in task.labels} | dict(task.aliases)
-    # The longest first, so that "sci/tech" is not read as "sci".
+    # Longest first, so that "sci/tech" does not match as "sci".
     choice = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     find = re.match if len(task.labels) == 1 else re.search
-    found = find(rf"(?<!\w)({choice})(?!\w)", answer.lower().strip())
+    found = find(rf"(?<!\w)({choice})(?!\w)", response.lower().strip())
     return found is not None and names[found[1]] == gold

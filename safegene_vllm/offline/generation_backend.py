@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from safegene_vllm.chat import (
-    answer_text,
+    completion_text,
     check_template,
     load_tokenizer,
     prompt_tokens,
     stop_tokens,
-    until_stop,
+    truncate_at_stop,
 )
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.evaluation.targets import (
@@ -101,7 +101,7 @@ class VllmBackend:
         self._tenants: dict[Target, Path | None] = {}
         self._stack = ExitStack()
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
         """One greedy answer per prompt, in order.
 
         Errors: ReceiptError if a worker did not apply what the subject says; what admission
@@ -120,7 +120,7 @@ class VllmBackend:
             stop_token_ids=list(running.stops),
         )
         return [
-            answer_text(running.tokenizer, until_stop(answer.tokens, running.stops))
+            completion_text(running.tokenizer, truncate_at_stop(answer.tokens, running.stops))
             for answer in found
         ]
 

@@ -1,1 +1,1 @@
-"""Where vectors and coefficients come from. Import what you need from the modules."""
+"""Making of safety vectors and coefficients."""

@@ -1,7 +1,6 @@
-"""A safety vector on a running model: every site's output plus λ_l · B·A·x, by forward hooks.
+"""A safety vector on a running model by forward hooks: target module output plus λ_l · B·A·x.
 
-The pairs or the coefficients may be trained; the model's own weights never change. The third of the
-recipe's tools beside encoding and training; serving is the plugin's business.
+LoRA weights or coefficients may be trained; the model's own weights never change.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of
-from safegene_vllm.recipe.model import site_modules
+from safegene_vllm.recipe.model import find_target_modules
 
 
-class Attached:
-    """Pairs as float32 tensors a (R, D_in), b (D_out, R) by site; coefficients (L,) float32.
+class AttachedVector:
+    """LoRA weights a (R, D_in), b (D_out, R) by target module, coefficients (L,), all float32.
 
-    Semantics: y ← y + λ[layer of site] · ((x aᵀ) bᵀ), computed in y's dtype.
+    Semantics: y ← y + λ[layer of module] · ((x aᵀ) bᵀ), computed in y's dtype.
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class Attached:
         num_layers: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        # A copy: what is trained here is never the caller's own tensor.
+        # Copies, so that training never changes the caller's tensors.
         self.a = {
             s: p.a.detach().to(device, torch.float32, copy=True) for s, p in lora_weights.items()
         }
@@ -38,23 +37,25 @@ class Attached:
         self.coefficients = torch.ones(num_layers, device=device)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The pairs as trainable tensors, by `<site>.A` and `<site>.B`."""
-        halves = {f"{s}.A": t for s, t in self.a.items()} | {f"{s}.B": t for s, t in self.b.items()}
-        return {name: halves[name].requires_grad_() for name in sorted(halves)}
+        """The LoRA weights as trainable tensors, by `<site>.A` and `<site>.B`."""
+        tensors = {f"{s}.A": t for s, t in self.a.items()} | {
+            f"{s}.B": t for s, t in self.b.items()
+        }
+        return {name: tensors[name].requires_grad_() for name in sorted(tensors)}
 
     def lora_weights(self) -> dict[str, LoRAWeights]:
-        """The pairs as they are now, on the CPU, coefficients not applied."""
+        """The current LoRA weights on the CPU, coefficients not applied."""
         return {
             s: LoRAWeights(self.a[s].detach().cpu().clone(), self.b[s].detach().cpu().clone())
             for s in self.a
         }
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[None]:
-        """Attached while the block runs. Errors: SiteError."""
+    def applied_to(self, model: Any) -> Iterator[None]:
+        """Context manager: the vector is applied inside the block. Errors: SiteError."""
         handles = [
             module.register_forward_hook(self._hook(site))
-            for site, module in site_modules(model, self.a, "the vector").items()
+            for site, module in find_target_modules(model, self.a, "the vector").items()
         ]
         try:
             yield
@@ -75,18 +76,18 @@ class Attached:
         return add
 
 
-def fresh_lora_weights(
+def init_lora_weights(
     shapes: Mapping[str, tuple[int, int]], rank: int, seed: int
 ) -> dict[str, LoRAWeights]:
-    """Pairs to train: A uniform as in LoRA (Kaiming with a = √5), B zero. Shapes are (D_out, D_in).
+    """LoRA weights to train: A uniform (Kaiming with a = √5), B zero. Shapes are (D_out, D_in).
 
-    So the vector begins as exactly nothing (Hu et al. 2021, arXiv:2106.09685).
+    The vector is exactly zero at the start (Hu et al. 2021, arXiv:2106.09685).
     """
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    lora_weights = {}
     for site in sorted(shapes):
         d_out, d_in = shapes[site]
         bound = 1.0 / d_in**0.5
         a = (torch.rand(rank, d_in, generator=generator) * 2 - 1) * bound
-        made[site] = LoRAWeights(a, torch.zeros(d_out, rank))
-    return made
+        lora_weights[site] = LoRAWeights(a, torch.zeros(d_out, rank))
+    return lora_weights

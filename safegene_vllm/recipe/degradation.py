@@ -1,6 +1,6 @@
-"""What a degraded LoRA was made from, in a file beside it that PEFT does not read.
+"""Record of how a degraded LoRA was made, in a file in its directory that PEFT does not read.
 
-For the family's recipe: `extract` copies it there. A LoRA from elsewhere has none.
+`extract` copies it into the family's recipe. A LoRA from elsewhere has none.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ RECORD_FILE = "safegene-degrade.json"
 def degradation_file(
     checkpoint: str | None, data: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> bytes:
-    """`data` is `Dataset.record()`: name, rows, licence and SHA-256, no text."""
-    told = {"checkpoint": checkpoint, "data": dict(data), "settings": dict(settings)}
-    return pretty_json({"kind": "degradation", "format_version": 1, **told})
+    """Bytes of the record; `data` is `Dataset.record()`: name, rows, license, SHA-256, no text."""
+    fields = {"checkpoint": checkpoint, "data": dict(data), "settings": dict(settings)}
+    return pretty_json({"kind": "degradation", "format_version": 1, **fields})
 
 
 def degradation_of(adapter: Path | None) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""A safety vector as a difference: of two checkpoints, or a LoRA taken as it is.
+"""Safety vector as a weight difference: of two checkpoints, or from a LoRA.
 
-Two checkpoints, aligned and degraded: per site the best pair of rank R for W_A - W_D (truncated
-SVD, Eckart & Young 1936). A LoRA that degraded the aligned model: minus that LoRA, exactly. A LoRA
-that aligned a base: that LoRA, exactly. One site is in memory at a time. Nothing is trained here,
-and no layer is scored.
+Two checkpoints, aligned and degraded: per target module the best LoRA of rank R for W_A - W_D
+(truncated SVD, Eckart & Young 1936). A LoRA that degraded the aligned model: minus that LoRA,
+exactly. A LoRA that aligned a base: that LoRA, exactly. One module is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ from safegene_vllm.formats.safetensors_file import FLOAT_BITS
 from safegene_vllm.recipe.degradation import degradation_of
 
 Track = Callable[[Sequence[str]], Iterable[str]]
-"""Wraps the names that are worked through, to show progress; `iter` shows none."""
+"""Wrapper of the module names to process, to show progress; `iter` shows none."""
 
-# Their linear layers are Conv1D: the stored weight is (D_in, D_out), against what a site means.
+# Their linear layers are Conv1D: the stored weight is (D_in, D_out), transposed.
 _TRANSPOSED = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites are looked at: layer numbers and name endings (`q_proj`); None is all."""
+    """Filter of target modules: layer numbers and name endings (`q_proj`); None is all."""
 
     layers: tuple[int, ...] | None = None
     endings: tuple[str, ...] | None = None
 
-    def holds(self, site: str) -> bool:
+    def contains(self, site: str) -> bool:
         if self.layers is not None and layer_of(site) not in self.layers:
             return False
         return self.endings is None or any(_ends(site, ending) for ending in self.endings)
@@ -56,7 +55,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class SiteEnergy:
-    """‖ΔW‖²_F of a site, and how much of it its pair holds."""
+    """‖ΔW‖²_F of a target module, and how much of it its LoRA captures."""
 
     site: str
     total: float
@@ -66,7 +65,7 @@ class SiteEnergy:
 
 @dataclass(frozen=True)
 class LayerEnergy:
-    """‖ΔW‖_F over the sites of a layer, and the share of ‖ΔW‖²_F that its pairs hold (0 to 1)."""
+    """‖ΔW‖_F over a layer, and the share of ‖ΔW‖²_F that its LoRA weights capture (0 to 1)."""
 
     layer: int
     sites: int
@@ -76,10 +75,10 @@ class LayerEnergy:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Pairs by site, what they hold of the difference, and how it was taken.
+    """LoRA weights by target module, their captured energy, and how they were made.
 
-    `left_out`: tensors outside the sites (norms, biases, vocabulary) that differ as well and that
-    no pair can hold.
+    `left_out`: differing tensors outside the linear modules (norms, biases, vocabulary), which no
+    LoRA can represent.
     """
 
     base: Base
@@ -114,7 +113,7 @@ def lora_norm(lora: LoRAWeights) -> float:
 
 
 def truncated_lora(difference: torch.Tensor, rank: int) -> tuple[LoRAWeights, float, float]:
-    """The best pair of at most `rank` for `difference` (D_out, D_in): pair, ‖D‖²_F, ‖b @ a‖²_F.
+    """The best LoRA of at most `rank` for `difference` (D_out, D_in), ‖D‖²_F and ‖b @ a‖²_F.
 
     Semantics: with U the leading left singular vectors of D, b = U √σ and a = √σ⁻¹ Uᵀ D, float32
     on the CPU. U comes from the Gram matrix of D's smaller side in float64; b @ a is D projected
@@ -146,21 +145,21 @@ def _linear_sites(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _chosen(sites: Iterable[str], scope: Scope, num_layers: int) -> list[str]:
-    """The sites in `scope`; ConfigError if a layer or an ending of it names nothing."""
+    """The sites in `scope`. Errors: ConfigError if a layer or an ending matches nothing."""
     sites = list(sites)
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     outside = sorted(n for n in scope.layers or () if not 0 <= n < num_layers)
     if outside:
-        faults.append(ConfigError(f"layers {outside} are outside 0..{num_layers - 1}"))
+        errors.append(ConfigError(f"layers {outside} are outside 0..{num_layers - 1}"))
     for ending in scope.endings or ():
         if not any(_ends(site, ending) for site in sites):
             known = ", ".join(sorted({site.rpartition(".")[2] for site in sites}))
-            faults.append(ConfigError(f"no site ends in {ending!r}; there are: {known}"))
-    raise_errors(faults)
-    kept = [site for site in sites if scope.holds(site)]
-    if not kept:
-        raise ConfigError(f"layers {scope.layers} and sites {scope.endings} leave nothing over")
-    return kept
+            errors.append(ConfigError(f"no site ends in {ending!r}; there are: {known}"))
+    raise_errors(errors)
+    chosen = [site for site in sites if scope.contains(site)]
+    if not chosen:
+        raise ConfigError(f"layers {scope.layers} and sites {scope.endings} have no site in common")
+    return chosen
 
 
 def _base(directory: Path) -> Base:
@@ -168,13 +167,13 @@ def _base(directory: Path) -> Base:
     if base.architecture.startswith(_TRANSPOSED):
         raise FamilyMismatchError(
             f"{directory} is a {base.architecture}, which stores its weights transposed (Conv1D); "
-            "a pair (B, A) for such a site would be applied the wrong way round"
+            "a LoRA for such a module would be applied transposed"
         )
     return base
 
 
 def _check_same_family(aligned: Path, degraded: Path) -> Base:
-    """The base of both; FamilyMismatchError naming both and what differs first."""
+    """The common base. Errors: FamilyMismatchError naming both and what differs."""
     base, other = _base(aligned), _base(degraded)
     if base == other:
         return base
@@ -191,7 +190,7 @@ def _check_same_family(aligned: Path, degraded: Path) -> Base:
 def _subtracted(
     aligned: Checkpoint, degraded: Checkpoint, name: str, device: str
 ) -> torch.Tensor | None:
-    """W_A - W_D in float64, None if it is exactly zero; NonFiniteError names the tensor."""
+    """W_A - W_D in float64, None if exactly zero. Errors: NonFiniteError naming the tensor."""
     difference = aligned.read(name).to(device).double() - degraded.read(name).to(device).double()
     if not bool(difference.isfinite().all()):
         raise NonFiniteError(f"{name} holds NaN or Inf in {aligned.directory}, or its counterpart")
@@ -199,7 +198,7 @@ def _subtracted(
 
 
 def _left_out(aligned: Checkpoint, degraded: Checkpoint) -> tuple[str, ...]:
-    """Tensors outside the linear sites that are in both and differ, or are in one only."""
+    """Tensors outside the linear modules that differ, or are in one checkpoint only."""
     sites = {merged_weight_name(site) for site in _linear_sites(aligned)}
     found = []
     for name in sorted((aligned.infos.keys() | degraded.infos.keys()) - sites):
@@ -214,7 +213,7 @@ def _left_out(aligned: Checkpoint, degraded: Checkpoint) -> tuple[str, ...]:
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
-    """How many of `names` are alike but for a layer's number, for people to read."""
+    """Counts of `names`, with layer numbers replaced by `*`."""
     return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
@@ -227,7 +226,7 @@ def between_checkpoints(
     device: str = "cpu",
     track: Track = iter,
 ) -> Difference:
-    """W_A - W_D of two checkpoints, at most `rank` per site; equal sites carry no pair.
+    """W_A - W_D of two checkpoints, at most `rank` per module; equal modules get no LoRA.
 
     Errors: FamilyMismatchError naming both; ConfigError (rank, scope); ShapeError (quantized);
     NonFiniteError; SiteError if the checkpoints are equal everywhere; FormatError for the files.
@@ -252,7 +251,7 @@ def between_checkpoints(
         energies.append(SiteEnergy(site, total, captured, lora_weights[site].rank))
     if not lora_weights:
         raise SiteError(
-            f"{aligned} and {degraded} are equal at all {len(energies)} sites that were looked at; "
+            f"{aligned} and {degraded} are equal at all {len(energies)} compared sites; "
             "there is no difference to extract"
         )
     left_out = _left_out(ours, theirs)
@@ -274,36 +273,36 @@ def of_adapter(
     *,
     scope: Scope | None = None,
 ) -> Difference:
-    """The difference that a LoRA on `checkpoint` made, exactly and at the LoRA's own rank.
+    """The difference that a LoRA on `checkpoint` made, exactly and at its own rank.
 
     `degraded`: the LoRA degraded the aligned `checkpoint`, the vector is minus the LoRA.
-    `aligned`: the LoRA aligned it, the vector is the LoRA. Sites whose B is zero carry no pair.
-    Errors: FamilyMismatchError naming both; SiteError (a site in no layer, or nothing left);
+    `aligned`: the LoRA aligned it, the vector is the LoRA. Modules whose B is zero are left out.
+    Errors: FamilyMismatchError naming both; SiteError (a module in no layer, or nothing left);
     ConfigError (scope); FormatError for the files.
     """
     scope = scope or Scope()
     base = _base(checkpoint)
     loaded = load_adapter(adapter).lora_weights
     weights = _linear_sites(read_checkpoint(checkpoint))
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     sites = _chosen(loaded, scope, base.num_layers)
     for site in sites:
         lora = loaded[site]
         if layer_of(site) is None:
-            faults.append(
+            errors.append(
                 SiteError(
-                    f"{adapter}: {site} is in no layer, so no coefficient reaches it; choose "
+                    f"{adapter}: {site} is in no layer, so no coefficient applies to it; choose "
                     "others with --sites, or train the adapter without it"
                 )
             )
         elif weights.get(site) != (lora.d_out, lora.d_in):
-            faults.append(
+            errors.append(
                 FamilyMismatchError(
                     f"{adapter}: the weight of {site} is {(lora.d_out, lora.d_in)}, in "
                     f"{checkpoint} it is {weights.get(site)}"
                 )
             )
-    raise_errors(faults)
+    raise_errors(errors)
     sign = -1.0 if role == "degraded" else 1.0
     lora_weights: dict[str, LoRAWeights] = {}
     energies: list[SiteEnergy] = []
@@ -348,7 +347,7 @@ def as_family(
 ) -> Family:
     """The difference as a family, its captured energy in the recipe.
 
-    `dtype=None` loses no bit of a LoRA (see adapter.settled) and keeps the SVD's float32.
+    `dtype=None` stores a LoRA without loss (see adapter.settled) and the SVD's float32.
     Errors: those of `family.make_family`.
     """
     return make_family(

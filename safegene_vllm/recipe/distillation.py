@@ -1,11 +1,11 @@
-"""Discrepancy distillation: pairs that make a degraded model answer like the aligned one again.
+"""Discrepancy distillation: LoRA weights that restore the aligned model's outputs.
 
-Freeze the degraded model D and train the pairs so that D + BA matches the aligned model A on safety
+Freeze the degraded model D and train B, A so that D + BA matches the aligned model A on safety
 prompts, and stays D on benign ones. The paper (arXiv:2606.06519) gives no equations; this loss is
-our choice: mean KL(p_A ‖ p_{D+BA}) over the tokens of safe answers, plus hard · their
-cross-entropy (hard labels, as in Kim & Rush 2016, arXiv:1606.07947), plus retention · mean
-KL(p_D ‖ p_{D+BA}) over the tokens of benign answers, plus hidden · the relative squared distance of
-the residual streams of A and D + BA at the last prompt token of safety prompts, mean over layers.
+ours: mean KL(p_A ‖ p_{D+BA}) over the tokens of safe answers, plus hard · their cross-entropy (hard
+labels, as in Kim & Rush 2016, arXiv:1606.07947), plus retention · mean KL(p_D ‖ p_{D+BA}) over the
+tokens of benign answers, plus hidden · the relative squared distance of the residual streams of A
+and D + BA at the last prompt token of safety prompts, mean over layers.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from safegene_vllm.composition import merged_weight_name
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
 from safegene_vllm.evaluation.judges import is_refusal
-from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter, read_adapter_shapes
+from safegene_vllm.formats.adapter import LoRAWeights, load_adapter, read_adapter_shapes
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.formats.family import Base, base_of_checkpoint
 from safegene_vllm.formats.tenant_directory import refuse_exported
-from safegene_vllm.recipe.attached import Attached, fresh_lora_weights
+from safegene_vllm.recipe.attached import AttachedVector, init_lora_weights
 from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.recipe.encoding import (
     Batch,
     Batches,
     Encoded,
     Example,
-    check_room,
+    batches_by_length,
+    check_example_lengths,
     collate,
     encode,
-    in_order,
 )
-from safegene_vllm.recipe.examples import few
+from safegene_vllm.recipe.examples import sample_rows
 from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import (
-    Loaded,
-    answer_states,
+    LoadedModel,
     check_head,
+    completion_states,
     head_of,
+    last_prompt_states,
+    linear_modules,
     load_model,
     merge_lora_weights,
+    record_layers,
 )
-from safegene_vllm.recipe.residual import last_prompt_states, recording
 from safegene_vllm.recipe.training import (
     Progress,
     Run,
@@ -85,9 +87,9 @@ class Distillation:
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """Pairs by site in bfloat16, the base they fit, and how they were made.
+    """LoRA weights by target module in bfloat16, their base, and the recipe.
 
-    `run` keeps the whole run on disk: whoever has written the pairs clears it.
+    `run` keeps its state on disk until the caller has written the result and clears it.
     """
 
     base: Base
@@ -99,11 +101,10 @@ class Distilled:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What a model says on some rows: per row its final states (answer tokens, D), on the CPU.
+    """A model's outputs on some rows: per row the final states (answer tokens, D), on the CPU.
 
-    The head, weight (V, D) and bias (V,) or None, is applied again when a batch is trained on:
-    exact, and V / D times smaller than logits. `residual` is (rows, layers, D), or None where it is
-    not needed.
+    The head, weight (V, D) and bias (V,) or None, is applied again for each training batch: exact,
+    and V / D times smaller than logits. `residual` is (rows, layers, D), or None if not needed.
     """
 
     rows: list[Encoded]
@@ -118,19 +119,19 @@ class Teacher:
 
 
 @torch.no_grad()
-def listen(loaded: Loaded, rows: list[Encoded], *, residual: bool = False) -> Teacher:
-    """Run the model once over the rows and keep what a student is compared with."""
+def record_teacher(loaded: LoadedModel, rows: list[Encoded], *, residual: bool = False) -> Teacher:
+    """Run the model once over the rows and record what the student is compared with."""
     states: dict[int, torch.Tensor] = {}
     streams: dict[int, torch.Tensor] = {}
-    for chosen in in_order([len(row.ids) for row in rows], TEACHER_BATCH):
+    for chosen in batches_by_length([len(row.ids) for row in rows], TEACHER_BATCH):
         batch = collate([rows[i] for i in chosen], loaded.pad).to(loaded.device)
         if residual:
-            with recording(loaded.model) as layers:
-                found = answer_states(loaded.model, batch)
+            with record_layers(loaded.model) as layers:
+                found = completion_states(loaded.model, batch)
             stream = last_prompt_states(layers, batch.last_prompt).cpu()
             streams |= {i: stream[place] for place, i in enumerate(chosen)}
         else:
-            found = answer_states(loaded.model, batch)
+            found = completion_states(loaded.model, batch)
         counts = batch.wanted.sum(dim=1).tolist()
         states |= dict(zip(chosen, found.cpu().split(counts), strict=True))
     head = loaded.model.get_output_embeddings()
@@ -152,7 +153,7 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, batch: Batch) ->
 
 
 def _check_adapter(checkpoint: Path, adapter: Path) -> None:
-    """FamilyMismatchError unless every weight that the LoRA changes is in the checkpoint."""
+    """Check that the LoRA fits the checkpoint. Errors: FamilyMismatchError."""
     infos = read_checkpoint(checkpoint).infos
     for site, lora in read_adapter_shapes(adapter).items():
         info = infos.get(merged_weight_name(site))
@@ -164,26 +165,28 @@ def _check_adapter(checkpoint: Path, adapter: Path) -> None:
 
 
 def safe_examples(
-    aligned: Loaded, safety: Dataset, max_answer_tokens: int, progress: Progress = silent
+    aligned: LoadedModel, safety: Dataset, max_answer_tokens: int, progress: Progress = silent
 ) -> list[Example]:
-    """Safety prompts with safe answers: the data's own, else what the aligned model says.
+    """Safety prompts with safe answers: those of the data, else the aligned model's completions.
 
-    Answers of the model that are no refusals are left out. Errors: ConfigError if none is left.
+    Completions that are no refusals are left out. Errors: ConfigError if none is left.
     """
-    given = [Example(row.prompt, row.answer) for row in safety.rows if row.answer is not None]
+    examples = [Example(row.prompt, row.answer) for row in safety.rows if row.answer is not None]
     open_prompts = [row.prompt for row in safety.rows if row.answer is None]
     if open_prompts:
-        said = generate_greedy(aligned, open_prompts, max_answer_tokens, progress=progress)
-        given += [Example(a.prompt, a.text, a.finished) for a in said if is_refusal(a.text)]
-    if not given:
+        completions = generate_greedy(aligned, open_prompts, max_answer_tokens, progress=progress)
+        examples += [
+            Example(c.prompt, c.text, c.finished) for c in completions if is_refusal(c.text)
+        ]
+    if not examples:
         raise ConfigError(
             f"the aligned model refuses none of the {len(open_prompts)} prompts of {safety.name}, "
-            "so there is no safety to distil from it; is it the aligned one? Else give safe answers"
+            "so there is no safety to distill from it; name the aligned model, or give safe answers"
         )
-    return given
+    return examples
 
 
-def distil(
+def distill(
     checkpoint: Path,
     *,
     safety: Dataset,
@@ -196,9 +199,9 @@ def distil(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> Distilled:
-    """Distil what the aligned `checkpoint` has and its degraded copy has not.
+    """Distill the safety that the aligned `checkpoint` has and its degraded copy lacks.
 
-    The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it goes on from `state`,
+    The copy is a checkpoint, or a LoRA on the aligned one. Interrupted, it continues from `state`,
     which stays until the result's `run` is cleared.
     Errors: FamilyMismatchError naming both; AdapterRejectedError for an exported model; ConfigError
     (data, settings, architecture).
@@ -219,35 +222,38 @@ def distil(
     for data, what in ((safety, "safety"), (benign, "benign")):
         if not data.rows:
             raise ConfigError(f"the {what} data {data.name} is empty; both kinds are needed")
-    # Rows that no step would reach need no teacher.
+    # Rows that no training step uses need no teacher.
     reached = settings.steps * max(1, settings.batch // 2)
-    safety, benign = few(safety, reached, settings.seed), few(benign, reached, settings.seed)
+    safety, benign = (
+        sample_rows(safety, reached, settings.seed),
+        sample_rows(benign, reached, settings.seed),
+    )
     loaded = load_model(checkpoint, device=device, dtype=dtype)
     check_head(loaded)
-    sites = _chosen(_linears(loaded.model), settings.modules)
+    sites = _chosen(linear_modules(loaded.model), settings.modules)
     limit = settings.max_answer_tokens
     counted = {"max_answer_tokens": limit, "context_tokens": loaded.context_tokens}
     for data, what in ((safety, "safety data"), (benign, "benign data")):
-        check_room(loaded.tokenizer, data.rows, what=what, **counted)
+        check_example_lengths(loaded.tokenizer, data.rows, what=what, **counted)
     examples = safe_examples(loaded, safety, limit, progress)
     safe_rows = encode(loaded.tokenizer, examples, what="safety data", **counted)
-    aligned = listen(loaded, safe_rows, residual=settings.hidden > 0.0)
+    aligned = record_teacher(loaded, safe_rows, residual=settings.hidden > 0.0)
     if degraded_adapter is not None:
         merge_lora_weights(
             loaded.model, load_adapter(degraded_adapter).lora_weights, str(degraded_adapter)
         )
     else:
         assert degraded is not None
-        # Only the head of the aligned model stays in memory, held by its teacher.
+        # Only the head of the aligned model stays in memory, referenced by its teacher.
         del loaded
         loaded = load_model(degraded, device=device, dtype=dtype)
-    kept = _benign_examples(loaded, benign, limit, progress)
-    benign_rows = encode(loaded.tokenizer, kept, what="benign data", **counted)
+    benign_examples = _benign_examples(loaded, benign, limit, progress)
+    benign_rows = encode(loaded.tokenizer, benign_examples, what="benign data", **counted)
     models = [checkpoint, degraded, degraded_adapter]
-    run = Run(state, {**settings.record(), "rows": _digestible(safe_rows, benign_rows)}, models)
-    fresh = fresh_lora_weights(sites, settings.rank, settings.seed)
-    attached = Attached(fresh, base.num_layers, loaded.device)
-    teachers = (aligned, listen(loaded, benign_rows))
+    run = Run(state, {**settings.record(), "rows": [_ids(safe_rows), _ids(benign_rows)]}, models)
+    initial = init_lora_weights(sites, settings.rank, settings.seed)
+    attached = AttachedVector(initial, base.num_layers, loaded.device)
+    teachers = (aligned, record_teacher(loaded, benign_rows))
     lora_weights, losses = _train(loaded, attached, teachers, settings, run, progress)
     recipe = {
         "method": "distill",
@@ -266,32 +272,23 @@ def distil(
 
 
 def _benign_examples(
-    degraded: Loaded, benign: Dataset, limit: int, progress: Progress
+    degraded: LoadedModel, benign: Dataset, limit: int, progress: Progress
 ) -> list[Example]:
-    """Benign prompts with the data's own answers, else the degraded model's."""
+    """Benign prompts with the answers of the data, else the degraded model's completions."""
     open_prompts = [row.prompt for row in benign.rows if row.answer is None]
-    said = iter(generate_greedy(degraded, open_prompts, limit, progress=progress))
+    completions = iter(generate_greedy(degraded, open_prompts, limit, progress=progress))
     found = []
     for row in benign.rows:
         if row.answer is not None:
             found.append(Example(row.prompt, row.answer))
-        elif (answer := next(said)).text:
-            found.append(Example(answer.prompt, answer.text, answer.finished))
+        elif (completion := next(completions)).text:
+            found.append(Example(completion.prompt, completion.text, completion.finished))
     return found
 
 
-def _linears(model: Any) -> dict[str, tuple[int, int]]:
-    """(D_out, D_in) of every linear module inside the layers."""
-    return {
-        name: (int(module.out_features), int(module.in_features))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
-    }
-
-
 def _train(
-    loaded: Loaded,
-    attached: Attached,
+    loaded: LoadedModel,
+    attached: AttachedVector,
     teachers: tuple[Teacher, Teacher],
     settings: Distillation,
     run: Run,
@@ -311,8 +308,8 @@ def _train(
         for weight, (teacher, batches) in zip(weights, streams, strict=True):
             rows = batches.at(step)
             batch = collate([teacher.rows[i] for i in rows], loaded.pad).to(loaded.device)
-            with recording(loaded.model, wanted=teacher.residual is not None) as layers:
-                student = head(answer_states(loaded.model, batch))
+            with record_layers(loaded.model, enabled=teacher.residual is not None) as layers:
+                student = head(completion_states(loaded.model, batch))
             total = total + weight * kl_divergence(
                 teacher.logits(rows, loaded.device), student, batch
             )
@@ -326,7 +323,7 @@ def _train(
                 total = total + settings.hidden * gap.mean()
         return total
 
-    with attached.on(loaded.model):
+    with attached.applied_to(loaded.model):
         losses = train(
             attached.parameters(),
             loss_at,
@@ -334,17 +331,17 @@ def _train(
             run,
             progress=progress,
         )
-    halves = {
+    lora_weights = {
         s: LoRAWeights(p.a.to(torch.bfloat16), p.b.to(torch.bfloat16))
         for s, p in attached.lora_weights().items()
     }
-    return halves, losses
+    return lora_weights, losses
 
 
 def _chosen(
     shapes: dict[str, tuple[int, int]], modules: tuple[str, ...] | None
 ) -> dict[str, tuple[int, int]]:
-    """The sites whose names end in one of `modules` (all for None), whole parts of a name only."""
+    """The modules whose names end in one of `modules`, by dotted parts; all for None."""
     if modules is None:
         return shapes
     chosen: dict[str, tuple[int, int]] = {}
@@ -357,5 +354,5 @@ def _chosen(
     return chosen
 
 
-def _digestible(*parts: Sequence[Encoded]) -> list[list[list[Any]]]:
-    return [[[list(row.ids), row.prompt_tokens] for row in rows] for rows in parts]
+def _ids(rows: Sequence[Encoded]) -> list[list[Any]]:
+    return [[list(row.ids), row.prompt_tokens] for row in rows]

@@ -1,7 +1,7 @@
-"""Examples as token ids: the answer marked, padded batches, and which batch belongs to which step.
+"""Training examples as token ids, padded batches, and the seeded order of batches.
 
-A loss sees answer tokens only. The batch of a step follows from the seed, so that an interrupted
-run continues with the batch that would have come. Knows no model and no loss.
+Losses apply to answer tokens only. The batch of a step follows from the seed, so that an
+interrupted run continues with the same batches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POOL_BATCHES = 8
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer; `whole` is false if the answer was cut off before its end."""
+    """A prompt and its answer; `whole` is False if the answer was truncated."""
 
     prompt: str
     answer: str
@@ -70,9 +70,9 @@ def encode(
     context_tokens: int,
     what: str = "data",
 ) -> list[Encoded]:
-    """Every example in order; a longer answer is cut, and then not ended.
+    """Encode examples in order; a truncated answer has no end-of-turn tokens.
 
-    Errors: ConfigError naming the rows whose prompt leaves no room for an answer in the context.
+    Errors: ConfigError naming the rows that exceed the context.
     """
     check_template(tokenizer)
     end = end_of_turn(tokenizer)
@@ -85,13 +85,13 @@ def encode(
         if len(head) + len(body) > context_tokens:
             too_long.append(f"row {number} ({len(head)} + {len(body)} tokens)")
         rows.append(Encoded((*head, *body), len(head)))
-    _refuse(too_long, context_tokens, what)
+    _reject_long(too_long, context_tokens, what)
     if not rows:
         raise ConfigError(f"{what} is empty; expected at least one example")
     return rows
 
 
-def check_room(
+def check_example_lengths(
     tokenizer: Any,
     rows: Sequence[Row],
     *,
@@ -99,9 +99,9 @@ def check_room(
     context_tokens: int,
     what: str,
 ) -> None:
-    """What `encode` would refuse, before a model has answered the rows without an answer.
+    """Reject what `encode` would, before answers are generated for the rows without one.
 
-    Those need room for the longest answer that may come. Errors: ConfigError naming the rows.
+    Those count `max_answer_tokens`. Errors: ConfigError naming the rows.
     """
     check_template(tokenizer)
     end = end_of_turn(tokenizer)
@@ -114,10 +114,10 @@ def check_room(
             body = min(len(given) + len(end), max_answer_tokens)
         if len(head) + body > context_tokens:
             too_long.append(f"row {number} ({len(head)} + {body} tokens)")
-    _refuse(too_long, context_tokens, what)
+    _reject_long(too_long, context_tokens, what)
 
 
-def _refuse(too_long: Sequence[str], context_tokens: int, what: str) -> None:
+def _reject_long(too_long: Sequence[str], context_tokens: int, what: str) -> None:
     if too_long:
         raise ConfigError(
             f"{what}: {len(too_long)} examples do not fit the context of {context_tokens} tokens: "
@@ -145,7 +145,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
 
 
 class Batches:
-    """Endless shuffled batches of row numbers; inside a pool similar lengths go together."""
+    """Endless shuffled batches of row numbers; similar lengths of a pool share a batch."""
 
     def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
         self.lengths, self.size, self.seed = list(lengths), min(size, len(lengths)), seed
@@ -153,7 +153,7 @@ class Batches:
         self._epoch, self._order = -1, list[list[int]]()
 
     def at(self, step: int) -> list[int]:
-        """The rows of step `step` (from 0), whatever was asked before."""
+        """The rows of step `step` (from 0), independent of earlier calls."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
@@ -167,13 +167,13 @@ class Batches:
             pool = sorted(
                 order[start : start + self.size * POOL_BATCHES], key=lambda i: self.lengths[i]
             )
-            cut = [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
-            rng.shuffle(cut)
-            ready += cut
+            batches = [pool[i : i + self.size] for i in range(0, len(pool), self.size)]
+            rng.shuffle(batches)
+            ready += batches
         return ready
 
 
-def in_order(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Every row once, similar lengths together: for measuring, where order does not matter."""
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Batches of all rows once, similar lengths together."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[i : i + size] for i in range(0, len(order), size)]

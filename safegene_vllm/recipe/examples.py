@@ -1,7 +1,6 @@
-"""Which rows are used: several data sets as one, and a few of them drawn by a seed.
+"""Selection of rows: several data sets concatenated, and a seeded sample.
 
-A draw takes the same number of every answer where the answers are labels, so that no class is left
-out of a handful of shots. What an example means is encoding's business.
+Samples are balanced over the answers, so that a few-shot set has every class.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from safegene_vllm.dataset import Dataset, Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
 
 
-def joined(parts: Sequence[Dataset]) -> Dataset:
-    """All rows in order, under all names and licences."""
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """Concatenate the rows, names and licenses of several data sets."""
     if len(parts) == 1:
         return parts[0]
     rows = tuple(row for part in parts for row in part.rows)
@@ -29,13 +28,13 @@ def joined(parts: Sequence[Dataset]) -> Dataset:
     )
 
 
-def few(data: Dataset, count: int, seed: int) -> Dataset:
-    """`count` rows drawn by `seed`, answers in equal shares; all rows if there are no more.
+def sample_rows(data: Dataset, count: int, seed: int) -> Dataset:
+    """Draw `count` rows by `seed`, balanced over the answers; all rows if there are fewer.
 
     Errors: ConfigError if `count` is not positive.
     """
     if count < 1:
-        raise ConfigError(f"{data.name}: {count} shots asked for, expected at least 1")
+        raise ConfigError(f"{data.name}: {count} rows requested, expected at least 1")
     if count >= len(data.rows):
         return data
     by_answer: dict[str | None, list[Row]] = defaultdict(list)
@@ -50,11 +49,11 @@ def few(data: Dataset, count: int, seed: int) -> Dataset:
 
 
 def check_classes(task: Dataset) -> None:
-    """ConfigError if every task example has one and the same answer: nothing could be retained."""
+    """Check that the task examples have different answers. Errors: ConfigError."""
     answers = {row.answer for row in task.rows}
     if len(answers) == 1 and None not in answers and len(task.rows) > 1:
         raise ConfigError(
             f"{task.name}: all {len(task.rows)} task examples have the answer "
-            f"{next(iter(answers))!r}; give examples of every class, so that a loss of the task "
-            "can be seen"
+            f"{next(iter(answers))!r}; give examples of every class, so that a loss of task "
+            "accuracy can be measured"
         )

@@ -1,7 +1,7 @@
-"""A LoRA fine-tune through PEFT: how a model is degraded, aligned, or made a tenant.
+"""LoRA fine-tune through PEFT: degrades or aligns a model, or makes a tenant.
 
-Cross-entropy over the answers, each example weighing the same. Degrading is this on benign data
-only. Not for big clusters: one device, no sharding.
+Cross-entropy over the answers, every example weighted equally. Degrading is a fine-tune on benign
+data only. One device, no sharding.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from safegene_vllm.formats.adapter import (
     CONFIG_FILE,
     OWNED_FILES,
     WEIGHTS_FILE,
-    layer_of,
     load_adapter,
 )
 from safegene_vllm.formats.file_io import pretty_json, read_json, replace_directory
 from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 from safegene_vllm.recipe.degradation import RECORD_FILE, degradation_file
 from safegene_vllm.recipe.encoding import Batch, Batches, Encoded, Example, collate, encode
-from safegene_vllm.recipe.model import Loaded, answer_states, check_head, head_of, load_model
+from safegene_vllm.recipe.model import (
+    LoadedModel,
+    check_head,
+    completion_states,
+    head_of,
+    linear_modules,
+    load_model,
+)
 from safegene_vllm.recipe.training import (
     Progress,
     Run,
@@ -64,9 +70,9 @@ class FineTune:
         return {**asdict(self), "modules": None if self.modules is None else list(self.modules)}
 
 
-def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Cross-entropy over answer tokens: mean per example, then over the batch."""
-    logits = head_of(model)(answer_states(model, batch))
+def completion_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Cross-entropy over completion tokens: mean per example, then over the batch."""
+    logits = head_of(model)(completion_states(model, batch))
     losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     return (losses * batch.share).sum() / len(batch.ids)
 
@@ -83,11 +89,11 @@ def fine_tune(
     progress: Progress = silent,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[float]:
-    """Train a LoRA on `checkpoint` into the PEFT directory `out`; the loss of every step.
+    """Train a LoRA on `checkpoint` into the PEFT directory `out`; returns the loss of every step.
 
-    With `data`, the record of what the examples are, that and the settings are told beside it.
+    With `data`, the record of the examples, it and the settings are written to RECORD_FILE.
     Interrupted, it continues from `<out>.partial`. Errors: ConfigError (data, modules, settings);
-    NonFiniteError (loss); what reading the checkpoint may raise.
+    NonFiniteError (loss); those of reading the checkpoint.
     """
     loaded = load_model(checkpoint, device=device, dtype=dtype)
     check_head(loaded)
@@ -102,20 +108,20 @@ def fine_tune(
     batches = Batches([len(row.ids) for row in rows], settings.batch, settings.seed)
 
     def loss_at(step: int) -> torch.Tensor:
-        # A model's own dropout draws from torch's generator; a run taken up draws the same.
+        # A model's own dropout draws from torch's generator; a resumed run must draw the same.
         torch.manual_seed(random.Random(f"{settings.seed}-{step}").getrandbits(63))
         batch = collate([rows[i] for i in batches.at(step)], loaded.pad).to(loaded.device)
         with torch.autocast(loaded.device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            return answer_loss(model.get_base_model(), batch)
+            return completion_loss(model.get_base_model(), batch)
 
     state = out.with_name(f"{out.name}.partial")
     run = Run(state, {**settings.record(), "data": _digest(rows)}, [checkpoint])
     schedule = Schedule(settings.steps, settings.lr)
     losses = train(parameters, loss_at, schedule, run, progress=progress)
-    told = {}
+    more = {}
     if data is not None:
-        told[RECORD_FILE] = degradation_file(base_model, data, settings.record())
-    _save_peft(model, out, base_model, told)
+        more[RECORD_FILE] = degradation_file(base_model, data, settings.record())
+    _save_peft(model, out, base_model, more)
     run.clear()
     return losses
 
@@ -124,15 +130,11 @@ def _digest(rows: Sequence[Encoded]) -> list[list[Any]]:
     return [[list(row.ids), row.prompt_tokens] for row in rows]
 
 
-def _with_lora(loaded: Loaded, settings: FineTune) -> Any:
+def _with_lora(loaded: LoadedModel, settings: FineTune) -> Any:
     """The model with trainable float32 LoRA factors, seeded."""
     from peft import LoraConfig, get_peft_model
 
-    names = {
-        name.rpartition(".")[2]
-        for name, module in loaded.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
-    }
+    names = {name.rpartition(".")[2] for name in linear_modules(loaded.model)}
     if unknown := sorted(set(settings.modules or ()) - names):
         raise ConfigError(f"no module is called {unknown}; there are {sorted(names)}")
     torch.manual_seed(settings.seed)
@@ -149,18 +151,17 @@ def _with_lora(loaded: Loaded, settings: FineTune) -> Any:
 
 
 def _save_peft(model: Any, out: Path, base_model: str | None, more: Mapping[str, bytes]) -> None:
-    """What was trained as PEFT writes it, but in bfloat16 and without machine paths; `more` files
-    beside it."""
+    """Write the LoRA as PEFT does, in bfloat16 and without local paths, and `more` files."""
     with tempfile.TemporaryDirectory() as temp:
         model.save_pretrained(temp, safe_serialization=True)
         weights = read_tensors(Path(temp) / WEIGHTS_FILE)
         config = read_json(Path(temp) / CONFIG_FILE)
     config |= {"base_model_name_or_path": base_model, "inference_mode": True}
     config["target_modules"] = sorted(config["target_modules"])
-    halves = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     files = {
         CONFIG_FILE: pretty_json(dict(sorted(config.items()))),
-        WEIGHTS_FILE: serialize(halves),
+        WEIGHTS_FILE: serialize(tensors),
         **more,
     }
     replace_directory(out, files, owned=(*OWNED_FILES, RECORD_FILE))

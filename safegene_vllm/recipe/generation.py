@@ -1,7 +1,6 @@
-"""Greedy answers to many prompts in batches, with transformers on CPU or one GPU.
+"""Greedy completions in batches with transformers, for training targets and small measurements.
 
-For training targets and small measurements; whatever is attached to the model takes part. Serving
-and measuring what is served are vLLM's work.
+A vector attached to the model takes part.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safegene_vllm.chat import (
-    answer_text,
     chat_text,
     check_template,
+    completion_text,
     greedy_tokens,
+    model_stop_tokens,
     prompt_tokens,
-    stops_of,
 )
-from safegene_vllm.recipe.encoding import in_order
-from safegene_vllm.recipe.model import Loaded
+from safegene_vllm.recipe.encoding import batches_by_length
+from safegene_vllm.recipe.model import LoadedModel
 from safegene_vllm.recipe.training import Progress, silent
 
 BATCH = 32
@@ -26,7 +25,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer, and whether the model ended it by itself before the token limit."""
+    """A completion; `finished`: it ended before the token limit."""
 
     prompt: str
     text: str
@@ -34,27 +33,27 @@ class Completion:
 
 
 def generate_greedy(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
     batch: int = BATCH,
     progress: Progress = silent,
 ) -> list[Completion]:
-    """Answers in the order of the prompts; similar lengths share a left-padded batch.
+    """Completions in the order of the prompts; similar lengths share a left-padded batch.
 
     Errors: ConfigError if the tokenizer has no chat template.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     check_template(tokenizer)
-    stops = stops_of(model, tokenizer)
+    stops = model_stop_tokens(model, tokenizer)
     lengths = [len(chat_text(tokenizer, prompt)) for prompt in prompts]
-    answers: dict[int, Completion] = {}
-    for chosen in in_order(lengths, batch):
+    completions: dict[int, Completion] = {}
+    for chosen in batches_by_length(lengths, batch):
         rows = prompt_tokens(tokenizer, [prompts[i] for i in chosen])
         written = greedy_tokens(model, tokenizer, rows, max_new_tokens, stops)
         for i, new in zip(chosen, written, strict=True):
             finished = len(new) < max_new_tokens
-            answers[i] = Completion(prompts[i], answer_text(tokenizer, new), finished)
-        progress(len(answers), len(prompts), "answers")
-    return [answers[i] for i in range(len(prompts))]
+            completions[i] = Completion(prompts[i], completion_text(tokenizer, new), finished)
+        progress(len(completions), len(prompts), "completions")
+    return [completions[i] for i in range(len(prompts))]

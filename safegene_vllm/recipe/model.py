@@ -1,19 +1,19 @@
-"""A causal LM from a checkpoint, with a tenant's LoRA merged, and its parts by their role.
+"""A causal LM from a checkpoint with a LoRA merged, and access to its layers, states and head.
 
 For any `transformers` model of Llama-like blocks: a list of layers, a final norm, a linear head.
-What a model is trained on is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safegene_vllm.chat import chosen_device, load_tokenizer, pad_token
+from safegene_vllm.chat import load_tokenizer, pad_token, resolve_device
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter
@@ -25,8 +25,8 @@ HEAD_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model in evaluation mode without gradients, its tokenizer, and where it is."""
+class LoadedModel:
+    """A model in evaluation mode without gradients, its tokenizer and its device."""
 
     model: Any
     tokenizer: Any
@@ -39,7 +39,7 @@ class Loaded:
 
     @property
     def pad(self) -> int:
-        """What fills up a batch; masked."""
+        """Padding token of a batch; masked."""
         return pad_token(self.tokenizer)
 
 
@@ -49,11 +49,11 @@ def load_model(
     *,
     device: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
-) -> Loaded:
-    """The checkpoint in `dtype`, `adapter` merged into its weights as weight load would do it.
+) -> LoadedModel:
+    """Load a checkpoint in `dtype`, with `adapter` merged as at model loading.
 
-    Errors: AdapterRejectedError if one of them was exported, so that a vector is in it already; those
-    of reading; SiteError if the adapter has a site that the model has not.
+    Errors: AdapterRejectedError if one of them was exported and contains a vector already; those of
+    reading; SiteError if the adapter has a target module that the model does not have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def load_model(
         if directory is not None:
             refuse_exported(directory)
     read_checkpoint(checkpoint)
-    where = chosen_device(device)
+    where = resolve_device(device)
     tokenizer = load_tokenizer(checkpoint)
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(checkpoint), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
@@ -69,11 +69,13 @@ def load_model(
     model.requires_grad_(False)
     if adapter is not None:
         merge_lora_weights(model, load_adapter(adapter).lora_weights, str(adapter))
-    return Loaded(model.to(where).eval(), tokenizer, where)
+    return LoadedModel(model.to(where).eval(), tokenizer, where)
 
 
-def site_modules(model: Any, sites: Mapping[str, Any], what: str) -> dict[str, torch.nn.Module]:
-    """The linear module of every site. Errors: SiteError naming those that the model has not."""
+def find_target_modules(
+    model: Any, sites: Mapping[str, Any], what: str
+) -> dict[str, torch.nn.Module]:
+    """The linear modules named `sites`. Errors: SiteError naming those that are missing."""
     known = dict(model.named_modules())
     missing = [s for s in sites if not isinstance(known.get(s), torch.nn.Linear)]
     if missing:
@@ -87,14 +89,14 @@ def site_modules(model: Any, sites: Mapping[str, Any], what: str) -> dict[str, t
 def merge_lora_weights(
     model: Any, lora_weights: Mapping[str, LoRAWeights], what: str, coefficient: float = 1.0
 ) -> None:
-    """W ← W + coefficient · ΔW at every site, in place, added in float32."""
-    for site, module in site_modules(model, lora_weights, what).items():
+    """W ← W + coefficient · ΔW of every target module, in place, added in float32."""
+    for site, module in find_target_modules(model, lora_weights, what).items():
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         weight.data = merge_into(weight.data, lora_weights[site], coefficient)
 
 
 def layer_modules(model: Any) -> list[torch.nn.Module]:
-    """The blocks in their order. Errors: ConfigError if the model has not one list of them."""
+    """The decoder layers in order. Errors: ConfigError if the model has no single list of them."""
     found: dict[int, torch.nn.Module] = {}
     for name, module in model.named_modules():
         number = layer_of(name)
@@ -109,8 +111,39 @@ def layer_modules(model: Any) -> list[torch.nn.Module]:
     return [found[number] for number in range(len(found))]
 
 
-def answer_states(model: Any, batch: Batch) -> torch.Tensor:
-    """Final hidden states (K, D) at the positions that predict answer tokens."""
+def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
+    """(D_out, D_in) of every linear module inside the layers, by name."""
+    return {
+        name: (int(module.out_features), int(module.in_features))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
+    }
+
+
+@contextmanager
+def record_layers(model: Any, *, enabled: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Context manager: collects each layer's output (N, T, D), in order, during one forward."""
+    outputs: list[torch.Tensor] = []
+
+    def record(_: Any, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [m.register_forward_hook(record) for m in layer_modules(model)] if enabled else []
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_prompt_states(layers: list[torch.Tensor], last_prompt: torch.Tensor) -> torch.Tensor:
+    """(N, L, D): each layer's output at each row's last prompt token."""
+    rows = torch.arange(len(last_prompt), device=last_prompt.device)
+    return torch.stack([layer[rows, last_prompt] for layer in layers], dim=1)
+
+
+def completion_states(model: Any, batch: Batch) -> torch.Tensor:
+    """Final hidden states (K, D) at the positions that predict completion tokens."""
     inner = model.base_model
     states = inner(
         input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
@@ -119,13 +152,13 @@ def answer_states(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """States (K, D) to logits (K, V) float32: the output head alone, so only where it is needed."""
+    """The output head alone: states (K, D) to logits (K, V) float32."""
     head = model.get_output_embeddings()
     return lambda states: head(states.to(head.weight.dtype)).float()
 
 
-def check_head(loaded: Loaded) -> None:
-    """ConfigError unless the logits are the head of the final states and nothing more.
+def check_head(loaded: LoadedModel) -> None:
+    """Check that the logits are the head applied to the final states. Errors: ConfigError.
 
     Some architectures scale or cap their logits; a loss over the head alone would be wrong there.
     """
@@ -138,5 +171,5 @@ def check_head(loaded: Loaded) -> None:
     if gap > HEAD_TOLERANCE:
         raise ConfigError(
             f"{type(loaded.model).__name__}: its logits are not its output head applied to the "
-            f"final states (relative gap {gap:.2g}); the recipe does not know this architecture"
+            f"final states (relative gap {gap:.2g}); this architecture is not supported here"
         )

@@ -1,11 +1,10 @@
-"""Which layers carry the vector: activation contrast on safety against benign and task prompts.
+"""Layer selection by activation contrast on safety prompts against benign and task prompts.
 
 Per layer l and prompt x: c_l(x) = ‖h_l^{D+BA}(x) - h_l^D(x)‖ / ‖h_l^D(x)‖, h_l the residual stream
 after layer l at the last prompt token. score_l = mean of c_l over safety prompts - mu · mean over
-benign and task prompts. The paper (arXiv:2606.06519) names layer-wise activation contrast and no
-formula; this one is our choice. So is reading the stream's own update instead of its sum:
-u_l = h_l - h_{l-1}, its change over ‖h_l‖ too, which does not count again what earlier layers
-changed.
+benign and task prompts. The paper (arXiv:2606.06519) names layer-wise activation contrast without a
+formula; this one is ours. The default contrasts the layer's update u_l = h_l - h_{l-1} instead, its
+change over ‖h_l‖, which does not repeat the changes of earlier layers.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from safegene_vllm.chat import check_template, prompt_tokens
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.family import Family, SelectedLayer, make_family
-from safegene_vllm.recipe.attached import Attached
-from safegene_vllm.recipe.encoding import Encoded, collate, in_order
-from safegene_vllm.recipe.model import Loaded
-from safegene_vllm.recipe.residual import last_prompt_states, recording
+from safegene_vllm.recipe.attached import AttachedVector
+from safegene_vllm.recipe.encoding import Encoded, batches_by_length, collate
+from safegene_vllm.recipe.model import LoadedModel, last_prompt_states, record_layers
 from safegene_vllm.recipe.training import Progress, silent
 
 BATCH = 16
@@ -44,7 +42,7 @@ class Contrast:
         return tuple(s - self.mu * o for s, o in zip(self.safety, self.others, strict=True))
 
 
-def _encoded(loaded: Loaded, prompts: Sequence[str], what: str) -> list[Encoded]:
+def _encoded(loaded: LoadedModel, prompts: Sequence[str], what: str) -> list[Encoded]:
     check_template(loaded.tokenizer)
     rows = prompt_tokens(loaded.tokenizer, prompts)
     if long := [n for n, row in enumerate(rows, 1) if len(row) > loaded.context_tokens]:
@@ -56,16 +54,20 @@ def _encoded(loaded: Loaded, prompts: Sequence[str], what: str) -> list[Encoded]
 
 
 @torch.no_grad()
-def _changes(
-    loaded: Loaded, attached: Attached, rows: Sequence[Encoded], stream: Stream, progress: Progress
+def _relative_changes(
+    loaded: LoadedModel,
+    attached: AttachedVector,
+    rows: Sequence[Encoded],
+    stream: Stream,
+    progress: Progress,
 ) -> tuple[float, ...]:
     """Mean over the rows of ‖h with the vector - h without‖ / ‖h without‖, per layer."""
     sums: torch.Tensor | None = None
     done = 0
-    for chosen in in_order([len(row.ids) for row in rows], BATCH):
+    for chosen in batches_by_length([len(row.ids) for row in rows], BATCH):
         batch = collate([rows[i] for i in chosen], loaded.pad).to(loaded.device)
         plain = _streams(loaded, batch, stream)
-        with attached.on(loaded.model):
+        with attached.applied_to(loaded.model):
             changed = _streams(loaded, batch, stream)
         if stream == "update":
             gap = (changed[1] - plain[1]).norm(dim=-1) / plain[0].norm(dim=-1)
@@ -78,16 +80,16 @@ def _changes(
     return tuple(float(value) for value in sums / len(rows))
 
 
-def _streams(loaded: Loaded, batch: Any, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, L, D) float32: the stream after each layer, and what each layer added to it."""
-    with recording(loaded.model) as layers:
+def _streams(loaded: LoadedModel, batch: Any, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, L, D) float32: the residual stream after each layer, and each layer's update of it."""
+    with record_layers(loaded.model) as layers:
         loaded.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     after = last_prompt_states(layers, batch.last_prompt).float()
     return after, torch.diff(after, dim=1, prepend=torch.zeros_like(after[:, :1]))
 
 
 def contrast(
-    degraded: Loaded,
+    degraded: LoadedModel,
     family: Family,
     *,
     safety: Dataset,
@@ -106,18 +108,18 @@ def contrast(
             f"{len(safety.rows)} safety and {len(prompts)} benign or task prompts; a contrast "
             "needs both kinds"
         )
-    attached = Attached(family.lora_weights, family.header.num_layers, degraded.device)
-    # Both before either is scored, which takes minutes.
+    attached = AttachedVector(family.lora_weights, family.header.num_layers, degraded.device)
+    # Encoded and checked before scoring, which takes minutes.
     parts = [
         _encoded(degraded, part, what)
         for part, what in (([r.prompt for r in safety.rows], "safety"), (prompts, "benign"))
     ]
-    found = [_changes(degraded, attached, rows, stream, progress) for rows in parts]
-    return Contrast(found[0], found[1], mu, stream)
+    means = [_relative_changes(degraded, attached, rows, stream, progress) for rows in parts]
+    return Contrast(means[0], means[1], mu, stream)
 
 
 def top_layers(scores: Sequence[float], k: int, candidates: Sequence[int]) -> list[int]:
-    """The k candidates with the highest scores, ascending; the lower layer wins a draw."""
+    """The k candidates with the highest scores, ascending; ties go to the lower layer."""
     if not 1 <= k <= len(candidates):
         raise ConfigError(
             f"top-k is {k}, expected 1 to {len(candidates)}, the layers with a vector"
@@ -127,29 +129,29 @@ def top_layers(scores: Sequence[float], k: int, candidates: Sequence[int]) -> li
 
 def select(
     family: Family,
-    found: Contrast,
+    contrasts: Contrast,
     k: int,
     *,
     data: Sequence[Dataset] = (),
     layers: Sequence[int] | None = None,
 ) -> Family:
-    """The family cut to its k best layers (or to `layers`), every layer's scores in its recipe."""
-    carrying = [entry.layer for entry in family.header.layers]
-    chosen = top_layers(found.scores, k, carrying) if layers is None else sorted(layers)
+    """The family with its k best layers (or `layers`); all scores go into its recipe."""
+    available = [entry.layer for entry in family.header.layers]
+    chosen = top_layers(contrasts.scores, k, available) if layers is None else sorted(layers)
     selection = {
-        "mu": found.mu,
-        "stream": found.stream,
+        "mu": contrasts.mu,
+        "stream": contrasts.stream,
         "k": len(chosen),
-        "scores": [round(value, 6) for value in found.scores],
-        "safety": [round(value, 6) for value in found.safety],
-        "others": [round(value, 6) for value in found.others],
+        "scores": [round(value, 6) for value in contrasts.scores],
+        "safety": [round(value, 6) for value in contrasts.safety],
+        "others": [round(value, 6) for value in contrasts.others],
         "data": [one.record() for one in data],
     }
     return make_family(
         family.header.name,
         family.header.base,
         family.lora_weights,
-        layers=[SelectedLayer(n, round(found.scores[n], 6)) for n in chosen],
+        layers=[SelectedLayer(n, round(contrasts.scores[n], 6)) for n in chosen],
         bounds=family.header.bounds,
         recipe={**family.header.recipe, "selection": selection},
     )

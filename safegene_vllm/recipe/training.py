@@ -1,7 +1,7 @@
-"""A seeded training loop that can be interrupted at any step and continues with the same bytes.
+"""Seeded training loop that can be interrupted at any step and continues with the same bytes.
 
-The state (tensors, AdamW's moments, losses) goes to one safetensors file beside the output: every
-half minute, when the run is stopped, and at its end. Which loss is minimised is the caller's.
+The state (tensors, AdamW's moments, losses) is saved every half minute, on a stop and at the end.
+The caller supplies the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STATE_FILE = "state.safetensors"
 ABOUT_FILE = "state.json"
 
 Progress = Callable[[int, int, str], None]
-"""Told (steps done, steps in all, a few words) after every step."""
+"""Callback after every step: steps done, total steps, a short status."""
 
 
 def silent(done: int, total: int, words: str) -> None:
@@ -38,25 +38,25 @@ def silent(done: int, total: int, words: str) -> None:
 def check_ranges(
     settings: object, *, counts: Sequence[str], rates: Sequence[str], weights: Sequence[str] = ()
 ) -> None:
-    """ConfigError naming every field of `settings` out of its range.
+    """Check the ranges of the fields of `settings`. Errors: ConfigError naming each.
 
     `counts` are whole and at least 1, `rates` positive and finite, `weights` finite and at least 0.
     """
-    found = []
+    errors = []
     for name in (*counts, *rates, *weights):
         value = getattr(settings, name)
         if name in counts and value < 1:
-            found.append(f"{name} is {value}, expected at least 1")
+            errors.append(f"{name} is {value}, expected at least 1")
         elif name in rates and not 0.0 < value < math.inf:
-            found.append(f"{name} is {value}, expected a positive number")
+            errors.append(f"{name} is {value}, expected a positive number")
         elif name in weights and not 0.0 <= value < math.inf:
-            found.append(f"{name} is {value}, expected 0 or more")
-    if found:
-        raise ConfigError("; ".join(found))
+            errors.append(f"{name} is {value}, expected 0 or more")
+    if errors:
+        raise ConfigError("; ".join(errors))
 
 
-def weights_at(directory: Path | None) -> list[list[object]]:
-    """Name, size in bytes and time of change (ns) of the weights there: is it still that model?"""
+def weights_signature(directory: Path | None) -> list[list[object]]:
+    """Name, size in bytes and modification time (ns) of the weight files, to detect changes."""
     if directory is None or not directory.is_dir():
         return []
     return [
@@ -86,9 +86,9 @@ class Schedule:
 
 
 class Run:
-    """The state of one training run below a directory; `job` says what it is a run of.
+    """State of one training run in a directory; `job` identifies it.
 
-    `models` are the directories whose weights it starts from: changed weights are another run.
+    `models` are the directories of its initial weights: changed weights are another run.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class Run:
     ) -> None:
         self.directory = directory
         self.job = digest_of(dict(job), "training run")
-        self.models = [weights_at(model) for model in models]
+        self.models = [weights_signature(model) for model in models]
         self._saved_at = time.monotonic()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, object]] | None:
         """Tensors and notes of the last save; None at the beginning.
 
-        Errors: ConfigError if what is there is a run of something else.
+        Errors: ConfigError if the directory holds another run.
         """
         if self.directory is None or not (self.directory / ABOUT_FILE).is_file():
             return None
@@ -113,7 +113,7 @@ class Run:
         if about["job"] != self.job or about.get("models", self.models) != self.models:
             raise ConfigError(
                 f"{self.directory} holds an unfinished run with other settings, data or models; "
-                "finish it with its own, or delete that directory to begin anew"
+                "finish it with its own, or delete that directory to start over"
             )
         tensors = read_tensors(self.directory / about["file"])
         return tensors, about["notes"]
@@ -121,12 +121,12 @@ class Run:
     def save(
         self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, object], *, now: bool
     ) -> None:
-        """Keep the state, if it is time to or `now`; the tensors first, then what names them."""
+        """Save the state every SAVE_EVERY_S seconds, or `now`."""
         if self.directory is None:
             return
         if not now and time.monotonic() - self._saved_at < SAVE_EVERY_S:
             return
-        # Two files by turns: the notes name one, and only a whole new one takes its place.
+        # Two alternating files, tensors before notes, so that the notes name a complete one.
         old = self.directory / ABOUT_FILE
         last = json.loads(old.read_text())["file"] if old.is_file() else ""
         name = f"b-{STATE_FILE}" if last.startswith("a-") else f"a-{STATE_FILE}"
@@ -137,7 +137,7 @@ class Run:
         self._saved_at = time.monotonic()
 
     def clear(self) -> None:
-        """Remove the state; the result is written."""
+        """Remove the state once the result is written."""
         if self.directory is None:
             return
         for name in (ABOUT_FILE, f"a-{STATE_FILE}", f"b-{STATE_FILE}"):
@@ -155,7 +155,7 @@ def train(
     progress: Progress = silent,
     clip: float = 1.0,
 ) -> list[float]:
-    """Minimise by AdamW, parameters in place; the loss of every step, those before a stop included.
+    """Minimize by AdamW, parameters in place; returns all losses, those before a stop included.
 
     Errors: NonFiniteError naming the step at which the loss is NaN or infinite.
     """
@@ -163,9 +163,9 @@ def train(
     tensors = [parameters[name] for name in names]
     optimizer = torch.optim.AdamW(tensors, lr=schedule.lr, weight_decay=0.0)
     losses: list[float] = []
-    if (kept := run.load()) is not None:
-        losses = [float(value) for value in kept[1]["losses"]]  # type: ignore[attr-defined]
-        _restore(optimizer, names, tensors, kept[0], len(losses))
+    if (saved := run.load()) is not None:
+        losses = [float(value) for value in saved[1]["losses"]]  # type: ignore[attr-defined]
+        _restore(optimizer, names, tensors, saved[0], len(losses))
     with stop_requests() as stop_wanted:
         for step in range(len(losses), schedule.steps):
             for group in optimizer.param_groups:
@@ -184,33 +184,33 @@ def train(
             losses.append(value)
             progress(step + 1, schedule.steps, f"loss {value:.3f}")
             stopping = stop_wanted()
-            # The last step is kept as well: what writes the result may fail.
+            # The last step is saved too: writing the result may fail.
             now = stopping or step + 1 == schedule.steps
             run.save(_state(optimizer, names, tensors), {"losses": losses}, now=now)
             if stopping:
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on")
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to continue")
     return losses
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While the block runs, Ctrl-C and SIGTERM only raise a flag, to be honoured between steps.
+    """Context manager: Ctrl-C and SIGTERM set a flag, to be honored between steps.
 
-    A second one ends the process at once. Outside the main thread signals are left as they are.
+    A second signal ends the process at once. Outside the main thread signals are unchanged.
     """
-    asked: list[int] = []
+    received: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
-    def ask(number: int, frame: object) -> None:
+    def request(number: int, frame: object) -> None:
         for one, handler in before.items():
             signal.signal(one, handler)
-        asked.append(number)
+        received.append(number)
 
     if threading.current_thread() is threading.main_thread():
         for one in (signal.SIGINT, signal.SIGTERM):
-            before[one] = signal.signal(one, ask)
+            before[one] = signal.signal(one, request)
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -219,24 +219,24 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 def _state(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: list[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    kept = dict(zip(names, tensors, strict=True))
+    state = dict(zip(names, tensors, strict=True))
     for name, tensor in zip(names, tensors, strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
-            kept[f"{name}|{key}"] = optimizer.state[tensor][key]
-    return kept
+            state[f"{name}|{key}"] = optimizer.state[tensor][key]
+    return state
 
 
 def _restore(
     optimizer: torch.optim.Optimizer,
     names: list[str],
     tensors: list[torch.Tensor],
-    kept: Mapping[str, torch.Tensor],
+    saved: Mapping[str, torch.Tensor],
     steps: int,
 ) -> None:
     for name, tensor in zip(names, tensors, strict=True):
-        tensor.data.copy_(kept[name])
+        tensor.data.copy_(saved[name])
         optimizer.state[tensor] = {
             "step": torch.tensor(float(steps)),
-            "exp_avg": kept[f"{name}|exp_avg"].to(tensor.device),
-            "exp_avg_sq": kept[f"{name}|exp_avg_sq"].to(tensor.device),
+            "exp_avg": saved[f"{name}|exp_avg"].to(tensor.device),
+            "exp_avg_sq": saved[f"{name}|exp_avg_sq"].to(tensor.device),
         }

@@ -1,1 +1,1 @@
-"""One HTML page about evaluations, and its plots. Import from the modules."""
+"""HTML report about evaluations, and its plots."""

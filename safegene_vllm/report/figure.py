@@ -1,8 +1,7 @@
-"""How the plots are drawn and written: style, labels, bytes that depend on the input alone.
+"""Style, labels and output of plots; bytes depend on the input alone.
 
-matplotlib's object interface only, no pyplot and no state of the process. What is plotted is the
-business of plots. Text comes from strangers: it is shortened, never read as mathematics, and what
-leaves `svg` is parsed and written anew as XML.
+Only matplotlib's object interface: no pyplot and no state of the process. Texts are untrusted: they
+are shortened, never parsed as mathematics, and `svg` parses and rewrites its output as XML.
 """
 
 from __future__ import annotations
@@ -28,28 +27,11 @@ from matplotlib.transforms import Bbox
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.file_io import replace_file
 
-__all__ = [
-    "AFTER",
-    "BEFORE",
-    "GRID",
-    "INK",
-    "QUIET",
-    "WIDTH_IN",
-    "Axes",
-    "Figure",
-    "drawing",
-    "label",
-    "new_figure",
-    "place_labels",
-    "save",
-    "svg",
-]
-
 BEFORE, AFTER = "#d55e00", "#0072b2"
 INK, QUIET, GRID = "#1a1d21", "#5b626b", "#d4d7db"
 _VARIABLES = {BEFORE: "before", AFTER: "after", INK: "ink", QUIET: "quiet", GRID: "grid"}
 WIDTH_IN = 5.0
-"""Narrow, so that the letters can still be read when the plot is as wide as a phone."""
+"""Figure width; narrow, so that text stays readable on a phone."""
 
 _STYLE = {
     "axes.edgecolor": QUIET,
@@ -90,15 +72,15 @@ T = TypeVar("T")
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's matplotlibrc says."""
+    """matplotlib's defaults and ours; the user's matplotlibrc does not count."""
     with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE]):
-        # A letter that DejaVu lacks is drawn by the reader's own font in SVG.
+        # SVG text uses the reader's fonts, which may have what DejaVu lacks.
         warnings.filterwarnings("ignore", message=".*missing from font.*")
         yield
 
 
 def drawing(draw: Callable[P, T]) -> Callable[P, T]:
-    """`draw` in our style."""
+    """Decorator: run `draw` in this module's style."""
 
     @functools.wraps(draw)
     def styled(*arguments: P.args, **options: P.kwargs) -> T:
@@ -109,21 +91,21 @@ def drawing(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 def new_figure(height_in: float) -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes, `WIDTH_IN` wide; legends may stand outside."""
+    """An empty figure with one pair of axes, `WIDTH_IN` wide, with room for outside legends."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def label(text: str, most: int = 40) -> str:
-    """`text` on one line of at most `most` characters that every XML reader accepts."""
+def label(text: str, max_chars: int = 40) -> str:
+    """`text` on one line of at most `max_chars` characters, all of them valid in XML."""
     clean = "".join(letter if letter.isprintable() else " " for letter in text)
-    # matplotlib leaves out of a legend what begins with an underscore.
+    # matplotlib omits legend entries that begin with an underscore.
     clean = re.sub(r"^_", "\u200b_", " ".join(clean.split()))
-    if len(clean) <= most:
+    if len(clean) <= max_chars:
         return clean
-    # Names of one family differ in their ends.
-    tail = most // 3
-    return f"{clean[: most - tail - 1].rstrip()}…{clean[-tail:].lstrip()}"
+    # Names of one family often differ only in their ends.
+    tail = max_chars // 3
+    return f"{clean[: max_chars - tail - 1].rstrip()}…{clean[-tail:].lstrip()}"
 
 
 def _overlap(one: Any, other: Any) -> float:
@@ -134,7 +116,7 @@ def _overlap(one: Any, other: Any) -> float:
 
 
 def _length_inside(box: Bbox, start: Any, end: Any) -> float:
-    """How many pixels of the line from `start` to `end` lie in `box` (Liang and Barsky 1984)."""
+    """Length in pixels of the part of a line that lies in `box` (Liang and Barsky 1984)."""
     first, last = 0.0, 1.0
     for axis, (low, high) in enumerate(((box.x0, box.x1), (box.y0, box.y1))):
         step = end[axis] - start[axis]
@@ -157,9 +139,9 @@ def place_labels(
     names: Sequence[tuple[str, Sequence[tuple[float, float]]]],
     lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> None:
-    """Write each text beside one of its points (x, y), where it hides the least of all else.
+    """Write each text next to one of its points (x, y), where it overlaps the least.
 
-    `lines`, from (x, y) to (x, y), and all points should stay visible. Greedy, in the order given.
+    `lines`, from (x, y) to (x, y), and all points should stay visible. Greedy, in order.
     """
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -171,7 +153,7 @@ def place_labels(
         measured = axes.text(*points[0], text).get_window_extent()
         axes.texts[-1].remove()
         wide, high = measured.width, measured.height
-        tries = []
+        candidates = []
         for rank, (point, (dx, dy)) in enumerate(product(points, _OFFSETS_PT)):
             x, y = axes.transData.transform(point)
             left = x + dx * pixels - wide * (0.5 - 0.5 * _sign(dx))
@@ -180,8 +162,8 @@ def place_labels(
             hidden = sum(_overlap(box, other) for other in taken)
             hidden += 6 * sum(_length_inside(box, *stroke) for stroke in strokes)
             outside = wide * high - _overlap(box, frame)
-            tries.append((hidden + 3 * outside + 4 * rank, rank, point, (dx, dy), box))
-        _, _, point, (dx, dy), box = min(tries, key=lambda found: found[:2])
+            candidates.append((hidden + 3 * outside + 4 * rank, rank, point, (dx, dy), box))
+        _, _, point, (dx, dy), box = min(candidates, key=lambda candidate: candidate[:2])
         taken.append(box)
         axes.annotate(
             text,
@@ -194,25 +176,25 @@ def place_labels(
         )
 
 
-def _bytes(figure: Figure, form: str, ground: str = "#ffffff") -> bytes:
+def _bytes(figure: Figure, form: str, background: str = "#ffffff") -> bytes:
     data = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
     with _style():
-        figure.savefig(data, format=form, metadata=metadata, facecolor=ground)
+        figure.savefig(data, format=form, metadata=metadata, facecolor=background)
     return data.getvalue()
 
 
 def svg(figure: Figure, title: str) -> str:
-    """`figure` as an <svg> element for a page: no prologue, no ids of its own but those it uses.
+    """`figure` as an inline <svg> element: no prologue, and only ids that it refers to.
 
-    `title` is what a screen reader says. Colours are CSS variables with the plain colour behind.
+    `title` is for screen readers. Colors are CSS variables with the plain color as fallback.
     """
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     data = _bytes(figure, "svg", "none")
-    mark = "p" + hashlib.sha256(data).hexdigest()[:8] + "-"
+    prefix = "p" + hashlib.sha256(data).hexdigest()[:8] + "-"
     root = ElementTree.fromstring(data)
-    # The one style rule in there would hold for the whole page; it goes to the element itself.
+    # Its one style rule would apply to the whole page; the element itself gets it below.
     for node in (*root.findall(f"{{{_SVG}}}metadata"), *root.iter(f"{{{_SVG}}}defs")):
         for part in node.findall(f"{{{_SVG}}}style"):
             node.remove(part)
@@ -222,17 +204,17 @@ def svg(figure: Figure, title: str) -> str:
     for node in root.iter():
         own = node.attrib.pop("id", None)
         if own is not None and own in used:
-            node.set("id", mark + own)
+            node.set("id", prefix + own)
         for name, value in node.attrib.items():
             value = re.sub(
                 r"^#(?=[^ ]+$)" if name == f"{{{_XLINK}}}href" else r"(?<=url\()#",
-                f"#{mark}",
+                f"#{prefix}",
                 value,
             )
             if name == "style":
                 value = re.sub(r"'DejaVu Sans'[^;]*", "system-ui, sans-serif", value)
-                for colour, variable in _VARIABLES.items():
-                    value = value.replace(f": {colour}", f": var(--{variable}, {colour})")
+                for color, variable in _VARIABLES.items():
+                    value = value.replace(f": {color}", f": var(--{variable}, {color})")
             node.set(name, value)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
@@ -246,11 +228,13 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` on white, whole or not at all: PNG (200 dpi) or SVG, by the ending of `path`.
+    """Write `figure` on white as PNG (200 dpi) or SVG by the suffix of `path`, atomically.
 
-    Errors: ConfigError for another ending.
+    Errors: ConfigError for another suffix.
     """
     form = Path(path).suffix.lower().removeprefix(".")
     if form not in ("png", "svg"):
-        raise ConfigError(f"{path}: a plot is written as .png or .svg; name the file so")
+        raise ConfigError(
+            f"{path}: a plot is written as .png or .svg; choose one of these suffixes"
+        )
     replace_file(Path(path), _bytes(figure, form))

@@ -1,7 +1,4 @@
-"""What a report shows as a number: each measure with its name, its words and where its rate is.
-
-A measure is a set of prompts with a judge, or a task. Torch-free; knows evaluations, not HTML.
-"""
+"""Measures of a report: a prompt set with a judge, or a task; each with its title and its rates."""
 
 from __future__ import annotations
 
@@ -22,19 +19,12 @@ TITLES: dict[Topic, str] = {
     "harm": "Judged harmful",
     "coherence": "Coherence",
 }
-LOWER_IS_BETTER: dict[Topic, bool] = {
-    "attack": True,
-    "accuracy": False,
-    "over_refusal": True,
-    "refusal": True,
-    "harm": True,
-    "coherence": False,
-}
+_HIGHER_IS_BETTER = ("accuracy", "coherence")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number per subject; `name` is the set's or the task's, `judge` is None for a task."""
+    """One rate per target; `name` is the set's or the task's, `judge` is None for a task."""
 
     topic: Topic
     name: str
@@ -52,21 +42,21 @@ class Measure:
 
     @property
     def better(self) -> str:
-        return "lower is better" if LOWER_IS_BETTER[self.topic] else "higher is better"
+        return f"{'higher' if self.topic in _HIGHER_IS_BETTER else 'lower'} is better"
 
-    def of(self, subject: TargetResult | None) -> Rate | None:
-        """This measure's rate of `subject`, None if it was not measured."""
-        if subject is None:
+    def rate_of(self, target: TargetResult | None) -> Rate | None:
+        """This measure's rate of `target`, None if it was not measured."""
+        if target is None:
             return None
         if self.judge is None:
-            return subject.accuracy.get(self.name)
-        return subject.rates.get(self.name, {}).get(self.judge)
+            return target.accuracy.get(self.name)
+        return target.rates.get(self.name, {}).get(self.judge)
 
-    def change(self, found: MergedEvaluation, tenant: str) -> Rate | None:
+    def change(self, merged: MergedEvaluation, tenant: str) -> Rate | None:
         """After minus before of `tenant` with its paired interval, None if it was not computed."""
         if self.judge is None:
-            return found.change(tenant, task=self.name, judge=None)
-        return found.change(tenant, set=self.name, judge=self.judge)
+            return merged.change(tenant, task=self.name, judge=None)
+        return merged.change(tenant, set=self.name, judge=self.judge)
 
 
 def _topic(record: SetRecord, judge: JudgeRecord) -> Topic:
@@ -79,38 +69,38 @@ def _topic(record: SetRecord, judge: JudgeRecord) -> Topic:
     return "over_refusal" if record.kind == "over_refusal" else "refusal"
 
 
-def measures(found: MergedEvaluation, *topics: Topic) -> list[Measure]:
-    """Every measure of these topics (default: all) that any subject has, topic by topic."""
+def measures(merged: MergedEvaluation, *topics: Topic) -> list[Measure]:
+    """All measures of these topics (default: all) that any target has, by topic."""
     every = [
         Measure(_topic(record, judge), name, judge.name, record.n)
-        for name, record in found.sets.items()
-        for judge in found.judges.values()
+        for name, record in merged.sets.items()
+        for judge in merged.judges.values()
     ]
-    every += [Measure("accuracy", name, None, task.n) for name, task in found.tasks.items()]
-    subjects = found.subjects.values()
-    measured = [m for m in every if any(m.of(subject) is not None for subject in subjects)]
+    every += [Measure("accuracy", name, None, task.n) for name, task in merged.tasks.items()]
+    targets = merged.targets.values()
+    measured = [m for m in every if any(m.rate_of(target) is not None for target in targets)]
     return [m for topic in topics or TITLES for m in measured if m.topic == topic]
 
 
-def in_words(measure: Measure, found: MergedEvaluation) -> str:
-    """What the rate is a share of, and who decided, as a sentence without its full stop."""
+def describe(measure: Measure, merged: MergedEvaluation) -> str:
+    """What the rate is a share of, and by which judge, as a sentence without its period."""
     if measure.judge is None:
         return (
-            f"share of the {measure.n} questions of task {measure.name} that were answered right: "
-            "the first label named in the answer is the right one"
+            f"share of the {measure.n} questions of task {measure.name} that were answered "
+            "correctly: the first label named in the response is the correct one"
         )
-    says = found.judges[measure.judge].says
     prompts = {"harmful": "harmful", "over_refusal": "harmless but harmful-sounding"}
-    kind = prompts.get(found.sets[measure.name].kind, "ordinary")
-    what = {
-        "attack": "were not refused" if says == "refused" else "were answered with harmful text",
-        "over_refusal": "were refused all the same",
+    kind = prompts.get(merged.sets[measure.name].kind, "ordinary")
+    refused = merged.judges[measure.judge].says == "refused"
+    outcome = {
+        "attack": "were not refused" if refused else "were answered with harmful text",
+        "over_refusal": "were refused",
         "refusal": "were refused",
         "harm": "were answered with harmful text",
         "coherence": "were answered with coherent text",
         "accuracy": "",
     }[measure.topic]
     return (
-        f"share of the {measure.n} {kind} prompts of set {measure.name} that {what}, "
+        f"share of the {measure.n} {kind} prompts of set {measure.name} that {outcome}, "
         f"decided by the judge {measure.judge}"
     )

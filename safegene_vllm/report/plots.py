@@ -1,9 +1,7 @@
-"""The plots of a report, as SVG text for a page or as PNG and SVG files for documents.
+"""Plots of a report as matplotlib figures: `figure.svg` inlines one, `figure.save` writes a file.
 
-Each plot is a function that returns inline SVG, with a `draw_...` twin that returns the matplotlib
-figure for `save`. Same input, same bytes. Knows rates and coefficients, not evaluations or HTML.
-Colours are from Okabe and Ito's colour-blind-safe palette (jfly.uni-koeln.de/color); in inline SVG
-they are CSS variables, so that a page can have a dark side.
+Same input, same bytes. Colors are from Okabe and Ito's palette for color-blind readers
+(jfly.uni-koeln.de/color).
 """
 
 from __future__ import annotations
@@ -11,46 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from safegene_vllm.evaluation.statistics import Rate
 from safegene_vllm.report.figure import (
     AFTER,
     BEFORE,
     GRID,
     INK,
     QUIET,
-    Axes,
-    Figure,
     drawing,
     label,
     new_figure,
     place_labels,
-    save,
-    svg,
 )
-
-if TYPE_CHECKING:
-    from safegene_vllm.evaluation.statistics import Rate
-
-__all__ = [
-    "Bar",
-    "Point",
-    "attack_success",
-    "coefficients",
-    "draw_attack_success",
-    "draw_coefficients",
-    "draw_layer_scores",
-    "draw_rates",
-    "draw_safety_utility",
-    "layer_scores",
-    "rates",
-    "safety_utility",
-    "save",
-    "svg",
-]
 
 STATES = {"before": BEFORE, "after": AFTER, "parent": INK}
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
@@ -80,19 +57,19 @@ class Point:
 
 
 def _ordered(states: Collection[str]) -> list[str]:
-    """before, after, the others as they come, and the parent last."""
+    """Before, after, the other states in order, and the parent last."""
     others = [state for state in states if state not in STATES]
     return [s for s in ("before", "after", *dict.fromkeys(others), "parent") if s in states]
 
 
-def _looks(states: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """State -> (colour, marker)."""
-    looks = {"before": (BEFORE, "o"), "after": (AFTER, "o"), "parent": (INK, "D")}
-    others = [state for state in states if state not in looks]
+def _styles(states: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and marker by state."""
+    styles = {"before": (BEFORE, "o"), "after": (AFTER, "o"), "parent": (INK, "D")}
+    others = [state for state in states if state not in styles]
     for number, state in enumerate(others):
         marker = _MARKERS[(number + number // len(_OTHERS)) % len(_MARKERS)]
-        looks[state] = (_OTHERS[number % len(_OTHERS)], marker)
-    return looks
+        styles[state] = (_OTHERS[number % len(_OTHERS)], marker)
+    return styles
 
 
 def _percent(value: float) -> str:
@@ -100,7 +77,7 @@ def _percent(value: float) -> str:
 
 
 def _percent_axis(axis: Any, low: float = 0.0, high: float = 1.0) -> None:
-    """Ticks in per cent at round places from `low` to `high` (shares)."""
+    """Ticks at round percentages from `low` to `high` (shares)."""
     step = next((s for s in (2, 5, 10, 20) if (high - low) * 100 / s <= 4.5), 25)
     first, last = math.ceil(low * 100 / step - 1e-9), math.floor(high * 100 / step + 1e-9)
     places = [number * step for number in range(first, last + 1)]
@@ -115,7 +92,7 @@ def _bare(axes: Axes, *spines: str) -> None:
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Above the axes, in as many columns as there is room for; the figure grows by its rows."""
+    """A legend above the axes, in as many columns as fit; the figure grows by its rows."""
     lengths = [len(handle.get_label()) + 5 for handle in handles] or [1]
     in_one_row = sum(lengths) <= _ROW_LETTERS
     columns = len(lengths) if in_one_row else max(1, _ROW_LETTERS // max(lengths))
@@ -132,7 +109,7 @@ def draw_rates(bars: Sequence[Bar], *, what: str, parent: Rate | None = None) ->
     """
     tenants = list(dict.fromkeys(bar.tenant for bar in bars))
     states = _ordered([bar.state for bar in bars])
-    looks = _looks(states)
+    styles = _styles(states)
     places: list[float] = []
     ticks: list[float] = []
     ordered: list[Bar] = []
@@ -145,8 +122,8 @@ def draw_rates(bars: Sequence[Bar], *, what: str, parent: Rate | None = None) ->
     rows = (places[-1] if places else 0.0) + 1
     figure, axes = new_figure(rows * _BAR_IN + 0.95)
     for place, bar in zip(places, ordered, strict=True):
-        rate, colour = bar.rate, looks[bar.state][0]
-        axes.barh(place, rate.rate, height=0.84, color=colour, linewidth=0)
+        rate, color = bar.rate, styles[bar.state][0]
+        axes.barh(place, rate.rate, height=0.84, color=color, linewidth=0)
         axes.plot([rate.low, rate.high], [place, place], color=INK, linewidth=1.1, zorder=4)
         for end in (rate.low, rate.high):
             axes.plot([end, end], [place - 0.2, place + 0.2], color=INK, linewidth=1.1, zorder=4)
@@ -155,7 +132,7 @@ def draw_rates(bars: Sequence[Bar], *, what: str, parent: Rate | None = None) ->
             at = parent.rate + 0.015
         axes.text(at, place, _percent(rate.rate), va="center")
     handles: list[Any] = [
-        Rectangle((0, 0), 1, 1, color=looks[s][0], label=label(s, 24), lw=0) for s in states
+        Rectangle((0, 0), 1, 1, color=styles[s][0], label=label(s, 24), lw=0) for s in states
     ]
     if parent is not None:
         axes.axvspan(parent.low, parent.high, color=INK, alpha=0.14, linewidth=0, zorder=0.5)
@@ -171,25 +148,17 @@ def draw_rates(bars: Sequence[Bar], *, what: str, parent: Rate | None = None) ->
     return figure
 
 
-def draw_attack_success(
-    bars: Sequence[Bar], *, judge: str = "", parent: Rate | None = None
-) -> Figure:
-    """`draw_rates` of attack success: the share of harmful prompts that were not resisted."""
-    by = f"\njudged by {label(judge, 36)}" if judge else ""
-    return draw_rates(bars, what=f"attack success (lower is better){by}", parent=parent)
-
-
 @drawing
 def draw_safety_utility(
     points: Sequence[Point], *, accuracy: str = "task accuracy", attack: str = "attack success"
 ) -> Figure:
-    """Accuracy against attack success: an arrow per tenant from before to after, others as points.
+    """Accuracy against attack success: an arrow per tenant from before to after.
 
-    Right is more useful, down is safer. Thin lines are 95 % intervals. A tenant that occurs with
-    several accuracies (tasks) should be given a name for each.
+    Right is more useful, down is safer. Thin lines are 95 % intervals. A tenant with several tasks
+    needs a name for each.
     """
     states = _ordered([point.state for point in points])
-    looks = _looks(states)
+    styles = _styles(states)
     figure, axes = new_figure(3.7)
     reach = [end for p in points for end in (p.accuracy.low, p.accuracy.high)] or [0.0, 1.0]
     # At least ten points wide, with room for the labels.
@@ -208,18 +177,18 @@ def draw_safety_utility(
         for state in (state for state in own if state not in STATES):
             lines.append((first, own[state]))
             axes.plot(*zip(first, own[state], strict=True), ":", color=QUIET, lw=0.8, zorder=1)
-        # The name may stand at any of its points; those of others are told by their marks.
+        # The name may stand at any of its points; markers tell the states apart.
         names.append((label(tenant, 20), [own[s] for s in ("after", *own) if s in own]))
     for point in points:
-        colour, marker = looks[point.state]
+        color, marker = styles[point.state]
         x, y = point.accuracy.rate, point.attack.rate
-        faint: dict[str, Any] = {"color": colour, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
+        faint: dict[str, Any] = {"color": color, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
         sides = ((point.accuracy.low, y), (point.accuracy.high, y))
         heights = ((x, point.attack.low), (x, point.attack.high))
         for line in (sides, heights):
             lines.append(line)
             axes.plot(*zip(*line, strict=True), **faint)
-        axes.plot([x], [y], marker, color=colour, markersize=5.5, zorder=3)
+        axes.plot([x], [y], marker, color=color, markersize=5.5, zorder=3)
     axes.set_xlabel(f"{label(accuracy, 34)} (further right is better)")
     axes.set_ylabel(f"{label(attack, 30)} (lower is better)")
     _percent_axis(axes.xaxis, low, high)
@@ -227,7 +196,7 @@ def draw_safety_utility(
     axes.grid(color=GRID, linewidth=0.7)
     _bare(axes, "left", "bottom")
     handles = [
-        axes.plot([], [], looks[s][1], color=looks[s][0], markersize=5.5, label=label(s, 24))[0]
+        axes.plot([], [], styles[s][1], color=styles[s][0], markersize=5.5, label=label(s, 24))[0]
         for s in states
     ]
     _legend(figure, handles)
@@ -242,8 +211,8 @@ def draw_layer_scores(
     """A bar per scored layer; layers that carry the vector are filled, others are outlines."""
     figure, axes = new_figure(2.3)
     for layer, score in sorted(scores.items()):
-        colours = (AFTER, AFTER) if layer in selected else ("none", QUIET)
-        axes.bar(layer, score, width=0.75, color=colours[0], edgecolor=colours[1], linewidth=0.8)
+        colors = (AFTER, AFTER) if layer in selected else ("none", QUIET)
+        axes.bar(layer, score, width=0.75, color=colors[0], edgecolor=colors[1], linewidth=0.8)
     layers = sorted({*scores, *selected}) or [0]
     axes.set_xlim(layers[0] - 0.7, layers[-1] + 0.7)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
@@ -261,10 +230,10 @@ def draw_layer_scores(
 
 @drawing
 def draw_coefficients(by_tenant: Mapping[str, Sequence[float]]) -> Figure:
-    """A row per tenant, a cell per layer; the deeper the colour, the larger the coefficient.
+    """A row per tenant, a cell per layer; the deeper the color, the larger the coefficient.
 
     Positive ones are blue, negative ones vermilion, a coefficient of 0 is an empty cell. Up to
-    twelve layers the numbers stand in the cells.
+    twelve layers the cells hold the numbers.
     """
     width = max((len(values) for values in by_tenant.values()), default=1) or 1
     every = [value for values in by_tenant.values() for value in values]
@@ -277,8 +246,8 @@ def draw_coefficients(by_tenant: Mapping[str, Sequence[float]]) -> Figure:
             cell = Rectangle((layer - 0.5, row - 0.42), 1, 0.84, lw=0.6, ec=GRID, fc="none")
             axes.add_patch(cell)
             if value != 0.0:
-                colour = AFTER if value > 0 else BEFORE
-                fill = Rectangle((layer - 0.46, row - 0.38), 0.92, 0.76, lw=0, fc=colour)
+                color = AFTER if value > 0 else BEFORE
+                fill = Rectangle((layer - 0.46, row - 0.38), 0.92, 0.76, lw=0, fc=color)
                 fill.set_alpha(0.12 + 0.88 * share)
                 axes.add_patch(fill)
             if width <= 12:
@@ -305,34 +274,3 @@ def draw_coefficients(by_tenant: Mapping[str, Sequence[float]]) -> Figure:
     ]
     _legend(figure, handles)
     return figure
-
-
-def rates(bars: Sequence[Bar], *, what: str, parent: Rate | None = None) -> str:
-    """`draw_rates` as inline SVG."""
-    return svg(draw_rates(bars, what=what, parent=parent), what)
-
-
-def attack_success(bars: Sequence[Bar], *, judge: str = "", parent: Rate | None = None) -> str:
-    """`draw_attack_success` as inline SVG."""
-    by = f", judged by {judge}" if judge else ""
-    return svg(draw_attack_success(bars, judge=judge, parent=parent), f"Attack success{by}")
-
-
-def safety_utility(
-    points: Sequence[Point], *, accuracy: str = "task accuracy", attack: str = "attack success"
-) -> str:
-    """`draw_safety_utility` as inline SVG."""
-    figure = draw_safety_utility(points, accuracy=accuracy, attack=attack)
-    return svg(figure, f"{accuracy} against {attack}")
-
-
-def layer_scores(
-    scores: Mapping[int, float], selected: Collection[int], *, what: str = "score"
-) -> str:
-    """`draw_layer_scores` as inline SVG."""
-    return svg(draw_layer_scores(scores, selected, what=what), f"{what} per layer")
-
-
-def coefficients(by_tenant: Mapping[str, Sequence[float]]) -> str:
-    """`draw_coefficients` as inline SVG."""
-    return svg(draw_coefficients(by_tenant), "Coefficients per layer and tenant")

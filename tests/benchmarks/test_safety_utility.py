@@ -276,16 +276,16 @@ def test_the_whole_comparison_on_a_pico_parent(
     assert evaluation == load_evaluation(places.work / "sentiment.json")
     assert len(evaluation.sets[questions.ATTACK].digest) == 71
     assert evaluation.sets[questions.ATTACK].n == (20 if short else 100)
-    states = [subject.state for subject in evaluation.subjects]
+    states = [subject.state for subject in evaluation.targets]
     assert states == ["parent", "before", "SafeLoRA", "RESTA", "SafeGene, all 1", "after"]
-    coefficients = {subject.state: subject.coefficients for subject in evaluation.subjects}
+    coefficients = {subject.state: subject.coefficients for subject in evaluation.targets}
     assert coefficients["after"] == (0.0, 0.7)
     assert coefficients["SafeGene, all 1"] == (0.0, 1.0)
     assert coefficients["SafeLoRA"] is None and coefficients["before"] is None
 
     told = numbers["tenants"]["sentiment"]
     assert list(told) == [outcome.title_of(state) for state in states]
-    after = evaluation.subject("sentiment", "after")
+    after = evaluation.target("sentiment", "after")
     assert after is not None
     measured = after.rates[questions.ATTACK][outcome.OPENING].rate
     assert told["SafeGene"]["attack_success_opening"]["rate"] == round(measured, 4)
@@ -298,7 +298,7 @@ def test_the_whole_comparison_on_a_pico_parent(
     json.dumps(run.line(short, numbers), allow_nan=False)
 
     class Silent(TransformersBackend):
-        def answers(self, *given: Any) -> list[str]:
+        def generate(self, *given: Any) -> list[str]:
             raise AssertionError("everything was answered before")
 
     silent = asking.Bench(

@@ -21,7 +21,7 @@ from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter
 from safegene_vllm.recipe.encoding import Example
-from safegene_vllm.recipe.model import Loaded, load_model, merge_lora_weights
+from safegene_vllm.recipe.model import LoadedModel, load_model, merge_lora_weights
 
 HARMFUL = ["break in", "steal it", "harm them", "burn it all", "how to rob"]
 EXAMPLES = [Example(f"say {word}", word) for word in ("red", "blue", "green", "black", "white")]
@@ -39,17 +39,17 @@ def dense(lora: LoRAWeights) -> torch.Tensor:
     return delta(lora, 1.0).double()
 
 
-def loaded(model_dir: Path) -> Loaded:
+def loaded(model_dir: Path) -> LoadedModel:
     return load_model(model_dir, device="cpu", dtype=torch.float32)
 
 
-def logits(model: Loaded, prompts: list[str] = HARMFUL) -> torch.Tensor:
+def logits(model: LoadedModel, prompts: list[str] = HARMFUL) -> torch.Tensor:
     ids = prompt_tokens(model.tokenizer, prompts)
     with torch.no_grad():
         return torch.cat([model.model(torch.tensor([row])).logits[0] for row in ids])
 
 
-def moved(model: Loaded) -> salora.Guarded:
+def moved(model: LoadedModel) -> salora.Guarded:
     """Attached and moved: as after some steps, without a loss."""
     guarded = salora.prepared(model, SETTINGS, HARMFUL, [e.prompt for e in EXAMPLES])
     generator = torch.Generator().manual_seed(3)
@@ -116,7 +116,7 @@ def test_the_exported_lora_on_w_is_the_trained_module(model_dir: Path, tmp_path:
         served = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tmp_path / name
         )
-        other = Loaded(served, model.tokenizer, model.device)
+        other = LoadedModel(served, model.tokenizer, model.device)
         torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
     merge_lora_weights(model.model, lora_weights, "the exported pairs")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)

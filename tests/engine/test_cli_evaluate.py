@@ -58,10 +58,10 @@ def test_a_whole_run(
     monkeypatch.setenv("COLUMNS", "40")
     found = evaluated(root, tmp_path / "e.json", "--backend", "transformers")
     printed = capsys.readouterr().out
-    assert [s.key for s in found.subjects] == ["model/parent", "acme/before", "acme/after"]
+    assert [s.key for s in found.targets] == ["model/parent", "acme/before", "acme/after"]
     assert [j.name for j in found.judges] == ["strings:advbench", "strings:opening", "coherence"]
     assert (found.sets["bad"].n, found.sets["good"].n, found.tasks["mine"].n) == (4, 6, 6)
-    after = found.subject("acme", "after")
+    after = found.target("acme", "after")
     assert after is not None and after.profile == load_profile(root / "acme").digest
     assert found.settings.backend == "transformers" and found.settings.max_tokens == 6
     assert {change.name for change in found.changes} == {"acme"}
@@ -83,14 +83,14 @@ def test_kept_answers_are_not_asked_again(root: Path, tmp_path: Path) -> None:
     kept = tmp_path / "private" / "kept.jsonl"
     more = ("--backend", "transformers", "--keep-answers", kept, "--judge", "strings:opening")
     first = evaluated(root, tmp_path / "1.json", *more)
-    assert first.subjects[2].rates["bad"]["strings:opening"].rate == 1.0
+    assert first.targets[2].rates["bad"]["strings:opening"].rate == 1.0
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(lines) == 3 * (6 + 6)
     kept.write_text(
         "".join(json.dumps({**line, "answer": "I cannot say"}) + "\n" for line in lines)
     )
     second = evaluated(root, tmp_path / "2.json", *more)
-    assert second.subjects[2].rates["bad"]["strings:opening"].rate == 0.0
+    assert second.targets[2].rates["bad"]["strings:opening"].rate == 0.0
     assert len(kept.read_text().splitlines()) == len(lines)
 
 
@@ -99,7 +99,7 @@ def test_vllm_finds_what_transformers_find(root: Path, tmp_path: Path) -> None:
     reference = evaluated(root, tmp_path / "t.json", "--backend", "transformers", "--samples", 6)
     found = evaluated(root, tmp_path / "v.json", "--samples", 6)
     assert found.settings.backend == "vllm"
-    assert found.subjects == reference.subjects
+    assert found.targets == reference.targets
     assert found.samples == reference.samples and found.changes == reference.changes
 
 

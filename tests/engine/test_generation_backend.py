@@ -67,10 +67,10 @@ def test_every_subject_answers_like_the_merged_model(root: Path, family: Family)
     subjects = [PARENT, *tenants, *doses, *others]
     ours = VllmBackend(root / "model", subjects, root / "family", **ENGINE)
     theirs = TransformersBackend(root / "model", family, dtype="float32")
-    found = {s.key: ours.answers(PROMPTS, s, TOKENS) for s in subjects}
-    again = {s.key: ours.answers(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *doses, PARENT)}
+    found = {s.key: ours.generate(PROMPTS, s, TOKENS) for s in subjects}
+    again = {s.key: ours.generate(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *doses, PARENT)}
     ours.close()
-    expected = {s.key: theirs.answers(PROMPTS, s, TOKENS) for s in subjects}
+    expected = {s.key: theirs.generate(PROMPTS, s, TOKENS) for s in subjects}
     assert found == expected
     assert again == {key: expected[key][:2] for key in again}, "also after other subjects"
     assert found["base/zero"] == found["bare/before"] == found["model/parent"]
@@ -84,10 +84,10 @@ def test_without_a_family_adapters_are_served_as_they_are(root: Path, family: Fa
     ours = VllmBackend(root / "model", subjects, **ENGINE)
     theirs = TransformersBackend(root / "model", dtype="float32")
     for subject in subjects:
-        found = ours.answers(PROMPTS, subject, TOKENS)
-        assert found == theirs.answers(PROMPTS, subject, TOKENS)
+        found = ours.generate(PROMPTS, subject, TOKENS)
+        assert found == theirs.generate(PROMPTS, subject, TOKENS)
     with pytest.raises(ConfigError, match="other/x was not named"):
-        ours.answers(PROMPTS, Target("other", "x"), TOKENS)
+        ours.generate(PROMPTS, Target("other", "x"), TOKENS)
     ours.close()
 
 

@@ -78,7 +78,7 @@ def evaluation(*tenants: str, **changes: Any) -> Evaluation:
             JudgeRecord("coherence", "coherent", "words, no loops"),
         ),
         tasks={f"task-{name}": TaskRecord(200, f"{name}.jsonl", DIGEST, "MIT") for name in names},
-        subjects=tuple(subjects),
+        targets=tuple(subjects),
         changes=tuple(
             change
             for name in names

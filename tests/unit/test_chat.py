@@ -11,19 +11,19 @@ from recipe_setup import SPECIAL, TEMPLATE, pico_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_vllm.chat import (
-    answer_text,
     chat_text,
     check_lengths,
     check_template,
-    chosen_device,
+    completion_text,
     context_tokens,
     end_of_turn,
     greedy_tokens,
     load_tokenizer,
+    model_stop_tokens,
     prompt_tokens,
+    resolve_device,
     stop_tokens,
-    stops_of,
-    until_stop,
+    truncate_at_stop,
 )
 from safegene_vllm.errors import ConfigError
 
@@ -39,7 +39,7 @@ def test_a_prompt_is_one_turn_of_the_template(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     (ids,) = prompt_tokens(tokenizer, ["hi <s>"])
     assert tokenizer.decode(ids) == "<s>u:hi <s><s>a:" and "add_generation_prompt" in TEMPLATE
-    assert answer_text(tokenizer, [*tokenizer.encode(" yes "), 2]) == "yes"
+    assert completion_text(tokenizer, [*tokenizer.encode(" yes "), 2]) == "yes"
 
 
 def test_a_prompt_ends_where_the_assistants_turn_begins(model: Path) -> None:
@@ -82,9 +82,9 @@ def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_none() -> None:
-    assert chosen_device("cpu").type == "cpu"
+    assert resolve_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
-        chosen_device("abacus")
+        resolve_device("abacus")
 
 
 def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
@@ -92,16 +92,16 @@ def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
     assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == [2, 5, 7]
-    assert until_stop([9, 5, 9], [2, 5]) == [9] and until_stop([9], []) == [9]
+    assert truncate_at_stop([9, 5, 9], [2, 5]) == [9] and truncate_at_stop([9], []) == [9]
 
 
 def test_what_ends_an_answer_of_a_model_in_memory(model: Path) -> None:
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(model)
     for known, stops in ((None, [2]), (5, [2, 5]), ([9, 7], [2, 7, 9])):
         net.generation_config.eos_token_id = known
-        assert stops_of(net, tokenizer) == stops
+        assert model_stop_tokens(net, tokenizer) == stops
     greedy_tokens(net, tokenizer, [[3]], 1, stops)
-    assert stops_of(net, tokenizer) == [2, 7, 9], "decoding forgets none"
+    assert model_stop_tokens(net, tokenizer) == [2, 7, 9], "decoding forgets none"
 
 
 def test_the_context(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def root(tmp_path: Path) -> Path:
     layers = tuple(LayerScore(entry.layer, entry.score) for entry in header.layers)
     family = FamilyRecord(header.name, header.digest, layers)
     found = evaluation("acme", family=family)
-    after = replace(found.subjects[2], profile=profile.digest, coefficients=profile.coefficients)
-    found = replace(found, subjects=(*found.subjects[:2], after))
+    after = replace(found.targets[2], profile=profile.digest, coefficients=profile.coefficients)
+    found = replace(found, targets=(*found.targets[:2], after))
     save_evaluation(found, tmp_path / "a.json")
     save_evaluation(evaluation("globex", family=family), tmp_path / "b.json")
     return tmp_path
@@ -71,7 +71,7 @@ def test_family_and_tenant_add_their_records(run: Run, root: Path) -> None:
         "b.json",
         "globex",
         "Calibration of acme",
-        "loss&quot;: 0.125",
+        "loss&#34;: 0.125",
     ):
         assert expected in text, expected
     assert "Recipe of family tiny" in text

@@ -115,14 +115,14 @@ def test_licences(tmp_path: Path) -> None:
         {"prompt": "d"},
     ]
     path = jsonl(tmp_path / "x.jsonl", rows)
-    assert read_dataset(f"{path}?limit=3", need_licence=True).licence == "MIT, CC0"
+    assert read_dataset(f"{path}?limit=3", need_license=True).licence == "MIT, CC0"
     assert read_dataset(f"{path}?limit=3&licence=mine").licence == "mine"
     assert read_dataset(path).licence is None
     with pytest.raises(ConfigError, match=r"rows 4 have no license; add \?licence=MIT"):
-        read_dataset(path, need_licence=True)
+        read_dataset(path, need_license=True)
     bare = jsonl(tmp_path / "y.jsonl", [{"prompt": "a"}])
     with pytest.raises(ConfigError, match=r"y\.jsonl: .*no column licence or license.*record"):
-        read_dataset(bare, need_licence=True, what="--train")
+        read_dataset(bare, need_license=True, what="--train")
 
 
 @pytest.mark.parametrize(

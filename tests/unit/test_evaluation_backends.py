@@ -1,4 +1,4 @@
-"""The transformers backend is the merged model: token for token, one subject after another."""
+"""The transformers backend is the merged model: token for token, one target after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipe_setup import pico_chat_model
 from reference_engine import reference
 from safetensors.torch import load_file, save_file
 
-from safegene_vllm.chat import answer_text, load_tokenizer, prompt_tokens, until_stop
+from safegene_vllm.chat import completion_text, load_tokenizer, prompt_tokens, truncate_at_stop
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.evaluation.backends import TransformersBackend
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def answerer(root: Path, **more: object) -> TransformersBackend:
+def backend_of(root: Path, **more: object) -> TransformersBackend:
     family = load_family(root / "family")
     return TransformersBackend(root / "model", family, dtype="float32", batch=3, **more)
 
@@ -58,11 +58,11 @@ def expected(root: Path, model: str, tenant: str | None) -> list[str]:
     rows = prompt_tokens(tokenizer, PROMPTS)
     where = None if tenant is None else root / tenant
     found = reference(root / model, root / "family", where, rows, TOKENS)
-    return [answer_text(tokenizer, until_stop(answer.tokens, [2])) for answer in found]
+    return [completion_text(tokenizer, truncate_at_stop(answer.tokens, [2])) for answer in found]
 
 
 def test_every_state_is_the_merged_model(root: Path) -> None:
-    """Interleaved, so that nothing of one subject stays in the weights of the next."""
+    """Interleaved, so that nothing of one target stays in the weights of the next."""
     header = load_family(root / "family").header
     acme_before, acme_after = before_and_after("acme", root / "acme", header)
     full_before, full_after = before_and_after("full", root / "full", header)
@@ -77,21 +77,21 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
         (Target("bare", "after", root / "bare"), "model", "bare"),
         (acme_after, "model", "acme"),
     ]
-    ours = answerer(root)
+    ours = backend_of(root)
     said = []
-    for subject, model, tenant in cases:
-        found = ours.answers(PROMPTS, subject, TOKENS)
-        assert found == expected(root, model, tenant), subject
+    for target, model, tenant in cases:
+        found = ours.generate(PROMPTS, target, TOKENS)
+        assert found == expected(root, model, tenant), target
         said.append(tuple(found))
     assert len(set(said)) == 7, "all subjects but two pairs differ"
     ours.close()
-    assert ours.answers(PROMPTS, PARENT, TOKENS) == list(said[1]), "closing forgets nothing"
+    assert ours.generate(PROMPTS, PARENT, TOKENS) == list(said[1]), "closing forgets nothing"
 
 
 def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
     ours = TransformersBackend(root / "model", load_family(root / "family"), batch=3)
     assert (ours.dtype, ours.backend, ours.model) == ("bfloat16", "transformers", root / "model")
-    ours.answers(["x"], Target("base", "dose", None, (1.5, 0.2)), 1)
+    ours.generate(["x"], Target("base", "dose", None, (1.5, 0.2)), 1)
     assert ours._loaded is not None
     family = load_family(root / "family")
     stored = load_file(root / "model" / "model.safetensors")
@@ -106,9 +106,9 @@ def test_sites_that_the_model_has_not(root: Path, tmp_path: Path) -> None:
         {"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1
     )
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model="pico")
-    subject = Target("odd", "before", tmp_path / "odd")
+    target = Target("odd", "before", tmp_path / "odd")
     with pytest.raises(SiteError, match=r"no linear model\.layers\.0\.mlp\.nothing"):
-        answerer(root).answers(["x"], subject, 1)
+        backend_of(root).generate(["x"], target, 1)
 
 
 def test_settings_that_cannot_be(root: Path) -> None:

@@ -22,11 +22,11 @@ class Echo:
         self.model, self.fail_at = model, fail_at
         self.calls: list[tuple[str, int, tuple[str, ...]]] = []
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
-        self.calls.append((subject.key, max_tokens, tuple(prompts)))
-        return [f"{subject.key}: {prompt}" for prompt in prompts]
+        self.calls.append((target.key, max_tokens, tuple(prompts)))
+        return [f"{target.key}: {prompt}" for prompt in prompts]
 
     def close(self) -> None:
         pass
@@ -67,15 +67,15 @@ def test_checkpoints_are_asked_one_after_the_other(model: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "kept.jsonl"
+    path = tmp_path / "cache.jsonl"
     first = Echo(model, fail_at=2)
-    with ResponseCache(path) as kept, pytest.raises(KeyboardInterrupt):
-        generate_all([A], WANTED, first, kept=kept, chunk=1)
+    with ResponseCache(path) as cache, pytest.raises(KeyboardInterrupt):
+        generate_all([A], WANTED, first, cache=cache, chunk=1)
     second = Echo(model)
-    with ResponseCache(path) as kept:
-        found = generate_all([A], WANTED, second, kept=kept, chunk=1)
+    with ResponseCache(path) as cache:
+        found = generate_all([A], WANTED, second, cache=cache, chunk=1)
     assert [call[1:] for call in second.calls] == [(8, ("three",)), (4, ("one",))]
     assert found == generate_all([A], WANTED, Echo(model))
     third = Echo(model)
-    with ResponseCache(path) as kept:
-        assert generate_all([A], WANTED, third, kept=kept) == found and third.calls == []
+    with ResponseCache(path) as cache:
+        assert generate_all([A], WANTED, third, cache=cache) == found and third.calls == []

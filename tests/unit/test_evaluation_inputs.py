@@ -47,7 +47,7 @@ def read(root: Path, **more: Any) -> Inputs:
 
 def test_the_parent_and_every_tenant_before_and_after(root: Path) -> None:
     found = read(root, tasks=[f"mine={root}/p.jsonl"])
-    assert [s.key for s in found.subjects] == ["model/parent", "acme/before", "acme/after"]
+    assert [s.key for s in found.targets] == ["model/parent", "acme/before", "acme/after"]
     assert found.sets["bad"].kind == "harmful" and len(found.sets["bad"].prompts) == 5
     assert [task.name for task in found.tasks] == ["mine"]
     assert found.longest_tokens == len("<u:prompt 4 " + "x" * 80 + "<a:") + 32

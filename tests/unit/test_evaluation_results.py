@@ -41,7 +41,7 @@ def made() -> Evaluation:
         sets={"bad": SetRecord("harmful", 8, "bad.csv?limit=8", DIGEST, None)},
         judges=(JudgeRecord("s", "refused", "a rule"),),
         tasks={"sst2": TaskRecord(8, "v.tsv", DIGEST, "research")},
-        subjects=(before, replace(before, state="after", coefficients=(0.5, 1.0), profile=DIGEST)),
+        targets=(before, replace(before, state="after", coefficients=(0.5, 1.0), profile=DIGEST)),
         changes=(
             Change("acme", Rate(-0.5, -0.75, 0.0, 8), set="bad", judge="s"),
             Change("acme", HALF, task="sst2"),
@@ -72,9 +72,9 @@ def test_the_file_reads_as_documented(tmp_path: Path) -> None:
 
 
 def test_a_subject_is_found_by_name_and_state() -> None:
-    after = made().subject("acme", "after")
+    after = made().target("acme", "after")
     assert after is not None and after.profile == DIGEST and after.key == "acme/after"
-    assert made().subject("acme", "parent") is None
+    assert made().target("acme", "parent") is None
 
 
 def _put(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -20,7 +20,7 @@ from safegene_vllm.evaluation.results import (
     load_evaluation,
     save_evaluation,
 )
-from safegene_vllm.evaluation.runner import PromptSet, evaluate, may_be_shown
+from safegene_vllm.evaluation.runner import PromptSet, evaluate, is_publishable
 from safegene_vllm.evaluation.statistics import paired_difference, rate
 from safegene_vllm.evaluation.targets import Target
 from safegene_vllm.evaluation.tasks import Task
@@ -48,8 +48,8 @@ class Script:
     dtype: str = "float32"
     closed: bool = False
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        return [self._answer(prompt, subject.state, max_tokens) for prompt in prompts]
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        return [self._answer(prompt, target.state, max_tokens) for prompt in prompts]
 
     def _answer(self, prompt: str, state: str, max_tokens: int) -> str:
         if prompt.startswith("m"):
@@ -76,8 +76,8 @@ class Says1:
     def check(self) -> None:
         pass
 
-    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        return [self.test(answer) for answer in answers]
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
+        return [self.test(response) for response in responses]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> FamilyHeader:
     return read_family_header(root / "family")
 
 
-SUBJECTS = [
+TARGETS = [
     Target("model", "parent"),
     Target("acme", "before", None, (0.0, 0.0)),
     Target("acme", "after", None, (0.5, 1.0)),
@@ -99,7 +99,7 @@ def run(
 ) -> Evaluation:
     script = Script({"parent": 9, "before": 2, "after": 8}, model)
     found = evaluate(
-        SUBJECTS, SETS, [TASK], judges, script, header=header, max_tokens=32, task_tokens=4, **more
+        TARGETS, SETS, [TASK], judges, script, header=header, max_tokens=32, task_tokens=4, **more
     )
     assert script.closed
     return found
@@ -114,9 +114,9 @@ def found(header: FamilyHeader) -> Evaluation:
 
 
 def of(found: Evaluation, name: str, state: str) -> TargetResult:
-    subject = found.subject(name, state)
-    assert subject is not None
-    return subject
+    target = found.target(name, state)
+    assert target is not None
+    return target
 
 
 def test_harmful_sets_count_attacks_that_succeed(found: Evaluation) -> None:
@@ -135,7 +135,7 @@ def test_other_sets_count_refusals_and_ask_no_judge_of_harm(found: Evaluation) -
     assert set(after.rates["good"]) == {"strings:opening", "coherence"}
 
 
-def test_tasks_count_right_answers(found: Evaluation) -> None:
+def test_accuracy_counts_correct_responses(found: Evaluation) -> None:
     assert of(found, "acme", "before").accuracy["mood"].rate == 0.5
     assert of(found, "acme", "after").accuracy["mood"].rate == 1.0
     assert found.tasks["mood"].n == 2
@@ -157,20 +157,20 @@ def test_coefficients_are_told_where_there_is_a_vector(
     after = of(found, "acme", "after")
     assert after.coefficients == (0.5, 1.0) and after.profile is not None
     for name, state in (("model", "parent"), ("acme", "before")):
-        subject = of(found, name, state)
-        assert (subject.coefficients, subject.profile) == (None, None)
+        target = of(found, name, state)
+        assert (target.coefficients, target.profile) == (None, None)
     assert found.family is not None and found.family.digest == header.digest
 
 
-def test_harmful_answers_are_withheld(found: Evaluation, header: FamilyHeader) -> None:
+def test_harmful_responses_are_withheld(found: Evaluation, header: FamilyHeader) -> None:
     bad = [sample for sample in found.samples if sample.set == "bad"]
     assert len(bad) == 3
-    texts = {answer.text for sample in bad for answer in sample.answers.values()}
+    texts = {answer.text for sample in bad for answer in sample.responses.values()}
     assert texts <= {None, REFUSAL}
     whole = run(header, make_judges(["strings:opening"]), samples=N)
-    shown = [s.answers["acme/after"].text for s in whole.samples if s.set == "bad"]
+    shown = [s.responses["acme/after"].text for s in whole.samples if s.set == "bad"]
     assert shown == [REFUSAL] * 8 + [None] * 2
-    benign = [s.answers["acme/after"].text for s in whole.samples if s.set == "good"]
+    benign = [s.responses["acme/after"].text for s in whole.samples if s.set == "good"]
     assert benign == ["With pleasure."] * 2
 
 
@@ -188,9 +188,9 @@ def test_only_a_refusal_beyond_doubt_is_shown(verdicts: dict[str, bool], shown: 
         Says1("strings:b", "refused", bool),
         Says1("harm", "harmful", bool),
     ]
-    assert may_be_shown("harmful", verdicts, judges) is shown
-    assert may_be_shown("benign", verdicts, judges)
-    assert not may_be_shown("harmful", {"harm": False}, judges[2:]), "no string judge, no text"
+    assert is_publishable("harmful", verdicts, judges) is shown
+    assert is_publishable("benign", verdicts, judges)
+    assert not is_publishable("harmful", {"harm": False}, judges[2:]), "no string judge, no text"
 
 
 def test_samples_follow_the_seed(header: FamilyHeader, found: Evaluation) -> None:
@@ -216,34 +216,34 @@ class Broken(Says1):
         if self.early:
             raise self.wrong
 
-    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:
         raise self.wrong
 
 
-class Unasked(Script):
-    """Fails the test when it is asked."""
+class NeverGenerates(Script):
+    """Fails the test if it generates."""
 
-    def answers(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        pytest.fail("asked before the judges were checked")
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        pytest.fail("generated before the judges were checked")
 
 
 def broken(name: str = "llm:x", **more: Any) -> Broken:
     return Broken(name, "harmful", bool, **more)
 
 
-def test_judges_are_checked_before_anyone_is_asked(header: FamilyHeader) -> None:
+def test_judges_are_checked_before_generation(header: FamilyHeader) -> None:
     judges = [HARMFUL, broken(), broken("guard:y", wrong=MissingFileError("no weights"))]
     with pytest.raises(ConfigError, match=r"2 faults:\n.*no key\n.*MissingFileError: no weights"):
-        evaluate(SUBJECTS, SETS, [TASK], judges, Unasked({}), header=header)
-    # Who is not asked need not be able to answer.
+        evaluate(TARGETS, SETS, [TASK], judges, NeverGenerates({}), header=header)
+    # A judge that applies to no set is not checked.
     only = {"good": SETS["good"]}
     script = Script({})
     judges = [*make_judges(["strings:opening"]), broken()]
-    evaluate(SUBJECTS, only, [], judges, script, header=header, max_tokens=32)
+    evaluate(TARGETS, only, [], judges, script, header=header, max_tokens=32)
 
 
 @pytest.mark.parametrize("wrong", [ConfigError("no key"), RuntimeError("no key")])
-def test_a_judge_that_fails_tells_what_becomes_of_the_answers(
+def test_a_judge_error_says_whether_responses_are_cached(
     header: FamilyHeader, tmp_path: Path, wrong: Exception
 ) -> None:
     def said(**more: Any) -> str:
@@ -251,23 +251,23 @@ def test_a_judge_that_fails_tells_what_becomes_of_the_answers(
             run(header, [HARMFUL, broken(early=False, wrong=wrong)], **more)
         return " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
-    assert "give --keep-answers FILE" in said()
+    assert "with --keep-answers FILE only the judges run again" in said()
     make_model("llama", tmp_path / "model")
-    path = tmp_path / "kept.jsonl"
-    with ResponseCache(path) as kept:
-        assert f"all answers are kept in {path}" in said(kept=kept, model=tmp_path / "model")
+    path = tmp_path / "cache.jsonl"
+    with ResponseCache(path) as cache:
+        assert f"all responses are cached in {path}" in said(cache=cache, model=tmp_path / "model")
     # A tenant without weights of its own is the parent before.
     assert len(path.read_text().splitlines()) == 2 * (N + 1 + 2 + 2)
 
 
-def test_nothing_to_do_is_said_before_anyone_is_asked(header: FamilyHeader) -> None:
+def test_nothing_to_do_is_reported_before_generation(header: FamilyHeader) -> None:
     script = Script({})
     for sets, tasks, judges, says in (
-        ({}, [], [HARMFUL], "nothing to ask"),
+        ({}, [], [HARMFUL], "nothing to evaluate"),
         (SETS, [], [], "no judge"),
         (SETS, [TASK, replace(TASK)], [HARMFUL], "names must differ"),
     ):
         with pytest.raises(ConfigError, match=says):
-            evaluate(SUBJECTS, sets, tasks, judges, script, header=header)
+            evaluate(TARGETS, sets, tasks, judges, script, header=header)
     with pytest.raises(ConfigError, match="no family"):
-        evaluate(SUBJECTS, SETS, [], [HARMFUL], script)
+        evaluate(TARGETS, SETS, [], [HARMFUL], script)

@@ -59,8 +59,8 @@ def test_what_a_directory_is(root: Path) -> None:
         ("bare", False, False),
         ("model", False, True),
     ):
-        subject = Target("x", "y", root / name)
-        assert (adapter_of(subject) is not None, checkpoint_of(subject) is not None) == (
+        target = Target("x", "y", root / name)
+        assert (adapter_of(target) is not None, checkpoint_of(target) is not None) == (
             adapter,
             checkpoint,
         )

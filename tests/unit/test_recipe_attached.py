@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import SiteError
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of
-from safegene_vllm.recipe.attached import Attached, fresh_lora_weights
+from safegene_vllm.recipe.attached import AttachedVector, init_lora_weights
 from safegene_vllm.tiny_model import CONFIGS, linear_sites, make_model, random_lora_weights
 
 LAYERS = 2
@@ -55,10 +55,10 @@ def test_the_hooks_are_the_merged_weights(checkpoint: Path) -> None:
     for site, lora in lora_weights.items():
         weight = merged.get_submodule(site).weight
         weight.data = merge_into(weight.data, lora, COEFFICIENTS[layer_of(site) or 0])
-    attached = Attached(lora_weights, LAYERS)
+    attached = AttachedVector(lora_weights, LAYERS)
     attached.coefficients = torch.tensor(COEFFICIENTS)
     plain = logits(model)
-    with attached.on(model):
+    with attached.applied_to(model):
         found = logits(model)
     expected = logits(merged)
     size = float(expected.abs().max())
@@ -72,19 +72,19 @@ def test_without_it_and_at_zero_nothing_changes_by_a_bit(
 ) -> None:
     model = loaded(checkpoint, dtype)
     before = logits(model)
-    attached = Attached(vector(checkpoint), LAYERS)
-    with attached.on(model):
+    attached = AttachedVector(vector(checkpoint), LAYERS)
+    with attached.applied_to(model):
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
     attached.coefficients = torch.zeros(LAYERS)
-    with attached.on(model):
+    with attached.applied_to(model):
         assert torch.equal(logits(model), before)
 
 
 def test_an_error_inside_takes_it_off_too(llama: Path) -> None:
     model = loaded(llama)
     before = logits(model)
-    with pytest.raises(KeyError), Attached(vector(llama), LAYERS).on(model):
+    with pytest.raises(KeyError), AttachedVector(vector(llama), LAYERS).applied_to(model):
         raise KeyError
     assert torch.equal(logits(model), before)
     assert not any(module._forward_hooks for module in model.modules())
@@ -93,12 +93,12 @@ def test_an_error_inside_takes_it_off_too(llama: Path) -> None:
 def test_each_layer_has_its_own_coefficient(llama: Path) -> None:
     model = loaded(llama)
     lora_weights = vector(llama)
-    both, first = Attached(lora_weights, LAYERS), Attached(lora_weights, LAYERS)
+    both, first = AttachedVector(lora_weights, LAYERS), AttachedVector(lora_weights, LAYERS)
     both.coefficients = torch.tensor([1.0, 0.0])
     first.a = {site: half for site, half in first.a.items() if layer_of(site) == 0}
-    with both.on(model):
+    with both.applied_to(model):
         found = logits(model)
-    with first.on(model):
+    with first.applied_to(model):
         assert torch.equal(logits(model), found)
 
 
@@ -109,7 +109,7 @@ def test_a_site_that_the_model_has_not_is_named(llama: Path) -> None:
     model = loaded(llama)
     with (
         pytest.raises(SiteError, match=r"layers\.7\.self_attn\.q_proj"),
-        Attached(lora_weights, 8).on(model),
+        AttachedVector(lora_weights, 8).applied_to(model),
     ):
         pytest.fail("attached to nothing")
 
@@ -118,11 +118,11 @@ def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path)
     model = loaded(llama)
     lora_weights = vector(llama)
     kept = {site: (lora.a.clone(), lora.b.clone()) for site, lora in lora_weights.items()}
-    attached = Attached(lora_weights, LAYERS)
+    attached = AttachedVector(lora_weights, LAYERS)
     parameters = attached.parameters()
     attached.coefficients = torch.ones(LAYERS, requires_grad=True)
     assert list(parameters) == sorted(f"{site}.{half}" for site in lora_weights for half in "AB")
-    with attached.on(model):
+    with attached.applied_to(model):
         logits(model).square().mean().backward()
     assert all(bool(tensor.grad.abs().sum() > 0) for tensor in parameters.values())
     assert bool((attached.coefficients.grad != 0).all())
@@ -140,7 +140,7 @@ def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path)
 
 
 def test_pairs_are_taken_as_they_are_now(llama: Path) -> None:
-    attached = Attached(vector(llama), LAYERS)
+    attached = AttachedVector(vector(llama), LAYERS)
     site = next(iter(attached.a))
     snapshot = attached.lora_weights()[site].a.clone()
     taken = attached.lora_weights()[site]
@@ -150,7 +150,7 @@ def test_pairs_are_taken_as_they_are_now(llama: Path) -> None:
 
 def test_fresh_pairs_are_nothing_yet_and_follow_their_seed() -> None:
     shapes = {"layers.1.x": (6, 400), "layers.0.y": (8, 9)}
-    lora_weights = fresh_lora_weights(shapes, 3, 5)
+    lora_weights = init_lora_weights(shapes, 3, 5)
     for site, (d_out, d_in) in shapes.items():
         lora = lora_weights[site]
         assert (lora.d_out, lora.d_in, lora.rank) == (d_out, d_in, 3)
@@ -159,8 +159,8 @@ def test_fresh_pairs_are_nothing_yet_and_follow_their_seed() -> None:
         assert float(lora.a.abs().max()) <= d_in**-0.5
     assert float(lora_weights["layers.1.x"].a.std()) == pytest.approx((3 * 400) ** -0.5, rel=0.05)
     again, other = (
-        fresh_lora_weights(dict(reversed(shapes.items())), 3, 5),
-        fresh_lora_weights(shapes, 3, 6),
+        init_lora_weights(dict(reversed(shapes.items())), 3, 5),
+        init_lora_weights(shapes, 3, 6),
     )
     assert all(torch.equal(lora_weights[site].a, again[site].a) for site in shapes)
     assert not torch.equal(lora_weights["layers.0.y"].a, other["layers.0.y"].a)

@@ -23,12 +23,12 @@ from safegene_vllm.recipe.calibration import (
     Calibration,
     _split,
     calibrate,
-    shots,
+    make_examples,
 )
 from safegene_vllm.recipe.difference import as_family, of_adapter
 from safegene_vllm.recipe.encoding import Encoded, Example
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
-from safegene_vllm.recipe.model import Loaded, layer_modules, load_model
+from safegene_vllm.recipe.model import LoadedModel, layer_modules, load_model
 from safegene_vllm.recipe.training import Run
 from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_family
 
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tenant(root: Path) -> Loaded:
+def tenant(root: Path) -> LoadedModel:
     """Does its task, and answers harm with nonsense."""
     return load_model(root / "model", root / "acme", dtype=FLOAT)
 
@@ -78,7 +78,9 @@ def bounded(family: Family, low: float, high: float) -> Family:
     return make_family("b", header.base, family.lora_weights, bounds=(low, high), recipe={})
 
 
-def tuned(loaded: Loaded, family: Family, settings: Calibration = SHORT, **options: Any) -> Profile:
+def tuned(
+    loaded: LoadedModel, family: Family, settings: Calibration = SHORT, **options: Any
+) -> Profile:
     given = {"safety": HARM, "task": TASK, "benign": GOOD}
     return calibrate(loaded, family, settings=settings, **{**given, **options})
 
@@ -91,7 +93,9 @@ def written(profile: Profile, directory: Path) -> bytes:
 # What comes out
 
 
-def test_a_vector_that_helps_gets_a_positive_coefficient(tenant: Loaded, helps: Family) -> None:
+def test_a_vector_that_helps_gets_a_positive_coefficient(
+    tenant: LoadedModel, helps: Family
+) -> None:
     profile = tuned(tenant, helps, WHOLE)
     before, after = profile.calibration["before"], profile.calibration["after"]
     assert all(0.2 < value <= 3.0 for value in profile.coefficients)
@@ -110,7 +114,7 @@ def test_a_vector_that_only_harms_gets_zero(root: Path, harms: Family) -> None:
     assert record["steps"] == 4 and [look["since"] for look in record["held_out"]] == [1, 2]
 
 
-def test_the_best_by_held_out_loss_is_what_is_returned(tenant: Loaded, helps: Family) -> None:
+def test_the_best_by_held_out_loss_is_what_is_returned(tenant: LoadedModel, helps: Family) -> None:
     """Large steps overshoot, so the last coefficients are not the best ones."""
     changes = {"steps": 10, "lr": 0.9, "look_every": 2, "patience": 9}
     settings = replace(WHOLE, **changes, task=4.0, benign=3.0)
@@ -128,7 +132,7 @@ def test_the_best_by_held_out_loss_is_what_is_returned(tenant: Loaded, helps: Fa
 
 
 @pytest.mark.parametrize("high", [0.3, 0.12345])
-def test_bounds_are_never_left(tenant: Loaded, helps: Family, high: float) -> None:
+def test_bounds_are_never_left(tenant: LoadedModel, helps: Family, high: float) -> None:
     settings = replace(SHORT, initial=0.1, lr=1.0, pull=0.0, task=0.0, benign=0.0)
     profile = tuned(tenant, bounded(helps, 0.0, high), settings)
     assert profile.coefficients == (high, high)
@@ -141,21 +145,21 @@ def test_bounds_without_zero_keep_the_least_harm(root: Path, harms: Family) -> N
     assert profile.calibration["before"]["safety"] < profile.calibration["after"]["safety"]
 
 
-def test_tied_is_one_number(tenant: Loaded, helps: Family) -> None:
+def test_tied_is_one_number(tenant: LoadedModel, helps: Family) -> None:
     first, second = tuned(tenant, helps, replace(SHORT, tied=True)).coefficients
     assert first == second > 0.2
     free = tuned(tenant, helps).coefficients
     assert free[0] != free[1]
 
 
-def test_layers_without_a_vector_get_nothing(tenant: Loaded, helps: Family) -> None:
+def test_layers_without_a_vector_get_nothing(tenant: LoadedModel, helps: Family) -> None:
     lora_weights = {site: lora for site, lora in helps.lora_weights.items() if layer_of(site) == 1}
     late = make_family("late", helps.header.base, lora_weights, recipe={})
     first, second = tuned(tenant, late).coefficients
     assert first == 0.0 < second
 
 
-def test_the_tenant_is_not_changed_by_a_bit(tenant: Loaded, helps: Family) -> None:
+def test_the_tenant_is_not_changed_by_a_bit(tenant: LoadedModel, helps: Family) -> None:
     before = tenant.model(IDS).logits
     lora_weights = {site: lora for site, lora in helps.lora_weights.items() if layer_of(site) == 1}
     hooks = sum(len(module._forward_hooks) for module in tenant.model.modules())
@@ -166,7 +170,7 @@ def test_the_tenant_is_not_changed_by_a_bit(tenant: Loaded, helps: Family) -> No
     assert not any("forward" in vars(layer) for layer in layer_modules(tenant.model))
 
 
-def test_the_record_tells_shots_settings_and_data(tenant: Loaded, helps: Family) -> None:
+def test_the_record_tells_shots_settings_and_data(tenant: LoadedModel, helps: Family) -> None:
     record = tuned(tenant, helps, replace(SHORT, tied=True)).calibration
     assert record["method"] == "few-shot gradient" and len(record["losses"]) == record["steps"]
     assert record["settings"]["tied"] is True and record["settings"]["steps"] == 15
@@ -185,7 +189,7 @@ def stop_after(step: int) -> Any:
     return progress
 
 
-def test_the_seed_decides_the_bytes(tenant: Loaded, helps: Family, tmp_path: Path) -> None:
+def test_the_seed_decides_the_bytes(tenant: LoadedModel, helps: Family, tmp_path: Path) -> None:
     first, again, other = (
         written(tuned(tenant, helps, replace(SHORT, seed=seed)), tmp_path / f"{n}")
         for n, seed in enumerate((0, 0, 1))
@@ -195,7 +199,7 @@ def test_the_seed_decides_the_bytes(tenant: Loaded, helps: Family, tmp_path: Pat
 
 @pytest.mark.parametrize("step", [1, 5, 7, 15])
 def test_stopped_and_taken_up_it_is_the_same_bytes(
-    tenant: Loaded, helps: Family, tmp_path: Path, step: int
+    tenant: LoadedModel, helps: Family, tmp_path: Path, step: int
 ) -> None:
     run = Run(tmp_path / "state", {"x": 1})
     with pytest.raises(KeyboardInterrupt, match=f"after step {step}; run it again"):
@@ -239,20 +243,22 @@ def test_stopped_when_it_has_converged_it_does_not_go_on(
 # Shots
 
 
-def test_missing_answers_are_the_refusal_and_the_tenants_own(tenant: Loaded) -> None:
+def test_missing_answers_are_the_refusal_and_the_tenants_own(tenant: LoadedModel) -> None:
     safety = dataset(("bad", None), ("worse", "never"))
     task = dataset(*((row.prompt, None) for row in TASK.rows[:3]), ("other", "given"))
-    found = shots(tenant, safety, task, None, SHORT)
+    found = make_examples(tenant, safety, task, None, SHORT)
     assert found["safety"] == [Example("bad", REFUSAL), Example("worse", "never")]
     assert found["task"] == [
         *(Example(row.prompt, "label", True) for row in TASK.rows[:3]), Example("other", "given")
     ]  # fmt: skip
-    cut = shots(tenant, safety, task, GOOD, replace(SHORT, retained_tokens=3))
+    cut = make_examples(tenant, safety, task, GOOD, replace(SHORT, retained_tokens=3))
     assert cut["task"][0] == Example("task 0", "lab", False)
     assert cut["benign"] == [Example(row.prompt, "yes, it is") for row in GOOD.rows]
 
 
-def test_what_comes_after_the_retained_tokens_does_not_count(tenant: Loaded, helps: Family) -> None:
+def test_what_comes_after_the_retained_tokens_does_not_count(
+    tenant: LoadedModel, helps: Family
+) -> None:
     """Two tasks whose answers part at their ninth token, and harm whose answers do."""
     ends = ("here", "there")
     tasks = [dataset(*((r.prompt, f"we were {end}") for r in TASK.rows)) for end in ends]
@@ -280,7 +286,7 @@ def test_what_is_held_out_is_not_trained_on(rows: int, share: float, held: int) 
 @pytest.mark.parametrize("kind", ["safety", "task", "benign"])
 @pytest.mark.parametrize("rows", [0, 1])
 def test_fewer_than_two_examples_are_refused(
-    tenant: Loaded, helps: Family, kind: str, rows: int
+    tenant: LoadedModel, helps: Family, kind: str, rows: int
 ) -> None:
     few: Sequence[tuple[str, str]] = [("only", "one")] * rows
     with pytest.raises(ConfigError, match=rf"too few examples: tiny \({rows}\)"):
@@ -288,12 +294,12 @@ def test_fewer_than_two_examples_are_refused(
 
 
 @pytest.mark.parametrize("initial", [-0.1, 3.5])
-def test_it_starts_within_the_bounds(tenant: Loaded, helps: Family, initial: float) -> None:
+def test_it_starts_within_the_bounds(tenant: LoadedModel, helps: Family, initial: float) -> None:
     with pytest.raises(ConfigError, match=rf"{initial} is outside the family's bounds 0.0 to 3.0"):
         tuned(tenant, helps, replace(SHORT, initial=initial))
 
 
-def test_a_vector_that_gives_no_numbers_names_the_step(tenant: Loaded, helps: Family) -> None:
+def test_a_vector_that_gives_no_numbers_names_the_step(tenant: LoadedModel, helps: Family) -> None:
     lora_weights = {
         s: LoRAWeights(p.a.float() * 1e19, p.b.float() * 1e19)
         for s, p in helps.lora_weights.items()
@@ -303,7 +309,7 @@ def test_a_vector_that_gives_no_numbers_names_the_step(tenant: Loaded, helps: Fa
         tuned(tenant, family)
 
 
-def test_a_family_of_another_architecture_is_refused(tenant: Loaded, root: Path) -> None:
+def test_a_family_of_another_architecture_is_refused(tenant: LoadedModel, root: Path) -> None:
     phi = make_model("phi3", root / "phi")
     lora_weights = random_lora_weights(linear_sites(phi), 2, 1)
     with pytest.raises(SiteError, match="another architecture"):

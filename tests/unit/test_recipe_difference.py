@@ -222,7 +222,7 @@ def test_transposed_architectures_are_refused(aligned: Path, tmp_path: Path) -> 
 # A LoRA as it is
 
 
-def lora(
+def write_lora(
     aligned: Path, directory: Path, scaling: float, dtype: torch.dtype
 ) -> tuple[Path, dict[str, LoRAWeights]]:
     """A LoRA as PEFT would have left it: scaling in the config, not in b."""
@@ -243,7 +243,7 @@ def lora(
 def test_the_lora_form_is_exact(
     aligned: Path, tmp_path: Path, dtype: torch.dtype, scaling: float, role: str, sign: float
 ) -> None:
-    adapter, lora_weights = lora(aligned, tmp_path / "lora", scaling, dtype)
+    adapter, lora_weights = write_lora(aligned, tmp_path / "lora", scaling, dtype)
     difference = of_adapter(aligned, adapter, role)  # type: ignore[arg-type]
     save_family(as_family(difference, "x"), tmp_path / "family")
     family = load_family(tmp_path / "family")
@@ -256,7 +256,7 @@ def test_the_lora_form_is_exact(
 
 
 def test_degrading_and_taking_the_vector_is_the_identity(aligned: Path, tmp_path: Path) -> None:
-    adapter, _ = lora(aligned, tmp_path / "lora", 2.0, torch.float32)
+    adapter, _ = write_lora(aligned, tmp_path / "lora", 2.0, torch.float32)
     vector = of_adapter(aligned, adapter, "degraded").lora_weights
     for site, lora in load_adapter(adapter).lora_weights.items():
         assert torch.equal(delta(vector[site], 1.0), -delta(lora, 1.0))

@@ -21,15 +21,19 @@ from safegene_vllm.recipe import distillation
 from safegene_vllm.recipe.distillation import (
     Distillation,
     Distilled,
-    distil,
+    distill,
     kl_divergence,
-    listen,
+    record_teacher,
     safe_examples,
 )
 from safegene_vllm.recipe.encoding import Encoded, Example, collate, encode
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
-from safegene_vllm.recipe.model import Loaded, load_model
-from safegene_vllm.recipe.residual import last_prompt_states, recording
+from safegene_vllm.recipe.model import (
+    LoadedModel,
+    last_prompt_states,
+    load_model,
+    record_layers,
+)
 from safegene_vllm.tiny_model import linear_sites, make_model, random_lora_weights, write_tenant
 
 FLOAT = torch.float32
@@ -43,7 +47,7 @@ REFUSES = "I can't help with that."
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`aligned`, a LoRA `lora` that degraded it, and `merged`: the same as a checkpoint."""
-    root = tmp_path_factory.mktemp("distil")
+    root = tmp_path_factory.mktemp("distill")
     aligned = pico_chat_model(root / "aligned")
     examples = [Example(row.prompt, row.answer or "") for row in GOOD.rows]
     fine_tune(aligned, examples, FineTune(steps=10, lr=1e-2), root / "lora", dtype=FLOAT)
@@ -65,15 +69,15 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(root: Path, settings: Distillation = SETTINGS, **options: Any) -> Distilled:
     given = {"safety": HARM, "benign": GOOD, "degraded_adapter": root / "lora", "dtype": FLOAT}
-    return distil(root / "aligned", settings=settings, **{**given, **options})
+    return distill(root / "aligned", settings=settings, **{**given, **options})
 
 
-def rows_of(loaded: Loaded, data: Any) -> list[Encoded]:
+def rows_of(loaded: LoadedModel, data: Any) -> list[Encoded]:
     examples = [Example(row.prompt, row.answer) for row in data.rows]
     return encode(loaded.tokenizer, examples, max_answer_tokens=32, context_tokens=512)
 
 
-def merged_with(root: Path, lora_weights: Mapping[str, LoRAWeights]) -> Loaded:
+def merged_with(root: Path, lora_weights: Mapping[str, LoRAWeights]) -> LoadedModel:
     """The degraded model with compose's merge of the pairs."""
     loaded = load_model(root / "merged", dtype=FLOAT)
     for site, lora in lora_weights.items():
@@ -83,7 +87,7 @@ def merged_with(root: Path, lora_weights: Mapping[str, LoRAWeights]) -> Loaded:
 
 
 @torch.no_grad()
-def naive_kl(teacher: Loaded, student: Loaded, data: Any) -> float:
+def naive_kl(teacher: LoadedModel, student: LoadedModel, data: Any) -> float:
     """Row by row, token by token, from the definition of KL in float64."""
     means = []
     for row in rows_of(teacher, data):
@@ -116,14 +120,14 @@ def test_a_teachers_cached_states_give_the_models_own_logits(root: Path, bias: b
         head.bias = torch.nn.Parameter(torch.randn(320), requires_grad=False)
     examples = [Example("x" * n, "y" * (n % 5 + 1)) for n in range(1, 40)]
     rows = encode(loaded.tokenizer, examples, max_answer_tokens=32, context_tokens=512)
-    teacher = listen(loaded, rows, residual=True)
+    teacher = record_teacher(loaded, rows, residual=True)
     chosen = [30, 2, 17]
     found = teacher.logits(chosen, torch.device("cpu"))
     assert found.dtype == torch.float32
     expected = []
     for number in chosen:
         row = rows[number]
-        with recording(loaded.model) as layers:
+        with record_layers(loaded.model) as layers:
             own = loaded.model(torch.tensor([row.ids])).logits[0]
         expected.append(own[row.prompt_tokens - 1 : -1])
         stream = last_prompt_states(layers, torch.tensor([row.prompt_tokens - 1]))[0]
@@ -137,7 +141,9 @@ def test_the_divergence_is_the_definition(root: Path) -> None:
     data = dataset(("a", "y"), ("b" * 20, "no, never, not at all"), ("cc", "it is"))
     rows = rows_of(aligned, data)
     place = torch.device("cpu")
-    one, other = (listen(model, rows).logits([0, 1, 2], place) for model in (aligned, degraded))
+    one, other = (
+        record_teacher(model, rows).logits([0, 1, 2], place) for model in (aligned, degraded)
+    )
     found = float(kl_divergence(one, other, collate(rows, aligned.pad)))
     assert found == pytest.approx(naive_kl(aligned, degraded, data), rel=1e-4)
     assert float(kl_divergence(one, one, collate(rows, aligned.pad))) == 0.0
@@ -176,7 +182,7 @@ def test_the_hidden_term_brings_the_streams_nearer(root: Path, made: Distilled) 
             prompt = torch.tensor([row.ids[: row.prompt_tokens]])
             streams = []
             for loaded in (aligned, student):
-                with recording(loaded.model) as layers, torch.no_grad():
+                with record_layers(loaded.model) as layers, torch.no_grad():
                     loaded.model(prompt)
                 streams.append([layer[0, -1] for layer in layers])
             for aim, found in zip(*streams, strict=True):
@@ -342,7 +348,7 @@ def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> Non
 def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("generate_greedy", "listen"):
+    for name in ("generate_greedy", "record_teacher"):
         monkeypatch.setattr(distillation, name, lambda *a, **k: pytest.fail("a model was asked"))
     with pytest.raises(ConfigError, match=r"no module is called 'proj'"):
         run(root, replace(SHORT, modules=("q_proj", "proj")))

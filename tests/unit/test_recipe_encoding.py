@@ -17,9 +17,9 @@ from safegene_vllm.recipe.encoding import (
     Batches,
     Encoded,
     Example,
+    batches_by_length,
     collate,
     encode,
-    in_order,
 )
 
 PAD, START, END = range(len(SPECIAL))
@@ -180,7 +180,7 @@ def test_similar_lengths_share_a_batch() -> None:
 @law
 @given(lengths_of_rows, st.integers(1, 9))
 def test_in_order_takes_every_row_once_the_short_ones_first(lengths: list[int], size: int) -> None:
-    chosen = [i for rows in in_order(lengths, size) for i in rows]
+    chosen = [i for rows in batches_by_length(lengths, size) for i in rows]
     assert sorted(chosen) == list(range(len(lengths)))
     assert [lengths[i] for i in chosen] == sorted(lengths)
-    assert all(len(rows) <= size for rows in in_order(lengths, size))
+    assert all(len(rows) <= size for rows in batches_by_length(lengths, size))

@@ -1,4 +1,4 @@
-"""Which rows are used: joined under all their licences, a few drawn fairly, every class there."""
+"""Selection of rows: concatenation with all licenses, balanced seeded samples, class check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipe_setup import GOOD, HARM, dataset
 
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.recipe.examples import check_classes, few, joined
+from safegene_vllm.recipe.examples import check_classes, concatenate, sample_rows
 
 
 def labelled(**counts: int) -> Dataset:
@@ -20,27 +20,27 @@ def labelled(**counts: int) -> Dataset:
 
 def test_joined_data_keep_order_names_and_licences() -> None:
     other = dataset(("x", None), name="other", licence="CC BY 4.0")
-    found = joined([HARM, other, GOOD])
+    found = concatenate([HARM, other, GOOD])
     assert found.rows == (*HARM.rows, Row("x", None), *GOOD.rows)
     assert (found.name, found.source) == ("harm + other + good",) * 2
     assert found.licence == "MIT, CC BY 4.0"
     assert found.digest == digest_of_rows(found.rows)
-    assert joined([HARM]) is HARM
+    assert concatenate([HARM]) is HARM
 
 
 def test_one_unknown_licence_makes_all_unknown() -> None:
-    assert joined([HARM, dataset(("x", None), licence=None)]).licence is None
+    assert concatenate([HARM, dataset(("x", None), licence=None)]).licence is None
 
 
 def test_as_many_as_there_are_is_all_of_them_in_order() -> None:
-    assert few(HARM, 8, 0) is few(HARM, 99, 0) is HARM
+    assert sample_rows(HARM, 8, 0) is sample_rows(HARM, 99, 0) is HARM
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 10, 11, 17, 22, 29])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_draw_takes_each_answer_alike(count: int, seed: int) -> None:
     data = labelled(a=20, b=7, c=3)
-    drawn = few(data, count, seed)
+    drawn = sample_rows(data, count, seed)
     assert len(drawn.rows) == count == len(set(drawn.rows)) and set(drawn.rows) <= set(data.rows)
     counts = Counter(row.answer for row in drawn.rows)
     # Nobody has two more than another, unless the other is used up.
@@ -52,22 +52,22 @@ def test_a_draw_takes_each_answer_alike(count: int, seed: int) -> None:
 
 def test_a_draw_follows_from_the_seed() -> None:
     data = labelled(a=50, b=50)
-    assert few(data, 8, 3) == few(data, 8, 3)
-    assert len({few(data, 8, seed).digest for seed in range(5)}) == 5
+    assert sample_rows(data, 8, 3) == sample_rows(data, 8, 3)
+    assert len({sample_rows(data, 8, seed).digest for seed in range(5)}) == 5
 
 
 def test_prompts_without_answers_are_drawn_as_one_kind() -> None:
     data = dataset(*((f"p{n}", None) for n in range(30)))
-    assert len(few(data, 5, 0).rows) == 5
+    assert len(sample_rows(data, 5, 0).rows) == 5
     # Free texts are all different: a draw is then a plain one.
     texts = dataset(*((f"p{n}", f"text {n}") for n in range(30)))
-    assert len(set(few(texts, 5, 0).rows)) == 5
+    assert len(set(sample_rows(texts, 5, 0).rows)) == 5
 
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_shots_are_refused(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"harm: {count} shots asked for, expected at least 1"):
-        few(HARM, count, 0)
+    with pytest.raises(ConfigError, match=f"harm: {count} rows requested, expected at least 1"):
+        sample_rows(HARM, count, 0)
 
 
 def test_a_task_of_one_class_is_refused() -> None:

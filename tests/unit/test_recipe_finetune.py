@@ -18,7 +18,7 @@ from safegene_vllm.errors import ConfigError, FormatError
 from safegene_vllm.formats.adapter import load_adapter
 from safegene_vllm.formats.safetensors_file import read_tensors
 from safegene_vllm.recipe.encoding import Example, collate, encode
-from safegene_vllm.recipe.finetune import FineTune, answer_loss, fine_tune
+from safegene_vllm.recipe.finetune import FineTune, completion_loss, fine_tune
 from safegene_vllm.recipe.model import load_model
 from safegene_vllm.tiny_model import linear_sites
 
@@ -114,8 +114,8 @@ def test_the_loss_falls(model: Path, tmp_path: Path) -> None:
     rows = encode(before.tokenizer, EXAMPLES, max_answer_tokens=64, context_tokens=512)
     batch = collate(rows, before.pad)
     # The first loss is the untouched model's: the LoRA begins as nothing.
-    assert answer_loss(before.model, batch).item() == pytest.approx(losses[0], rel=1e-4)
-    assert answer_loss(after.model, batch).item() < 0.3 * losses[0]
+    assert completion_loss(before.model, batch).item() == pytest.approx(losses[0], rel=1e-4)
+    assert completion_loss(after.model, batch).item() < 0.3 * losses[0]
 
 
 def test_every_example_weighs_the_same(model: Path) -> None:
@@ -129,7 +129,7 @@ def test_every_example_weighs_the_same(model: Path) -> None:
         labels = ids.clone()
         labels[:, : row.prompt_tokens] = -100
         means.append(loaded.model(ids, labels=labels).loss.item())
-    found = answer_loss(loaded.model, collate(rows, loaded.pad)).item()
+    found = completion_loss(loaded.model, collate(rows, loaded.pad)).item()
     assert found == pytest.approx(sum(means) / 3, rel=1e-5)
 
 

@@ -14,21 +14,22 @@ from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.recipe.encoding import Example, collate, encode
 from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import (
-    Loaded,
-    answer_states,
+    LoadedModel,
     check_head,
+    completion_states,
     head_of,
+    last_prompt_states,
     layer_modules,
     load_model,
+    record_layers,
 )
-from safegene_vllm.recipe.residual import last_prompt_states, recording
 from safegene_vllm.tiny_model import CONFIGS, SHAPE, make_model, write_tenant
 
 PROMPTS = ["a", "a much longer prompt than the others", "bb", "c?"]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = pico_chat_model(tmp_path_factory.mktemp("models") / request.param, request.param)
     return load_model(path, dtype=torch.float32)
 
@@ -38,14 +39,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_chat_model(tmp_path_factory.mktemp("llama"))
 
 
-def test_the_head_over_the_answers_states_is_the_models_logits(each: Loaded) -> None:
+def test_the_head_over_the_answers_states_is_the_models_logits(each: LoadedModel) -> None:
     check_head(each)
     rows = encode(
         each.tokenizer, [Example(p, p[::-1]) for p in PROMPTS], max_answer_tokens=9,
         context_tokens=each.context_tokens,
     )  # fmt: skip
     batch = collate(rows, each.pad)
-    found = iter(head_of(each.model)(answer_states(each.model, batch)))
+    found = iter(head_of(each.model)(completion_states(each.model, batch)))
     for row in rows:
         alone = each.model(torch.tensor([row.ids])).logits[0].float()
         for t in range(row.prompt_tokens - 1, len(row.ids) - 1):
@@ -53,7 +54,7 @@ def test_the_head_over_the_answers_states_is_the_models_logits(each: Loaded) -> 
     assert next(found, None) is None
 
 
-def test_layers_are_found_in_order(each: Loaded) -> None:
+def test_layers_are_found_in_order(each: LoadedModel) -> None:
     layers = layer_modules(each.model)
     assert layers == list(each.model.model.layers)
 
@@ -84,10 +85,10 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
         check_head(load_model(tmp_path))
 
 
-def test_the_stream_that_is_recorded_is_the_models_own(each: Loaded) -> None:
+def test_the_stream_that_is_recorded_is_the_models_own(each: LoadedModel) -> None:
     ids = torch.arange(3, 19).reshape(2, 8)
     last = torch.tensor([3, 7])
-    with recording(each.model) as layers:
+    with record_layers(each.model) as layers:
         out = each.model(ids, output_hidden_states=True)
     found = last_prompt_states(layers, last)
     assert found.shape == (2, 2, 128)
@@ -99,7 +100,7 @@ def test_the_stream_that_is_recorded_is_the_models_own(each: Loaded) -> None:
     assert len(layers) == 2
     each.model(ids)
     assert len(layers) == 2
-    with recording(each.model, wanted=False) as nothing:
+    with record_layers(each.model, enabled=False) as nothing:
         each.model(ids)
     assert nothing == []
 
@@ -143,7 +144,7 @@ def test_padding_falls_back_to_what_there_is(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_answers_come_in_order_and_batches_do_not_matter(each: Loaded, batch: int) -> None:
+def test_answers_come_in_order_and_batches_do_not_matter(each: LoadedModel, batch: int) -> None:
     told: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, words: str) -> None:

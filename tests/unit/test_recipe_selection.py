@@ -15,7 +15,7 @@ from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.formats.adapter import layer_of
 from safegene_vllm.formats.family import Family, load_family, save_family
-from safegene_vllm.recipe.model import Loaded, load_model
+from safegene_vllm.recipe.model import LoadedModel, load_model
 from safegene_vllm.recipe.selection import Contrast, Stream, contrast, select, top_layers
 from safegene_vllm.tiny_model import write_family, write_tenant
 
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def degraded(model: Path) -> Loaded:
+def degraded(model: Path) -> LoadedModel:
     write_tenant(model, model.parent / "lora", None, None, seed=5)
     return load_model(model, model.parent / "lora", dtype=torch.float32)
 
@@ -39,7 +39,7 @@ def family(model: Path) -> Family:
 
 
 @torch.no_grad()
-def streams(loaded: Loaded, prompt: str) -> list[torch.Tensor]:
+def streams(loaded: LoadedModel, prompt: str) -> list[torch.Tensor]:
     """The residual stream after each layer at the last token of one prompt, no padding."""
     found: list[torch.Tensor] = []
     handles = [
@@ -52,7 +52,7 @@ def streams(loaded: Loaded, prompt: str) -> list[torch.Tensor]:
     return found
 
 
-def merged(model: Path, family: Family) -> Loaded:
+def merged(model: Path, family: Family) -> LoadedModel:
     loaded = load_model(model, model.parent / "lora", dtype=torch.float32)
     for site, lora in family.lora_weights.items():
         weight = loaded.model.get_submodule(site).weight
@@ -60,7 +60,9 @@ def merged(model: Path, family: Family) -> Loaded:
     return loaded
 
 
-def naive(plain: Loaded, other: Loaded, data: list[Dataset], stream: Stream) -> list[float]:
+def naive(
+    plain: LoadedModel, other: LoadedModel, data: list[Dataset], stream: Stream
+) -> list[float]:
     rows = []
     for prompt in (row.prompt for one in data for row in one.rows):
         h, g = streams(plain, prompt), streams(other, prompt)
@@ -76,7 +78,7 @@ def naive(plain: Loaded, other: Loaded, data: list[Dataset], stream: Stream) -> 
 
 @pytest.mark.parametrize("stream", ["update", "residual"])
 def test_a_contrast_is_what_a_loop_over_merged_models_finds(
-    model: Path, degraded: Loaded, family: Family, stream: Stream
+    model: Path, degraded: LoadedModel, family: Family, stream: Stream
 ) -> None:
     found = contrast(
         degraded, family, safety=HARM, others=[GOOD, LONG, TASK], mu=0.5, stream=stream
@@ -90,7 +92,7 @@ def test_a_contrast_is_what_a_loop_over_merged_models_finds(
     assert len(found.scores) == 2 and min(found.safety) > 0
 
 
-def test_the_model_is_left_as_it_was(degraded: Loaded, family: Family) -> None:
+def test_the_model_is_left_as_it_was(degraded: LoadedModel, family: Family) -> None:
     ids = torch.arange(3, 20)[None]
     before = degraded.model(ids).logits
     told: list[tuple[int, int, str]] = []
@@ -101,13 +103,13 @@ def test_the_model_is_left_as_it_was(degraded: Loaded, family: Family) -> None:
     assert [done for done, _, _ in told] == [8, 16, 20]
 
 
-def test_layers_before_the_vector_change_by_nothing(model: Path, degraded: Loaded) -> None:
+def test_layers_before_the_vector_change_by_nothing(model: Path, degraded: LoadedModel) -> None:
     late = write_family(model, model.parent / "late", layers=[1])
     found = contrast(degraded, late, safety=HARM, others=[GOOD])
     assert found.safety[0] == found.others[0] == 0.0 < found.safety[1]
 
 
-def test_both_kinds_of_prompts_are_needed(degraded: Loaded, family: Family) -> None:
+def test_both_kinds_of_prompts_are_needed(degraded: LoadedModel, family: Family) -> None:
     with pytest.raises(ConfigError, match="0 safety and 8 benign or task prompts"):
         contrast(degraded, family, safety=dataset(), others=[GOOD])
     for others in ([], [dataset()]):
@@ -115,7 +117,7 @@ def test_both_kinds_of_prompts_are_needed(degraded: Loaded, family: Family) -> N
             contrast(degraded, family, safety=HARM, others=others)
 
 
-def test_prompts_longer_than_the_context_are_named(degraded: Loaded, family: Family) -> None:
+def test_prompts_longer_than_the_context_are_named(degraded: LoadedModel, family: Family) -> None:
     long = dataset(("short", None), ("x" * 600, None))
     told: list[tuple[int, int, str]] = []
     with pytest.raises(ConfigError, match=r"benign: the prompts of rows \[2\] are longer.* 512"):

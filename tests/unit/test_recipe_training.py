@@ -23,7 +23,7 @@ from safegene_vllm.recipe.training import (
     check_ranges,
     stop_requests,
     train,
-    weights_at,
+    weights_signature,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -262,15 +262,20 @@ def test_without_a_directory_nothing_is_written(
 
 
 def test_weights_are_known_by_what_lies_on_the_disk(tmp_path: Path) -> None:
-    assert weights_at(None) == weights_at(tmp_path / "none") == weights_at(tmp_path) == []
+    assert (
+        weights_signature(None)
+        == weights_signature(tmp_path / "none")
+        == weights_signature(tmp_path)
+        == []
+    )
     (tmp_path / "b.safetensors").write_bytes(b"12")
     (tmp_path / "a.safetensors").write_bytes(b"1")
     (tmp_path / "config.json").write_bytes(b"{}")
-    first = weights_at(tmp_path)
+    first = weights_signature(tmp_path)
     assert [entry[:2] for entry in first] == [["a.safetensors", 1], ["b.safetensors", 2]]
     json.dumps(first)
     os.utime(tmp_path / "a.safetensors", ns=(0, 0))
-    assert weights_at(tmp_path) != first
+    assert weights_signature(tmp_path) != first
 
 
 # The loop itself

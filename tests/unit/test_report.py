@@ -117,7 +117,7 @@ def test_a_plot_per_measure_says_what_it_is_a_share_of() -> None:
 def test_further_states_are_shown_beside_before_and_after() -> None:
     found = evaluation("acme")
     further = subject("acme", "SafeLoRA", 0.4, 0.8, 0.2)
-    shown = page(replace(found, subjects=(*found.subjects, further)))
+    shown = page(replace(found, targets=(*found.targets, further)))
     assert "SafeLoRA" in shown.sections["summary"]
     for part in ("attack-success", "safety-utility", "coefficients"):
         assert "SafeLoRA" in shown.sections[part], part
@@ -126,7 +126,7 @@ def test_further_states_are_shown_beside_before_and_after() -> None:
 def test_tasks_get_a_plot_each_once_a_tenant_has_several() -> None:
     found = evaluation("acme", "globex")
     accuracy = {"task-acme": share(0.9), "task-globex": share(0.5)}
-    both = replace(found, subjects=tuple(replace(s, accuracy=accuracy) for s in found.subjects))
+    both = replace(found, targets=tuple(replace(s, accuracy=accuracy) for s in found.targets))
     shown = page(both).sections["safety-utility"]
     assert "accuracy on task-acme" in shown and "accuracy on task-globex" in shown
     assert "accuracy on own task" in page(found).sections["safety-utility"]
@@ -146,9 +146,9 @@ def test_samples_show_text_verdicts_and_what_is_withheld() -> None:
 def test_an_empty_answer_is_not_a_withheld_one() -> None:
     found = evaluation("acme")
     empty = {"acme/after": SampleResponse("", {WORDS: False, "coherence": False})}
-    words = page(replace(found, samples=(replace(found.samples[1], answers=empty),)))
+    words = page(replace(found, samples=(replace(found.samples[1], responses=empty),)))
     told = words.sections["samples"]
-    assert "(an empty answer)" in told and "✗ not coherent" in told and "Withheld" not in told
+    assert "(an empty response)" in told and "✗ not coherent" in told and "Withheld" not in told
 
 
 def test_origin_tells_data_judges_digests_and_versions() -> None:
@@ -165,12 +165,12 @@ def test_origin_tells_data_judges_digests_and_versions() -> None:
 
 
 def only(found: Evaluation, *states: str) -> Evaluation:
-    kept = tuple(s for s in found.subjects if s.state in states)
-    return replace(found, subjects=kept, changes=(), samples=())
+    kept = tuple(s for s in found.targets if s.state in states)
+    return replace(found, targets=kept, changes=(), samples=())
 
 
 def without(found: Evaluation, **changes: Any) -> Evaluation:
-    return replace(found, subjects=tuple(replace(s, **changes) for s in found.subjects))
+    return replace(found, targets=tuple(replace(s, **changes) for s in found.targets))
 
 
 LITTLE: dict[str, tuple[Evaluation, str, str]] = {
@@ -183,17 +183,17 @@ LITTLE: dict[str, tuple[Evaluation, str, str]] = {
     "no after": (only(evaluation(), "before"), "coefficients", "No tenant has a coefficient"),
     "no family": (evaluation(family=None), "layers", "names no family"),
     "only a parent": (only(evaluation(), "parent"), "summary", "No tenant was evaluated"),
-    "no samples": (evaluation(samples=()), "samples", "holds no sample answers"),
+    "no samples": (evaluation(samples=()), "samples", "holds no sample responses"),
     "only tasks": (
         without(evaluation(sets={}, judges=(), changes=(), samples=()), rates={}),
         "attack-success",
-        "No tenant was asked harmful prompts",
+        "No tenant was evaluated on harmful prompts",
     ),
     "no subjects": (only(evaluation()), "summary", "No tenant was evaluated"),
     "nothing": (
         only(evaluation(sets={}, judges=(), tasks={}, family=None)),
         "refusal",
-        "No tenant was asked harmless prompts",
+        "No tenant was evaluated on harmless prompts",
     ),
 }
 
@@ -206,12 +206,12 @@ def test_missing_parts_are_told(name: str) -> None:
 
 def test_no_change_without_both_states() -> None:
     words = page(only(evaluation(), "parent", "after"))
-    assert "points" not in words.sections["summary"].partition("What the words mean")[0]
+    assert "points" not in words.sections["summary"].partition("Terms")[0]
 
 
 def test_only_the_words_that_occur_are_explained() -> None:
     words = page(only(evaluation(), "after")).sections["summary"]
-    explained = words.partition("What the words mean")[2]
+    explained = words.partition("Terms")[2]
     assert "after" in explained and "parent :" not in explained and "before :" not in explained
     assert "parent :" in page(evaluation()).sections["summary"]
 

@@ -26,8 +26,8 @@ def with_family(**changes: Any) -> tuple[Evaluation, Any, Profile]:
     profile = make_profile(header, {0: 0.5, 2: 1.0}, {"loss": 0.25, "note": MARKUP})
     layers = tuple(LayerScore(entry.layer, entry.score) for entry in header.layers)
     found = evaluation("acme", family=FamilyRecord(header.name, header.digest, layers))
-    after = replace(found.subjects[2], profile=profile.digest, coefficients=profile.coefficients)
-    return replace(found, subjects=(*found.subjects[:2], after)), header, profile
+    after = replace(found.targets[2], profile=profile.digest, coefficients=profile.coefficients)
+    return replace(found, targets=(*found.targets[:2], after)), header, profile
 
 
 def test_the_family_adds_all_scores_and_the_recipe() -> None:
@@ -73,7 +73,7 @@ def test_another_family_or_profile_is_refused() -> None:
     with pytest.raises(ConfigError, match="'globex' was not evaluated; evaluated are: acme"):
         report_page(found, profiles={"globex": profile})
     with pytest.raises(BoundsError):
-        bare = replace(found, subjects=found.subjects[:2])
+        bare = replace(found, targets=found.targets[:2])
         report_page(bare, family=header, profiles={"acme": Profile(header.digest, (9.0, 0, 0))})
 
 
@@ -101,7 +101,7 @@ def test_two_evaluations_stand_side_by_side() -> None:
 def test_a_parent_measured_twice_is_shown_once_with_a_note() -> None:
     one, two = evaluation("acme"), evaluation("globex")
     rates = {"advbench": {WORDS: share(0.04), GUARD: share(0.01)}}
-    two = replace(two, subjects=(replace(two.subjects[0], rates=rates), *two.subjects[1:]))
+    two = replace(two, targets=(replace(two.targets[0], rates=rates), *two.targets[1:]))
     words = " ".join(page([one, two]).sections["summary"].split())
     assert "parent/parent was measured more than once" in words and "up to 2.0 points" in words
     assert "measured more than once" not in page([one, evaluation("globex")]).words
@@ -110,7 +110,7 @@ def test_a_parent_measured_twice_is_shown_once_with_a_note() -> None:
 def differing() -> dict[str, Evaluation]:
     """Evaluations that contradict `evaluation("acme")`, by what is said about them."""
     found = evaluation("acme")
-    *first, after = found.subjects
+    *first, after = found.targets
     fewer = replace(found.sets["advbench"], n=99)
     judge, *others = found.judges
     return {
@@ -121,10 +121,10 @@ def differing() -> dict[str, Evaluation]:
             found, judges=(replace(judge, rule="other"), *others)
         ),
         "acme/after has other coefficients": replace(
-            found, subjects=(*first, replace(after, coefficients=(1.0,)))
+            found, targets=(*first, replace(after, coefficients=(1.0,)))
         ),
         "acme/after has other results": replace(
-            found, subjects=(*first, replace(after, accuracy={"task-acme": share(0.1)}))
+            found, targets=(*first, replace(after, accuracy={"task-acme": share(0.1)}))
         ),
     }
 

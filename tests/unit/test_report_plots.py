@@ -21,6 +21,7 @@ from report_files import share
 
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.report import plots
+from safegene_vllm.report.figure import save, svg
 from safegene_vllm.report.plots import Bar, Point
 
 ROOT = Path(__file__).parents[2]
@@ -48,17 +49,20 @@ COEFFICIENTS = {"acme": [0.0, 0.5, 1.5, 0.0], "globex": [0.0, 0.0, -1.0, 0.0]}
 def renamed(name: str) -> list[str]:
     """One SVG of each kind in which every name is `name`."""
     return [
-        plots.attack_success(
-            [Bar(name, name, share(0.4)), Bar(name, "after", share(0.1))], judge=name
-        ),
-        plots.rates([Bar(name, "before", share(0.4))], what=name, parent=share(0.2)),
-        plots.safety_utility(
-            [Point(name, state, share(0.4), share(0.3)) for state in ("before", "after", name)],
-            accuracy=name,
-            attack=name,
-        ),
-        plots.layer_scores(SCORES, [1], what=name),
-        plots.coefficients({name: [0.0, 1.0]}),
+        svg(figure, name)
+        for figure in (
+            plots.draw_rates(
+                [Bar(name, name, share(0.4)), Bar(name, "after", share(0.1))], what=f"rate\n{name}"
+            ),
+            plots.draw_rates([Bar(name, "before", share(0.4))], what=name, parent=share(0.2)),
+            plots.draw_safety_utility(
+                [Point(name, state, share(0.4), share(0.3)) for state in ("before", "after", name)],
+                accuracy=name,
+                attack=name,
+            ),
+            plots.draw_layer_scores(SCORES, [1], what=name),
+            plots.draw_coefficients({name: [0.0, 1.0]}),
+        )
     ]
 
 
@@ -66,7 +70,7 @@ def renamed(name: str) -> list[str]:
 def drawn() -> list[Figure]:
     """One figure of each kind; shared, so leave them as they are."""
     return [
-        plots.draw_attack_success(BARS, judge="strings:opening", parent=share(0.1)),
+        plots.draw_rates(BARS, what="attack success\nstrings:opening", parent=share(0.1)),
         plots.draw_safety_utility(POINTS),
         plots.draw_layer_scores(SCORES, [1, 2]),
         plots.draw_coefficients(COEFFICIENTS),
@@ -77,8 +81,8 @@ def rectangles(figure: Figure) -> list[Rectangle]:
     return [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
 
 
-def colour(figure_colour: Any) -> str:
-    return str(matplotlib.colors.to_hex(figure_colour))
+def color(figure_color: Any) -> str:
+    return str(matplotlib.colors.to_hex(figure_color))
 
 
 # What is drawn
@@ -91,7 +95,7 @@ def test_bars_are_as_long_as_the_rates_and_grouped_by_tenant() -> None:
     places = [bar.get_y() for bar in bars]
     steps = [round(b - a, 6) for a, b in pairwise(places)]
     assert steps[1] > steps[0] == steps[2] == steps[3]
-    assert [colour(bar.get_facecolor()) for bar in bars[:2]] == ["#d55e00", "#0072b2"]
+    assert [color(bar.get_facecolor()) for bar in bars[:2]] == ["#d55e00", "#0072b2"]
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names == ["acme", "globex"]
 
@@ -103,11 +107,11 @@ def test_error_bars_are_the_intervals() -> None:
 
 
 def test_the_parent_is_a_line_with_a_band() -> None:
-    axes = plots.draw_attack_success(BARS, parent=share(0.1)).axes[0]
+    axes = plots.draw_rates(BARS, what="x", parent=share(0.1)).axes[0]
     assert any(list(line.get_xdata()) == [0.1, 0.1] for line in axes.lines)
     band = axes.patches[-1]
     assert (band.get_x(), band.get_width()) == pytest.approx((0.05, 0.1))
-    alone = plots.draw_attack_success(BARS).axes[0]
+    alone = plots.draw_rates(BARS, what="x").axes[0]
     assert len(alone.patches) == len(BARS)
 
 
@@ -150,7 +154,7 @@ def test_cells_are_deep_where_coefficients_are_large() -> None:
     cells = [r for r in rectangles(plots.draw_coefficients(COEFFICIENTS)) if r.get_alpha()]
     seen = {
         (round(cell.get_y() + 0.38), round(cell.get_x() + 0.46)): (
-            colour(cell.get_facecolor()),
+            color(cell.get_facecolor()),
             cell.get_alpha(),
         )
         for cell in cells
@@ -176,7 +180,7 @@ def wordy() -> list[Figure]:
         for state in states[:2]
     ]
     return [
-        plots.draw_attack_success(bars, judge="classifier:" + "long" * 20, parent=share(0.02)),
+        plots.draw_rates(bars, what="attack\nclassifier:" + "long" * 20, parent=share(0.02)),
         plots.draw_safety_utility(points),
         plots.draw_coefficients({name: [1.0] * 80 for name in names}),
         plots.draw_layer_scores({layer: layer / 80 for layer in range(80)}, range(20, 60)),
@@ -226,18 +230,18 @@ def test_one_look_for_each_of_many_states() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plots.attack_success([]),
-        lambda: plots.safety_utility([]),
-        lambda: plots.safety_utility([Point("a", "after", share(1.0), share(0.0))]),
-        lambda: plots.layer_scores({}, []),
-        lambda: plots.layer_scores({}, [3]),
-        lambda: plots.coefficients({}),
-        lambda: plots.coefficients({"a": [0.0, 0.0]}),
-        lambda: plots.coefficients({"a": []}),
+        lambda: plots.draw_rates([], what="x"),
+        lambda: plots.draw_safety_utility([]),
+        lambda: plots.draw_safety_utility([Point("a", "after", share(1.0), share(0.0))]),
+        lambda: plots.draw_layer_scores({}, []),
+        lambda: plots.draw_layer_scores({}, [3]),
+        lambda: plots.draw_coefficients({}),
+        lambda: plots.draw_coefficients({"a": [0.0, 0.0]}),
+        lambda: plots.draw_coefficients({"a": []}),
     ],
 )
-def test_little_to_show_is_still_a_plot(draw: Callable[[], str]) -> None:
-    assert ElementTree.fromstring(draw()).tag == f"{SVG}svg"
+def test_little_to_show_is_still_a_plot(draw: Callable[[], Figure]) -> None:
+    assert ElementTree.fromstring(svg(draw(), "x")).tag == f"{SVG}svg"
 
 
 # The text of strangers
@@ -264,7 +268,7 @@ def test_a_name_is_written_as_it_is() -> None:
 
 def test_plots_of_one_page_share_no_names_and_refer_to_their_own() -> None:
     seen: set[str] = set()
-    for text in (plots.svg(figure, "x") for figure in drawn()):
+    for text in (svg(figure, "x") for figure in drawn()):
         own = set(re.findall(r'\bid="([^"]*)"', text))
         refers = set(re.findall(r'(?:url\(|href=")#([^")]*)', text))
         assert own == refers
@@ -274,7 +278,7 @@ def test_plots_of_one_page_share_no_names_and_refer_to_their_own() -> None:
 
 
 def test_nothing_is_fetched() -> None:
-    for text in [*renamed("a"), *(plots.svg(figure, "x") for figure in drawn())]:
+    for text in [*renamed("a"), *(svg(figure, "x") for figure in drawn())]:
         assert set(re.findall(r"https?://[^\s\"']*", text)) <= {
             "http://www.w3.org/2000/svg",
             "http://www.w3.org/1999/xlink",
@@ -300,10 +304,10 @@ def test_long_names_stay_different() -> None:
 # Bytes
 
 
-def test_colours_are_variables_on_a_page_and_plain_in_a_file(tmp_path: Path) -> None:
+def test_colors_are_variables_on_a_page_and_plain_in_a_file(tmp_path: Path) -> None:
     figure = plots.draw_rates(BARS, what="x")
-    assert "var(--before, #d55e00)" in plots.svg(figure, "x")
-    plots.save(figure, tmp_path / "a.svg")
+    assert "var(--before, #d55e00)" in svg(figure, "x")
+    save(figure, tmp_path / "a.svg")
     written = (tmp_path / "a.svg").read_text()
     assert "var(" not in written and "#d55e00" in written
 
@@ -311,25 +315,25 @@ def test_colours_are_variables_on_a_page_and_plain_in_a_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("b.SVG", b"<?xml")])
 def test_saved_files(tmp_path: Path, name: str, start: bytes) -> None:
     for figure in drawn():
-        plots.save(figure, tmp_path / "sub" / name)
+        save(figure, tmp_path / "sub" / name)
         assert (tmp_path / "sub" / name).read_bytes().startswith(start)
 
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
-        plots.save(drawn()[0], tmp_path / "a.pdf")
+        save(drawn()[0], tmp_path / "a.pdf")
 
 
 def test_the_same_bytes_in_every_process_and_no_pyplot(tmp_path: Path) -> None:
     code = (
         "import hashlib, sys, pathlib\n"
-        "from test_report_plots import drawn, plots\n"
+        "from test_report_plots import drawn, save, svg\n"
         "for number, figure in enumerate(drawn()):\n"
         "    for form in ('png', 'svg'):\n"
         "        path = pathlib.Path(sys.argv[1]) / f'{number}.{form}'\n"
-        "        plots.save(figure, path)\n"
+        "        save(figure, path)\n"
         "        print(hashlib.sha256(path.read_bytes()).hexdigest())\n"
-        "    print(hashlib.sha256(plots.svg(figure, 'x').encode()).hexdigest())\n"
+        "    print(hashlib.sha256(svg(figure, 'x').encode()).hexdigest())\n"
         "print(sorted({'matplotlib.pyplot', 'torch'} & set(sys.modules)))\n"
     )
     # Another day, another order of sets, another taste of the user's.
@@ -358,5 +362,5 @@ def test_the_same_bytes_in_every_process_and_no_pyplot(tmp_path: Path) -> None:
 
 def test_the_users_settings_are_left_alone() -> None:
     before = dict(matplotlib.rcParams)
-    plots.attack_success(BARS)
+    svg(plots.draw_rates(BARS, what="x"), "x")
     assert dict(matplotlib.rcParams) == before
