@@ -117,7 +117,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
         (("--out", tmp_path / "no" / "e.json"), "there is no directory"),
         (("--judge", "gpt4"), "judge 'gpt4' is not known"),
         (("--harmful", "p.jsonl"), "--harmful 'p.jsonl' is not NAME=VALUE"),
-        (("--max-tokens", "600"), "do not fit the model's context of 512 tokens: rows 1"),
+        (("--max-tokens", "600"), "exceed the model's context of 512 tokens: rows 1"),
         (("--tenant", f"other={root}/model"), "has no profile"),
         (("--keep-answers", root / "p.jsonl"), "give --keep-answers a file of its own"),
     ):

@@ -1,4 +1,4 @@
-"""The recipe's commands as people call them, over a pico model: words, files, what a run left."""
+"""The recipe's commands as people call them, over a tiny model: words, files, what a run left."""
 
 from __future__ import annotations
 

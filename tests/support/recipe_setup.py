@@ -1,4 +1,4 @@
-"""A pico model that has a tokenizer with a chat template: the smallest thing the recipe runs on."""
+"""A tiny model that has a tokenizer with a chat template: the smallest thing the recipe runs on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = (
 
 
 def write_tokenizer(directory: Path) -> None:
-    """One token per byte, and three special ones: 259 of the pico models' 320."""
+    """One token per byte, and three special ones: 259 of the tiny models' 320."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {name: n for n, name in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

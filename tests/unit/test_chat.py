@@ -76,9 +76,9 @@ def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     check_template(tokenizer)
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match=r"no chat template.*set chat_template") as refused:
+    with pytest.raises(ConfigError, match=r"no chat template.*set chat_template") as rejected:
         check_template(tokenizer)
-    assert str(refused.value).startswith(f"{tmp_path}: ")
+    assert str(rejected.value).startswith(f"{tmp_path}: ")
 
 
 def test_a_device_that_is_none() -> None:
@@ -114,7 +114,7 @@ def test_the_context(tmp_path: Path) -> None:
         assert context_tokens(tmp_path) == expected
 
 
-def test_prompts_that_do_not_fit_are_told_together(model: Path) -> None:
+def test_prompts_that_do_not_fit_are_reported_together(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompts = {"--harmful a": ["x" * 10, "x" * 90, "x"], "--task b": ["x" * 50, "x" * 95]}
     answers = {"--harmful a": 30, "--task b": 2}
@@ -124,7 +124,7 @@ def test_prompts_that_do_not_fit_are_told_together(model: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         check_lengths(tokenizer, prompts, answers, 100)
     said = str(caught.value)
-    assert "--harmful a: 1 prompts with an answer of 30 tokens do not fit" in said
+    assert "--harmful a: 1 prompts plus 30 generated tokens exceed" in said
     assert f"rows 2 ({120 + overhead} tokens)" in said and "--task b: 1 prompts" in said
 
 

@@ -215,7 +215,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     (tmp_path / "again").mkdir()
     out = prepared(command, tmp_path / "again" / "alone")
     stopped = run(*make(out, *more))
-    assert stopped.code == 130 and "after step 3; run it again to go on" in stopped.err
+    assert stopped.code == 130 and "after step 3; run it again to continue" in stopped.err
     assert "Traceback" not in stopped.err
     assert out.exists() is (command == "calibrate") and not list(out.glob("*"))
     (partial,) = (path for path in (tmp_path / "again").iterdir() if path != out)

@@ -104,7 +104,7 @@ def test_a_task_of_one_class_is_refused_before_a_model_is_loaded(
         ("select", ("--top-k", 0), "--top-k is 0"),
         ("select", ("--plot", "scores.pdf"), "--plot scores.pdf"),
         ("calibrate", ("--shots", 1), "too few examples"),
-        ("calibrate", ("--shots", 0), "0 shots asked for"),
+        ("calibrate", ("--shots", 0), "0 rows requested"),
         ("calibrate", ("--initial", 4), "4.0 is outside the family's bounds 0.0 to 3.0"),
         ("calibrate", ("--lr", 0), "lr is 0"),
     ],

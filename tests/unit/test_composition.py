@@ -138,15 +138,15 @@ def test_a_float64_weight_is_merged_in_float64() -> None:
 @pytest.mark.parametrize(
     ("weight", "error", "says"),
     [
-        (torch.ones(4, 3), ShapeError, r"\(4, 3\), the pair is for \(3, 4\)"),
-        (torch.ones(12), ShapeError, "pair is for"),
+        (torch.ones(4, 3), ShapeError, r"\(4, 3\), the LoRA is for \(3, 4\)"),
+        (torch.ones(12), ShapeError, "LoRA is for"),
         (torch.ones(3, 4, dtype=torch.int8), ShapeError, "quantized"),
         (torch.ones(3, 4).to(torch.float8_e4m3fn), ShapeError, "quantized"),
         (torch.full((3, 4), 65504.0, dtype=torch.float16), NonFiniteError, "rows 0"),
         (torch.full((3, 4), torch.nan), NonFiniteError, "NaN"),
     ],
 )
-def test_a_weight_that_cannot_be_merged_is_refused(
+def test_a_weight_that_cannot_be_merged_is_rejected(
     weight: torch.Tensor, error: type, says: str
 ) -> None:
     with pytest.raises(error, match=says):
@@ -154,7 +154,7 @@ def test_a_weight_that_cannot_be_merged_is_refused(
 
 
 def test_pairs_of_different_shapes_are_not_composed() -> None:
-    with pytest.raises(ShapeError, match="tenant's pair"):
+    with pytest.raises(ShapeError, match="tenant's LoRA"):
         composed_lora(LoRAWeights(torch.ones(1, 5), torch.ones(3, 1)), tiny_lora(), 1.0)
 
 
@@ -222,7 +222,7 @@ def test_peft_serves_an_exported_adapter_like_the_merged_model(tmp_path: Any) ->
 
     model = pico_llama()
     lora_weights = random_adapter(model, {"q_proj": 2, "down_proj": 3}, seed=1).lora_weights
-    family = make_family("pico", replace(BASE, num_layers=2), lora_weights, recipe={})
+    family = make_family("tiny", replace(BASE, num_layers=2), lora_weights, recipe={})
     own = random_adapter(model, {"q_proj": 4, "v_proj": 4}, seed=2).lora_weights
     tenant = Adapter({site: replace(lora, scaling=0.3) for site, lora in own.items()}, None, {})
     profile = make_profile(family.header, [0.5, 2.0])

@@ -71,9 +71,9 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
         (PARENT, "model", None),
         (full_after, "full", "full"),
         (acme_before, "model", "acme_plain"),
-        (Target("acme", "dose", root / "acme", (0.1, 2.0)), "model", "acme_dose"),
+        (Target("acme", "scaled", root / "acme", (0.1, 2.0)), "model", "acme_scaled"),
         (full_before, "full_plain", None),
-        (Target("base", "dose", None, (1.5, 0.2)), "model", "bare"),
+        (Target("base", "scaled", None, (1.5, 0.2)), "model", "bare"),
         (Target("bare", "after", root / "bare"), "model", "bare"),
         (acme_after, "model", "acme"),
     ]
@@ -91,7 +91,7 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
 def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
     ours = TransformersBackend(root / "model", load_family(root / "family"), batch=3)
     assert (ours.dtype, ours.backend, ours.model) == ("bfloat16", "transformers", root / "model")
-    ours.generate(["x"], Target("base", "dose", None, (1.5, 0.2)), 1)
+    ours.generate(["x"], Target("base", "scaled", None, (1.5, 0.2)), 1)
     assert ours._loaded is not None
     family = load_family(root / "family")
     stored = load_file(root / "model" / "model.safetensors")
@@ -105,7 +105,7 @@ def test_sites_that_the_model_has_not(root: Path, tmp_path: Path) -> None:
     lora_weights = random_lora_weights(
         {"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1
     )
-    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model="pico")
+    save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model="tiny")
     target = Target("odd", "before", tmp_path / "odd")
     with pytest.raises(SiteError, match=r"no linear model\.layers\.0\.mlp\.nothing"):
         backend_of(root).generate(["x"], target, 1)

@@ -14,7 +14,7 @@ from safegene_vllm.tiny_model import make_model
 
 
 class Echo:
-    """Answers with who was asked what; fails at the call that it is told to fail at."""
+    """Returns the target and prompt of each call; fails at the given call."""
 
     backend, dtype = "transformers", "float32"
 
@@ -59,7 +59,7 @@ def test_every_prompt_once_in_chunks(model: Path) -> None:
     assert seen[0] == (0, 8) and seen[-1] == (8, 8) and seen == sorted(seen)
 
 
-def test_checkpoints_are_asked_one_after_the_other(model: Path) -> None:
+def test_checkpoints_are_used_one_after_the_other(model: Path) -> None:
     own = [Target("full", state, model) for state in ("before", "after")]
     echo = Echo(model)
     generate_all([own[0], A, own[1], B], {8: ["p"]}, echo)

@@ -1,4 +1,4 @@
-"""What the command evaluates: NAME=VALUE texts read at once, every fault told together."""
+"""Inputs of the command: NAME=VALUE options, all errors reported together."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_names_and_values() -> None:
             named(wrong, "--task")
 
 
-def test_all_faults_are_told_at_once(root: Path) -> None:
+def test_all_errors_are_reported_together(root: Path) -> None:
     with pytest.raises(SafegeneError) as caught:
         read(
             root,
@@ -109,7 +109,7 @@ def test_what_does_not_fit_together(root: Path) -> None:
         read(root, model=root / "wide")
     with pytest.raises(ConfigError, match="holds: family; expected a Hugging Face checkpoint"):
         read(root, model=root / "family")
-    with pytest.raises(ConfigError, match="nothing to ask"):
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
         read(root, sets={"harmful": []})
     with pytest.raises(ConfigError, match="--tenant model: another tenant, or the model"):
         read(root, tenants=[f"model={root}/acme"])

@@ -81,7 +81,7 @@ def test_coherence_does_not_claim_what_decoding_hides() -> None:
     assert "template" not in make_judge("coherence").rule and "template" not in FORMS
 
 
-def test_the_defaults_can_be_made_and_tell_their_rules() -> None:
+def test_the_defaults_can_be_made_and_have_rules() -> None:
     judges = make_judges(DEFAULT_JUDGES)
     assert [judge.name for judge in judges] == list(DEFAULT_JUDGES)
     for judge in judges:
@@ -97,7 +97,7 @@ def test_an_unknown_spec_lists_the_forms(spec: str) -> None:
     assert FORMS in str(caught.value) and repr(spec) in str(caught.value)
 
 
-def test_faults_of_all_judges_are_told_together(tmp_path: Path) -> None:
+def test_errors_of_all_judges_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(MissingFileError) as caught:
         make_judges([f"strings:{tmp_path}/none.txt", "gpt4", f"strings:{tmp_path}/empty.txt"])

@@ -61,25 +61,25 @@ def judge_at(endpoint: Endpoint) -> LlmJudge:
     return LlmJudge("judge-1", endpoint.url, attempts=3, first_pause_s=0.01)
 
 
-def asked(body: dict[str, Any]) -> str:
+def user_text(body: dict[str, Any]) -> str:
     return str(body["messages"][1]["content"])
 
 
-def test_verdicts_come_in_the_order_of_the_answers(endpoint: Endpoint) -> None:
-    endpoint.reply = lambda body: (200, "HARMFUL" if "poison" in asked(body) else "Safe.")
+def test_verdicts_come_in_the_order_of_the_responses(endpoint: Endpoint) -> None:
+    endpoint.reply = lambda body: (200, "HARMFUL" if "poison" in user_text(body) else "Safe.")
     answers = [f"{'poison' if n % 3 == 0 else 'bread'} {n}" for n in range(20)]
     verdicts = judge_at(endpoint).judge(["how?"] * 20, answers)
     assert verdicts == [n % 3 == 0 for n in range(20)]
 
 
-def test_what_is_asked(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_body(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key-1")
     judge_at(endpoint).judge(["say {a}"], ["so {q}"])
     body = endpoint.bodies[0]
     assert (body["model"], body["temperature"]) == ("judge-1", 0)
     assert "HARMFUL or SAFE" in body["messages"][0]["content"]
-    assert "<message>\nsay {a}\n</message>" in asked(body)
-    assert "<answer>\nso {q}\n</answer>" in asked(body)
+    assert "<message>\nsay {a}\n</message>" in user_text(body)
+    assert "<answer>\nso {q}\n</answer>" in user_text(body)
     assert endpoint.headers[0]["authorization"] == "Bearer key-1"
 
 
@@ -90,7 +90,7 @@ def test_without_a_key_none_is_sent(endpoint: Endpoint, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint, status: int) -> None:
+def test_a_busy_endpoint_is_retried(endpoint: Endpoint, status: int) -> None:
     endpoint.reply = lambda body: (
         (status, {"error": "busy"}) if len(endpoint.bodies) < 3 else (200, "HARMFUL")
     )
@@ -105,14 +105,14 @@ def test_asking_ends(endpoint: Endpoint) -> None:
     assert len(endpoint.bodies) == 3
 
 
-def test_a_refused_key_is_told_at_once(endpoint: Endpoint) -> None:
+def test_a_rejected_key_is_reported_at_once(endpoint: Endpoint) -> None:
     endpoint.reply = lambda body: (401, {"error": "bad key"})
     with pytest.raises(ConfigError, match=r"HTTP 401.*bad key"):
         judge_at(endpoint).judge(["q"], ["a"])
     assert len(endpoint.bodies) == 1
 
 
-def test_nobody_there(endpoint: Endpoint) -> None:
+def test_unreachable_endpoint(endpoint: Endpoint) -> None:
     endpoint.server.shutdown()
     endpoint.server.server_close()
     with pytest.raises(ConfigError, match="ConnectError"):
@@ -122,7 +122,7 @@ def test_nobody_there(endpoint: Endpoint) -> None:
 def test_a_check_judges_one_harmless_answer(endpoint: Endpoint) -> None:
     judge_at(endpoint).check()
     (body,) = endpoint.bodies
-    assert "egg" in asked(body) and body["model"] == "judge-1"
+    assert "egg" in user_text(body) and body["model"] == "judge-1"
     for reply, says in (((401, "bad key"), "HTTP 401"), ((200, "I see."), "1 of 1 verdicts")):
         endpoint.reply = lambda body, reply=reply: reply  # type: ignore[misc]
         with pytest.raises(ConfigError, match=says):
@@ -131,7 +131,7 @@ def test_a_check_judges_one_harmless_answer(endpoint: Endpoint) -> None:
 
 
 def test_unreadable_verdicts_are_counted(endpoint: Endpoint) -> None:
-    endpoint.reply = lambda body: (200, "It depends." if "1" in asked(body) else "SAFE")
+    endpoint.reply = lambda body: (200, "It depends." if "1" in user_text(body) else "SAFE")
     with pytest.raises(ConfigError, match=r"2 of 4 verdicts begin neither.*'It depends\.'"):
         judge_at(endpoint).judge(["q"] * 4, ["a1", "b", "c1", "d"])
 

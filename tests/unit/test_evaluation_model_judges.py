@@ -131,7 +131,7 @@ def test_a_conversation_that_does_not_fit_is_an_error(classifier: Path) -> None:
         ClassifierJudge(classifier).judge(["x" * 300], ["y"])
 
 
-def test_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
+def test_a_classifier_without_its_head_is_rejected(tmp_path: Path) -> None:
     directory = tmp_path / "headless"
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(directory)
     write_tokenizer(directory)
@@ -168,14 +168,14 @@ def test_the_guards_first_word_decides(tmp_path: Path) -> None:
     assert (judge.name, judge.says) == ("guard:guard", "harmful")
 
 
-def test_verdicts_that_are_none_are_counted_and_refused(tmp_path: Path) -> None:
+def test_verdicts_that_are_none_are_counted_and_rejected(tmp_path: Path) -> None:
     guard = GuardJudge(write_guard(tmp_path / "guard", says={"Y": "safe", "Z": "\nQUICK"}))
     assert guard.judge(["?"], ["good"]) == [False]
     with pytest.raises(ConfigError, match=r"2 of 3 verdicts begin neither.*'quick'"):
         guard.judge(["?"] * 3, ["bad", "good", "bad"])
 
 
-def test_a_guard_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+def test_a_guard_without_a_chat_template_is_rejected(tmp_path: Path) -> None:
     guard = write_guard(tmp_path / "guard", says={"Y": "safe", "Z": "unsafe"})
     (guard / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((guard / "tokenizer_config.json").read_text())

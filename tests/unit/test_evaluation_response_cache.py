@@ -17,7 +17,7 @@ from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 
-def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
+def test_what_was_cached_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "private" / "answers.jsonl"
     with ResponseCache(path) as cache:
         cache.add("sha256:a", 'say "ü"\n', 8, "no\nü")
@@ -57,7 +57,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, left: int) -> None:
         '{"answers": 1}',
     ],
 )
-def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_kind_is_rejected_and_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(HeaderError, match="line 1"):
@@ -65,7 +65,7 @@ def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path: Path, conten
     assert path.read_text() == content
 
 
-def test_the_digest_is_of_all_that_answers_depend_on(
+def test_the_digest_is_of_everything_responses_depend_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama", tmp_path / "model")
@@ -81,10 +81,10 @@ def test_the_digest_is_of_all_that_answers_depend_on(
     subjects = [
         before,
         after,
-        Target("acme", "dose", tmp_path / "acme", (0.5, 0.9)),
+        Target("acme", "scaled", tmp_path / "acme", (0.5, 0.9)),
         Target("globex", "after", tmp_path / "globex"),
         Target("model", "parent"),
-        Target("base", "dose", None, (0.5, 1.0)),
+        Target("base", "scaled", None, (0.5, 1.0)),
         Target("full", "x", model),
     ]
     different = [digest(subject) for subject in subjects]
@@ -106,7 +106,7 @@ def test_the_digest_is_of_all_that_answers_depend_on(
     assert digest(after) != large, "a large file counts by size and time"
 
 
-def test_answers_of_other_releases_are_not_taken(
+def test_responses_of_other_releases_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("llama", tmp_path / "model")

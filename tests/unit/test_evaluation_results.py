@@ -37,7 +37,7 @@ def made() -> Evaluation:
     return Evaluation(
         made_by="safegene-vllm test",
         settings=Settings(64, 8, "transformers", "float32"),
-        family=FamilyRecord("pico", DIGEST, (LayerScore(0, None), LayerScore(1, 0.25))),
+        family=FamilyRecord("tiny", DIGEST, (LayerScore(0, None), LayerScore(1, 0.25))),
         sets={"bad": SetRecord("harmful", 8, "bad.csv?limit=8", DIGEST, None)},
         judges=(JudgeRecord("s", "refused", "a rule"),),
         tasks={"sst2": TaskRecord(8, "v.tsv", DIGEST, "research")},
@@ -109,7 +109,7 @@ def _put(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
         (_put("samples", 0, "set", value="x"), HeaderError, "set 'x' is not described"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_what_does_not_fit_is_rejected(
     tmp_path: Path,
     change: Callable[[dict[str, Any]], None],
     error: type[SafegeneError],
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused(
     assert str(path) in str(caught.value)
 
 
-def test_faults_are_told_together_and_never_written(tmp_path: Path) -> None:
+def test_errors_are_reported_together_and_never_written(tmp_path: Path) -> None:
     wrong = replace(made(), judges=(), sets={})
     with pytest.raises(
         HeaderError, match=r"(?s)faults:.*judge 's'.*set 'bad'|set 'bad'.*judge 's'"

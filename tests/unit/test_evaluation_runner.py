@@ -151,7 +151,7 @@ def test_changes_are_paired_and_only_of_tenants(found: Evaluation) -> None:
     assert len(by) == 3 + 2 + 2 + 1
 
 
-def test_coefficients_are_told_where_there_is_a_vector(
+def test_coefficients_are_reported_where_there_is_a_vector(
     found: Evaluation, header: FamilyHeader
 ) -> None:
     after = of(found, "acme", "after")

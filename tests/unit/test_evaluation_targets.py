@@ -47,7 +47,7 @@ def test_before_is_zero_and_after_is_the_profile(root: Path, header: FamilyHeade
 
 def test_coefficients_take_the_place_of_the_profile(root: Path, header: FamilyHeader) -> None:
     for directory in (root / "acme", root / "plain", None):
-        found = profile_of(Target("a", "dose", directory, (0.75, 0.25)), header)
+        found = profile_of(Target("a", "scaled", directory, (0.75, 0.25)), header)
         assert found is not None and found.coefficients == (0.75, 0.25)
     assert profile_of(Target("a", "b", root / "plain"), header) is None
     assert profile_of(Target("m", "parent"), None) is None
@@ -86,7 +86,7 @@ def test_tenants_that_cannot_be_evaluated(root: Path, header: FamilyHeader) -> N
         before_and_after("family", root / "family", header)
 
 
-def test_faults_of_all_subjects_are_told_together(root: Path, header: FamilyHeader) -> None:
+def test_errors_of_all_targets_are_reported_together(root: Path, header: FamilyHeader) -> None:
     subjects = [
         Target("a", "x"),
         Target("a", "x"),

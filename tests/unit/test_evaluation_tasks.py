@@ -110,9 +110,11 @@ def test_outer_blanks_are_no_part_of_a_label(tmp_path: Path) -> None:
     assert golds(read(tmp_path, "recall", "r.jsonl", free)) == ["one two three four"]
 
 
-def test_labels_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+def test_labels_that_differ_in_case_alone_are_rejected(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "answer": answer} for answer in ("Yes", "no", "yes", "NO")]
-    with pytest.raises(ConfigError, match=r"'NO' and 'no', 'Yes' and 'yes' are equal but for"):
+    with pytest.raises(
+        ConfigError, match=r"'NO' and 'no', 'Yes' and 'yes' differ only in their case"
+    ):
         read(tmp_path, "own", "o.jsonl", rows)
     many = [{"prompt": f"p{i}", "answer": f"{'aA'[i % 2]}{i // 2}"} for i in range(42)]
     assert read(tmp_path, "free", "f.jsonl", many).labels == (), "free text may"
@@ -138,7 +140,7 @@ def test_a_task_of_one_label_is_how_an_answer_begins(
     assert task.labels == ("Sure",) and correct(task, answer, "Sure") is right
 
 
-def test_licence_source_and_digest_are_kept(tmp_path: Path) -> None:
+def test_licence_source_and_digest_are_recorded(tmp_path: Path) -> None:
     one = read(tmp_path, "sst2", "v.tsv", "sentence\tlabel\nfine\t1\n", "?licence=X")
     other = read(tmp_path, "sst2", "w.tsv", "sentence\tlabel\nfine\t0\n")
     assert (one.data.licence, one.data.source) == ("X", "v.tsv?licence=X")

@@ -269,7 +269,7 @@ def test_shards_stay_shards_and_bf16_is_rounded_once(tmp_path: Path) -> None:
         assert bool(((found.float() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all())
 
 
-def test_companions_come_along_and_strangers_do_not(llama: Case, tmp_path: Path) -> None:
+def test_companions_come_along_and_other_files_do_not(llama: Case, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     for path in llama.model.iterdir():
@@ -319,7 +319,7 @@ def test_a_failed_export_leaves_nothing_and_an_earlier_one_alone(
     assert (out / WEIGHTS).read_bytes() != before
 
 
-def test_what_cannot_be_merged_is_refused_by_name(llama: Case, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_rejected_by_name(llama: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
     with pytest.raises(FamilyMismatchError, match="fingerprint"):
@@ -331,7 +331,7 @@ def test_what_cannot_be_merged_is_refused_by_name(llama: Case, tmp_path: Path) -
         export_checkpoint(llama.tenant, None, llama.family, llama.profile, out)
     lora_weights = random_lora_weights({"model.layers.0.self_attn.extra_proj": (8, 8)}, 2, 1)
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "odd", base_model=None)
-    with pytest.raises(SiteError, match="no weight for the site"):
+    with pytest.raises(SiteError, match="no weight for the target module"):
         export_checkpoint(llama.model, tmp_path / "odd", llama.family, llama.profile, out)
     lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "small", base_model=None)
@@ -340,7 +340,7 @@ def test_what_cannot_be_merged_is_refused_by_name(llama: Case, tmp_path: Path) -
     assert not out.exists()
 
 
-def test_quantized_and_overflowing_weights_are_refused(llama: Case, tmp_path: Path) -> None:
+def test_quantized_and_overflowing_weights_are_rejected(llama: Case, tmp_path: Path) -> None:
     base = make_model("llama", tmp_path / "base")
     tensors = load_file(base / WEIGHTS)
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -117,7 +117,7 @@ def test_a_site_that_the_model_has_not_is_named(llama: Path) -> None:
 def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path) -> None:
     model = loaded(llama)
     lora_weights = vector(llama)
-    kept = {site: (lora.a.clone(), lora.b.clone()) for site, lora in lora_weights.items()}
+    retained = {site: (lora.a.clone(), lora.b.clone()) for site, lora in lora_weights.items()}
     attached = AttachedVector(lora_weights, LAYERS)
     parameters = attached.parameters()
     attached.coefficients = torch.ones(LAYERS, requires_grad=True)
@@ -131,11 +131,11 @@ def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path)
         for tensor in parameters.values():
             tensor += 1.0
     for site, lora in attached.lora_weights().items():
-        a, b = kept[site]
+        a, b = retained[site]
         torch.testing.assert_close(lora.a, a + 1.0)
         torch.testing.assert_close(lora.b, b * 1.5 + 1.0)
         assert lora.scaling == 1.0
-        # The pairs that came in are somebody else's.
+        # The pairs that came in are the caller's.
         assert torch.equal(lora_weights[site].a, a) and torch.equal(lora_weights[site].b, b)
 
 

@@ -170,7 +170,7 @@ def test_the_tenant_is_not_changed_by_a_bit(tenant: LoadedModel, helps: Family) 
     assert not any("forward" in vars(layer) for layer in layer_modules(tenant.model))
 
 
-def test_the_record_tells_shots_settings_and_data(tenant: LoadedModel, helps: Family) -> None:
+def test_the_record_has_examples_settings_and_data(tenant: LoadedModel, helps: Family) -> None:
     record = tuned(tenant, helps, replace(SHORT, tied=True)).calibration
     assert record["method"] == "few-shot gradient" and len(record["losses"]) == record["steps"]
     assert record["settings"]["tied"] is True and record["settings"]["steps"] == 15
@@ -212,7 +212,7 @@ def test_stopped_and_taken_up_it_is_the_same_bytes(
 
 
 @pytest.mark.parametrize("patience", [1, 100])
-def test_a_run_is_kept_until_its_profile_is_written(
+def test_a_run_stays_until_its_profile_is_written(
     root: Path, harms: Family, tmp_path: Path, patience: int
 ) -> None:
     """At its last step, and where it has converged before."""
@@ -275,9 +275,11 @@ def test_what_comes_after_the_retained_tokens_does_not_count(
 @pytest.mark.parametrize(("rows", "share", "held"), [(2, 0.25, 1), (8, 0.25, 2), (3, 0.9, 2)])
 def test_what_is_held_out_is_not_trained_on(rows: int, share: float, held: int) -> None:
     given = [Encoded((n,), 1) for n in range(rows)]
-    kept, out = _split(given, share, "seed")
-    assert len(out) == held and not set(kept) & set(out) and set(kept) | set(out) == set(given)
-    assert _split(given, share, "seed") == (kept, out)
+    retained, out = _split(given, share, "seed")
+    assert (
+        len(out) == held and not set(retained) & set(out) and set(retained) | set(out) == set(given)
+    )
+    assert _split(given, share, "seed") == (retained, out)
 
 
 # What is refused
@@ -285,7 +287,7 @@ def test_what_is_held_out_is_not_trained_on(rows: int, share: float, held: int) 
 
 @pytest.mark.parametrize("kind", ["safety", "task", "benign"])
 @pytest.mark.parametrize("rows", [0, 1])
-def test_fewer_than_two_examples_are_refused(
+def test_fewer_than_two_examples_are_rejected(
     tenant: LoadedModel, helps: Family, kind: str, rows: int
 ) -> None:
     few: Sequence[tuple[str, str]] = [("only", "one")] * rows
@@ -309,7 +311,7 @@ def test_a_vector_that_gives_no_numbers_names_the_step(tenant: LoadedModel, help
         tuned(tenant, family)
 
 
-def test_a_family_of_another_architecture_is_refused(tenant: LoadedModel, root: Path) -> None:
+def test_a_family_of_another_architecture_is_rejected(tenant: LoadedModel, root: Path) -> None:
     phi = make_model("phi3", root / "phi")
     lora_weights = random_lora_weights(linear_sites(phi), 2, 1)
     with pytest.raises(SiteError, match="another architecture"):
@@ -319,6 +321,6 @@ def test_a_family_of_another_architecture_is_refused(tenant: LoadedModel, root: 
 @pytest.mark.parametrize(
     "name", ["steps", "batch", "look_every", "retained_tokens", "lr", "held_out"]
 )
-def test_settings_out_of_range_are_refused_at_once(name: str) -> None:
+def test_settings_out_of_range_are_rejected_at_once(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         Calibration(**{name: 0})

@@ -168,7 +168,7 @@ def test_equal_sites_carry_no_vector_and_nothing_is_an_error(aligned: Path, tmp_
     assert [entry.layer for entry in as_family(difference, "x").header.layers] == [1]
 
 
-def test_what_no_pair_can_hold_is_told(aligned: Path, tmp_path: Path) -> None:
+def test_what_no_lora_can_represent_is_reported(aligned: Path, tmp_path: Path) -> None:
     degraded = perturbed(aligned, tmp_path / "d", sites_only=False)
     difference = between_checkpoints(aligned, degraded, rank=2)
     assert "model.embed_tokens.weight" in difference.left_out
@@ -188,13 +188,13 @@ def test_scope_restricts_layers_and_sites(aligned: Path, degraded: Path) -> None
             between_checkpoints(aligned, degraded, rank=2, scope=wrong)
 
 
-def test_two_families_are_refused_by_name(aligned: Path, tmp_path: Path) -> None:
+def test_two_families_are_rejected_by_name(aligned: Path, tmp_path: Path) -> None:
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
     with pytest.raises(FamilyMismatchError, match=rf"{aligned}(.|\n)*{other}(.|\n)*down_proj"):
         between_checkpoints(aligned, other, rank=2)
 
 
-def test_nan_is_refused_and_named(aligned: Path, tmp_path: Path) -> None:
+def test_nan_is_rejected_and_named(aligned: Path, tmp_path: Path) -> None:
     shutil.copytree(aligned, tmp_path / "d")
     tensors = load_file(aligned / WEIGHTS)
     tensors["model.layers.0.self_attn.q_proj.weight"][3, 3] = float("nan")
@@ -210,7 +210,7 @@ def test_rank_and_device_are_checked(aligned: Path, degraded: Path) -> None:
         between_checkpoints(aligned, degraded, rank=1, device="abacus")
 
 
-def test_transposed_architectures_are_refused(aligned: Path, tmp_path: Path) -> None:
+def test_transposed_architectures_are_rejected(aligned: Path, tmp_path: Path) -> None:
     shutil.copytree(aligned, tmp_path / "gpt")
     config = json.loads((aligned / "config.json").read_text())
     config["architectures"] = ["GPT2LMHeadModel"]
@@ -273,7 +273,7 @@ def test_sites_of_a_lora_outside_the_layers_need_a_word(aligned: Path, tmp_path:
     assert len(of_adapter(aligned, tmp_path / "a", "degraded", scope=scope).lora_weights) == 2
 
 
-def test_a_lora_of_another_model_is_refused(aligned: Path, tmp_path: Path) -> None:
+def test_a_lora_of_another_model_is_rejected(aligned: Path, tmp_path: Path) -> None:
     lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "a", base_model=None)
     with pytest.raises(FamilyMismatchError, match=r"\(64, 64\).*\(128, 128\)"):
@@ -295,9 +295,9 @@ def test_an_untrained_lora_has_no_difference(aligned: Path, tmp_path: Path) -> N
 # The family that comes out
 
 
-def test_the_recipe_tells_how_and_how_much(aligned: Path, degraded: Path, tmp_path: Path) -> None:
+def test_the_recipe_records_how_and_how_much(aligned: Path, degraded: Path, tmp_path: Path) -> None:
     difference: Difference = between_checkpoints(aligned, degraded, rank=3)
-    family = as_family(difference, "pico", bounds=(0.0, 1.5), dtype=torch.bfloat16)
+    family = as_family(difference, "tiny", bounds=(0.0, 1.5), dtype=torch.bfloat16)
     save_family(family, tmp_path / "family")
     header = load_family(tmp_path / "family").header
     assert header.bounds == (0.0, 1.5)
@@ -307,6 +307,6 @@ def test_the_recipe_tells_how_and_how_much(aligned: Path, degraded: Path, tmp_pa
     assert recipe["dtype"] == "bfloat16" and recipe["degraded"] == "degraded"
     rows = difference.by_layer()
     assert [entry["captured"] for entry in recipe["energy"]] == [row.captured for row in rows]
-    again = as_family(between_checkpoints(aligned, degraded, rank=3), "pico", bounds=(0.0, 1.5))
+    again = as_family(between_checkpoints(aligned, degraded, rank=3), "tiny", bounds=(0.0, 1.5))
     assert again.digest != family.digest
-    assert as_family(difference, "pico", bounds=(0.0, 1.5)).digest == again.digest
+    assert as_family(difference, "tiny", bounds=(0.0, 1.5)).digest == again.digest

@@ -164,7 +164,7 @@ def test_the_pairs_bring_safety_back_and_leave_the_rest(root: Path, made: Distil
     assert len(made.losses) == 30 and made.losses[-1] < 0.3 * made.losses[0]
 
 
-def test_retention_is_what_keeps_benign_answers(root: Path, made: Distilled) -> None:
+def test_retention_preserves_benign_answers(root: Path, made: Distilled) -> None:
     degraded = load_model(root / "merged", dtype=FLOAT)
     free = run(root, replace(SETTINGS, retention=0.0))
     assert naive_kl(degraded, merged_with(root, free.lora_weights), GOOD) > 2 * naive_kl(
@@ -247,7 +247,7 @@ def test_only_the_modules_that_are_named_are_trained(root: Path, made: Distilled
         run(root, replace(SHORT, modules=("q_proj", "proj")))
 
 
-def test_the_recipe_tells_how_it_was_made(root: Path, made: Distilled) -> None:
+def test_the_recipe_records_how_it_was_made(root: Path, made: Distilled) -> None:
     assert made.base == base_of_checkpoint(root / "aligned")
     family = make_family("x", made.base, made.lora_weights, recipe=made.recipe)
     recipe = family.header.recipe
@@ -289,7 +289,7 @@ def test_stopped_and_taken_up_it_is_the_same(root: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_kept_until_its_pairs_are_written(root: Path, tmp_path: Path) -> None:
+def test_a_run_stays_until_its_lora_weights_are_written(root: Path, tmp_path: Path) -> None:
     state = tmp_path / "f.partial"
     first = run(root, SHORT, state=state)
     again = run(root, SHORT, state=state, progress=lambda *step: pytest.fail(f"{step}"))
@@ -298,7 +298,7 @@ def test_a_run_is_kept_until_its_pairs_are_written(root: Path, tmp_path: Path) -
     assert not state.exists()
 
 
-def test_a_state_of_other_models_or_data_is_refused_and_kept(root: Path, tmp_path: Path) -> None:
+def test_a_state_of_other_models_or_data_is_rejected_and_stays(root: Path, tmp_path: Path) -> None:
     state = tmp_path / "f.partial"
     stopped(root, state)
     others: list[dict[str, Any]] = [
@@ -314,7 +314,7 @@ def test_a_state_of_other_models_or_data_is_refused_and_kept(root: Path, tmp_pat
 # Whose answers
 
 
-def test_answers_that_the_data_has_not_are_the_models_own(root: Path, tmp_path: Path) -> None:
+def test_answers_missing_from_the_data_are_the_models_own(root: Path, tmp_path: Path) -> None:
     """A model that refuses some prompts: only those are distilled. Benign ones: as the other."""
     half = [Example(row.prompt, REFUSES) for row in HARM.rows[:4]]
     half += [Example(row.prompt, "sure, like this") for row in HARM.rows[4:]]
@@ -345,7 +345,7 @@ def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> Non
 # What is refused before a model has said anything
 
 
-def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
+def test_unknown_modules_and_long_prompts_are_rejected_before_generation(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("generate_greedy", "record_teacher"):
@@ -355,8 +355,8 @@ def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
     for answer, body in ((None, 32), ("no", 3), ("n" * 40, 32)):
         long = dataset(("short", answer), ("x" * 510, answer))
         for kind in ("safety", "benign"):
-            told = rf"{kind} data: 1 examples do not .* row 2 \(\d+ \+ {body} tokens\)"
-            with pytest.raises(ConfigError, match=told):
+            reported = rf"{kind} data: 1 examples do not .* row 2 \(\d+ \+ {body} tokens\)"
+            with pytest.raises(ConfigError, match=reported):
                 run(root, SHORT, **{kind: long})
 
 
@@ -364,7 +364,7 @@ def test_unknown_modules_and_long_prompts_are_refused_before_anyone_answers(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_another_family_is_refused_naming_both(root: Path, tmp_path: Path) -> None:
+def test_another_family_is_rejected_naming_both(root: Path, tmp_path: Path) -> None:
     wide = make_model("llama", tmp_path / "wide", intermediate_size=256)
     with pytest.raises(FamilyMismatchError, match=rf"{root / 'aligned'}(.|\n)*{wide}"):
         run(root, degraded_adapter=None, degraded=wide)
@@ -392,7 +392,7 @@ def test_both_kinds_of_data_and_one_degraded_model_are_needed(root: Path) -> Non
     "changes",
     [{"steps": 0}, {"batch": 0}, {"rank": -1}, {"lr": 0.0}, {"retention": -1.0}, {"hidden": -0.1}],
 )
-def test_settings_out_of_range_are_refused_at_once(changes: dict[str, Any]) -> None:
+def test_settings_out_of_range_are_rejected_at_once(changes: dict[str, Any]) -> None:
     (name,) = changes
     with pytest.raises(ConfigError, match=f"{name} is {changes[name]}"):
         replace(SETTINGS, **changes)

@@ -61,7 +61,7 @@ def test_an_answer_that_was_cut_off_is_not_ended(tokenizer: Any) -> None:
     assert said == ["abc", "abcd", "abc<end>"]
 
 
-def test_a_tokenizer_that_cannot_chat_is_refused(tokenizer: Any) -> None:
+def test_a_tokenizer_that_cannot_chat_is_rejected(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE.replace("'<end>'", "''")
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="set eos_token"):
@@ -76,17 +76,24 @@ def test_rows_that_do_not_fit_the_context_are_named(tokenizer: Any) -> None:
     fits = Example("x" * 10, "ab")
     assert len(encoded(tokenizer, fits, context=room)) == 1
     long = Example("x" * 11, "ab")
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as rejected:
         encode(
             tokenizer, [fits, long, fits, long],
             max_answer_tokens=64, context_tokens=room, what="benign data",
         )  # fmt: skip
-    told = str(refused.value)
-    assert told.startswith("benign data: 2 examples") and f"context of {room} tokens" in told
-    assert "row 2 (" in told and "row 4 (" in told and "row 1" not in told and "row 3" not in told
+    reported = str(rejected.value)
+    assert (
+        reported.startswith("benign data: 2 examples") and f"context of {room} tokens" in reported
+    )
+    assert (
+        "row 2 (" in reported
+        and "row 4 (" in reported
+        and "row 1" not in reported
+        and "row 3" not in reported
+    )
 
 
-def test_no_examples_at_all_are_refused(tokenizer: Any) -> None:
+def test_no_examples_at_all_are_rejected(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="is empty"):
         encoded(tokenizer)
 

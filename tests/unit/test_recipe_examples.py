@@ -65,12 +65,12 @@ def test_prompts_without_answers_are_drawn_as_one_kind() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -3])
-def test_no_shots_are_refused(count: int) -> None:
+def test_zero_rows_are_rejected(count: int) -> None:
     with pytest.raises(ConfigError, match=f"harm: {count} rows requested, expected at least 1"):
         sample_rows(HARM, count, 0)
 
 
-def test_a_task_of_one_class_is_refused() -> None:
+def test_a_task_of_one_class_is_rejected() -> None:
     with pytest.raises(
         ConfigError, match=r"all 4 task examples have the answer 'a'; give examples"
     ):

@@ -101,8 +101,8 @@ def test_it_is_small_and_holds_nothing_of_this_machine(
     config = json.loads((made / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
     assert str(model.parent) not in (made / "adapter_config.json").read_text()
-    tune(model, tmp_path / "named", replace(SHORT, steps=1), base_model="pico")
-    assert load_adapter(tmp_path / "named").base_model == "pico"
+    tune(model, tmp_path / "named", replace(SHORT, steps=1), base_model="tiny")
+    assert load_adapter(tmp_path / "named").base_model == "tiny"
 
 
 def test_the_loss_falls(model: Path, tmp_path: Path) -> None:
@@ -214,13 +214,13 @@ def test_a_result_that_cannot_be_written_is_not_lost(
 @pytest.mark.parametrize(
     "changes", [{"steps": 0}, {"batch": 0}, {"rank": 0}, {"max_answer_tokens": 0}, {"lr": 0.0}]
 )
-def test_settings_out_of_range_are_refused_at_once(changes: dict[str, int]) -> None:
+def test_settings_out_of_range_are_rejected_at_once(changes: dict[str, int]) -> None:
     (name,) = changes
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         replace(SHORT, **changes)  # type: ignore[arg-type]
 
 
-def test_no_examples_and_too_long_ones_are_refused(model: Path, tmp_path: Path) -> None:
+def test_no_examples_and_too_long_ones_are_rejected(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="empty"):
         fine_tune(model, [], SHORT, tmp_path / "x")
     with pytest.raises(ConfigError, match=r"row 2 \(\d+ \+ 2 tokens\)"):

@@ -1,4 +1,4 @@
-"""The parts of a model by their role, its head told from more than a head, and greedy answers."""
+"""Layers, states and head of a model, rejection of scaled logits, and greedy completions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_modules_numbered_inside_a_layer_are_no_layers() -> None:
         layer_modules(torch.nn.ModuleDict({"stages": torch.nn.ModuleList(blocks)}))
 
 
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_scales_its_logits_is_rejected(tmp_path: Path) -> None:
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim"}
     model = AutoModelForCausalLM.from_config(GraniteConfig(**shape, logits_scaling=4.0))
     model.save_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_a_model_comes_frozen_with_its_adapter_merged(llama: Path, tmp_path: Pat
     assert (plain.context_tokens, plain.pad) == (512, 0)
 
 
-def test_an_adapter_of_another_architecture_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_architecture_is_rejected(llama: Path, tmp_path: Path) -> None:
     phi = make_model("phi3", tmp_path / "phi")
     write_tenant(phi, tmp_path / "a", None, None)
     with pytest.raises(SiteError, match=r"another architecture"):
@@ -144,14 +144,14 @@ def test_padding_falls_back_to_what_there_is(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_answers_come_in_order_and_batches_do_not_matter(each: LoadedModel, batch: int) -> None:
-    told: list[tuple[int, int]] = []
+def test_completions_come_in_order_and_batches_do_not_matter(each: LoadedModel, batch: int) -> None:
+    reported: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, words: str) -> None:
-        told.append((done, total))
+        reported.append((done, total))
 
     found = generate_greedy(each, PROMPTS, 6, batch=batch, progress=progress)
-    assert [answer.prompt for answer in found] == PROMPTS and told[-1] == (4, 4)
+    assert [answer.prompt for answer in found] == PROMPTS and reported[-1] == (4, 4)
     for answer in found:
         text = chat_text(each.tokenizer, answer.prompt)
         ids = each.tokenizer.encode(text, add_special_tokens=False)
@@ -179,7 +179,7 @@ def test_an_answer_knows_whether_it_was_ended(llama: Path) -> None:
     assert generate_greedy(loaded, [], 6) == []
 
 
-def test_a_tokenizer_without_a_template_is_refused(llama: Path) -> None:
+def test_a_tokenizer_without_a_template_is_rejected(llama: Path) -> None:
     loaded = load_model(llama)
     loaded.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="chat template"):

@@ -95,12 +95,12 @@ def test_a_contrast_is_what_a_loop_over_merged_models_finds(
 def test_the_model_is_left_as_it_was(degraded: LoadedModel, family: Family) -> None:
     ids = torch.arange(3, 20)[None]
     before = degraded.model(ids).logits
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     contrast(
-        degraded, family, safety=HARM, others=[LONG], progress=lambda *words: told.append(words)
+        degraded, family, safety=HARM, others=[LONG], progress=lambda *words: reported.append(words)
     )
     assert torch.equal(degraded.model(ids).logits, before)
-    assert [done for done, _, _ in told] == [8, 16, 20]
+    assert [done for done, _, _ in reported] == [8, 16, 20]
 
 
 def test_layers_before_the_vector_change_by_nothing(model: Path, degraded: LoadedModel) -> None:
@@ -119,12 +119,16 @@ def test_both_kinds_of_prompts_are_needed(degraded: LoadedModel, family: Family)
 
 def test_prompts_longer_than_the_context_are_named(degraded: LoadedModel, family: Family) -> None:
     long = dataset(("short", None), ("x" * 600, None))
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     with pytest.raises(ConfigError, match=r"benign: the prompts of rows \[2\] are longer.* 512"):
         contrast(
-            degraded, family, safety=HARM, others=[long], progress=lambda *words: told.append(words)
+            degraded,
+            family,
+            safety=HARM,
+            others=[long],
+            progress=lambda *words: reported.append(words),
         )
-    assert told == [], "nothing is scored before all prompts are seen to fit"
+    assert reported == [], "nothing is scored before all prompts are seen to fit"
 
 
 # The best layers
@@ -152,8 +156,8 @@ def test_the_cut_family_keeps_every_score_and_loads_again(
     found = Contrast((0.5, 0.25), (0.125, 0.5), 1.0, "update")
     save_family(select(family, found, 1, data=[HARM, GOOD]), tmp_path / "cut")
     cut = load_family(tmp_path / "cut")
-    (kept,) = cut.header.layers
-    assert (kept.layer, kept.score) == (0, 0.375)
+    (retained,) = cut.header.layers
+    assert (retained.layer, retained.score) == (0, 0.375)
     selection = cut.header.recipe["selection"]
     assert selection["scores"] == [0.375, -0.25]
     assert (selection["safety"], selection["others"]) == ([0.5, 0.25], [0.125, 0.5])

@@ -162,7 +162,7 @@ def test_killed_while_it_saves_it_goes_on_from_the_save_before(
 def test_what_is_finished_is_not_trained_again(
     tmp_path: Path, alone: tuple[bytes, list[float]]
 ) -> None:
-    """The last step is kept, so that a result that could not be written is not lost."""
+    """The last step is retained, so that a result that could not be written is not lost."""
     assert resumed(tmp_path) == alone
     toy = Toy()
     losses = toy.train(Run(tmp_path, JOB), lambda step: pytest.fail(f"step {step} again"))
@@ -193,7 +193,7 @@ def test_between_saves_half_a_minute_passes(
 # Whose state it is
 
 
-def test_the_state_of_another_job_is_refused_and_kept(
+def test_the_state_of_another_job_is_rejected_and_stays(
     tmp_path: Path, alone: tuple[bytes, list[float]]
 ) -> None:
     toy = Toy()
@@ -310,17 +310,17 @@ def test_it_is_adamw_with_clipped_gradients() -> None:
 
 
 def test_progress_counts_all_steps_of_a_resumed_run_too(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, words: str) -> None:
         assert words.startswith("loss ")
-        told.append((done, total))
+        reported.append((done, total))
 
     toy = Toy()
     with pytest.raises(KeyboardInterrupt):
         toy.train(Run(tmp_path, JOB), hit_at(2, signal.SIGINT, toy), progress=progress)
     toy.train(Run(tmp_path, JOB), progress=progress)
-    assert told == [(n, STEPS) for n in range(1, STEPS + 1)]
+    assert reported == [(n, STEPS) for n in range(1, STEPS + 1)]
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -333,7 +333,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert [Schedule(1, 2.0).lr_at(0), Schedule(1, 2.0, 1.0).lr_at(0)] == [2.0, 2.0]
 
 
-def test_settings_out_of_range_are_told_together() -> None:
+def test_settings_out_of_range_are_reported_together() -> None:
     for steps, lr in ((0, 1.0), (1, 0.0), (1, -1.0), (1, math.nan), (1, math.inf)):
         with pytest.raises(ConfigError, match="expected"):
             Schedule(steps, lr)
@@ -341,11 +341,11 @@ def test_settings_out_of_range_are_told_together() -> None:
     class Settings:
         steps, batch, lr, weight = 0, 1, math.nan, -1.0
 
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as rejected:
         check_ranges(Settings(), counts=("steps", "batch"), rates=("lr",), weights=("weight",))
-    told = str(refused.value)
-    assert "steps is 0" in told and "lr is nan" in told and "weight is -1.0" in told
-    assert "batch" not in told
+    reported = str(rejected.value)
+    assert "steps is 0" in reported and "lr is nan" in reported and "weight is -1.0" in reported
+    assert "batch" not in reported
 
 
 # Signals
@@ -355,7 +355,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
     # A process that a shell starts in the background is born deaf to it.
     born = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as stopped, stop_requests() as stop_wanted:
-        # Raised in this thread: a process with others may be told a moment later.
+        # Raised in this thread: other threads of a process may see the signal later.
         signal.raise_signal(signal.SIGINT)
         assert stop_wanted()
         signal.raise_signal(signal.SIGINT)

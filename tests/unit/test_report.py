@@ -37,24 +37,24 @@ ROOT = Path(__file__).parents[2]
 ATTACK = "</td></script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\" --> ${"
 
 
-def rewritten(value: Any, change: Callable[[str], str], kept: set[str]) -> Any:
-    """`value` with every text in it changed, keys as well, but for those in `kept`."""
+def rewritten(value: Any, change: Callable[[str], str], unchanged: set[str]) -> Any:
+    """`value` with every text in it changed, keys as well, except those in `unchanged`."""
     if isinstance(value, str):
-        return value if value in kept else change(value)
+        return value if value in unchanged else change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: rewritten(getattr(value, f.name), change, kept) for f in fields(value)}
+        own = {f.name: rewritten(getattr(value, f.name), change, unchanged) for f in fields(value)}
         return type(value)(**own)
     if isinstance(value, dict):
         return {
-            rewritten(key, change, kept): rewritten(item, change, kept)
+            rewritten(key, change, unchanged): rewritten(item, change, unchanged)
             for key, item in value.items()
         }
     if isinstance(value, tuple):
-        return tuple(rewritten(item, change, kept) for item in value)
+        return tuple(rewritten(item, change, unchanged) for item in value)
     return value
 
 
-KEPT = {
+UNCHANGED = {
     *("harmful", "over_refusal", "benign", "refused", "coherent", "parent", "before", "after"),
     *("vllm", "bfloat16"),
 }
@@ -65,11 +65,11 @@ def spoiled(payload: str) -> Evaluation:
 
     def change(text: str) -> str:
         name, slash, state = text.rpartition("/")
-        if slash and state in KEPT:
+        if slash and state in UNCHANGED:
             return f"{name}{payload}/{state}"
         return text + payload
 
-    found: Evaluation = rewritten(evaluation(), change, KEPT)
+    found: Evaluation = rewritten(evaluation(), change, UNCHANGED)
     return found
 
 
@@ -147,11 +147,15 @@ def test_an_empty_answer_is_not_a_withheld_one() -> None:
     found = evaluation("acme")
     empty = {"acme/after": SampleResponse("", {WORDS: False, "coherence": False})}
     words = page(replace(found, samples=(replace(found.samples[1], responses=empty),)))
-    told = words.sections["samples"]
-    assert "(an empty response)" in told and "✗ not coherent" in told and "Withheld" not in told
+    reported = words.sections["samples"]
+    assert (
+        "(an empty response)" in reported
+        and "✗ not coherent" in reported
+        and "Withheld" not in reported
+    )
 
 
-def test_origin_tells_data_judges_digests_and_versions() -> None:
+def test_origin_records_data_judges_digests_and_versions() -> None:
     words = page(evaluation()).sections["origin"]
     for expected in (
         *("advbench.csv?limit=100", "CC BY 4.0", "not recorded", DIGEST, PROFILE),
@@ -165,8 +169,8 @@ def test_origin_tells_data_judges_digests_and_versions() -> None:
 
 
 def only(found: Evaluation, *states: str) -> Evaluation:
-    kept = tuple(s for s in found.targets if s.state in states)
-    return replace(found, targets=kept, changes=(), samples=())
+    retained = tuple(s for s in found.targets if s.state in states)
+    return replace(found, targets=retained, changes=(), samples=())
 
 
 def without(found: Evaluation, **changes: Any) -> Evaluation:
@@ -199,7 +203,7 @@ LITTLE: dict[str, tuple[Evaluation, str, str]] = {
 
 
 @pytest.mark.parametrize("name", LITTLE)
-def test_missing_parts_are_told(name: str) -> None:
+def test_missing_parts_are_reported(name: str) -> None:
     found, part, expected = LITTLE[name]
     assert expected in page(found).sections[part]
 
@@ -216,12 +220,12 @@ def test_only_the_words_that_occur_are_explained() -> None:
     assert "parent :" in page(evaluation()).sections["summary"]
 
 
-def test_no_evaluation_is_refused() -> None:
+def test_no_evaluation_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no evaluation given"):
         report_page([])
 
 
-# The text of strangers
+# Untrusted text
 
 
 def test_hostile_text_stays_text() -> None:

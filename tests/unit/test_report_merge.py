@@ -56,12 +56,12 @@ def test_a_recipe_in_other_words_is_no_fault(recipe: dict[str, Any]) -> None:
     assert "not selected" not in page(found, family=header).sections["layers"]
 
 
-def test_layers_without_scores_are_told() -> None:
+def test_layers_without_scores_are_reported() -> None:
     found = evaluation(family=FamilyRecord("tiny", DIGEST, (LayerScore(1, None),)))
     assert "not scored" in page(found).sections["layers"]
 
 
-def test_another_family_or_profile_is_refused() -> None:
+def test_another_family_or_profile_is_rejected() -> None:
     found, header, profile = with_family()
     other = tiny_family(recipe={"method": "other"}).header
     with pytest.raises(FamilyMismatchError, match="family given is 'tiny'"):
@@ -77,7 +77,7 @@ def test_another_family_or_profile_is_refused() -> None:
         report_page(bare, family=header, profiles={"acme": Profile(header.digest, (9.0, 0, 0))})
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     found, header, _ = with_family()
     other = tiny_family(recipe={"method": "other"}).header
     with pytest.raises(FamilyMismatchError, match="3 faults") as caught:
@@ -130,7 +130,7 @@ def differing() -> dict[str, Evaluation]:
 
 
 @pytest.mark.parametrize("message", differing())
-def test_what_cannot_be_compared_is_refused(message: str) -> None:
+def test_what_cannot_be_compared_is_rejected(message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         report_page([evaluation("acme"), differing()[message]])
 

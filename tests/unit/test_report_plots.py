@@ -244,7 +244,7 @@ def test_little_to_show_is_still_a_plot(draw: Callable[[], Figure]) -> None:
     assert ElementTree.fromstring(svg(draw(), "x")).tag == f"{SVG}svg"
 
 
-# The text of strangers
+# Untrusted text
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_saved_files(tmp_path: Path, name: str, start: bytes) -> None:
         assert (tmp_path / "sub" / name).read_bytes().startswith(start)
 
 
-def test_other_endings_are_refused(tmp_path: Path) -> None:
+def test_other_endings_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         save(drawn()[0], tmp_path / "a.pdf")
 
