@@ -25,6 +25,7 @@ from transformers import (
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of, save_adapter
 from safegene_vllm.formats.family import Family, base_of_checkpoint, make_family, save_family
 from safegene_vllm.formats.profile import Profile, make_profile, save_profile
+from safegene_vllm.recipe.model import linear_modules
 
 SHAPE = {
     "hidden_size": 128,
@@ -63,12 +64,7 @@ def make_model(arch: str, directory: Path, *, dtype: str = "float32", **override
 
 def linear_sites(directory: Path) -> dict[str, tuple[int, int]]:
     """(D_out, D_in) of every linear module inside the layers of a checkpoint, by name."""
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
-    }
+    return linear_modules(AutoModelForCausalLM.from_pretrained(directory))
 
 
 def random_lora_weights(

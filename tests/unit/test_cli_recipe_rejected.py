@@ -173,7 +173,7 @@ def test_what_cannot_be_calibrated_is_told(
     (tmp_path / "bare").mkdir()
     outcome = run(*world.calibrate(tmp_path / "bare"))
     assert outcome.code == 1 and outcome.err.startswith("ConfigError: ")
-    assert "name the model that it sits on" in outcome.err
+    assert "name the model that it was tuned from" in outcome.err
     for words in (world.calibrate(full), world.calibrate(tmp_path / "bare", "--model", full)):
         outcome = run(*words)
         assert outcome.code == 1 and "added twice" in outcome.err
