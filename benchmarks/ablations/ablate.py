@@ -34,7 +34,7 @@ from safegene_vllm.formats.family import Family, FamilyHeader, load_family, make
 from safegene_vllm.formats.profile import check_profile, load_profile, save_profile
 from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.recipe.calibration import calibrate
-from safegene_vllm.recipe.difference import as_family, between_checkpoints, of_adapter, lora_norm
+from safegene_vllm.recipe.difference import as_family, between_checkpoints, lora_norm, of_adapter
 from safegene_vllm.recipe.distillation import Distilled, distill
 from safegene_vllm.recipe.examples import sample_rows
 from safegene_vllm.recipe.model import LoadedModel, load_model

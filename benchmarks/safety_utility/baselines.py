@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from safegene_vllm.composition import delta, composed_lora
+from safegene_vllm.composition import composed_lora, delta
 from safegene_vllm.errors import ConfigError, SafegeneError, ShapeError, SiteError, raise_errors
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, plain_config
 from safegene_vllm.recipe.difference import lora_norm, truncated_lora

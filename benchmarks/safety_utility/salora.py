@@ -25,12 +25,12 @@ from safegene_vllm.recipe.encoding import (
     Batches,
     Encoded,
     Example,
+    batches_by_length,
     collate,
     encode,
-    batches_by_length,
 )
 from safegene_vllm.recipe.finetune import completion_loss
-from safegene_vllm.recipe.model import LoadedModel, check_head, load_model, find_target_modules
+from safegene_vllm.recipe.model import LoadedModel, check_head, find_target_modules, load_model
 from safegene_vllm.recipe.training import Progress, Run, Schedule, silent, train
 
 LISTEN_BATCH = 16

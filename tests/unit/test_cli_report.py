@@ -151,10 +151,11 @@ def test_a_tenant_is_given_once(run: Run, root: Path) -> None:
     assert code == 1 and "given twice" in err
 
 
-def test_without_matplotlib_it_says_what_to_install(root: Path) -> None:
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named(root: Path, package: str) -> None:
     code = (
         "import sys\n"
-        "sys.modules['matplotlib'] = None\n"
+        f"sys.modules['{package}'] = None\n"
         "from safegene_vllm.cli import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -166,7 +167,7 @@ def test_without_matplotlib_it_says_what_to_install(root: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("ConfigError: matplotlib is not installed")
+    assert done.stderr.startswith(f"ConfigError: {package} is not installed")
 
 
 def test_the_page_depends_on_the_content_alone(run: Run, root: Path) -> None:
