@@ -71,15 +71,9 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            counts=(
-                *("steps", "batch", "look_every", "patience"),
-                *("max_answer_tokens", "retained_tokens"),
-            ),
-            rates=("lr", "held_out"),
-            weights=("task", "benign", "pull"),
-        )
+        tokens, weights = ("max_answer_tokens", "retained_tokens"), ("task", "benign", "pull")
+        counts = ("steps", "batch", "look_every", "patience", *tokens)
+        check_ranges(self, counts=counts, rates=("lr", "held_out"), weights=weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +148,9 @@ def make_examples(
     settings: Calibration,
 ) -> dict[str, list[Example]]:
     """Examples by kind; missing safe answers are REFUSAL, others the tenant's completions."""
-    kinds = {"safety": safety, "task": task} | ({} if benign is None else {"benign": benign})
+    kinds = {"task": task} | ({} if benign is None else {"benign": benign})
     found = {"safety": [Example(r.prompt, r.answer or REFUSAL) for r in safety.rows]}
     for kind, data in kinds.items():
-        if kind == "safety":
-            continue
         own = [row.prompt for row in data.rows if row.answer is None]
         completions = iter(generate_greedy(loaded, own, settings.retained_tokens) if own else ())
         found[kind] = []

@@ -40,8 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, root / "full" / "model.safetensors", metadata={"format": "pt"})
     save_profile(make_profile(family.header, [0.9, 0.4]), root / "full")
     for name in ("acme", "full"):
-        shutil.copytree(root / name, root / f"{name}_dose")
-        save_profile(make_profile(family.header, [0.1, 2.0]), root / f"{name}_dose")
+        shutil.copytree(root / name, root / f"{name}_scaled")
+        save_profile(make_profile(family.header, [0.1, 2.0]), root / f"{name}_scaled")
         shutil.copytree(root / name, root / f"{name}_plain")
         (root / f"{name}_plain" / "safegene.json").unlink()
     return root
