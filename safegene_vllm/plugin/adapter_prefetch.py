@@ -1,7 +1,7 @@
-"""Tenants on their way in: read and checked in a thread, so that the engine's steps go on.
+"""Background reading and validation of adapters, so that the engine's steps go on meanwhile.
 
-For a worker's guest, which takes them over in the engine's own thread and gives them a slot there.
-Nothing here can be served: a tenant that is never taken over is forgotten.
+The worker's own thread takes the result over and gives it a LoRA slot. A tenant that is never taken
+over is discarded.
 """
 
 from __future__ import annotations
@@ -16,75 +16,85 @@ from typing import Any
 from safegene_vllm.formats.adapter import Adapter, load_adapter
 from safegene_vllm.plugin.validation import Tenant
 
-PATIENCE_S = 60.0
-"""How long what has been read waits for whoever asked for it."""
+UNCLAIMED_S = 60.0
+"""Time after the last request for a validated tenant until it is discarded."""
 
-Admitted = tuple[Tenant, Adapter | None]
+Validated = tuple[Tenant, Adapter | None]
 """A tenant, and its adapter if that has just been read."""
 _Key = tuple[int, str, str]
 
 
 @dataclass
-class _Begun:
-    """`asked_s` is when anybody last wanted to know of it."""
-
-    reading: Future[Admitted]
-    asked_s: float
+class _Prefetch:
+    reading: Future[Validated]
+    requested_s: float
 
 
 class AdapterPrefetcher:
-    """`admit` reads and checks; `discard` removes the staged copy of a tenant nobody came for."""
+    """Prefetches by (id, name, path), one at a time.
 
-    def __init__(self, admit: Callable[[Any], Admitted], discard: Callable[[Path], None]) -> None:
-        self._admit, self._discard = admit, discard
-        self._thread = ThreadPoolExecutor(1, "safegene-admit")
-        self._begun: dict[_Key, _Begun] = {}
+    `validate(name, path)` reads and checks; `discard` removes the staged copy of a tenant that was
+    not taken over.
+    """
+
+    def __init__(
+        self, validate: Callable[[str, str], Validated], discard: Callable[[Path], None]
+    ) -> None:
+        self._validate, self._discard = validate, discard
+        self._thread = ThreadPoolExecutor(1, "safegene-prefetch")
+        self._prefetches: dict[_Key, _Prefetch] = {}
         self._read: tuple[Path, Adapter] | None = None
 
     def begin(self, request: Any) -> bool:
-        """Start to read a tenant unless that has begun; whether it has ended, well or not."""
-        now, key = time.monotonic(), _key(request)
-        for other, begun in list(self._begun.items()):
-            if begun.reading.done() and now - begun.asked_s > PATIENCE_S:
+        """Start reading a LoRARequest's tenant, unless started; return whether it has ended."""
+        now_s, key = time.monotonic(), _key(request)
+        for other, prefetch in list(self._prefetches.items()):
+            if prefetch.reading.done() and now_s - prefetch.requested_s > UNCLAIMED_S:
                 self._forget(other)
-        found = self._begun.get(key)
-        if found is None:
-            found = self._begun[key] = _Begun(self._thread.submit(self._admit, request), now)
-        found.asked_s = now
-        return found.reading.done()
+        prefetch = self._prefetches.get(key)
+        if prefetch is None:
+            reading = self._thread.submit(self._validate, request.lora_name, request.lora_path)
+            prefetch = self._prefetches[key] = _Prefetch(reading, now_s)
+        prefetch.requested_s = now_s
+        return prefetch.reading.done()
 
     def tenant(self, request: Any) -> Tenant:
-        """What has been begun, waited for if need be, or else is read here and now.
+        """Return the validated tenant; waits for a prefetch, or reads it now if there is none.
 
-        Its adapter is kept for `adapter` until `drop`. Errors: those of admission.
+        Its adapter stays available to `adapter` until `drop`. Errors: those of validation.
         """
-        begun = self._begun.pop(_key(request), None)
+        prefetch = self._prefetches.pop(_key(request), None)
         self.drop()
-        tenant, adapter = self._admit(request) if begun is None else begun.reading.result()
+        if prefetch is None:
+            tenant, adapter = self._validate(request.lora_name, request.lora_path)
+        else:
+            tenant, adapter = prefetch.reading.result()
         self._read = None if adapter is None else (tenant.staged, adapter)
         return tenant
 
     def adapter(self, tenant: Tenant) -> Adapter | None:
-        """The tenant's own adapter, once; from its staged copy where another or none was kept.
-        None for a profile alone. Errors: those of `load_adapter`."""
+        """Return the adapter once as it was read, later from the staged copy.
+
+        None for a profile alone. Errors: those of `load_adapter`.
+        """
         read, self._read = self._read, None
         if read is not None and read[0] == tenant.staged:
             return read[1]
         return load_adapter(tenant.staged) if tenant.has_adapter else None
 
     def forget(self, lora_int_id: int) -> None:
-        """Nobody comes for what has been begun under this id."""
-        for key in [key for key in self._begun if key[0] == lora_int_id]:
+        """Discard all prefetches under this id."""
+        for key in [key for key in self._prefetches if key[0] == lora_int_id]:
             self._forget(key)
 
     def drop(self) -> None:
-        """Keep no adapter any longer than the call that it was read for."""
+        """Release the adapter that was read last: it is only for the call that read it."""
         self._read = None
 
     def _forget(self, key: _Key) -> None:
-        self._begun.pop(key).reading.add_done_callback(self._discarded)
+        self._prefetches.pop(key).reading.add_done_callback(self._discard_result)
 
-    def _discarded(self, reading: Future[Admitted]) -> None:
+    def _discard_result(self, reading: Future[Validated]) -> None:
         if reading.exception() is None:
             self._discard(reading.result()[0].staged)
 

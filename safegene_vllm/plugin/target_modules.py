@@ -1,7 +1,7 @@
-"""Finds a vector's or an adapter's sites in the running model, and cuts pairs to this rank.
+"""Target modules of adapters and vectors in the running model, as vLLM fused and sharded them.
 
-For translating Hugging Face site names into the host's LoRA layers (fused and sharded as they
-are). Not for computing with them.
+Translates Hugging Face module names ("sites" in file formats) into vLLM's LoRA layers, and cuts
+LoRA weights to this rank.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from safegene_vllm.plugin import compat
 
 @dataclass(frozen=True)
 class TargetModule:
-    """Where a site lives: the host's LoRA layer, and which of its packed parts (None: all of it).
+    """Location of a site: vLLM's LoRA layer, and the packed part of it (None: the whole layer).
 
-    `name` is the host's name of the unpacked site, `layer_name` that of the layer holding it.
+    `name` is vLLM's name of the unpacked module, `layer_name` that of the layer that holds it.
     """
 
     name: str
@@ -29,11 +29,11 @@ class TargetModule:
 
 
 class TargetModuleMap:
-    """Site names of one model, as its LoRA manager wrapped it."""
+    """Target modules of one model, as its LoRA manager wrapped it."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        # The host's mapper also stacks (q_proj to qkv_proj); only its renames are wanted here.
+        # vLLM's mapper also stacks (q_proj to qkv_proj); only its renames are wanted here.
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         for unstacked in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.32, 0.28
             if hasattr(mapper, unstacked):
@@ -47,7 +47,7 @@ class TargetModuleMap:
         }
 
     def find(self, site: str) -> TargetModule | None:
-        """The place of `site`, or None if the engine has no LoRA layer there."""
+        """Return the location of `site`, or None if the engine has no LoRA layer there."""
         name, _ = compat.resolve("parse_fine_tuned_lora_name")(
             f"base_model.model.{site}.lora_A.weight", self._mapper
         )
@@ -59,42 +59,67 @@ class TargetModuleMap:
             return TargetModule(name, name, None)
         return None
 
-    def layer(self, place: TargetModule) -> Any:
-        return self._manager.modules[place.layer_name]
+    def unpacked(self, module: TargetModule, lora: LoRAWeights) -> dict[str, LoRAWeights]:
+        """Return the LoRA weights under vLLM's unpacked names.
 
-    def parts(self, place: TargetModule, lora: LoRAWeights) -> dict[str, LoRAWeights]:
-        """The pair under the host's unpacked names.
-
-        Usually one; but a site that is fused in the checkpoint (GLM-4's gate_up_proj) and two-part
-        in the host becomes two, sharing A. The host itself cannot load such an adapter.
+        Usually one entry. A module that is fused in the checkpoint (GLM-4's gate_up_proj) and has
+        two parts in vLLM becomes two entries that share A; vLLM itself cannot load such an adapter.
         """
-        layer = self.layer(place)
-        names = self._manager.packed_modules.get(place.layer_name, [])
-        if place.part is not None or len(layer.output_slices) != len(names):
-            return {place.name: lora}
+        layer = self._manager.modules[module.layer_name]
+        names = self._manager.packed_modules.get(module.layer_name, [])
+        if module.part is not None or len(layer.output_slices) != len(names):
+            return {module.name: lora}
         return dict(zip(names, split_rows(layer, lora), strict=True))
 
-    def global_shape(self, place: TargetModule) -> tuple[int, int] | None:
-        """(D_out, D_in) over all ranks, or None where the host does not tell."""
-        base = self.layer(place).base_layer
+    def global_shape(self, module: TargetModule) -> tuple[int, int] | None:
+        """Return (D_out, D_in) over all ranks, or None where vLLM does not know it."""
+        base = self._manager.modules[module.layer_name].base_layer
         d_in = int(base.input_size)
-        if place.part is None:
+        if module.part is None:
             return int(base.output_size), d_in
         sizes = getattr(base, "output_sizes", None)
-        return None if sizes is None else (int(sizes[place.part]), d_in)
+        return None if sizes is None else (int(sizes[module.part]), d_in)
+
+
+@dataclass(frozen=True)
+class EngineShape:
+    """Limits of an engine for LoRA weights: target modules, maximum rank, dtypes of model and slots."""
+
+    modules: TargetModuleMap
+    max_rank: int
+    dtypes: frozenset[torch.dtype]
+
+    def mismatches(self, lora_weights: Mapping[str, LoRAWeights]) -> list[str]:
+        """Return one line per site that this engine cannot apply."""
+        problems = []
+        for site, lora in lora_weights.items():
+            module = self.modules.find(site)
+            if module is None:
+                problems.append(
+                    f"{site} has no LoRA layer here (is it in --lora-target-modules? "
+                    "embeddings and lm_head are not supported)"
+                )
+                continue
+            shape = self.modules.global_shape(module)
+            if shape is not None and shape != (lora.d_out, lora.d_in):
+                problems.append(f"{site} is {shape} here, {(lora.d_out, lora.d_in)} in the file")
+            for dtype in sorted(self.dtypes, key=str):
+                if not lora.fits(dtype):
+                    problems.append(f"{site} overflows {dtype} with its scaling {lora.scaling:g}")
+        return problems
 
 
 def split_rows(layer: Any, lora: LoRAWeights) -> list[LoRAWeights]:
-    """One pair over a fused weight as one pair per part: B's rows by the parts' global widths."""
+    """Split LoRA weights of a fused layer by part: B's rows by the parts' global widths."""
     blocks = torch.split(lora.b, [int(n) for n in layer.base_layer.output_sizes])
     return [LoRAWeights(lora.a, block, lora.scaling) for block in blocks]
 
 
 def local_parts(layer: Any, parts: Mapping[int | None, LoRAWeights]) -> list[LoRAWeights | None]:
-    """The pairs of one layer, cut to this rank by the layer's own rule, in the layer's order.
+    """Cut one layer's LoRA weights to this rank by the layer's own rule, in the layer's order.
 
     Shapes: in, A (R, D_in), B (D_out, R) over all ranks; out, A (R, d_in), B (d_out, R) of this
-    rank. A part without a pair is None.
+    rank. None for a part without LoRA weights.
     """
     if None in parts and len(layer.output_slices) > 1:
         parts = dict(enumerate(split_rows(layer, parts[None])))
@@ -114,7 +139,7 @@ def local_parts(layer: Any, parts: Mapping[int | None, LoRAWeights]) -> list[LoR
 def stack_parts(
     parts: list[LoRAWeights | None], widths: tuple[int, ...], *, dtype: torch.dtype, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair for a whole packed layer, so that it costs two matrix products: A and Bᵀ.
+    """Stack the parts of a packed layer into one A and Bᵀ, so that it costs two matrix products.
 
     Semantics: A = [A_0; A_1; ...] (sum R, D_in); Bᵀ (sum R, sum widths) holds B_iᵀ in the columns
     of part i and the rows of its rank, and zeros elsewhere.

@@ -1,7 +1,7 @@
-"""Which tokens of the running step belong to which slot, worked out on the device.
+"""Batch metadata for the Triton kernels: the step's tokens by LoRA slot, computed on the device.
 
-For the kernels: unlike the host's own tables these include the tokens without an adapter, and
-making them never waits for the device. Not for gains: those are in the gain table.
+Unlike vLLM's own tables, these include the tokens without an adapter, and computing them never
+synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 BLOCKS = (16, 64)
-"""Tokens per tile: small steps and large ones (product.tier)."""
+"""Tokens per tile, for small and for large steps (triton_ops.TIERS)."""
 
 
 class BatchMetadata:
-    """Preallocated and updated in place, so that CUDA graphs see every step.
+    """Tokens of the running step by slot; preallocated and updated in place for CUDA graphs.
 
     `order` (T_max,) int32: token numbers grouped by slot, tokens without an adapter first.
-    `tiles[i]` (M_i, 3) int32, for tiles of BLOCKS[i] tokens of one slot: (slot, first place in
-    `order`, tokens). Tiles in use come first; the others have no tokens. Slot -1: no adapter.
+    `tiles[i]` (M_i, 3) int32, for tiles of BLOCKS[i] tokens of one slot: (slot, offset into
+    `order`, tokens). Tiles in use come first; the others have 0 tokens. Slot -1: no adapter.
     `idle` (1,) bool on the CPU: no token of the step has an adapter.
     """
 
@@ -35,13 +35,14 @@ class BatchMetadata:
         self._numbers = [torch.arange(t.shape[0], device=device) for t in self.tiles]
 
     def set_idle(self, idle: bool) -> None:
+        """Set whether no token of the step has an adapter."""
         self.idle.fill_(idle)
 
     def set_tokens(self, slots: torch.Tensor) -> None:
-        """In place: slots (T,) int64 of the step's tokens, -1 for no adapter, on the device.
+        """Set the step's slots in place: (T,) int64 on the device, -1 for no adapter.
 
-        Shapes depend on T alone and nothing is read back. Tokens past T belong to no tile: a padded
-        graph leaves their rows of y as they are.
+        Shapes depend on T alone and nothing is read back. Tokens past T belong to no tile, so a
+        padded graph does not change their rows of y.
         """
         ordered, order = torch.sort(slots, stable=True)
         self.order[: slots.shape[0]].copy_(order)
@@ -61,5 +62,5 @@ class BatchMetadata:
 
 
 def tile_count(tokens: int, slots: int, block: int) -> int:
-    """The most tiles that `tokens` tokens can need: every slot may end in a part of one."""
+    """Return the maximum number of tiles of `tokens` tokens: each slot may end in a partial tile."""
     return min(tokens, -(-tokens // block) + slots + 1)

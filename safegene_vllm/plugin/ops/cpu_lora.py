@@ -1,8 +1,8 @@
-"""The LoRA product on CPU: long runs of an adapter's tokens each, all slots at once for few.
+"""LoRA product on CPU: one product per long run of an adapter's tokens, one for all short ones.
 
-For replacing the host's CPU product, which gathers a copy of the weights per token and lets a token
-without an adapter (-1) use the last slot's. Not used on other devices, and not for embedding or
-lm_head adapters, which are refused before they get here.
+Replaces vLLM's CPU product, which copies the weights once per token. In vLLM 0.32 and earlier that
+product also applies the last slot's adapter to tokens without one (index -1). Other devices do not
+use this module; adapters on embeddings and lm_head are rejected before they get here.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 DENSE_TOKENS = 32
 DENSE_ROWS = 1056
-"""Up to so many tokens, and rows per part, all slots at once cost less than one product each."""
+"""Up to this many tokens, and rows per part, one product over all slots costs less than several."""
 RUN_TOKENS = 16
-"""From so many neighbouring tokens of one adapter on, they have a product of their own."""
-RESERVED = 32
-"""Rows per part kept for a vector, there or not: more for one of more than half that rank."""
+"""Minimum number of consecutive tokens of one adapter that get a product of their own."""
+RESERVED_ROWS = 32
+"""Minimum rows per part reserved for a vector, with or without one; twice the rank if larger."""
 
 
 class CpuBatchMetadata:
-    """Which tokens belong to which slot in the running step; preallocated, updated in place.
+    """Tokens of the running step by LoRA slot; preallocated, updated in place.
 
-    A prompt is a run of neighbouring tokens of one adapter; what decodes beside it is scattered.
+    A prompt is a run of consecutive tokens of one adapter; decoding sequences are scattered tokens.
 
-    `order` (T_max,) int64: numbers of the tokens with an adapter and in no long run, by slot, then
-    of those without an adapter.
-    `groups` (G, 3) int64: a row (slot, first token, tokens) per long run, then one (slot, offset
-    into order, tokens) per group of scattered tokens.
+    `order` (T_max,) int64: indices of the scattered tokens by slot, then of the tokens without an
+    adapter.
+    `groups` (G, 3) int64: one row (slot, first token, tokens) per long run, then one row (slot,
+    offset into order, tokens) per group of scattered tokens.
     `counts` (6,) int64: tokens, long runs, scattered tokens, their groups, tokens without an
-    adapter, and tokens that share one product over all slots: all of a short step, or the scattered
-    ones if they are few, or none.
+    adapter, and tokens that share one product over all slots (all tokens of a short step, or the
+    scattered ones if they are few, or none).
 
-    For the tokens that share one product, over the K = S R + P rows of a StackedLoRAWeights:
-    `others` (DENSE_TOKENS, 1, K) bool: True in the columns of other slots than a token's own.
-    `silent` (L, DENSE_TOKENS, 1, K) bool: the same, for layers with a vector, and True in its
-    columns where the gain is 0.
-    `scales` (L, DENSE_TOKENS, 1, K) of the adapters' dtype: 1 in the slots' columns, in the
-    vector's what each layer's float32 gain is in this dtype, and then what is left of it. For
-    float16, which has not the range of a gain, it is float32. `vector` is the largest rank of one,
-    `table` has its gains.
+    For the tokens of the shared product, over the K = S R + P rows of StackedLoRAWeights:
+    `others` (DENSE_TOKENS, 1, K) bool: True in the columns of slots other than the token's own.
+    `silent` (L, DENSE_TOKENS, 1, K) bool: the same, for layers with a vector, and True in the
+    vector's columns where the gain is 0.
+    `scales` (L, DENSE_TOKENS, 1, K): 1 in the slots' columns; in the vector's columns the gain
+    rounded to the adapters' dtype, and for the vector's second copy the rounding error. float32 if
+    the adapters are float16, whose range is too small for a gain.
+
+    `vector_rank` is the largest rank of the vector, `layers` the number of layers in the gain table
+    (0 without one).
     """
 
     def __init__(
@@ -55,30 +57,26 @@ class CpuBatchMetadata:
         max_tokens: int,
         *,
         dtype: torch.dtype,
-        vector: int = 0,
-        table: GainTable | None = None,
+        vector_rank: int = 0,
+        layers: int = 0,
     ) -> None:
-        self.reserved = max(RESERVED, 2 * vector)
-        self._table = table
+        self.reserved = max(RESERVED_ROWS, 2 * vector_rank)
         self._rows = slots * rank
         rows = self._rows + self.reserved
-        layers = 0 if table is None else table.token_gains.shape[0]
-        self.most_shared = DENSE_TOKENS if rows <= DENSE_ROWS else 0
-        columns = rows if self.most_shared else 0
-        self.others = torch.zeros(self.most_shared, 1, columns, dtype=torch.bool)
+        self.max_shared = DENSE_TOKENS if rows <= DENSE_ROWS else 0
+        columns = rows if self.max_shared else 0
+        self.others = torch.zeros(self.max_shared, 1, columns, dtype=torch.bool)
         scale = torch.float32 if dtype == torch.float16 else dtype
-        self.scales = torch.ones(layers, self.most_shared, 1, columns, dtype=scale)
+        self.scales = torch.ones(layers, self.max_shared, 1, columns, dtype=scale)
         self.silent = torch.zeros_like(self.scales, dtype=torch.bool)
         self._shared = torch.zeros(0, dtype=torch.long)
-        if table is not None:
-            table.followers.append(self.spread)
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         self.groups = torch.zeros(max_tokens // RUN_TOKENS + slots, 3, dtype=torch.long)
         self.counts = torch.zeros(6, dtype=torch.long)
         self._columns = torch.arange(slots).repeat_interleave(rank)
 
     def set_tokens(self, slots: torch.Tensor) -> None:
-        """In place: slots (T,) int64 of the step's tokens."""
+        """Set the step's slots in place: (T,) int64, -1 for no adapter. Call set_gains after it."""
         count = slots.shape[0]
         values, sizes = torch.unique_consecutive(slots, return_counts=True)
         short = (sizes < RUN_TOKENS) & (values >= 0)
@@ -92,55 +90,54 @@ class CpuBatchMetadata:
         groups = _rows(values, sizes, 1)
         rows = torch.tensor([*runs, *groups], dtype=torch.long).view(-1, 3)
         self.groups[: len(rows)].copy_(rows)
-        shared = slots if count <= self.most_shared and len(rows) else ordered
-        self._shared = shared if len(shared) <= self.most_shared else shared[:0]
-        found = (count, len(runs), len(order), len(groups), len(free), len(self._shared))
-        self.counts.copy_(torch.tensor(found))
+        shared = slots if count <= self.max_shared and len(rows) else ordered
+        self._shared = shared if len(shared) <= self.max_shared else shared[:0]
+        counts = (count, len(runs), len(order), len(groups), len(free), len(self._shared))
+        self.counts.copy_(torch.tensor(counts))
         if count := len(self._shared):
-            here = self._shared.unsqueeze(1) != self._columns
-            self.others[:count, 0, : self._rows] = here
-            self.silent[:, :count, 0, : self._rows] = here
+            other_slots = self._shared.unsqueeze(1) != self._columns
+            self.others[:count, 0, : self._rows] = other_slots
+            self.silent[:, :count, 0, : self._rows] = other_slots
 
-    def spread(self) -> None:
-        """In place: the gains of the shared product's tokens, as the table has them now."""
+    def set_gains(self, rows: torch.Tensor) -> None:
+        """Lay out the gains of the shared product's tokens in place; rows as in GainTable."""
         count = len(self._shared)
-        if self._table is None or not count:
+        if not count:
             return
-        gains = self._table.rows.index_select(0, self._shared + 1).t().unsqueeze(2)
-        high = gains.to(self.scales.dtype)
+        gains = rows.index_select(0, self._shared + 1).t().unsqueeze(2)
+        rounded = gains.to(self.scales.dtype)
         vector = self.scales[:, :count, 0, self._rows :]
         half = self.reserved // 2
-        vector[:, :, :half] = high
-        vector[:, :, half:] = (gains - high.float()).to(self.scales.dtype)
+        vector[:, :, :half] = rounded
+        vector[:, :, half:] = (gains - rounded.float()).to(self.scales.dtype)
         torch.eq(vector, 0.0, out=self.silent[:, :count, 0, self._rows :])
 
 
-def _rows(values: torch.Tensor, sizes: torch.Tensor, least: int) -> list[tuple[int, ...]]:
-    """(slot, where it begins, size) of every stretch of an adapter with `least` tokens."""
-    found: list[tuple[int, ...]] = []
+def _rows(values: torch.Tensor, sizes: torch.Tensor, min_size: int) -> list[tuple[int, ...]]:
+    """Return (slot, begin, size) of every stretch of an adapter of at least `min_size` tokens."""
+    rows: list[tuple[int, ...]] = []
     begin = 0
     for slot, size in zip(values.tolist(), sizes.tolist(), strict=True):
-        if slot >= 0 and size >= least:
-            found.append((slot, begin, size))
+        if slot >= 0 and size >= min_size:
+            rows.append((slot, begin, size))
         begin += size
-    return found
+    return rows
 
 
 class StackedLoRAWeights:
-    """One layer's adapters of all slots, and room for its vector, laid out for few products.
+    """One layer's adapters of all slots and its vector, laid out for few matrix products.
 
-    Part i of n (q, k and v of one layer) owns a block of K = S R + P rows in `a` (n K, D_in) and
-    `b[i]` (K, width_i): every slot's R rows, then P for the vector. P is there, as zeros, without a
-    vector too: the products then have the same shapes, and so the same rounding, with and without.
-    The vector lies there twice, P / 2 rows apart: what a bfloat16 cannot hold of its gain scales
-    its second copy. The host goes on writing through its own names: they become views of this
-    storage.
+    Part i of n (q, k and v of one layer) owns K = S R + P rows of `a` (n K, D_in) and of `b[i]`
+    (K, width_i): R rows per slot, then P for the vector. The P rows exist (as zeros) without a
+    vector too, so that the products have the same shapes, and the same rounding, with and without.
+    The vector is stored twice, P / 2 rows apart: the second copy is scaled by the part of the gain
+    that a bfloat16 cannot hold. vLLM's own stacked tensors become views of this storage.
 
     `picks` (S, n, R + V) int64: for each slot the rows of `a` that are its own, then the vector's;
     V is the vector's rank here, 0 without one.
     """
 
-    def __init__(self, layer: Any, reserved: int = RESERVED) -> None:
+    def __init__(self, layer: Any, reserved: int = RESERVED_ROWS) -> None:
         stacked_a, stacked_b = layer.lora_a_stacked, layer.lora_b_stacked
         self.layer = layer
         self.slots, _, self.rank, self.d_in = stacked_a[0].shape
@@ -156,27 +153,27 @@ class StackedLoRAWeights:
         self.layer.lora_a_stacked = tuple(part[:rows].view(shape) for part in blocks)
         self.layer.lora_b_stacked = tuple(part[:rows].view(shape).mT for part in self.b)
 
-    def _picks(self, vector: int) -> torch.Tensor:
+    def _picks(self, vector_rank: int) -> torch.Tensor:
         own = torch.arange(self.slots * self.rank).view(self.slots, self.rank)
-        behind = own.numel() + torch.arange(vector).expand(self.slots, vector)
+        vector = own.numel() + torch.arange(vector_rank).expand(self.slots, vector_rank)
         block = torch.arange(len(self.widths)).view(-1, 1) * (own.numel() + self.reserved)
-        return torch.cat([own, behind], dim=1).unsqueeze(1) + block
+        return torch.cat([own, vector], dim=1).unsqueeze(1) + block
 
-    def set_safety(self, parts: Sequence[LoRAWeights | None]) -> int:
-        """Put the vector behind the slots; the bytes of one copy."""
-        vector = max(p.rank for p in parts if p is not None)
-        assert 2 * vector <= self.reserved
-        self.picks = self._picks(vector)
+    def set_vector(self, parts: Sequence[LoRAWeights | None]) -> int:
+        """Store the vector after the slots; return the bytes of one copy."""
+        rank = max(p.rank for p in parts if p is not None)
+        assert 2 * rank <= self.reserved
+        self.picks = self._picks(rank)
         for rows, b, lora in zip(self.vector_rows(), self.b, parts, strict=True):
             if lora is None:
                 continue
             for begin in (0, self.reserved // 2):
                 rows[begin:][: lora.rank] = lora.a
                 b[self.slots * self.rank + begin :][: lora.rank] = lora.b.t()
-        return vector * (len(parts) * self.d_in + sum(self.widths)) * self.a.itemsize
+        return rank * (len(parts) * self.d_in + sum(self.widths)) * self.a.itemsize
 
     def vector_rows(self) -> torch.Tensor:
-        """The vector's share of `a`, as a view (n, P, D_in)."""
+        """Return the vector's rows of `a` as a view (n, P, D_in)."""
         return self.a.view(len(self.widths), -1, self.d_in)[:, self.slots * self.rank :]
 
 
@@ -194,14 +191,14 @@ def lora_linear(
     gain: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> None:
-    """Add every token's own adapter, and the vector by its gain, to a layer's output, in place.
+    """Add every token's own adapter and its share of the vector to a layer's output, in place.
 
-    Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t, nothing
-    for a token without one; and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's pair.
-    Shapes: y (T, sum widths), x (T, D_in); a, b and picks as in StackedLoRAWeights with `rank` rows for each
-    slot; others, order, groups and counts as in CpuBatchMetadata; gain (T_max, 1) float32 and the layer's
-    share of CpuBatchMetadata.scales, with its share of CpuBatchMetadata.silent for others; or None, and others, for
-    a layer without a vector.
+    Semantics: for each part i: y[t, part i] += (x[t] A[s]_iᵀ) B[s]_iᵀ with s the slot of t (nothing
+    for a token without one), and y[t, part i] += gain[t] (x[t] A_iᵀ) B_iᵀ with the vector's A, B.
+    Shapes: y (T, sum widths), x (T, D_in); a, b, picks: see StackedLoRAWeights, `rank` rows per
+    slot; order, groups, counts: see CpuBatchMetadata. For a layer with a vector, gain (T_max, 1)
+    float32, and others and scale are its layer of CpuBatchMetadata.silent and .scales; for one
+    without, gain and scale are None and others is CpuBatchMetadata.others.
     A row of y depends on its own row of x, its own slot and its own gain alone.
     """
     tokens, runs, scattered, stretches, free, shared = counts.tolist()
@@ -236,7 +233,7 @@ def lora_linear(
 
 
 def _other_count(y: torch.Tensor, x: torch.Tensor, tokens: int, *step: Any) -> None:
-    """A padded pass computes more tokens than the step has, and a warm-up may compute fewer."""
+    """Handle a padded pass (more tokens than the step has) and a warm-up pass (fewer)."""
     if x.shape[0] > tokens:
         lora_linear(y[:tokens], x[:tokens], *step)
         return
@@ -247,7 +244,7 @@ def _other_count(y: torch.Tensor, x: torch.Tensor, tokens: int, *step: Any) -> N
 
 
 def _gain_of(gain: torch.Tensor | None, token: int) -> float:
-    """All tokens of a slot have one gain, and so have those without an adapter."""
+    # All tokens of a slot have the same gain, and so have those without an adapter.
     return 0.0 if gain is None else gain[token].item()
 
 
@@ -260,10 +257,10 @@ def _own(
     picks: torch.Tensor,
     gain: float,
 ) -> None:
-    """Tokens of one slot: y (T, sum widths) += x (T, D_in) through its rows, in place.
+    """Add the product of one slot's tokens: y (T, sum widths) += x (T, D_in) through its rows.
 
-    With a gain the vector's rows stand beside the adapter's, so that y is written once for both;
-    copying them together costs less. Without one, nothing of the vector is touched.
+    With a gain, the vector's rows are copied next to the adapter's so that y is written once for
+    both. Without one, the vector is not read.
     """
     if gain:
         _picked(y, x, a, b, picks, rank, gain)
@@ -284,7 +281,7 @@ def _picked(
     rank: int,
     gain: float,
 ) -> None:
-    """The product with these rows (n, R) of the store alone; from `rank` on they are scaled."""
+    """Add the product with the given rows (n, R) of a and b; those from `rank` on are scaled."""
     n, width = picks.shape
     hidden = torch.nn.functional.linear(x, a.index_select(0, picks.flatten()))
     hidden = hidden.view(-1, n, width)
@@ -301,14 +298,14 @@ def _dense(
     others: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> None:
-    """Few tokens: every slot and the vector at once, then only what is each token's own.
+    """Add the product of few tokens: all slots and the vector at once, masked to each token's own.
 
-    Other slots' columns, and the vector's at gain 0, are set to zero, not multiplied: an overflow
-    there must not become NaN here. All slots, not those in use: the products' shapes, and so their
-    rounding, must not depend on neighbours.
+    All slots, not those in use: the shapes of the products, and so their rounding, must not depend
+    on the neighbors in the batch.
     """
     tokens = x.shape[0]
     hidden = torch.nn.functional.linear(x, a).view(tokens, len(b), -1)
+    # Set to zero, not multiplied by it: an overflow in another slot must not become NaN here.
     hidden.masked_fill_(others.narrow(0, 0, tokens), 0.0)
     if scale is not None:
         hidden.mul_(scale.narrow(0, 0, tokens))
@@ -316,7 +313,7 @@ def _dense(
 
 
 def _expand(y: torch.Tensor, hidden: torch.Tensor, b: list[torch.Tensor]) -> None:
-    """y (T, sum widths) += hidden (T, n, K), part by part, with B_i (K, width_i); in place."""
+    """Add hidden (T, n, K) times B_i (K, width_i) to y (T, sum widths), part by part, in place."""
     start = 0
     for i, weight in enumerate(b):
         width = weight.shape[1]
@@ -335,28 +332,27 @@ _LIBRARY.impl("lora_linear", lambda *args: None, "Meta")
 
 
 class CpuPunica(PunicaProxy):
-    """A layer's punica wrapper on CPU: our LoRA product, with the safety product in the same call.
+    """Punica wrapper of one layer on CPU: our LoRA product and the safety product in one call.
 
-    In a compiled graph the product is one opaque operator, so that the graph never bakes in which
-    tokens belong to whom. `add_lora_embedding` and `add_lora_logits` do nothing: see the module's
-    docstring.
+    In a compiled graph the product is one opaque operator, so that the graph does not bake in which
+    tokens belong to which slot.
     """
 
-    def __init__(self, inner: Any, plan: CpuBatchMetadata, layer: Any | None = None) -> None:
+    def __init__(self, inner: Any, batch: CpuBatchMetadata, layer: Any | None = None) -> None:
         super().__init__(inner)
-        self.plan = plan
-        self.store = None if layer is None else StackedLoRAWeights(layer, plan.reserved)
+        self.batch = batch
+        self.weights = None if layer is None else StackedLoRAWeights(layer, batch.reserved)
         self.gain: torch.Tensor | None = None
         self.scale: torch.Tensor | None = None
-        self.others = plan.others
+        self.others = batch.others
 
-    def place(self, parts: Sequence[LoRAWeights | None], table: GainTable, number: int) -> int:
-        """Give a layer of this number its share of the vector, by part; the share's bytes."""
-        assert self.store is not None
-        self.gain = table.token_gains[number]
-        self.scale = self.plan.scales[number]
-        self.others = self.plan.silent[number]
-        return self.store.set_safety(parts)
+    def set_vector(self, parts: Sequence[LoRAWeights | None], table: GainTable, layer: int) -> int:
+        """Store this layer's part of the vector; return its bytes."""
+        assert self.weights is not None
+        self.gain = table.token_gains[layer]
+        self.scale = self.batch.scales[layer]
+        self.others = self.batch.silent[layer]
+        return self.weights.set_vector(parts)
 
     def add_lora_linear(
         self,
@@ -368,28 +364,30 @@ class CpuPunica(PunicaProxy):
         output_slices: Any,
         **kwargs: Any,
     ) -> None:
-        """The host's contract: y (T, D_out) is changed in place."""
-        store, plan = self.store, self.plan
-        assert store is not None
+        """Update y (T, D_out) in place, as vLLM's wrapper does."""
+        weights, batch = self.weights, self.batch
+        assert weights is not None
         compiling = torch.compiler.is_compiling()
         product = torch.ops.safegene.lora_linear if compiling else lora_linear
         product(
             y,
             x,
-            store.a,
-            store.b,
-            store.rank,
-            store.picks,
+            weights.a,
+            weights.b,
+            weights.rank,
+            weights.picks,
             self.others,
-            plan.order,
-            plan.groups,
-            plan.counts,
+            batch.order,
+            batch.groups,
+            batch.counts,
             self.gain,
             self.scale,
         )
 
+    # Adapters on embeddings and lm_head are rejected, and vLLM's CPU product is not exact for -1.
+
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Do nothing: no adapter has embedding weights."""
 
     def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        """Do nothing: no adapter has lm_head weights."""

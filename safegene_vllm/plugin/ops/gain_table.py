@@ -1,13 +1,12 @@
-"""The gain table: one resident vector per worker, scaled per token by its tenant's coefficients.
+"""Gain table: per-slot, per-layer coefficients of the one resident safety vector.
 
-For the default way of application. The vector lives once beside each LoRA layer; a table of gains
-on the device says how much of it each slot gets. A coefficient change writes one row. Not for the
-tenants' own LoRA product: that is the host's, or on CPU segment.py, where few tokens share both.
+The vector is stored once per LoRA layer; the table says how much of it each LoRA slot gets, so a
+coefficient change writes one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,52 +15,50 @@ from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 
 class GainTable:
-    """Gains of all slots: `rows` (S + 1, L) float32 on the device; row 0 is 'no adapter'.
+    """Gains of all LoRA slots, and of the tokens of the running step.
 
-    Derived from it, for the running step: `token_gains` (L, T_max, 1) float32, each token's gain in
-    each layer. Both are preallocated and updated in place, so compiled graphs and CUDA graphs see
-    every change; `followers` are called after each.
+    `rows` (S + 1, L) float32 on the device; row 0 is "no adapter", row s + 1 is slot s.
+    `token_gains` (L, T_max, 1) float32: each token's gain in each layer, derived from `rows`.
+    Both are preallocated and updated in place, so compiled graphs and CUDA graphs see every change.
 
     `base` (L,) bool on the CPU: whether tokens without an adapter ever had a gain in a layer. A
-    CUDA graph keeps what it found there, so row 0 is written before any is captured.
+    CUDA graph keeps the value it was captured with, so row 0 is written before any capture.
     """
 
     def __init__(self, slots: int, layers: int, max_tokens: int, device: Any) -> None:
         self.rows = torch.zeros(slots + 1, layers, dtype=torch.float32, device=device)
         self.token_gains = torch.zeros(layers, max_tokens, 1, dtype=torch.float32, device=device)
         self.base = torch.zeros(layers, dtype=torch.bool)
-        self.tokens = max_tokens
+        self.max_tokens = max_tokens
         self._token_rows = torch.zeros(max_tokens, dtype=torch.long, device=device)
         self._tokens = 0
-        self.followers: list[Callable[[], None]] = []
 
     def write(self, slot: int, coefficients: Sequence[float]) -> None:
-        """In place: the row of `slot` (-1: no adapter). Touches no other row."""
+        """Write the row of `slot` (-1: no adapter) in place; other rows are not touched."""
         row = torch.tensor(coefficients, dtype=torch.float32)
         self.rows[slot + 1].copy_(row)
         if slot == -1:
             self.base |= row != 0.0
-        self._spread()
+        self._refresh_token_gains()
 
     def read(self, slot: int) -> list[float]:
-        """The row of `slot` as the device holds it (waits for the device)."""
+        """Return the row of `slot` as the device holds it; synchronizes with the device."""
         return [float(v) for v in self.rows[slot + 1].cpu()]
 
     def set_tokens(self, slots: torch.Tensor) -> None:
-        """In place: slots (T,) int64 of the step's tokens, -1 for no adapter.
+        """Set the step's slots in place: (T,) int64, -1 for no adapter.
 
-        Tokens past T keep an older step's gains: a padded graph computes them, nobody reads them.
+        Gains of tokens past T are left as they are: a padded graph computes them, and their output
+        is discarded.
         """
         self._tokens = slots.shape[0]
         torch.add(slots, 1, out=self._token_rows[: self._tokens])
-        self._spread()
+        self._refresh_token_gains()
 
-    def _spread(self) -> None:
-        """Semantics: token_gains[l, t] = rows[token_rows[t], l], once a step, not once a layer."""
+    def _refresh_token_gains(self) -> None:
+        """Semantics: token_gains[l, t] = rows[token_rows[t], l]; once a step, not once a layer."""
         gains = self.token_gains[:, : self._tokens, 0]
         gains.copy_(self.rows.index_select(0, self._token_rows[: self._tokens]).t())
-        for follow in self.followers:
-            follow()
 
 
 def add_safety(
@@ -75,15 +72,12 @@ def add_safety(
     A gain of 0.0 adds exact zeros. Every row of y depends on its own row of x alone.
     """
     hidden = torch.nn.functional.linear(x, a)
-    hidden.mul_(gain[: x.shape[0]])  # in float32, rounded once
+    hidden.mul_(gain[: x.shape[0]])  # multiplied in float32, rounded once
     y.addmm_(hidden, bt)
 
 
 class GainPunica(PunicaProxy):
-    """A layer's punica wrapper that runs the host's LoRA product, then adds the safety product.
-
-    One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
-    """
+    """Punica wrapper of one layer with a vector: vLLM's LoRA product, then the safety product."""
 
     def __init__(self, inner: Any, a: torch.Tensor, bt: torch.Tensor, gain: torch.Tensor) -> None:
         super().__init__(inner)
@@ -101,7 +95,7 @@ class GainPunica(PunicaProxy):
         output_slices: Any,
         **kwargs: Any,
     ) -> Any:
-        """The host's contract: y (T, D_out) is changed in place."""
+        """Update y (T, D_out) in place, as vLLM's wrapper does."""
         out = self.inner.add_lora_linear(
             y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
         )

@@ -1,6 +1,6 @@
-"""One layer's share of the vector as the kernels read it, and what kind of layer it is.
+"""One layer's part of the vector as the kernels read it, and the layer's shape.
 
-Plain data, so that the plugin can make it where Triton is not installed.
+Plain data without a dependency on Triton.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One kind of layer: output widths by part, D_in, the adapters' rank R, the vector's R'."""
+    """Shape of a layer: output widths by part, D_in, the adapters' rank R, the vector's rank R'."""
 
     widths: tuple[int, ...]
     d_in: int
@@ -35,10 +35,10 @@ class LayerShape:
     safety_rank: int
 
     def small(self) -> LayerShape:
-        """The same alignment and ranks, at most 271 columns a part and 2,063 inputs."""
+        """Return a shape of the same alignment and ranks, at most 271 columns a part and 2,063 inputs."""
         widths = tuple(_cut(width, 256) for width in self.widths)
         return LayerShape(widths, _cut(self.d_in, 2048), self.rank, self.safety_rank)
 
 
-def _cut(size: int, most: int) -> int:
-    return size if size <= most else most + size % 16
+def _cut(size: int, limit: int) -> int:
+    return size if size <= limit else limit + size % 16

@@ -1,9 +1,4 @@
-"""The fused GPU product: whether an engine's layers may use it, and its place in the host.
-
-For CUDA devices; the kernels themselves are safegene_vllm/kernels. Where they cannot be used the
-plain product (gain.GainPunica) is, and the receipt says why. Not for CPU: segment.py. MetadataPunica,
-by which every product hears of the host's steps, is here for it needs this one's by name.
-"""
+"""LoRA product on CUDA with the vector in the same two launches, and the choice to use it."""
 
 from __future__ import annotations
 
@@ -22,42 +17,20 @@ from safegene_vllm.plugin.ops.punica_proxy import PunicaProxy
 
 logger = logging.getLogger("vllm.safegene")
 
-
-class BatchMetadataUpdater(BatchMetadata):
-    """The token plan as a listener of the host's steps."""
-
-    def begin(self, mapping: Any) -> None:
-        """mapping is the host's LoRAMapping: one adapter id per token, 0 for none, on the CPU."""
-        self.set_idle(not any(mapping.index_mapping))
-
-
-class MetadataPunica(PunicaProxy):
-    """The host's punica wrapper, telling the gain table and the CPU product of every new step."""
-
-    def __init__(self, inner: Any, listeners: list[Any]) -> None:
-        super().__init__(inner)
-        self.listeners = listeners
-
-    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        self.inner.update_metadata(*args, **kwargs)
-        for listener in self.listeners:
-            if isinstance(listener, BatchMetadataUpdater):
-                listener.begin(kwargs["mapping"] if "mapping" in kwargs else args[0])
-            listener.set_tokens(self.inner.token_lora_indices)
+Layers = Mapping[str, tuple[Any, Sequence[LoRAWeights | None]]]
+"""Layers with a vector by name: vLLM's LoRA layer, and the vector's weights by part."""
 
 
 class TritonPunica(PunicaProxy):
-    """A layer's punica wrapper whose LoRA product carries the safety product in its launches.
+    """Punica wrapper of one layer with a vector: both products in the same launches."""
 
-    One per layer with a vector, given to it with `set_mapping`; everything else goes to the host.
-    """
-
-    def __init__(self, inner: Any, site: LayerWeights, plan: BatchMetadata) -> None:
+    def __init__(self, inner: Any, weights: LayerWeights, batch: BatchMetadata) -> None:
+        # Triton is installed only where the kernels can run.
         from safegene_vllm.plugin.ops.triton_ops import add_product
 
         super().__init__(inner)
-        self.site = site
-        self.plan = plan
+        self.weights = weights
+        self.batch = batch
         self._add = add_product
 
     def add_lora_linear(
@@ -72,21 +45,22 @@ class TritonPunica(PunicaProxy):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """The host's contract: y (T, D_out) is changed in place.
+        """Update y (T, D_out) in place, as vLLM's wrapper does.
 
-        Errors: VllmCompatibilityError where y is to be overwritten (dual stream, which is refused at start).
+        Errors: VllmCompatibilityError where y is to be overwritten (dual stream, rejected at start).
         """
         if not add_inputs:
             raise VllmCompatibilityError(
-                "the host asks for a LoRA product that is not added to the output."
+                "vLLM asks for a LoRA product that is not added to the output; unset "
+                "VLLM_LORA_ENABLE_DUAL_STREAM."
             )
         self._add(
             y.view(-1, y.shape[-1]),
             x.reshape(-1, x.shape[-1]),
             lora_a_stacked,
             lora_b_stacked,
-            self.site,
-            self.plan,
+            self.weights,
+            self.batch,
             scale,
         )
 
@@ -94,9 +68,9 @@ class TritonPunica(PunicaProxy):
 def safety_lora(
     parts: Sequence[LoRAWeights | None], widths: Sequence[int], *, dtype: torch.dtype, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's vector as the kernels read it: A (n R', D_in) and B (sum widths, R').
+    """Pack one layer's vector for the kernels: A (n R', D_in) and B (sum widths, R').
 
-    R' is the largest rank of its parts; smaller ones and missing parts are filled with zeros.
+    R' is the largest rank of its parts; smaller and missing parts are filled with zeros.
     """
     present = [p for p in parts if p is not None]
     rank, d_in = max(p.rank for p in present), present[0].d_in
@@ -111,22 +85,22 @@ def safety_lora(
     return a.flatten(0, 1), b
 
 
-def choose(
+def choose_layers(
     setting: str,
     device: torch.device,
     dtype: torch.dtype,
-    layers: Mapping[str, tuple[Any, Sequence[LoRAWeights | None]]],
+    layers: Layers,
     check: Callable[..., str | None] | None = None,
 ) -> tuple[set[str], tuple[str, ...]]:
-    """The layers that use the kernels, of those with a vector (name: layer, its pairs by part).
+    """Choose the layers that use the kernels; return their names and notes for the receipt.
 
-    `setting` is auto (use them where they prove right), triton (use them, or do not start) or torch
-    (never). Returns the names, and notes for the receipt wherever that is not all of them.
+    `setting` is auto (use the kernels where they pass the self-test), triton (use them or do not
+    start) or torch (never). There is a note wherever not all layers use them.
 
-    Errors: VllmCompatibilityError naming what is in the way, if the setting is triton.
+    Errors: VllmCompatibilityError listing the reasons, if the setting is triton.
     """
     reasons: list[str] = []
-    fused: dict[str, tuple[Any, Sequence[LoRAWeights | None]]] = {}
+    chosen: Layers = {}
     if setting == "torch":
         reasons.append("safegene.kernels = 'torch'")
     elif device.type != "cuda":
@@ -136,29 +110,29 @@ def choose(
     elif importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed")
     else:
-        faults = {name: _unsupported(layer, dtype) for name, (layer, _) in layers.items()}
-        reasons += [f"{name}: {fault}" for name, fault in faults.items() if fault]
-        fused = {name: layers[name] for name, fault in faults.items() if not fault}
-        fault = None if not fused else _check(fused, device, dtype, check)
-        if fault is not None:
-            fused = {}
-            reasons.append(f"the kernels disagree with the reference on this device: {fault}")
+        unsupported = {name: _unsupported(layer, dtype) for name, (layer, _) in layers.items()}
+        reasons += [f"{name}: {reason}" for name, reason in unsupported.items() if reason]
+        chosen = {name: layers[name] for name, reason in unsupported.items() if not reason}
+        failure = _self_test(chosen, device, dtype, check) if chosen else None
+        if failure is not None:
+            chosen = {}
+            reasons.append(f"the kernels disagree with the reference on this device: {failure}")
     if reasons and setting == "triton":
         raise VllmCompatibilityError(
-            "safegene.kernels = 'triton' cannot be honoured: " + "; ".join(reasons[:5]) + ". Use "
+            "safegene.kernels = 'triton' cannot be honored: " + "; ".join(reasons[:5]) + ". Use "
             "'auto' to serve with the plain product where the kernels cannot be used."
         )
     if not reasons:
-        return set(fused), ()
-    note = f"gain table without kernels on {len(layers) - len(fused)} of {len(layers)} layers: "
+        return set(chosen), ()
+    note = f"gain table without kernels on {len(layers) - len(chosen)} of {len(layers)} layers: "
     note += "; ".join(reasons[:5])
     if setting == "auto":
         logger.warning("%s", note)
-    return set(fused), (note,)
+    return set(chosen), (note,)
 
 
 def _unsupported(layer: Any, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot compute this layer's product; None where they can."""
+    """Return why the kernels cannot compute this layer's product; None where they can."""
     from safegene_vllm.plugin.ops.triton_ops import MAX_PARTS
 
     stacked = (*layer.lora_a_stacked, *layer.lora_b_stacked)
@@ -171,16 +145,14 @@ def _unsupported(layer: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _check(
-    layers: Mapping[str, tuple[Any, Sequence[LoRAWeights | None]]],
+def _self_test(
+    layers: Layers,
     device: torch.device,
     dtype: torch.dtype,
     check: Callable[..., str | None] | None,
 ) -> str | None:
     if check is None:
-        from safegene_vllm.plugin.ops.self_test import check as ours
-
-        check = ours
+        from safegene_vllm.plugin.ops.self_test import check
     shapes = [
         LayerShape(
             tuple(b.shape[2] for b in layer.lora_b_stacked),

@@ -1,7 +1,6 @@
-"""A LoRA layer's product on a GPU: every token's adapter and its share of the vector, two launches.
+"""LoRA product of one layer on CUDA: every token's adapter and its share of the vector.
 
-For the layers that carry the vector; as many launches as the host needs for the adapters alone,
-less the one that zeroes its buffer. Not for choosing whether to use it: plugin/ops/triton_lora.py.
+Two launches, as many as vLLM needs for the adapters alone less the one that zeroes its buffer.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from safegene_vllm.plugin.ops.batch_metadata import BLOCKS, BatchMetadata, tile_
 from safegene_vllm.plugin.ops.layer_weights import LayerWeights
 
 MAX_PARTS = 3
-"""Parts of a packed projection (q, k, v) that the programs have arguments for."""
+"""Parts of a packed projection (q, k, v) that the kernels have arguments for."""
 
 
 @dataclass(frozen=True)
 class Tier:
-    """How steps of up to `tokens` tokens are cut: D_in in `split` shares, tiles of a block."""
+    """Tiling of steps of up to `tokens` tokens: D_in in `split` parts, tiles of BLOCKS[block]."""
 
     tokens: int
     block: int
@@ -30,15 +29,16 @@ class Tier:
 
 
 TIERS = (Tier(256, 0, 8), Tier(1024, 1, 4), Tier(1 << 62, 1, 1))
-"""`block` indexes BLOCKS. Three, so that all of them can be compiled before the first request."""
+"""Few enough that all of them are compiled before the first request."""
 
 
 def tier(tokens: int) -> Tier:
+    """Return the tiling of a step of `tokens` tokens."""
     return next(t for t in TIERS if tokens <= t.tokens)
 
 
 def launch(program: Any, grid: int, *args: Any, **meta: Any) -> None:
-    """Every launch of this module goes through here: `grid` blocks of one Triton program."""
+    """Launch `grid` blocks of one Triton kernel; every launch of this module goes through here."""
     program[(grid,)](*args, **meta)
 
 
@@ -59,10 +59,10 @@ def lora_linear(
 ) -> None:
     """Add every token's own adapter and its share of the vector to a layer's output, in place.
 
-    Semantics and shapes: reference.expected; order, tiles and idle are those of BatchMetadata.
-    base () bool on the CPU: whether tokens without an adapter have a gain here. Where they have
-    none and no token has an adapter, nothing is launched; which other tiles have nothing to do is
-    decided on the device. Everything is one dtype; x and y are dense in their last dimension.
+    Semantics and shapes: see reference.expected; order, tiles, idle: see BatchMetadata.
+    base () bool on the CPU: whether tokens without an adapter have a gain in this layer. If they
+    have none and no token has an adapter, nothing is launched; other empty tiles are skipped on the
+    device. All tensors have one dtype; x and y are contiguous in their last dimension.
     """
     tokens, d_in = x.shape
     if tokens == 0 or (bool(idle.item()) and not bool(base.item())):
@@ -110,12 +110,12 @@ def lora_linear(
 
 
 def _block(columns: int) -> int:
-    """Columns per program: the power of two that holds them all, within what a dot can take."""
+    """Return the columns per program: a power of two within what `tl.dot` accepts."""
     return min(64, max(16, 1 << (columns - 1).bit_length()))
 
 
 def _three(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Arguments of parts that are not there repeat the first; the programs never look at them."""
+    """Pad to three arguments by repeating the first; the kernels do not read the padding."""
     return (*values, *[values[0]] * (MAX_PARTS - len(values)))
 
 
@@ -124,27 +124,27 @@ def add_product(
     x: torch.Tensor,
     a: Sequence[torch.Tensor],
     b: Sequence[torch.Tensor],
-    site: LayerWeights,
-    plan: BatchMetadata,
+    weights: LayerWeights,
+    batch: BatchMetadata,
     scale: float = 1.0,
 ) -> None:
-    """lora_linear as one opaque operator, so that a compiled graph bakes in no decision of a step.
+    """Call lora_linear as one opaque operator; updates y (T, D_out) in place.
 
-    In place: y (T, D_out).
+    Opaque, so that a compiled graph does not bake in a decision of the step it was traced in.
     """
     torch.ops.safegene.gain_lora_linear(
         y,
         x,
         list(a),
         list(b),
-        site.a,
-        site.b,
-        site.gains,
-        site.layer,
-        site.base,
-        plan.order,
-        plan.tiles,
-        plan.idle,
+        weights.a,
+        weights.b,
+        weights.gains,
+        weights.layer,
+        weights.base,
+        batch.order,
+        batch.tiles,
+        batch.idle,
         scale,
     )
 
