@@ -21,6 +21,7 @@ from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import make_profile
 from safegene_vllm.planner import ModelShape
 from safegene_vllm.plugin.ops.gain_table import GainTable
+from safegene_vllm.plugin.ops.step_state import StepState
 from safegene_vllm.plugin.validation import Tenant
 from safegene_vllm.plugin.worker_runtime import WorkerRuntime
 
@@ -74,12 +75,13 @@ def measure(header: FamilyHeader, counts: tuple[int, ...], slots: int) -> list[H
     runtime: Any = WorkerRuntime.__new__(WorkerRuntime)
     runtime.plan = SimpleNamespace(header=header, base_profile=None)
     runtime.settings = SimpleNamespace(apply="gain", missing_profile="refuse")
-    runtime.family = SimpleNamespace(digest=header.digest)
-    runtime.resident = SimpleNamespace(sites=len(header.sites), bytes=0, load_s=0.0)
-    runtime.table = GainTable(slots, header.num_layers, 64, "cpu")
+    runtime.family = SimpleNamespace(digest=header.digest, lora_weights=header.sites)
+    runtime.vector = SimpleNamespace(bytes=0, notes=())
+    runtime._load_s = 0.0
+    runtime.step = StepState(GainTable(slots, header.num_layers, 64, "cpu"))
     runtime.manager = SimpleNamespace(lora_index_to_id=list(range(slots)), list_adapters=dict)
-    runtime.notes, runtime.bytes, runtime.evictions = (), {}, 0
-    runtime._sites_of = Counter(layer_of(site) for site in header.sites)
+    runtime._adapter_bytes, runtime.evictions = {}, 0
+    runtime._sites_by_layer = Counter(layer_of(site) for site in header.sites)
     runtime.tenants, found = {}, []
     for count in sorted(counts):
         for number in range(len(runtime.tenants), count):

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 
 from safegene_vllm.errors import ConfigError
-from safegene_vllm.plugin.ops.cpu_lora import CpuBatchMetadata, CpuPunica
+from safegene_vllm.plugin.ops.cpu_lora import CpuPunica
 from safegene_vllm.plugin.ops.gain_table import GainPunica, GainTable
 from safegene_vllm.plugin.ops.triton_lora import TritonPunica
 
@@ -28,8 +28,8 @@ def set_aside(runtime: Any) -> list[Callable[[], Any]]:
     for layer in runtime.manager.modules.values():
         wrapper = layer.punica_wrapper
         if isinstance(wrapper, CpuPunica) and wrapper.gain is not None:
-            assert wrapper.store is not None
-            vector = wrapper.store.vector_rows()
+            assert wrapper.weights is not None
+            vector = wrapper.weights.vector_rows()
             for name in ("gain", "scale"):
                 undo.append(partial(setattr, wrapper, name, getattr(wrapper, name)))
             undo.append(partial(vector.copy_, vector.clone()))
@@ -39,9 +39,9 @@ def set_aside(runtime: Any) -> list[Callable[[], Any]]:
             undo.append(partial(layer.set_mapping, wrapper))
             layer.set_mapping(wrapper.inner)
     if undo:
-        listening = list(runtime.listeners)
-        undo.append(partial(runtime.listeners.__setitem__, slice(None), listening))
-        runtime.listeners[:] = [one for one in listening if isinstance(one, CpuBatchMetadata)]
+        for name in ("table", "triton"):
+            undo.append(partial(setattr, runtime.step, name, getattr(runtime.step, name)))
+            setattr(runtime.step, name, None)
     return undo
 
 
@@ -128,7 +128,7 @@ class Switch:
                 raise ConfigError("a compiled engine keeps its vector; ask with --mode eager")
             self._put_back = set_aside(runtime)
         else:
-            self._put_back = share_profiles(runtime.table, int(to))
+            self._put_back = share_profiles(runtime.step.table, int(to))
         if not self._put_back:
             raise ConfigError(f"nothing to switch to {to!r}: this engine has no vector")
         return len(self._put_back)

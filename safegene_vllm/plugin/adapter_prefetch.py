@@ -51,24 +51,23 @@ class AdapterPrefetcher:
         for other, prefetch in list(self._prefetches.items()):
             if prefetch.reading.done() and now_s - prefetch.requested_s > UNCLAIMED_S:
                 self._forget(other)
-        prefetch = self._prefetches.get(key)
-        if prefetch is None:
+        if key not in self._prefetches:
             reading = self._thread.submit(self._validate, request.lora_name, request.lora_path)
-            prefetch = self._prefetches[key] = _Prefetch(reading, now_s)
-        prefetch.requested_s = now_s
-        return prefetch.reading.done()
+            self._prefetches[key] = _Prefetch(reading, now_s)
+        self._prefetches[key].requested_s = now_s
+        return self._prefetches[key].reading.done()
 
     def tenant(self, request: Any) -> Tenant:
         """Return the validated tenant; waits for a prefetch, or reads it now if there is none.
 
         Its adapter stays available to `adapter` until `drop`. Errors: those of validation.
         """
-        prefetch = self._prefetches.pop(_key(request), None)
+        started = self._prefetches.pop(_key(request), None)
         self.drop()
-        if prefetch is None:
+        if started is None:
             tenant, adapter = self._validate(request.lora_name, request.lora_path)
         else:
-            tenant, adapter = prefetch.reading.result()
+            tenant, adapter = started.reading.result()
         self._read = None if adapter is None else (tenant.staged, adapter)
         return tenant
 

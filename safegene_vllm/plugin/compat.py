@@ -1,13 +1,14 @@
-"""Every vLLM name the plugin touches: what we expect of it, and why we need it.
+"""Compatibility table: every vLLM name that SafeGene uses, what is expected of it, and why.
 
-For checking the host once, at start, and for handing its objects to the rest of the room. No other
-module of this project names anything of vLLM. Not for behaviour: nothing is replaced here.
+Checked once at start: TABLE in every vLLM process, API_TABLE against the live objects of the API
+process. No other module imports vLLM. Support for a new release starts here.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,12 +20,12 @@ NEWEST = (0, 32)
 
 
 _NOT_IN_WORKERS = ("LLM", "SamplingParams")
-"""Used only by our own offline engine; importing them in every worker would cost start-up time."""
+"""Used only by the offline engine; importing them in every worker would cost start-up time."""
 
 
 @dataclass(frozen=True)
 class VllmName:
-    """One name of the host. `has` are attributes or parameters that must be there."""
+    """One name of vLLM; `has` lists attributes or parameters that must exist."""
 
     path: str
     has: tuple[str, ...]
@@ -35,7 +36,7 @@ TABLE: dict[str, VllmName] = {
     "lora_mixin": VllmName(
         "vllm.v1.worker.lora_model_runner_mixin",
         ("LRUCacheWorkerLoRAManager",),
-        "both model runners look the worker's LoRA manager up here; ours takes its place",
+        "both model runners look the worker's LoRA manager up here; ours replaces it",
     ),
     "LRUCacheWorkerLoRAManager": VllmName(
         "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager",
@@ -51,22 +52,22 @@ TABLE: dict[str, VllmName] = {
             "deactivate_adapter",
             "list_adapters",
         ),
-        "moves an adapter into a slot: the moment to write that slot's gain row",
+        "moves an adapter into a slot: that slot's gain row is written then",
     ),
     "LoRAModel": VllmName(
         "vllm.lora.lora_model.LoRAModel",
         ("lora_model_id", "rank", "loras"),
-        "the host's form of an adapter; an empty one is a profile-only tenant",
+        "vLLM's form of an adapter",
     ),
     "LoRALayerWeights": VllmName(
         "vllm.lora.lora_weights.LoRALayerWeights",
         ("module_name", "rank", "lora_alpha", "lora_a", "lora_b", "scaling"),
-        "one module's pair: tenants are handed to the host in this form",
+        "LoRA weights of one module; adapters are given to vLLM in this form",
     ),
     "parse_fine_tuned_lora_name": VllmName(
         "vllm.lora.utils.parse_fine_tuned_lora_name",
         ("name", "weights_mapper"),
-        "the host's own translation of a Hugging Face site into its module name",
+        "vLLM's translation of a Hugging Face module name into its own",
     ),
     "LoRARequest": VllmName(
         "vllm.lora.request.LoRARequest",
@@ -76,7 +77,7 @@ TABLE: dict[str, VllmName] = {
     "get_adapter_absolute_path": VllmName(
         "vllm.lora.utils.get_adapter_absolute_path",
         ("lora_path",),
-        "how the host turns a lora path (or a hub name) into a directory",
+        "how vLLM resolves a LoRA path (or a hub name) to a directory",
     ),
     "BaseLayerWithLoRA": VllmName(
         "vllm.lora.layers.BaseLayerWithLoRA",
@@ -126,29 +127,48 @@ TABLE: dict[str, VllmName] = {
     "current_platform": VllmName(
         "vllm.platforms.current_platform",
         ("is_cpu", "can_update_inplace"),
-        "CPU gets our own LoRA product; a platform without in-place updates is refused",
+        "CPU gets our own LoRA product; a platform without in-place updates is rejected",
     ),
     "envs": VllmName(
         "vllm.envs",
         ("VLLM_LORA_ENABLE_DUAL_STREAM",),
-        "dual-stream LoRA goes around the decorated wrapper, so it is refused",
+        "dual-stream LoRA bypasses the punica wrapper, so it is rejected",
     ),
     "gpu_sync_allowed": VllmName(
         "vllm.utils.gpu_sync_debug.gpu_sync_allowed",
         (),
-        "reading a gain row back for a receipt waits for the device, once per adapter",
+        "reading a gain row back for a receipt synchronizes, once per adapter",
     ),
     "get_current_vllm_config": VllmName(
         "vllm.config.get_current_vllm_config",
         (),
-        "the loader's only way to the engine's additional_config",
+        "the model loader reads the engine's additional_config through it",
     ),
 }
+
+API_TABLE: dict[str, VllmName] = {
+    "engine_client": VllmName(
+        "vllm.engine.protocol.EngineClient",
+        ("add_lora", "collective_rpc", "errored", "remove_lora", "vllm_config"),
+        "adapters are added and removed, and receipts read, through the engine client",
+    ),
+    "openai_serving_models": VllmName(
+        "app.state.openai_serving_models",
+        ("base_model_paths", "engine_client", "load_lora_adapter", "lora_requests"),
+        "maps served names to adapters; its engine client is replaced by the verifying one",
+    ),
+    "vllm_config": VllmName(
+        "vllm.config.VllmConfig",
+        ("additional_config", "load_config", "lora_config", "model_config", "parallel_config"),
+        "what the engine was started with is compared with the receipts",
+    ),
+}
+"""Names of the API process, checked on its objects: some are set by constructors only."""
 
 
 @cache
 def resolve(name: str) -> Any:
-    """The host's object behind one entry of TABLE.
+    """Return vLLM's object behind one entry of TABLE.
 
     Errors: VllmCompatibilityError naming the entry, what was expected and which vLLM was found.
     """
@@ -168,28 +188,43 @@ def resolve(name: str) -> Any:
 
 @cache
 def version() -> str:
-    """The running vLLM's version, e.g. `0.32.0`."""
+    """Return the version of the installed vLLM, such as `0.32.0`."""
     return str(importlib.import_module("vllm").__version__)
 
 
 def check_vllm() -> None:
-    """Errors: VllmCompatibilityError if this vLLM is outside the tested range or lacks a name of TABLE."""
+    """Check the installed vLLM against the tested range and TABLE.
+
+    Errors: VllmCompatibilityError listing everything that is missing.
+    """
     try:
         release = tuple(int(part) for part in version().split("+")[0].split(".")[:2])
     except ValueError:
         release = (0, 0)
     if not OLDEST <= release <= NEWEST:
         raise VllmCompatibilityError(f"found vLLM {version()}. {_advice()}")
-    faults = []
-    for name, entry in TABLE.items():
-        if name in _NOT_IN_WORKERS:
-            continue
-        found = resolve(name)
-        missing = [a for a in entry.has if not _has(found, a)]
+    _check((entry, resolve(name)) for name, entry in TABLE.items() if name not in _NOT_IN_WORKERS)
+
+
+def check_api_process(engine_client: Any, models: Any) -> None:
+    """Check the API process's live objects against API_TABLE.
+
+    `engine_client` is vLLM's engine client, `models` its OpenAIServingModels.
+    Errors: VllmCompatibilityError listing everything that is missing.
+    """
+    objects = {"engine_client": engine_client, "openai_serving_models": models}
+    objects["vllm_config"] = getattr(engine_client, "vllm_config", None)
+    _check((entry, objects[name]) for name, entry in API_TABLE.items())
+
+
+def _check(entries: Iterable[tuple[VllmName, Any]]) -> None:
+    problems = []
+    for entry, found in entries:
+        missing = [name for name in entry.has if not _has(found, name)]
         if missing:
-            faults.append(f"{entry.path} lacks {', '.join(missing)} ({entry.why})")
-    if faults:
-        raise VllmCompatibilityError(f"vLLM {version()}: " + "; ".join(faults) + f". {_advice()}")
+            problems.append(f"{entry.path} lacks {', '.join(missing)} ({entry.why})")
+    if problems:
+        raise VllmCompatibilityError(f"vLLM {version()}: " + "; ".join(problems) + f". {_advice()}")
 
 
 def _has(found: Any, name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Puts the guest's three pieces into vLLM: LoRA manager, model loader, worker methods.
+"""Installation of the plugin's parts in vLLM: LoRA manager, model loader, worker methods.
 
-For the one moment at process start. Idempotent: vLLM may call plugins more than once. Only the
-worker's constructor is wrapped, because it is the one place every worker passes through, with or
-without LoRA, and a deployment that asks for SafeGene must never start without it.
+Idempotent, because vLLM may call plugins more than once. Only the worker's constructor is wrapped:
+every worker calls it, with or without LoRA, so a deployment that asks for SafeGene cannot start
+without its checks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safegene_vllm.plugin.weight_guard import guard_weights
 
 
 def install() -> None:
-    """Replace, register and wrap; see the module's docstring."""
+    """Install all parts in this process."""
     from safegene_vllm.plugin.lora_manager import SafegeneWorkerLoRAManager
     from safegene_vllm.plugin.model_loader import SafegeneModelLoader
 
@@ -32,7 +32,7 @@ def install() -> None:
 
 
 def _checked(init: Any) -> Any:
-    """`WorkerBase.__init__` that refuses an engine it cannot honour before any weight loads."""
+    """Wrap `WorkerBase.__init__` to check the engine's configuration before any weight loads."""
 
     @functools.wraps(init)
     def checked(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,9 +1,8 @@
-"""`--load-format safegene`: adds λ_l · B·A to each weight while the checkpoint streams in.
+"""Model loader `--load-format safegene`: adds λ_l · B·A to each weight while it streams in.
 
-For full checkpoints, at no cost per token. Works on checkpoint names, before the host fuses or
-shards, in threads of its own and a few tensors ahead of the host. Every site of the vector must
-pass by exactly once, or the engine does not start. Not for quantized weights (refused in
-engine.py).
+For full checkpoints, at no cost per token. Works on checkpoint names, before vLLM fuses or shards,
+in threads that run a few tensors ahead. Every site of the vector must occur exactly once, or the
+engine does not start. Quantized weights are rejected (preflight.py).
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from safegene_vllm.formats.receipt import Receipt, gain_digest
 from safegene_vllm.plugin import compat
 from safegene_vllm.plugin.preflight import read_engine_plan
 
-MERGING = min(4, os.cpu_count() or 1)
-"""Threads that merge, beside the one in which the host copies."""
-AHEAD = MERGING + 1
-"""Tensors that may be merged before the host asks for them: this many more are in memory."""
+MERGE_THREADS = min(4, os.cpu_count() or 1)
+"""Threads that merge, in addition to the one in which vLLM copies."""
+MAX_PENDING = MERGE_THREADS + 1
+"""Tensors merged ahead of vLLM; this many more are in memory."""
 
 _Loader: Any = compat.resolve("DefaultModelLoader")
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What was added to one worker's weights, kept on the model for its receipt.
+class MergedVector:
+    """Summary of what was added to one worker's weights, stored on the model for its receipt.
 
-    `load_s`: seconds of merging, added up over threads.
+    `load_s`: seconds of merging, summed over threads.
     """
 
     family: Family
@@ -53,6 +52,7 @@ class Merged:
     load_s: float
 
     def receipt(self, rank: int, world_size: int) -> Receipt:
+        """Return the receipt of one rank."""
         return Receipt(
             rank=rank,
             world_size=world_size,
@@ -70,7 +70,7 @@ class Merged:
 
 
 class SafegeneModelLoader(_Loader):
-    """The stock loader, with the vector added to what its weights iterator yields."""
+    """vLLM's default loader with the vector added to what its weights iterator yields."""
 
     def __init__(self, load_config: Any) -> None:
         config = compat.resolve("get_current_vllm_config")()
@@ -82,7 +82,7 @@ class SafegeneModelLoader(_Loader):
         self._profile = plan.base_profile
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock loader knows no format of this name; to it we are safetensors."""
+        # vLLM's default loader knows no format of this name.
         format_ = self.load_config.load_format
         self.load_config.load_format = "safetensors"
         try:
@@ -91,51 +91,53 @@ class SafegeneModelLoader(_Loader):
             self.load_config.load_format = format_
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors by name, the vector added. A draft model's pass unchanged."""
+        """Yield the checkpoint's tensors by name with the vector; a draft model's are unchanged."""
         stream = super().get_all_weights(model_config, model)
         if model_config.runner_type == "draft":
             yield from stream
             return
         by_weight = {merged_weight_name(site): site for site in self._family.lora_weights}
-        came: Counter[str | None] = Counter()
+        occurrences: Counter[str | None] = Counter()
         merge_s = 0.0
-        waiting: deque[tuple[str, Future[tuple[torch.Tensor, float]]]] = deque()
-        with ThreadPoolExecutor(MERGING, "safegene-merge") as merging:
+        pending: deque[tuple[str, Future[tuple[torch.Tensor, float]]]] = deque()
+        with ThreadPoolExecutor(MERGE_THREADS, "safegene-merge") as threads:
 
-            def done() -> tuple[str, torch.Tensor]:
+            def next_merged() -> tuple[str, torch.Tensor]:
                 nonlocal merge_s
-                name, merged = waiting.popleft()
+                name, merged = pending.popleft()
                 weight, seconds = merged.result()
                 merge_s += seconds
                 return name, weight
 
             for name, weight in stream:
                 site = by_weight.get(name)
-                came[site] += 1
-                waiting.append((name, merging.submit(self._protected, site, weight)))
-                if len(waiting) > AHEAD:
-                    yield done()
-            while waiting:
-                yield done()
-        faults = [
-            f"{site} came {came[site]} times"
+                occurrences[site] += 1
+                pending.append((name, threads.submit(self._merge, site, weight)))
+                if len(pending) > MAX_PENDING:
+                    yield next_merged()
+            while pending:
+                yield next_merged()
+        problems = [
+            f"{site} occurs {occurrences[site]} times"
             for site in self._family.lora_weights
-            if came[site] != 1
+            if occurrences[site] != 1
         ]
-        if faults:
-            shown = "; ".join(faults[:5]) + (f"; {len(faults) - 5} more" if faults[5:] else "")
+        if problems:
+            shown = "; ".join(problems[:5]) + (
+                f"; {len(problems) - 5} more" if problems[5:] else ""
+            )
             raise FamilyMismatchError(
                 f"family {self._family.header.name!r} ({self._family.digest}) does not fit the "
-                f"checkpoint {model_config.model}: {shown}; each must come once."
+                f"checkpoint {model_config.model}: {shown}; each must occur once."
             )
-        model.safegene_merged = Merged(
-            self._family, self._profile, came.total() - came[None], merge_s
+        model.safegene_merged = MergedVector(
+            self._family, self._profile, occurrences.total() - occurrences[None], merge_s
         )
 
-    def _protected(self, site: str | None, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """`weight` (D_out, D_in) plus this site's share of the vector, in weight's dtype; seconds.
+    def _merge(self, site: str | None, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return weight (D_out, D_in) plus the site's part of the vector, and the seconds it took.
 
-        Called in several threads.
+        The dtype is that of `weight`. Called in several threads.
         """
         if site is None:
             return weight, 0.0

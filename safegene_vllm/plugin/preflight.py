@@ -1,7 +1,6 @@
-"""Decides, before any weight loads, whether this engine can be honoured as it is configured.
+"""Preflight: whether this engine can be protected as configured, checked before weights load.
 
-For refusing at start, with a reason, every option under which the vector would not be applied.
-Not for applying it: that is loader (weights) and manager (LoRA slots).
+Every option under which the vector would not be applied is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from safegene_vllm.settings import KEY, Settings, parse_settings
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What one engine must do: checked settings and the torch-free headers behind them."""
+    """Checked settings of one engine, with the family's header and the base model's profile."""
 
     settings: Settings
     header: FamilyHeader | None
@@ -27,7 +26,10 @@ class EnginePlan:
 
 
 def read_engine_plan(vllm_config: Any) -> EnginePlan | None:
-    """The plan of an engine, or None where no `safegene` key was given. Reads two small files."""
+    """Read the plan of an engine; None without a `safegene` key. Reads two small files.
+
+    Errors: ConfigError, FormatError, FamilyMismatchError, BoundsError.
+    """
     load_format = str(vllm_config.load_config.load_format)
     settings = parse_settings(vllm_config.additional_config, load_format=load_format)
     if settings is None:
@@ -45,22 +47,21 @@ def read_engine_plan(vllm_config: Any) -> EnginePlan | None:
 
 
 def prepare_engine(vllm_config: Any) -> EnginePlan | None:
-    """The checked plan of this engine, or None without a `safegene` key; called by every worker as
-    it starts, for everything that can be known before loading.
+    """Read and check the plan of this engine at worker start; None without a `safegene` key.
 
-    In place: writes the family's digest into additional_config, so that vLLM's compile cache never
+    Writes the family's digest into additional_config in place, so that vLLM's compile cache never
     reuses a graph traced for another vector.
 
     Errors: ConfigError, FormatError, BoundsError (settings and files); FamilyMismatchError (the
-    model is not of the family); VllmCompatibilityError (an option of vLLM that cannot be honoured).
+    model is not of the family); VllmCompatibilityError (an option of vLLM that cannot be honored).
     """
     plan = read_engine_plan(vllm_config)
     if plan is None:
         return None
-    faults = _refused_options(vllm_config, plan.settings)
-    if faults:
+    problems = _unsupported_options(vllm_config, plan.settings)
+    if problems:
         raise VllmCompatibilityError(
-            "SafeGene cannot protect this engine as configured: " + "; ".join(faults) + "."
+            "SafeGene cannot protect this engine as configured: " + "; ".join(problems) + "."
         )
     if plan.header is not None:
         check_base(vllm_config.model_config, plan.header)
@@ -93,51 +94,53 @@ def check_base(model_config: Any, header: FamilyHeader) -> None:
     )
 
 
-def _refused_options(vllm_config: Any, settings: Settings) -> list[str]:
-    """Why each option in the way cannot be honoured; empty when all is well."""
+def _unsupported_options(vllm_config: Any, settings: Settings) -> list[str]:
+    """Return why each unsupported option cannot be honored."""
     lora = vllm_config.lora_config
-    faults = []
+    problems = []
     runner = vllm_config.model_config.runner_type
     if runner != "generate":
-        faults.append(f"--runner {runner} (only generate is tested)")
+        problems.append(f"--runner {runner} (only generate is tested)")
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
-        faults.append("--weight-transfer-config replaces weights that the vector was checked with")
+        problems.append(
+            "--weight-transfer-config replaces weights that the vector was checked with"
+        )
     if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
-        faults.append("--enable-elastic-ep takes weights from other engines, past the checks")
+        problems.append("--enable-elastic-ep takes weights from other engines, past the checks")
     if getattr(lora, "default_mm_loras", None):
-        faults.append("--default-mm-loras answers requests for the base model with an adapter")
+        problems.append("--default-mm-loras answers requests for the base model with an adapter")
     if getattr(compat.resolve("envs"), "VLLM_SKIP_MODEL_NAME_VALIDATION", False):
-        faults.append(
+        problems.append(
             "VLLM_SKIP_MODEL_NAME_VALIDATION=1 answers requests for any unknown model with the "
             "base model"
         )
     if settings.apply == "weights":
         if lora is not None:
-            faults.append(
+            problems.append(
                 "--enable-lora with --load-format safegene: adapters would run on weights that "
                 "already carry the vector; use apply=gain on the plain checkpoint instead"
             )
         if vllm_config.model_config.quantization is not None:
-            faults.append(
+            problems.append(
                 f"--quantization {vllm_config.model_config.quantization} with --load-format "
                 "safegene: quantized weights cannot be added to; use apply=gain"
             )
-        return faults
+        return problems
     if lora is None:
-        faults.append("apply=gain and apply=composed need --enable-lora")
+        problems.append("apply=gain and apply=composed need --enable-lora")
     elif lora.fully_sharded_loras:
-        faults.append("--fully-sharded-loras goes around the product the vector rides on")
+        problems.append("--fully-sharded-loras bypasses the product that the vector is added to")
     if compat.resolve("envs").VLLM_LORA_ENABLE_DUAL_STREAM:
-        faults.append("VLLM_LORA_ENABLE_DUAL_STREAM=1 runs LoRA where the vector is not added")
+        problems.append("VLLM_LORA_ENABLE_DUAL_STREAM=1 runs LoRA where the vector is not added")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        faults.append("--pipeline-parallel-size > 1 is not supported; use tensor parallelism")
+        problems.append("--pipeline-parallel-size > 1 is not supported; use tensor parallelism")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        faults.append("--enable-sleep-mode can discard the vector (level 2) without a trace")
+        problems.append("--enable-sleep-mode can discard the vector (level 2) without a trace")
     if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
-        faults.append(
+        problems.append(
             "--kv-sharing-fast-prefill runs layers on some tokens of a step, in which the others' "
             "adapters and gains would be used"
         )
     if not compat.resolve("current_platform").can_update_inplace():
-        faults.append("this platform cannot update tensors in place")
-    return faults
+        problems.append("this platform cannot update tensors in place")
+    return problems

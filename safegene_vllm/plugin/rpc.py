@@ -1,8 +1,8 @@
-"""Methods a worker gains for `collective_rpc`: load this tenant, what is really applied?
+"""Worker methods for `collective_rpc`: prefetch an adapter, add it, report a receipt.
 
-For the API process and for operators' tools. Answers are plain, because they cross process
-boundaries, and a refusal is an answer: vLLM's multiprocess executor leaves the other ranks' replies
-unread when one rank raises, and every later answer is then one call old.
+Results are plain values, because they cross process boundaries. A rejection is a result, not an
+exception: vLLM's multiprocess executor leaves the other ranks' replies unread when one rank raises,
+and every later reply would then belong to an earlier call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ logger = logging.getLogger("vllm.safegene")
 
 
 def safegene_receipt(self: Any, only: int | None = None) -> dict[str, Any] | None:
-    """This worker's Receipt as a dictionary, or None in an engine without a `safegene` key.
+    """Return this worker's Receipt as a dictionary, or None without a `safegene` key.
 
-    With `only`, it tells of no adapter but the one with this id.
+    With `only`, the receipt lists no adapter but the one with this id.
     """
     rank, world_size = self.rank, self.parallel_config.world_size
-    runtime = _guest(self)
+    runtime = _runtime(self)
     if runtime is not None:
         receipt: dict[str, Any] = runtime.receipt(rank, world_size, only).to_dict()
         return receipt
@@ -31,36 +31,35 @@ def safegene_receipt(self: Any, only: int | None = None) -> dict[str, Any] | Non
 
 
 def safegene_begin(self: Any, lora_name: str, lora_int_id: int, lora_path: str) -> bool:
-    """Start to read and check a tenant in a thread; whether that has ended, well or not.
+    """Start reading and validating a tenant in a thread; return whether that has ended.
 
-    Asked until it says so, before `safegene_add`, which then has only the slot to fill while the
-    engine's steps wait for it. Never raises; what is wrong with the tenant, `safegene_add` tells.
+    Called repeatedly until it returns True, before `safegene_add`, which then only fills the slot
+    while the engine's steps wait. Never raises: `safegene_add` reports what is wrong.
     """
-    runtime = _guest(self)
+    runtime = _runtime(self)
     if runtime is None or lora_int_id in runtime.tenants:
         return True
     request = compat.resolve("LoRARequest")(lora_name, lora_int_id, lora_path)
-    return bool(runtime.arrivals.begin(request))
+    return bool(runtime.prefetcher.begin(request))
 
 
 def safegene_add(
     self: Any, lora_name: str, lora_int_id: int, lora_path: str, load_inplace: bool
 ) -> dict[str, Any]:
-    """Stage, validate and load a tenant, and report: one call, because each one waits for a step.
+    """Stage, validate and load a tenant, and report; one call, because each waits for a step.
 
-    Returns `refused` (why, or None) and `receipt` (as `safegene_receipt`, of this adapter alone;
-    None if refused). A tenant is remembered until its adapter is removed (`remove_lora`); in place
-    too. Never raises.
+    Returns `rejected` (the reason, or None) and `receipt` (see `safegene_receipt`, this adapter
+    only; None if rejected). Never raises.
     """
     request = compat.resolve("LoRARequest")(
         lora_name, lora_int_id, lora_path, load_inplace=load_inplace
     )
-    runtime = _guest(self)
+    runtime = _runtime(self)
     try:
         if runtime is not None:
-            runtime.admit(request)
+            runtime.register(request)
         self.add_lora(request)
-        return {"refused": None, "receipt": safegene_receipt(self, lora_int_id)}
+        return {"rejected": None, "receipt": safegene_receipt(self, lora_int_id)}
     except SafegeneError as error:
         reason = str(error)
     except Exception as error:
@@ -68,10 +67,10 @@ def safegene_add(
         reason = f"{type(error).__name__}: {error}"
     finally:
         if runtime is not None:
-            runtime.arrivals.drop()
-    return {"refused": reason, "receipt": None}
+            runtime.prefetcher.drop()
+    return {"rejected": reason, "receipt": None}
 
 
-def _guest(worker: Any) -> Any:
-    """What serves tenants in this worker's slots, or None."""
+def _runtime(worker: Any) -> Any:
+    """Return the worker's WorkerRuntime, or None."""
     return getattr(getattr(worker.model_runner, "lora_manager", None), "safegene", None)

@@ -83,7 +83,7 @@ class TargetModuleMap:
 
 @dataclass(frozen=True)
 class EngineShape:
-    """Limits of an engine for LoRA weights: target modules, maximum rank, dtypes of model and slots."""
+    """Limits for LoRA weights: target modules, maximum rank, dtypes of the model and the slots."""
 
     modules: TargetModuleMap
     max_rank: int

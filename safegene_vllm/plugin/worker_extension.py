@@ -1,8 +1,9 @@
-"""`--worker-extension-cls safegene_vllm.plugin.worker_extension.RequirePlugin`: no worker without the plugin.
+"""Worker extension that makes the plugin mandatory.
 
-For closing the one hole a plugin cannot close by itself: a broken import, or a VLLM_PLUGINS that
-leaves us out, is only logged by vLLM. A worker extension that cannot be imported stops the worker,
-and this one cannot be imported unless the plugin is in place. It adds nothing to the worker.
+Start vLLM with `--worker-extension-cls safegene_vllm.plugin.worker_extension.RequirePlugin`. vLLM
+only logs a plugin that cannot be imported, or that VLLM_PLUGINS leaves out; a worker extension that
+cannot be imported stops the worker, and this module fails to import unless the plugin is installed
+in the process.
 """
 
 from __future__ import annotations
@@ -19,4 +20,4 @@ if not hasattr(compat.resolve("WorkerBase"), "safegene_receipt"):
 
 
 class RequirePlugin:
-    """Empty on purpose: being importable is all it does."""
+    """Empty: importing this module is the check."""

@@ -86,7 +86,7 @@ class EngineClient:
         except Exception as error:
             raise self._told(error) from error
         try:
-            reasons = dict.fromkeys(a["refused"] for a in answers if a["refused"] is not None)
+            reasons = dict.fromkeys(a["rejected"] for a in answers if a["rejected"] is not None)
             receipts = [answer["receipt"] for answer in answers]
         except (TypeError, KeyError) as error:
             raise out_of_step(error) from error

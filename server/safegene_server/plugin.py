@@ -25,7 +25,7 @@ from safegene_server.sagemaker import (
 from safegene_server.settings import metrics_alone, read_settings
 from safegene_server.verifier import Verifier, read_expected
 from safegene_vllm.errors import ConfigError, ReceiptError
-from safegene_vllm.plugin.lora_request import lora_request
+from safegene_vllm.plugin.api_process import check_api_process, lora_request
 
 
 class SafegeneEndpoints:
@@ -76,6 +76,7 @@ class SafegeneEndpoints:
             return
         serve_named_adapters_only(state)
         models = state.openai_serving_models
+        check_api_process(engine_client, models)
         verifier = Verifier(engine_client, models, expected)
         report = await verifier.report()
         if not report.ready:

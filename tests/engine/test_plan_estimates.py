@@ -29,7 +29,7 @@ def resident(worker: Any) -> dict[str, int]:
     slots = 0
     for layer in manager.modules.values():
         slots += sum(t.nbytes for t in (*layer.lora_a_stacked, *layer.lora_b_stacked))
-    table = manager.runtime.table
+    table = manager.runtime.step.table
     held = () if table is None else (table.rows, table.token_gains, table._token_rows)
     return {"slots": slots, "gains": sum(t.nbytes for t in held)}
 

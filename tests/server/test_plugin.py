@@ -87,7 +87,7 @@ class Engine:
             await self.add_lora(Request(*args))
             told = self.told()
             return [
-                {"refused": why, "receipt": None if why else receipt}
+                {"rejected": why, "receipt": None if why else receipt}
                 for why, receipt in zip(self.admissions, told, strict=True)
             ]
         assert method == "safegene_receipt"

@@ -1,4 +1,4 @@
-"""Which layers use the kernels, what is said where they cannot, and a guest's layers with them."""
+"""Choice of the layers that use the kernels, and placement of the vector in them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 
 from safegene_vllm.errors import VllmCompatibilityError
 from safegene_vllm.formats.adapter import LoRAWeights
-from safegene_vllm.plugin import worker_runtime as guests
+from safegene_vllm.plugin import resident_vector
 from safegene_vllm.plugin.ops import triton_lora
 from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.ops.layer_weights import LayerShape
 from safegene_vllm.plugin.ops.reference import disagreement, expected
-from safegene_vllm.plugin.ops.triton_lora import MetadataPunica, safety_lora
+from safegene_vllm.plugin.ops.step_state import StepPunica, StepState
+from safegene_vllm.plugin.ops.triton_lora import safety_lora
 from safegene_vllm.plugin.target_modules import TargetModule, stack_parts
 
 CUDA = torch.device("cuda")
@@ -38,7 +39,7 @@ def layer(widths: tuple[int, ...] = (24, 8), dtype: torch.dtype = BF16) -> Simpl
         lora_b_stacked=tuple(torch.zeros(2, 1, w, 8, dtype=dtype) for w in widths),
         output_slices=widths,
         tp_size=1,
-        punica_wrapper=SimpleNamespace(mark="host"),
+        punica_wrapper=SimpleNamespace(mark="vllm"),
     )
     one.set_mapping = lambda wrapper: setattr(one, "punica_wrapper", wrapper)
     return one
@@ -52,7 +53,7 @@ def layers(**named: SimpleNamespace) -> dict[str, Any]:
 
 @pytest.fixture
 def triton_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU machine: found, and the module that would import it says how many parts."""
+    """Pretend that Triton is installed, as on a GPU machine."""
     product = SimpleNamespace(MAX_PARTS=3)
     monkeypatch.setitem(sys.modules, "safegene_vllm.plugin.ops.triton_ops", product)
     monkeypatch.setattr(triton_lora.importlib.util, "find_spec", lambda name: object())
@@ -67,7 +68,7 @@ def test_right_kernels_are_used_without_a_word(triton_found: None) -> None:
         assert (dtype, device) == (BF16, CUDA)
 
     found = layers(qkv=layer((24, 8, 8)), o=layer((48,)))
-    assert triton_lora.choose("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
+    assert triton_lora.choose_layers("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
     assert asked == [LayerShape((24, 8, 8), 48, 8, 4), LayerShape((48,), 48, 8, 4)]
 
 
@@ -75,12 +76,12 @@ def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptur
     def check(*_: Any) -> str:
         return "12 of 40 values differ"
 
-    names, notes = triton_lora.choose("auto", CUDA, BF16, layers(o=layer()), check)
+    names, notes = triton_lora.choose_layers("auto", CUDA, BF16, layers(o=layer()), check)
     assert names == set()
     assert len(notes) == 1 and "12 of 40 values differ" in notes[0] and "1 of 1 layers" in notes[0]
     assert notes[0] in caplog.text
     with pytest.raises(VllmCompatibilityError, match=r"12 of 40 values differ.*'auto'"):
-        triton_lora.choose("triton", CUDA, BF16, layers(o=layer()), check)
+        triton_lora.choose_layers("triton", CUDA, BF16, layers(o=layer()), check)
 
 
 def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> None:
@@ -89,7 +90,7 @@ def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> No
     found = layers(
         fits=layer(), four=layer((8, 8, 8, 8)), other=layer(dtype=torch.float32), strided=strided
     )
-    names, notes = triton_lora.choose("auto", CUDA, BF16, found, lambda *_: None)
+    names, notes = triton_lora.choose_layers("auto", CUDA, BF16, found, lambda *_: None)
     assert names == {"fits"}
     for said in ("3 of 4 layers", "four: 4 parts", "other: adapters in torch.float32", "strided"):
         assert said in notes[0]
@@ -100,23 +101,28 @@ def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> No
     [("torch", CUDA, "kernels = 'torch'"), ("torch", torch.device("cpu"), "kernels = 'torch'")],
 )
 def test_torch_is_never_checked(setting: str, device: torch.device, said: str) -> None:
-    names, notes = triton_lora.choose(setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0)
+    names, notes = triton_lora.choose_layers(
+        setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0
+    )
     assert names == set()
     assert said in notes[0]
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_lora.importlib.util, "find_spec", lambda name: None)
-    names, notes = triton_lora.choose("auto", CUDA, BF16, layers(o=layer()))
+    names, notes = triton_lora.choose_layers("auto", CUDA, BF16, layers(o=layer()))
     assert names == set() and "Triton is not installed" in notes[0]
     with pytest.raises(VllmCompatibilityError, match="Triton is not installed"):
-        triton_lora.choose("triton", CUDA, BF16, layers(o=layer()))
+        triton_lora.choose_layers("triton", CUDA, BF16, layers(o=layer()))
 
 
 def test_cpu_is_not_a_fall_back() -> None:
-    assert triton_lora.choose("auto", torch.device("cpu"), BF16, layers(o=layer())) == (set(), ())
+    assert triton_lora.choose_layers("auto", torch.device("cpu"), BF16, layers(o=layer())) == (
+        set(),
+        (),
+    )
     with pytest.raises(VllmCompatibilityError, match="cpu device"):
-        triton_lora.choose("triton", torch.device("cpu"), BF16, layers(o=layer()))
+        triton_lora.choose_layers("triton", torch.device("cpu"), BF16, layers(o=layer()))
 
 
 def test_safety_pair_is_the_stacked_pair() -> None:
@@ -131,7 +137,7 @@ def test_safety_pair_is_the_stacked_pair() -> None:
     torch.testing.assert_close(torch.cat(blocks, dim=1), x @ plain_a.T @ plain_bt)
 
 
-def test_a_host_that_overwrites_is_refused() -> None:
+def test_overwriting_product_is_rejected() -> None:
     wrapper = object.__new__(triton_lora.TritonPunica)
     with pytest.raises(VllmCompatibilityError, match="not added"):
         wrapper.add_lora_linear(*[torch.zeros(1, 1)] * 4, 1.0, (1,), add_inputs=False)
@@ -148,14 +154,14 @@ def test_base_gains_are_remembered_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("fused_layers", ["all", "some", "none"])
-def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers: str) -> None:
+def test_vector_is_placed_in_layers(monkeypatch: pytest.MonkeyPatch, fused_layers: str) -> None:
     """Layers, table and steps as in a worker, with interpreted kernels on the CPU.
 
-    The host's own product is left out, so plain layers are compared with adapters of zeros.
+    vLLM's own product is left out, so plain layers are compared with adapters of zeros.
     """
     world = None
     if fused_layers != "none":
-        world = pytest.importorskip("kernel_world", exc_type=ImportError)
+        world = pytest.importorskip("kernel_cases", exc_type=ImportError)
 
     modules = {
         "model.layers.1.qkv": layer((24, 8, 8), torch.float32),
@@ -173,24 +179,24 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
     }
     lora_weights = {name: lora(w) for name, w in zip(places, (24, 8, 48), strict=True)}
     inner = SimpleNamespace(update_metadata=lambda *_: None, token_lora_indices=None)
-    runtime = object.__new__(guests.WorkerRuntime)
-    vars(runtime).update(
-        device=torch.device("cpu"), dtype=torch.float32, listeners=[], notes=(),
-        settings=SimpleNamespace(kernels="auto"), resident=guests._Resident(),
-        manager=SimpleNamespace(modules=modules, lora_slots=2),
-        sites=SimpleNamespace(find=places.get),
-    )  # fmt: skip
-    monkeypatch.setattr(guests, "choose", lambda *_: (chosen, ()))
-    monkeypatch.setattr(guests, "layer_of", lambda site: int(site.split(".")[2]))
+    manager = SimpleNamespace(modules=modules, lora_slots=2)
+    monkeypatch.setattr(resident_vector, "choose_layers", lambda *_: (chosen, ()))
+    monkeypatch.setattr(resident_vector, "layer_of", lambda site: int(site.split(".")[2]))
     table = GainTable(2, 2, 64, "cpu")
-    runtime._place(lora_weights, table)
+    step = StepState(table)
+    modules_map: Any = SimpleNamespace(find=places.get)
+    vector = resident_vector.place_vector(
+        lora_weights, manager, modules_map, step,
+        kernels="auto", dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
     table.write(0, [0.5, -1.0])
     table.write(1, [0.0, 2.0])
     if fused_layers == "all":
-        assert runtime.resident.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
-    assert len(runtime.listeners) == {"all": 1, "some": 2, "none": 1}[fused_layers]
+        assert vector.bytes == 4 * ((3 * 4 * 48 + 40 * 4) + (4 * 48 + 48 * 4))
+    assert (step.triton is not None) == (fused_layers != "none")
+    assert step.reads_token_gains == (fused_layers != "all")
 
-    punica = MetadataPunica(inner, runtime.listeners)
+    punica = StepPunica(inner, step)
     for ids, slots in (([7, 0, 9, 7], [0, -1, 1, 0]), ([0, 0], [-1, -1]), ([9], [1])):
         inner.token_lora_indices = torch.tensor(slots)
         punica.update_metadata(SimpleNamespace(index_mapping=tuple(ids)), [7, 9], 3, 100)
@@ -209,4 +215,4 @@ def test_a_guest_places_the_vector(monkeypatch: pytest.MonkeyPatch, fused_layers
                 one.punica_wrapper.add_lora_linear(y, x, *stacked, 1.0, one.output_slices)
             assert disagreement(y, want, 2.0 * bound) is None
             assert len(seen) == (2 if any(ids) and name in chosen else 0)
-            assert one.punica_wrapper.mark == "host"
+            assert one.punica_wrapper.mark == "vllm"

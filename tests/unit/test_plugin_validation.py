@@ -1,4 +1,4 @@
-"""A tenant let in and loaded, without an engine: how often its adapter is read, and by whom."""
+"""Validation and loading of adapters without an engine: how often an adapter is read, and where."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 from safegene_vllm.errors import AdapterRejectedError
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter
-from safegene_vllm.plugin import adapter_prefetch, rpc, validation
-from safegene_vllm.plugin import worker_runtime as guests
+from safegene_vllm.plugin import adapter_prefetch, rpc, validation, worker_runtime
 from safegene_vllm.plugin.staging import Staging
+from safegene_vllm.plugin.target_modules import EngineShape
 
 SITE = "model.layers.0.self_attn.q_proj"
 
@@ -30,37 +30,39 @@ class Request(SimpleNamespace):
 
 
 class Worker:
-    """A worker whose host keeps what the guest loads; `refusing` makes the host's part fail."""
+    """A worker that stores what the runtime loads; with `rejecting`, vLLM's part fails."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root, self.refusing = root, False
+        self.root, self.rejecting = root, False
         self.read: list[Path] = []
         self.readers: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.adapters: list[weakref.ref[Adapter]] = []
         self.loaded: dict[int, Any] = {}
-        self.runtime = object.__new__(guests.WorkerRuntime)
+        self.runtime = object.__new__(worker_runtime.WorkerRuntime)
+        settings: Any = SimpleNamespace(
+            adapter_roots=(root,), missing_profile="serve_unprotected", apply="gain"
+        )
+        modules: Any = SimpleNamespace(find=lambda site: site, global_shape=lambda module: None)
+        staging = Staging(root / "staging")
+        validator = validation.AdapterValidator(
+            settings,
+            None,
+            EngineShape(modules, 8, frozenset({torch.float16})),
+            staging,
+            self.runtime._with_same_weights,
+        )
         vars(self.runtime).update(
-            settings=SimpleNamespace(
-                adapter_roots=(root,), missing_profile="serve_unprotected", apply="gain"
-            ),
-            staging=Staging(root / "staging"),
-            plan=SimpleNamespace(header=None),
+            settings=settings,
+            staging=staging,
             family=None,
             tenants={},
-            seen={},
-            bytes={},
-            max_rank=8,
-            dtype=torch.float16,
-            lora_dtype=torch.float16,
+            _loaded_content={},
+            _adapter_bytes={},
             prefix_cache=True,
             manager=SimpleNamespace(list_adapters=lambda: self.loaded),
-            sites=SimpleNamespace(find=lambda site: site, global_shape=lambda place: None),
-        )
-        self.runtime.arrivals = adapter_prefetch.AdapterPrefetcher(
-            lambda request: validation.validate_adapter(request, self.runtime),
-            self.runtime.staging.drop,
+            prefetcher=adapter_prefetch.AdapterPrefetcher(validator.validate, staging.drop),
         )
         self.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(safegene=self.runtime))
         load_adapter = validation.load_adapter
@@ -75,14 +77,16 @@ class Worker:
 
         monkeypatch.setattr(validation, "load_adapter", counted)
         monkeypatch.setattr(adapter_prefetch, "load_adapter", counted)
-        monkeypatch.setattr(rpc.host, "resolve", {"LoRARequest": Request}.__getitem__)
+        monkeypatch.setattr(rpc.compat, "resolve", {"LoRARequest": Request}.__getitem__)
         monkeypatch.setattr(rpc, "safegene_receipt", lambda *_: {})
         monkeypatch.setattr(
-            guests.WorkerRuntime, "_host_model", lambda _self, _id, adapter: adapter.lora_weights
+            worker_runtime.WorkerRuntime,
+            "_lora_model",
+            lambda _self, _id, adapter: adapter.lora_weights,
         )
 
     def add_lora(self, request: Any) -> None:
-        if self.refusing:
+        if self.rejecting:
             raise AdapterRejectedError("no room")
         self.loaded[request.lora_int_id] = self.runtime.load(request)
 
@@ -95,19 +99,19 @@ class Worker:
         return rpc.safegene_begin(self, f"t@{number}", number, path)
 
     def begun(self, number: int, path: str) -> None:
-        """Begin, and ask until it has ended."""
+        """Prefetch until it has ended."""
         deadline = time.monotonic() + 30
         while not self.begin(number, path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def add(self, number: int, path: str) -> str | None:
-        answer = rpc.safegene_add(self, f"t@{number}", number, path, False)
-        refused: str | None = answer["refused"]
+        result = rpc.safegene_add(self, f"t@{number}", number, path, False)
+        rejected: str | None = result["rejected"]
         gc.collect()
-        # What the host has made of them is its own; nobody else holds an adapter after the call.
+        # vLLM has its own copy; no reference to an adapter is left after the call.
         assert all(adapter() is None for adapter in self.adapters)
-        return refused
+        return rejected
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     return Worker(tmp_path, monkeypatch)
 
 
-def test_a_new_adapter_is_read_once(worker: Worker) -> None:
+def test_new_adapter_is_read_once(worker: Worker) -> None:
     assert worker.add(1, worker.adapter("a")) is None
     assert worker.read == [worker.runtime.tenants[1].staged]
     assert worker.add(2, worker.adapter("b")) is None
@@ -123,7 +127,7 @@ def test_a_new_adapter_is_read_once(worker: Worker) -> None:
     assert not torch.equal(worker.loaded[1][SITE].a, worker.loaded[2][SITE].a)
 
 
-def test_it_is_read_again_after_it_has_left_memory(worker: Worker) -> None:
+def test_adapter_is_read_again_after_it_left_memory(worker: Worker) -> None:
     path = worker.adapter("a")
     assert worker.add(1, path) is None
     worker.loaded.clear()
@@ -131,61 +135,61 @@ def test_it_is_read_again_after_it_has_left_memory(worker: Worker) -> None:
     assert worker.read == [worker.runtime.tenants[1].staged] * 2
 
 
-def test_nothing_is_kept_of_what_the_host_did_not_take(worker: Worker) -> None:
-    path, worker.refusing = worker.adapter("a"), True
+def test_adapter_that_vllm_rejected_is_not_cached(worker: Worker) -> None:
+    path, worker.rejecting = worker.adapter("a"), True
     assert worker.add(1, path) == "no room"
-    worker.refusing = False
+    worker.rejecting = False
     assert worker.add(1, path) is None
     assert worker.read == [worker.runtime.tenants[1].staged] * 2
 
 
-def test_nothing_is_kept_of_what_is_refused(worker: Worker) -> None:
+def test_rejected_adapter_is_not_cached(worker: Worker) -> None:
     assert "slots hold --max-lora-rank 8" in (worker.add(1, worker.adapter("a", rank=9)) or "")
     path = worker.adapter("b")
     assert worker.add(2, path) is None
     worker.adapter("b")
     assert (
         "has changed since it was first loaded"
-        in (rpc.safegene_add(worker, "t@2", 3, path, False)["refused"])
+        in (rpc.safegene_add(worker, "t@2", 3, path, False)["rejected"])
     )
-    assert worker.runtime.arrivals.adapter(worker.runtime.tenants[2]) is not None
+    assert worker.runtime.prefetcher.adapter(worker.runtime.tenants[2]) is not None
     assert worker.read[-1] == worker.runtime.tenants[2].staged
 
 
-def test_what_no_slot_can_hold_is_refused(worker: Worker) -> None:
-    """Finite in the file, Inf in a float16 slot: there NaN for whoever shares a step."""
-    refused = worker.add(1, worker.adapter("a", size=1e6)) or ""
-    assert f"{SITE} overflows torch.float16 with its scaling 1" in refused
+def test_values_that_overflow_a_slot_are_rejected(worker: Worker) -> None:
+    """Finite in the file, Inf in a float16 slot: NaN for every request of a shared step."""
+    rejected = worker.add(1, worker.adapter("a", size=1e6)) or ""
+    assert f"{SITE} overflows torch.float16 with its scaling 1" in rejected
     assert worker.runtime.tenants == {} and worker.loaded == {}
 
 
-# read ahead
+# prefetch
 
 
-def test_what_was_begun_is_read_by_a_thread_and_not_again(worker: Worker) -> None:
+def test_prefetched_adapter_is_read_once_in_a_thread(worker: Worker) -> None:
     path = worker.adapter("a")
     worker.begun(1, path)
     assert worker.runtime.tenants == {} and worker.loaded == {}
     assert worker.add(1, path) is None
     assert worker.read == [worker.runtime.tenants[1].staged] and worker.loaded[1]
-    assert worker.readers[0].startswith("safegene-admit")
+    assert worker.readers[0].startswith("safegene-prefetch")
     assert worker.begin(1, path) and len(worker.read) == 1
 
 
-def test_others_are_let_in_while_one_is_being_read(worker: Worker) -> None:
+def test_other_adapters_are_added_during_a_prefetch(worker: Worker) -> None:
     slow, quick = worker.adapter("a"), worker.adapter("b")
     assert worker.add(2, quick) is None
     worker.gate.clear()
     assert not worker.begin(1, slow)
-    # A revision of what is there has nothing to be read.
-    worker.runtime.admit(Request("t@3", 3, quick))
+    # A revision with the same weights needs no reading.
+    worker.runtime.register(Request("t@3", 3, quick))
     assert 3 in worker.runtime.tenants and not worker.begin(1, slow)
     worker.gate.set()
     assert worker.add(1, slow) is None
     assert set(worker.runtime.tenants) == {1, 2, 3}
 
 
-def test_adding_waits_for_what_was_begun(worker: Worker) -> None:
+def test_adding_waits_for_the_prefetch(worker: Worker) -> None:
     path = worker.adapter("a")
     worker.gate.clear()
     assert not worker.begin(1, path)
@@ -193,7 +197,7 @@ def test_adding_waits_for_what_was_begun(worker: Worker) -> None:
     assert worker.add(1, path) is None and len(worker.read) == 1
 
 
-def test_what_is_refused_in_the_thread_is_told_when_it_is_added(worker: Worker) -> None:
+def test_error_of_a_prefetch_is_reported_by_adding(worker: Worker) -> None:
     path = worker.adapter("a", rank=9)
     worker.begun(1, path)
     assert "slots hold --max-lora-rank 8" in (worker.add(1, path) or "")
@@ -203,15 +207,15 @@ def test_what_is_refused_in_the_thread_is_told_when_it_is_added(worker: Worker) 
     assert "expected adapter_config.json" in (worker.add(2, missing) or "")
 
 
-def test_what_was_begun_is_for_its_own_name_and_path_only(worker: Worker) -> None:
+def test_prefetch_is_for_its_own_name_and_path(worker: Worker) -> None:
     one, other = worker.adapter("a"), worker.adapter("b")
     worker.begun(1, one)
-    assert rpc.safegene_add(worker, "t@1", 1, other, False)["refused"] is None
+    assert rpc.safegene_add(worker, "t@1", 1, other, False)["rejected"] is None
     assert worker.runtime.tenants[1].path == other
     assert torch.equal(worker.loaded[1][SITE].a, load_adapter(Path(other)).lora_weights[SITE].a)
 
 
-def test_what_was_checked_is_loaded_even_if_its_source_has_changed(worker: Worker) -> None:
+def test_validated_copy_is_loaded_even_if_its_source_changed(worker: Worker) -> None:
     path = worker.adapter("a")
     checked = load_adapter(Path(path)).lora_weights[SITE].a
     worker.begun(1, path)
@@ -220,11 +224,9 @@ def test_what_was_checked_is_loaded_even_if_its_source_has_changed(worker: Worke
     assert torch.equal(worker.loaded[1][SITE].a, checked)
 
 
-def test_what_nobody_comes_for_is_forgotten(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unclaimed_prefetch_is_discarded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.begun(1, worker.adapter("a"))
-    later = time.monotonic() + adapter_prefetch.PATIENCE_S + 1
+    later = time.monotonic() + adapter_prefetch.UNCLAIMED_S + 1
     monkeypatch.setattr(adapter_prefetch, "time", SimpleNamespace(monotonic=lambda: later))
     worker.begun(2, worker.adapter("b"))
     gc.collect()
@@ -232,7 +234,7 @@ def test_what_nobody_comes_for_is_forgotten(
     assert not worker.read[0].exists() and worker.read[1].exists()
 
 
-def test_what_is_taken_back_before_it_is_added_is_forgotten(worker: Worker) -> None:
+def test_prefetch_of_a_removed_adapter_is_discarded(worker: Worker) -> None:
     worker.begun(1, worker.adapter("a"))
     worker.gate.clear()
     assert not worker.begin(2, worker.adapter("b"))
@@ -245,21 +247,21 @@ def test_what_is_taken_back_before_it_is_added_is_forgotten(worker: Worker) -> N
     assert [staged.exists() for staged in worker.read] == [False, False, True]
 
 
-def test_an_engine_without_tenants_has_nothing_to_read(worker: Worker) -> None:
+def test_engine_without_a_runtime_has_no_prefetch(worker: Worker) -> None:
     worker.model_runner = SimpleNamespace()
     assert worker.begin(1, "/nowhere")
 
 
-def test_what_was_never_added_may_be_mended_and_come_again(worker: Worker) -> None:
-    """No answer was ever cached of it. Of what has been added it would be stale."""
+def test_adapter_that_was_never_added_may_change(worker: Worker) -> None:
+    """No prefix was cached for it; for an adapter that was added it would be stale."""
     path = worker.adapter("a")
     worker.begun(1, path)
     worker.runtime.forget(1)
     worker.adapter("a")
-    assert rpc.safegene_add(worker, "t@1", 2, path, False)["refused"] is None
+    assert rpc.safegene_add(worker, "t@1", 2, path, False)["rejected"] is None
     worker.adapter("a")
-    refused = rpc.safegene_add(worker, "t@1", 3, path, False)["refused"]
-    assert "has changed since it was first loaded" in refused
+    rejected = rpc.safegene_add(worker, "t@1", 3, path, False)["rejected"]
+    assert "has changed since it was first loaded" in rejected
     assert set(worker.runtime.tenants) == {2}
     assert [staged.exists() for staged in worker.read] == [False, True, False]
 

@@ -62,5 +62,5 @@ class BatchMetadata:
 
 
 def tile_count(tokens: int, slots: int, block: int) -> int:
-    """Return the maximum number of tiles of `tokens` tokens: each slot may end in a partial tile."""
+    """Return the maximum number of tiles: each slot may end in a partial one."""
     return min(tokens, -(-tokens // block) + slots + 1)

@@ -35,7 +35,7 @@ class LayerShape:
     safety_rank: int
 
     def small(self) -> LayerShape:
-        """Return a shape of the same alignment and ranks, at most 271 columns a part and 2,063 inputs."""
+        """Reduce to at most 271 columns a part and 2,063 inputs; alignment and ranks stay."""
         widths = tuple(_cut(width, 256) for width in self.widths)
         return LayerShape(widths, _cut(self.d_in, 2048), self.rank, self.safety_rank)
 

@@ -1,7 +1,4 @@
-"""What the kernels compute, as plain float32 torch: the definition they are tested against.
-
-For tests, and for the check a worker makes before it trusts the kernels. Not fast.
-"""
+"""Float32 reference of the LoRA and safety products, which the kernels are tested against."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def expected(
     slots: torch.Tensor,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's output with both products in it, and how far rounding may take a kernel from it.
+    """Compute the layer's output with both products, and a bound on a kernel's rounding error.
 
     Semantics: for each part i, with s the slot of t and g = gains[s + 1, layer],
     out[t, i] = y[t, i] + scale (x[t] A_i[s]ᵀ) B_i[s]ᵀ + g (x[t] A'_iᵀ) B'_iᵀ; the middle term is
@@ -38,30 +35,30 @@ def expected(
     rank, column = safety_b.shape[1], 0
     for i, part in enumerate(b):
         width = part.shape[2]
-        here = slice(column, column + width)
+        columns = slice(column, column + width)
         shared_a = safety_a[i * rank : (i + 1) * rank].float()
-        shared_b = safety_b[here].float()
+        shared_b = safety_b[columns].float()
         for slot in range(-1, part.shape[0]):
             rows = (slots == slot).nonzero()[:, 0]
             if not len(rows):
                 continue
-            pairs = [(shared_a, shared_b, float(gains[slot + 1, layer]))]
+            products = [(shared_a, shared_b, float(gains[slot + 1, layer]))]
             if slot >= 0:
-                pairs.append((a[i][slot, 0].float(), part[slot, 0].float(), scale))
-            for left, right, factor in pairs:
+                products.append((a[i][slot, 0].float(), part[slot, 0].float(), scale))
+            for left, right, factor in products:
                 if factor == 0.0:
                     continue
-                inside = x[rows].float()
-                hidden = factor * (inside @ left.T)
-                size = abs(factor) * (inside.abs() @ left.abs().T)
-                out[rows, here] += hidden @ right.T
-                bound[rows, here] += (unit * hidden.abs() + sums * size) @ right.abs().T
+                inputs = x[rows].float()
+                hidden = factor * (inputs @ left.T)
+                size = abs(factor) * (inputs.abs() @ left.abs().T)
+                out[rows, columns] += hidden @ right.T
+                bound[rows, columns] += (unit * hidden.abs() + sums * size) @ right.abs().T
         column += width
     return out, bound + unit * out.abs() + torch.finfo(x.dtype).tiny
 
 
 def disagreement(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> str | None:
-    """The worst element outside the bound, in words; None where all are inside. NaN is outside."""
+    """Describe the largest excess over the bound; None if there is none. NaN exceeds any bound."""
     excess = (got.float() - want).abs() - bound
     wrong = ~(excess <= 0.0)
     if not bool(wrong.any()):

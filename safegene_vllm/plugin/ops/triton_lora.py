@@ -47,7 +47,7 @@ class TritonPunica(PunicaProxy):
     ) -> None:
         """Update y (T, D_out) in place, as vLLM's wrapper does.
 
-        Errors: VllmCompatibilityError where y is to be overwritten (dual stream, rejected at start).
+        Errors: VllmCompatibilityError if y is to be overwritten (dual stream, rejected at start).
         """
         if not add_inputs:
             raise VllmCompatibilityError(
@@ -152,7 +152,9 @@ def _self_test(
     check: Callable[..., str | None] | None,
 ) -> str | None:
     if check is None:
-        from safegene_vllm.plugin.ops.self_test import check
+        from safegene_vllm.plugin.ops import self_test  # needs Triton
+
+        check = self_test.check
     shapes = [
         LayerShape(
             tuple(b.shape[2] for b in layer.lora_b_stacked),
