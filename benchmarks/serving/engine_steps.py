@@ -76,16 +76,16 @@ def serve_arm(
         ]
 
     with engine(model, settings, plugins=plugins, **options) as e:
-        e.ask(asks(load.prompt_tokens, 0), 4)
+        e.generate(asks(load.prompt_tokens, 0), 4)
         pipe.send("ready")
         salt = 0
         while (what := pipe.recv()) != "stop":
             salt += 1
             started = time.perf_counter()
             if what == "prefill":
-                e.ask(asks(load.prefill_tokens, salt), 1)
+                e.generate(asks(load.prefill_tokens, salt), 1)
             else:
-                e.ask(asks(load.prompt_tokens, salt), load.output_tokens)
+                e.generate(asks(load.prompt_tokens, salt), load.output_tokens)
             pipe.send(time.perf_counter() - started)
 
 

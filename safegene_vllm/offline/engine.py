@@ -1,7 +1,7 @@
-"""A vLLM engine inside this process, for verify, benchmarks and tests.
+"""A vLLM engine inside this process, for `safegene verify`, evaluation, benchmarks and tests.
 
-For asking a whole list of requests as one batch, scheduled the same way every time, with or without
-a vector. Not for serving: that is vLLM's own API server.
+Runs a list of requests as one batch that is scheduled the same way every time, with or without a
+vector.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safegene_vllm.plugin import compat
 
 @dataclass(frozen=True)
 class Completion:
-    """Greedy tokens with the log-probability of each."""
+    """Tokens of a completion with the log-probability of each, in nats."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -28,7 +28,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: token ids, and the tenant's directory (None: the base model)."""
+    """A prompt as token ids, and the tenant's directory (None: the base model)."""
 
     prompt: Sequence[int]
     tenant: Path | None = None
@@ -36,13 +36,14 @@ class Request:
 
 
 class Engine:
-    """A running engine; `ask` answers a batch, `receipts` come from every rank."""
+    """A running engine."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
         self._ids: dict[str, int] = {}
 
     def lora(self, tenant: Path, name: str | None = None) -> Any:
+        """Return the LoRARequest of a tenant's directory."""
         name = name or f"{tenant.parent.name}/{tenant.name}"
         number = self._ids.setdefault(name, len(self._ids) + 1)
         return compat.resolve("LoRARequest")(name, number, str(tenant))
@@ -51,13 +52,16 @@ class Engine:
         """Load a tenant the way the API server does, before any request uses it."""
         self.llm.llm_engine.add_lora(self.lora(tenant, name))
 
-    def ask(self, asks: Sequence[Request], tokens: int = 12, **sampling: Any) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], tokens: int = 12, **sampling: Any
+    ) -> list[Completion]:
+        """Run one batch, greedily unless `sampling` says otherwise."""
         greedy = {"temperature": 0, "logprobs": 0, "detokenize": False, "ignore_eos": True}
         params = compat.resolve("SamplingParams")(max_tokens=tokens, **(greedy | sampling))
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(a.prompt)} for a in asks],
+            [{"prompt_token_ids": list(r.prompt)} for r in requests],
             params,
-            lora_request=[None if a.tenant is None else self.lora(a.tenant, a.name) for a in asks],
+            lora_request=self._lora_requests(requests),
             use_tqdm=False,
         )
         return [
@@ -73,37 +77,45 @@ class Engine:
             for o in outputs
         ]
 
-    def score(self, asks: Sequence[Request], answers: Sequence[Completion]) -> list[Completion]:
-        """The given answers' tokens under this engine: their log-probabilities, token by token.
+    def score(
+        self, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Completion]:
+        """Return the given tokens with their log-probabilities under this engine.
 
-        For comparing engines whose rounding may choose another token somewhere.
+        Compares engines whose rounding may choose another token somewhere.
         """
         params = compat.resolve("SamplingParams")(
             max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False
         )
         outputs = self.llm.generate(
             [
-                {"prompt_token_ids": [*ask.prompt, *answer.tokens]}
-                for ask, answer in zip(asks, answers, strict=True)
+                {"prompt_token_ids": [*request.prompt, *completion.tokens]}
+                for request, completion in zip(requests, completions, strict=True)
             ],
             params,
-            lora_request=[None if a.tenant is None else self.lora(a.tenant, a.name) for a in asks],
+            lora_request=self._lora_requests(requests),
             use_tqdm=False,
         )
         return [
             Completion(
-                answer.tokens,
+                completion.tokens,
                 tuple(
                     step[token].logprob
                     for step, token in zip(
-                        output.prompt_logprobs[-len(answer.tokens) :], answer.tokens, strict=True
+                        output.prompt_logprobs[-len(completion.tokens) :],
+                        completion.tokens,
+                        strict=True,
                     )
                 ),
             )
-            for output, answer in zip(outputs, answers, strict=True)
+            for output, completion in zip(outputs, completions, strict=True)
         ]
 
+    def _lora_requests(self, requests: Sequence[Request]) -> list[Any]:
+        return [None if r.tenant is None else self.lora(r.tenant, r.name) for r in requests]
+
     def receipts(self) -> list[Receipt]:
+        """Return the receipt of every rank."""
         return [Receipt.from_dict(r) for r in self.llm.collective_rpc("safegene_receipt")]
 
 
@@ -111,7 +123,7 @@ class Engine:
 def engine(
     model: Path, settings: dict[str, Any] | None, *, plugins: str | None = None, **options: Any
 ) -> Iterator[Engine]:
-    """Start a vLLM engine with these SafeGene settings; `plugins=""` gives stock vLLM."""
+    """Start a vLLM engine with these SafeGene settings; `plugins=""` starts stock vLLM."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
@@ -144,7 +156,7 @@ def engine(
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables and put the old ones back."""
+    """Set environment variables and restore the previous values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -158,7 +170,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def max_logprob_diff(found: Sequence[Completion], expected: Sequence[Completion]) -> float:
-    """Largest |Δ logprob| over all tokens of all answers."""
+    """Return the largest |Δ logprob| over all tokens of all completions."""
     return max(
         abs(a - b)
         for f, e in zip(found, expected, strict=True)

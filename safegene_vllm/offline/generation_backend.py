@@ -1,8 +1,7 @@
-"""Answers by vLLM itself: tenants in LoRA slots of one engine, the vector in its gain table.
+"""Generation backend of the evaluation on vLLM: tenants in LoRA slots, the vector in the gain table.
 
-The same path that serves tenants, with receipts checked before anything is asked. A tenant that is
-a full checkpoint has an engine of its own, and its coefficients are a profile beside it. Not for
-serving, and not for comparing exactness: that is verify.
+The path that serves tenants, with receipts checked before anything is generated. A tenant that is a
+full checkpoint gets an engine of its own; its coefficients are the base model's profile there.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from safegene_vllm.offline.engine import Engine, Request, engine
 from safegene_vllm.planner.slots import rank_bucket
 from safegene_vllm.plugin import compat
 
-MOST_SLOTS = 8
-"""Subjects are asked one after another, so few need to be on the device at once."""
+MAX_SLOTS = 8
+"""Targets are evaluated one after another, so few need to be on the device at once."""
 
 CPU_CACHE_BYTES = 1 << 30
 CPU_SEQUENCES = 64
@@ -51,7 +50,7 @@ GPU_SEQUENCES = 256
 
 @dataclass(frozen=True)
 class _Running:
-    """An engine on one checkpoint, and what its prompts are made with."""
+    """An engine on one checkpoint, with its tokenizer."""
 
     checkpoint: Path
     engine: Engine
@@ -60,12 +59,12 @@ class _Running:
     work: Path
 
 
-def slot_rank(subjects: Sequence[Target]) -> int:
-    """The smallest --max-lora-rank that holds every subject's own LoRA.
+def slot_rank(targets: Sequence[Target]) -> int:
+    """Return the smallest --max-lora-rank that holds every target's own LoRA.
 
-    The gain table needs no rank of the slots. Errors: ConfigError if vLLM has no such rank.
+    The gain table needs no rank. Errors: ConfigError if vLLM has no such rank.
     """
-    directories = {directory for s in subjects if (directory := adapter_of(s)) is not None}
+    directories = {directory for s in targets if (directory := adapter_of(s)) is not None}
     needed = max(
         (shape.rank for d in directories for shape in read_adapter_shapes(d).values()), default=1
     )
@@ -73,11 +72,11 @@ def slot_rank(subjects: Sequence[Target]) -> int:
 
 
 class VllmBackend:
-    """One vLLM engine at a time, with all subjects of its checkpoint in its slots.
+    """One vLLM engine at a time, with all targets of its checkpoint in its slots.
 
-    `model` is the checkpoint of subjects without one of their own; `family` a directory;
-    `context_tokens` what the longest prompt needs together with its answer. `options` go to every
-    engine, over our own. Errors: those of `check_targets`; ConfigError for ranks.
+    `model` is the checkpoint of targets without one of their own; `family` a directory;
+    `context_tokens` is for the longest prompt with its completion. `options` are passed to every
+    engine and override the defaults. Errors: those of `check_targets`; ConfigError for ranks.
     """
 
     backend = "vllm"
@@ -85,35 +84,37 @@ class VllmBackend:
     def __init__(
         self,
         model: Path,
-        subjects: Sequence[Target],
+        targets: Sequence[Target],
         family: Path | None = None,
         *,
         dtype: str = "bfloat16",
         context_tokens: int = 2048,
         **options: Any,
     ) -> None:
-        self.model, self.family, self.subjects = Path(model), family, tuple(subjects)
+        self.model, self.family, self.targets = Path(model), family, tuple(targets)
         self.dtype, self.context_tokens, self.options = dtype, context_tokens, options
         self.header: FamilyHeader | None = None if family is None else read_family_header(family)
-        check_targets(self.subjects, self.header)
-        self.rank = slot_rank(self.subjects)
+        check_targets(self.targets, self.header)
+        self.rank = slot_rank(self.targets)
         self._running: _Running | None = None
         self._tenants: dict[Target, Path | None] = {}
         self._stack = ExitStack()
 
-    def generate(self, prompts: Sequence[str], subject: Target, max_tokens: int) -> list[str]:
-        """One greedy answer per prompt, in order.
+    def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
+        """Generate one greedy completion per prompt, in order.
 
-        Errors: ReceiptError if a worker did not apply what the subject says; what admission
-        refuses; ConfigError for a subject that was not named at the start.
+        Errors: ReceiptError if a worker did not apply what the target says; those of validation;
+        ConfigError for a target that the backend was not made for.
         """
-        if subject not in self.subjects:
-            raise ConfigError(f"{subject.key} was not named when the engine was planned")
-        running = self._engine_of(checkpoint_of(subject) or self.model)
+        if target not in self.targets:
+            raise ConfigError(
+                f"{target.key} was not among the targets that the backend was made for"
+            )
+        running = self._engine_of(checkpoint_of(target) or self.model)
         rows = prompt_tokens(running.tokenizer, prompts)
-        tenant = self._admitted(running, subject)
-        name = None if tenant is None else subject.key
-        found = running.engine.ask(
+        tenant = self._directory_in(running, target)
+        name = None if tenant is None else target.key
+        found = running.engine.generate(
             [Request(row, tenant, name) for row in rows],
             max_tokens,
             ignore_eos=False,
@@ -142,13 +143,13 @@ class VllmBackend:
     def _start(self, checkpoint: Path) -> _Running:
         tokenizer = load_tokenizer(checkpoint)
         check_template(tokenizer)
-        here = [s for s in self.subjects if (checkpoint_of(s) or self.model) == checkpoint]
+        here = [s for s in self.targets if (checkpoint_of(s) or self.model) == checkpoint]
         settings = (
             {"family": None, "missing_profile": "serve_unprotected"}
             if self.family is None
             else {"family": str(self.family), "apply": "gain"}
         )
-        slots = max(1, min(len(here), MOST_SLOTS))
+        slots = max(1, min(len(here), MAX_SLOTS))
         on_cpu = compat.resolve("current_platform").is_cpu()
         options: dict[str, Any] = {
             "dtype": self.dtype,
@@ -160,7 +161,7 @@ class VllmBackend:
             "max_lora_rank": self.rank,
         }
         work = Path(
-            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="safegene-doses-"))
+            self._stack.enter_context(tempfile.TemporaryDirectory(prefix="safegene-strengths-"))
         )
         running = self._stack.enter_context(
             engine(checkpoint, settings, **(options | self.options))
@@ -169,44 +170,46 @@ class VllmBackend:
         stops = tuple(stop_tokens(checkpoint, tokenizer))
         return _Running(checkpoint, running, tokenizer, stops, work)
 
-    def _admitted(self, running: _Running, subject: Target) -> Path | None:
-        """The directory that the engine serves the subject from; None for the model itself."""
-        if subject in self._tenants:
-            return self._tenants[subject]
-        profile = profile_of(subject, self.header)
-        adapter = adapter_of(subject)
+    def _directory_in(self, running: _Running, target: Target) -> Path | None:
+        """Return the directory that the engine serves the target from; None for the model itself."""
+        if target in self._tenants:
+            return self._tenants[target]
+        profile = profile_of(target, self.header)
+        adapter = adapter_of(target)
         if profile is not None and adapter is None and not any(profile.coefficients):
             profile = None
         directory = None
         if profile is not None or adapter is not None:
-            directory = self._directory_of(running, subject, profile, adapter)
-            running.engine.add(directory, subject.key)
+            directory = self._directory_of(running, target, profile, adapter)
+            running.engine.add(directory, target.key)
         if profile is not None and directory is not None:
             check_tenant(
                 running.engine.receipts(),
-                subject.key,
+                target.key,
                 profile=profile.digest,
                 gain=gain_digest(profile.coefficients),
             )
-        self._tenants[subject] = directory
+        self._tenants[target] = directory
         return directory
 
     def _directory_of(
-        self, running: _Running, subject: Target, profile: Profile | None, adapter: Path | None
+        self, running: _Running, target: Target, profile: Profile | None, adapter: Path | None
     ) -> Path:
-        """The tenant's own directory, or its adapter by links beside a profile made here."""
-        own = subject.directory
+        """Return the tenant's own directory, or a new one with its adapter linked and a profile."""
+        own = target.directory
         if self.header is None:
             assert adapter is not None
             return adapter
-        if profile is not None and subject.coefficients is None and checkpoint_of(subject) is None:
+        if profile is not None and target.coefficients is None and checkpoint_of(target) is None:
             assert own is not None
             return own
-        target = running.work / f"tenant-{len(self._tenants)}"
-        target.mkdir()
+        directory = running.work / f"tenant-{len(self._tenants)}"
+        directory.mkdir()
         for name in (CONFIG_FILE, WEIGHTS_FILE) if adapter is not None else ():
             assert adapter is not None
-            (target / name).symlink_to((adapter / name).resolve())
+            (directory / name).symlink_to((adapter / name).resolve())
         zero = [0.0] * self.header.num_layers
-        save_profile(profile or make_profile(self.header, zero, {"method": "evaluation"}), target)
-        return target
+        save_profile(
+            profile or make_profile(self.header, zero, {"method": "evaluation"}), directory
+        )
+        return directory

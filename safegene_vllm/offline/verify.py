@@ -1,7 +1,7 @@
-"""`safegene verify`: does this machine, with this vLLM, keep the product's promises?
+"""`safegene verify`: exactness and isolation checks with real engines on this machine.
 
-For running the three ways and the isolation checks on real engines, on the user's own model or on a
-pico model made on the spot. Not a quality measurement: it compares engines with each other.
+Runs the three ways of application on the user's own model or on a tiny model, and compares the
+engines with each other.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from safegene_vllm.offline.engine import Completion, Request, engine, max_logpro
 from safegene_vllm.planner.slots import rank_bucket
 
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
-"""Greatest |Δ logprob| in float32, mean |Δ logprob| in the half formats."""
+"""Maximum |Δ logprob| in float32, mean |Δ logprob| in 16-bit formats; in nats."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """One row of the result."""
 
     what: str
     passed: bool
@@ -47,13 +47,13 @@ def verify(
 ) -> list[Check]:
     """Run four engines in turn and compare them; `work` is an empty directory for copies.
 
-    Shapes and units: log-probabilities in nats. Options go to every engine unchanged.
-    Errors: whatever the plugin refuses the model, family or tenants with.
+    `options` are passed to every engine. Errors: those of the plugin for the model, the family and
+    the tenants; ConfigError.
     """
     if len(tenants) < 2:
         raise ConfigError(
             f"verify needs at least two tenants with profiles, found {len(tenants)}; "
-            "give --tenant twice, or none to use a pico model."
+            "give --tenant twice, or none to use a tiny model."
         )
     header = read_family_header(family)
     rest = [t for t in tenants if slot_kind(t) == "adapter"]
@@ -70,44 +70,44 @@ def verify(
     limits |= {"max_lora_rank": _rank_bucket(rest, family)} | options
     settings = {"family": str(family)}
 
-    def asks(directories: Sequence[Path | None]) -> list[Request]:
+    def requests(directories: Sequence[Path | None]) -> list[Request]:
         return [Request(p, d) for p, d in zip(prompts, directories, strict=True)]
 
     progress("gain table")
     with engine(model, {**settings, "apply": "gain"}, **limits) as e:
-        gain = e.ask(asks(mix), tokens)
-        zero = e.ask(asks([*zeros, only, None]), tokens)
-        one = e.ask(asks([zeros[0], *mix[1:]]), tokens)
+        gain = e.generate(requests(mix), tokens)
+        zero = e.generate(requests([*zeros, only, None]), tokens)
+        one = e.generate(requests([zeros[0], *mix[1:]]), tokens)
         receipts = e.receipts()
     check_engine(receipts, family=header.digest)
     progress("the same engine without a vector")
     plain = [_without_profile(t, work / f"plain-{i}") for i, t in enumerate(tenants)]
     bare = {"family": None, "missing_profile": "serve_unprotected"}
     with engine(model, bare, **limits) as e:
-        without = e.ask(asks([*plain, None, None]), tokens)
+        without = e.generate(requests([*plain, None, None]), tokens)
     progress("composed slots")
     with engine(model, {**settings, "apply": "composed"}, **limits) as e:
-        composed = e.ask(asks(mix), tokens)
+        composed = e.generate(requests(mix), tokens)
     progress("weight load")
     full = _full_checkpoint(model, only, work / "full")
     with engine(full, {**settings, "apply": "weights"}, dtype=dtype, **options) as e:
-        weights = e.ask([Request(prompts[-2])], tokens)
+        weights = e.generate([Request(prompts[-2])], tokens)
     keep = [i for i, d in enumerate(mix) if d not in (only, None)]
     return [
-        _agree("composed slots answer like the gain table", gain, composed, dtype),
-        _agree("weight load answers like the gain table", [gain[-2]], weights, dtype),
+        _agree("composed slots complete like the gain table", gain, composed, dtype),
+        _agree("weight load completes like the gain table", [gain[-2]], weights, dtype),
         _same(
             "a zero row is the same engine without a vector, bit for bit",
             [zero[i] for i in [*keep, -1]],
             [without[i] for i in [*keep, -1]],
         ),
         _same(
-            "a neighbour's profile changes no other answer, bit for bit",
+            "a neighbor's profile changes no other completion, bit for bit",
             [gain[i] for i in range(1, len(mix))],
             [one[i] for i in range(1, len(mix))],
         ),
         Check(
-            "the profile does change its own tenant's answer",
+            "the profile changes its own tenant's completion",
             gain[0].logprobs != one[0].logprobs,
             f"{max_logprob_diff([gain[0]], [one[0]]):.3g} nats",
         ),
@@ -120,7 +120,7 @@ def verify(
 
 
 def _agree(what: str, left: list[Completion], right: list[Completion], dtype: str) -> Check:
-    """Token-for-token and within the bound of the dtype."""
+    """Compare token by token within the bound of the dtype."""
     bound = BOUNDS[dtype]
     equal = sum(a.tokens == b.tokens for a, b in zip(left, right, strict=True))
     if dtype == "float32":
@@ -135,7 +135,7 @@ def _agree(what: str, left: list[Completion], right: list[Completion], dtype: st
 
 
 def _common(a: Completion, b: Completion) -> list[float]:
-    """|Δ logprob| as long as both chose the same tokens (later ones answer another text)."""
+    """Return |Δ logprob| up to the first token that differs."""
     gaps = []
     for x, y, p, q in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True):
         if x != y:
@@ -150,7 +150,7 @@ def _same(what: str, left: list[Completion], right: list[Completion]) -> Check:
 
 
 def _rank_bucket(tenants: Sequence[Path], family: Path) -> int:
-    """The smallest slot rank that holds every tenant composed with the vector.
+    """Return the smallest --max-lora-rank for every tenant composed with the vector.
 
     Errors: ConfigError if vLLM has no such rank.
     """
@@ -162,7 +162,7 @@ def _rank_bucket(tenants: Sequence[Path], family: Path) -> int:
 
 
 def _with_row(tenant: Path | None, target: Path, family: Path, value: float) -> Path:
-    """A copy of `tenant` (None: no adapter) whose selected layers all have this coefficient."""
+    """Copy `tenant` (None: no adapter) with this coefficient on all selected layers."""
     if tenant is None:
         target.mkdir()
     else:
@@ -172,7 +172,7 @@ def _with_row(tenant: Path | None, target: Path, family: Path, value: float) -> 
 
 
 def _without_profile(tenant: Path, target: Path) -> Path | None:
-    """A copy of a tenant's adapter alone; None where there is none."""
+    """Copy a tenant's adapter without its profile; None if it has no adapter."""
     if slot_kind(tenant) == "profile":
         return None
     shutil.copytree(tenant, target, ignore=shutil.ignore_patterns("safegene.json"))
@@ -180,7 +180,7 @@ def _without_profile(tenant: Path, target: Path) -> Path | None:
 
 
 def _full_checkpoint(model: Path, tenant: Path, target: Path) -> Path:
-    """The model's files by link, with the tenant's profile beside them."""
+    """Link the model's files into a directory with the tenant's profile."""
     target.mkdir()
     for path in model.iterdir():
         if path.name != "safegene.json":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from safegene_vllm.errors import VllmCompatibilityError
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of
 from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 from safegene_vllm.plugin.ops.cpu_lora import CpuPunica
@@ -16,7 +17,12 @@ from safegene_vllm.plugin.ops.gain_table import GainPunica
 from safegene_vllm.plugin.ops.layer_weights import LayerWeights
 from safegene_vllm.plugin.ops.step_state import StepState
 from safegene_vllm.plugin.ops.triton_lora import TritonPunica, choose_layers, safety_lora
-from safegene_vllm.plugin.target_modules import TargetModuleMap, local_parts, stack_parts
+from safegene_vllm.plugin.target_modules import (
+    EngineShape,
+    TargetModuleMap,
+    local_parts,
+    stack_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,16 @@ class ResidentVector:
     kernel_layers: int = 0
     layers: int = 0
     notes: tuple[str, ...] = ()
+
+
+def check_vector(engine: EngineShape, lora_weights: Mapping[str, LoRAWeights]) -> None:
+    """Errors: VllmCompatibilityError for sites without a LoRA layer or of another shape."""
+    problems = engine.mismatches(lora_weights)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise VllmCompatibilityError(
+            "the vector does not fit this engine: " + "; ".join(problems[:5]) + more
+        )
 
 
 def place_vector(

@@ -1,8 +1,8 @@
-"""A worker's private, immutable copy of every tenant it has admitted.
+"""Staging: a worker's private, immutable copy of every validated tenant.
 
-For loading again, after an eviction, exactly what was validated, even if the tenant's own directory
-has changed or gone: a failure there would happen inside the engine's step and kill it. Not a cache
-between processes: each worker owns its copies and removes them, and those of dead workers, itself.
+After an eviction, exactly what was validated is loaded again, even if the tenant's own directory
+has changed or is gone: an error there would occur inside the engine's step and end the engine. Each
+worker owns its copies, and removes those of workers that died.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from safegene_vllm.formats.tenant_directory import refuse_exported
 from safegene_vllm.formats.tenant_kind import SlotKind, slot_kind
 
 PROFILE_FILE = "safegene.json"
-NEEDED: Mapping[SlotKind, Sequence[str]] = {
+REQUIRED_FILES: Mapping[SlotKind, Sequence[str]] = {
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "profile": (PROFILE_FILE,),
 }
 FILES: Mapping[SlotKind, Sequence[str]] = {
-    "adapter": (*NEEDED["adapter"], PROFILE_FILE),
-    "profile": NEEDED["profile"],
+    "adapter": (*REQUIRED_FILES["adapter"], PROFILE_FILE),
+    "profile": REQUIRED_FILES["profile"],
 }
 _PREFIX = "safegene-worker-"
 
@@ -44,7 +44,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class _File:
-    """Which file it is, whatever its name: a read-only one with several names is not read twice."""
+    """Identity of a file independent of its name."""
 
     device: int
     inode: int
@@ -53,10 +53,10 @@ class _File:
 
 
 class Staging:
-    """The copies of one worker process; gone with it.
+    """Copies of one worker process, removed with it.
 
-    A registry's store gives all revisions of a tenant hard links to one read-only weights file; so
-    does this: a revision that changes coefficients alone costs a link.
+    The registry's store gives all revisions of a tenant hard links to one read-only weights file;
+    staging does the same, so a revision that only changes coefficients costs a link.
     """
 
     def __init__(self, parent: Path | None) -> None:
@@ -68,7 +68,7 @@ class Staging:
         self._known: dict[_File, tuple[Path, str]] = {}
 
     def copy(self, source: Path, name: str, roots: Sequence[Path]) -> Staged:
-        """Copy the files of a tenant, once its directory is seen to be one (`slot_kind`).
+        """Copy the files of a tenant, after checking what its directory is (`slot_kind`).
 
         Errors: those of `slot_kind`; AdapterRejectedError (not below `roots`, through a symlink,
         unreadable, exported, changing while it is copied).
@@ -93,17 +93,17 @@ class Staging:
                 f"tenant {name!r}: {source} cannot be read ({error}); give a readable directory of "
                 "plain files."
             ) from error
-        missing = [f for f in NEEDED[kind] if f not in found]
+        missing = [f for f in REQUIRED_FILES[kind] if f not in found]
         if missing:
             shutil.rmtree(target)
             raise AdapterRejectedError(
-                f"tenant {name!r}: {source} has lost {', '.join(missing)} while it was read; load "
+                f"tenant {name!r}: {source} lost {', '.join(missing)} while it was read; load "
                 "it again once nothing writes there."
             )
         return Staged(target, found)
 
     def _take(self, source: Path, target: Path, *, follow: bool) -> str | None:
-        """Copy or link one file if it exists; never through a symlink unless `follow`."""
+        """Copy or link one file if it exists, through a symlink only with `follow`; return its digest."""
         try:
             handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
         except FileNotFoundError:
@@ -118,7 +118,7 @@ class Staging:
             return digest
 
     def _linked(self, about: os.stat_result, target: Path) -> str | None:
-        """Link a file that was copied before; its digest, or None if it was not."""
+        """Link a file that was copied before; return its digest, or None if it was not."""
         copy, digest = self._known.get(_file_of(about), (None, None))
         if copy is None or not _shared(about):
             return None
@@ -129,13 +129,14 @@ class Staging:
         return digest
 
     def drop(self, directory: Path) -> None:
+        """Remove one copy."""
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def allowed(source: Path, roots: Sequence[Path]) -> Path:
-    """The plain path of `source`, once it is seen to lie below one of `roots` (if any are given).
+    """Return the normalized path of `source`, checked to be below one of `roots` (if any).
 
-    Errors: AdapterRejectedError if it lies elsewhere, or is reached through a symbolic link.
+    Errors: AdapterRejectedError if it is elsewhere, or reached through a symbolic link.
     """
     if not roots:
         return source
@@ -169,12 +170,12 @@ def _file_of(about: os.stat_result) -> _File:
 
 
 def _shared(about: os.stat_result) -> bool:
-    """Whether it is a read-only file of several names, as a store of revisions makes them."""
+    """Return whether it is a read-only file with several names, as in the registry's store."""
     return about.st_nlink > 1 and not about.st_mode & 0o222
 
 
 def _copied(stream: IO[bytes], target: Path) -> str:
-    """Copy what is left of `stream`; the SHA-256 of it."""
+    """Copy the rest of `stream`; return its SHA-256."""
     digest = hashlib.sha256()
     with target.open("wb") as out:
         while block := stream.read(1 << 20):
@@ -185,7 +186,7 @@ def _copied(stream: IO[bytes], target: Path) -> str:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Delete copies whose worker is gone (killed workers cannot tidy up)."""
+    """Delete the copies of workers that were killed."""
     for leftover in parent.glob(f"{_PREFIX}*"):
         pid = leftover.name.removeprefix(_PREFIX).split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():

@@ -24,7 +24,7 @@ from safegene_vllm.plugin.ops.cpu_lora import CpuBatchMetadata, CpuPunica
 from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.ops.step_state import StepPunica, StepState
 from safegene_vllm.plugin.preflight import EnginePlan
-from safegene_vllm.plugin.resident_vector import ResidentVector, place_vector
+from safegene_vllm.plugin.resident_vector import ResidentVector, check_vector, place_vector
 from safegene_vllm.plugin.staging import Staging
 from safegene_vllm.plugin.target_modules import EngineShape, TargetModuleMap
 from safegene_vllm.plugin.validation import AdapterValidator, Tenant
@@ -66,7 +66,7 @@ class WorkerRuntime:
         self.step = self._wrap_punica(max_rank)
         self.vector = ResidentVector()
         if self.family is not None:
-            _check_vector(engine, self.family.lora_weights)
+            check_vector(engine, self.family.lora_weights)
         if self.family is not None and self.step.table is not None:
             self.vector = place_vector(
                 self.family.lora_weights,
@@ -330,14 +330,4 @@ class WorkerRuntime:
             tenant_sites=tenant.sites,
             safety_sites=sum(self._sites_by_layer[n] for n, value in enumerate(row) if value),
             gain_norm=math.hypot(*row),
-        )
-
-
-def _check_vector(engine: EngineShape, lora_weights: Any) -> None:
-    """Errors: VllmCompatibilityError for sites without a LoRA layer or of another shape."""
-    problems = engine.mismatches(lora_weights)
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise VllmCompatibilityError(
-            "the vector does not fit this engine: " + "; ".join(problems[:5]) + more
         )

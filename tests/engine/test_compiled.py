@@ -21,7 +21,7 @@ PROMPTS = [[5 + i, 9, 33, 77, 101 + i] for i in range(len(MIX))]
 
 
 @pytest.fixture(scope="module", params=["llama", "glm4"])
-def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setup_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     model = make_model(request.param, root / "model")
     family = write_family(model, root / "family")
@@ -36,24 +36,26 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("apply", ["gain", "composed", "weights"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_and_sharded_engines_answer_like_the_reference(
-    house: Path, apply: str, ranks: int
+    setup_dir: Path, apply: str, ranks: int
 ) -> None:
-    if (ranks == 1) != (house.name.startswith("llama")):
+    if (ranks == 1) != (setup_dir.name.startswith("llama")):
         pytest.skip("llama compiled on one rank, glm4 compiled on two: every pairing is covered")
     full = apply == "weights"
-    asks = [
-        Request(p, None if full or n is None else house / n)
+    requests = [
+        Request(p, None if full or n is None else setup_dir / n)
         for n, p in zip(MIX, PROMPTS, strict=True)
     ]
-    model = house / ("full" if full else "model")
+    model = setup_dir / ("full" if full else "model")
     expected = [
-        reference(model, house / "family", house / "full" if full else a.tenant, [a.prompt])[0]
-        for a in asks
+        reference(
+            model, setup_dir / "family", setup_dir / "full" if full else a.tenant, [a.prompt]
+        )[0]
+        for a in requests
     ]
-    settings = {"family": str(house / "family"), "apply": apply}
+    settings = {"family": str(setup_dir / "family"), "apply": apply}
     with engine(model, settings, enforce_eager=False, tensor_parallel_size=ranks) as e:
-        found = e.ask(asks)
-        again = e.ask(asks[::-1])[::-1]
+        found = e.generate(requests)
+        again = e.generate(requests[::-1])[::-1]
         with pytest.raises(Exception, match="replace weights under a safety vector"):
             e.llm.collective_rpc("reset_weights")
         receipts = e.receipts()

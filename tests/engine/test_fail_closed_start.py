@@ -45,72 +45,74 @@ LOAD_PLUGINS = "from vllm.plugins import load_general_plugins as load; load(); p
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setup_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("start")
     model = make_model("llama", root / "model")
     write_family(model, root / "family")
     return root
 
 
-def refuse(house: Path, family: Path, error: type[Exception], words: str, **options: Any) -> None:
+def refuse(
+    setup_dir: Path, family: Path, error: type[Exception], words: str, **options: Any
+) -> None:
     settings = {"family": str(family), **options.pop("settings", {})}
     with (
         pytest.raises(error, match=words),
-        engine(options.pop("model", house / "model"), settings, **options),
+        engine(options.pop("model", setup_dir / "model"), settings, **options),
     ):
         pass
 
 
-def test_family_missing(house: Path, tmp_path: Path) -> None:
-    refuse(house, tmp_path / "nowhere", ConfigError, "not a directory")
+def test_family_missing(setup_dir: Path, tmp_path: Path) -> None:
+    refuse(setup_dir, tmp_path / "nowhere", ConfigError, "not a directory")
     (tmp_path / "empty").mkdir()
-    refuse(house, tmp_path / "empty", MissingFileError, r"safegene\.json")
+    refuse(setup_dir, tmp_path / "empty", MissingFileError, r"safegene\.json")
 
 
-def test_family_of_another_base(house: Path, tmp_path: Path) -> None:
+def test_family_of_another_base(setup_dir: Path, tmp_path: Path) -> None:
     other = make_model("qwen2", tmp_path / "other")
     family = write_family(other, tmp_path / "family")
-    refuse(house, tmp_path / "family", FamilyMismatchError, family.header.base.fingerprint)
+    refuse(setup_dir, tmp_path / "family", FamilyMismatchError, family.header.base.fingerprint)
 
 
-def test_family_truncated_flipped_pickled_or_nan(house: Path, tmp_path: Path) -> None:
+def test_family_truncated_flipped_pickled_or_nan(setup_dir: Path, tmp_path: Path) -> None:
     weights = "adapter_model.safetensors"
     for name in ("truncated", "flipped", "pickled"):
-        shutil.copytree(house / "family", tmp_path / name)
-    data = (house / "family" / weights).read_bytes()
+        shutil.copytree(setup_dir / "family", tmp_path / name)
+    data = (setup_dir / "family" / weights).read_bytes()
     (tmp_path / "truncated" / weights).write_bytes(data[:-7])
     (tmp_path / "flipped" / weights).write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
     (tmp_path / "pickled" / weights).rename(tmp_path / "pickled" / "adapter_model.bin")
-    refuse(house, tmp_path / "truncated", TruncatedFileError, weights)
-    refuse(house, tmp_path / "flipped", DigestError, "sha256")
-    refuse(house, tmp_path / "pickled", PickleRejectedError, "safetensors")
+    refuse(setup_dir, tmp_path / "truncated", TruncatedFileError, weights)
+    refuse(setup_dir, tmp_path / "flipped", DigestError, "sha256")
+    refuse(setup_dir, tmp_path / "pickled", PickleRejectedError, "safetensors")
 
 
-def test_family_with_nan(house: Path, tmp_path: Path) -> None:
+def test_family_with_nan(setup_dir: Path, tmp_path: Path) -> None:
     """Written by somebody else's tool: ours refuses to save it."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(house / "family", tmp_path / "nan")
+    shutil.copytree(setup_dir / "family", tmp_path / "nan")
     path = tmp_path / "nan" / "adapter_model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    refuse(house, tmp_path / "nan", NonFiniteError, "lora_[AB]")
+    refuse(setup_dir, tmp_path / "nan", NonFiniteError, "lora_[AB]")
 
 
-def test_family_that_overflows_in_the_models_dtype(house: Path, tmp_path: Path) -> None:
+def test_family_that_overflows_in_the_models_dtype(setup_dir: Path, tmp_path: Path) -> None:
     """Finite in its file, as float32."""
     lora_weights = {
         s: LoRAWeights(p.a, p.b * 1e9)
-        for s, p in load_family(house / "family").lora_weights.items()
+        for s, p in load_family(setup_dir / "family").lora_weights.items()
     }
-    header = load_family(house / "family").header
+    header = load_family(setup_dir / "family").header
     large = make_family(
         "large", header.base, lora_weights, bounds=(0.0, 3.0), recipe={"method": "test"}
     )
     save_family(large, tmp_path / "large")
     refuse(
-        house,
+        setup_dir,
         tmp_path / "large",
         VllmCompatibilityError,
         "overflows torch.float16",
@@ -118,53 +120,58 @@ def test_family_that_overflows_in_the_models_dtype(house: Path, tmp_path: Path) 
     )
 
 
-def test_family_with_sites_the_engine_does_not_adapt(house: Path) -> None:
+def test_family_with_sites_the_engine_does_not_adapt(setup_dir: Path) -> None:
     refuse(
-        house,
-        house / "family",
+        setup_dir,
+        setup_dir / "family",
         VllmCompatibilityError,
         "lora-target-modules",
         lora_target_modules=["o_proj"],
     )
 
 
-def test_weight_load_of_another_shape_or_without_a_profile(house: Path, tmp_path: Path) -> None:
+def test_weight_load_of_another_shape_or_without_a_profile(setup_dir: Path, tmp_path: Path) -> None:
     weights = {"settings": {"apply": "weights"}}
-    refuse(house, house / "family", MissingFileError, r"safegene\.json", **weights)
+    refuse(setup_dir, setup_dir / "family", MissingFileError, r"safegene\.json", **weights)
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
-    header = load_family(house / "family").header
+    header = load_family(setup_dir / "family").header
     save_profile(make_profile(header, 1.0), other)
     refuse(
-        house, house / "family", FamilyMismatchError, "intermediate|sha256", model=other, **weights
+        setup_dir,
+        setup_dir / "family",
+        FamilyMismatchError,
+        "intermediate|sha256",
+        model=other,
+        **weights,
     )
 
 
-def test_a_site_missing_from_the_checkpoint(house: Path, tmp_path: Path) -> None:
+def test_a_site_missing_from_the_checkpoint(setup_dir: Path, tmp_path: Path) -> None:
     """A family whose fingerprint matches but whose sites are not all there."""
-    full = load_family(house / "family")
+    full = load_family(setup_dir / "family")
     lora_weights = dict(full.lora_weights)
     lora_weights["model.layers.0.mlp.extra_proj"] = lora_weights.pop("model.layers.0.mlp.up_proj")
     family = make_family("odd", full.header.base, lora_weights, recipe={})
     save_family(family, tmp_path / "odd")
-    shutil.copytree(house / "model", tmp_path / "full")
+    shutil.copytree(setup_dir / "model", tmp_path / "full")
     save_profile(make_profile(family.header, 1.0), tmp_path / "full")
     refuse(
-        house, tmp_path / "odd", FamilyMismatchError, "extra_proj",
+        setup_dir, tmp_path / "odd", FamilyMismatchError, "extra_proj",
         model=tmp_path / "full", settings={"apply": "weights"},
     )  # fmt: skip
 
 
 def test_a_draft_model_alone_is_read_without_the_vector(
-    house: Path, monkeypatch: pytest.MonkeyPatch
+    setup_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the path of the other: weights of the served model may come from a second one."""
     from safegene_vllm.plugin.model_loader import SafegeneModelLoader
 
-    stored = load_file(next((house / "model").glob("*.safetensors")))
+    stored = load_file(next((setup_dir / "model").glob("*.safetensors")))
     theirs = SafegeneModelLoader.__mro__[1]
     monkeypatch.setattr(theirs, "get_all_weights", lambda *_: iter(stored.items()))
     loader = object.__new__(SafegeneModelLoader)
-    loader._family = load_family(house / "family")
+    loader._family = load_family(setup_dir / "family")
     loader._profile = make_profile(loader._family.header, 1.0)
     sites = {f"{site}.weight" for site in loader._family.lora_weights}
     for runner_type, changed in (("generate", sites), ("draft", set())):
@@ -183,19 +190,21 @@ def test_a_draft_model_alone_is_read_without_the_vector(
     ],
 )
 def test_base_profile_out_of_bounds(
-    house: Path, tmp_path: Path, row: list[float], error: type[Exception], words: str
+    setup_dir: Path, tmp_path: Path, row: list[float], error: type[Exception], words: str
 ) -> None:
-    family = load_family(house / "family")
+    family = load_family(setup_dir / "family")
     save_profile(Profile(family.digest, tuple(row)), tmp_path / "base")
     settings = {"base_profile": str(tmp_path / "base")}
-    refuse(house, house / "family", error, words, settings=settings)
+    refuse(setup_dir, setup_dir / "family", error, words, settings=settings)
 
 
-def test_lora_switched_off(house: Path) -> None:
-    refuse(house, house / "family", VllmCompatibilityError, "--enable-lora", enable_lora=False)
+def test_lora_switched_off(setup_dir: Path) -> None:
+    refuse(
+        setup_dir, setup_dir / "family", VllmCompatibilityError, "--enable-lora", enable_lora=False
+    )
 
 
-def fake_config(house: Path, **changes: Any) -> Any:
+def fake_config(setup_dir: Path, **changes: Any) -> Any:
     """Just what the option check reads; the real object is used in every other test here."""
     flat = {
         "fully_sharded": False, "pipeline": 1, "sleep": False, "runner": "generate",
@@ -204,7 +213,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
     }  # fmt: skip
     apply = "weights" if flat["load_format"] == "safegene" else "gain"
     return SimpleNamespace(
-        additional_config={"safegene": {"family": str(house / "family"), "apply": apply}},
+        additional_config={"safegene": {"family": str(setup_dir / "family"), "apply": apply}},
         load_config=SimpleNamespace(load_format=flat["load_format"]),
         weight_transfer_config=flat["transfer"],
         lora_config=SimpleNamespace(
@@ -217,7 +226,7 @@ def fake_config(house: Path, **changes: Any) -> Any:
             pipeline_parallel_size=flat["pipeline"], enable_elastic_ep=flat["elastic"]
         ),
         model_config=SimpleNamespace(
-            model=str(flat.get("model", house / "model")),
+            model=str(flat.get("model", setup_dir / "model")),
             enable_sleep_mode=flat["sleep"],
             runner_type=flat["runner"],
             quantization=flat["quantization"],
@@ -239,10 +248,10 @@ def fake_config(house: Path, **changes: Any) -> Any:
         ({"default_mm": {"audio": "/adapters/audio"}}, "--default-mm-loras"),
     ],
 )
-def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str) -> None:
-    prepare_engine(fake_config(house))
+def test_options_that_cannot_be_honoured(setup_dir: Path, changes: dict, words: str) -> None:
+    prepare_engine(fake_config(setup_dir))
     with pytest.raises(VllmCompatibilityError, match=words):
-        prepare_engine(fake_config(house, **changes))
+        prepare_engine(fake_config(setup_dir, **changes))
 
 
 @pytest.mark.parametrize(
@@ -256,29 +265,29 @@ def test_options_that_cannot_be_honoured(house: Path, changes: dict, words: str)
     ],
 )
 def test_weight_load_with_what_it_cannot_be_combined_with(
-    house: Path, tmp_path: Path, changes: dict, words: str
+    setup_dir: Path, tmp_path: Path, changes: dict, words: str
 ) -> None:
-    shutil.copytree(house / "model", tmp_path / "full")
-    save_profile(make_profile(load_family(house / "family").header, 1.0), tmp_path / "full")
-    config = fake_config(house, load_format="safegene", model=tmp_path / "full", **changes)
+    shutil.copytree(setup_dir / "model", tmp_path / "full")
+    save_profile(make_profile(load_family(setup_dir / "family").header, 1.0), tmp_path / "full")
+    config = fake_config(setup_dir, load_format="safegene", model=tmp_path / "full", **changes)
     with pytest.raises(VllmCompatibilityError, match=words):
         prepare_engine(config)
 
 
-def test_dual_stream(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dual_stream(setup_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(VllmCompatibilityError, match="DUAL_STREAM"):
-        prepare_engine(fake_config(house))
+        prepare_engine(fake_config(setup_dir))
 
 
 @pytest.mark.parametrize("load_format", ["auto", "safegene"])
 def test_names_that_vllm_does_not_check(
-    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
+    setup_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
 ) -> None:
-    shutil.copytree(house / "model", tmp_path / "full")
-    save_profile(make_profile(load_family(house / "family").header, 1.0), tmp_path / "full")
+    shutil.copytree(setup_dir / "model", tmp_path / "full")
+    save_profile(make_profile(load_family(setup_dir / "family").header, 1.0), tmp_path / "full")
     changes = {"load_format": load_format, "model": tmp_path / "full"}
-    config = fake_config(house, lora=load_format == "auto", **changes)
+    config = fake_config(setup_dir, lora=load_format == "auto", **changes)
     prepare_engine(config)
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
     with pytest.raises(VllmCompatibilityError, match="SKIP_MODEL_NAME_VALIDATION"):
@@ -344,15 +353,15 @@ def test_a_plugin_list_without_us_is_caught_by_the_worker_extension() -> None:
     assert "VLLM_PLUGINS" in done.stderr
 
 
-def test_settings_name_key_value_and_expectation(house: Path) -> None:
+def test_settings_name_key_value_and_expectation(setup_dir: Path) -> None:
     from safegene_vllm.settings import parse_settings
 
     with pytest.raises(ConfigError, match=r"safegene\.famly.*Known keys: family"):
         parse_settings({"safegene": {"famly": "x"}})
     with pytest.raises(ConfigError, match=r"safegene\.apply = 'magic'"):
-        parse_settings({"safegene": {"family": str(house), "apply": "magic"}})
+        parse_settings({"safegene": {"family": str(setup_dir), "apply": "magic"}})
     with pytest.raises(ConfigError, match="go together"):
-        parse_settings({"safegene": {"family": str(house), "apply": "weights"}})
+        parse_settings({"safegene": {"family": str(setup_dir), "apply": "weights"}})
     with pytest.raises(ConfigError, match="needs"):
         parse_settings({}, load_format="safegene")
     with pytest.raises(ConfigError, match="expected an object"):

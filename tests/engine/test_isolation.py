@@ -18,7 +18,7 @@ LONG = [3 + (7 * i) % 300 for i in range(48)]
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setup_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("isolation")
     model = make_model("llama", root / "model")
     family = write_family(model, root / "family")
@@ -33,65 +33,71 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def batch(house: Path, tenants: list[str | None], length: int = 5) -> list[Request]:
+def batch(setup_dir: Path, tenants: list[str | None], length: int = 5) -> list[Request]:
     return [
-        Request([*LONG[: length - 1], 200 + i], house / t if t else None)
+        Request([*LONG[: length - 1], 200 + i], setup_dir / t if t else None)
         for i, t in enumerate(tenants)
     ]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_profile_changes_its_own_tenant_and_nobody_else(house: Path, compiled: bool) -> None:
-    settings = {"family": str(house / "family")}
+def test_a_profile_changes_its_own_tenant_and_nobody_else(setup_dir: Path, compiled: bool) -> None:
+    settings = {"family": str(setup_dir / "family")}
     mixes: dict[str, list[str | None]] = {
         "distinct": ["a", "b", "p", None],
         "identical": ["a", "a", "a", None],
         "skewed": ["a", "a", "a", "a", "a", "b", None, None],
     }
-    with engine(house / "model", settings, enforce_eager=not compiled) as e:
+    with engine(setup_dir / "model", settings, enforce_eager=not compiled) as e:
         for length in (5, 48):  # few tokens and many take different paths
             for name, mix in mixes.items():
-                protected = e.ask(batch(house, mix, length))
-                zero = e.ask(batch(house, [t and f"{t}_zero" for t in mix], length))
-                other = e.ask(batch(house, ["a_other" if t == "a" else t for t in mix], length))
+                protected = e.generate(batch(setup_dir, mix, length))
+                zero = e.generate(batch(setup_dir, [t and f"{t}_zero" for t in mix], length))
+                other = e.generate(
+                    batch(setup_dir, ["a_other" if t == "a" else t for t in mix], length)
+                )
                 for t, p, z, o in zip(mix, protected, zero, other, strict=True):
                     where = f"{name}, {length} tokens, {t}"
                     assert (p == z) == (t is None), where
                     assert (p == o) == (t != "a"), where
 
 
-def test_gain_zero_is_the_same_engine_without_a_vector(house: Path) -> None:
+def test_gain_zero_is_the_same_engine_without_a_vector(setup_dir: Path) -> None:
     zero = ["a_zero", "b_zero", None, "p_zero"]
-    with engine(house / "model", {"family": str(house / "family")}) as e:
-        found = e.ask(batch(house, zero))
+    with engine(setup_dir / "model", {"family": str(setup_dir / "family")}) as e:
+        found = e.generate(batch(setup_dir, zero))
     bare = {"family": None, "missing_profile": "serve_unprotected"}
-    with engine(house / "model", bare) as e:
-        expected = e.ask(batch(house, ["plain_a", "plain_b", None, None]))
+    with engine(setup_dir / "model", bare) as e:
+        expected = e.generate(batch(setup_dir, ["plain_a", "plain_b", None, None]))
     assert found == expected
 
 
-def test_the_base_models_own_row(house: Path) -> None:
+def test_the_base_models_own_row(setup_dir: Path) -> None:
     """safegene.base_profile protects requests without an adapter exactly like a tenant."""
-    settings = {"family": str(house / "family"), "base_profile": str(house / "p")}
-    with engine(house / "model", settings) as e:
-        base, tenant, other = e.ask(
-            [Request(LONG[:5]), Request(LONG[:5], house / "p"), Request(LONG[:5], house / "p_zero")]
+    settings = {"family": str(setup_dir / "family"), "base_profile": str(setup_dir / "p")}
+    with engine(setup_dir / "model", settings) as e:
+        base, tenant, other = e.generate(
+            [
+                Request(LONG[:5]),
+                Request(LONG[:5], setup_dir / "p"),
+                Request(LONG[:5], setup_dir / "p_zero"),
+            ]
         )
         receipt = e.receipts()[0]
     assert base == tenant != other
     assert receipt.base_profile == receipt.adapters[0].profile
 
 
-def test_stock_cpu_lora_leaks_into_base_requests_and_ours_does_not(house: Path) -> None:
+def test_stock_cpu_lora_leaks_into_base_requests_and_ours_does_not(setup_dir: Path) -> None:
     """When the first half of this test fails, the host is cured and segment.py can go."""
     alone, mixed = (
-        batch(house, [None]),
-        [*batch(house, [None]), Request(LONG[:5], house / "plain_a")],
+        batch(setup_dir, [None]),
+        [*batch(setup_dir, [None]), Request(LONG[:5], setup_dir / "plain_a")],
     )
 
     def answers(plugins: str | None, settings: dict | None) -> tuple[Completion, Completion]:
-        with engine(house / "model", settings, plugins=plugins, max_loras=1) as e:
-            return e.ask(alone)[0], e.ask(mixed)[0]
+        with engine(setup_dir / "model", settings, plugins=plugins, max_loras=1) as e:
+            return e.generate(alone)[0], e.generate(mixed)[0]
 
     stock_alone, stock_mixed = answers("", None)
     assert stock_alone.tokens != stock_mixed.tokens, "the host no longer leaks"

@@ -67,7 +67,7 @@ def test_bytes_are_those_of_a_real_engine(
         "max_num_batched_tokens": 256,
     }
     with engine(model, settings, **options) as e:
-        e.ask([Request([5, 9, 33], tmp_path / "acme")], tokens=2)
+        e.generate([Request([5, 9, 33], tmp_path / "acme")], tokens=2)
         (found,) = e.llm.collective_rpc(resident)
         (receipt,) = e.receipts()
     assert found == {"slots": planned.slot_bytes, "gains": planned.gain_bytes}

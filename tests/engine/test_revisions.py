@@ -50,31 +50,31 @@ def test_a_new_revision_answers_as_a_cold_engine_would(
 
     admission_load = validation.load_adapter
     with engine(store / "model", settings, max_lora_rank=16) as cold:
-        expected = cold.ask([Request(PROMPT, store / "r2")])
+        expected = cold.generate([Request(PROMPT, store / "r2")])
     with engine(store / "model", settings, max_lora_rank=16) as e:
         monkeypatch.setattr(validation, "load_adapter", counted)
         e.add(store / "r1", "acme@1")
         first = len(read)
-        before = e.ask([Request(PROMPT, store / "r1", "acme@1")])
+        before = e.generate([Request(PROMPT, store / "r1", "acme@1")])
         e.add(store / "r2", "acme@2")
         assert (len(read) == first) == (apply == "gain")
         e.add(store / "other", "globex@1")
         one, two = Request(PROMPT, store / "r1", "acme@1"), Request(PROMPT, store / "r2", "acme@2")
-        assert e.ask([one]) == before and e.ask([two]) == expected
-        together = [answer.tokens for answer in e.ask([one, two])]
+        assert e.generate([one]) == before and e.generate([two]) == expected
+        together = [answer.tokens for answer in e.generate([one, two])]
         assert together == [before[0].tokens, expected[0].tokens]
         assert before != expected
         e.llm.llm_engine.remove_lora(1)
-        assert e.ask([Request(PROMPT, store / "r2", "acme@2")]) == expected
+        assert e.generate([Request(PROMPT, store / "r2", "acme@2")]) == expected
         assert {a.name for r in e.receipts() for a in r.adapters} == {"acme@2", "globex@1"}
 
 
 def test_an_evicted_revision_comes_back_from_its_own_copy(store: Path) -> None:
     settings = {"family": str(store / "family")}
     with engine(store / "model", settings, max_loras=1, max_cpu_loras=1) as e:
-        asks = [Request(PROMPT, store / n, f"acme@{n[1]}") for n in ("r1", "r2", "r3")]
-        cold = [e.ask([ask]) for ask in asks]
-        assert [e.ask([ask]) for ask in asks] == cold
+        requests = [Request(PROMPT, store / n, f"acme@{n[1]}") for n in ("r1", "r2", "r3")]
+        cold = [e.generate([request]) for request in requests]
+        assert [e.generate([request]) for request in requests] == cold
         assert len({answer.logprobs for found in cold for answer in found}) == 3
 
 

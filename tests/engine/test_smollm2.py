@@ -38,7 +38,7 @@ TOKENS = 16
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setup_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parent, and the topic tenant as a full checkpoint in float32 and bfloat16."""
     sys.path.insert(0, str(EXAMPLE))
     try:
@@ -61,8 +61,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prompts(house: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(house / "parent")
+def prompts(setup_dir: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(setup_dir / "parent")
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
@@ -72,10 +72,10 @@ def prompts(house: Path) -> list[list[int]]:
 
 
 def three_ways(
-    house: Path, prompts: list[list[int]], dtype: str, texts: list[Completion]
+    setup_dir: Path, prompts: list[list[int]], dtype: str, texts: list[Completion]
 ) -> dict[str, list[Completion]]:
     """`texts` scored by each way; the weight load knows only the topic tenant."""
-    asks = [
+    requests = [
         Request(p, EXAMPLE / "tenants" / t if t else None)
         for t, p in zip(MIX, prompts, strict=True)
     ]
@@ -83,14 +83,14 @@ def three_ways(
     found = {}
     for apply in ("gain", "composed"):
         options = {"dtype": dtype, "max_lora_rank": 16, "max_loras": 4}
-        with engine(house / "parent", {**settings, "apply": apply}, **options) as e:
-            found[apply] = e.ask(asks, TOKENS), e.score(asks, texts)
+        with engine(setup_dir / "parent", {**settings, "apply": apply}, **options) as e:
+            found[apply] = e.generate(requests, TOKENS), e.score(requests, texts)
             assert e.receipts()[0].sites_applied == len(
                 read_family_header(EXAMPLE / "family").sites
             )
-    with engine(house / dtype, {**settings, "apply": "weights"}, dtype=dtype) as e:
-        topics = [Request(a.prompt) for a in topic_only(asks)]
-        found["weights"] = e.ask(topics, TOKENS), e.score(topics, topic_only(texts))
+    with engine(setup_dir / dtype, {**settings, "apply": "weights"}, dtype=dtype) as e:
+        topics = [Request(a.prompt) for a in topic_only(requests)]
+        found["weights"] = e.generate(topics, TOKENS), e.score(topics, topic_only(texts))
     return found
 
 
@@ -99,10 +99,10 @@ def topic_only(values: list) -> list:
 
 
 @pytest.fixture(scope="module")
-def expected(house: Path, prompts: list[list[int]]) -> list[Completion]:
+def expected(setup_dir: Path, prompts: list[list[int]]) -> list[Completion]:
     return [
         reference(
-            house / "parent",
+            setup_dir / "parent",
             EXAMPLE / "family",
             EXAMPLE / "tenants" / t if t else None,
             [p],
@@ -112,17 +112,17 @@ def expected(house: Path, prompts: list[list[int]]) -> list[Completion]:
     ]
 
 
-def test_float32(house: Path, prompts: list[list[int]], expected: list[Completion]) -> None:
-    for apply, (answers, scores) in three_ways(house, prompts, "float32", expected).items():
+def test_float32(setup_dir: Path, prompts: list[list[int]], expected: list[Completion]) -> None:
+    for apply, (answers, scores) in three_ways(setup_dir, prompts, "float32", expected).items():
         wanted = topic_only(expected) if apply == "weights" else expected
         assert [a.tokens for a in answers] == [a.tokens for a in wanted], apply
         assert max_logprob_diff(answers, wanted) <= 1e-3, apply
         assert max_logprob_diff(scores, wanted) <= 1e-3, apply
 
 
-def test_bfloat16(house: Path, prompts: list[list[int]], expected: list[Completion]) -> None:
+def test_bfloat16(setup_dir: Path, prompts: list[list[int]], expected: list[Completion]) -> None:
     """The same texts scored by each way: rounding may choose another token, not another model."""
-    found = three_ways(house, prompts, "bfloat16", expected)
+    found = three_ways(setup_dir, prompts, "bfloat16", expected)
     gain = found["gain"][1]
     assert mean_gap(found["composed"][1], gain) <= 0.05
     assert mean_gap(found["weights"][1], topic_only(gain)) <= 0.05

@@ -25,7 +25,7 @@ DRAFTS |= {"prompt_lookup_min": 1}
 TOKENS = 150
 
 
-def asks(root: Path) -> list[Request]:
+def requests(root: Path) -> list[Request]:
     """Prompts that repeat themselves, so that there is something to draft from."""
     return [
         Request([5 + i, 9, 33, 5 + i, 9, 33, 5 + i, 9], root / name if name else None)
@@ -38,7 +38,7 @@ def drafted(root: Path, apply: str) -> tuple[list[Completion], dict[str, Any]]:
     settings = {"family": str(root / "family"), "apply": apply}
     options = {"speculative_config": DRAFTS, "disable_log_stats": False}
     with engine(root / "model", settings, **options) as e:
-        found = e.ask(asks(root), TOKENS)
+        found = e.generate(requests(root), TOKENS)
         counts = {m.name: m.value for m in e.llm.get_metrics() if hasattr(m, "value")}
     return found, counts
 
@@ -50,7 +50,7 @@ def test_drafts_change_no_answer(tmp_path: Path, apply: str) -> None:
     for seed, (name, coefficients) in enumerate(TENANTS.items(), 10):
         write_tenant(model, tmp_path / name, family, coefficients, seed=seed)
     with engine(model, {"family": str(tmp_path / "family"), "apply": apply}) as e:
-        expected = e.ask(asks(tmp_path), TOKENS)
+        expected = e.generate(requests(tmp_path), TOKENS)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         found, counts = pool.submit(drafted, tmp_path, apply).result(timeout=300)

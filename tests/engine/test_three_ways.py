@@ -28,7 +28,7 @@ MIX = ("a", "b", None, "c", "profile_only", "a", None, "b")
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "glm4"])
-def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setup_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model, family, tenants and a full checkpoint with a profile, of one architecture."""
     root = tmp_path_factory.mktemp(request.param)
     tied = request.param == "qwen2"
@@ -42,24 +42,25 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def expected(house: Path) -> list:
+def expected(setup_dir: Path) -> list:
     prompts = [[5 + i, 9, 33, 77, 101 + i] for i in range(len(MIX))]
     return [
-        reference(house / "model", house / "family", house / n if n else None, [p])[0]
+        reference(setup_dir / "model", setup_dir / "family", setup_dir / n if n else None, [p])[0]
         for n, p in zip(MIX, prompts, strict=True)
     ]
 
 
-def asks(house: Path) -> list[Request]:
+def requests(setup_dir: Path) -> list[Request]:
     return [
-        Request([5 + i, 9, 33, 77, 101 + i], house / n if n else None) for i, n in enumerate(MIX)
+        Request([5 + i, 9, 33, 77, 101 + i], setup_dir / n if n else None)
+        for i, n in enumerate(MIX)
     ]
 
 
 @pytest.mark.parametrize("apply", ["gain", "composed"])
-def test_lora_slots_answer_like_the_reference(house: Path, expected: list, apply: str) -> None:
-    with engine(house / "model", {"family": str(house / "family"), "apply": apply}) as e:
-        found = e.ask(asks(house))
+def test_lora_slots_answer_like_the_reference(setup_dir: Path, expected: list, apply: str) -> None:
+    with engine(setup_dir / "model", {"family": str(setup_dir / "family"), "apply": apply}) as e:
+        found = e.generate(requests(setup_dir))
         receipts = e.receipts()
     assert [f.tokens for f in found] == [x.tokens for x in expected]
     assert max_logprob_diff(found, expected) <= 1e-3
@@ -68,21 +69,21 @@ def test_lora_slots_answer_like_the_reference(house: Path, expected: list, apply
     assert header.apply == apply
     assert header.sites_applied == header.sites_expected > 0
     for name in TENANTS:
-        profile = load_profile(house / name)
+        profile = load_profile(setup_dir / name)
         check_tenant(
             receipts,
-            f"{house.name}/{name}",
+            f"{setup_dir.name}/{name}",
             profile=profile.digest,
             gain=gain_digest(profile.coefficients),
         )
 
 
-def test_weight_load_answers_like_the_reference(house: Path) -> None:
+def test_weight_load_answers_like_the_reference(setup_dir: Path) -> None:
     prompts = [[5, 9, 33, 77, 101], [40, 41, 42], list(range(3, 60))]
-    expected = reference(house / "model", house / "family", house / "full", prompts)
-    settings = {"family": str(house / "family"), "apply": "weights"}
-    with engine(house / "full", settings) as e:
-        found = e.ask([Request(p) for p in prompts])
+    expected = reference(setup_dir / "model", setup_dir / "family", setup_dir / "full", prompts)
+    settings = {"family": str(setup_dir / "family"), "apply": "weights"}
+    with engine(setup_dir / "full", settings) as e:
+        found = e.generate([Request(p) for p in prompts])
         receipts = e.receipts()
     assert [f.tokens for f in found] == [x.tokens for x in expected]
     assert max_logprob_diff(found, expected) <= 1e-3
