@@ -1,4 +1,4 @@
-"""Generation backend of the evaluation on vLLM: tenants in LoRA slots, the vector in the gain table.
+"""Generation on vLLM for evaluations: tenants in LoRA slots, the vector in the gain table.
 
 The path that serves tenants, with receipts checked before anything is generated. A tenant that is a
 full checkpoint gets an engine of its own; its coefficients are the base model's profile there.
@@ -171,7 +171,7 @@ class VllmBackend:
         return _Running(checkpoint, running, tokenizer, stops, work)
 
     def _directory_in(self, running: _Running, target: Target) -> Path | None:
-        """Return the directory that the engine serves the target from; None for the model itself."""
+        """Return the directory that the target is served from; None for the model itself."""
         if target in self._tenants:
             return self._tenants[target]
         profile = profile_of(target, self.header)

@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tenant(model, root / "adapter", family, [0.0, 0.0], seed=3)
     for name, row in {"r1": [0.5, 1.0], "r2": [2.0, 0.3], "r3": [1.0, 0.0]}.items():
         write_tenant(model, root / name, family, row, adapter=False)
-        for file in FILES[:2]:
+        for file in REQUIRED_FILES["adapter"]:
             (root / "adapter" / file).chmod(0o444)
             os.link(root / "adapter" / file, root / name / file)
     write_tenant(model, root / "other", family, [2.0, 0.3], seed=4)
