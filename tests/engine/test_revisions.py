@@ -13,7 +13,7 @@ from reference_engine import Request, engine
 
 from safegene_vllm.errors import AdapterRejectedError
 from safegene_vllm.plugin import validation
-from safegene_vllm.plugin.staging import FILES, Staging
+from safegene_vllm.plugin.staging import REQUIRED_FILES, Staging
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 
 pytestmark = pytest.mark.engine
@@ -81,9 +81,9 @@ def test_an_evicted_revision_comes_back_from_its_own_copy(store: Path) -> None:
 def test_staging_links_only_read_only_files_of_several_names(store: Path, tmp_path: Path) -> None:
     staging = Staging(tmp_path)
     one, two = (staging.copy(store / name, name, ()) for name in ("r1", "r2"))
-    weights = FILES[1]
+    weights = "adapter_model.safetensors"
     assert one.digests[weights] == two.digests[weights]
-    assert one.digests[FILES[2]] != two.digests[FILES[2]]
+    assert one.digests["safegene.json"] != two.digests["safegene.json"]
     assert (one.directory / weights).samefile(two.directory / weights)
     assert not (one.directory / weights).samefile(store / "r1" / weights)
     staging.drop(one.directory)
@@ -102,7 +102,7 @@ def test_staging_links_only_read_only_files_of_several_names(store: Path, tmp_pa
 def test_a_link_never_lets_in_what_was_refused(store: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
-    os.link(store / "adapter" / FILES[1], outside / FILES[1])
+    os.link(store / "adapter" / "adapter_model.safetensors", outside / "adapter_model.safetensors")
     staging = Staging(tmp_path / "staging")
     staging.copy(store / "r1", "r1", (store,))
     with pytest.raises(AdapterRejectedError, match=r"outside safegene\.adapter_roots"):
