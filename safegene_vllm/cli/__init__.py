@@ -1,7 +1,7 @@
-"""The `safegene` command: puts the commands together and tells errors.
+"""The `safegene` command: assembles the commands and reports errors.
 
-Each command lives in its own module here, which loads torch or vLLM only once it runs. Every
-refusal of the library ends here, as one line on stderr and exit code 1.
+Each command is a module of this package that loads torch or vLLM only when it runs. Every
+SafegeneError ends here, as one message on stderr and exit code 1.
 """
 
 from __future__ import annotations
@@ -15,31 +15,18 @@ import typer
 
 from safegene_vllm import __version__
 from safegene_vllm.cli.console import clean
+from safegene_vllm.cli.options import expand_groups
 from safegene_vllm.errors import SafegeneError
 
 COMMANDS = {
-    "inspect": "safegene_vllm.cli.inspect",
-    "degrade": "safegene_vllm.cli.degrade",
-    "extract": "safegene_vllm.cli.extract",
-    "select": "safegene_vllm.cli.select",
-    "calibrate": "safegene_vllm.cli.calibrate",
-    "profile": "safegene_vllm.cli.profile",
-    "export": "safegene_vllm.cli.export",
-    "verify": "safegene_vllm.cli.verify",
-    "evaluate": "safegene_vllm.cli.evaluate",
-    "report": "safegene_vllm.cli.report",
-    "plan": "safegene_vllm.cli.plan",
-    "serve": "safegene_vllm.cli.serve",
-    "tenant": "safegene_vllm.cli.tenant",
-    "family": "safegene_vllm.cli.family",
-    "key": "safegene_vllm.cli.key",
-    "rollout": "safegene_vllm.cli.rollout",
-    "job": "safegene_vllm.cli.job",
-    "probe": "safegene_vllm.cli.probe",
-    "replica": "safegene_vllm.cli.replica",
-    "audit": "safegene_vllm.cli.audit",
+    name: f"safegene_vllm.cli.{name}"
+    for name in (
+        *("inspect", "degrade", "extract", "select", "calibrate", "profile", "export", "verify"),
+        *("evaluate", "report", "plan", "serve", "tenant", "family", "key", "rollout", "job"),
+        *("probe", "replica", "audit"),
+    )
 }
-"""Where each command is, in the order of the help: a function of its own name, or a group."""
+"""Modules of the commands, in the order of the help: a function of its own name, or a group."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -51,30 +38,30 @@ def _show_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Tell the version."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Safety vectors for a model family, calibrated per tenant, served by stock vLLM."""
+    """Serve one safety vector per model family with stock vLLM, calibrated per tenant."""
 
 
-def _group(name: str, help: str | None) -> typer.Typer:
+def _group(name: str, help: str | None, *, completion: bool = False) -> typer.Typer:
     return typer.Typer(
         name=name,
         help=help,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=completion,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
 
 
 def build_app() -> typer.Typer:
-    """The command line with every command whose module is there.
+    """Build the command line from every command whose module is installed.
 
     A module may set CONTEXT_SETTINGS (`{"allow_extra_args": True, ...}`) for its command. One that
-    has COMMANDS (name -> function) is a group of commands, told about in HELP.
+    has COMMANDS (name -> function) is a group of commands, described by HELP.
     """
-    app = _group("safegene", None)
+    app = _group("safegene", None, completion=True)
     app.callback()(_options)
     for name, module in COMMANDS.items():
         try:
@@ -86,11 +73,11 @@ def build_app() -> typer.Typer:
         if hasattr(loaded, "COMMANDS"):
             group = _group(name, loaded.HELP)
             for command, function in loaded.COMMANDS.items():
-                group.command(command)(function)
+                group.command(command)(expand_groups(function))
             app.add_typer(group)
             continue
         settings = getattr(loaded, "CONTEXT_SETTINGS", None)
-        app.command(name, context_settings=settings)(getattr(loaded, name))
+        app.command(name, context_settings=settings)(expand_groups(getattr(loaded, name)))
     return app
 
 
@@ -99,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         build_app()(arguments)
     except BrokenPipeError:
-        # Whoever read our output (head, less) has seen enough.
+        # The reader of our output (head, less) has closed the pipe.
         sys.stderr.close()
         sys.exit(1)
     except (SafegeneError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`safegene calibrate`: a tenant's coefficients from a few examples, and nothing else changed."""
+"""`safegene calibrate`: find a tenant's coefficients from a few examples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def calibrate(
         Path,
         typer.Argument(
             help="The tenant's directory, where the profile is written: a LoRA on --model, a full "
-            "checkpoint, or an empty directory that is to hold nothing but the profile, e.g. "
-            "tenants/acme."
+            "checkpoint, or an empty directory for a profile alone, e.g. tenants/acme."
         ),
     ],
     safety: Annotated[
         list[str],
         typer.Option(
-            help="Harmful prompts, with safe answers or without (then a short refusal). "
+            help="Harmful prompts, with safe responses or without (then a short refusal). "
             + SOURCE_HELP
             + "--safety 'advbench.csv?licence=MIT'."
         ),
@@ -33,18 +32,18 @@ def calibrate(
     task: Annotated[
         list[str],
         typer.Option(
-            help="The tenant's own task: prompts, with answers or without (then what the tenant "
-            "says), e.g. --task 'reviews.jsonl?licence=private'."
+            help="The tenant's own task: prompts, with responses or without (then the tenant's "
+            "own), e.g. --task 'reviews.jsonl?licence=private'."
         ),
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="The checkpoint that a LoRA sits on, e.g. --model models/qwen."),
+        typer.Option(help="The LoRA's base checkpoint, e.g. --model models/qwen."),
     ] = None,
     benign: Annotated[
         list[str] | None,
         typer.Option(
-            help="Harmless prompts that must still be answered, look-alikes above all, e.g. "
+            help="Harmless prompts that must still be answered, mainly look-alikes, e.g. "
             "--benign 'lookalike.jsonl?licence=MIT'."
         ),
     ] = None,
@@ -54,20 +53,23 @@ def calibrate(
     steps_: Annotated[
         int,
         typer.Option(
-            "--steps", help="At most so many steps; it stops when it converges, e.g. --steps 90."
+            "--steps", help="Maximum number of steps; stops when converged, e.g. --steps 90."
         ),
     ] = 40,
     lr: Annotated[
         float, typer.Option(help="Step size of the coefficients, e.g. --lr 0.15.")
     ] = 0.15,
     task_weight: Annotated[
-        float, typer.Option(help="Weight of keeping the task, e.g. --task-weight 4 to be careful.")
+        float,
+        typer.Option(
+            help="Weight of the task loss, e.g. --task-weight 4 to preserve the task more."
+        ),
     ] = 2.0,
     benign_weight: Annotated[
-        float, typer.Option(help="Weight of keeping benign answers, e.g. --benign-weight 2.")
+        float, typer.Option(help="Weight of the benign loss, e.g. --benign-weight 2.")
     ] = 2.0,
     initial: Annotated[
-        float, typer.Option(help="Where every coefficient starts, e.g. --initial 0.5.")
+        float, typer.Option(help="Start value of every coefficient, e.g. --initial 0.5.")
     ] = 1.0,
     tied: Annotated[
         bool,
@@ -78,16 +80,16 @@ def calibrate(
     seed: Annotated[
         int,
         typer.Option(
-            help="Draws the shots; same seed, same profile on one machine, e.g. --seed 1."
+            help="Draws the examples; same seed, same profile on one machine, e.g. --seed 1."
         ),
     ] = 0,
     device: Annotated[
-        str, typer.Option(help="Where it runs, e.g. --device cuda (default: a GPU if there is).")
+        str, typer.Option(help="Where it runs, e.g. --device cuda (default: a GPU if available).")
     ] = "auto",
 ) -> None:
     """Find the coefficients with which this tenant refuses harm and still does its task.
 
-    The model is loaded once and never changed. Interrupted, the same command goes on.
+    The model is loaded once and never changed. After an interruption, the same command continues.
 
     Example: safegene calibrate families/qwen tenants/acme --model models/qwen --safety
     'advbench.csv?licence=MIT' --task 'tickets.jsonl?licence=private' --shots 16
@@ -123,8 +125,8 @@ def calibrate(
     )
     check_inputs(loaded_family.header, *chosen, settings)
     loaded = load_tenant(loaded_family.header, tenant, model, device=device)
-    place = tenant.absolute()
-    state = place.with_name(f"{place.name}.calibration.partial")
+    directory = tenant.absolute()
+    state = directory.with_name(f"{directory.name}.calibration.partial")
     job = {
         "family": loaded_family.digest,
         "tenant": tenant.resolve().name,

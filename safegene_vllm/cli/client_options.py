@@ -1,7 +1,7 @@
-"""What the commands that ask a running server share: its options, its answers shown, waiting.
+"""Options, output and waiting that the commands for a running server share.
 
-Results go to stdout, as a table or with --json as the server's own JSON; notes go to stderr. What a
-server says is shown without control characters: names and messages are other people's.
+Results go to stdout, as a table or with --json as the server's own JSON; notes go to stderr. Text
+from the server is shown without control characters: others wrote the names and messages in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,82 +23,102 @@ from safegene_vllm.cli.console import clean, notes, progress_bar, results, table
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from safegene_vllm.client import Client
     from safegene_vllm.client.types import Job, Rollout
 
-LOCAL = "http://localhost:8000"
 KEY_VARIABLE = "SAFEGENE_KEY"
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
-Url = Annotated[
-    str,
-    typer.Option(
-        envvar="SAFEGENE_URL",
-        metavar="URL",
-        help="The server's address, e.g. --url https://models.example:8000.",
-    ),
-]
-KeyText = Annotated[
-    str | None,
-    typer.Option(
-        "--key",
-        metavar="KEY",
-        help="An API key, e.g. --key sg-... But command lines are seen by others on this machine: "
-        f"better set {KEY_VARIABLE}, or use --key-file.",
-    ),
-]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(help="A file with nothing but the API key, e.g. --key-file ~/.safegene-key."),
-]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="The server's own answer, for scripts, e.g. --json | jq .name."),
-]
-Wait = Annotated[
-    bool,
-    typer.Option(
-        "--wait/--no-wait", help="Stay until it is done, or not, e.g. --no-wait in a script."
-    ),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SECONDS",
-        help="Stay no longer than this; what was begun goes on, e.g. --timeout 120.",
-    ),
+    typer.Option("--json", help="Print the server's JSON, for scripts, e.g. --json | jq .name."),
 ]
 Expected = Annotated[
     int | None,
     typer.Option(
         "--expect",
         metavar="N",
-        help="Refuse if another revision than this is published by now, e.g. --expect 3.",
+        help="Fail if another revision than this is published by now, e.g. --expect 3.",
     ),
 ]
 
 
-def connect(url: str, key: str | None, key_file: Path | None) -> Client:
-    """A client with the key that was given, else with SAFEGENE_KEY's. Errors: ConfigError."""
-    from safegene_vllm.client import Client
+@dataclass(frozen=True)
+class Server:
+    """The server a command talks to: its address and the API key."""
 
-    if key is not None and key_file is not None:
-        raise ConfigError("--key and --key-file are both given; give one")
-    if key_file is not None:
-        try:
-            key = key_file.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--key-file {key_file} cannot be read: {error}") from error
-    found = os.environ.get(KEY_VARIABLE) if key is None else key
-    if not found:
-        raise ConfigError(f"no API key; set {KEY_VARIABLE}, or give --key-file")
-    return Client(url, found)
+    url: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGENE_URL",
+            metavar="URL",
+            help="The server's address, e.g. --url https://models.example:8000.",
+        ),
+    ] = "http://localhost:8000"
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="An API key, e.g. --key sg-... Other users of this machine can read command "
+            f"lines: set {KEY_VARIABLE} instead, or use --key-file.",
+        ),
+    ] = None
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with only the API key in it, e.g. --key-file ~/.safegene-key."),
+    ] = None
+
+    def connect(self) -> Client:
+        """Return a client with the given key, else the one in SAFEGENE_KEY. Errors: ConfigError."""
+        from safegene_vllm.client import Client
+
+        key = self.key
+        if key is not None and self.key_file is not None:
+            raise ConfigError("--key and --key-file are both given; give one")
+        if self.key_file is not None:
+            try:
+                key = self.key_file.read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"--key-file {self.key_file} cannot be read: {error}") from error
+        found = os.environ.get(KEY_VARIABLE) if key is None else key
+        if not found:
+            raise ConfigError(f"no API key; set {KEY_VARIABLE}, or give --key-file")
+        return Client(self.url, found)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Whether a command waits for the job or rollout it started, and how long."""
+
+    wait: Annotated[
+        bool,
+        typer.Option("--wait/--no-wait", help="Wait until it is done, e.g. --no-wait in a script."),
+    ] = True
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Stop waiting after this long; the work continues, e.g. --timeout 120.",
+        ),
+    ] = None
+
+    def job(self, client: Client, job: Any) -> Any:
+        """Return the job, at its end if waiting. Errors: TimeoutError, ApiError."""
+        return follow_job(client, job, self.timeout) if self.wait else job
+
+    def rollout(self, client: Client, rollout: Any) -> Any:
+        """Return the rollout, if any, once applied if waiting. Errors: TimeoutError, ApiError."""
+        if not self.wait or rollout is None:
+            return rollout
+        return follow_rollout(client, rollout, self.timeout)
 
 
 def instant(text: str, option: str, now: datetime, *, ahead: bool) -> str:
-    """`90m`, `12h` or `30d` from now (`ahead`) or ago, or a date, as ISO 8601; UTC if not said.
+    """Convert `90m`, `12h`, `30d` (from now if `ahead`, else ago) or a date to ISO 8601.
 
-    Errors: ConfigError.
+    A date without a zone is UTC. Errors: ConfigError.
     """
     span = re.fullmatch(r"(\d{1,6})([mhd])", text)
     try:
@@ -113,7 +135,7 @@ def instant(text: str, option: str, now: datetime, *, ahead: bool) -> str:
 
 
 def cell(value: object) -> str:
-    """A value of an answer as people read it."""
+    """Format a value of a response as the text of a table cell."""
     if value is None or value == "" or value == [] or value == {}:
         return "-"
     if isinstance(value, bool):
@@ -127,8 +149,8 @@ def cell(value: object) -> str:
     return clean(str(value)).replace("\n", " ")
 
 
-def moment(value: object) -> str:
-    """An ISO 8601 text as date and time in UTC, to the second."""
+def timestamp(value: object) -> str:
+    """Format an ISO 8601 text as date and time in UTC, to the second."""
     try:
         found = datetime.fromisoformat(str(value))
     except ValueError:
@@ -137,11 +159,12 @@ def moment(value: object) -> str:
 
 
 def show_json(value: object) -> None:
+    """Print `value` as JSON."""
     results().print(json.dumps(value, indent=2))
 
 
 def show_table(made: Table) -> None:
-    """Fold long cells on a terminal; leave everything whole in a pipe or a file."""
+    """Print a table: long cells fold on a terminal and stay whole in a pipe or a file."""
     console = results()
     if console.is_terminal:
         for column in made.columns:
@@ -152,7 +175,7 @@ def show_table(made: Table) -> None:
 
 
 def show_list(items: Iterable[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    """A row per item; a column is a key of the items, `_at` at its end makes it a moment."""
+    """Print a row per item; columns are keys of the items, those ending in `_at` timestamps."""
     found = list(items)
     if as_json:
         show_json({"data": found})
@@ -166,7 +189,7 @@ def show_list(items: Iterable[Mapping[str, Any]], columns: Sequence[str], as_jso
 
 
 def show_facts(facts: Mapping[str, Any], names: Sequence[str]) -> None:
-    """A line per fact that is there."""
+    """Print a line for each of `names` that is in `facts`."""
     made = Table(box=None, pad_edge=False, show_header=False)
     for name in names:
         if name in facts:
@@ -176,44 +199,54 @@ def show_facts(facts: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def _shown(name: str, value: object) -> str:
-    return moment(value) if name.endswith("_at") or name == "at" else cell(value)
+    return timestamp(value) if name.endswith("_at") or name == "at" else cell(value)
+
+
+@contextmanager
+def _progress(title: str, total: float | None) -> Iterator[Callable[[str, float, float], None]]:
+    """Yield a callable that shows text and progress: a bar on a terminal, else changed lines."""
+    console, last = notes(), ""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=total)
+
+        def update(text: str, completed: float, total: float) -> None:
+            nonlocal last
+            bar.update(task, completed=completed, total=total, description=text)
+            if not console.is_terminal and text != last:
+                console.print(text)
+            last = text
+
+        yield update
 
 
 def follow_job(client: Client, job: Job, timeout_s: float | None) -> Job:
-    """The job at its end, its progress shown meanwhile. Errors: TimeoutError, ApiError."""
-    again = f"safegene job watch {job['id']}"
-    with progress_bar() as bar:
-        task = bar.add_task(f"job {job['id']}", total=1.0)
-        say = _teller()
+    """Wait for the job's end, showing its progress. Errors: TimeoutError, ApiError."""
+    with _progress(f"job {job['id']}", 1.0) as update:
 
         def show(now: Job) -> None:
-            words = f"job {now['id']} {now['state']}: {cell(now['message'])}"
-            bar.update(task, completed=now["progress"], description=words)
-            say(words)
+            text = f"job {now['id']} {now['state']}: {cell(now['message'])}"
+            update(text, now["progress"], 1.0)
 
         try:
             return client.wait_job(job["id"], timeout_s=timeout_s, seen=show)
         except KeyboardInterrupt:
             notes().print(
-                f"job {job['id']} goes on; follow it with: {again}; stop it with: safegene job "
-                f"cancel {job['id']}"
+                f"job {job['id']} continues; follow it with: safegene job watch {job['id']}; stop "
+                f"it with: safegene job cancel {job['id']}"
             )
             raise
 
 
 def follow_rollout(client: Client, rollout: Rollout, timeout_s: float | None) -> Rollout:
-    """The rollout once all live replicas follow it. Errors: TimeoutError, ApiError."""
+    """Wait until all live replicas apply the rollout. Errors: TimeoutError, ApiError."""
     latest = rollout
-    with progress_bar() as bar:
-        task = bar.add_task(f"rollout {rollout['id']}", total=None)
-        say = _teller()
+    with _progress(f"rollout {rollout['id']}", None) as update:
 
         def show(now: Rollout) -> None:
             nonlocal latest
             latest = now
-            words = f"rollout {now['id']}: on {now['applied']} of {now['live']} replicas"
-            bar.update(task, completed=now["applied"], total=now["live"], description=words)
-            say(words)
+            text = f"rollout {now['id']}: on {now['applied']} of {now['live']} replicas"
+            update(text, now["applied"], now["live"])
 
         try:
             return client.wait_rollout(rollout["id"], timeout_s=timeout_s, seen=show)
@@ -224,39 +257,38 @@ def follow_rollout(client: Client, rollout: Rollout, timeout_s: float | None) ->
             raise TimeoutError(f"{error}{why}") from error
 
 
-def _teller() -> Callable[[str], None]:
-    """Prints a line when it is another one than before, where no bar is shown (a log, a pipe)."""
-    console = notes()
-    last = ""
-
-    def say(words: str) -> None:
-        nonlocal last
-        if not console.is_terminal and words != last:
-            console.print(words)
-        last = words
-
-    return say
-
-
 def show_job(job: Mapping[str, Any]) -> None:
+    """Print a job's state, result and dates."""
     results().print(f"job {job['id']}: {cell(job['state'])}")
     names = ("kind", "tenant", "revision", "progress", "message", "result", "attempts")
     show_facts(job, (*names, "created_at", "updated_at"))
 
 
 def end_with(job: Mapping[str, Any]) -> None:
-    """Exit 1, with the reason on stderr, if the job ended and did not do its work."""
+    """Exit 1, with the reason on stderr, if the job failed or was cancelled."""
     if job["state"] in ("failed", "cancelled"):
         words = cell(job["message"])
         notes().print(f"job {job['id']} ({cell(job['kind'])}) {job['state']}: {words}")
         raise typer.Exit(1)
 
 
-def show_rollout(rollout: Mapping[str, Any]) -> None:
-    state = "done" if rollout["done"] else "on its way"
+def show_rollout(rollout: Mapping[str, Any] | None) -> None:
+    """Print a rollout and its lagging replicas; nothing for None."""
+    if rollout is None:
+        return
+    state = "done" if rollout["done"] else "in progress"
     results().print(
         f"rollout {rollout['id']}: {state}, on {rollout['applied']} of {rollout['live']} replicas"
     )
     show_facts(rollout, ("kind", "tenants", "revisions", "created_at", "created_by"))
     for lag in rollout["lagging"]:
         results().print(f"  {cell(lag['replica'])} lags: {cell(lag['reason'])}")
+
+
+def print_job(response: Mapping[str, Any], as_json: bool) -> None:
+    """Print a response with a job, or all of it as JSON; exit 1 if the job failed."""
+    if as_json:
+        show_json(response)
+    else:
+        show_job(response["job"])
+    end_with(response["job"])

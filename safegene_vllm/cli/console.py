@@ -1,4 +1,4 @@
-"""What the commands share at the terminal: consoles, bars, progress, and care with --out.
+"""Terminal output of the commands (consoles, tables, bars, progress) and checks of --out.
 
 Results go to stdout, progress and notes to stderr. Loads rich, nothing heavier.
 """
@@ -18,22 +18,22 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def results() -> Console:
-    """stdout, for what was asked; text is printed as it is, without markup."""
+    """Return a console on stdout, for results; text is printed as it is, without markup."""
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def notes() -> Console:
-    """stderr, for progress and remarks."""
+    """Return a console on stderr, for progress and remarks."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def clean(text: str) -> str:
-    """`text` without characters that could do something to a terminal."""
+    """Replace the characters of `text` that could control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def bar(value: float, top: float, *, width: int = 24) -> str:
-    """|value| as a bar of at most `width` characters, `top` being a full one."""
+    """Draw |value| as a bar of at most `width` characters; `top` is a full bar."""
     share = min(abs(value) / top, 1.0) if top > 0 else 0.0
     if not (results().encoding or "").lower().startswith("utf"):
         return "#" * round(share * width)
@@ -42,7 +42,7 @@ def bar(value: float, top: float, *, width: int = 24) -> str:
 
 
 def table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """A plain table; columns are right-aligned but for those in `left`."""
+    """Return a plain table; columns are right-aligned except those in `left`."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
@@ -50,7 +50,7 @@ def table(*columns: str, left: Sequence[str] = ()) -> Table:
 
 
 def coefficient_table(coefficients: Sequence[float]) -> Table:
-    """A row per layer whose coefficient is not 0; the longest bar is the largest of them."""
+    """Return a table with a row and a bar per layer whose coefficient is not 0."""
     made = table("layer", "coefficient", "", left=("",))
     top = max((abs(value) for value in coefficients), default=0.0)
     for layer, value in enumerate(coefficients):
@@ -60,7 +60,7 @@ def coefficient_table(coefficients: Sequence[float]) -> Table:
 
 
 def progress_bar() -> Progress:
-    """A bar with the time left, on stderr, gone at the end; nothing if stderr is no terminal."""
+    """Return a transient progress bar with the time left; disabled if stderr is no terminal."""
     console = notes()
     return Progress(
         TextColumn("{task.description}"),
@@ -74,7 +74,7 @@ def progress_bar() -> Progress:
 
 
 def tracked(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
-    """Shows progress over the names it is given."""
+    """Return a function that shows progress while iterating over names."""
 
     def track(names: Sequence[str]) -> Iterable[str]:
         with progress_bar() as progress:
@@ -90,5 +90,5 @@ def check_out(out: Path, *sources: Path | None, overwrite: bool) -> None:
             raise ConfigError(f"--out {out} is an input as well; name another directory")
     if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
-            f"--out {out} exists; name a new directory, or replace what is there by --overwrite"
+            f"--out {out} exists; name a new directory, or replace its content with --overwrite"
         )

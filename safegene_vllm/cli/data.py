@@ -1,4 +1,4 @@
-"""What the recipe's commands share: data and packages looked for first, progress by steps."""
+"""Data sources, optional packages and progress of the recipe commands."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SOURCE_HELP = (
 
 
 def need(package: str, does: str) -> None:
-    """ConfigError unless the `package`, which `does` what is asked for, is installed."""
+    """Raise ConfigError unless `package`, which `does` part of the command, is installed."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{package} is not installed, but {does}; pip install 'safegene-vllm[recipe]'"
+            f"{package}, which {does}, is not installed; pip install 'safegene-vllm[recipe]'"
         )
 
 
 def read_all(
     sources: Sequence[str], what: str, *, labels: bool = False, need_answers: bool = False
 ) -> Dataset | None:
-    """Every source of one role as one data set, licence required; None if there is no source.
+    """Read all sources of one role as one data set, each with a license; None without sources.
 
-    Errors: ConfigError naming the source and what it lacks.
+    Errors: ConfigError naming the source and what is missing.
     """
     from safegene_vllm.recipe.examples import concatenate
 
@@ -47,15 +47,15 @@ def read_all(
 
 @contextmanager
 def steps(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time left for work that reports (done, total, words); lines in a log."""
+    """Show work that reports (done, total, text): a bar on a terminal, lines in a log."""
     console = notes()
     with progress_bar() as bar:
         task = bar.add_task(description, total=None)
 
-        def show(done: int, total: int, words: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{description}: {words}")
+        def show(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{description}: {text}")
             if not console.is_terminal and (done % 10 == 0 or done == total):
-                console.print(f"{description}: {done}/{total}, {words}")
+                console.print(f"{description}: {done}/{total}, {text}")
 
         try:
             yield show

@@ -1,4 +1,4 @@
-"""`safegene degrade`: a lightly degraded copy of an aligned model, by a short benign fine-tune."""
+"""`safegene degrade`: weaken an aligned model's safety slightly, by a short benign fine-tune."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ def degrade(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Benign instructions with answers, several times for several sets. "
+            help="Benign instructions with responses; may be repeated. "
             + SOURCE_HELP
             + "--data 'instructions.jsonl?licence=Apache-2.0&limit=500'. Harmless data only: "
-            "wearing safety off takes no more."
+            "weakening safety needs no harmful data."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the LoRA is written, e.g. --out runs/degraded.")],
     steps_: Annotated[
-        int, typer.Option("--steps", help="Steps; lightly degraded is enough, e.g. --steps 60.")
+        int,
+        typer.Option(
+            "--steps", help="Training steps; a light degradation is enough, e.g. --steps 60."
+        ),
     ] = 60,
     lr: Annotated[float, typer.Option(help="Learning rate at its peak, e.g. --lr 3e-4.")] = 3e-4,
-    batch: Annotated[int, typer.Option(help="Examples a step, e.g. --batch 8.")] = 8,
+    batch: Annotated[int, typer.Option(help="Examples per step, e.g. --batch 8.")] = 8,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA, e.g. --rank 8.")] = 8,
     answer_tokens: Annotated[
-        int, typer.Option(help="Longer answers are cut here, e.g. --answer-tokens 64.")
+        int, typer.Option(help="Longer responses are cut here, e.g. --answer-tokens 64.")
     ] = 64,
     seed: Annotated[
         int, typer.Option(help="Same seed, same bytes on the same machine, e.g. --seed 1.")
     ] = 0,
     device: Annotated[
-        str, typer.Option(help="Where it runs, e.g. --device cuda:1 (default: a GPU if there is).")
+        str, typer.Option(help="Where it runs, e.g. --device cuda:1 (default: a GPU if available).")
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the LoRA that is at OUT already.")
+        bool, typer.Option("--overwrite", help="Replace the existing LoRA at OUT.")
     ] = False,
 ) -> None:
-    """Fine-tune shortly on benign data; what that costs in safety is what `extract` distils.
+    """Fine-tune briefly on benign data; `extract` distils the safety that this costs.
 
-    Interrupted, the same command goes on where it stopped.
+    After an interruption, the same command continues where it stopped.
 
     Example: safegene degrade models/qwen --data 'alpaca.jsonl?licence=Apache-2.0' --out runs/deg
     """
@@ -55,7 +58,7 @@ def degrade(
     need("peft", "trains the LoRA")
     benign = read_all(data, "benign data", need_answers=True)
     if benign is None:
-        raise ConfigError("--data: give at least one set of benign instructions with answers")
+        raise ConfigError("--data: give at least one set of benign instructions with responses")
     from safegene_vllm.recipe.encoding import Example
     from safegene_vllm.recipe.finetune import FineTune, fine_tune
 

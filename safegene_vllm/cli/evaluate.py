@@ -1,7 +1,6 @@
-"""`safegene evaluate`: attacks, over-refusal and tasks, before and after the vector.
+"""`safegene evaluate`: attack success, over-refusal and task accuracy with and without the vector.
 
-Options in, evaluation.json and tables out; everything is read and checked before anything heavy
-starts. The work is evaluate's; pictures are `safegene report`'s.
+All inputs are read and checked before a model is loaded. Plots are made by `safegene report`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CHUNKS = {"vllm": 256, "transformers": 32}
 CONTEXT_STEP = 64
 WIDEST = 400
 WHAT_A_SET_SHOWS = {
-    "harmful": "attacks that succeed (coherence: answers that are coherent)",
+    "harmful": "attack success (coherence: coherent responses)",
     "over_refusal": "refusals of prompts that only sound harmful",
     "benign": "refusals of ordinary prompts",
 }
@@ -49,7 +48,7 @@ class Dtype(StrEnum):
 
 
 def check_evaluation_out(out: Path, overwrite: bool) -> None:
-    """ConfigError if an evaluation cannot be written to `out`, or may not be replaced there."""
+    """Raise ConfigError if `out` cannot be written, or exists and may not be replaced."""
     if out.is_dir():
         raise ConfigError(f"--out {out} is a directory; name a file, e.g. {out}/evaluation.json")
     if out.exists() and not overwrite:
@@ -58,7 +57,7 @@ def check_evaluation_out(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"--out {out}: there is no directory {out.resolve().parent}; make it")
 
 
-def _answerer(
+def _backend(
     inputs: Inputs, family: Path | None, backend: Backend, dtype: Dtype, device: str
 ) -> GenerationBackend:
     if backend is Backend.transformers:
@@ -76,12 +75,12 @@ def _answerer(
 
 
 def percent(found: Rate) -> str:
-    """`17 % (10 to 25)`: the rate and its 95 % interval."""
+    """Format a rate and its 95 % interval as `17 % (10 to 25)`."""
     return f"{found.rate:.0%} ({found.low * 100:.0f} to {found.high * 100:.0f})".replace("%", " %")
 
 
 def _print(rows: Table) -> None:
-    """As wide as the table is: a cell that is cut says nothing, and a file has no width."""
+    """Print a table at its full width, on a terminal and in a file."""
     console = results()
     wide = console.options.update(max_width=WIDEST)
     console.width = console.measure(rows, options=wide).maximum
@@ -89,7 +88,7 @@ def _print(rows: Table) -> None:
 
 
 def show(found: Evaluation) -> None:
-    """A table per set and one of the tasks: a row per subject, a column per judge or task."""
+    """Print a table per set and one of the tasks: rows are subjects, columns judges or tasks."""
     console = results()
     for name, record in found.sets.items():
         judges = [j.name for j in found.judges if j.name in found.targets[0].rates[name]]
@@ -104,7 +103,7 @@ def show(found: Evaluation) -> None:
         for subject in found.targets:
             cells = [percent(subject.accuracy[name]) for name in found.tasks]
             rows.add_row(subject.name, subject.state, *cells)
-        console.print("\ntasks: right answers")
+        console.print("\ntasks: accuracy")
         _print(rows)
 
 
@@ -118,16 +117,14 @@ def evaluate(
     ],
     family: Annotated[
         Path | None,
-        typer.Option(
-            help="The safety vector that the tenants' profiles are for, e.g. families/qwen."
-        ),
+        typer.Option(help="The family of the tenants' profiles, e.g. families/qwen."),
     ] = None,
     tenant: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=DIR",
-            help="A tenant with its profile, measured with all coefficients 0 (before) and as its "
-            "profile has them (after), e.g. --tenant acme=tenants/acme. Again for more.",
+            help="A tenant with its profile, measured with all coefficients 0 (before) and its own "
+            "(after), e.g. --tenant acme=tenants/acme. May be repeated.",
         ),
     ] = None,
     harmful: Annotated[
@@ -142,7 +139,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME=SOURCE",
-            help="Prompts that sound harmful and are not, e.g. --over-refusal "
+            help="Harmless prompts that sound harmful, e.g. --over-refusal "
             "'xstest=xstest.csv?label=safe'.",
         ),
     ] = None,
@@ -157,32 +154,30 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME=SOURCE",
-            help="A labelled task: sst2, ag_news, boolq or mnli in their usual files, or any other "
+            help="A labeled task: sst2, ag_news, boolq or mnli in their usual files, or any other "
             "name for rows of prompt and answer, e.g. --task 'sst2=validation.tsv?limit=200'. "
-            "Right is an answer whose first label is the row's; if all rows have one and the same "
-            "label, one that begins with it.",
+            "A completion is correct if its first label is the row's; if all rows have the same "
+            "label, if it begins with it.",
         ),
     ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            help="Who judges the answers, e.g. --judge strings:xstest --judge guard:models/guard. "
+            help="Response judge, e.g. --judge strings:xstest --judge guard:models/guard. "
             "Forms: strings:advbench, strings:xstest, strings:opening, strings:FILE, coherence, "
             "classifier:DIR (problem_type multi_label_classification in its config.json), "
-            "guard:DIR, llm:MODEL@BASE_URL (key in OPENAI_API_KEY; sends prompts and answers "
-            "there, a harmless one first to try it). Default: strings:advbench, strings:opening "
-            "and coherence.",
+            "guard:DIR, llm:MODEL@BASE_URL (key in OPENAI_API_KEY; receives prompts and "
+            "responses, first a harmless one as a check). Default: strings:advbench, "
+            "strings:opening and coherence.",
         ),
     ] = None,
     backend: Annotated[
         Backend,
-        typer.Option(
-            help="What answers, e.g. --backend transformers where vLLM is not installed (slow)."
-        ),
+        typer.Option(help="Generation backend, e.g. --backend transformers without vLLM (slow)."),
     ] = Backend.vllm,
     dtype: Annotated[
-        Dtype, typer.Option(help="What the models compute in, e.g. --dtype float32.")
+        Dtype, typer.Option(help="Dtype of the models, e.g. --dtype float32.")
     ] = Dtype.bfloat16,
     device: Annotated[
         str,
@@ -192,39 +187,39 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Only the first rows of every source that sets no limit itself, e.g. --limit 100.",
+            help="Only the first rows of sources without a limit of their own, e.g. --limit 100.",
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer to a prompt, e.g. --max-tokens 256.")
+        int, typer.Option(min=1, help="Maximum tokens of a response, e.g. --max-tokens 256.")
     ] = 64,
     task_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer to a task's question, e.g. --task-tokens 16.")
+        int, typer.Option(min=1, help="Maximum tokens of a task completion, e.g. --task-tokens 16.")
     ] = 8,
     samples: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Answers per set that are written down, e.g. --samples 5. To harmful prompts only "
-            "refusals are.",
+            help="Sample responses stored per set, e.g. --samples 5. To harmful prompts, only "
+            "refusals are stored.",
         ),
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of the samples and the intervals, e.g. --seed 1.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of samples and intervals, e.g. --seed 1.")] = 0,
     keep_answers: Annotated[
         Path | None,
         typer.Option(
-            help="A private file for all answers, harmful ones too, so that a run that is cut off "
-            "goes on where it was, e.g. --keep-answers private/answers.jsonl."
+            help="A private file that caches all responses, harmful ones too, so that an "
+            "interrupted run continues, e.g. --keep-answers private/answers.jsonl."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the evaluation that is at OUT already.")
+        bool, typer.Option("--overwrite", help="Replace the existing evaluation at OUT.")
     ] = False,
 ) -> None:
     """Measure what the vector does: attack success, over-refusal, tasks, before and after.
 
-    The parent is measured, and every tenant before and after, on the same prompts, with 95 %
-    intervals. Everything that is named, judges too, is read and checked before a model is loaded.
+    The parent model and every tenant before and after are measured on the same prompts, with 95 %
+    intervals. All inputs, judges too, are read and checked before a model is loaded.
 
     Example: safegene evaluate models/qwen --family families/qwen --tenant acme=tenants/acme
     --harmful advbench=harmful_behaviors.csv --over-refusal 'xstest=xstest.csv?label=safe'
@@ -260,23 +255,23 @@ def evaluate(
         task_tokens=task_tokens,
     )
     with ExitStack() as stack:
-        kept = None if keep_answers is None else stack.enter_context(ResponseCache(keep_answers))
+        cache = None if keep_answers is None else stack.enter_context(ResponseCache(keep_answers))
         progress = stack.enter_context(steps("evaluating"))
         found = run(
             inputs.targets,
             inputs.sets,
             inputs.tasks,
             inputs.judges,
-            _answerer(inputs, family, backend, dtype, device),
+            _backend(inputs, family, backend, dtype, device),
             header=inputs.header,
             max_tokens=max_tokens,
             task_tokens=task_tokens,
             samples=samples,
             seed=seed,
             chunk=CHUNKS[backend.value],
-            cache=kept,
+            cache=cache,
             progress=progress,
         )
     save_evaluation(found, out)
     show(found)
-    results().print(f"\n{out}  pictures: safegene report {out}")
+    results().print(f"\n{out}  plots: safegene report {out}")

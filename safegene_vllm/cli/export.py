@@ -1,4 +1,4 @@
-"""`safegene export`: a protected tenant in ordinary files, for engines without the plugin."""
+"""`safegene export`: write a protected tenant as standard files for engines without the plugin."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safegene_vllm.errors import ConfigError
 
 def export(
     family: Annotated[
-        Path, typer.Option(help="The family that the profile is for, e.g. --family families/qwen.")
+        Path, typer.Option(help="The profile's family, e.g. --family families/qwen.")
     ],
-    out: Annotated[Path, typer.Option(help="What is written, e.g. --out exported/acme.")],
+    out: Annotated[Path, typer.Option(help="Output directory, e.g. --out exported/acme.")],
     tenant: Annotated[
         Path | None,
         typer.Argument(
@@ -27,8 +27,8 @@ def export(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Write a full checkpoint: this one with vector and tenant merged in, e.g. "
-            "--checkpoint models/qwen-instruct. Without a TENANT it is the tenant itself."
+            help="Write this full checkpoint with vector and tenant merged in, e.g. "
+            "--checkpoint models/qwen-instruct. Without TENANT, the checkpoint is the tenant."
         ),
     ] = None,
     adapter: Annotated[
@@ -41,19 +41,19 @@ def export(
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="A profile from elsewhere (a directory or a safegene.json), e.g. --profile "
-            "profiles/strict, instead of the tenant's own."
+            help="Another profile (a directory or a safegene.json) instead of the tenant's own, "
+            "e.g. --profile profiles/strict."
         ),
     ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="What an adapter is stored as, e.g. --dtype bfloat16 (default: float32). A "
+            help="Stored dtype of an adapter, e.g. --dtype bfloat16 (default: float32). A "
             "checkpoint keeps its own dtypes."
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the earlier export that is at OUT.")
+        bool, typer.Option("--overwrite", help="Replace the existing export at OUT.")
     ] = False,
 ) -> None:
     """Write a tenant with its safety vector as a plain PEFT adapter or a merged checkpoint.
@@ -64,11 +64,11 @@ def export(
     --out exported/acme-merged
     """
     if tenant is not None and adapter is not None:
-        raise ConfigError("TENANT and --adapter are two names for one thing; give one of them")
+        raise ConfigError("TENANT and --adapter both name the tenant; give one of them")
     tenant = tenant or adapter
     source = profile or tenant or checkpoint
     if source is None:
-        raise ConfigError("give a TENANT, or a --checkpoint, or a --profile alone for the vector")
+        raise ConfigError("give TENANT, --checkpoint, or --profile alone to export the vector")
     if dtype is not None and checkpoint is not None:
         raise ConfigError("--dtype: a checkpoint keeps its own dtypes; leave the option out")
     check_out(out, tenant, checkpoint, profile, family, overwrite=overwrite)
@@ -93,14 +93,14 @@ def export(
                 overwrite=overwrite,
                 progress=lambda now, total: progress.update(task, completed=now, total=total),
             )
-        results().print(f"{done.path}: {done.changed} weights merged; serve it as a plain model")
+        results().print(f"{done.path}: {done.changed} weights merged; serve it as a standard model")
         return
     if tenant is not None and kind_of(tenant) == "checkpoint":
         raise ConfigError(f"{tenant} is a checkpoint; export it with --checkpoint {tenant}")
-    wanted = None if dtype is None else getattr(torch, dtype.value)
-    done = export_adapter(tenant, loaded, coefficients, out, dtype=wanted)
+    stored = None if dtype is None else getattr(torch, dtype.value)
+    done = export_adapter(tenant, loaded, coefficients, out, dtype=stored)
     try:
         need = f"vLLM needs --max-lora-rank {rank_bucket(done.max_rank)} or more"
     except ConfigError:
-        need = "more than any --max-lora-rank of vLLM; merge it into a checkpoint instead"
-    results().print(f"{done.path}: {done.sites} sites, rank {done.max_rank}; {need}")
+        need = "that exceeds vLLM's largest --max-lora-rank; merge it into a checkpoint instead"
+    results().print(f"{done.path}: {done.sites} target modules, rank {done.max_rank}; {need}")

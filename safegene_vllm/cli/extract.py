@@ -1,4 +1,4 @@
-"""`safegene extract`: a family from an aligned and a degraded model, by difference or distilled."""
+"""`safegene extract`: make a family from an aligned and a degraded model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RANK = 16
 DISTILL_RANK = 8
-_MOST_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 
 
 class Method(StrEnum):
@@ -37,13 +37,13 @@ class Dtype(StrEnum):
 
 
 def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
-    """`0-3,7` as numbers, ascending and each once. Errors: ConfigError naming `option`."""
+    """Parse `0-3,7` into ascending layer numbers. Errors: ConfigError naming `option`."""
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(f"{option}: {part!r} is no layer; write for example 0-3,7")
-        if int(last or first) >= _MOST_LAYERS:
+        if int(last or first) >= _MAX_LAYERS:
             raise ConfigError(f"{option}: no model has a layer {last or first}")
         found |= set(range(int(first), int(last or first) + 1))
     if not found:
@@ -52,7 +52,7 @@ def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
 
 
 def _show(difference: Difference) -> None:
-    rows = table("layer", "sites", "‖ΔW‖", "captured", "", left=("",))
+    rows = table("layer", "modules", "‖ΔW‖", "captured", "", left=("",))
     for row in difference.by_layer():
         rows.add_row(
             str(row.layer),
@@ -65,8 +65,8 @@ def _show(difference: Difference) -> None:
     if difference.left_out:
         shown = ", ".join(difference.left_out[:3])
         notes().print(
-            f"note: {len(difference.left_out)} tensors that no pair can hold differ as well "
-            f"({shown}{', ...' if difference.left_out[3:] else ''}); the vector does not carry them"
+            f"note: {len(difference.left_out)} tensors that LoRA cannot represent differ too "
+            f"({shown}{', ...' if difference.left_out[3:] else ''}); the vector leaves them out"
         )
 
 
@@ -91,15 +91,15 @@ def extract(
     method: Annotated[
         Method,
         typer.Option(
-            help="How the vector is made: difference = W_aligned - W_degraded, nothing trained; "
-            "distill = pairs trained so that the degraded model answers --safety prompts like the "
-            "aligned one and --benign prompts as before."
+            help="difference = W_aligned - W_degraded, without training; distill = LoRA weights "
+            "trained so that the degraded model answers --safety prompts like the aligned one and "
+            "--benign prompts as before."
         ),
     ] = Method.difference,
     safety: Annotated[
         list[str] | None,
         typer.Option(
-            help="distill: harmful prompts, with safe answers or answered by the aligned model. "
+            help="distill: harmful prompts; the aligned model answers those without a response. "
             + SOURCE_HELP
             + "--safety 'advbench.csv?licence=MIT'."
         ),
@@ -118,19 +118,17 @@ def extract(
         float, typer.Option(help="distill: learning rate at its peak, e.g. --lr 1e-3.")
     ] = 1e-3,
     batch: Annotated[
-        int, typer.Option(help="distill: examples a step, half of them safety, e.g. --batch 8.")
+        int, typer.Option(help="distill: examples per step, half of them safety, e.g. --batch 8.")
     ] = 8,
     retention: Annotated[
         float,
-        typer.Option(
-            help="distill: weight of benign prompts staying the same, e.g. --retention 2."
-        ),
+        typer.Option(help="distill: weight of unchanged benign completions, e.g. --retention 2."),
     ] = 1.0,
     hard: Annotated[
         float,
         typer.Option(
-            help="distill: weight of the safe answers as hard labels, beside the aligned model's "
-            "probabilities, e.g. --hard 1."
+            help="distill: weight of the safe responses as hard labels, in addition to the aligned "
+            "model's probabilities, e.g. --hard 1."
         ),
     ] = 0.0,
     hidden: Annotated[
@@ -156,9 +154,9 @@ def extract(
     rank: Annotated[
         int | None,
         typer.Option(
-            help=f"Largest rank per site of a difference of checkpoints, e.g. --rank 32 (default "
-            f"{DEFAULT_RANK}), or of a distilled vector (default {DISTILL_RANK}). More captures "
-            "more and costs more per token; a LoRA keeps its own."
+            help=f"Maximum rank per module of a difference of checkpoints, e.g. --rank 32 "
+            f"(default {DEFAULT_RANK}), or of a distilled vector (default {DISTILL_RANK}). A "
+            "higher rank captures more and costs more per token; a LoRA keeps its own."
         ),
     ] = None,
     layers: Annotated[
@@ -167,43 +165,42 @@ def extract(
     sites: Annotated[
         str | None,
         typer.Option(
-            help="Only sites with these name endings, e.g. --sites q_proj,v_proj,mlp.down_proj "
+            help="Only these target modules, e.g. --sites q_proj,v_proj,mlp.down_proj "
             "(default: all linear weights inside the layers)."
         ),
     ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="What the vector is stored as, e.g. --dtype bfloat16 for half the size (default: "
-            "float32; a LoRA keeps its own dtype where that loses nothing; distill rounds to "
-            "bfloat16, whatever it is stored as)."
+            help="Stored dtype, e.g. --dtype bfloat16 for half the size (default: float32; a LoRA "
+            "keeps its own dtype where that is exact; distill always rounds to bfloat16)."
         ),
     ] = None,
     bounds: Annotated[
         tuple[float, float],
         typer.Option(
             metavar="LO HI",
-            help="What a tenant's coefficients may be, e.g. --bounds 0 1.5.",
+            help="Allowed range of a tenant's coefficients, e.g. --bounds 0 1.5.",
         ),
     ] = (0.0, 3.0),
     name: Annotated[
         str | None,
-        typer.Option(help="The family's name for people, e.g. --name qwen2.5-7b (default: OUT's)."),
+        typer.Option(help="Display name of the family, e.g. --name qwen2.5-7b (default: OUT's)."),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
-            help="Where the SVD (in float64) or the distillation runs, e.g. --device cuda "
-            "(default: for distill a GPU if there is one, else the CPU)."
+            help="Device of the SVD (in float64) or the distillation, e.g. --device cuda "
+            "(default: for distill a GPU if available, else the CPU)."
         ),
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the family that is at OUT already.")
+        bool, typer.Option("--overwrite", help="Replace the existing family at OUT.")
     ] = False,
 ) -> None:
     """Make a family: one safety vector for all fine-tunes of a model.
 
-    A distillation that was interrupted goes on with the same command.
+    After an interruption, the same command continues a distillation.
 
     Example: safegene extract models/qwen models/qwen-degraded --rank 16 --out families/qwen
     """
@@ -230,7 +227,9 @@ def extract(
                 "adapter into its base first"
             )
         if chosen is not None:
-            raise ConfigError("--layers: a distilled vector is cut by `safegene select`")
+            raise ConfigError(
+                "--layers: choose the layers of a distilled vector by `safegene select`"
+            )
         family, run = _distilled(
             checkpoint,
             degraded,
@@ -257,7 +256,7 @@ def extract(
                 "--safety and --benign are for --method distill; a difference needs none"
             )
         if rank is not None and degraded is None:
-            raise ConfigError("--rank: a LoRA is taken at its own rank; leave the option out")
+            raise ConfigError("--rank: a LoRA keeps its own rank; leave the option out")
         from safegene_vllm.recipe.difference import Scope, as_family
 
         difference = _difference(
@@ -276,7 +275,7 @@ def extract(
     save_family(family, out)
     if run is not None:
         run.clear()
-    results().print(f"{out}  {family.digest}  {len(family.lora_weights)} sites")
+    results().print(f"{out}  {family.digest}  {len(family.lora_weights)} target modules")
 
 
 def _difference(

@@ -1,4 +1,4 @@
-"""`safegene family ...`: what holds for every tenant of a family on a running server."""
+"""`safegene family ...`: settings of a running server that hold for every tenant of a family."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from safegene_vllm.cli.client_options import (
-    LOCAL,
     AsJson,
-    KeyFile,
-    KeyText,
-    Timeout,
-    Url,
-    Wait,
+    Server,
+    Waiting,
     cell,
-    connect,
-    follow_rollout,
     show_facts,
     show_json,
     show_list,
@@ -26,7 +20,7 @@ from safegene_vllm.cli.client_options import (
 from safegene_vllm.cli.console import results
 from safegene_vllm.cli.profile import parse_coefficients
 
-HELP = "What holds for all tenants of a family on a running server: a floor, a freeze."
+HELP = "Manage families of a running server: minimum coefficients and freezes for all tenants."
 NO_FLOOR = "none"
 
 Digest = Annotated[
@@ -34,82 +28,63 @@ Digest = Annotated[
 ]
 
 
-def list_(
-    as_json: AsJson = False, url: Url = LOCAL, key: KeyText = None, key_file: KeyFile = None
-) -> None:
-    """The families the server knows, each with its floor.
+def list_(server: Server, as_json: AsJson = False) -> None:
+    """List the families the server has registered, with their minimum coefficients.
 
     Example: safegene family list
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = client.families()
     show_list(found, ("name", "digest", "frozen", "floor", "created_at"), as_json)
 
 
 def floor(
     family: Digest,
-    least: Annotated[
+    minimum: Annotated[
         str,
         typer.Argument(
             metavar="L:X,...",
-            help="The least coefficient of single layers or ranges, e.g. 3-9:0.5; none for none.",
+            help="The minimum coefficient of layers or ranges, e.g. 3-9:0.5; none removes it.",
         ),
     ],
-    wait: Wait = True,
-    timeout: Timeout = None,
+    waiting: Waiting,
+    server: Server,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Let no tenant of a family be served below these coefficients. Who is gets a raised revision.
+    """Set the minimum coefficients of a family; tenants below them get a raised revision.
 
     Example: safegene family floor sha256:0f3a... 3-9:0.5
     """
-    given = {} if least == NO_FLOOR else parse_coefficients(least, "the floor")
-    with connect(url, key, key_file) as client:
-        answer = client.set_floor(family, given)
-        if wait and answer["rollout"] is not None:
-            answer["rollout"] = follow_rollout(client, answer["rollout"], timeout)
+    given = {} if minimum == NO_FLOOR else parse_coefficients(minimum, "the floor")
+    with server.connect() as client:
+        response = client.set_floor(family, given)
+        response["rollout"] = waiting.rollout(client, response["rollout"])
     if as_json:
-        show_json(answer)
+        show_json(response)
         return
-    _show(answer["family"], False)
-    if answer["rollout"] is not None:
-        show_rollout(answer["rollout"])
+    _print_family(response["family"], False)
+    show_rollout(response["rollout"])
 
 
-def freeze(
-    family: Digest,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Refuse every change of every tenant of a family; serving goes on.
+def freeze(family: Digest, server: Server, as_json: AsJson = False) -> None:
+    """Reject every change of every tenant of a family; serving continues.
 
     Example: safegene family freeze sha256:0f3a...
     """
-    with connect(url, key, key_file) as client:
-        _show(client.freeze_family(family), as_json)
+    with server.connect() as client:
+        _print_family(client.freeze_family(family), as_json)
 
 
-def unfreeze(
-    family: Digest,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Let the tenants of a family be changed again.
+def unfreeze(family: Digest, server: Server, as_json: AsJson = False) -> None:
+    """Allow changes of the tenants of a family again.
 
     Example: safegene family unfreeze sha256:0f3a...
     """
-    with connect(url, key, key_file) as client:
-        _show(client.unfreeze_family(family), as_json)
+    with server.connect() as client:
+        _print_family(client.unfreeze_family(family), as_json)
 
 
-def _show(family: Mapping[str, Any], as_json: bool) -> None:
+def _print_family(family: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         show_json(family)
     else:

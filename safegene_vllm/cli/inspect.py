@@ -1,7 +1,7 @@
-"""`safegene inspect`: what a directory is, and what is in it.
+"""`safegene inspect`: show the kind and content of a directory, read-only.
 
-Reads families, profiles, adapters and checkpoints through the library, so whatever is wrong with
-one comes out as the error that serving it would give. Changes nothing.
+Families, profiles, adapters and checkpoints are read by the library's loaders, so an invalid file
+raises the error that serving it would raise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _sites(lora_weights: Mapping[str, LoRAWeights]) -> list[Facts]:
 
 
 def _layers(sites: Iterable[Facts], scores: Mapping[int, float | None]) -> list[Facts]:
-    """Per layer how many sites there are and the norm of all of them together."""
+    """Per layer: number of target modules, ranks, and their joint norm."""
     by_layer: dict[int, list[Facts]] = {}
     for site in sites:
         if site["layer"] is not None:
@@ -126,10 +126,10 @@ def _profile(directory: Path, header: FamilyHeader | None) -> Facts:
 
 
 def describe(directory: Path, family: Path | None = None) -> Facts:
-    """What `directory` is and holds, as plain JSON values; checked in full, values and digests.
+    """Describe a directory as JSON values, with all its tensor values and digests checked.
 
-    With `family`, the tenant is checked against it too. Errors: those of the loaders, of
-    `tenant.kind_of`, `tenant.check_fits` and `profile.check_profile`.
+    With `family`, the tenant is checked against it too. Errors: those of the loaders, of `kind_of`,
+    `check_fits` and `check_profile`.
     """
     from safegene_vllm.formats.family import read_family_header
     from safegene_vllm.formats.file_io import read_json
@@ -159,12 +159,12 @@ def _counts(values: Iterable[Any]) -> str:
 
 def _show_sites(console: Console, facts: Facts) -> None:
     sites, layers = facts["sites"], facts["layers"]
-    console.print(f"sites     {len(sites)} in {len(layers)} layers")
+    console.print(f"targets   {len(sites)} modules in {len(layers)} layers")
     console.print(f"modules   {_counts(site['site'].rpartition('.')[2] for site in sites)}")
     console.print(f"ranks     {_counts(site['rank'] for site in sites)}")
     console.print(f"dtypes    {_counts(site['dtype'] for site in sites)}")
     top = max((layer["norm"] for layer in layers), default=0.0)
-    rows = table("layer", "sites", "score", "‖B·A‖", "", left=("",))
+    rows = table("layer", "modules", "score", "‖B·A‖", "", left=("",))
     for layer in layers:
         score = "-" if layer["score"] is None else f"{layer['score']:.4g}"
         rows.add_row(
@@ -182,7 +182,7 @@ def _show_sites(console: Console, facts: Facts) -> None:
 
 def _show_profile(console: Console, profile: Facts | None) -> None:
     if profile is None:
-        console.print("profile   none, so as a tenant it would be refused or served unprotected")
+        console.print("profile   none, so as a tenant it would be rejected or served unprotected")
         return
     console.print(f"profile   {profile['digest']}")
     checked = f" ({profile['family_name']}, fits)" if profile["family_name"] else ""
@@ -192,22 +192,22 @@ def _show_profile(console: Console, profile: Facts | None) -> None:
     if any(profile["coefficients"]):
         console.print(coefficient_table(profile["coefficients"]))
     else:
-        console.print("coefficients: all 0, so nothing is added")
+        console.print("coefficients: all 0, no effect")
 
 
 def _title(facts: Facts) -> str:
     if facts["kind"] == "family":
         return f"family {facts['name']!r}"
-    beside = " with a profile" if facts["profile"] else ""
+    suffix = " with a profile" if facts["profile"] else ""
     return {
-        "adapter": f"PEFT LoRA adapter{beside}",
-        "checkpoint": f"Hugging Face checkpoint{beside}",
-        "profile": "profile, a tenant on the base itself",
+        "adapter": f"PEFT LoRA adapter{suffix}",
+        "checkpoint": f"Hugging Face checkpoint{suffix}",
+        "profile": "profile, a tenant on the base model",
     }[facts["kind"]]
 
 
 def show(console: Console, facts: Facts) -> None:
-    """`facts` for people."""
+    """Print `facts` as text and tables."""
     console.print(f"{facts['path']}: {_title(facts)}")
     if "digest" in facts:
         console.print(f"digest    {facts['digest']}")
@@ -252,9 +252,9 @@ def inspect(
         typer.Option("--json", help="One JSON object, e.g. for jq: safegene inspect DIR --json."),
     ] = False,
 ) -> None:
-    """Tell what a directory is: sites, ranks, layers, norms, coefficients, digests.
+    """Show what a directory holds: target modules, ranks, layers, norms, coefficients, digests.
 
-    Exit code 1 and the error's name if a rule of the format is broken, with every value checked.
+    Every value is checked; exit code 1 and the error's name if the directory is invalid.
 
     Example: safegene inspect tenants/acme --family families/qwen
     """

@@ -1,20 +1,16 @@
-"""`safegene job ...`: the long steps of a running server: looked at, watched, stopped."""
+"""`safegene job ...`: long-running jobs of a running server."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from safegene_vllm.cli.client_options import (
-    LOCAL,
     AsJson,
-    KeyFile,
-    KeyText,
-    Timeout,
-    Url,
-    connect,
+    Server,
     end_with,
     follow_job,
     show_job,
@@ -22,13 +18,13 @@ from safegene_vllm.cli.client_options import (
     show_list,
 )
 
-HELP = "Long steps of a running server, such as bringing in a tenant."
+HELP = "Show, watch and cancel jobs of a running server, such as adding a tenant."
 
 Id = Annotated[int, typer.Argument(metavar="ID", help="The job's number, e.g. 7.")]
 
 
 class State(StrEnum):
-    """How far a job is."""
+    """State of a job."""
 
     queued = "queued"
     running = "running"
@@ -38,23 +34,21 @@ class State(StrEnum):
 
 
 def list_(
+    server: Server,
     tenant: Annotated[
         str | None, typer.Option(help="Only this tenant's, e.g. --tenant acme/support.")
     ] = None,
     state: Annotated[
         State | None, typer.Option(help="Only those in this state, e.g. --state failed.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="At most so many, e.g. --limit 20.")] = 100,
+    limit: Annotated[int, typer.Option(help="Maximum number of jobs, e.g. --limit 20.")] = 100,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Jobs, the newest first: which wait, which run, which have ended, and how.
+    """List jobs, newest first, with state and progress.
 
     Example: safegene job list --state failed
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = client.jobs(
             tenant=tenant, state=None if state is None else state.value, limit=limit
         )
@@ -62,63 +56,45 @@ def list_(
     show_list(found, columns, as_json)
 
 
-def show(
-    id: Id,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """One job: how far it is, and what came of it.
+def show(id: Id, server: Server, as_json: AsJson = False) -> None:
+    """Show a job: its progress and its result.
 
     Example: safegene job show 7
     """
-    with connect(url, key, key_file) as client:
-        found = client.job(id)
-    if as_json:
-        show_json(found)
-    else:
-        show_job(found)
+    with server.connect() as client:
+        _print(client.job(id), as_json)
 
 
-def cancel(
-    id: Id,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Ask a job to stop. It does so between two of its steps.
+def cancel(id: Id, server: Server, as_json: AsJson = False) -> None:
+    """Cancel a job. It stops between two of its steps.
 
     Example: safegene job cancel 7
     """
-    with connect(url, key, key_file) as client:
-        found = client.cancel_job(id)
-    if as_json:
-        show_json(found)
-    else:
-        show_job(found)
+    with server.connect() as client:
+        _print(client.cancel_job(id), as_json)
 
 
 def watch(
     id: Id,
-    timeout: Timeout = None,
+    server: Server,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop watching after this long, e.g. --timeout 120."),
+    ] = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Stay until a job has ended; exit code 1 if it failed or was cancelled.
+    """Wait until a job has ended; exit code 1 if it failed or was cancelled.
 
     Example: safegene job watch 7
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = follow_job(client, client.job(id), timeout)
-    if as_json:
-        show_json(found)
-    else:
-        show_job(found)
+    _print(found, as_json)
     end_with(found)
+
+
+def _print(job: Mapping[str, Any], as_json: bool) -> None:
+    (show_json if as_json else show_job)(job)
 
 
 COMMANDS = {"list": list_, "show": show, "cancel": cancel, "watch": watch}

@@ -1,4 +1,4 @@
-"""`safegene key ...`: who may ask a running server what. A secret is told once."""
+"""`safegene key ...`: API keys of a running server."""
 
 from __future__ import annotations
 
@@ -10,29 +10,25 @@ from typing import Annotated, Any
 import typer
 
 from safegene_vllm.cli.client_options import (
-    LOCAL,
     AsJson,
-    KeyFile,
-    KeyText,
-    Url,
+    Server,
     cell,
-    connect,
     instant,
-    moment,
     show_json,
     show_list,
+    timestamp,
 )
 from safegene_vllm.cli.console import notes, results
 from safegene_vllm.errors import ConfigError
 
-HELP = "API keys of a running server: what each may do, and for which tenants."
+HELP = "Manage API keys of a running server: scopes, tenants, expiry."
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The key's name, e.g. acme-app.")]
 Out = Annotated[
     Path | None,
     typer.Option(
         help="Write the secret into this new file, readable by you alone, e.g. --out acme.key. "
-        "Else it is all that stdout gets."
+        "Without it, stdout gets the secret and nothing else."
     ),
 ]
 
@@ -46,10 +42,11 @@ def add(
             "e.g. --tenant acme/support."
         ),
     ],
+    server: Server,
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="serve (ask models), read (look at tenants) or admin (change them); may be "
+            help="serve (query models), read (show tenants) or admin (change them); may be "
             "repeated, e.g. --scope serve --scope read.",
             show_default="serve",
         ),
@@ -58,7 +55,7 @@ def add(
         str | None,
         typer.Option(
             metavar="TENANT",
-            help="Who answers a request that names no model, e.g. --default acme/support.",
+            help="Model of requests that name none, e.g. --default acme/support.",
         ),
     ] = None,
     expires: Annotated[
@@ -69,11 +66,8 @@ def add(
     ] = None,
     out: Out = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Make a key. Its secret is told this once; the server keeps a hash of it.
+    """Create a key. Its secret is shown this once; the server stores only a hash.
 
     Example: safegene key add acme-app --tenant acme/support --default acme/support --expires 90d
     """
@@ -81,7 +75,7 @@ def add(
     expires_at = None if expires is None else instant(expires, "--expires", now, ahead=True)
     if expires_at is not None and datetime.fromisoformat(expires_at) <= now:
         raise ConfigError(f"--expires {expires!r} is not in the future")
-    with connect(url, key, key_file) as client, _Secret(out) as secret:
+    with server.connect() as client, _SecretOutput(out) as secret:
         made = client.add_key(
             name,
             scopes=scope or ["serve"],
@@ -89,65 +83,50 @@ def add(
             default_tenant=default,
             expires_at=expires_at,
         )
-        secret.tell(dict(made), as_json)
+        secret.write(dict(made), as_json)
 
 
-def list_(
-    as_json: AsJson = False, url: Url = LOCAL, key: KeyText = None, key_file: KeyFile = None
-) -> None:
-    """All keys, without their secrets.
+def list_(server: Server, as_json: AsJson = False) -> None:
+    """List all keys, without their secrets.
 
     Example: safegene key list
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = client.keys()
     columns = ("name", "prefix", "scopes", "tenants", "default_tenant", "expires_at", "revoked_at")
     show_list(found, columns, as_json)
 
 
-def rotate(
-    name: Name,
-    out: Out = None,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Give a key another secret. The old one ends at once.
+def rotate(name: Name, server: Server, out: Out = None, as_json: AsJson = False) -> None:
+    """Replace a key's secret. The old one is invalid at once.
 
     Example: safegene key rotate acme-app --out acme.key
     """
-    with connect(url, key, key_file) as client, _Secret(out) as secret:
-        secret.tell(dict(client.rotate_key(name)), as_json)
+    with server.connect() as client, _SecretOutput(out) as secret:
+        secret.write(dict(client.rotate_key(name)), as_json)
 
 
-def revoke(
-    name: Name,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """End a key. It lets nobody in any more.
+def revoke(name: Name, server: Server, as_json: AsJson = False) -> None:
+    """Revoke a key. Requests with it are rejected from now on.
 
     Example: safegene key revoke acme-app
     """
-    with connect(url, key, key_file) as client:
-        answer = client.revoke_key(name)
+    with server.connect() as client:
+        response = client.revoke_key(name)
     if as_json:
-        show_json(answer)
+        show_json(response)
     else:
         results().print(f"{cell(name)} is revoked")
 
 
-class _Secret:
-    """Where a secret goes: a file, which must be new before the server is asked, or stdout."""
+class _SecretOutput:
+    """Destination of a secret: stdout, or a file, created before the server makes the secret."""
 
     def __init__(self, out: Path | None) -> None:
         self._out = out
-        self._told = False
+        self._written = False
 
-    def __enter__(self) -> _Secret:
+    def __enter__(self) -> _SecretOutput:
         if self._out is not None:
             try:
                 os.close(os.open(self._out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -156,23 +135,23 @@ class _Secret:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._out is not None and not self._told:
+        if self._out is not None and not self._written:
             self._out.unlink(missing_ok=True)
 
-    def tell(self, made: dict[str, Any], as_json: bool) -> None:
+    def write(self, made: dict[str, Any], as_json: bool) -> None:
         secret = str(made["secret"])
         if self._out is not None:
             self._out.write_text(secret + "\n", encoding="utf-8")
-            self._told = True
+            self._written = True
             made = {name: value for name, value in made.items() if name != "secret"}
         if as_json:
             show_json(made)
             return
-        until = f"until {moment(made['expires_at'])}" if made["expires_at"] else "until revoked"
+        until = f"until {timestamp(made['expires_at'])}" if made["expires_at"] else "until revoked"
         scopes, tenants = cell(made["scopes"]), cell(made["tenants"])
         notes().print(f"{cell(made['name'])}: may {scopes} for {tenants}, {until}")
         if self._out is None:
-            notes().print("keep the secret now; nobody can show it again:")
+            notes().print("store the secret now; it cannot be shown again:")
             results().print(secret)
 
 

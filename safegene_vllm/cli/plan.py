@@ -1,6 +1,6 @@
-"""`safegene plan`: what tenants, vector and slots take on a GPU, and which mode to serve them in.
+"""`safegene plan`: memory, decode time and recommended mode for tenants on a GPU.
 
-Options in, tables out; the arithmetic is safegene_vllm/plan. Starts nothing and loads no weights.
+The arithmetic is in safegene_vllm.planner. Starts nothing and loads no weights.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Dtype(StrEnum):
-    """What weights, adapters and KV cache are held in."""
+    """Dtype of weights, adapters and KV cache."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
 class Kernels(StrEnum):
-    """As in the engine's settings, safegene.kernels."""
+    """Kernels of the gain table, as in the engine's setting safegene.kernels."""
 
     triton = "triton"
     torch = "torch"
@@ -43,6 +43,8 @@ _NAMES = {
     "stock": "stock, no safety",
     "guard": "guard in front",
 }
+_MARK = "*"
+_FOOTNOTE = f"{_MARK} estimate: computed from config.json and data sheets, never compared with a measurement"
 
 
 def plan(
@@ -63,7 +65,7 @@ def plan(
     family: Annotated[
         Path | None,
         typer.Option(
-            help="Take the vector's rank, layers and sites from this, e.g. families/mine.",
+            help="Take the vector's rank, layers and target modules from this, e.g. families/mine.",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +80,9 @@ def plan(
     ] = None,
     vector_targets: Annotated[
         str | None,
-        typer.Option(help="Its sites, e.g. o_proj,down_proj.", show_default="every linear layer"),
+        typer.Option(
+            help="Its target modules, e.g. o_proj,down_proj.", show_default="every linear layer"
+        ),
     ] = None,
     adapter_rank: Annotated[
         int,
@@ -86,14 +90,16 @@ def plan(
     ] = 16,
     adapter_targets: Annotated[
         str | None,
-        typer.Option(help="Their sites, e.g. q_proj,v_proj.", show_default="every linear layer"),
+        typer.Option(
+            help="Their target modules, e.g. q_proj,v_proj.", show_default="every linear layer"
+        ),
     ] = None,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Tenants are full fine-tunes, not adapters.")
     ] = False,
     profiles: Annotated[
         int | None,
-        typer.Option(help="Revisions held at once, e.g. 400.", show_default="one per tenant"),
+        typer.Option(help="Loaded revisions, e.g. 400.", show_default="one per tenant"),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 32,
     active: Annotated[
@@ -104,54 +110,56 @@ def plan(
         int | None, typer.Option(help="LoRA slots.", show_default="one per active tenant")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of a response.")] = 128,
     batched_tokens: Annotated[int, typer.Option(help="vLLM's --max-num-batched-tokens.")] = 8192,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights, adapters and KV.")] = Dtype.bfloat16,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of weights, adapters and KV.")
+    ] = Dtype.bfloat16,
     memory_gb: Annotated[
         float | None, typer.Option(help="GPU memory in 10^9 bytes.", show_default="the GPU's")
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GPU memory, GB/s.", show_default="the GPU's")
+        float | None, typer.Option(help="GPU memory bandwidth, GB/s.", show_default="the GPU's")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(help="Dense, at the dtype.", show_default="the GPU's, bf16")
+        float | None,
+        typer.Option(help="Dense TFLOP/s at the dtype.", show_default="the GPU's, bf16"),
     ] = None,
     link_gb_s: Annotated[
-        float | None, typer.Option(help="Host to GPU, GB/s.", show_default="the GPU's PCIe")
+        float | None, typer.Option(help="Host memory to GPU, GB/s.", show_default="the GPU's PCIe")
     ] = None,
     utilization: Annotated[
         float, typer.Option("--gpu-memory-utilization", help="As for vLLM.")
     ] = 0.92,
     overhead_gb: Annotated[
-        float, typer.Option(help="Activations, graphs and context of an engine.")
+        float, typer.Option(help="Activations, CUDA graphs and context of an engine.")
     ] = 3.0,
-    host_memory_gb: Annotated[
-        float, typer.Option(help="Host memory for adapters that wait for a slot.")
-    ] = 64.0,
+    host_memory_gb: Annotated[float, typer.Option(help="Host memory for cached adapters.")] = 64.0,
     launch_us: Annotated[
-        float, typer.Option(help="Time that each kernel of adapters and vector adds to a step.")
+        float, typer.Option(help="Time per kernel launch of adapters and vector.")
     ] = 2.0,
     kernels: Annotated[
-        Kernels, typer.Option(help="What the gain table runs on; CUDA without Triton: torch.")
+        Kernels, typer.Option(help="Kernels of the gain table; CUDA without Triton: torch.")
     ] = Kernels.triton,
     gpu_hour_price: Annotated[
         float | None,
-        typer.Option(help="Tell what a tenant costs, e.g. --gpu-hour-price 2.5.", min=0),
+        typer.Option(help="Print the price per tenant, e.g. --gpu-hour-price 2.5.", min=0),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object, e.g. for jq .advice.command.")
     ] = False,
 ) -> None:
-    """Tell memory, time per decode step and settings for tenants on a GPU, before anything runs.
+    """Plan memory, decode time and settings for tenants on a GPU, without starting anything.
 
-    Sizes are exact; times are a roofline, the least that bytes and kernels take, good for ratios.
+    Sizes of weights, vector and slots are exact. Numbers marked * are estimates; times are a
+    roofline, a lower bound from bytes and kernel launches, useful for ratios.
 
     Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
     """
     from safegene_vllm.planner import Workload, advise, find_gpu, plan_modes, read_shape
 
     shape = read_shape(model)
-    ask = Workload(
+    workload = Workload(
         shape=shape,
         gpu=find_gpu(
             gpu,
@@ -179,12 +187,12 @@ def plan(
         launch_s=launch_us * 1e-6,
         kernels=kernels.value,
     )
-    modes = plan_modes(ask)
-    advice = advise(ask, modes, str(model))
+    modes = plan_modes(workload)
+    advice = advise(workload, modes, str(model))
     if as_json:
-        typer.echo(json.dumps(facts(ask, modes, advice, gpu_hour_price), indent=2))
+        typer.echo(json.dumps(facts(workload, modes, advice, gpu_hour_price), indent=2))
     else:
-        show(results(), facts(ask, modes, advice, gpu_hour_price))
+        show(results(), facts(workload, modes, advice, gpu_hour_price))
 
 
 def _names(given: str | None) -> tuple[str, ...]:
@@ -198,7 +206,7 @@ def _vector(
     share: float | None,
     targets: str | None,
 ) -> dict[str, Any]:
-    """Rank, layers and sites of the vector, of a family or as given. Errors: ConfigError."""
+    """Rank, layers and target modules of the vector. Errors: ConfigError."""
     if family is None:
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--vector-share {share:g}: expected above 0, at most 1.")
@@ -213,7 +221,7 @@ def _vector(
 
     if any(value is not None for value in (rank, share, targets)):
         raise ConfigError(
-            "--family tells the vector's rank, layers and sites; leave out --vector-rank, "
+            "--family sets the vector's rank, layers and target modules; leave out --vector-rank, "
             "--vector-share and --vector-targets."
         )
     header = read_family_header(family)
@@ -231,20 +239,21 @@ def _vector(
 
 
 def facts(
-    ask: Workload, modes: Mapping[str, ServingMode], advice: Advice, price: float | None
+    workload: Workload, modes: Mapping[str, ServingMode], advice: Advice, price: float | None
 ) -> dict[str, Any]:
-    """The whole plan as plain JSON values; sizes in bytes, times in seconds."""
+    """Convert the plan to JSON values; sizes in bytes, times in seconds."""
+    from safegene_vllm.planner import ESTIMATED
     from safegene_vllm.planner.slots import lora_bytes
 
-    shape, d = ask.shape, ask.dtype_bytes
-    on_disk = lora_bytes(shape, ask.safety_targets, ask.vector_rank, d)
-    told = {}
+    shape, d = workload.shape, workload.dtype_bytes
+    on_disk = lora_bytes(shape, workload.safety_targets, workload.vector_rank, d)
+    planned = {}
     for name, mode in modes.items():
         step = asdict(mode.step) | {"bytes": mode.step.bytes}
-        told[name] = asdict(mode) | {"step": step, "fits": mode.fits}
-        told[name]["gpus_per_tenant"] = mode.gpus / ask.tenants
+        planned[name] = asdict(mode) | {"step": step, "fits": mode.fits}
+        planned[name]["gpus_per_tenant"] = mode.gpus / workload.tenants
         if price is not None:
-            told[name]["price_per_tenant_hour"] = price * mode.gpus / ask.tenants
+            planned[name]["price_per_tenant_hour"] = price * mode.gpus / workload.tenants
     return {
         "model": {
             "name": shape.name,
@@ -254,23 +263,27 @@ def facts(
             "weight_bytes": shape.parameters * d,
             "kv_bytes_per_token": shape.kv_bytes_per_token(d),
         },
-        "gpu": asdict(ask.gpu),
-        "tenants": ask.tenants,
-        "held": ask.held,
-        "active": ask.active_tenants,
-        "slots": ask.device_slots,
+        "gpu": asdict(workload.gpu),
+        "tenants": workload.tenants,
+        "held": workload.held,
+        "active": workload.active_tenants,
+        "slots": workload.device_slots,
         "vector": {
-            "rank": ask.vector_rank,
-            "layers": ask.safety_layers,
-            "sites": list(ask.safety_targets),
-            "pair_bytes": on_disk * ask.safety_layers // shape.layers,
+            "rank": workload.vector_rank,
+            "layers": workload.safety_layers,
+            "sites": list(workload.safety_targets),
+            "pair_bytes": on_disk * workload.safety_layers // shape.layers,
         },
         "adapter": {
-            "rank": ask.adapter_rank,
-            "sites": list(ask.own_targets),
-            "pair_bytes": lora_bytes(shape, ask.own_targets, ask.adapter_rank, d),
+            "rank": workload.adapter_rank,
+            "sites": list(workload.own_targets),
+            "pair_bytes": lora_bytes(shape, workload.own_targets, workload.adapter_rank, d),
         },
-        "modes": told,
+        "modes": planned,
+        "estimates": {
+            "model": ["kv_bytes_per_token"],
+            "modes": [*ESTIMATED, "fits", "gpus_per_tenant", "price_per_tenant_hour"],
+        },
         "advice": {
             "mode": advice.mode,
             "command": advice.shown(),
@@ -280,14 +293,14 @@ def facts(
     }
 
 
-def show(console: Console, told: Mapping[str, Any]) -> None:
-    """The plan for people: sizes, one row per mode, what to run and why."""
-    model, gpu = told["model"], told["gpu"]
-    vector, adapter = told["vector"], told["adapter"]
+def show(console: Console, plan: Mapping[str, Any]) -> None:
+    """Print sizes, a row per mode, and the recommended command with its reasons."""
+    model, gpu = plan["model"], plan["gpu"]
+    vector, adapter = plan["vector"], plan["adapter"]
     console.print(
         f"{clean(model['name'])}: {model['parameters'] / 1e9:.2f} billion parameters, "
         f"{_gb(model['weight_bytes'])}, {model['layers']} layers, "
-        f"{model['kv_bytes_per_token'] / 1e3:.1f} kB of KV per token"
+        f"{model['kv_bytes_per_token'] / 1e3:.1f} kB{_MARK} of KV per token"
     )
     console.print(
         f"{gpu['name']}: {_gb(gpu['memory_bytes'])}, {gpu['bytes_per_s'] / 1e12:.2f} TB/s"
@@ -297,15 +310,12 @@ def show(console: Console, told: Mapping[str, Any]) -> None:
         f"adapter  rank {adapter['rank']}, {_mb(adapter['pair_bytes'])}; "
         f"{told['tenants']} tenants, {told['active']} in a batch, {told['slots']} slots"
     )
-    memory = table(
-        "mode", "GPUs", "rank", "vector", "slots", "KV left", "sequences", left=("mode",)
-    )
-    time = table(
-        *("mode", "batch", "GB/step", "launches", "step ms", "TTFT ms", "tok/s", "vs stock"),
-        left=("mode",),
-    )
-    stock = told["modes"].get("stock")
-    for name, mode in told["modes"].items():
+    estimated = [f"{name}{_MARK}" for name in ("KV left", "sequences")]
+    memory = table("mode", f"GPUs{_MARK}", "rank", "vector", "slots", *estimated, left=("mode",))
+    times = ("batch", "GB/step", "launches", "step ms", "TTFT ms", "tok/s", "vs stock")
+    time = table("mode", *(f"{name}{_MARK}" for name in times), left=("mode",))
+    stock = plan["modes"].get("stock")
+    for name, mode in plan["modes"].items():
         step = mode["step"]
         memory.add_row(
             _NAMES[name],
@@ -330,16 +340,17 @@ def show(console: Console, told: Mapping[str, Any]) -> None:
     console.print(memory)
     console.print()
     console.print(time)
-    for name, mode in told["modes"].items():
+    console.print(_FOOTNOTE)
+    for name, mode in plan["modes"].items():
         if "price_per_tenant_hour" in mode and mode["safe"]:
             console.print(
-                f"{_NAMES[name]}: {mode['price_per_tenant_hour']:.4f} per tenant and hour"
+                f"{_NAMES[name]}: {mode['price_per_tenant_hour']:.4f}{_MARK} per tenant and hour"
             )
-    advice = told["advice"]
+    advice = plan["advice"]
     if advice["mode"] is None:
         console.print("\nnothing to recommend:")
     else:
-        console.print(f"\ntake {_NAMES[advice['mode']]}:\n  {clean(advice['command'])}")
+        console.print(f"\nuse {_NAMES[advice['mode']]}:\n  {clean(advice['command'])}")
     for reason in advice["reasons"]:
         console.print(f"- {reason}")
     for warning in advice["warnings"]:

@@ -1,4 +1,4 @@
-"""`safegene probe ...`: what a running server counts of its tenants' answers to a few questions."""
+"""`safegene probe ...`: refusal and coherence rates that a running server measures per tenant."""
 
 from __future__ import annotations
 
@@ -7,34 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.client_options import (
-    LOCAL,
-    AsJson,
-    KeyFile,
-    KeyText,
-    Timeout,
-    Url,
-    Wait,
-    cell,
-    connect,
-    end_with,
-    follow_job,
-    show_job,
-    show_json,
-    show_list,
-)
+from safegene_vllm.cli.client_options import AsJson, Server, Waiting, cell, print_job, show_list
 
-HELP = "A few questions asked of what tenants serve: refusals and coherence, counted."
+HELP = "Measure refusals and coherence of served tenants on a few prompts."
 
 
-def list_(
-    as_json: AsJson = False, url: Url = LOCAL, key: KeyText = None, key_file: KeyFile = None
-) -> None:
-    """Every tenant's last counts on the replica that answers: share and number of questions.
+def list_(server: Server, as_json: AsJson = False) -> None:
+    """List every tenant's last probe on the responding replica: rates and number of prompts.
 
     Example: safegene probe list
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = client.probes()
     columns = ("served", "outcome", "attack_success", "over_refusal", "coherent", "at", "message")
     show_list(found if as_json else map(_row, found), columns, as_json)
@@ -42,27 +25,20 @@ def list_(
 
 def run(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A tenant, e.g. acme/support.")],
-    wait: Wait = True,
-    timeout: Timeout = None,
+    waiting: Waiting,
+    server: Server,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Probe what a tenant serves now. Bad counts are no failure: exit code 1 is a probe that ended
-    before it was whole.
+    """Probe the revision a tenant serves now.
+
+    Bad rates are no failure; exit code 1 is a probe that did not complete.
 
     Example: safegene probe run acme/support
     """
-    with connect(url, key, key_file) as client:
-        answer: dict[str, Any] = dict(client.probe(name))
-        if wait:
-            answer["job"] = follow_job(client, answer["job"], timeout)
-    if as_json:
-        show_json(answer)
-    else:
-        show_job(answer["job"])
-    end_with(answer["job"])
+    with server.connect() as client:
+        started = client.probe(name)
+        response = {**started, "job": waiting.job(client, started["job"])}
+    print_job(response, as_json)
 
 
 def _row(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`safegene profile`: a tenant's coefficients by hand. Not for finding good ones."""
+"""`safegene profile`: write a tenant's coefficients by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safegene_vllm.errors import ConfigError
 
 
 def parse_coefficients(text: str, option: str = "--coefficients") -> dict[int, float]:
-    """`0:0.5,3-5:1.0` as a map from layer to coefficient. Errors: ConfigError."""
+    """Parse `0:0.5,3-5:1.0` into coefficients by layer. Errors: ConfigError."""
     found: dict[int, float] = {}
     for part in text.split(","):
         layers, colon, value = part.partition(":")
@@ -40,24 +40,23 @@ def profile(
     out: Annotated[
         Path,
         typer.Option(
-            help="The tenant's directory: a LoRA adapter, a checkpoint, or a new one for a tenant "
-            "that is nothing but a profile on the base, e.g. --out tenants/acme. Its other files "
-            "stay as they are."
+            help="The tenant's directory: a LoRA adapter, a checkpoint, or a new one for a profile "
+            "on the base model, e.g. --out tenants/acme. Its other files are unchanged."
         ),
     ],
     coefficient: Annotated[
         float | None,
         typer.Option(
-            help="One number for every layer that has a vector, e.g. --coefficient 0.6. 0 is the "
-            "tenant as it is, 1 the vector as it was made."
+            help="One number for every layer with a vector, e.g. --coefficient 0.6. 0 is no "
+            "effect, 1 the vector as extracted."
         ),
     ] = None,
     coefficients: Annotated[
         str | None,
         typer.Option(
             metavar="L:X,...",
-            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers keep "
-            "what --coefficient says, else what the tenant's profile says, else 0.",
+            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers have "
+            "--coefficient, else the coefficient of the tenant's profile, else 0.",
         ),
     ] = None,
 ) -> None:

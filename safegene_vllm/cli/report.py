@@ -1,4 +1,4 @@
-"""`safegene report`: one HTML page about one or more evaluations. The work is report/report."""
+"""`safegene report`: write an HTML page about one or more evaluations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safegene_vllm.errors import ConfigError
 
 
 def parse_tenant(text: str) -> tuple[str, Path]:
-    """`NAME=DIR` as both. Errors: ConfigError."""
+    """Parse `NAME=DIR`. Errors: ConfigError."""
     name, equals, directory = text.partition("=")
     if not (name and equals and directory):
         raise ConfigError(
@@ -32,7 +32,7 @@ def check_file(out: Path, *sources: Path, overwrite: bool) -> None:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """File names; with a number where two are alike."""
+    """File names, numbered where two are equal."""
     names = [path.name for path in paths]
     return [
         name if names.count(name) == 1 else f"{name} ({number})"
@@ -44,14 +44,14 @@ def report(
     evaluations: Annotated[
         list[Path],
         typer.Argument(
-            help="What `safegene evaluate` wrote, e.g. evaluation.json; several are shown together."
+            help="Results of `safegene evaluate`, e.g. evaluation.json; may be several."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The page that is written, e.g. --out report.html.")],
+    out: Annotated[Path, typer.Option(help="Output page, e.g. --out report.html.")],
     family: Annotated[
         Path | None,
         typer.Option(
-            help="The family that was evaluated, for the scores of all its layers and its recipe, "
+            help="The evaluated family, for its layer scores and its recipe, "
             "e.g. --family families/qwen."
         ),
     ] = None,
@@ -60,25 +60,25 @@ def report(
         typer.Option(
             metavar="NAME=DIR",
             help="A tenant's directory, for its calibration record, e.g. --tenant "
-            "acme=tenants/acme. May be given several times.",
+            "acme=tenants/acme. May be repeated.",
         ),
     ] = None,
     title: Annotated[
         str | None, typer.Option(help='The heading of the page, e.g. --title "Qwen, spring".')
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the page that is at OUT already.")
+        bool, typer.Option("--overwrite", help="Replace the existing page at OUT.")
     ] = False,
 ) -> None:
-    """Write one HTML page about evaluations: rates, plots, sample answers, how they were made.
+    """Write an HTML page about evaluations: rates, plots, sample responses, provenance.
 
-    The page needs no network and holds no script.
+    The page needs no network and has no scripts.
 
     Example: safegene report evaluation.json --family families/qwen --out report.html
     """
-    wanted = [parse_tenant(text) for text in tenant or ()]
-    twice = sorted({name for name, _ in wanted if [n for n, _ in wanted].count(name) > 1})
-    if twice:
+    tenants = [parse_tenant(text) for text in tenant or ()]
+    names = [name for name, _ in tenants]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"--tenant: {', '.join(twice)} given twice; give each tenant once")
     check_file(out, *evaluations, overwrite=overwrite)
     try:
@@ -99,7 +99,7 @@ def report(
         dict(zip(_names(evaluations), loaded, strict=True)),
         out,
         family=None if family is None else read_family_header(family),
-        profiles={name: load_profile(directory) for name, directory in wanted},
+        profiles={name: load_profile(directory) for name, directory in tenants},
         title=TITLE if title is None else title,
     )
     results().print(f"{out}  {out.stat().st_size / 1000:.0f} kB")

@@ -1,4 +1,4 @@
-"""`safegene select`: keep the layers of a vector that matter to safety, by activation contrast."""
+"""`safegene select`: select the layers of a vector by activation contrast."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class Stream(StrEnum):
 
 
 def select(
-    family: Annotated[Path, typer.Argument(help="The family to cut, e.g. families/qwen-all.")],
+    family: Annotated[
+        Path, typer.Argument(help="The family with all layers, e.g. families/qwen-all.")
+    ],
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="The degraded checkpoint; with --degraded-adapter, the aligned one that the LoRA "
-            "degraded, e.g. models/qwen."
+            help="The degraded checkpoint; with --degraded-adapter, the aligned one under that "
+            "LoRA, e.g. models/qwen."
         ),
     ],
     safety: Annotated[
@@ -36,18 +38,18 @@ def select(
     benign: Annotated[
         list[str],
         typer.Option(
-            help="Benign and task prompts, several times for several sets, e.g. --benign "
+            help="Benign and task prompts; may be repeated, e.g. --benign "
             "'instructions.jsonl?licence=MIT&limit=100'."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Where the cut family goes, e.g. --out families/qwen.")],
+    out: Annotated[Path, typer.Option(help="Output family, e.g. --out families/qwen.")],
     degraded_adapter: Annotated[
         Path | None,
         typer.Option(help="The LoRA that degraded CHECKPOINT, e.g. --degraded-adapter runs/deg."),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(help="How many layers are kept, e.g. --top-k 12 (default: half of them)."),
+        typer.Option(help="Number of selected layers, e.g. --top-k 12 (default: half of them)."),
     ] = None,
     mu: Annotated[
         float,
@@ -56,21 +58,21 @@ def select(
     stream: Annotated[
         Stream,
         typer.Option(
-            help="What is compared: each layer's own update, or the stream after it, e.g. --stream "
-            "residual."
+            help="Compared activations: each layer's own update, or the residual stream after it, "
+            "e.g. --stream residual."
         ),
     ] = Stream.update,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the scores, e.g. --plot scores.svg (or .png).")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where it runs, e.g. --device cuda (default: a GPU if there is).")
+        str, typer.Option(help="Where it runs, e.g. --device cuda (default: a GPU if available).")
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the family that is at OUT already.")
+        bool, typer.Option("--overwrite", help="Replace the existing family at OUT.")
     ] = False,
 ) -> None:
-    """Score every layer and keep the best; the whole curve is stored in the family.
+    """Score every layer and select the best; all scores are stored in the family.
 
     Example: safegene select families/all models/qwen --degraded-adapter runs/deg --safety
     'advbench.csv?licence=MIT' --benign 'instructions.jsonl?licence=MIT' --out families/qwen
@@ -82,7 +84,7 @@ def select(
         need("matplotlib", "draws the plot")
     harmful, others = read_all(safety, "safety data"), read_all(benign, "benign data")
     if harmful is None or others is None:
-        raise ConfigError("give --safety and --benign: a contrast needs both kinds of prompts")
+        raise ConfigError("give --safety and --benign: the score compares both kinds of prompts")
     from safegene_vllm.formats.family import load_family, save_family
     from safegene_vllm.formats.tenant_directory import check_fits
     from safegene_vllm.recipe.model import load_model
@@ -110,8 +112,8 @@ def select(
         )
     selected = cut(loaded_family, found, k, data=[harmful, others])
     save_family(selected, out)
-    kept = {entry.layer for entry in selected.header.layers}
-    rows = table("layer", "safety", "benign", "score", "", "kept", left=("", "kept"))
+    chosen = {entry.layer for entry in selected.header.layers}
+    rows = table("layer", "safety", "benign", "score", "", "selected", left=("", "selected"))
     top = max(map(abs, found.scores))
     for layer, score in enumerate(found.scores):
         rows.add_row(
@@ -120,12 +122,12 @@ def select(
             f"{found.others[layer]:.4f}",
             f"{score:.4f}",
             bar(max(score, 0.0), top),
-            "yes" if layer in kept else "",
+            "yes" if layer in chosen else "",
         )
     results().print(rows)
     if plot is not None:
         from safegene_vllm.report.figure import save
         from safegene_vllm.report.plots import draw_layer_scores
 
-        save(draw_layer_scores(dict(enumerate(found.scores)), kept), plot)
-    results().print(f"{out}  {selected.digest}  {len(kept)} of {len(carrying)} layers")
+        save(draw_layer_scores(dict(enumerate(found.scores)), chosen), plot)
+    results().print(f"{out}  {selected.digest}  {len(chosen)} of {len(carrying)} layers")

@@ -1,7 +1,6 @@
-"""The command `safegene serve MODEL [options] [any vLLM flag]`.
+"""`safegene serve MODEL [options] [any vLLM flag]`: start a vLLM server with SafeGene.
 
-For turning a command line into ServeOptions; what is run is decided in safegene_vllm.launcher. Flags
-that are not named here are vLLM's and pass through.
+The launcher package checks the options and starts vLLM. Unknown flags are passed on to vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 class ApplyMode(StrEnum):
-    """How the vector reaches the model."""
+    """Application mode of the vector."""
 
     gain = "gain"
     composed = "composed"
@@ -28,7 +27,7 @@ class ApplyMode(StrEnum):
 
 
 class MissingProfile(StrEnum):
-    """What happens to a tenant without a profile."""
+    """Handling of a tenant without a profile."""
 
     refuse = "refuse"
     serve_unprotected = "serve_unprotected"
@@ -40,8 +39,8 @@ def serve(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="The base model or checkpoint; comes first. Left out, it is the one of the "
-            "`serve:` part of --server-config, and so are the flags of vLLM.",
+            help="The base model or checkpoint; comes first. Without it, model and vLLM flags are "
+            "those of the `serve:` part of --server-config.",
             show_default=False,
         ),
     ] = None,
@@ -50,7 +49,7 @@ def serve(
     ] = None,
     apply: Annotated[
         ApplyMode | None,
-        typer.Option(help="How the vector is applied.", show_default="gain"),
+        typer.Option(help="Application mode of the vector.", show_default="gain"),
     ] = None,
     tenant: Annotated[
         list[str] | None,
@@ -70,11 +69,11 @@ def serve(
     ] = None,
     adapter_root: Annotated[
         list[Path] | None,
-        typer.Option(help="Adapters load only from below here. May be repeated."),
+        typer.Option(help="Load adapters only from below this directory. May be repeated."),
     ] = None,
     missing_profile: Annotated[
         MissingProfile | None,
-        typer.Option(help="What happens to a tenant without a profile.", show_default="refuse"),
+        typer.Option(help="Handling of a tenant without a profile.", show_default="refuse"),
     ] = None,
     slots: Annotated[
         int | None,
@@ -87,35 +86,35 @@ def serve(
         Path | None,
         typer.Option(
             help="Serve the tenants of a registry: file with its URL, store and access, e.g. "
-            "safegene.yaml. With a `serve:` part it says everything, and MODEL is left out."
+            "safegene.yaml. With a `serve:` part in it, MODEL is left out."
         ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print command and environment; start nothing.")
     ] = False,
 ) -> None:
-    """Serve a model and its tenants with vLLM, every one of them protected and verified.
+    """Serve a model and its tenants with vLLM, each tenant protected and verified.
 
     Every flag of vLLM may follow, such as --port 8080 or --tensor-parallel-size 2. All files are
-    checked before vLLM starts, and "ready" is said only once every worker's receipt agrees.
+    checked before vLLM starts; "ready" is printed only after every worker's receipt is verified.
     """
     from safegene_vllm.launcher import ServeOptions, build_command, launch, read_config_file
 
     vllm_args = tuple(context.args)
     if model is not None and model.startswith("-"):
-        # No MODEL: the first flag of vLLM was taken for it.
+        # Without MODEL, click takes the first vLLM flag for it.
         vllm_args = (model, *vllm_args)
         model = None
     if model is None and server_config is None:
         found = repr(vllm_args[0]) if vllm_args else "nothing"
         raise ConfigError(f"MODEL comes first: safegene serve MODEL [options]; found {found}.")
     if model is None and server_config is not None:
-        declared = read_config_file(server_config)
-        model, vllm_args = declared.model, (*declared.flags(), *vllm_args)
-        family, slots = family or declared.family, slots or declared.slots
-        base_profile = base_profile or declared.base_profile
-        if apply is None and declared.apply is not None:
-            apply = ApplyMode(declared.apply)
+        config = read_config_file(server_config)
+        model, vllm_args = config.model, (*config.flags(), *vllm_args)
+        family, slots = family or config.family, slots or config.slots
+        base_profile = base_profile or config.base_profile
+        if apply is None and config.apply is not None:
+            apply = ApplyMode(config.apply)
     assert model is not None
     command = build_command(
         ServeOptions(
@@ -140,7 +139,7 @@ def serve(
 
 
 def _tenants(entries: list[str]) -> dict[str, Path]:
-    """Errors: ConfigError for an entry that is not NAME=DIR, and for a name given twice."""
+    """Parse NAME=DIR entries. Errors: ConfigError, also for a name given twice."""
     tenants: dict[str, Path] = {}
     for entry in entries:
         name, _, path = entry.partition("=")

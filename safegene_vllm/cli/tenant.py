@@ -1,4 +1,4 @@
-"""`safegene tenant ...`: tenants of a running server. The work is the server's; see client."""
+"""`safegene tenant ...`: tenants of a running server."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegene_vllm.cli.client_options import (
-    LOCAL,
     AsJson,
     Expected,
-    KeyFile,
-    KeyText,
-    Timeout,
-    Url,
-    Wait,
+    Server,
+    Waiting,
     cell,
-    connect,
     end_with,
-    follow_job,
-    follow_rollout,
+    print_job,
     show_facts,
     show_job,
     show_json,
@@ -28,23 +22,21 @@ from safegene_vllm.cli.client_options import (
     show_rollout,
 )
 from safegene_vllm.cli.console import coefficient_table, results
-from safegene_vllm.cli.tenant_calibrate import calibrate, calibration_of_new
 from safegene_vllm.cli.tenant_options import (
     SEED,
     SHOTS,
-    Coefficient,
-    Coefficients,
+    Benign,
+    CalibrationOptions,
+    CoefficientOptions,
     Limit,
     Name,
-    NewBenign,
-    NewSafety,
-    NewSeed,
-    NewShots,
-    NewTask,
-    Profile,
     Publish,
+    Safety,
+    Seed,
+    Shots,
     Source,
-    given_change,
+    Task,
+    draw_examples,
     parse_limits,
 )
 from safegene_vllm.errors import ConfigError
@@ -52,81 +44,61 @@ from safegene_vllm.errors import ConfigError
 if TYPE_CHECKING:
     from safegene_vllm.client import Client
 
-HELP = "Tenants of a running server: add, look at, change, roll back, take away."
+HELP = "Manage tenants of a running server: add, show, change, calibrate, roll back, retire."
 _FACTS = ("state", "served", "family", "source", "limits", "created_at")
 _REVISION = ("number", "state", "kind", "created_at", "created_by", "reasons")
 
 
 def add(
     name: Name,
+    change: CoefficientOptions,
+    calibration: CalibrationOptions,
+    waiting: Waiting,
+    server: Server,
     source: Source = None,
-    profile: Profile = None,
-    coefficient: Coefficient = None,
-    coefficients: Coefficients = None,
-    calibrate_safety: NewSafety = None,
-    calibrate_task: NewTask = None,
-    calibrate_benign: NewBenign = None,
-    calibrate_shots: NewShots = SHOTS,
-    calibrate_seed: NewSeed = SEED,
     limit: Limit = None,
     publish: Publish = True,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Bring in a tenant: fetched, checked, loaded, tried, published, or kept with the reasons.
+    """Add a tenant: fetch, check, load and smoke-test it, then publish it or report the errors.
 
-    Without --source it is nothing but a profile on the base. Without --profile or coefficients, the
-    safegene.json beside its adapter is taken; or with --calibrate-safety and --calibrate-task, the
-    server finds coefficients from examples, which leave this machine for it.
+    Without --source it is a profile on the base model. Without --profile or coefficients, the
+    safegene.json next to its adapter is used; with --calibrate-safety and --calibrate-task, the
+    server finds coefficients from examples, which are sent to it.
 
     Example: safegene tenant add acme/support --source s3://models/acme/support --limit concurrent=8
     """
-    limits, change = parse_limits(limit or []), given_change(coefficient, coefficients, profile)
-    data = calibrate_safety, calibrate_task, calibrate_benign
-    change |= calibration_of_new(change, *data, calibrate_shots, calibrate_seed)
-    if source is None and "calibrate" in change:
-        raise ConfigError("give --source: what --calibrate-... finds is for its adapter")
-    if source is None and not change:
+    limits, content = parse_limits(limit or []), calibration.added_to(change.change())
+    if source is None and "calibrate" in content:
+        raise ConfigError("give --source: --calibrate-... finds coefficients for its adapter")
+    if source is None and not content:
         raise ConfigError("give --source, or --profile or coefficients for a tenant without one")
-    with connect(url, key, key_file) as client:
-        started = client.add_tenant(name, source=source, limits=limits, publish=publish, **change)
-        _show_started(client, name, dict(started), wait, timeout, as_json)
+    with server.connect() as client:
+        started = client.add_tenant(name, source=source, limits=limits, publish=publish, **content)
+        _print_started(client, name, dict(started), waiting, as_json)
 
 
-def list_(
-    as_json: AsJson = False, url: Url = LOCAL, key: KeyText = None, key_file: KeyFile = None
-) -> None:
-    """The tenants this key may see.
+def list_(server: Server, as_json: AsJson = False) -> None:
+    """List the tenants this key may see.
 
     Example: safegene tenant list --json
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         found = client.tenants()
     show_list(found, ("name", "state", "served", "limits", "source", "created_at"), as_json)
 
 
-def show(
-    name: Name,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """One tenant: what is served, its revisions, why one failed, its coefficients.
+def show(name: Name, server: Server, as_json: AsJson = False) -> None:
+    """Show a tenant: the served revision, all revisions, why one failed, its coefficients.
 
     Example: safegene tenant show acme/support
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         tenant, revisions = client.tenant(name), client.revisions(name)
     if as_json:
         show_json({"tenant": tenant, "revisions": revisions})
         return
-    results().print(cell(tenant["name"]))
-    show_facts(tenant, _FACTS)
+    _print_tenant(tenant, False)
     show_list(revisions, _REVISION, False)
     for revision in revisions:
         if revision["number"] == tenant["published"]:
@@ -135,81 +107,63 @@ def show(
 
 def update(
     name: Name,
+    change: CoefficientOptions,
+    calibration: CalibrationOptions,
+    waiting: Waiting,
+    server: Server,
     source: Source = None,
-    profile: Profile = None,
-    coefficient: Coefficient = None,
-    coefficients: Coefficients = None,
-    calibrate_safety: NewSafety = None,
-    calibrate_task: NewTask = None,
-    calibrate_benign: NewBenign = None,
-    calibrate_shots: NewShots = SHOTS,
-    calibrate_seed: NewSeed = SEED,
     publish: Publish = True,
     expect: Expected = None,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Bring in new weights of a tenant as its next revision; the last one serves until then.
+    """Publish new weights of a tenant as its next revision; the last one serves until then.
 
-    Without --source, what the tenant came from is read again. Coefficients as of `tenant add`.
+    Without --source, the tenant's own source is read again. Coefficients as of `tenant add`.
 
     Example: safegene tenant update acme/support --source s3://models/acme/support-2
     """
-    change = given_change(coefficient, coefficients, profile)
-    data = calibrate_safety, calibrate_task, calibrate_benign
-    change |= calibration_of_new(change, *data, calibrate_shots, calibrate_seed)
-    with connect(url, key, key_file) as client:
+    content = calibration.added_to(change.change())
+    with server.connect() as client:
         started = client.add_revision(
-            name, source=source, publish=publish, expected_revision=expect, **change
+            name, source=source, publish=publish, expected_revision=expect, **content
         )
-        _show_started(client, name, dict(started), wait, timeout, as_json)
+        _print_started(client, name, dict(started), waiting, as_json)
 
 
 def set_(
     name: Name,
+    change: CoefficientOptions,
+    waiting: Waiting,
+    server: Server,
     scale: Annotated[
         float | None,
         typer.Option(help="Multiply the coefficients served now, e.g. --scale 1.2."),
     ] = None,
-    coefficient: Coefficient = None,
-    coefficients: Coefficients = None,
-    profile: Profile = None,
     limit: Limit = None,
     expect: Expected = None,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Change a tenant's coefficients, or its limits. For new weights there is `tenant update`.
+    """Change a tenant's coefficients or limits. For new weights there is `tenant update`.
 
-    New coefficients are live when the server answers; requests under way finish on the old ones.
+    New coefficients are live when the server responds; running requests finish on the old ones.
     --limit names all limits that the tenant is to have; --limit none lifts them.
 
     Example: safegene tenant set acme/support --coefficients 3-5:0.8 --expect 3
     """
-    change = given_change(coefficient, coefficients, profile)
-    if scale is not None:
-        change["scale"] = scale
-    if len(change) + bool(limit) != 1:
+    content = change.change() | ({} if scale is None else {"scale": scale})
+    if len(content) + bool(limit) != 1:
         raise ConfigError(
             "give one of --scale, --coefficient, --coefficients, --profile and --limit"
         )
     if limit and expect is not None:
-        raise ConfigError("--expect goes with what makes a revision; --limit makes none")
+        raise ConfigError("--expect is for changes that make a revision; --limit makes none")
     limits = parse_limits(limit or [])
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         if limit:
-            _show_tenant(client.set_limits(name, limits), as_json)
+            _print_tenant(client.set_limits(name, limits), as_json)
         else:
-            changed = client.change_profile(name, expected_revision=expect, **change)
-            _show_change(client, dict(changed), wait, timeout, as_json)
+            changed = client.change_profile(name, expected_revision=expect, **content)
+            _print_change(client, dict(changed), waiting, as_json)
 
 
 def publish(
@@ -217,25 +171,24 @@ def publish(
     number: Annotated[
         int, typer.Argument(metavar="N", help="A revision that is ready, or was served, e.g. 4.")
     ],
+    waiting: Waiting,
+    server: Server,
     expect: Expected = None,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Serve a revision that was brought in with --no-publish.
+    """Publish a revision that was added with --no-publish.
 
     Example: safegene tenant publish acme/support 4
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         changed = client.publish(name, number, expected_revision=expect)
-        _show_change(client, dict(changed), wait, timeout, as_json)
+        _print_change(client, dict(changed), waiting, as_json)
 
 
 def rollback(
     name: Name,
+    waiting: Waiting,
+    server: Server,
     number: Annotated[
         int | None,
         typer.Option(
@@ -243,79 +196,85 @@ def rollback(
         ),
     ] = None,
     expect: Expected = None,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
     """Publish an earlier revision again.
 
     Example: safegene tenant rollback acme/support
     """
-    with connect(url, key, key_file) as client:
+    with server.connect() as client:
         changed = client.rollback(name, number, expected_revision=expect)
-        _show_change(client, dict(changed), wait, timeout, as_json)
+        _print_change(client, dict(changed), waiting, as_json)
 
 
 def retire(
     name: Name,
+    waiting: Waiting,
+    server: Server,
     expect: Expected = None,
-    wait: Wait = True,
-    timeout: Timeout = None,
     as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
 ) -> None:
-    """Serve a tenant no more. Its history stays.
+    """Stop serving a tenant. Its history stays.
 
     Example: safegene tenant retire acme/support
     """
-    with connect(url, key, key_file) as client:
-        answer = client.retire_tenant(name, expected_revision=expect)
-        if wait and answer["rollout"] is not None:
-            answer["rollout"] = follow_rollout(client, answer["rollout"], timeout)
+    with server.connect() as client:
+        response = client.retire_tenant(name, expected_revision=expect)
+        response["rollout"] = waiting.rollout(client, response["rollout"])
     if as_json:
-        show_json(answer)
+        show_json(response)
         return
     results().print(f"{cell(name)} is retired")
-    if answer["rollout"] is not None:
-        show_rollout(answer["rollout"])
+    show_rollout(response["rollout"])
 
 
-def freeze(
-    name: Name,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Refuse every change of what a tenant is served from; serving goes on.
+def freeze(name: Name, server: Server, as_json: AsJson = False) -> None:
+    """Reject every change of a tenant's content; serving continues.
 
     Example: safegene tenant freeze acme/support
     """
-    with connect(url, key, key_file) as client:
-        _show_tenant(client.freeze_tenant(name), as_json)
+    with server.connect() as client:
+        _print_tenant(client.freeze_tenant(name), as_json)
 
 
-def unfreeze(
-    name: Name,
-    as_json: AsJson = False,
-    url: Url = LOCAL,
-    key: KeyText = None,
-    key_file: KeyFile = None,
-) -> None:
-    """Let a tenant be changed again.
+def unfreeze(name: Name, server: Server, as_json: AsJson = False) -> None:
+    """Allow changes of a tenant again.
 
     Example: safegene tenant unfreeze acme/support
     """
-    with connect(url, key, key_file) as client:
-        _show_tenant(client.unfreeze_tenant(name), as_json)
+    with server.connect() as client:
+        _print_tenant(client.unfreeze_tenant(name), as_json)
 
 
-def _show_tenant(tenant: Mapping[str, Any], as_json: bool) -> None:
+def calibrate(
+    name: Name,
+    safety: Safety,
+    task: Task,
+    waiting: Waiting,
+    server: Server,
+    benign: Benign = None,
+    shots: Shots = SHOTS,
+    seed: Seed = SEED,
+    publish: Publish = True,
+    expect: Expected = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate a tenant's coefficients on the running server's engine, from a few examples.
+
+    The examples are read here and sent to the server, which keeps serving meanwhile. To calibrate
+    on this machine, with gradients, use `safegene calibrate`.
+
+    Example: safegene tenant calibrate acme/support --safety 'advbench.csv?licence=MIT' --task
+    'tickets.jsonl?licence=private'
+    """
+    examples = draw_examples(safety, task, benign, shots, seed)
+    with server.connect() as client:
+        started = client.calibrate(name, **examples, publish=publish, expected_revision=expect)
+        response = {**started, "job": waiting.job(client, started["job"])}
+    print_job(response, as_json)
+
+
+def _print_tenant(tenant: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         show_json(tenant)
         return
@@ -323,48 +282,39 @@ def _show_tenant(tenant: Mapping[str, Any], as_json: bool) -> None:
     show_facts(tenant, _FACTS)
 
 
-def _show_started(
-    client: Client,
-    name: str,
-    answer: dict[str, Any],
-    wait: bool,
-    timeout_s: float | None,
-    as_json: bool,
+def _print_started(
+    client: Client, name: str, response: dict[str, Any], waiting: Waiting, as_json: bool
 ) -> None:
-    """The tenant and the job; with `wait` at its end, and what it published on every replica.
+    """Print the tenant and the job; if waiting, at its end, with the rollout it started.
 
-    Exit 1 if the job did not do its work.
+    Exit 1 if the job failed.
     """
-    if wait:
-        answer["job"] = job = follow_job(client, answer["job"], timeout_s)
-        published = (job["result"] or {}).get("rollout")
-        if published is not None:
-            answer["rollout"] = follow_rollout(client, client.rollout(published), timeout_s)
-        answer["tenant"] = client.tenant(name)
+    if waiting.wait:
+        response["job"] = job = waiting.job(client, response["job"])
+        rollout = (job["result"] or {}).get("rollout")
+        if rollout is not None:
+            response["rollout"] = waiting.rollout(client, client.rollout(rollout))
+        response["tenant"] = client.tenant(name)
     if as_json:
-        show_json(answer)
+        show_json(response)
     else:
-        _show_tenant(answer["tenant"], False)
-        show_job(answer["job"])
-        if "rollout" in answer:
-            show_rollout(answer["rollout"])
-    end_with(answer["job"])
+        _print_tenant(response["tenant"], False)
+        show_job(response["job"])
+        show_rollout(response.get("rollout"))
+    end_with(response["job"])
 
 
-def _show_change(
-    client: Client, answer: dict[str, Any], wait: bool, timeout_s: float | None, as_json: bool
+def _print_change(
+    client: Client, response: dict[str, Any], waiting: Waiting, as_json: bool
 ) -> None:
-    """The revision that is published now and its rollout, on every replica with `wait`."""
-    rollout = answer["rollout"]
-    if wait and rollout is not None:
-        answer["rollout"] = rollout = follow_rollout(client, rollout, timeout_s)
+    """Print the revision that is published now and its rollout."""
+    response["rollout"] = waiting.rollout(client, response["rollout"])
     if as_json:
-        show_json(answer)
+        show_json(response)
         return
-    results().print(f"{cell(answer['revision']['name'])} is published")
-    results().print(coefficient_table(answer["revision"]["coefficients"]))
-    if rollout is not None:
-        show_rollout(rollout)
+    results().print(f"{cell(response['revision']['name'])} is published")
+    results().print(coefficient_table(response["revision"]["coefficients"]))
+    show_rollout(response["rollout"])
 
 
 COMMANDS = {

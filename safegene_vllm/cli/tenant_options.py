@@ -1,7 +1,9 @@
-"""What `safegene tenant ...` takes from its options: names, sources, coefficients, limits."""
+"""Options of `safegene tenant ...`: names, sources, coefficients, limits, calibration data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,34 +19,15 @@ Source = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|URL",
-        help="A LoRA adapter, where the server finds it: a directory of its own machine or a URL, "
+        help="A LoRA adapter as the server finds it: a directory on its own machine or a URL, "
         "e.g. --source s3://models/acme/support.",
-    ),
-]
-Profile = Annotated[
-    Path | None,
-    typer.Option(
-        help="A safegene.json of this machine, or the directory it is in, e.g. --profile "
-        "tenants/acme."
     ),
 ]
 Publish = Annotated[
     bool,
     typer.Option(
         "--publish/--no-publish",
-        help="Serve it once it has passed, or keep it ready, e.g. --no-publish.",
-    ),
-]
-Coefficient = Annotated[
-    float | None,
-    typer.Option(help="One number for every layer with a vector, e.g. --coefficient 0.6."),
-]
-Coefficients = Annotated[
-    str | None,
-    typer.Option(
-        metavar="L:X,...",
-        help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers keep "
-        "theirs; a new tenant's have 0.",
+        help="Serve it once its checks pass, or keep it ready, e.g. --no-publish.",
     ),
 ]
 Limit = Annotated[
@@ -56,24 +39,67 @@ Limit = Annotated[
 ]
 
 
-def _data(prefix: str, kind: str, what: str, example: str) -> Any:
-    option = f"{prefix}{kind}"
+@dataclass(frozen=True)
+class CoefficientOptions:
+    """A tenant's coefficients, given in one of three ways."""
+
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safegene.json on this machine, or its directory, e.g. --profile tenants/acme."
+        ),
+    ] = None
+    coefficient: Annotated[
+        float | None,
+        typer.Option(help="One number for every layer with a vector, e.g. --coefficient 0.6."),
+    ] = None
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L:X,...",
+            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers keep "
+            "theirs; a new tenant's have 0.",
+        ),
+    ] = None
+
+    def change(self) -> dict[str, Any]:
+        """Return the client's keyword argument for the option given; at most one.
+
+        Errors: ConfigError, and FormatError for the profile.
+        """
+        text = self.coefficients
+        given = {
+            "coefficients": ("--coefficient", self.coefficient),
+            "layers": ("--coefficients", None if text is None else parse_coefficients(text)),
+            "profile": ("--profile", read_profile(self.profile)),
+        }
+        change = {name: value for name, (_, value) in given.items() if value is not None}
+        if len(change) > 1:
+            raise ConfigError(
+                f"{' and '.join(given[name][0] for name in change)} are given; give one of them"
+            )
+        return change
+
+
+def _data(option: str, what: str, example: str) -> Any:
     return typer.Option(option, help=f"{what}, e.g. {option} '{example}'.")
 
 
 def _safety(prefix: str) -> Any:
-    what = "Harmful prompts, with safe answers or without; a data source as of `safegene calibrate`"
-    return _data(prefix, "safety", what, "advbench.csv?licence=MIT")
+    what = (
+        "Harmful prompts, with safe responses or without; a data source as of `safegene calibrate`"
+    )
+    return _data(f"{prefix}safety", what, "advbench.csv?licence=MIT")
 
 
 def _task(prefix: str) -> Any:
-    what = "The tenant's own task: prompts, with answers or without"
-    return _data(prefix, "task", what, "reviews.jsonl?licence=private")
+    what = "The tenant's own task: prompts, with responses or without"
+    return _data(f"{prefix}task", what, "reviews.jsonl?licence=private")
 
 
 def _benign(prefix: str) -> Any:
     what = "Harmless prompts that must still be answered"
-    return _data(prefix, "benign", what, "lookalike.jsonl?licence=MIT")
+    return _data(f"{prefix}benign", what, "lookalike.jsonl?licence=MIT")
 
 
 def _shots(prefix: str) -> Any:
@@ -86,22 +112,80 @@ def _seed(prefix: str) -> Any:
 
 
 OF_NEW = "--calibrate-"
-"""How the options of a calibration begin where there is more to say than that."""
+"""Prefix of the calibration options of commands that have other options too."""
 Safety = Annotated[list[str], _safety("--")]
 Task = Annotated[list[str], _task("--")]
 Benign = Annotated[list[str] | None, _benign("--")]
 Shots = Annotated[int, _shots("--")]
 Seed = Annotated[int, _seed("--")]
-NewSafety = Annotated[list[str] | None, _safety(OF_NEW)]
-NewTask = Annotated[list[str] | None, _task(OF_NEW)]
-NewBenign = Annotated[list[str] | None, _benign(OF_NEW)]
-NewShots = Annotated[int, _shots(OF_NEW)]
-NewSeed = Annotated[int, _seed(OF_NEW)]
 SHOTS, SEED = 16, 0
 
 
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Calibration data for new content of a tenant."""
+
+    calibrate_safety: Annotated[list[str] | None, _safety(OF_NEW)] = None
+    calibrate_task: Annotated[list[str] | None, _task(OF_NEW)] = None
+    calibrate_benign: Annotated[list[str] | None, _benign(OF_NEW)] = None
+    calibrate_shots: Annotated[int, _shots(OF_NEW)] = SHOTS
+    calibrate_seed: Annotated[int, _seed(OF_NEW)] = SEED
+
+    def added_to(self, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `change` with the client's `calibrate` argument if data are given.
+
+        Errors: ConfigError, also if `change` gives coefficients besides.
+        """
+        safety, task, benign = self.calibrate_safety, self.calibrate_task, self.calibrate_benign
+        if not (safety or task or benign):
+            return dict(change)
+        if change:
+            raise ConfigError(
+                f"{OF_NEW}... and coefficients or a profile are given; give one of them"
+            )
+        shots, seed = self.calibrate_shots, self.calibrate_seed
+        return {"calibrate": draw_examples(safety, task, benign, shots, seed, prefix=OF_NEW)}
+
+
+def draw_examples(
+    safety: list[str] | None,
+    task: list[str] | None,
+    benign: list[str] | None,
+    shots: int,
+    seed: int,
+    *,
+    prefix: str = "--",
+) -> dict[str, Any]:
+    """Read the data sources and draw the server's `examples`, `data` and `seed` from them.
+
+    `prefix` begins the names of the options in errors. Errors: ConfigError.
+    """
+    from safegene_vllm.cli.data import read_all
+    from safegene_vllm.recipe.examples import check_classes, sample_rows
+
+    read = {
+        "safety": read_all(safety or [], "safety data"),
+        "task": read_all(task or [], "task data", labels=True),
+        "benign": read_all(benign or [], "benign data"),
+    }
+    found = {kind: sample_rows(data, shots, seed) for kind, data in read.items() if data is not None}
+    if "safety" not in found or "task" not in found:
+        raise ConfigError(
+            f"give {prefix}safety and {prefix}task: calibration needs examples of both"
+        )
+    check_classes(found["task"])
+    return {
+        "examples": {
+            kind: [{"prompt": row.prompt, "answer": row.answer} for row in data.rows]
+            for kind, data in found.items()
+        },
+        "data": {kind: data.record() for kind, data in found.items()},
+        "seed": seed,
+    }
+
+
 def parse_limits(entries: list[str]) -> dict[str, int]:
-    """`concurrent=8` and the like as a map; `none` alone is no limit. Errors: ConfigError."""
+    """Parse `concurrent=8` and the like; `none` alone is no limit. Errors: ConfigError."""
     found: dict[str, int] = {}
     for entry in [] if entries == [NO_LIMITS] else entries:
         name, _, number = entry.partition("=")
@@ -115,26 +199,10 @@ def parse_limits(entries: list[str]) -> dict[str, int]:
 
 
 def read_profile(path: Path | None) -> dict[str, Any] | None:
-    """The content of a safegene.json, or of the one in a directory. Errors: FormatError."""
+    """Read a safegene.json, or the one in a directory. Errors: FormatError."""
     from safegene_vllm.formats.file_io import read_json
     from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 
     if path is None:
         return None
     return read_json(path / DESCRIPTION_FILE if path.is_dir() else path)
-
-
-def given_change(
-    coefficient: float | None, coefficients: str | None, profile: Path | None
-) -> dict[str, Any]:
-    """What the three options say, as the client takes it; at most one. Errors: ConfigError."""
-    given: dict[str, Any] = {
-        "--coefficient": coefficient,
-        "--coefficients": None if coefficients is None else parse_coefficients(coefficients),
-        "--profile": read_profile(profile),
-    }
-    named = [option for option, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise ConfigError(f"{' and '.join(named)} are given; give one of them")
-    words = {"--coefficient": "coefficients", "--coefficients": "layers", "--profile": "profile"}
-    return {words[option]: given[option] for option in named}

@@ -1,4 +1,4 @@
-"""The command `safegene verify`: options in, table and exit code out. The work is offline/verify."""
+"""`safegene verify`: check on this machine that the vector is applied exactly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safegene_vllm.errors import ConfigError
 def verify(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint to verify with. Default: a pico model made on the spot."),
+        typer.Option(help="Checkpoint to verify with. Default: a generated tiny model."),
     ] = None,
     family: Annotated[Path | None, typer.Option(help="Its family (with --model).")] = None,
     tenant: Annotated[
         list[Path] | None,
-        typer.Option(help="A tenant's directory with a profile; give two or more (with --model)."),
+        typer.Option(help="A tenant's directory with a profile; two or more (with --model)."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32 asks for equal tokens; bfloat16 and float16 for closeness.")
+        str, typer.Option(help="float32 requires equal tokens; bfloat16 and float16, close ones.")
     ] = "",
     tensor_parallel_size: Annotated[
         int, typer.Option(help="Ranks to shard every engine over.")
@@ -33,11 +33,11 @@ def verify(
         bool, typer.Option("--compiled", help="Also exercise torch.compile (slower start).")
     ] = False,
 ) -> None:
-    """Check on this machine that protection is exact and touches nobody else.
+    """Verify on this machine that the vector is applied exactly, and to its tenant alone.
 
-    Starts four small engines in turn and compares them: the three ways of application agree; a row
+    Starts four small engines in turn and compares them: the three application modes agree; a row
     of zeros is bit-identical to an engine without a vector; one tenant's profile changes no bit of
-    another's answer; every rank applied every site. Exit code 0 if all hold, 1 if not.
+    another's completion; every rank applied every target module. Exit code 1 if any check fails.
 
     Example: safegene verify --model ./llama --family ./family --tenant ./acme --tenant ./globex
     """
@@ -52,8 +52,8 @@ def verify(
         if model is None:
             from safegene_vllm.tiny_model import write_setup
 
-            house = write_setup(root / "pico")
-            model, family, tenants = house.model, house.family, list(house.tenants)
+            setup = write_setup(root / "pico")
+            model, family, tenants = setup.model, setup.family, list(setup.tenants)
         else:
             tenants = list(tenant or ())
         if family is None:
@@ -70,9 +70,9 @@ def verify(
                 enforce_eager=not compiled,
                 tensor_parallel_size=tensor_parallel_size,
             )
-    table = Table("", "what must hold", "measured", title=f"safegene verify ({dtype})")
+    table = Table("", "check", "measured", title=f"safegene verify ({dtype})")
     for check in checks:
-        mark = "[green]holds[/]" if check.passed else "[bold red]BROKEN[/]"
+        mark = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
         table.add_row(mark, check.what, check.measured)
     console.print(table)
     raise typer.Exit(0 if all(check.passed for check in checks) else 1)

@@ -1,17 +1,27 @@
-"""Memory and time of a deployment on paper: sizes from config.json, bytes moved per decode step.
+"""Capacity planner: memory and decode time of a deployment, from config.json and GPU data sheets.
 
-For choosing a mode, slots and cards before anything is started. Torch-free, reads no weights, asks
-no device. Not a measurement: benchmarks/ measures.
+Loads no torch, reads no weights and queries no device. Sizes of slots, vector and gain table are
+compared with a running engine in the tests; everything in ESTIMATED is computed only.
 """
 
 from safegene_vllm.planner.advice import Advice, advise
-from safegene_vllm.planner.estimates import MODES, ServingMode, StepEstimate, plan_mode, plan_modes
+from safegene_vllm.planner.estimates import (
+    COMPARED,
+    ESTIMATED,
+    MODES,
+    ServingMode,
+    StepEstimate,
+    plan_mode,
+    plan_modes,
+)
 from safegene_vllm.planner.gpus import GPUS, Gpu, find_gpu
 from safegene_vllm.planner.model_shape import Linear, ModelShape, read_shape
 from safegene_vllm.planner.slots import LORA_RANKS, rank_bucket
 from safegene_vllm.planner.workload import Workload
 
 __all__ = [
+    "COMPARED",
+    "ESTIMATED",
     "GPUS",
     "LORA_RANKS",
     "MODES",

@@ -1,7 +1,7 @@
-"""A few GPUs by their makers' public data sheets: memory, bandwidth, dense bf16 rate, host link.
+"""GPU data sheets: memory, bandwidth, dense bf16 rate, PCIe bandwidth.
 
-For the planner's roofline. "80 GB" is counted as 80 · 10⁹ bytes, which is a little less than most
-drivers report, and rates are peaks that nothing reaches.
+"80 GB" counts as 80 · 10⁹ bytes, slightly less than most drivers report; rates are peaks that no
+kernel reaches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Gpu:
-    """`flops_per_s` is dense bf16 with float32 sums; `link_bytes_per_s` PCIe one way, nominal."""
+    """A GPU; `flops_per_s` is dense bf16 with float32 sums, `link_bytes_per_s` PCIe one way."""
 
     name: str
     memory_bytes: int
@@ -52,8 +52,9 @@ def find_gpu(
     tflops: float | None = None,
     link_gb_s: float | None = None,
 ) -> Gpu:
-    """A GPU of the table with figures of your own in place of its; `other` needs memory, bandwidth
-    and rate. Errors: ConfigError.
+    """Look up a GPU and replace the given figures; an unknown name needs all but the link.
+
+    Errors: ConfigError.
     """
     known = GPUS.get(name)
     if known is None:
@@ -69,7 +70,7 @@ def find_gpu(
         if missing:
             raise ConfigError(
                 f"--gpu {name}: not in the table ({', '.join(GPUS)}); give {', '.join(missing)} "
-                "for a card of your own."
+                "for another GPU."
             )
         known = Gpu(name, 0, 0.0, 0.0, 32.0 * GB)
     given = {

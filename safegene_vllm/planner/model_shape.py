@@ -1,7 +1,7 @@
-"""A model's sizes from its config.json: linear layers as vLLM runs them, parameters, KV bytes.
+"""Sizes of a model from its config.json: vLLM's linear layers, parameters, KV bytes per token.
 
-For dense Llama-like decoders (grouped-query attention, fused projections, tied embeddings). Not for
-mixtures of experts, and nothing of a vision tower is counted.
+Dense Llama-like decoders only (grouped-query attention, fused projections, tied embeddings);
+mixtures of experts are rejected and vision towers are not counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.file_io import read_json
 
 EXACT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "glm4")
-"""Model types whose parameters are counted one by one; others are counted like Llama's."""
+"""Model types with an exact parameter count; others are counted like Llama."""
 
 _NORMS_PER_LAYER = {"glm4": 4}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -23,7 +23,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of vLLM's: `widths` are its parts there, `sites` their checkpoint names.
+    """A linear layer of vLLM: output `widths` of its parts, and their checkpoint names `sites`.
 
     One site per part, or one site over all parts (GLM-4's gate_up_proj, which vLLM splits in two).
     """
@@ -35,10 +35,11 @@ class Linear:
 
     @property
     def d_out(self) -> int:
+        """Output width of the whole layer."""
         return sum(self.widths)
 
     def parts_of(self, targets: frozenset[str]) -> int:
-        """How many parts have a site in `targets`."""
+        """Count the parts with a site in `targets`."""
         if len(self.sites) == 1:
             return len(self.widths) if self.sites[0] in targets else 0
         return sum(site in targets for site in self.sites)
@@ -46,8 +47,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """`parameters` are all of them; `read_parameters` those a decode step reads: without an
-    embedding table that is not the output layer too, of which it looks up a row per token.
+    """Sizes of a decoder model.
+
+    `read_parameters` are those a decode step reads: all `parameters` but an untied embedding table,
+    of which a step reads a row per token.
     """
 
     name: str
@@ -64,36 +67,36 @@ class ModelShape:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Last components of the names of all sites of a layer, in checkpoint names."""
+        """Names of a layer's target modules, e.g. q_proj, as in checkpoints."""
         return tuple(site for linear in self.linears for site in linear.sites)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
 
 def read_shape(model: Path) -> ModelShape:
-    """The sizes of a checkpoint directory, or of a config.json alone.
+    """Read the sizes of a checkpoint directory or a config.json.
 
-    Errors: MissingFileError, HeaderError (the file); ConfigError (a model that is not counted here,
-    or a field that is missing or not a positive whole number).
+    Errors: MissingFileError, HeaderError (the file); ConfigError (an unsupported model, or a field
+    that is missing or not a positive whole number).
     """
     path = model / "config.json" if model.is_dir() else model
     raw = read_json(path)
     remarks = []
     if "hidden_size" not in raw and isinstance(raw.get("text_config"), dict):
         raw = raw["text_config"]
-        remarks.append("only the text model is counted, not what reads images or sound")
+        remarks.append("only the text model is counted, not vision or audio towers")
     experts = [key for key in _EXPERTS if raw.get(key)]
     if experts:
         raise ConfigError(
             f"{path}: {experts[0]} {raw[experts[0]]!r} found: a mixture of experts; expected a "
-            "dense model, whose every weight is read at every step."
+            "dense model."
         )
     kind = str(raw.get("model_type", "unknown"))
     if kind not in EXACT:
         known = ", ".join(EXACT)
-        remarks.append(f"model_type {kind!r} is counted like Llama's; exact are {known}")
+        remarks.append(f"model_type {kind!r} is counted like Llama's; exact for {known}")
     if raw.get("quantization_config"):
         remarks.append("quantization is not counted: weights are taken at the dtype given")
     if raw.get("sliding_window") and raw.get("use_sliding_window", True):
@@ -135,7 +138,7 @@ def _shape(
 
 
 def _linears(kind: str, hidden: int, inner: int, q: int, kv: int) -> tuple[Linear, ...]:
-    """The four linear layers of vLLM's decoder layer, as its model files pack them."""
+    """The four linear layers of a decoder layer, as vLLM packs them."""
     attention = Linear("qkv_proj", hidden, (q, kv, kv), ("q_proj", "k_proj", "v_proj"))
     mlp = Linear("gate_up_proj", hidden, (inner, inner), ("gate_proj", "up_proj"))
     if kind == "phi3":
@@ -152,7 +155,7 @@ def _linears(kind: str, hidden: int, inner: int, q: int, kv: int) -> tuple[Linea
 
 
 def _biases(raw: Mapping[str, Any], kind: str, hidden: int, inner: int, q: int, kv: int) -> int:
-    """Bias parameters of one layer, as transformers builds these models."""
+    """Number of bias parameters of one layer, as transformers builds these models."""
     if kind == "qwen2":
         return q + 2 * kv
     count = q + 2 * kv if raw.get("attention_bias", False) else 0
@@ -162,7 +165,7 @@ def _biases(raw: Mapping[str, Any], kind: str, hidden: int, inner: int, q: int, 
 
 
 def _whole(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """Errors: ConfigError for a field that is no positive whole number, or missing."""
+    """Read a positive whole number. Errors: ConfigError."""
     value = raw.get(key)
     if value is None and default is not None:
         return default

@@ -1,4 +1,4 @@
-"""What a deployment is asked to hold and to do: the planner's input, checked."""
+"""Validated input of the planner: model, GPU, tenants, vector and load."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.planner.gpus import Gpu
 from safegene_vllm.planner.model_shape import ModelShape
 
-HOST_LAUNCHES = 3
-"""Kernels of the host's own LoRA product per linear layer: zeroes, shrink, expand."""
-GAIN_LAUNCHES = {"triton": 2, "torch": HOST_LAUNCHES + 3}
+LORA_LAUNCHES = 3
+"""Kernels of vLLM's LoRA product per linear layer: zeroes, shrink, expand."""
+GAIN_LAUNCHES = {"triton": 2, "torch": LORA_LAUNCHES + 3}
 """Kernels per linear layer with a vector, the tenants' product included, by safegene.kernels."""
 
 
@@ -18,13 +18,12 @@ GAIN_LAUNCHES = {"triton": 2, "torch": HOST_LAUNCHES + 3}
 class Workload:
     """One model on one kind of GPU, its tenants, its vector and its load.
 
-    `profiles`: revisions held at once (default: one per tenant). `adapter_rank` 0: tenants are
-    profiles on the base, without an adapter. `checkpoints`: tenants are full fine-tunes.
-    `concurrency`: sequences decoded at once, spread over as many tenants as possible unless
-    `active` says how many. `vector_layers` counts selected layers. Empty targets: every linear
-    layer. `host_bytes`: host memory for adapters. `guard_*`: tokens around the prompt, and of the
-    verdict, of a guard on the same weights that is asked once per request. `kernels`: what the
-    gain table runs on, "triton" or "torch".
+    `profiles`: loaded revisions (default: one per tenant). `adapter_rank` 0: tenants are profiles
+    on the base model, without an adapter. `checkpoints`: tenants are full fine-tunes.
+    `concurrency`: sequences decoded at once, of `active` tenants (default: as many as possible).
+    `vector_layers` counts selected layers. Empty targets: every linear layer. `host_bytes`: host
+    memory for adapters. `guard_*`: tokens around the prompt, and of the verdict, of a guard on the
+    same weights, queried once per request. `kernels` of the gain table: "triton" or "torch".
     """
 
     shape: ModelShape
@@ -53,7 +52,7 @@ class Workload:
     guard_output_tokens: int = 1
 
     def __post_init__(self) -> None:
-        """Errors: ConfigError naming each value that cannot be."""
+        """Validate. Errors: ConfigError naming each invalid value."""
         whole = {
             "tenants": (self.tenants, 1),
             "profiles": (self.profiles, 1),
@@ -68,52 +67,52 @@ class Workload:
             "guard prompt tokens": (self.guard_prompt_tokens, 0),
             "guard output tokens": (self.guard_output_tokens, 0),
         }
-        faults = [
-            f"{name} {value}: expected {least} or more"
-            for name, (value, least) in whole.items()
-            if value is not None and value < least
+        problems = [
+            f"{name} {value}: expected {minimum} or more"
+            for name, (value, minimum) in whole.items()
+            if value is not None and value < minimum
         ]
         if self.vector_layers is not None and not 1 <= self.vector_layers <= self.shape.layers:
-            faults.append(
+            problems.append(
                 f"vector layers {self.vector_layers}: expected 1 to {self.shape.layers}, the "
                 "layers of this model"
             )
         if self.kernels not in GAIN_LAUNCHES:
-            faults.append(f"kernels {self.kernels!r}: expected {' or '.join(GAIN_LAUNCHES)}")
+            problems.append(f"kernels {self.kernels!r}: expected {' or '.join(GAIN_LAUNCHES)}")
         if not 0 < self.utilization <= 1:
-            faults.append(f"memory utilization {self.utilization}: expected above 0, at most 1")
+            problems.append(f"memory utilization {self.utilization}: expected above 0, at most 1")
         if min(self.overhead_bytes, self.host_bytes, self.launch_s) < 0:
-            faults.append("overhead, host memory and launch time: expected 0 or more")
+            problems.append("overhead, host memory and launch time: expected 0 or more")
         for what, targets in (("adapter", self.adapter_targets), ("vector", self.vector_targets)):
             unknown = sorted(set(targets) - set(self.shape.sites))
             if unknown:
-                faults.append(
+                problems.append(
                     f"{what} targets {', '.join(unknown)}: this model has "
                     f"{', '.join(self.shape.sites)}"
                 )
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
-
-    # -- what follows from it, whatever the mode ---------------------------------------------------
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
 
     @property
     def held(self) -> int:
-        """Revisions that an engine holds: names with a profile each."""
+        """Number of revisions loaded in an engine, each with a profile."""
         return max(self.tenants, self.profiles or 0)
 
     @property
     def own_targets(self) -> tuple[str, ...]:
-        """Sites of the tenants' adapters; none without adapters."""
+        """Target modules of the tenants' adapters; none without adapters."""
         if self.adapter_rank == 0:
             return ()
         return self.adapter_targets or self.shape.sites
 
     @property
     def safety_targets(self) -> tuple[str, ...]:
+        """Target modules of the vector."""
         return self.vector_targets or self.shape.sites
 
     @property
     def safety_layers(self) -> int:
+        """Number of layers with a vector."""
         return self.vector_layers or self.shape.layers
 
     @property

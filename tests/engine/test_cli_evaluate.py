@@ -68,7 +68,7 @@ def test_a_whole_run(
     for part in (
         "bad, 4 prompts: attacks that succeed",
         "good, 6 prompts: refusals of ordinary prompts",
-        "tasks: right answers",
+        "tasks: accuracy",
         percent(after.rates["bad"]["strings:opening"]),
         "strings:advbench",
         "safegene report",

@@ -525,8 +525,8 @@ def test_clean_and_cell() -> None:
     assert [client_options.cell(value) for value in (None, "", [], {}, True, 0)] == [
         *("-", "-", "-", "-", "yes", "0")
     ]
-    assert client_options.moment("2031-05-01T10:00:00+02:00") == "2031-05-01 08:00:00Z"
-    assert client_options.moment(None) == "-" and client_options.moment("later") == "later"
+    assert client_options.timestamp("2031-05-01T10:00:00+02:00") == "2031-05-01 08:00:00Z"
+    assert client_options.timestamp(None) == "-" and client_options.timestamp("later") == "later"
 
 
 # Documentation

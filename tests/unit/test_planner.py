@@ -118,8 +118,8 @@ def test_safety_is_constant_in_tenants_with_the_gain_table_alone(qwen: ModelShap
 
 
 def test_a_step_adds_up(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=4, concurrency=4, launch_s=3e-6)
-    gain, stock = plan_mode(ask, "gain"), plan_mode(ask, "stock")
+    workload = Workload(qwen, H100, tenants=4, concurrency=4, launch_s=3e-6)
+    gain, stock = plan_mode(workload, "gain"), plan_mode(workload, "stock")
     assert stock.step.launches == 3 * 4 * 28
     assert gain.step.launches == 2 * 4 * 28
     by_hand = 2 * qwen.read_parameters + 4 * (512 + 64) * 2 * 28 * 4 * 128 * 2
@@ -127,15 +127,15 @@ def test_a_step_adds_up(qwen: ModelShape) -> None:
     assert stock.step.bytes == by_hand
     assert stock.step.seconds == pytest.approx(by_hand / 3.35e12 + 336 * 3e-6)
     assert gain.step.bytes - stock.step.bytes == 80_740_352
-    plain = plan_mode(replace(ask, kernels="torch"), "gain")
+    plain = plan_mode(replace(workload, kernels="torch"), "gain")
     assert plain.step.launches == (3 + 3) * 4 * 28
     assert plain.step.bytes - stock.step.bytes == 122_945_536
 
 
 def test_memory_adds_up_to_what_vllm_may_use(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=16)
+    workload = Workload(qwen, H100, tenants=16)
     for name in ("gain", "composed", "stock"):
-        m = plan_mode(ask, name)
+        m = plan_mode(workload, name)
         used = m.weight_bytes + m.slot_bytes + m.vector_bytes + m.gain_bytes + m.overhead_bytes
         assert used + m.kv_bytes == int(80e9 * 0.92)
         assert m.kv_tokens == m.kv_bytes // (2 * 28 * 4 * 128 * 2)
@@ -149,24 +149,24 @@ def test_many_products_in_a_step_take_the_rate_not_the_bytes(qwen: ModelShape) -
 
 
 def test_a_guard_costs_prefill_and_nothing_else(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=16)
-    stock, guard = plan_mode(ask, "stock"), plan_mode(ask, "guard")
+    workload = Workload(qwen, H100, tenants=16)
+    stock, guard = plan_mode(workload, "stock"), plan_mode(workload, "guard")
     assert guard.tokens_per_s < stock.tokens_per_s
     assert guard.added_ttft_s > stock.prefill_s
     assert guard.slot_bytes == stock.slot_bytes
-    longer = plan_mode(replace(ask, output_tokens=1024), "guard").tokens_per_s
-    assert longer / plan_mode(replace(ask, output_tokens=1024), "stock").tokens_per_s > (
+    longer = plan_mode(replace(workload, output_tokens=1024), "guard").tokens_per_s
+    assert longer / plan_mode(replace(workload, output_tokens=1024), "stock").tokens_per_s > (
         guard.tokens_per_s / stock.tokens_per_s
     )
 
 
-def advice_of(ask: Workload) -> Advice:
-    return advise(ask, plan_modes(ask), "model")
+def advice_of(workload: Workload) -> Advice:
+    return advise(workload, plan_modes(workload), "model")
 
 
 def test_advice_takes_the_gain_table_where_the_bucket_would_rise(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=16)
-    advice = advice_of(ask)
+    workload = Workload(qwen, H100, tenants=16)
+    advice = advice_of(workload)
     assert advice.mode == "gain"
     assert any("rank 32 instead of 16" in reason for reason in advice.reasons)
     words = list(advice.command)
@@ -176,9 +176,9 @@ def test_advice_takes_the_gain_table_where_the_bucket_would_rise(qwen: ModelShap
 
 
 def test_advice_takes_composed_slots_where_they_are_no_larger(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=4, adapter_rank=24, vector_rank=8, concurrency=4)
-    assert advice_of(replace(ask, kernels="torch")).mode == "composed"
-    assert advice_of(ask).mode == "gain"
+    workload = Workload(qwen, H100, tenants=4, adapter_rank=24, vector_rank=8, concurrency=4)
+    assert advice_of(replace(workload, kernels="torch")).mode == "composed"
+    assert advice_of(workload).mode == "gain"
 
 
 def test_advice_takes_weight_load_for_checkpoints_and_for_one_tenant(qwen: ModelShape) -> None:
@@ -212,15 +212,15 @@ def test_advice_says_when_nothing_fits(qwen: ModelShape) -> None:
     ],
 )
 def test_warnings(changed: dict[str, Any], told: str, qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=16)
-    assert advice_of(ask).warnings == ()
-    found = advice_of(replace(ask, **changed)).warnings
+    workload = Workload(qwen, H100, tenants=16)
+    assert advice_of(workload).warnings == ()
+    found = advice_of(replace(workload, **changed)).warnings
     assert any(told in warning for warning in found), found
 
 
 def test_profiles_on_the_base_need_slots_of_rank_one(qwen: ModelShape) -> None:
-    ask = Workload(qwen, H100, tenants=4, profiles=12, adapter_rank=0)
-    modes = plan_modes(ask)
+    workload = Workload(qwen, H100, tenants=4, profiles=12, adapter_rank=0)
+    modes = plan_modes(workload)
     assert modes["gain"].bucket == 1 and modes["composed"].bucket == 16
     assert modes["weights"].engines == 12
     assert modes["stock"].slot_bytes == 0
