@@ -1,46 +1,49 @@
-"""One tree for everything that SafeGene refuses; this module imports nothing.
+"""SafeGene's error tree; this module imports nothing of SafeGene.
 
-SafegeneError
-├── FormatError             a file on disk breaks a rule of docs/reference/format.md
-│   ├── MissingFileError    a file or directory is not there, or is not a regular file
+The `safegene` command prints any of these as one message and exits with code 1. A server responds
+with the HTTP status in brackets, inherited down the tree.
+
+SafegeneError               [400]
+├── FormatError             a file violates docs/reference/format.md
+│   ├── MissingFileError    [404] a file or directory is missing, or is not a regular file
 │   ├── PickleRejectedError  weights exist only as a pickle (.bin, .pt, .pth, .ckpt, .pkl)
-│   ├── TruncatedFileError  the file is not as long as its header promises
+│   ├── TruncatedFileError  the file's length differs from that in its header
 │   ├── HeaderError         a header, config or description cannot be parsed or has a wrong field
 │   ├── VersionError        a format version that this release does not read
-│   ├── DigestError         the content is not what its digest says
+│   ├── DigestError         the content does not match its digest
 │   ├── NonFiniteError      NaN or infinity, in a tensor or in JSON
-│   ├── ShapeError          shapes or ranks that do not fit together
-│   └── SiteError           a tensor or site name that cannot be placed, or half of a pair
+│   ├── ShapeError          shapes or ranks that do not match
+│   └── SiteError           an unknown tensor or site name, or only one of LoRA A and B
 ├── FamilyMismatchError     profile, tenant or base belongs to another family; names both
 ├── BoundsError             a coefficient out of bounds, a wrong count, non-zero without a vector
 ├── ConfigError             a setting: the message names key, value and what was expected
-├── VllmCompatibilityError               a vLLM version or option that cannot be honoured
-├── ApiError                a server that we asked refused, or gave no answer
-├── AdapterRejectedError      this tenant is not served; others are
-├── SourceError             what an owner named cannot be fetched: not allowed, down, changing
-├── StoreError              this server's own disk cannot keep or give a file
-├── ReceiptError            what a worker applied is not what the files promise
-└── RegistryError           the registry refuses a value or a step; nothing was changed
-    ├── NotFoundError        no family, tenant, revision, key, replica, rollout or job of that name
-    ├── ConflictError       the state is not what the step needs, or somebody else was first
-    ├── FrozenError         the tenant or its family is frozen; what it serves may not change
-    ├── SchemaError         the database's schema is not the one that this release works on
-    └── RegistryDownError   the database does not answer, or is busy for too long
+├── VllmCompatibilityError  an unsupported vLLM version or option
+├── ApiError                a server rejected our request, or did not respond
+├── AdapterRejectedError    this tenant is not served; others are
+├── SourceError             a tenant's source cannot be fetched: not allowed, down, changing
+├── StoreError              [507] this server's own disk cannot store or read a file
+├── ReceiptError            [500] what a worker applied is not what the files say
+└── RegistryError           the registry rejects a value or a step; nothing was changed
+    ├── NotFoundError       [404] no family, tenant, revision, key, replica, rollout or job
+    ├── ConflictError       [409] the state is not what the step needs, or another change was first
+    ├── FrozenError         [409] the tenant or its family is frozen; its content may not change
+    ├── SchemaError         [503] the database schema is not the one of this release
+    └── RegistryDownError   [503] the database does not respond, or is busy for too long
 """
 
 from collections.abc import Sequence
 
 
 class SafegeneError(Exception):
-    """Root of the tree; catch it to catch every refusal of SafeGene."""
+    """Root of the tree."""
 
 
 class FormatError(SafegeneError):
-    """A file on disk breaks a rule of docs/reference/format.md."""
+    """A file violates docs/reference/format.md; raised by the loaders of `safegene_vllm.formats`."""
 
 
 class MissingFileError(FormatError):
-    """A file or directory is not there, or is not a regular file."""
+    """A file or directory is missing, or is not a regular file."""
 
 
 class PickleRejectedError(FormatError):
@@ -48,7 +51,7 @@ class PickleRejectedError(FormatError):
 
 
 class TruncatedFileError(FormatError):
-    """A file's length is not the length that its header promises."""
+    """A file's length differs from the length in its header."""
 
 
 class HeaderError(FormatError):
@@ -60,7 +63,7 @@ class VersionError(FormatError):
 
 
 class DigestError(FormatError):
-    """The content of a file is not what its digest says."""
+    """The content of a file does not match its digest."""
 
 
 class NonFiniteError(FormatError):
@@ -68,33 +71,36 @@ class NonFiniteError(FormatError):
 
 
 class ShapeError(FormatError):
-    """Shapes, ranks or dtypes of tensors that do not fit together."""
+    """Shapes, ranks or dtypes of tensors that do not match."""
 
 
 class SiteError(FormatError):
-    """A tensor or site name that cannot be placed, or one half of a pair."""
+    """An unknown tensor or site name, or a target module with only one of LoRA A and B."""
 
 
 class FamilyMismatchError(SafegeneError):
-    """Profile, tenant or base belongs to another family; the message names both."""
+    """Profile, tenant or base belongs to another family; the message names both.
+
+    Raised wherever two of them meet: launcher, workers, registry, recipe.
+    """
 
 
 class BoundsError(SafegeneError):
-    """A coefficient out of bounds, a wrong number of them, or non-zero where no vector is."""
+    """A coefficient out of bounds, a wrong number of them, or non-zero without a vector."""
 
 
 class ConfigError(SafegeneError):
-    """A setting that cannot be used; the message names key, value and what was expected."""
+    """An invalid setting, option or argument; names key, value and what was expected."""
 
 
 class VllmCompatibilityError(SafegeneError):
-    """vLLM's version, or an option of it, cannot be honoured."""
+    """An unsupported vLLM version or option; raised by the plugin's compatibility table."""
 
 
 class ApiError(SafegeneError):
-    """A server that we asked refused, or gave no answer: then `status` is None.
+    """A server rejected a request of `safegene_vllm.client`, or did not respond (`status` None).
 
-    `message` is the server's own; `param` the part of the request that it is about.
+    `message` is the server's own; `param` the part of the request at fault.
     """
 
     def __init__(
@@ -115,23 +121,29 @@ class ApiError(SafegeneError):
 
 
 class AdapterRejectedError(SafegeneError):
-    """This tenant is not served (path, profile, rank, targets); others are."""
+    """A tenant is not served (path, profile, rank, target modules); others are.
+
+    Raised by the launcher before the start, and by the workers when an adapter is loaded.
+    """
 
 
 class SourceError(SafegeneError):
-    """What an owner named cannot be fetched: unreachable, not allowed, changing, too large."""
+    """A tenant's source cannot be fetched: unreachable, not allowed, changing, too large.
+
+    Raised by the server's artifact sources; a job fails with it as its message.
+    """
 
 
 class StoreError(SafegeneError):
-    """This server's own disk cannot keep or give a file: it is full, read-only or failing."""
+    """The server's own disk cannot store or read a file: it is full, read-only or failing."""
 
 
 class ReceiptError(SafegeneError):
-    """What a worker applied is not what the files promise."""
+    """A worker's receipt differs from the files; raised by the verifier, also after loading."""
 
 
 class RegistryError(SafegeneError):
-    """The registry refuses a value or a step; nothing was changed."""
+    """The registry rejects a value or a step; nothing was changed."""
 
 
 class NotFoundError(RegistryError):
@@ -139,35 +151,35 @@ class NotFoundError(RegistryError):
 
 
 class ConflictError(RegistryError):
-    """The state is not what the step needs, or somebody else was first; the message names both."""
+    """The state is not what the step needs, or another change was first; names both."""
 
 
 class FrozenError(RegistryError):
-    """The tenant or its family is frozen; what it serves may not change."""
+    """The tenant or its family is frozen; its content may not change."""
 
 
 class SchemaError(RegistryError):
-    """The database's schema is not the one that this release works on."""
+    """The database schema is not the one of this release; run the migration."""
 
 
 class RegistryDownError(RegistryError):
-    """The database does not answer, or is busy for too long."""
+    """The database does not respond, or is busy for too long."""
 
 
 MAX_SHOWN = 20
-"""Errors that one message names: some are written by whoever wrote the file, by the thousand."""
+"""Maximum number of errors in one message: an untrusted file can cause thousands."""
 
 
-def raise_errors(faults: Sequence[SafegeneError]) -> None:
-    """Raise what was found, all of it in one message; do nothing if nothing was found.
+def raise_errors(errors: Sequence[SafegeneError]) -> None:
+    """Raise all `errors` in one message; do nothing if there are none.
 
-    One fault is raised as it is. Several become one error of the first one's class, a line each
-    for the first MAX_SHOWN.
+    A single error is raised itself. Several become one of the first one's class, a line each for
+    the first MAX_SHOWN.
     """
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        lines = [f"- {type(fault).__name__}: {fault}" for fault in faults[:MAX_SHOWN]]
-        if len(faults) > MAX_SHOWN:
-            lines.append(f"- and {len(faults) - MAX_SHOWN} more")
-        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *lines]))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        lines = [f"- {type(error).__name__}: {error}" for error in errors[:MAX_SHOWN]]
+        if len(errors) > MAX_SHOWN:
+            lines.append(f"- and {len(errors) - MAX_SHOWN} more")
+        raise type(errors[0])("\n".join([f"{len(errors)} errors:", *lines]))

@@ -1,7 +1,6 @@
-"""What a deployment tells every vLLM process: `--additional-config '{"safegene": {...}}'`.
+"""Settings of an engine: `--additional-config '{"safegene": {...}}'` of vLLM.
 
-For parsing and checking that one dictionary. Not for command-line flags (cli), and not for what a
-server keeps to itself: all of it reaches the GPU workers and enters vLLM's compile-cache key.
+All of them reach the GPU workers and enter vLLM's compile-cache key.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Apply = Literal["gain", "composed", "weights"]
 
 
 class Settings(BaseModel):
-    """One engine's SafeGene settings. Unknown keys are refused."""
+    """SafeGene settings of one engine. Unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,29 +36,29 @@ class Settings(BaseModel):
         None, description="weights only: profile of the checkpoint (default: its own safegene.json)"
     )
     missing_profile: Literal["refuse", "serve_unprotected"] = Field(
-        "refuse", description="what happens to a tenant without a profile"
+        "refuse", description="handling of a tenant without a profile"
     )
     adapter_roots: tuple[Path, ...] = Field(
-        (), description="if given, adapters load only from below these, and never through symlinks"
+        (), description="if set, adapters load only from below these, and never through symlinks"
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="gain on a GPU: auto uses the kernels where they prove right at load, triton "
-        "does not start without them, torch never uses them",
+        description="gain on a GPU: auto uses the Triton kernels if they pass the self-test at "
+        "load, triton does not start without them, torch never uses them",
     )
     staging_dir: Path | None = Field(
-        None, description="where workers keep their private copies (default: the temp directory)"
+        None, description="directory of the workers' private copies (default: the temp directory)"
     )
     family_digest: str | None = Field(
-        None, description="written by the worker so that the compile cache knows the vector"
+        None, description="written by the worker: puts the vector into the compile-cache key"
     )
     kernels_used: str | None = Field(
-        None, description="written by the worker so that the compile cache knows the product"
+        None, description="written by the worker: puts the kernels into the compile-cache key"
     )
 
 
 def parse_settings(additional_config: object, *, load_format: str = "auto") -> Settings | None:
-    """Settings of an engine, or None where vLLM was started without a `safegene` key.
+    """Parse the settings of an engine; None if `additional_config` has no `safegene` key.
 
     Errors: ConfigError naming every bad key, its value and what is expected.
     """
@@ -80,17 +79,17 @@ def parse_settings(additional_config: object, *, load_format: str = "auto") -> S
     try:
         settings = Settings.model_validate(dict(raw))
     except ValidationError as error:
-        faults = "; ".join(
-            f"safegene.{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r}: {fault['msg']}"
-            for fault in error.errors()
+        problems = "; ".join(
+            f"safegene.{'.'.join(map(str, each['loc']))} = {each.get('input')!r}: {each['msg']}"
+            for each in error.errors()
         )
         known = ", ".join(Settings.model_fields)
-        raise ConfigError(f"{faults}. Known keys: {known}.") from None
-    return _settle(settings, load_format)
+        raise ConfigError(f"{problems}. Known keys: {known}.") from None
+    return _complete(settings, load_format)
 
 
-def _settle(settings: Settings, load_format: str) -> Settings:
-    """Fill in `apply`, and refuse combinations that contradict each other."""
+def _complete(settings: Settings, load_format: str) -> Settings:
+    """Fill in `apply`, and reject combinations that contradict each other."""
     by_format: Apply = "weights" if load_format == "safegene" else "gain"
     apply = settings.apply or by_format
     if (apply == "weights") != (load_format == "safegene"):
@@ -101,8 +100,8 @@ def _settle(settings: Settings, load_format: str) -> Settings:
     if settings.family is None:
         if settings.missing_profile == "refuse" or apply == "weights" or settings.base_profile:
             raise ConfigError(
-                "safegene.family is missing: give the family directory. (To run without any "
-                'vector, say so: {"family": null, "missing_profile": "serve_unprotected"}.)'
+                "safegene.family is missing: give the family directory. (To run without a "
+                'vector, set {"family": null, "missing_profile": "serve_unprotected"}.)'
             )
     elif not settings.family.is_dir():
         raise ConfigError(

@@ -44,7 +44,7 @@ _NAMES = {
     "guard": "guard in front",
 }
 _MARK = "*"
-_FOOTNOTE = f"{_MARK} estimate: computed from config.json and data sheets, never compared with a measurement"
+_FOOTNOTE = f"{_MARK} estimate: computed from config.json and data sheets, never measured"
 
 
 def plan(
@@ -308,11 +308,11 @@ def show(console: Console, plan: Mapping[str, Any]) -> None:
     console.print(
         f"vector  rank {vector['rank']} on {vector['layers']} layers, {_mb(vector['pair_bytes'])}; "
         f"adapter  rank {adapter['rank']}, {_mb(adapter['pair_bytes'])}; "
-        f"{told['tenants']} tenants, {told['active']} in a batch, {told['slots']} slots"
+        f"{plan['tenants']} tenants, {plan['active']} in a batch, {plan['slots']} slots"
     )
     estimated = [f"{name}{_MARK}" for name in ("KV left", "sequences")]
     memory = table("mode", f"GPUs{_MARK}", "rank", "vector", "slots", *estimated, left=("mode",))
-    times = ("batch", "GB/step", "launches", "step ms", "TTFT ms", "tok/s", "vs stock")
+    times = ("batch", "GB/step", "kernels", "step ms", "TTFT ms", "tok/s", "ratio")
     time = table("mode", *(f"{name}{_MARK}" for name in times), left=("mode",))
     stock = plan["modes"].get("stock")
     for name, mode in plan["modes"].items():

@@ -75,7 +75,7 @@ def test_bytes_are_those_of_a_real_engine(
     assert (planned.vector_bytes > 0) is (apply == "gain")
 
 
-def test_rank_buckets_are_those_of_the_host() -> None:
+def test_rank_buckets_are_those_of_vllm() -> None:
     from vllm.config.lora import MaxLoRARanks
 
     assert typing.get_args(MaxLoRARanks) == LORA_RANKS

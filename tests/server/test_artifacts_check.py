@@ -118,5 +118,5 @@ def test_all_faults_are_told_together(tmp_path: Path) -> None:
         tensor[0, 0] = float("nan")
     (tenant / WEIGHTS).write_bytes(serialize(tensors))
     edit_json(tenant / "safegene.json", lambda raw: raw.update(coefficients=[1.0, 0.0, 0.0]))
-    refused(tenant, NonFiniteError, r"(?s)2 faults:.*holds NaN.*DigestError: ")
+    refused(tenant, NonFiniteError, r"(?s)2 errors:.*holds NaN.*DigestError: ")
     shutil.rmtree(tenant)

@@ -69,7 +69,7 @@ def test_what_was_kept_is_what_is_found(world: World) -> None:
 def test_an_altered_file_is_found_and_mended(world: World, name: str) -> None:
     before = content(world.revision)
     overwrite(world.adapter / name)
-    world.refused(DigestError, "2 faults:(.|\n)*altered on this disk.*stage")
+    world.refused(DigestError, "2 errors:(.|\n)*altered on this disk.*stage")
     world.mend()
     assert content(world.revision) == before
     assert os.path.samefile(world.revision / WEIGHTS, world.adapter / WEIGHTS)

@@ -84,7 +84,7 @@ def test_all_errors_are_reported_together(root: Path) -> None:
         )
     said = str(caught.value)
     for part in (
-        "9 faults:",
+        "9 errors:",
         "--harmful a",
         "none.csv cannot be read",
         "--benign b: another set has this name",

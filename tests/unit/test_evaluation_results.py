@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_rejected(
 def test_errors_are_reported_together_and_never_written(tmp_path: Path) -> None:
     wrong = replace(made(), judges=(), sets={})
     with pytest.raises(
-        HeaderError, match=r"(?s)faults:.*judge 's'.*set 'bad'|set 'bad'.*judge 's'"
+        HeaderError, match=r"(?s)errors:.*judge 's'.*set 'bad'|set 'bad'.*judge 's'"
     ):
         save_evaluation(wrong, tmp_path / "e.json")
     assert not (tmp_path / "e.json").exists()

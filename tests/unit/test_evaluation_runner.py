@@ -233,7 +233,7 @@ def broken(name: str = "llm:x", **more: Any) -> Broken:
 
 def test_judges_are_checked_before_generation(header: FamilyHeader) -> None:
     judges = [HARMFUL, broken(), broken("guard:y", wrong=MissingFileError("no weights"))]
-    with pytest.raises(ConfigError, match=r"2 faults:\n.*no key\n.*MissingFileError: no weights"):
+    with pytest.raises(ConfigError, match=r"2 errors:\n.*no key\n.*MissingFileError: no weights"):
         evaluate(TARGETS, SETS, [TASK], judges, NeverGenerates({}), header=header)
     # A judge that applies to no set is not checked.
     only = {"good": SETS["good"]}

@@ -273,5 +273,5 @@ def test_nan_and_inf_are_found_without_torch_wherever_they_are(
         with pytest.raises(NonFiniteError, match="tensor 'c' holds NaN or Inf"):
             check_finite(path)
     path.write_bytes(serialize({**tensors, "a": broken, "c": broken}))
-    with pytest.raises(NonFiniteError, match=r"(?s)2 faults:.*'a'.*'c'"):
+    with pytest.raises(NonFiniteError, match=r"(?s)2 errors:.*'a'.*'c'"):
         check_finite(path)

@@ -497,7 +497,7 @@ def test_several_faults_are_reported_together(world: SimpleNamespace) -> None:
     with pytest.raises(SafegeneError) as caught:
         built(world, "--no-enable-lora", "--max-loras", "2", slots=3, tenants=("bare", "none"))
     text = str(caught.value)
-    assert text.startswith("4 faults:")
+    assert text.startswith("4 errors:")
     for word in ("--no-enable-lora", "--slots 3", "'bare'", "'none'"):
         assert word in text
 
@@ -752,9 +752,9 @@ def test_another_process_on_the_port_is_not_our_server(monkeypatch: pytest.Monke
             "VllmCompatibilityError: SafeGene cannot protect it.",
         ),
         (
-            "ERROR safegene_vllm.errors.BoundsError: 2 faults:\n"
+            "ERROR safegene_vllm.errors.BoundsError: 2 errors:\n"
             "ERROR - BoundsError: layer 0\nERROR - BoundsError: layer 1\nERROR next\n",
-            "BoundsError: 2 faults:\n- BoundsError: layer 0\n- BoundsError: layer 1",
+            "BoundsError: 2 errors:\n- BoundsError: layer 0\n- BoundsError: layer 1",
         ),
         (
             "ERROR [x] ValueError: first\nTraceback (most recent call last):\n"

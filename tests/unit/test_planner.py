@@ -1,8 +1,9 @@
-"""The planner on paper: sizes against real checkpoints, published figures, and its own laws."""
+"""The planner: sizes against real checkpoints and published figures, and its invariants."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.adapter import LoRAWeights, load_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.planner import (
+    COMPARED,
     GPUS,
     Advice,
     ModelShape,
@@ -61,7 +63,7 @@ def test_parameters_are_those_of_the_checkpoint(arch: str, tied: bool, tmp_path:
 
 
 @pytest.mark.parametrize("arch", ["llama", "glm4", "phi3"])
-def test_an_adapter_is_as_large_as_its_file_says(arch: str, tmp_path: Path) -> None:
+def test_adapter_bytes_are_those_of_its_file(arch: str, tmp_path: Path) -> None:
     model = make_model(arch, tmp_path / "model")
     write_tenant(model, tmp_path / "all", None, None, rank=5)
     write_tenant(model, tmp_path / "some", None, None, rank=5, suffixes=("o_proj", "down_proj"))
@@ -83,7 +85,7 @@ def test_the_published_figures_of_qwen(qwen: ModelShape) -> None:
     more = composed.step.adapter_bytes - gain.step.adapter_bytes
     assert more == 16 * vector
     assert round(100 * more / weights, 1) == 8.5
-    # Of what a step really reads the embedding table is no part.
+    # A step does not read the embedding table.
     assert round(100 * more / gain.step.weight_bytes, 1) == 9.1
 
 
@@ -148,7 +150,7 @@ def test_many_products_in_a_step_take_the_rate_not_the_bytes(qwen: ModelShape) -
     assert step.seconds == pytest.approx(step.flops / 1e12 + step.launches * 2e-6)
 
 
-def test_a_guard_costs_prefill_and_nothing_else(qwen: ModelShape) -> None:
+def test_a_guard_costs_prefill_only(qwen: ModelShape) -> None:
     workload = Workload(qwen, H100, tenants=16)
     stock, guard = plan_mode(workload, "stock"), plan_mode(workload, "guard")
     assert guard.tokens_per_s < stock.tokens_per_s
@@ -187,11 +189,11 @@ def test_advice_takes_weight_load_for_checkpoints_and_for_one_tenant(qwen: Model
     assert plan_modes(many)["weights"].engines == 8
     advice = advice_of(many)
     assert advice.mode == "weights" and "--apply weights" in advice.shown()
-    assert any("share a card" in warning for warning in advice.warnings)
+    assert any("share a GPU" in warning for warning in advice.warnings)
     assert advice_of(Workload(qwen, H100, tenants=1)).mode == "weights"
 
 
-def test_advice_says_when_nothing_fits(qwen: ModelShape) -> None:
+def test_advice_when_nothing_fits(qwen: ModelShape) -> None:
     small = replace(find_gpu("l4"), memory_bytes=10**10)
     advice = advice_of(Workload(qwen, small, tenants=4))
     assert advice.mode is None and advice.command == ()
@@ -201,21 +203,21 @@ def test_advice_says_when_nothing_fits(qwen: ModelShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"slots": 4}, "4 slots below 16 concurrent tenants"),
         ({"tenants": 200, "concurrency": 8, "active": 8}, "200 revisions on 8 slots"),
-        ({"host_bytes": 10**9, "tenants": 64}, "keeps 64 of 128 revisions"),
+        ({"host_bytes": 10**9, "tenants": 64}, "caches 64 of 128 revisions"),
         ({"adapter_rank": 9}, "rank 9 in slots of rank 16"),
         ({"slots": 400}, "slots take 32.30 GB"),
-        ({"concurrency": 4000, "active": 16}, "sequences of 640 tokens, 4000 were asked for"),
+        ({"concurrency": 4000, "active": 16}, "sequences of 640 tokens, 4000 were requested"),
     ],
 )
-def test_warnings(changed: dict[str, Any], told: str, qwen: ModelShape) -> None:
+def test_warnings(changed: dict[str, Any], message: str, qwen: ModelShape) -> None:
     workload = Workload(qwen, H100, tenants=16)
     assert advice_of(workload).warnings == ()
     found = advice_of(replace(workload, **changed)).warnings
-    assert any(told in warning for warning in found), found
+    assert any(message in warning for warning in found), found
 
 
 def test_profiles_on_the_base_need_slots_of_rank_one(qwen: ModelShape) -> None:
@@ -233,7 +235,7 @@ def test_ranks_round_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"tenants": 0, "slots": 0}, "tenants 0: expected 1 or more; slots 0"),
         ({"vector_layers": 29}, "vector layers 29: expected 1 to 28"),
@@ -242,8 +244,10 @@ def test_ranks_round_up() -> None:
         ({"launch_s": -1.0}, "expected 0 or more"),
     ],
 )
-def test_impossible_asks_are_refused(changed: dict[str, Any], told: str, qwen: ModelShape) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_workloads_are_rejected(
+    changed: dict[str, Any], message: str, qwen: ModelShape
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         replace(Workload(qwen, H100, tenants=1), **changed)
 
 
@@ -253,7 +257,7 @@ def config(tmp_path: Path, **changed: Any) -> Path:
     return tmp_path / "config.json"
 
 
-def test_configs_that_are_not_counted_are_refused_or_remarked(tmp_path: Path) -> None:
+def test_unsupported_configs_are_rejected_or_remarked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_experts 64 found: a mixture of experts"):
         read_shape(config(tmp_path, num_experts=64))
     with pytest.raises(ConfigError, match="vocab_size None found; expected a whole number"):
@@ -266,7 +270,7 @@ def test_configs_that_are_not_counted_are_refused_or_remarked(tmp_path: Path) ->
     assert read_shape(tmp_path).parameters == 7_615_616_512
 
 
-def test_gpus_of_ones_own() -> None:
+def test_custom_gpus() -> None:
     assert find_gpu("l4", memory_gb=20).memory_bytes == 20 * 10**9
     with pytest.raises(ConfigError, match=r"--gpu b999: not in the table .*--bandwidth, --tflops"):
         find_gpu("b999", memory_gb=100)
@@ -281,54 +285,73 @@ def run(*words: str) -> str:
     return outcome.output
 
 
-def test_the_command_tells_table_advice_and_json() -> None:
+def test_plan_prints_tables_advice_and_json() -> None:
     shown = run(str(QWEN), "--tenants", "1000", "--slots", "16", "--gpu-hour-price", "2.5")
-    for told in ("80.7 MB", "gain table", "guard in front", "take gain table:", "! 16 slots below"):
-        assert told in shown
-    assert "0.0025 per tenant and hour" in shown
-    told = json.loads(run(str(QWEN), "--tenants", "16", "--vector-share", "0.5", "--json"))
-    assert told["vector"]["layers"] == 14
-    assert told["vector"]["pair_bytes"] == 80_740_352 // 2
-    assert told["modes"]["gain"]["vector_bytes"] == 80_740_352 // 2
-    assert shlex.split(told["advice"]["command"])[:3] == ["safegene", "serve", str(QWEN)]
+    for part in ("80.7 MB", "gain table", "guard in front", "use gain table:", "! 16 slots below"):
+        assert part in shown
+    assert "0.0025* per tenant and hour" in shown
+    plan = json.loads(run(str(QWEN), "--tenants", "16", "--vector-share", "0.5", "--json"))
+    assert plan["vector"]["layers"] == 14
+    assert plan["vector"]["pair_bytes"] == 80_740_352 // 2
+    assert plan["modes"]["gain"]["vector_bytes"] == 80_740_352 // 2
+    assert shlex.split(plan["advice"]["command"])[:3] == ["safegene", "serve", str(QWEN)]
     nothing = run(str(QWEN), "--tenants", "4", "--memory-gb", "10")
     assert "nothing to recommend" in nothing and "does not fit" in nothing
+
+
+def test_numbers_never_compared_with_a_measurement_are_marked_as_estimates() -> None:
+    """Bytes that tests/engine/test_plan_estimates.py compares are unmarked, all others marked."""
+    shown = run(str(QWEN), "--tenants", "16", "--slots", "4").splitlines()
+    headings = [re.split(r"  +", line.strip()) for line in shown if line.startswith("mode ")]
+    columns = {name for heading in headings for name in heading}
+    assert {name for name in columns if not name.endswith("*")} == {
+        *("mode", "rank", "vector", "slots")
+    }
+    assert {"step ms*", "tok/s*", "KV left*", "sequences*", "GPUs*"} <= columns
+    assert sum(line.startswith("* estimate: ") for line in shown) == 1
+    assert all("(estimate)" in line for line in shown if re.search(r"\d ms\b", line))
+    plan = json.loads(run(str(QWEN), "--tenants", "16", "--gpu-hour-price", "2", "--json"))
+    exact = {"bucket", "weight_bytes", "vector_bytes", "slot_bytes", "gain_bytes"}
+    given = {"name", "safe", "engines", "overhead_bytes"}
+    for mode in plan["modes"].values():
+        assert set(mode) - set(plan["estimates"]["modes"]) == exact | given
+    assert exact == COMPARED
 
 
 def test_the_command_reads_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model("llama", tmp_path / "model")
     write_family(model, tmp_path / "family", rank=4, layers=(1,))
     words = [str(model), "--tenants", "3", "--family", str(tmp_path / "family")]
-    told = json.loads(run(*words, "--dtype", "float32", "--json"))
+    plan = json.loads(run(*words, "--dtype", "float32", "--json"))
     held = sum(
         p.a.nbytes + p.b.nbytes for p in load_adapter(tmp_path / "family").lora_weights.values()
     )
-    assert told["vector"] | {"sites": None} == {
+    assert plan["vector"] | {"sites": None} == {
         "rank": 4,
         "layers": 1,
         "sites": None,
         "pair_bytes": held,
     }
-    for extra, refused in (
-        (["--vector-rank", "8"], "--family tells the vector's rank"),
+    for extra, message in (
+        (["--vector-rank", "8"], "--family sets the vector's rank"),
         (["--adapter-targets", "q"], "adapter targets q"),
     ):
         with pytest.raises(SystemExit):
             main(["plan", *words, *extra])
-        assert refused in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", str(QWEN), "--tenants", "3", "--family", str(tmp_path / "family")])
     assert "is for 2 layers, the model has 28" in capsys.readouterr().err
 
 
-def test_the_command_it_recommends_is_one_that_serve_takes(tmp_path: Path) -> None:
+def test_serve_accepts_the_recommended_command(tmp_path: Path) -> None:
     from safegene_vllm.launcher import ServeOptions, build_command
 
     model = make_model("llama", tmp_path / "model")
     family = write_family(model, tmp_path / "family", rank=4)
     write_tenant(model, tmp_path / "acme", family, [0.5, 1.0], rank=4)
-    told = json.loads(run(str(model), "--tenants", "3", "--adapter-rank", "4", "--json"))
-    words = shlex.split(told["advice"]["command"])
+    plan = json.loads(run(str(model), "--tenants", "3", "--adapter-rank", "4", "--json"))
+    words = shlex.split(plan["advice"]["command"])
     start = words.index("--slots")
     slots, passed = int(words[start + 1]), words[start + 2 :]
     command = build_command(
