@@ -1,6 +1,6 @@
-"""A SafeGene server from Python: `Client` has a method for every route under /v1/safegene.
+"""Python client for the administration of a SafeGene server: tenants, keys, rollouts, jobs.
 
-For administration: tenants, keys, rollouts, jobs. Not for chatting: that is the openai client's.
+`Client` has a method for every route under /v1/safegene. For completions use the openai client.
 Loads httpx, nothing heavier.
 """
 

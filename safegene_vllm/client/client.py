@@ -1,7 +1,7 @@
-"""`Client`: a method for every route of a server's tenants, keys, rollouts, jobs and replicas.
+"""`Client`: a method for every administrative route of a server.
 
-Answers are the server's own objects (see shapes); refusals are ApiError. Waits for long steps, and
-through a restart of the server while it does.
+Responses are the server's own objects (see types); errors are ApiError. Waiting for a job or
+rollout survives a restart of the server.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from safegene_vllm.client.types import (
 
 
 class Client:
-    """A server at `base_url` (with or without /v1), asked with an API key. Close it, or use `with`.
+    """Client of a server at `base_url` (with or without /v1). Close it, or use `with`.
 
-    Errors of every method: ApiError; ConfigError for what cannot be sent.
+    Errors of every method: ApiError; ConfigError for arguments that cannot be sent.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Client:
         return f"Client({self._server.url!r})"
 
     def whoami(self) -> Whoami:
-        """What the server knows of this key: its name, scopes and tenants."""
+        """Return name, scopes and tenants of this key."""
         return cast(Whoami, self._server.request("GET", "/whoami"))
 
     def ready(self) -> dict[str, Any]:
-        """What the replica that answers serves; ApiError 503 unless all of it is as published."""
+        """Return what the responding replica serves; ApiError 503 unless all is as published."""
         return self._server.request("GET", "/ready")
 
     def receipts(self) -> dict[str, Any]:
-        """What each of its ranks has really applied, and the faults found."""
+        """Return what each of the replica's ranks has applied, and the errors found."""
         return self._server.request("GET", "/receipts")
 
     # Tenants
@@ -116,11 +116,11 @@ class Client:
         limits: Mapping[str, int] | None = None,
         publish: bool | None = None,
     ) -> Started:
-        """A tenant and the job that brings it in; `source` is as the server sees it.
+        """Add a tenant and start the job that onboards it; `source` is as the server sees it.
 
-        Coefficients as for change_profile; with none, the safegene.json of the source is taken, or
-        with `calibrate` (`examples`, maybe `data`, `seed` and `evaluations`, as for calibrate) the
-        job finds them first. `publish=False` stops where the revision is ready.
+        Coefficients as for change_profile; without any, the safegene.json of the source is used,
+        or with `calibrate` (`examples`, optional `data`, `seed` and `evaluations`, as for
+        calibrate) the job finds them first. `publish=False` stops once the revision is ready.
         """
         change = change_body(profile=profile, coefficients=coefficients, layers=layers)
         which = {"name": name, "source": source, "calibrate": calibrate}
@@ -128,7 +128,7 @@ class Client:
         return cast(Started, self._server.request("POST", "/tenants", body=body))
 
     def retire_tenant(self, name: str, *, expected_revision: int | None = None) -> Retired:
-        """The tenant is served no more; its history stays."""
+        """Stop serving a tenant; its history stays."""
         query = {"expected_revision": expected_revision}
         path = f"/tenants/{tenant_path(name)}"
         return cast(Retired, self._server.request("DELETE", path, query=query))
@@ -149,7 +149,7 @@ class Client:
         publish: bool | None = None,
         expected_revision: int | None = None,
     ) -> Started:
-        """New content for a tenant, and the job that brings it in; None: its source, read again.
+        """Start the job that onboards new content of a tenant; source None: read its own again.
 
         Coefficients and `calibrate` as for add_tenant.
         """
@@ -168,18 +168,18 @@ class Client:
         scale: float | None = None,
         expected_revision: int | None = None,
     ) -> Change:
-        """Other coefficients for the same weights, live when this returns. Give one of the four.
+        """Change the coefficients for the same weights, live on return. Give one of the four.
 
         `profile` is the content of a safegene.json; `coefficients` one number per layer, or one
-        for every layer with a vector; `layers` keeps those it does not name; `scale` multiplies
-        those served now.
+        for every layer with a vector; `layers` changes the named ones; `scale` multiplies those
+        served now.
         """
         change = change_body(profile=profile, coefficients=coefficients, layers=layers, scale=scale)
         body = {"expected_revision": expected_revision, **change}
         return cast(Change, self._tenant("PATCH", name, "/profile", body))
 
     def publish(self, name: str, number: int, *, expected_revision: int | None = None) -> Change:
-        """Serve a revision that is ready, or was served before."""
+        """Publish a revision that is ready, or was served before."""
         body = {"number": number, "expected_revision": expected_revision}
         return cast(Change, self._tenant("POST", name, "/publish", body))
 
@@ -191,14 +191,14 @@ class Client:
         return cast(Change, self._tenant("POST", name, "/rollback", body))
 
     def freeze_tenant(self, name: str) -> Tenant:
-        """Refuse every change of what the tenant is served from, until it is unfrozen."""
+        """Reject every change of the tenant's content until it is unfrozen."""
         return cast(Tenant, self._tenant("POST", name, "/freeze", {}))
 
     def unfreeze_tenant(self, name: str) -> Tenant:
         return cast(Tenant, self._tenant("POST", name, "/unfreeze", {}))
 
     def set_limits(self, name: str, limits: Mapping[str, int]) -> Tenant:
-        """All limits of a tenant; one that is not named is lifted."""
+        """Set all limits of a tenant; those not named are lifted."""
         return cast(Tenant, self._tenant("PUT", name, "/limits", dict(limits)))
 
     def calibrate(
@@ -212,12 +212,12 @@ class Client:
         publish: bool | None = None,
         expected_revision: int | None = None,
     ) -> Started:
-        """Have the server find the tenant's coefficients on its own engine, as a job.
+        """Start a job that calibrates the tenant's coefficients on the server's own engine.
 
-        `examples` has `safety`, `task` and maybe `benign`: objects with `prompt` and `answer`
-        (None: the server's own choice). `data` tells the calibration record where they are from.
-        `evaluations` are the candidates at most (None: the server's own number). `publish` as for
-        add_tenant.
+        `examples` has `safety`, `task` and optionally `benign`: objects with `prompt` and `answer`
+        (None: chosen by the server). `data` is their provenance for the calibration record.
+        `evaluations` is the maximum number of candidates (None: the server's default). `publish`
+        as for add_tenant.
         """
         given = {kind: [dict(row) for row in rows] for kind, rows in examples.items()}
         how = {"data": data, "seed": seed, "evaluations": evaluations, "publish": publish}
@@ -225,11 +225,11 @@ class Client:
         return cast(Started, self._tenant("POST", name, "/calibrate", body))
 
     def probes(self) -> list[Probe]:
-        """What was last counted of each tenant's answers, by the replica that answers."""
+        """List each tenant's last probe by the responding replica."""
         return cast(list[Probe], list(self._server.listed("/probes")))
 
     def probe(self, name: str) -> Started:
-        """Have what the tenant serves probed now, as a job."""
+        """Start a job that probes what the tenant serves now."""
         return cast(Started, self._tenant("POST", name, "/probe", {}))
 
     # Families
@@ -241,12 +241,12 @@ class Client:
         return cast(Family, self._family("GET", digest))
 
     def set_floor(self, digest: str, floor: Mapping[int, float]) -> Floored:
-        """The least coefficient of each named layer, for every tenant of the family."""
-        body = {"floor": {str(layer): least for layer, least in floor.items()}}
+        """Set the minimum coefficient of each named layer, for every tenant of the family."""
+        body = {"floor": {str(layer): minimum for layer, minimum in floor.items()}}
         return cast(Floored, self._family("PUT", digest, "/floor", body))
 
     def freeze_family(self, digest: str) -> Family:
-        """Refuse every change of every tenant of the family, until it is unfrozen."""
+        """Reject every change of every tenant of the family until it is unfrozen."""
         return cast(Family, self._family("POST", digest, "/freeze", {}))
 
     def unfreeze_family(self, digest: str) -> Family:
@@ -266,8 +266,7 @@ class Client:
         default_tenant: str | None = None,
         expires_at: str | None = None,
     ) -> Key:
-        """A key with its `secret`, which is told this once. `expires_at` is ISO 8601 with a zone.
-
+        """Create a key; `secret` is in this response only. `expires_at` is ISO 8601 with a zone.
         `scopes` are among serve, read and admin; `tenants` are names, `base` or `*`.
         """
         body = {
@@ -280,7 +279,7 @@ class Client:
         return cast(Key, self._server.request("POST", "/keys", body=body))
 
     def rotate_key(self, name: str) -> Key:
-        """Another secret for a key, told this once; the old one ends now."""
+        """Replace a key's secret, which is in this response only; the old one stops working."""
         path = f"/keys/{part_of_path(name)}/rotate"
         return cast(Key, self._server.request("POST", path, body={}))
 
@@ -290,7 +289,7 @@ class Client:
     # Rollouts, replicas, audit
 
     def rollouts(self, *, limit: int | None = None) -> list[Rollout]:
-        """The newest first."""
+        """List rollouts, newest first."""
         return cast(list[Rollout], list(self._server.listed("/rollouts", {"limit": limit})))
 
     def rollout(self, id: int) -> Rollout:
@@ -310,7 +309,7 @@ class Client:
         limit: int | None = None,
         cursor: int | str | None = None,
     ) -> AuditPage:
-        """One page of who did what, the newest first; `cursor` of one page asks for the next."""
+        """Return a page of the audit log, newest first; its `cursor` requests the next one."""
         query = {
             "actor": actor,
             "action": action,
@@ -331,7 +330,7 @@ class Client:
         state: JobState | None = None,
         limit: int | None = None,
     ) -> list[Job]:
-        """The newest first."""
+        """List jobs, newest first."""
         query = {"tenant": tenant, "state": state, "limit": limit}
         return cast(list[Job], list(self._server.listed("/jobs", query)))
 
@@ -339,7 +338,7 @@ class Client:
         return cast(Job, self._server.request("GET", f"/jobs/{id}"))
 
     def cancel_job(self, id: int) -> Job:
-        """Ask the job to stop; it does so between two of its steps."""
+        """Cancel a job; it stops between two of its steps."""
         return cast(Job, self._server.request("POST", f"/jobs/{id}/cancel", body={}))
 
     # Waiting
@@ -353,15 +352,15 @@ class Client:
         patience_s: float = PATIENCE_S,
         seen: Callable[[Job], object] = lambda job: None,
     ) -> Job:
-        """The job once it has ended, well or not; `seen` is called with every look at it.
+        """Wait until a job is done, failed or cancelled; `seen` is called after every poll.
 
-        Errors: TimeoutError after `timeout_s`; ApiError if the server is away for `patience_s`.
+        Errors: TimeoutError after `timeout_s`; ApiError if the server is down for `patience_s`.
         """
         return poll_until_done(
             lambda: self.job(id),
             lambda job: job["state"] in ENDED,
             seen,
-            words=f"job {id} has not ended",
+            unfinished=f"job {id} has not ended",
             timeout_s=timeout_s,
             poll_s=poll_s,
             patience_s=patience_s,
@@ -376,12 +375,12 @@ class Client:
         patience_s: float = PATIENCE_S,
         seen: Callable[[Rollout], object] = lambda rollout: None,
     ) -> Rollout:
-        """The rollout once every live replica follows it. Errors: as of wait_job."""
+        """Wait until every live replica applies a rollout. Errors: as of wait_job."""
         return poll_until_done(
             lambda: self.rollout(id),
             lambda rollout: rollout["done"],
             seen,
-            words=f"rollout {id} is not applied by every live replica",
+            unfinished=f"rollout {id} is not applied by every live replica",
             timeout_s=timeout_s,
             poll_s=poll_s,
             patience_s=patience_s,

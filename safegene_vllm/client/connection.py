@@ -1,7 +1,4 @@
-"""One HTTP connection to a server's /v1/safegene: requests out, JSON objects or ApiError back.
-
-Knows addresses, keys, errors and when to ask again; no tenant, no key, no job.
-"""
+"""HTTP connection to a server's /v1/safegene: addresses, authentication, errors and retries."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ PREFIX = "/v1/safegene"
 TIMEOUT_S = 60.0
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-"""A server that asks for a longer pause is not waited for; the error says how long it would be."""
+MAX_PAUSE_S = 30.0
+"""Longest `Retry-After` that is honored; for a longer one the error is raised at once."""
 
 _BUSY = {429, 503}
-_AWAY = {502, 503, 504}
+_DOWN = {502, 503, 504}
 _ADVICE = {
     401: "is the key complete and still valid?",
     403: "a key with another scope is needed",
@@ -34,9 +31,9 @@ _ADVICE = {
 
 
 class Connection:
-    """Sends requests with the key. A 429 or 503 is tried again when it says `Retry-After`.
+    """Sends requests with the key, and retries a 429 or 503 with `Retry-After`.
 
-    Reading is tried again on any 502, 503 or 504; a change only where the server asks for it.
+    GET requests are also retried on any 502, 503 or 504; changes are not.
     """
 
     def __init__(
@@ -71,7 +68,10 @@ class Connection:
         query: Mapping[str, str | int | None] | None = None,
         body: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The answer's object; `query` and `body` without what is None. Errors: ApiError."""
+        """Return the response's object; None values of `query` and `body` are left out.
+
+        Errors: ApiError.
+        """
         given = {name: value for name, value in (query or {}).items() if value is not None}
         content = None if body is None else _encoded(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -82,31 +82,31 @@ class Connection:
                 )
             except httpx.RequestError as error:
                 raise ApiError(
-                    f"{self.url} gives no answer: {type(error).__name__}: {error}",
+                    f"{self.url} does not respond: {type(error).__name__}: {error}",
                     advice="check the address, and that the server is up",
                 ) from error
             if reply.is_success:
                 return self._object_in(reply)
-            refused = self._refusal_in(reply)
-            asked = refused.retry_after_s
-            pause_s = self._first_pause_s * 2**attempt if asked is None else asked
-            invited = reply.status_code in _BUSY and asked is not None
-            again = invited or (method == "GET" and reply.status_code in _AWAY)
-            if not again or attempt + 1 == self._attempts or pause_s > LONGEST_PAUSE_S:
-                raise refused
+            rejection = self._error_in(reply)
+            after_s = rejection.retry_after_s
+            pause_s = self._first_pause_s * 2**attempt if after_s is None else after_s
+            invited = reply.status_code in _BUSY and after_s is not None
+            again = invited or (method == "GET" and reply.status_code in _DOWN)
+            if not again or attempt + 1 == self._attempts or pause_s > MAX_PAUSE_S:
+                raise rejection
             time.sleep(pause_s)
         raise ConfigError(f"attempts = {self._attempts}, expected at least 1")
 
     def listed(
         self, path: str, query: Mapping[str, str | int | None] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Every item of a list, page after page. Errors: ApiError."""
+        """Iterate over all items of a list, page by page. Errors: ApiError."""
         cursor: Any = None
         while True:
             page = self.request("GET", path, query={**(query or {}), "cursor": cursor})
             items = page.get("data")
             if not isinstance(items, list):
-                raise self._foreign("a list")
+                raise self._unexpected("a list")
             yield from items
             before, cursor = cursor, page.get("cursor")
             if cursor is None or cursor == before:
@@ -117,21 +117,21 @@ class Connection:
             return {}
         found = _json_in(reply)
         if not isinstance(found, dict):
-            raise self._foreign("a JSON object")
+            raise self._unexpected("a JSON object")
         return found
 
-    def _foreign(self, expected: str) -> ApiError:
+    def _unexpected(self, expected: str) -> ApiError:
         return ApiError(
-            f"{self.url} did not answer with {expected}", advice="is this a SafeGene server?"
+            f"{self.url} did not respond with {expected}", advice="is this a SafeGene server?"
         )
 
-    def _refusal_in(self, reply: httpx.Response) -> ApiError:
+    def _error_in(self, reply: httpx.Response) -> ApiError:
         status = reply.status_code
         advice = _ADVICE.get(status, "")
         if reply.is_redirect:
             moved = reply.headers.get("location", "nowhere")
             return ApiError(
-                f"{self.url} sends us on to {moved}", status=status, advice="give that address"
+                f"{self.url} redirects to {moved}", status=status, advice="use that address"
             )
         found = _json_in(reply)
         error = found.get("error") if isinstance(found, dict) else None
@@ -142,7 +142,9 @@ class Connection:
             detail = found.get("detail") if isinstance(found, dict) else None
             message = detail if isinstance(detail, str) else reply.text[:200].strip()
         if (status == 404 and message in ("Not Found", "")) or status == 405:
-            message = f"{reply.request.method} {reply.request.url.path} is not known there"
+            message = (
+                f"{reply.request.method} {reply.request.url.path} is not a route of this server"
+            )
             advice = "does this server run SafeGene with a registry, and this release of it?"
         return ApiError(
             message or reply.reason_phrase,
@@ -154,14 +156,14 @@ class Connection:
 
 
 def service_url(given: str) -> str:
-    """Where the routes are, for a server's address with or without /v1. Errors: ConfigError."""
+    """Base URL of the routes, for a server's address with or without /v1. Errors: ConfigError."""
     try:
         parts = urlsplit(given.strip())
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fits = False
     if fits and "@" in parts.netloc:
-        raise ConfigError("the server's address has a name or password in it; give the key instead")
+        raise ConfigError("the server's address contains a user or password; give the key instead")
     if not fits or parts.query or parts.fragment:
         raise ConfigError(
             f"server address {given!r} is not http(s)://HOST[:PORT]; write for example "
@@ -172,14 +174,14 @@ def service_url(given: str) -> str:
 
 
 def tenant_path(name: str) -> str:
-    """A tenant's name, which may have a slash, as a part of a path. Errors: ConfigError."""
+    """Quote a tenant's name, which may contain slashes, for a path. Errors: ConfigError."""
     return "/".join(part_of_path(part, name) for part in name.split("/"))
 
 
 def part_of_path(name: str, whole: str | None = None) -> str:
-    """A name that is one part of a path: never one that leads elsewhere. Errors: ConfigError."""
+    """Quote a name as one segment of a path; `.` and `..` are rejected. Errors: ConfigError."""
     if name in ("", ".", ".."):
-        raise ConfigError(f"{name if whole is None else whole!r} is no name that a server knows")
+        raise ConfigError(f"{name if whole is None else whole!r} is not a valid name")
     return quote(name, safe="")
 
 
@@ -199,13 +201,13 @@ def _json_in(reply: httpx.Response) -> Any:
 
 
 def _retry_after_s(reply: httpx.Response) -> float | None:
-    """The header in seconds, whether it is a number or a date; None if it is neither."""
+    """Parse `Retry-After`, a number or a date, into seconds; None if it is neither."""
     text = reply.headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d{1,9}", text):
         return float(text)
     try:
-        moment = parsedate_to_datetime(text)
+        date = parsedate_to_datetime(text)
     except ValueError:
         return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())

@@ -1,4 +1,4 @@
-"""Looking again and again until something has ended, also while the server restarts."""
+"""Polling until a job or rollout has ended, also across a restart of the server."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from safegene_vllm.errors import ApiError
 
 POLL_S = 0.5
 PATIENCE_S = 60.0
-"""How long a server that we are watching may be away, as it is while it restarts."""
-_AWAY = {None, 502, 503, 504}
+"""Seconds for which a polled server may be down, as during a restart."""
+_DOWN = {None, 502, 503, 504}
 T = TypeVar("T")
 
 
 def poll_until_done(
-    look: Callable[[], T],
+    poll: Callable[[], T],
     ended: Callable[[T], bool],
     seen: Callable[[T], object],
     *,
-    words: str,
+    unfinished: str,
     timeout_s: float | None,
     poll_s: float,
     patience_s: float,
 ) -> T:
-    """What was found once it has ended; `seen` is called with every look, the last one too.
+    """Poll until `ended` and return the last result; `seen` is called with every result.
 
-    Errors: TimeoutError that begins with `words`; ApiError if nobody answers for `patience_s`.
+    Errors: TimeoutError that begins with `unfinished`; ApiError without response for `patience_s`.
     """
-    began = answered = time.monotonic()
+    began = responded = time.monotonic()
     while True:
         try:
-            found = look()
+            found = poll()
         except ApiError as error:
-            if error.status not in _AWAY or time.monotonic() - answered >= patience_s:
+            if error.status not in _DOWN or time.monotonic() - responded >= patience_s:
                 raise
         else:
-            answered = time.monotonic()
+            responded = time.monotonic()
             seen(found)
             if ended(found):
                 return found
         if timeout_s is not None and time.monotonic() - began + poll_s > timeout_s:
-            raise TimeoutError(f"{words} after {timeout_s:g} s; it goes on, look again later")
+            raise TimeoutError(
+                f"{unfinished} after {timeout_s:g} s; it continues, check again later"
+            )
         time.sleep(poll_s)

@@ -1,6 +1,6 @@
-"""What a server is told and answers: plain dictionaries, described for editors and type checkers.
+"""Response types of the API: plain dictionaries, typed for editors and type checkers.
 
-They are handed on as they came: a newer server may say more. Moments are ISO 8601 texts in UTC.
+Responses are passed on unchanged: a newer server may add fields. Timestamps are ISO 8601 in UTC.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ENDED: frozenset[JobState] = frozenset({"done", "failed", "cancelled"})
 
 
 class Tenant(TypedDict):
-    """`published` is the number of the revision that is served as `served`, if any is."""
+    """A tenant; `published` is the number of the revision served as `served`, if any."""
 
     name: str
     family: str
@@ -26,7 +26,7 @@ class Tenant(TypedDict):
 
 
 class Revision(TypedDict):
-    """One immutable content of a tenant, named `tenant@N`; a coefficient for every layer."""
+    """An immutable revision of a tenant, named `tenant@N`, with a coefficient per layer."""
 
     name: str
     tenant: str
@@ -50,7 +50,7 @@ class Lag(TypedDict):
 
 
 class Rollout(TypedDict):
-    """A change on its way to the replicas: `applied` of `live` follow it."""
+    """A change being applied by the replicas: `applied` of `live` have done so."""
 
     id: int
     kind: str
@@ -65,7 +65,7 @@ class Rollout(TypedDict):
 
 
 class Job(TypedDict):
-    """A long step; `progress` runs from 0 to 1."""
+    """A long-running job; `progress` runs from 0 to 1."""
 
     id: int
     kind: str
@@ -81,7 +81,7 @@ class Job(TypedDict):
 
 
 class Key(TypedDict):
-    """A key without its secret, but for the one answer that makes it."""
+    """An API key; `secret` is only in the response that creates or rotates it."""
 
     name: str
     prefix: str
@@ -95,7 +95,7 @@ class Key(TypedDict):
 
 
 class Family(TypedDict):
-    """A family: the layers that carry a vector, and what holds for all of its tenants."""
+    """A family: its layers with a vector, and the settings for all of its tenants."""
 
     digest: str
     name: str
@@ -121,7 +121,7 @@ class Replica(TypedDict):
 
 
 class AuditEntry(TypedDict):
-    """Who did what to what, when."""
+    """An entry of the audit log."""
 
     id: int
     at: str
@@ -132,14 +132,14 @@ class AuditEntry(TypedDict):
 
 
 class AuditPage(TypedDict):
-    """The newest first; `cursor` asks for the older ones, None if there are no more."""
+    """Entries, newest first; `cursor` requests older ones, None if there are no more."""
 
     data: list[AuditEntry]
     cursor: int | str | None
 
 
 class Whoami(TypedDict):
-    """What the server knows of the key that asks."""
+    """Name, scopes and tenants of the request's key."""
 
     name: str
     scopes: list[str]
@@ -150,14 +150,14 @@ class Whoami(TypedDict):
 
 
 class Rate(TypedDict):
-    """A share of `n`."""
+    """A rate among `n` prompts."""
 
     rate: float
     n: int
 
 
 class ProbeResult(TypedDict):
-    """What one replica counted of one revision's answers; `seconds` in the engine."""
+    """Rates one replica measured on one revision's completions; `seconds` in the engine."""
 
     revision: str
     replica: str
@@ -173,8 +173,7 @@ class ProbeResult(TypedDict):
 
 
 class Probe(TypedDict):
-    """`outcome` of the last probe of what is served (None: none yet), `result` of the last whole
-    one."""
+    """A tenant's last probe (`outcome` None: none yet), and `result` of the last complete one."""
 
     tenant: str
     served: str
@@ -184,28 +183,28 @@ class Probe(TypedDict):
 
 
 class Started(TypedDict):
-    """A change that takes long: what does it is `job`."""
+    """A change that a `job` carries out."""
 
     tenant: Tenant
     job: Job
 
 
 class Change(TypedDict):
-    """What is published here; `rollout` is its way to the other replicas, None if there is none."""
+    """The published revision, and its rollout to the other replicas, if any."""
 
     revision: Revision
     rollout: Rollout | None
 
 
 class Retired(TypedDict):
-    """A tenant that is served no more; `rollout` as in Change."""
+    """A retired tenant; `rollout` as in Change."""
 
     tenant: Tenant
     rollout: Rollout | None
 
 
 class Floored(TypedDict):
-    """A family with its new floor; `rollout` is None where no tenant had to be raised."""
+    """A family with its new floor; `rollout` is None if no tenant had to be raised."""
 
     family: Family
     rollout: Rollout | None
@@ -218,7 +217,7 @@ def change_body(
     layers: Mapping[int, float] | None = None,
     scale: float | None = None,
 ) -> dict[str, Any]:
-    """The part of a body that says which coefficients."""
+    """Build the part of a request body with the coefficients."""
     many = coefficients if isinstance(coefficients, float | int | None) else list(coefficients)
     named = None if layers is None else {str(layer): value for layer, value in layers.items()}
     return {"profile": profile, "coefficients": many, "layers": named, "scale": scale}

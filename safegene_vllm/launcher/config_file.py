@@ -1,7 +1,6 @@
-"""The `serve:` part of a safegene.yaml: the engine to start, so that one file says it all.
+"""The `serve:` part of a safegene.yaml: model, family and vLLM flags of `safegene serve`.
 
-For `safegene serve --server-config safegene.yaml`. The rest of that file is the server's own and is
-read there; what it says is not known here.
+The server reads the rest of the file.
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ from safegene_vllm.errors import ConfigError
 
 
 class ConfigFile(BaseModel):
-    """What to start. Relative paths are counted from the file; `vllm` holds flags of vLLM by name,
-    with `true` for a flag alone and `false` for its `--no-` form."""
+    """The engine to start. Relative paths are relative to the file.
+
+    `vllm` has vLLM's flags by name, with `true` for a flag without value and `false` for its
+    `--no-` form.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,12 +32,12 @@ class ConfigFile(BaseModel):
     vllm: dict[str, Any] = Field(default_factory=dict)
 
     def flags(self) -> tuple[str, ...]:
-        """`vllm` as words of a command line."""
+        """Convert `vllm` to command-line arguments."""
         return tuple(word for name, value in self.vllm.items() for word in _flag(name, value))
 
 
 def read_config_file(path: Path) -> ConfigFile:
-    """Errors: ConfigError naming the file and every bad key of its `serve:` part."""
+    """Read the `serve:` part. Errors: ConfigError naming the file and every invalid key."""
     import yaml
 
     try:
@@ -43,11 +45,11 @@ def read_config_file(path: Path) -> ConfigFile:
     except OSError as error:
         raise ConfigError(f"--server-config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        # Without the line itself: the file may hold a password.
+        # The message omits the line itself: the file may contain a password.
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         what = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigError(f"--server-config {path}{where} is no YAML: {what}.") from None
+        raise ConfigError(f"--server-config {path}{where} is not YAML: {what}.") from None
     part = raw.get("serve") if isinstance(raw, Mapping) else None
     if not isinstance(part, Mapping):
         raise ConfigError(
@@ -57,17 +59,16 @@ def read_config_file(path: Path) -> ConfigFile:
     try:
         found = ConfigFile(**part)
     except ValidationError as error:
-        faults = "; ".join(
-            f"serve.{'.'.join(map(str, fault['loc']))} = {fault.get('input')!r:.200}: "
-            f"{fault['msg']}"
-            for fault in error.errors()
+        problems = "; ".join(
+            f"serve.{'.'.join(map(str, each['loc']))} = {each.get('input')!r:.200}: {each['msg']}"
+            for each in error.errors()
         )
-        raise ConfigError(f"--server-config {path}: {faults}.") from None
-    return found.model_copy(update=_below(path.parent, found))
+        raise ConfigError(f"--server-config {path}: {problems}.") from None
+    return found.model_copy(update=_resolved_paths(path.parent, found))
 
 
-def _below(folder: Path, found: ConfigFile) -> dict[str, Any]:
-    """The paths of a file in `folder`. A model that is no directory there may be a hub's name."""
+def _resolved_paths(folder: Path, found: ConfigFile) -> dict[str, Any]:
+    """Paths relative to `folder`. A model that is no directory there may be a Hub name."""
     paths: dict[str, Any] = {"family": folder / found.family}
     if found.base_profile is not None:
         paths["base_profile"] = folder / found.base_profile

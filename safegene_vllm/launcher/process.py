@@ -1,7 +1,6 @@
-"""Runs vLLM as a child: passes its log through, waits for the receipts, forwards signals.
+"""vLLM as a child process: passes its log through, waits until it is ready, forwards signals.
 
-For the life of one server process. It says "ready" only once /v1/safegene/ready does, asked of that
-very process. What to run was decided in command.py.
+"ready" is printed only once /v1/safegene/ready of that very process (by its pid) responds so.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from safegene_vllm.launcher.command import Launch
 
 READY_PATH = "/v1/safegene/ready"
 POLL_S = 0.5
-REFUSED_AFTER_S = 30.0
-"""How long the port may answer 401 or 404 before we say that the server is not ours."""
+REJECTED_AFTER_S = 30.0
+"""Seconds for which the port may respond 401 or 404 before the start counts as failed."""
 UNREADY_STOP_S = 8.0
-"""How long a server that is not ready yet may take to end, before it is asked again, then killed.
+"""Seconds a server that is not ready yet may take to stop before a second SIGTERM, then SIGKILL.
 
-vLLM 0.32 goes on starting if it is asked while it waits for its engine's first word: the
-KeyboardInterrupt that it makes of SIGTERM ends in its own `zmq_socket_ctx`. The next is heard.
+vLLM 0.32 ignores a SIGTERM while it waits for its engine's first message: the KeyboardInterrupt
+that it raises ends in its own `zmq_socket_ctx`. A second SIGTERM stops it.
 """
 
 PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal a process gets when its parent's thread ends."""
+"""prctl(2) option: the signal a process gets when its parent's thread ends."""
 
 _TAIL_LINES = 4000
 _OURS = re.compile(r"\bsafegene_vllm\.errors\.(\w+: .*)")
@@ -46,101 +45,98 @@ _NOT_THE_CAUSE = ("Engine core initialization failed", "Traceback")
 
 
 def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | None = None) -> int:
-    """Run the server until it ends; its exit code (128 + signal number if a signal ended it), never
-    0 unless it was asked to end.
+    """Run the server until it ends and return its exit code (128 + N after signal N).
 
-    Its log goes to `console` as it comes. SIGINT, SIGTERM and SIGHUP are passed on to it. Once
-    it has been ready it may take its time to end; until then, one that does not end is killed.
+    The code is 0 only if a signal of ours stopped it. Its log goes to `console` as it comes.
+    SIGINT, SIGTERM and SIGHUP are forwarded. A server that was ready may take any time to stop;
+    one that was not is killed after twice UNREADY_STOP_S.
     """
     child = subprocess.Popen(
         launch.argv,
         env={**(os.environ if environ is None else environ), **launch.env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # Its own session: Ctrl-C reaches it once, from us, and not a second time from the terminal.
+        # In its own session, Ctrl-C reaches it once, from us, and not also from the terminal.
         start_new_session=True,
-        preexec_fn=_end_with_parent(),
+        preexec_fn=_stop_with_parent(),
     )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     reader = threading.Thread(target=_pump, args=(child, tail, console), daemon=True)
     reader.start()
     stopping = threading.Event()
     with _forwarded(child, stopping):
-        ready, refused = _wait_until_ready(launch, child, stopping, console)
-        if refused is not None:
-            console.print(f"not ready: {refused}", style="bold red", **_AS_IT_IS)
+        ready, rejection = _wait_until_ready(launch, child, stopping, console)
+        if rejection is not None:
+            console.print(f"not ready: {rejection}", style="bold red", **_AS_IT_IS)
             child.terminate()
-        code = child.wait() if ready else _end_unready(child, console)
+        code = child.wait() if ready else _stop_unready(child, console)
     reader.join(timeout=5.0)
-    if refused is not None:
+    if rejection is not None:
         code = code or 1
     elif not stopping.is_set():
-        # Whoever restarts servers goes by the code, and vLLM leaves with 0 when its engine dies.
+        # A supervisor restarts by the exit code, and vLLM exits with 0 when its engine dies.
         cause = error_line(tail) or "its log above does not name an error"
         console.print(f"vLLM exited with code {code}: {cause}", style="bold red", **_AS_IT_IS)
         code = code or 1
     return code if code >= 0 else 128 - code
 
 
-def _end_unready(child: subprocess.Popen[bytes], console: Console) -> int:
-    """The code of a server that has ended by itself or was asked to end before it was ready; the
-    code of SIGTERM if it had to be killed, with all processes of its session.
+def _stop_unready(child: subprocess.Popen[bytes], console: Console) -> int:
+    """Exit code of a server that stopped before it was ready; that of SIGTERM if it was killed.
+
+    Killing includes all processes of its session.
     """
     for _ in range(2):
         with suppress(subprocess.TimeoutExpired):
             return child.wait(UNREADY_STOP_S)
         child.terminate()
-    console.print("vLLM does not end while it starts: killed", style="bold red", **_AS_IT_IS)
+    console.print("vLLM did not stop during startup: killed", style="bold red", **_AS_IT_IS)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return -signal.SIGTERM
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """For the child, on Linux: a SIGTERM when we are killed and cannot pass anything on."""
+def _stop_with_parent() -> Callable[[], None] | None:
+    """For the child, on Linux: request a SIGTERM for when we are killed and cannot forward it."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-    return ask
+    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def error_line(lines: Iterable[str]) -> str | None:
-    """The line of a log that says why: our first own error with its list, else the last error."""
-    kept = [line.rstrip() for line in lines]
-    for number, line in enumerate(kept):
-        match = _OURS.search(line)
-        if match:
-            faults = [match[1]]
-            for following in kept[number + 1 :]:
-                _, dash, fault = following.partition("- ")
-                if not dash or not re.match(r"\w+Error: ", fault):
+    """Find the cause in a log: our first own error with its list, else the last error."""
+    log = [line.rstrip() for line in lines]
+    for number, line in enumerate(log):
+        if match := _OURS.search(line):
+            messages = [match[1]]
+            for following in log[number + 1 :]:
+                _, dash, message = following.partition("- ")
+                if not dash or not re.match(r"\w+Error: ", message):
                     break
-                faults.append(f"- {fault}")
-            return "\n".join(faults)
-    found = [(n, m[1]) for n, line in enumerate(kept) if (m := _ANY.search(line))]
+                messages.append(f"- {message}")
+            return "\n".join(messages)
+    found = [(n, m[1]) for n, line in enumerate(log) if (m := _ANY.search(line))]
     causes = [(n, f) for n, f in found if not any(word in f for word in _NOT_THE_CAUSE)]
     if not found:
         return None
     number, line = (causes or found)[-1]
-    # Some errors (pydantic's) say what is wrong in an indented line of its own.
-    more = kept[number + 1] if number + 1 < len(kept) else ""
+    # Some errors (pydantic's) have the reason on an indented line of its own.
+    more = log[number + 1] if number + 1 < len(log) else ""
     return f"{line}\n{more}" if more.startswith("  ") and more.strip() else line
 
 
 def ready_lines(body: Mapping[str, Any]) -> Iterator[str]:
-    """One line per tenant, from the answer of /v1/safegene/ready."""
+    """Format the response of /v1/safegene/ready, a line per tenant."""
     base = body.get("base")
     if base is not None:
         how = "weights" if body["apply"] == "weights" else "requests without an adapter"
         yield f"ready: base model ({how}, {base['layers']} layers)"
     for tenant in body["tenants"]:
-        place = "not in a slot" if tenant["slot"] is None else f"slot {tenant['slot']}"
+        slot = "not in a slot" if tenant["slot"] is None else f"slot {tenant['slot']}"
         how = f"{tenant['apply']}, {tenant['layers']} layers" if tenant["apply"] else "UNPROTECTED"
-        yield f"ready: {tenant['name']} ({how}, {place})"
+        yield f"ready: {tenant['name']} ({how}, {slot})"
     if body.get("registry") is not None:
         yield f"ready: all that the registry publishes (version {body['registry']})"
     elif base is None and not body["tenants"]:
@@ -158,7 +154,7 @@ def _pump(child: subprocess.Popen[bytes], tail: deque[str], console: Console) ->
 
 @contextmanager
 def _forwarded(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator[None]:
-    """Pass signals on while inside; the child decides how to end."""
+    """Forward signals to the child, which decides how to stop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -183,13 +179,14 @@ def _wait_until_ready(
     stopping: threading.Event,
     console: Console,
 ) -> tuple[bool, str | None]:
-    """Print the ready lines when the time comes. (False, None): the child or a signal came first.
+    """Wait until the server is ready and print its ready lines.
 
-    A text says why this server will never be ready, though it runs.
+    Returns (True, None) if ready, (False, None) if it exited or a signal arrived first, and
+    (False, reason) if it runs but will never be ready.
     """
     headers = {"Authorization": f"Bearer {launch.api_key}"} if launch.api_key else {}
     transport = httpx.HTTPTransport(uds=launch.uds, verify=launch.verify_tls)
-    started, refused_since = time.monotonic(), None
+    started, rejected_since = time.monotonic(), None
     with (
         httpx.Client(
             base_url=launch.url, headers=headers, transport=transport, timeout=10.0
@@ -198,35 +195,35 @@ def _wait_until_ready(
     ):
         while child.poll() is None and not stopping.is_set():
             seconds = time.monotonic() - started
-            answer, body = _ask(client)
-            if answer == 200 and body.get("pid") == child.pid:
+            status_code, body = _get_ready(client)
+            if status_code == 200 and body.get("pid") == child.pid:
                 for line in ready_lines(body):
                     console.print(line, **_AS_IT_IS)
                 where = launch.uds or launch.url
                 console.print(f"serving at {where} after {seconds:.0f} s", **_AS_IT_IS)
                 return True, None
-            if answer in (401, 404):
-                refused_since = refused_since or time.monotonic()
-                if time.monotonic() - refused_since > REFUSED_AFTER_S:
-                    return False, _why_refused(answer, launch)
-            message = f": {body['error']['message']}" if "error" in body and answer == 503 else ""
-            status.update(f"starting vLLM, {seconds:.0f} s{message}")
+            if status_code in (401, 404):
+                rejected_since = rejected_since or time.monotonic()
+                if time.monotonic() - rejected_since > REJECTED_AFTER_S:
+                    return False, _rejection(status_code, launch)
+            reason = status_code == 503 and "error" in body and body["error"]["message"]
+            status.update(f"starting vLLM, {seconds:.0f} s{f': {reason}' if reason else ''}")
             stopping.wait(POLL_S)
     return False, None
 
 
-def _ask(client: httpx.Client) -> tuple[int, dict[str, Any]]:
-    """Status and body of the answer; 0 as long as nothing answers."""
+def _get_ready(client: httpx.Client) -> tuple[int, dict[str, Any]]:
+    """Status and body of READY_PATH; status 0 without a response."""
     try:
-        answer = client.get(READY_PATH)
-        body = answer.json()
+        response = client.get(READY_PATH)
+        body = response.json()
     except (httpx.HTTPError, ValueError):
         return 0, {}
-    return answer.status_code, body if isinstance(body, dict) else {}
+    return response.status_code, body if isinstance(body, dict) else {}
 
 
-def _why_refused(answer: int, launch: Launch) -> str:
-    if answer == 401:
+def _rejection(status_code: int, launch: Launch) -> str:
+    if status_code == 401:
         return f"{launch.url} does not accept this API key."
     return (
         f"{launch.url}{READY_PATH} is not found: vLLM runs without the safegene_server plugin; is "

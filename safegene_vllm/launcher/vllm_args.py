@@ -1,21 +1,46 @@
-"""Reads the vLLM flags that a user gave, as vLLM's own parser would.
+"""Options of `safegene serve`, and vLLM's flags among them, read as vLLM's own parser would.
 
-For finding, comparing and removing the few flags SafeGene also sets. Not for all flags: what
-is not asked for is passed on as it came.
+Only the few flags that SafeGene also sets are interpreted; the others are passed on unchanged.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safegene_vllm.errors import ConfigError
 
 _SHORT = {"-dp": "data-parallel-size", "-q": "quantization"}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of `safegene serve`; `vllm_args` are all other flags, in their order.
+
+    `server_config` is the server's own file (registry, store, access), which then names the
+    tenants.
+    """
+
+    model: str
+    family: Path | None = None
+    apply: str | None = None
+    tenants: Mapping[str, Path] = field(default_factory=dict)
+    base_profile: Path | None = None
+    profile: Path | None = None
+    adapter_roots: Sequence[Path] = ()
+    missing_profile: str | None = None
+    slots: int | None = None
+    server_config: Path | None = None
+    vllm_args: Sequence[str] = ()
+
+
+def absolute(path: Path | None) -> str | None:
+    """Make a path absolute, since workers may start elsewhere; symbolic links are not resolved."""
+    return None if path is None else str(path.expanduser().absolute())
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,7 @@ class VllmArgs:
         return head.replace("_", "-") + dot + rest
 
     def _spans(self, name: str) -> list[tuple[int, int]]:
-        """Where `name` and its values begin and end, each time it is given."""
+        """Token ranges of `name` and its values, one per occurrence."""
         spans = []
         for start, token in enumerate(self.tokens):
             if self._name(token) != name:
@@ -46,10 +71,11 @@ class VllmArgs:
         return spans
 
     def given(self, name: str) -> bool:
+        """Whether the flag `name` is given."""
         return bool(self._spans(name))
 
     def values(self, name: str) -> list[str]:
-        """All values of `name`; the last one given counts, as in vLLM. Empty if not given."""
+        """Values of the last occurrence of `name`, as in vLLM; empty if not given."""
         spans = self._spans(name)
         if not spans:
             return []
@@ -58,12 +84,12 @@ class VllmArgs:
         return [value] if equals else list(self.tokens[start + 1 : stop])
 
     def value(self, name: str) -> str | None:
-        """The one value of `name`; None if it is not given or has none."""
+        """First value of `name`; None if it is not given or has none."""
         found = self.values(name)
         return found[0] if found else None
 
     def number(self, name: str) -> int | None:
-        """Errors: ConfigError if the value is not a whole number."""
+        """Value of `name` as an integer. Errors: ConfigError."""
         text = self.value(name)
         if text is None:
             return None
@@ -73,6 +99,7 @@ class VllmArgs:
             raise ConfigError(f"--{name} = {text!r}: expected a whole number.") from None
 
     def without(self, name: str) -> VllmArgs:
+        """Return the arguments without the flag `name` and its values."""
         dropped = {i for start, stop in self._spans(name) for i in range(start, stop)}
         return VllmArgs(tuple(t for i, t in enumerate(self.tokens) if i not in dropped))
 
@@ -86,12 +113,11 @@ def _is_flag(token: str) -> bool:
 
 
 def additional_config(flags: VllmArgs) -> dict[str, Any]:
-    """The user's own --additional-config; empty if there is none.
+    """Parse the user's own --additional-config; empty if not given.
 
     Errors: ConfigError if it is not a JSON object, or is set key by key.
     """
-    dotted = flags.dotted("additional-config")
-    if dotted:
+    if dotted := flags.dotted("additional-config"):
         raise ConfigError(
             f"{dotted[0]} with `safegene serve`: give --additional-config as one JSON object, so "
             "that it can be merged."
@@ -109,9 +135,9 @@ def additional_config(flags: VllmArgs) -> dict[str, Any]:
 
 
 def lora_modules(flags: VllmArgs) -> dict[str, Path]:
-    """The user's own --lora-modules, `name=path` or JSON, by name.
+    """Parse the user's own --lora-modules, `name=path` or JSON, by name.
 
-    Errors: ConfigError naming the entry that is neither.
+    Errors: ConfigError naming the invalid entry.
     """
     modules: dict[str, Path] = {}
     for entry in flags.values("lora-modules"):
@@ -135,7 +161,7 @@ def _json_module(entry: str) -> tuple[str, str]:
 
 
 def in_config_file(flags: VllmArgs, names: frozenset[str]) -> list[str]:
-    """Which of `names` the user's --config file sets; vLLM lets the command line override it."""
+    """Those of `names` set in the user's --config file, which the command line overrides."""
     path = flags.value("config")
     if path is None:
         return []

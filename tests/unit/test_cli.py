@@ -1,7 +1,8 @@
-"""The command line: light to start, every refusal one line and exit code 1, results that load."""
+"""The command line: imports, errors as one line and exit code 1, results that load."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from safegene_vllm.cli import COMMANDS, main
 from safegene_vllm.cli.console import bar
 from safegene_vllm.cli.extract import parse_layers
+from safegene_vllm.cli.options import expand_groups
 from safegene_vllm.cli.profile import parse_coefficients
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError
@@ -36,10 +38,10 @@ from safegene_vllm.tiny_model import (
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "vllm", "transformers", "fastapi", "numpy", "peft"}
-TEACHING = {"inspect", "degrade", "extract", "select", "calibrate", "profile"}
-TEACHING |= {"evaluate", "report", "export"}
-TEACHING |= {"tenant", "family", "key", "rollout", "job", "replica", "audit"}
-"""The commands that people type with paths of their own: every option shows an example."""
+WITH_EXAMPLES = {"inspect", "degrade", "extract", "select", "calibrate", "profile"}
+WITH_EXAMPLES |= {"evaluate", "report", "export"}
+WITH_EXAMPLES |= {"tenant", "family", "key", "rollout", "job", "replica", "audit"}
+"""Commands whose options all show an example."""
 PRESENT = [
     name
     for name, module in COMMANDS.items()
@@ -49,7 +51,7 @@ PRESENT = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the command left: its exit code and both streams."""
+    """Exit code and output of a run of the command."""
 
     code: int
     out: str
@@ -145,12 +147,12 @@ def test_every_option_teaches_with_help(run: Run, name: str) -> None:
         for parameter in part.params:
             if parameter.name != "help":
                 assert parameter.help, parameter.name
-                if name in TEACHING and parameter.name not in ("method", "overwrite"):
+                if name in WITH_EXAMPLES and parameter.name not in ("method", "overwrite"):
                     assert "e.g." in parameter.help, (part.name, parameter.name)
 
 
 @pytest.mark.parametrize("name", ["tenant", "family", "key", "rollout", "job", "replica"])
-def test_a_group_tells_its_commands_and_each_shows_itself(run: Run, name: str) -> None:
+def test_a_group_lists_its_commands_and_each_has_an_example(run: Run, name: str) -> None:
     from importlib import import_module
 
     commands = import_module(f"safegene_vllm.cli.{name}").COMMANDS
@@ -172,7 +174,7 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout.startswith("safegene-vllm ")
 
 
-def test_a_command_without_its_module_is_not_offered(
+def test_a_command_without_its_module_is_not_listed(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COMMANDS, "ghost", "safegene_vllm.cli.ghost")
@@ -184,7 +186,7 @@ def test_a_command_without_its_module_is_not_offered(
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError("x"), 1), (PermissionError(13, "Permission denied"), 1)]
 )
-def test_one_place_tells_errors(
+def test_errors_are_reported_in_one_place(
     run: Run, root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -200,7 +202,7 @@ def test_one_place_tells_errors(
 # inspect
 
 
-def test_inspect_tells_a_family(run: Run, root: Path) -> None:
+def test_inspect_a_family(run: Run, root: Path) -> None:
     family = load_family(root / "family")
     text = run("inspect", root / "family").out
     assert "family 'pico'" in text and family.digest in text and "q_proj (2)" in text
@@ -224,7 +226,7 @@ def test_inspect_tells_a_family(run: Run, root: Path) -> None:
         ("model", "checkpoint", False),
     ],
 )
-def test_inspect_tells_tenants(run: Run, root: Path, name: str, kind: str, profile: bool) -> None:
+def test_inspect_tenants(run: Run, root: Path, name: str, kind: str, profile: bool) -> None:
     facts = json.loads(run("inspect", root / name, "--json").out)
     assert facts["kind"] == kind and (facts["profile"] is not None) is profile
     text = run("inspect", root / name, "--family", root / "family").out
@@ -287,7 +289,7 @@ def test_bad_directories_exit_1_with_the_errors_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_refuses_another_family(run: Run, root: Path, tmp_path: Path) -> None:
+def test_inspect_rejects_another_family(run: Run, root: Path, tmp_path: Path) -> None:
     write_family(root / "model", tmp_path / "other", seed=99)
     outcome = run("inspect", root / "acme", "--family", tmp_path / "other")
     assert outcome.code == 1 and outcome.err.startswith("FamilyMismatchError: ")
@@ -343,7 +345,7 @@ def test_extract_from_a_lora(run: Run, root: Path, tmp_path: Path, option: str, 
         (["model", "degraded", "--device", "abacus"], "abacus"),
     ],
 )
-def test_extract_refuses_what_makes_no_sense(
+def test_extract_rejects_invalid_options(
     run: Run, root: Path, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     found = [str(root / a) if (root / a).exists() else a for a in arguments]
@@ -396,7 +398,7 @@ def test_profile_makes_and_updates(run: Run, root: Path, tmp_path: Path) -> None
         (["--coefficient", "nan"], "BoundsError"),
     ],
 )
-def test_profile_refuses(
+def test_profile_rejects(
     run: Run, root: Path, tmp_path: Path, arguments: list[str], error: str
 ) -> None:
     outcome = run("profile", root / "family", *arguments, "--out", tmp_path / "t")
@@ -404,7 +406,7 @@ def test_profile_refuses(
     assert not (tmp_path / "t").exists()
 
 
-def test_profile_refuses_what_is_of_another_family(run: Run, root: Path, tmp_path: Path) -> None:
+def test_profile_rejects_another_family(run: Run, root: Path, tmp_path: Path) -> None:
     write_family(root / "model", tmp_path / "other", seed=99)
     shutil.copytree(root / "acme", tmp_path / "acme")
     arguments = ("profile", tmp_path / "other", "--out", tmp_path / "acme")
@@ -434,7 +436,9 @@ def test_export_an_adapter(run: Run, root: Path, tmp_path: Path) -> None:
     assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: ")
 
 
-def test_export_a_checkpoint_in_each_way_to_say_it(run: Run, root: Path, tmp_path: Path) -> None:
+def test_export_a_checkpoint_by_each_form_of_the_options(
+    run: Run, root: Path, tmp_path: Path
+) -> None:
     common = ("--family", root / "family", "--checkpoint", root / "model")
     one, two = tmp_path / "one", tmp_path / "two"
     outcome = run("export", *common, "--adapter", root / "acme", "--out", one)
@@ -453,7 +457,7 @@ def test_export_a_checkpoint_in_each_way_to_say_it(run: Run, root: Path, tmp_pat
     assert not (tmp_path / "three" / "safegene.json").exists()
 
 
-def test_export_refuses_what_makes_no_sense(run: Run, root: Path, tmp_path: Path) -> None:
+def test_export_rejects_invalid_options(run: Run, root: Path, tmp_path: Path) -> None:
     family = ("--family", root / "family")
     out = ("--out", tmp_path / "out")
     for arguments, error in (
@@ -475,10 +479,10 @@ def test_export_refuses_what_makes_no_sense(run: Run, root: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-# Reading what people type
+# Parsing
 
 
-def test_layers_and_coefficients_as_people_write_them() -> None:
+def test_parse_layers_and_coefficients() -> None:
     assert parse_layers("3, 0-2,2") == (0, 1, 2, 3)
     assert parse_coefficients("0:0.5,2-3:-1e-1") == {0: 0.5, 2: -0.1, 3: -0.1}
     for text in ("", "a", "1-", "-1", "2-1", "1,,2", "99999999999"):
@@ -493,3 +497,63 @@ def test_bars_are_proportional() -> None:
     assert len(bar(1.0, 1.0, width=8)) == 8 == len(bar(-2.0, 1.0, width=8))
     assert bar(0.0, 1.0) == bar(0.0, 0.0) == ""
     assert len(bar(0.5, 1.0, width=8).rstrip()) == 4
+
+
+# Suggestions and completion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["inspct"], "'inspect'"),
+        (["tenant", "lst"], "'list'"),
+        (["inspect", "x", "--familly", "f"], "--family"),
+        (["tenant", "list", "--jsn"], "--json"),
+    ],
+)
+def test_a_wrong_command_or_option_proposes_the_nearest(
+    run: Run, arguments: list[str], suggestion: str
+) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2 and suggestion in outcome.err and outcome.out == ""
+
+
+def test_shell_completion_completes_commands_and_shared_options() -> None:
+    def complete(words: str, last: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", "from safegene_vllm.cli import main; main()"],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "_SAFEGENE_COMPLETE": "complete_bash",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(last),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout
+
+    assert "tenant" in complete("safegene ten", 1).split()
+    assert "--key-file" in complete("safegene tenant list --key", 3).split()
+
+
+# Groups of options
+
+
+def test_a_group_of_options_is_expanded_into_a_commands_own() -> None:
+    @dataclass(frozen=True)
+    class Group:
+        depth: int = 3
+
+    given: list[object] = []
+
+    def command(name: str, group: Group, last: bool = False) -> None:
+        given.append((name, group, last))
+
+    command.__annotations__["group"] = Group
+    expanded = expand_groups(command)
+    assert list(inspect.signature(expanded).parameters) == ["name", "depth", "last"]
+    expanded(name="a", depth=4, last=True)
+    assert given == [("a", Group(4), True)]

@@ -1,4 +1,4 @@
-"""The commands that ask a running server: over a real port, what is sent, shown and exited with."""
+"""Commands for a running server, over a real port: requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROFILE = {"kind": "profile", "coefficients": [0.0, 0.5]}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the command left: its exit code and both streams."""
+    """Exit code and output of a run of the command."""
 
     code: int
     out: str
@@ -36,7 +36,7 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def world_there() -> Iterator[World]:
+def shared_world() -> Iterator[World]:
     world = World()
     with served(app_of(world)) as url:
         world.url = url
@@ -44,16 +44,16 @@ def world_there() -> Iterator[World]:
 
 
 @pytest.fixture
-def world(world_there: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
-    """The running server, as if it were new, with one tenant of two revisions."""
-    world_there.__init__(url=world_there.url)
-    world_there.tenant(NAME, published=2, served=f"{NAME}@2", limits={"concurrent": 8})
-    world_there.revision(NAME, [0.0, 0.5], state="failed", reasons=["NaN in layer 3"])
-    world_there.revision(NAME, [0.0, 0.7])
-    monkeypatch.setenv("SAFEGENE_URL", world_there.url)
+def world(shared_world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    """The running server, reset, with one tenant of two revisions."""
+    shared_world.__init__(url=shared_world.url)
+    shared_world.tenant(NAME, published=2, served=f"{NAME}@2", limits={"concurrent": 8})
+    shared_world.revision(NAME, [0.0, 0.5], state="failed", reasons=["NaN in layer 3"])
+    shared_world.revision(NAME, [0.0, 0.7])
+    monkeypatch.setenv("SAFEGENE_URL", shared_world.url)
     monkeypatch.setenv("SAFEGENE_KEY", KEY)
     monkeypatch.chdir(tmp_path)
-    return world_there
+    return shared_world
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_tenant_add_follows_its_job_and_its_rollout(run: Run, world: World) -> N
         "limits": {"concurrent": 8},
         "publish": True,
     }
-    told = [line for line in outcome.err.splitlines() if line.startswith(("job", "rollout"))]
-    assert told == [
+    lines = [line for line in outcome.err.splitlines() if line.startswith(("job", "rollout"))]
+    assert lines == [
         "job 7 running: publishing",
         "job 7 done: publishing",
         "rollout 12: on 2 of 2 replicas",
@@ -100,7 +100,7 @@ def test_tenant_add_follows_its_job_and_its_rollout(run: Run, world: World) -> N
     assert outcome.out.startswith(f"{NAME}\n") and "rollout 12: done" in outcome.out
 
 
-def test_tenant_add_need_not_wait(run: Run, world: World) -> None:
+def test_tenant_add_without_waiting(run: Run, world: World) -> None:
     outcome = run("tenant", "add", NAME, "--coefficient", 0.6, "--no-publish", "--no-wait")
     assert outcome.code == 0 and "job 7: queued" in outcome.out
     assert [asked.method for asked in world.asked] == ["POST"]
@@ -110,7 +110,7 @@ def test_tenant_add_need_not_wait(run: Run, world: World) -> None:
 
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
-def test_a_job_that_fails_is_exit_code_1_with_its_words(
+def test_a_failed_job_is_exit_code_1_with_its_message(
     run: Run, world: World, state: str, as_json: bool
 ) -> None:
     world.job_states, world.message = ["queued", "running", state], "rank 64 is too large"
@@ -165,7 +165,7 @@ def test_tenant_set_changes_coefficients(
     assert "rollout 12: on 1 of 2 replicas" in outcome.err
 
 
-def test_a_change_that_changes_nothing_has_no_rollout(run: Run, world: World) -> None:
+def test_an_unchanged_profile_has_no_rollout(run: Run, world: World) -> None:
     from fastapi.responses import JSONResponse
 
     world.faults.append(JSONResponse({"revision": world.revisions[1], "rollout": None}))
@@ -267,7 +267,7 @@ def test_new_content_is_sent_with_the_examples_that_calibrate_would_send(
         ([], "give --source"),
     ],
 )
-def test_a_calibration_that_makes_no_sense_is_refused_before_the_server_is_asked(
+def test_invalid_calibration_options_are_rejected_before_a_request(
     run: Run, world: World, arguments: list[str], words: str
 ) -> None:
     data = (
@@ -296,14 +296,14 @@ def test_a_calibration_that_makes_no_sense_is_refused_before_the_server_is_asked
         (["tenant", "set", NAME, "--limit", "none", "--expect", "1"], "--expect"),
         (["tenant", "set", NAME, "--scale", "nan"], "finite"),
         (["tenant", "set", NAME, "--profile", "nowhere"], "nowhere"),
-        (["tenant", "show", "../keys"], "no name"),
+        (["tenant", "show", "../keys"], "not a valid name"),
         (["family", "floor", FAMILY, "0=1"], "the floor"),
         (["key", "add", "app", "--tenant", "*", "--expires", "soon"], "30d"),
         (["key", "add", "app", "--tenant", "*", "--expires", "2001-01-01"], "future"),
         (["audit", "--since", "99999999d"], "--since"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_server_is_asked(
+def test_invalid_options_are_rejected_before_a_request(
     run: Run, world: World, arguments: list[str], words: str
 ) -> None:
     outcome = run(*arguments)
@@ -359,7 +359,7 @@ def test_a_secret_may_go_to_a_private_new_file(
     assert again.code == 1 and "exists" in again.err and len(world.asked) == 1
 
 
-def test_a_refused_key_leaves_no_file(run: Run, world: World, tmp_path: Path) -> None:
+def test_a_rejected_key_leaves_no_file(run: Run, world: World, tmp_path: Path) -> None:
     world.faults.append(error(409, "key 'app' exists"))
     assert run("key", "add", "app", "--tenant", "*", "--out", "app.key").code == 1
     assert list(tmp_path.iterdir()) == []
@@ -455,7 +455,7 @@ def test_the_key_comes_from_an_option_before_the_environment(
     assert gone.code == 1 and gone.err.startswith("ConfigError: ")
 
 
-def test_without_a_key_nobody_is_asked(
+def test_without_a_key_no_request_is_sent(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SAFEGENE_KEY")
@@ -471,10 +471,10 @@ def test_the_address_comes_from_the_option_before_the_environment(
     assert run("tenant", "list", "--url", f"{world.url}/v1").code == 0
 
 
-# Showing what others have written
+# Text of other users
 
 
-def test_nothing_a_server_says_can_work_on_the_terminal(run: Run, world: World) -> None:
+def test_text_of_a_server_cannot_control_the_terminal(run: Run, world: World) -> None:
     world.tenant("evil", source="s3://b/\x1b[2J\x9b31m\u202egnp")
     world.message = "line\nline\x1b]0;owned\x07"
     world.faults.append(error(400, "no\x1b[2J"))
@@ -489,13 +489,13 @@ def test_nothing_a_server_says_can_work_on_the_terminal(run: Run, world: World) 
     assert json.loads(run("tenant", "list", "--json").out)["data"][1] == world.tenants["evil"]
 
 
-def test_a_pipe_gets_cells_whole_and_as_they_are(run: Run, world: World) -> None:
+def test_a_pipe_gets_cells_unchanged(run: Run, world: World) -> None:
     source = "s3://bucket/[red]/:a:/" + "long/" * 60
     world.tenant("wide", source=source)
     assert source in run("tenant", "list").out
 
 
-def test_a_narrow_terminal_loses_nothing(
+def test_cells_fold_on_a_narrow_terminal(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -508,7 +508,7 @@ def test_a_narrow_terminal_loses_nothing(
     assert all(f"<{n}>" in re.sub(r"\s", "", out) for n in range(30))
 
 
-def test_interrupted_it_says_how_to_go_on(
+def test_an_interrupted_wait_prints_how_to_continue(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(seconds: float) -> None:

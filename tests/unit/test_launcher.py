@@ -113,7 +113,7 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
     assert launch.url == "http://127.0.0.1:9000"
 
 
-def test_a_registry_brings_the_tenants(world: SimpleNamespace, tmp_path: Path) -> None:
+def test_server_config_sets_the_registry_options(world: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "safegene.yaml"
     file.write_text("registry: r.sqlite\nstore: s\n")
     launch = built(world, server_config=file)
@@ -125,14 +125,14 @@ def test_a_registry_brings_the_tenants(world: SimpleNamespace, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("vllm_args", "options", "words"),
     [
-        ((), {"tenants": ("t4",)}, "tenants are the registry's"),
-        (("--lora-modules", "a=b"), {}, "tenants are the registry's"),
-        (("--api-key", "k"), {}, "keys are the registry's"),
+        ((), {"tenants": ("t4",)}, "the registry lists the tenants"),
+        (("--lora-modules", "a=b"), {}, "the registry lists the tenants"),
+        (("--api-key", "k"), {}, "keys are in the registry"),
         ((), {"missing_profile": "serve_unprotected"}, "has a profile"),
         ((), {"apply": "weights", "model": "full"}, "--apply weights"),
     ],
 )
-def test_what_contradicts_a_registry(
+def test_contradictions_of_a_registry(
     world: SimpleNamespace,
     tmp_path: Path,
     vllm_args: tuple[str, ...],
@@ -145,7 +145,7 @@ def test_what_contradicts_a_registry(
         options = {**options, "model": str(world.d / options["model"])}
     with pytest.raises(SafegeneError, match=words):
         built(world, *vllm_args, server_config=file, **options)
-    with pytest.raises(SafegeneError, match="there is no such file"):
+    with pytest.raises(SafegeneError, match="no such file"):
         built(world, server_config=tmp_path / "nothing.yaml")
 
 
@@ -164,7 +164,7 @@ def test_plugins_keep_what_the_user_had(
     assert launch.env["VLLM_PLUGINS"] == expected
 
 
-def test_foreign_endpoint_plugins_are_not_added() -> None:
+def test_other_endpoint_plugins_are_not_added() -> None:
     assert "safegene_server" not in installed_plugins()
 
 
@@ -264,7 +264,7 @@ def test_target_modules_of_fused_checkpoints(arch: str, tmp_path: Path) -> None:
     assert modules == sorted(["down_proj", "gate_up_proj", "o_proj", *attention])
 
 
-def test_the_users_lora_modules_are_kept_and_checked(world: SimpleNamespace) -> None:
+def test_the_users_lora_modules_are_passed_on_and_checked(world: SimpleNamespace) -> None:
     theirs = json.dumps({"name": "j", "path": str(world.p), "base_model_name": "x"})
     launch = built(world, "--lora-modules", f"a={world.t12}", theirs, tenants=("t4",))
     assert flag(launch, "lora-modules") == [f"a={world.t12}", theirs, f"t4={world.t4}"]
@@ -282,7 +282,7 @@ def test_a_path_with_a_comma_is_given_as_json(world: SimpleNamespace, tmp_path: 
     assert [json.loads(entry) for entry in entries] == [{"name": "x", "path": str(place)}]
 
 
-def test_idle_connections_stay_as_long_as_the_user_says(world: SimpleNamespace) -> None:
+def test_keep_alive_can_be_overridden(world: SimpleNamespace) -> None:
     launch = built(world, environ={"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3"})
     assert "VLLM_HTTP_TIMEOUT_KEEP_ALIVE" not in launch.env
 
@@ -312,7 +312,7 @@ def test_weights_have_no_lora_flags(world: SimpleNamespace) -> None:
         ),
     ],
 )
-def test_the_address_to_ask(
+def test_address_of_the_readiness_check(
     world: SimpleNamespace, args: tuple[str, ...], url: str, verify: bool
 ) -> None:
     launch = built(world, *args)
@@ -381,7 +381,7 @@ def test_contradictions_name_both_sides(
         assert word in str(caught.value)
 
 
-def test_one_name_may_not_come_from_two_places(world: SimpleNamespace) -> None:
+def test_a_tenant_named_twice_is_rejected(world: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="p in both --tenant and --lora-modules"):
         built(world, "--lora-modules", f"p={world.p}", tenants=("p",))
 
@@ -445,7 +445,7 @@ def gone(world: SimpleNamespace, place: Path) -> None:
         (gone, AdapterRejectedError, "not a directory"),
     ],
 )
-def test_spoilt_tenants_are_refused_before_vllm_starts(
+def test_invalid_tenants_are_rejected_before_vllm_starts(
     world: SimpleNamespace, tmp_path: Path, spoil: Any, error: type[SafegeneError], words: str
 ) -> None:
     place = tmp_path / "t"
@@ -458,7 +458,7 @@ def test_spoilt_tenants_are_refused_before_vllm_starts(
     assert "tenant 'acme'" in str(caught.value)
 
 
-def test_adapter_roots_hold_for_tenants(world: SimpleNamespace, tmp_path: Path) -> None:
+def test_adapter_roots_apply_to_tenants(world: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(world.t4)
     for name, path, words in (
         ("outside", world.t4, "outside safegene.adapter_roots"),
@@ -471,29 +471,27 @@ def test_adapter_roots_hold_for_tenants(world: SimpleNamespace, tmp_path: Path) 
             build_command(options, {}, plugins=())
 
 
-def test_a_model_of_another_family_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_model_of_another_family_is_rejected(world: SimpleNamespace, tmp_path: Path) -> None:
     tiny_model.make_model("llama", tmp_path, intermediate_size=64)
     with pytest.raises(FamilyMismatchError, match="Serve a model of that family"):
         built(world, model=str(tmp_path))
 
 
-def test_a_checkpoint_without_profile_is_refused(world: SimpleNamespace) -> None:
+def test_a_checkpoint_without_profile_is_rejected(world: SimpleNamespace) -> None:
     with pytest.raises(SafegeneError, match=r"safegene\.json"):
         built(world, apply="weights")
     launch = built(world, apply="weights", profile=world.p)
     assert config(launch)["safegene"]["profile"] == str(world.p)
 
 
-def test_weights_that_already_carry_a_vector_are_refused(
-    world: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_exported_weights_are_rejected(world: SimpleNamespace, tmp_path: Path) -> None:
     shutil.copytree(world.full, tmp_path / "m")
     (tmp_path / "m" / "safegene-export.json").write_text("{}", encoding="utf-8")
     with pytest.raises(AdapterRejectedError, match="added twice"):
         built(world, model=str(tmp_path / "m"), apply="weights")
 
 
-def test_several_faults_are_reported_together(world: SimpleNamespace) -> None:
+def test_several_errors_are_reported_together(world: SimpleNamespace) -> None:
     with pytest.raises(SafegeneError) as caught:
         built(world, "--no-enable-lora", "--max-loras", "2", slots=3, tenants=("bare", "none"))
     text = str(caught.value)
@@ -526,7 +524,7 @@ def test_reading_and_removing_one_flag_leaves_the_others(
     assert not flags.without("lora-modules").given("lora-modules")
 
 
-def test_the_last_one_given_counts() -> None:
+def test_the_last_occurrence_of_a_flag_wins() -> None:
     flags = VllmArgs(("--port", "1", "--port=2"))
     assert (flags.value("port"), flags.without("port").tokens) == ("2", ())
     assert VllmArgs(("--enable-lora",)).value("enable-lora") is None
@@ -601,7 +599,7 @@ def until_nobody_listens(port: int) -> None:
     raise TimeoutError(f"somebody listens on {port}")
 
 
-def test_ready_is_said_once_the_receipts_do_and_signals_are_forwarded() -> None:
+def test_ready_is_printed_after_the_receipts_and_signals_are_forwarded() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-u", "-c", PARENT, str(free_port()), CHILD],
         stdout=subprocess.PIPE,
@@ -652,10 +650,10 @@ STARTING = textwrap.dedent(
     ("enough", "code", "last"),
     [
         (2, 0, "ends by itself"),
-        (99, 128 + signal.SIGTERM, "vLLM does not end while it starts: killed"),
+        (99, 128 + signal.SIGTERM, "vLLM did not stop during startup: killed"),
     ],
 )
-def test_a_server_that_is_deaf_while_it_starts_is_asked_again_then_killed_with_its_engine(
+def test_a_server_that_ignores_sigterm_during_startup_is_killed_with_its_engine(
     enough: int, code: int, last: str
 ) -> None:
     url, port = f"http://127.0.0.1:{free_port()}", free_port()
@@ -696,7 +694,7 @@ def run_child(code: str, *args: str, **fields: Any) -> tuple[int, str]:
     return launch(command, Console(file=out, width=200)), out.getvalue()
 
 
-def test_a_child_that_dies_gives_its_code_and_the_line_that_says_why() -> None:
+def test_a_dead_child_is_reported_with_its_code_and_error_line() -> None:
     code = (
         "import sys; print('(EngineCore pid=1) ERROR x.py:1] ValueError: no [room]'); sys.exit(7)"
     )
@@ -716,7 +714,7 @@ def test_the_environment_is_added_to_ours() -> None:
 
 
 def test_a_server_that_will_never_be_ready_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safegene_vllm.launcher.process.REFUSED_AFTER_S", 1.0)
+    monkeypatch.setattr("safegene_vllm.launcher.process.REJECTED_AFTER_S", 1.0)
     port = free_port()
     status, out = run_child(
         CHILD, str(port), "0", "right", url=f"http://127.0.0.1:{port}", api_key="wrong"
@@ -769,7 +767,7 @@ def test_another_process_on_the_port_is_not_our_server(monkeypatch: pytest.Monke
         ("torch.OutOfMemoryError: none left\n", "torch.OutOfMemoryError: none left"),
     ],
 )
-def test_the_line_that_says_why(log: str, expected: str | None) -> None:
+def test_error_line(log: str, expected: str | None) -> None:
     assert error_line(log.splitlines()) == expected
 
 
@@ -822,7 +820,7 @@ serve:
 """
 
 
-def test_one_file_says_it_all(
+def test_serve_from_one_file(
     world: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "m").symlink_to(world.m)
@@ -860,11 +858,11 @@ def given(file: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str])
         ("serve: {model: m, family: f, colour: red}\n", "serve.colour"),
         ("serve: {model: m, family: f, apply: weights}\n", "serve.apply"),
         ("serve: {model: m, family: f, slots: 0}\n", "serve.slots"),
-        ("serve: {model: [\n", "is no YAML"),
-        ("registry: postgresql://u:hush@h/db: x\n", "line 1 is no YAML: mapping values"),
+        ("serve: {model: [\n", "is not YAML"),
+        ("registry: postgresql://u:hush@h/db: x\n", "line 1 is not YAML: mapping values"),
     ],
 )
-def test_a_file_that_does_not_say_it(
+def test_invalid_serve_part(
     text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "safegene.yaml"
