@@ -326,11 +326,11 @@ def test_extract_from_a_lora(run: Run, root: Path, tmp_path: Path, option: str, 
         *("--sites", "q_proj,mlp.up_proj", "--dtype", "float32"),
     )
     assert outcome.code == 0, outcome.err
-    family, lora = load_family(tmp_path / "f"), load_adapter(root / "plain")
+    family, adapter = load_family(tmp_path / "f"), load_adapter(root / "plain")
     assert len(family.lora_weights) == 4
     for site, lora in family.lora_weights.items():
-        assert torch.equal(lora.a, lora.lora_weights[site].a)
-        assert torch.equal(lora.b, lora.lora_weights[site].b * sign)
+        assert torch.equal(lora.a, adapter.lora_weights[site].a)
+        assert torch.equal(lora.b, adapter.lora_weights[site].b * sign)
 
 
 @pytest.mark.parametrize(
@@ -436,9 +436,7 @@ def test_export_an_adapter(run: Run, root: Path, tmp_path: Path) -> None:
     assert outcome.code == 1 and outcome.err.startswith("AdapterRejectedError: ")
 
 
-def test_export_a_checkpoint_by_each_form_of_the_options(
-    run: Run, root: Path, tmp_path: Path
-) -> None:
+def test_export_a_checkpoint_by_each_form_of_options(run: Run, root: Path, tmp_path: Path) -> None:
     common = ("--family", root / "family", "--checkpoint", root / "model")
     one, two = tmp_path / "one", tmp_path / "two"
     outcome = run("export", *common, "--adapter", root / "acme", "--out", one)
@@ -521,7 +519,11 @@ def test_a_wrong_command_or_option_proposes_the_nearest(
 def test_shell_completion_completes_commands_and_shared_options() -> None:
     def complete(words: str, last: int) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", "from safegene_vllm.cli import main; main()"],
+            [
+                sys.executable,
+                "-c",
+                "import sys; sys.argv[0] = 'safegene'\nfrom safegene_vllm.cli import main; main()",
+            ],
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),

@@ -743,9 +743,9 @@ def test_another_process_on_the_port_is_not_our_server(monkeypatch: pytest.Monke
     ("log", "expected"),
     [
         (
-            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953]     raise VllmCompatibilityError(\n"
-            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953] safegene_vllm.errors.VllmCompatibilityError: "
-            "SafeGene cannot protect it.\n"
+            "(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953]     raise "
+            "VllmCompatibilityError(\n(VllmWorker-0 pid=1) ERROR 11-21 22:31:16 [m.py:953] "
+            "safegene_vllm.errors.VllmCompatibilityError: SafeGene cannot protect it.\n"
             "(APIServer pid=2) RuntimeError: Engine core initialization failed. See above.\n",
             "VllmCompatibilityError: SafeGene cannot protect it.",
         ),
