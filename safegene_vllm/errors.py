@@ -39,7 +39,7 @@ class SafegeneError(Exception):
 
 
 class FormatError(SafegeneError):
-    """A file violates docs/reference/format.md; raised by the loaders of `safegene_vllm.formats`."""
+    """A file violates docs/reference/format.md; raised by the loaders of formats/."""
 
 
 class MissingFileError(FormatError):

@@ -52,5 +52,5 @@ def test_several_errors_become_one_of_the_first_class_with_all_messages() -> Non
 
 
 def test_of_thousands_of_errors_the_first_are_named() -> None:
-    with pytest.raises(HeaderError, match=r"(?s)^9000 faults:.*: 0\n.*: 19\n- and 8980 more$"):
+    with pytest.raises(HeaderError, match=r"(?s)^9000 errors:.*: 0\n.*: 19\n- and 8980 more$"):
         raise_errors([HeaderError(str(number)) for number in range(9000)])
