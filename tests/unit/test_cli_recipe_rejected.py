@@ -148,14 +148,17 @@ def test_another_family_is_refused_before_a_model_is_loaded(
     ("command", "more", "package"),
     [("degrade", (), "peft"), ("select", ("--plot", "scores.svg"), "matplotlib")],
 )
-def test_a_missing_package_is_told_at_the_start(
+def test_a_missing_package_is_reported_at_the_start(
     run: Run, world: World, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     command: str, more: tuple[object, ...], package: str,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, package, None)
     outcome = run(*getattr(world, command)(tmp_path / "x", *more))
     assert outcome.code == 1 and loads == [] and list(tmp_path.iterdir()) == []
-    assert outcome.err.startswith(f"ConfigError: {package} is not installed")
+    assert (
+        outcome.err.startswith(f"ConfigError: {package}, which ")
+        and "is not installed" in outcome.err
+    )
     assert "pip install 'safegene-vllm[recipe]'" in outcome.err
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from safegene_server.error_responses import status_of
 
+from safegene_server.error_responses import status_of
 from safegene_vllm import errors
 from safegene_vllm.errors import HeaderError, SafegeneError, SiteError, raise_errors
 
