@@ -80,7 +80,7 @@ def test_another_family_or_profile_is_rejected() -> None:
 def test_all_errors_are_reported_together() -> None:
     found, header, _ = with_family()
     other = tiny_family(recipe={"method": "other"}).header
-    with pytest.raises(FamilyMismatchError, match="3 faults") as caught:
+    with pytest.raises(FamilyMismatchError, match="3 errors") as caught:
         profiles = {"acme": make_profile(header, 1.0), "globex": make_profile(header, 1.0)}
         report_page(found, family=other, profiles=profiles)
     assert "globex" in str(caught.value) and "evaluated with profile" in str(caught.value)
