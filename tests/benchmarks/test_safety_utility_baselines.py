@@ -77,7 +77,7 @@ def test_safe_lora_needs_a_difference_at_every_site_of_the_tenant() -> None:
     aligned[second] = LoRAWeights(torch.zeros(1, 16), torch.zeros(24, 1))
     aligned[third] = LoRAWeights(torch.ones(1, 16), torch.ones(8, 1))
     with pytest.raises(
-        SiteError, match=rf"(?s)3 faults.*{first}.*{second}.*0/0.*{third}"
+        SiteError, match=rf"(?s)3 errors.*{first}.*{second}.*0/0.*{third}"
     ) as caught:
         baselines.safe_lora(task, aligned)
     assert "(8, 16)" in str(caught.value)

@@ -213,7 +213,7 @@ def test_a_tenant_of_other_shapes_is_of_another_family_and_every_site_is_named()
     family = tiny_family()
     wrong = LoRAWeights(torch.ones(1, 8), torch.ones(3, 1))
     tenant = Adapter({SITES[0]: wrong, SITES[2]: wrong}, None, {})
-    with pytest.raises(FamilyMismatchError, match=rf"(?s)2 faults.*'tiny'.*{SITES[0]}.*{SITES[2]}"):
+    with pytest.raises(FamilyMismatchError, match=rf"(?s)2 errors.*'tiny'.*{SITES[0]}.*{SITES[2]}"):
         compose_adapter(tenant, family, make_profile(family.header, 1.0))
 
 

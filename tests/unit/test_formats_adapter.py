@@ -121,7 +121,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "rank pattern list": (config(rank_pattern=[1]), HeaderError, "rank_pattern"),
     "alpha pattern text": (config(alpha_pattern={"a": "b"}), HeaderError, "alpha_pattern"),
     "pattern no regex": (config(alpha_pattern={"(": 1}), HeaderError, r"'\('.*not closed"),
-    "two faults": (config(r=0, use_dora=True), HeaderError, "(?s)2 faults.*use_dora.*r is 0"),
+    "two faults": (config(r=0, use_dora=True), HeaderError, "(?s)2 errors.*use_dora.*r is 0"),
 }
 
 

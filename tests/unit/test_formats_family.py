@@ -99,7 +99,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "two faults": (
         edit(lambda d: (d.pop("recipe"), d.update(colour=1))),
         HeaderError,
-        "(?s)2 faults.*'colour'.*'recipe'",
+        "(?s)2 errors.*'colour'.*'recipe'",
     ),
     "empty name": (edit(lambda d: d.update(name="")), HeaderError, "name is empty"),
     "digest no digest": (edit(lambda d: d.update(digest="md5:1")), HeaderError, "md5:1"),

@@ -122,10 +122,10 @@ def test_a_profile_cut_anywhere_is_refused(saved: Path) -> None:
         ([1.0, 0.5, 1.0], r"layer 1 has coefficient 0\.5 but no vector"),
         ([math.nan, 0.0, 0.0], "layer 0 has coefficient nan"),
         ([0.0, math.inf, 0.0], "layer 1 has coefficient inf"),
-        ([9.0, 9.0], r"(?s)3 faults.*2 coefficients.*layer 0.*layer 1"),
+        ([9.0, 9.0], r"(?s)3 errors.*2 coefficients.*layer 0.*layer 1"),
         ({3: 1.0}, r"layers \[3\] are outside"),
         ({1: 1.0}, "layer 1 has coefficient"),
-        (4.0, r"(?s)2 faults.*layer 0.*layer 2"),
+        (4.0, r"(?s)2 errors.*layer 0.*layer 2"),
     ],
 )
 def test_coefficients_that_do_not_fit_are_refused(coefficients: Any, says: str) -> None:

@@ -146,7 +146,7 @@ def test_tensors_and_their_errors_are_counted(tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match="more values than 30 tensors have"):
         read_safetensors_header(path, rules=few)
     path.write_bytes(safetensors_bytes(dict.fromkeys(good, 1)))
-    with pytest.raises(HeaderError, match=r"(?s)30 faults.*- and 10 more$") as caught:
+    with pytest.raises(HeaderError, match=r"(?s)30 errors.*- and 10 more$") as caught:
         read_safetensors_header(path, rules=few)
     assert str(caught.value).count("expected exactly") == 20
 
@@ -185,7 +185,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_faults_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(safetensors_bytes({"one": 1, "two": 2}))
-    with pytest.raises(HeaderError, match=r"(?s)2 faults.*'one'.*'two'"):
+    with pytest.raises(HeaderError, match=r"(?s)2 errors.*'one'.*'two'"):
         read_safetensors_header(path)
 
 
@@ -198,7 +198,7 @@ def test_other_dtypes_are_read_where_they_are_allowed(tmp_path: Path) -> None:
     }
     safetensors.torch.save_file(tensors, path)
     assert set(read_safetensors_header(path, rules=CHECKPOINT)) == set(tensors)
-    with pytest.raises(HeaderError, match=r"(?s)3 faults.*F8_E4M3.*I8|I8.*F8_E4M3"):
+    with pytest.raises(HeaderError, match=r"(?s)3 errors.*F8_E4M3.*I8|I8.*F8_E4M3"):
         read_safetensors_header(path)
 
 
