@@ -168,7 +168,9 @@ def draw_examples(
         "task": read_all(task or [], "task data", labels=True),
         "benign": read_all(benign or [], "benign data"),
     }
-    found = {kind: sample_rows(data, shots, seed) for kind, data in read.items() if data is not None}
+    found = {
+        kind: sample_rows(data, shots, seed) for kind, data in read.items() if data is not None
+    }
     if "safety" not in found or "task" not in found:
         raise ConfigError(
             f"give {prefix}safety and {prefix}task: calibration needs examples of both"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from safegene_vllm.chat import (
-    completion_text,
     check_template,
+    completion_text,
     load_tokenizer,
     prompt_tokens,
     stop_tokens,
