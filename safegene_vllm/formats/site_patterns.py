@@ -22,7 +22,7 @@ MAX_REPEATS = 3
 MAX_STEPS = 4_000_000
 """Of one automaton, for all names it is given: seconds. A thousand full names take 300,000."""
 _NODE_STEPS = 20
-"""What a set of states costs beside its states, in memory too."""
+"""What a set of states costs in addition to its states, in memory too."""
 
 _Test = Callable[[str], bool]
 _States = tuple[int, ...]

@@ -173,7 +173,7 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
 
 
 def stop_in_the_middle(here: TenantContext, begun: asyncio.Event) -> None:
-    """Run jobs until one has begun, then stop as a server does that is told to."""
+    """Run jobs until one has begun, then stop as a server does on SIGTERM."""
 
     async def serve() -> None:
         running = asyncio.create_task(here.jobs.run(here))

@@ -1,7 +1,7 @@
 """Long steps that survive a restart: queued, claimed by one owner at a time, watched, ended.
 
 An owner holds a job by a lease that its progress renews; when it dies, the lease runs out and
-another owner claims the job, once. What a job does is somebody else's business.
+another owner claims the job, once. What a job does is its handler's business.
 """
 
 from __future__ import annotations
