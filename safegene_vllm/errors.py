@@ -29,6 +29,7 @@ SafegeneError               [400]
     ├── FrozenError         [409] the tenant or its family is frozen; its content may not change
     ├── SchemaError         [503] the database schema is not the one of this release
     └── RegistryDownError   [503] the database does not respond, or is busy for too long
+        └── RestoredError   [503] the registry lost changes that this server has seen
 """
 
 from collections.abc import Sequence
@@ -164,6 +165,13 @@ class SchemaError(RegistryError):
 
 class RegistryDownError(RegistryError):
     """The database does not respond, or is busy for too long."""
+
+
+class RestoredError(RegistryDownError):
+    """The registry lost changes that this server has seen: restored, or failed over to a standby.
+
+    Raised until the server follows the registry as it is now.
+    """
 
 
 MAX_SHOWN = 20

@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import event, func, select
 
 from postgres import Postgres
-from safegene_server.registry import Registry, tables, watch
+from safegene_server.registry import History, Identity, Registry, tables, watch
 from safegene_vllm.formats.adapter import LoRAShape
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 from safegene_vllm.formats.profile import make_profile
@@ -164,6 +164,8 @@ class Replica:
 
     def __init__(self, url: str, header: FamilyHeader) -> None:
         self.registry = Registry(url, migrate=False)
+        self.history = History(self.registry)
+        self.contents: dict[int, Identity] = {}
         self.header = header
         self.id = ""
         self.version = 0
@@ -173,17 +175,25 @@ class Replica:
 
     def snapshot(self) -> list[int]:
         """Ids of what is published."""
-        found = self.registry.snapshot()
+        found, _ = self.history.snapshot()
         self.version = found.version
+        self.contents = {revision.id: revision.identity for revision in found.revisions}
         return [revision.id for revision in found.revisions]
 
     def beat(self, fresh: list[int] | None = None) -> None:
         """A sign of life, with the receipts of what is new."""
         told = {number: ({"ranks": [_receipt(number)]}, True) for number in fresh or ()}
-        self.registry.heartbeat(self.id, applied_version=self.version, receipts=told, actor=ACTOR)
+        self.registry.heartbeat(
+            self.id,
+            applied_version=self.version,
+            receipts=told,
+            contents=[self.contents[number] for number in told if number in self.contents],
+            seen=self.history.position,
+            actor=ACTOR,
+        )
 
     def poll(self) -> None:
-        self.registry.version()
+        self.history.look()
 
     def claim(self) -> None:
         self.registry.claim(self.id, actor=self.id, kinds=["onboard"], family=self.header.digest)
@@ -341,7 +351,7 @@ def _connections(url: str, header: FamilyHeader, server: Postgres) -> int:
                 do()
 
         def listen() -> None:
-            for _ in watch(replica.registry, stop):
+            for _ in watch(replica.history, stop):
                 pass
 
         loops = [lambda: again(replica.beat), lambda: again(replica.snapshot), listen]

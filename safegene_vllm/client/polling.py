@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from safegene_vllm.errors import ApiError
 
@@ -12,7 +12,7 @@ POLL_S = 0.5
 PATIENCE_S = 60.0
 """Seconds for which a polled server may be down, as during a restart."""
 _DOWN = {None, 502, 503, 504}
-T = TypeVar("T")
+T = TypeVar("T", bound=Mapping[str, Any])
 
 
 def poll_until_done(
@@ -27,9 +27,11 @@ def poll_until_done(
 ) -> T:
     """Poll until `ended` and return the last result; `seen` is called with every result.
 
-    Errors: TimeoutError that begins with `unfinished`; ApiError without response for `patience_s`.
+    Errors: TimeoutError that begins with `unfinished`; ApiError without response for `patience_s`,
+    or if the number stands for another object since the server's registry was restored.
     """
     began = responded = time.monotonic()
+    created_at = None
     while True:
         try:
             found = poll()
@@ -38,6 +40,13 @@ def poll_until_done(
                 raise
         else:
             responded = time.monotonic()
+            created_at = created_at or found["created_at"]
+            if found["created_at"] != created_at:
+                raise ApiError(
+                    f"{unfinished}, and its number now stands for another one (created {created_at} "
+                    f"and {found['created_at']}): the server's registry was restored",
+                    advice="list them again",
+                )
             seen(found)
             if ended(found):
                 return found

@@ -81,7 +81,8 @@ def read_expected(vllm_config: Any) -> Expected | None:
 
 
 class Verifier:
-    """One engine's promises; `promised` grows as tenants pass, keyed by (name, id, path)."""
+    """One engine's promises; `promised` grows as tenants pass, keyed by (name, id, path). A path in
+    a registry's store is named by the digests of its content, so other content is another key."""
 
     def __init__(self, engine: Any, models: Any, expected: Expected) -> None:
         self.engine = engine

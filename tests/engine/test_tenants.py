@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 from registry_server import ADMIN, Running, World, make_world
-from registry_setup import has_postgres, postgres
+from registry_setup import back_up, has_postgres, postgres
 
 from safegene_server.registry import Registry
 from safegene_vllm import tiny_model
@@ -220,6 +220,40 @@ def reported(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_registry_that_was_restored_is_followed_as_it_is(server: Server, world: World) -> None:
+    """A revision and a key of the transactions that were lost, and other content under the id and
+    the name of the one: not what the engine has, nor what it has cached."""
+    restore = back_up(world.registry)
+    lost = world.add("acme/support", "support", [1.7, 0.2])
+    gone = world.registry.add_key("y", scopes=["serve"], tenants=["acme/support"], actor="test")
+    server.follows(world.registry)
+    before = server.ask(gone.secret, "acme/support")
+    assert before[0] == lost.served_name and server.ask(ACME, "acme/support") == before
+    restore()
+    now = world.add("acme/support", "support", [0.3, 1.9])
+    assert (now.id, now.served_name) == (lost.id, lost.served_name)
+    deadline, hits, answers = time.monotonic() + 30, 0, []
+    # It may be seen restored, and serve what was published before, until there is the new one.
+    while not answers or answers[-1] == before or answers[-1][0] != now.served_name:
+        assert time.monotonic() < deadline
+        hits = server.cached()
+        try:
+            answers.append(server.ask(ACME, "acme/support"))
+        except openai.NotFoundError:
+            time.sleep(0.01)
+    assert server.cached() == hits, "blocks of the former content under the same name"
+    server.follows(world.registry)
+    refused(lambda: server.ask(gone.secret, "acme/support"), 401)
+    world.add("acme/cold", "support", [0.3, 1.9])
+    server.follows(world.registry)
+    assert answers[-1] == (now.served_name, server.ask(ACME, "acme/cold")[1])
+    assert server.ask(ACME, "acme/support") == answers[-1] != before
+    assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
+    assert server.http(ADMIN).get("/v1/safegene/receipts").json()["faults"] == []
+    losses = "safegene_registry_losses_total 1.0"
+    assert losses in server.http(ADMIN).get("/metrics").text.splitlines()
 
 
 def test_a_tenants_life_over_http(server: Server, world: World) -> None:

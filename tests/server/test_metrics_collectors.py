@@ -79,6 +79,23 @@ def test_the_lag_is_that_of_the_oldest_version_not_served() -> None:
     assert lag.seconds() == 0.0
 
 
+def test_the_lag_begins_again_with_a_registry_that_was_restored() -> None:
+    now_s = [0.0]
+    lag = Lag(clock=lambda: now_s[0])
+    lag.hear(24)
+    now_s[0] = 5.0
+    lag.hear(12, 1)
+    # A thread may still tell of what it read before.
+    lag.hear(25)
+    lag.apply(24)
+    now_s[0] = 7.0
+    assert (lag.known, lag.seconds(), lag.heard_s(12)) == (12, 2.0, 5.0)
+    lag.apply(12, 1)
+    assert (lag.known, lag.seconds()) == (12, 0.0)
+    lag.hear(13, 1)
+    assert (lag.known, lag.heard_s(13)) == (13, 7.0)
+
+
 def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
     """A thread listens to the registry while the server follows it by itself."""
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from artifact_files import FAMILY
 from probes_setup import PROMPTS, ProbeWorld, probes, sample, series_of
+from registry_setup import back_up
 from tenant_setup import REFUSAL
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.monitoring.probes import prober as room
 from safegene_vllm.errors import AdapterRejectedError, ConflictError, ReceiptError
+from safegene_vllm.formats.profile import make_profile
 
 __all__ = ["probes"]
 
@@ -377,3 +381,39 @@ def test_what_is_not_served_is_not_probed(probes: ProbeWorld) -> None:
     with pytest.raises(ConflictError, match="'nobody' is not served by this server"):
         asyncio.run(probes.probing().probe("nobody"))
     assert series_of("nobody") == set()
+
+
+def test_a_name_that_came_to_stand_for_other_content_is_probed_anew(probes: ProbeWorld) -> None:
+    """What was found of the former content of a registry that was restored says nothing of it."""
+    restore = back_up(probes.registry)
+    probes.publish(NAME)
+    prober = probes.probing()
+    asyncio.run(prober.probe(NAME))
+    (before,) = prober.standings()
+    assert before.result is not None and series_of(NAME) == ALL
+    restore()
+    assert probes.publish(NAME, first=0.5) == before.served
+    (after,) = prober.standings()
+    assert (after.served, after.result) == (before.served, None)
+    assert after.content != before.content and series_of(NAME) == set()
+    assert probes.next() == before.served
+
+
+def test_a_probe_does_not_go_on_with_other_content_under_the_name(
+    probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes.publish(NAME)
+    ((_, now),) = probes.replica.offered()
+    other = replace(now, profile=make_profile(FAMILY, 0.5))
+    assert other.served_name == now.served_name and other.id == now.id
+    prober, offered = probes.probing(), probes.replica.offered
+
+    def answer(prompt: str) -> str:
+        monkeypatch.setattr(probes.replica, "offered", lambda: [(NAME, other)])
+        return probes.answer(prompt)
+
+    probes.replica.answer = answer
+    with pytest.raises(ConflictError, match="was replaced or retired while it was probed"):
+        asyncio.run(prober.probe(NAME))
+    assert len(probes.replica.asked) < len(PROMPTS) and offered() == [(NAME, now)]
+    assert series_of(NAME) == set()

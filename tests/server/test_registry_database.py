@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import stat
 import threading
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -196,3 +198,60 @@ def test_a_copied_file_is_the_same_registry(tmp_path: Path) -> None:
     copied = Registry(tmp_path / "two.db")
     assert copied.snapshot() == before
     copied.close()
+
+
+def replace_file(path: Path, other: Path) -> None:
+    """Another database under the path, as `mv` puts it there; what belonged to the old one goes."""
+    for leftover in (f"{path}-wal", f"{path}-shm"):
+        Path(leftover).unlink(missing_ok=True)
+    os.replace(other, path)
+
+
+def test_a_file_that_was_replaced_is_the_one_that_is_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    opened = Registry(path)
+    opened.add_family(HEADER, None, actor="test")
+    with (
+        closing(sqlite3.connect(path)) as source,
+        closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
+    ):
+        source.backup(copy)
+    opened.add_tenant("lost", FAMILY, actor="test")
+    seen, _ = opened.position()
+    replace_file(path, tmp_path / "copy.db")
+    assert opened.position(seen)[1] and opened.tenants() == ()
+    opened.add_tenant("new", FAMILY, actor="test")
+    other = Registry(path)
+    assert [tenant.name for tenant in other.tenants()] == ["new"]
+    other.close()
+    opened.close()
+
+
+def test_a_file_that_was_taken_away_is_down_and_not_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    opened = Registry(path)
+    opened.add_family(HEADER, None, actor="test")
+    os.rename(path, tmp_path / "elsewhere.db")
+    for call in (opened.version, lambda: opened.add_tenant("acme", FAMILY, actor="test")):
+        with pytest.raises(RegistryDownError, match="unable to open"):
+            call()
+    assert not path.exists()
+    os.rename(tmp_path / "elsewhere.db", path)
+    assert opened.version() == 1 and opened.tenants() == ()
+    opened.close()
+
+
+def test_a_write_into_a_file_that_is_replaced_meanwhile_is_no_success(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    opened = Registry(path)
+    opened.add_family(HEADER, None, actor="test")
+    Registry(tmp_path / "other.db").close()
+    with (
+        pytest.raises(RegistryDownError, match="was replaced or deleted while it was written"),
+        opened.write("me") as write,
+    ):
+        write.bump()
+        write.audit("family.freeze", FAMILY)
+        replace_file(path, tmp_path / "other.db")
+    assert opened.version() == 0
+    opened.close()

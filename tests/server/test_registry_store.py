@@ -26,7 +26,7 @@ def test_a_snapshot_holds_what_replicas_follow_and_no_more(registry: Registry) -
     registry.add_key("revoked", scopes=["serve"], tenants=["*"], actor="me")
     registry.revoke_key("revoked", actor="me")
     snapshot = registry.snapshot()
-    parts = {"version", "tenants", "revisions", "previous", "keys"}
+    parts = {"version", "tenants", "revisions", "previous", "keys", "position", "lost"}
     assert {field.name for field in fields(snapshot)} == parts, "each is read at every change"
     assert snapshot.version == registry.version()
     assert [tenant.name for tenant in snapshot.tenants] == ["acme/support", "globex"]

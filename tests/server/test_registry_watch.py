@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from registry_setup import FAMILY, HEADER, Postgres, postgres, registry, start_python, url
 
-from safegene_server.registry import Registry, watch
+from safegene_server.registry import History, Registry, watch
 
 __all__ = ["registry", "url"]
 
@@ -32,8 +32,8 @@ class Watcher:
         self.thread.start()
 
     def _run(self) -> None:
-        for version in watch(self.registry, self.stop, poll_s=self.poll_s):
-            self.told.put((version, time.monotonic()))
+        for seen in watch(History(self.registry), self.stop, poll_s=self.poll_s):
+            self.told.put((seen.version, time.monotonic()))
 
     def until(self, version: int, timeout_s: float = 20.0) -> float:
         """When `version` or a newer one was told."""

@@ -152,10 +152,10 @@ def test_a_revision_s_time_is_its_own(world: World) -> None:
     world.publish("acme", 0.5)
     snapshot = world.registry.snapshot
 
-    def lasting() -> Any:
+    def lasting(seen: Any) -> Any:
         nonlocal now_s
         now_s += 0.5
-        return snapshot()
+        return snapshot(seen)
 
     async def change() -> None:
         nonlocal now_s

@@ -22,7 +22,7 @@ from safegene_server.access.limits import Counters
 from safegene_server.access.models import resolve
 from safegene_server.artifacts import Store
 from safegene_server.error_responses import EngineDownError
-from safegene_server.registry import Registry, Revision, Snapshot
+from safegene_server.registry import Position, Registry, Revision, Snapshot
 from safegene_server.replica import InternalClient, Reconciler
 from safegene_server.replica.view import principal_of_key
 from safegene_vllm import tiny_model
@@ -375,7 +375,7 @@ def test_a_registry_that_is_down_changes_nothing_that_is_served(
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        def down() -> None:
+        def down(_seen: object) -> None:
             raise RegistryDownError("the database does not answer")
 
         monkeypatch.setattr(world.registry, "snapshot", down)
@@ -396,11 +396,11 @@ def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
     world.publish("acme", 0.5)
     snapshot, failed = world.registry.snapshot, threading.Event()
 
-    def down_once() -> Snapshot:
+    def down_once(seen: Position | None) -> Snapshot:
         if not failed.is_set():
             failed.set()
             raise RegistryDownError("the database does not answer")
-        return snapshot()
+        return snapshot(seen)
 
     async def change() -> None:
         monkeypatch.setattr(world.registry, "snapshot", down_once)

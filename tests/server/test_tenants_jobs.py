@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from registry_setup import back_up
 from tenant_setup import World, world
 
 from safegene_server.error_responses import EngineDownError
@@ -143,6 +144,54 @@ def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
     job = run_one(world, handler, lease_s=0.2)
     assert (job.state, job.owner) == ("running", "thief")
     assert stopped == [True]
+
+
+@pytest.mark.parametrize("after", ["forgotten", "waiting", "another"])
+def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, after: str) -> None:
+    """It may be unknown then, wait again, or its id is another job's, which may run here as well;
+    what it was speaks for none of them."""
+    restore = back_up(world.registry)
+    number = enqueue(world, "first")
+    if after == "waiting":
+        restore = back_up(world.registry)
+    begun, ended, told = asyncio.Event(), [], []
+
+    async def first(_: TenantContext, work: Work) -> str:
+        begun.set()
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(work.cancelled.is_set())
+        return "never"
+
+    async def second(_: TenantContext, work: Work) -> str:
+        told.append(work.job.id)
+        while not ended:
+            await asyncio.sleep(0.01)
+        return "of the job that is there now"
+
+    here = tenancy(world, first, lease_s=1.0)
+    here.jobs.handlers = {"first": first, "second": second}
+
+    async def run() -> None:
+        running = asyncio.create_task(here.jobs.run_one(here))
+        await asyncio.wait_for(begun.wait(), 10)
+        restore()
+        if after == "another":
+            assert enqueue(world, "second") == number
+        here.jobs.handlers["first"] = second
+        if after != "forgotten":
+            assert await here.jobs.run_one(here)
+        assert await asyncio.wait_for(running, 10)
+
+    asyncio.run(run())
+    assert ended == [True]
+    if after == "forgotten":
+        assert world.registry.jobs() == ()
+    else:
+        (job,) = world.registry.jobs()
+        assert (job.state, job.message) == ("done", "of the job that is there now")
+        assert told == [number] and job.attempts == 1
 
 
 def test_several_run_at_once_until_the_server_stops(world: World) -> None:

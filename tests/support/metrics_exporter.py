@@ -66,7 +66,10 @@ LEVEL: dict[str, float | str] = {
     "safegene_probe_prompts": 8,
 }
 # Counters that stand still on a healthy server.
-STILL = {"safegene_unprotected_requests", "safegene_slot_evictions", "safegene_rejected_requests"}
+STILL = {
+    *("safegene_unprotected_requests", "safegene_slot_evictions", "safegene_rejected_requests"),
+    "safegene_registry_losses",
+}
 SLOW = {"server_error", "failed"}
 
 

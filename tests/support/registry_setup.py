@@ -12,10 +12,12 @@ import itertools
 import os
 import pwd
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,12 @@ class Postgres:
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
+    def hang_up(self, name: str) -> None:
+        """Every connection to a database ends."""
+        self.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        )
+
     def drop(self, name: str) -> None:
         self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -204,6 +212,33 @@ def registry(url: str) -> Iterator[Registry]:
     opened.add_tenant("acme/support", FAMILY, actor="test", source="/adapters/acme")
     yield opened
     opened.close()
+
+
+def back_up(registry: Registry) -> Callable[[], None]:
+    """Copy a registry as it is now, as `sqlite3 .backup` or a database template does; what is
+    returned restores it, below whoever has it open."""
+    if registry.is_postgresql:
+        server, name, copy = postgres(), str(registry.url.database), f"b{next(_numbers)}"
+        server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        server.hang_up(name)
+        server.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
+        server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+        def restore() -> None:
+            server.drop(name)
+            server.execute(f"CREATE DATABASE {name} TEMPLATE {copy}")
+
+        return restore
+    path = str(registry.url.database)
+    copy = f"{path}.backup{next(_numbers)}"
+    copy_sqlite(path, copy)
+    return lambda: copy_sqlite(copy, path)
+
+
+def copy_sqlite(source: str | Path, target: str | Path) -> None:
+    """Below whoever has them open."""
+    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as write:
+        read.backup(write)
 
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:

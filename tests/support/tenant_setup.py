@@ -145,9 +145,10 @@ class FakeReplica:
     def faults(self) -> tuple[str, ...]:
         return ()
 
-    def serving(self) -> dict[str, str]:
-        tenants = self.catalog.view.tenants.values()
-        return {t.name: t.served for t in tenants if t.served in self.held}
+    def offered(self) -> list[tuple[str, Revision]]:
+        served = {t.served for t in self.catalog.view.tenants.values()} & self.held
+        snapshot = self.registry.snapshot()
+        return [(r.tenant, r) for r in snapshot.revisions if r.served_name in served]
 
     @contextmanager
     def keeping(self, served: str) -> Iterator[None]:

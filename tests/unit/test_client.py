@@ -404,6 +404,26 @@ def test_a_rollout_is_watched_to_its_end(client: Client, world: World) -> None:
     assert client.wait_rollout(12, poll_s=0.01)["applied"] == 2 and len(world.asked) == 3
 
 
+@pytest.mark.parametrize("what", ["job", "rollout"])
+def test_a_number_that_came_to_stand_for_another_is_not_waited_for(
+    client: Client, world: World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As it may in a registry that was restored."""
+    world.job_states, world.applied = ["running", "done"], [0, 2]
+    look, looks = getattr(world, what), []
+
+    def later() -> Any:
+        looks.append(look())
+        return looks[-1] | {"created_at": f"2031-05-0{len(looks)}T08:00:00+00:00"}
+
+    monkeypatch.setattr(world, what, later)
+    with pytest.raises(
+        ApiError, match=f"{what} .* now stands for another one .*: the server's registry was"
+    ):
+        getattr(client, f"wait_{what}")(7 if what == "job" else 12, poll_s=0.01)
+    assert len(looks) == 2
+
+
 def test_waiting_has_an_end(client: Client, world: World) -> None:
     world.job_states, world.applied = ["running"], [1]
     with pytest.raises(TimeoutError, match="job 7"):

@@ -176,12 +176,13 @@ JOB_SECONDS = Histogram(
 
 
 class ReplicaGauges(NamedTuple):
-    """The gauges of a replica that have no label."""
+    """The gauges of a replica that have no label, and its counter."""
 
     registry_up: Gauge
     lag: Gauge
     ready: Gauge
     faults: Gauge
+    losses: Counter
 
 
 @cache
@@ -196,4 +197,8 @@ def replica_gauges() -> ReplicaGauges:
         ),
         _gauge("safegene_replica_ready", "1 if all that is published is served here."),
         _gauge("safegene_replica_faults", "Why it is not ready: how many reasons."),
+        Counter(
+            "safegene_registry_losses_total",
+            "Times that the registry was found without changes that had been seen of it.",
+        ),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, select, update
 from sqlalchemy.engine import make_url
@@ -23,6 +25,7 @@ from sqlalchemy.exc import (
     ArgumentError,
     DataError,
     InterfaceError,
+    InvalidatePoolError,
     OperationalError,
     StatementError,
 )
@@ -41,6 +44,8 @@ PAUSE_S = 30.0
 """How long a writer may hold others up without a word before PostgreSQL hangs up on it."""
 
 _UNWRITABLE = (UnicodeEncodeError, OverflowError)
+_NO_TABLE = "42P01"
+"""PostgreSQL's code for a table that is not there, as while a registry is being restored."""
 _INSTALL = "install the server's dependencies: pip install 'safegene-vllm[server]'"
 
 
@@ -122,6 +127,7 @@ class Database:
                 yield write
                 if not write.accounted:
                     raise RuntimeError("a write ended without an audit row; it is undone")
+                self._check_place(connection)
 
     def _enter(self, connection: Connection, exclusive: bool) -> datetime:
         """The clock that all replicas share, once it is this writer's turn."""
@@ -137,6 +143,15 @@ class Database:
             connection.execute(select(tables.version.c.value).with_for_update())
         return clock(connection)
 
+    def _check_place(self, connection: Connection) -> None:
+        """Errors: RegistryDownError for a SQLite file that was replaced since the write began."""
+        opened = connection.connection.dbapi_connection
+        if isinstance(opened, _SqliteConnection) and _is_elsewhere(self.url, opened):
+            raise RegistryDownError(
+                f"registry file {self.url.database} was replaced or deleted while it was written; "
+                "nothing was changed, try again"
+            )
+
     @contextmanager
     def answering(self) -> Iterator[None]:
         """A database that does not answer, in our words and without its password."""
@@ -150,7 +165,8 @@ class Database:
                 told = f"a value that no database can hold: {_cause(error)}"
                 raise RegistryError(told) from error
             down = isinstance(error, OperationalError | InterfaceError | PoolTimeoutError)
-            if not down and not getattr(error, "connection_invalidated", False):
+            down = down or getattr(error, "connection_invalidated", False)
+            if not down and getattr(error.__cause__, "sqlstate", None) != _NO_TABLE:
                 raise
             raise RegistryDownError(
                 f"the registry at {self.url.render_as_string(hide_password=True)} does not answer "
@@ -216,12 +232,60 @@ def _engine(url: URL) -> Engine:
                 pool_pre_ping=True,
                 connect_args={"connect_timeout": 5, "application_name": "safegene"},
             )
-        engine = create_engine(url, json_serializer=dumps, connect_args={"timeout": WAIT_S})
+        engine = create_engine(url, json_serializer=dumps, creator=partial(_open_sqlite, url))
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing; {_INSTALL}") from error
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "checkout", partial(_check_file, url))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """Connection with the identity of the file that it has open, whatever the path names by now."""
+
+    file: tuple[int, int] | None = None
+
+
+def _open_sqlite(url: URL) -> sqlite3.Connection:
+    path = os.path.abspath(str(url.database))
+    while True:
+        before = _file_at(path)
+        # Never made here: a file that was taken away is an error, and not an empty registry.
+        connection = sqlite3.connect(
+            f"file:{quote(path)}?mode=rw",
+            uri=True,
+            timeout=WAIT_S,
+            check_same_thread=False,
+            factory=_SqliteConnection,
+        )
+        connection.file = _file_at(path)
+        if connection.file == before:
+            return connection
+        connection.close()
+
+
+def _check_file(url: URL, connection: Any, _record: Any, _proxy: Any) -> None:
+    """Reject a connection to a file that was replaced or deleted: no other process sees what is
+    written there.
+
+    Errors: InvalidatePoolError, upon which the pool opens the file that is there now.
+    """
+    if _is_elsewhere(url, connection):
+        raise InvalidatePoolError(f"registry file {url.database} was replaced or deleted")
+
+
+def _is_elsewhere(url: URL, connection: _SqliteConnection) -> bool:
+    return _file_at(str(url.database)) != connection.file
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    """Device and inode; None where no file is."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

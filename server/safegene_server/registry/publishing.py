@@ -13,10 +13,11 @@ from sqlalchemy import Connection, Row, Select, delete, func, insert, select, up
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
-from safegene_server.registry.records import Revision, Rollout, RolloutKind, Tenant
+from safegene_server.registry.records import Identity, Revision, Rollout, RolloutKind, Tenant
 from safegene_server.registry.revisions import (
     check_expected,
     check_floor,
+    check_identity,
     find_revision,
     find_revision_by_id,
     step,
@@ -38,18 +39,20 @@ class Publishing(Database):
         actor: str,
         expected: int | None = None,
         gate: Mapping[str, Any] | None = None,
+        checked: Identity | None = None,
     ) -> Rollout:
         """Serve `tenant@number` under the alias `tenant`; what was served is superseded.
 
         `expected` is the number that the caller believes to be published (0: none). With `gate`,
-        what was found of a new revision, it becomes ready in the same transaction.
-        Errors: RegistryError, NotFoundError, FrozenError; ConflictError (not `expected`, or a
-        revision that is not ready); BoundsError (below the floor).
+        what was found of a new revision, it becomes ready in the same transaction. `checked` is the
+        content that is meant. Errors: RegistryError, NotFoundError, FrozenError; ConflictError (not
+        `expected`, not `checked`, or a revision that is not ready); BoundsError (below the floor).
         """
         with self.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             revision = find_revision(write.connection, owner, number)
+            check_identity(revision, checked)
             if gate is not None:
                 revision = step(write, revision, "ready", gate=gate)
             if revision.state not in ("ready", "superseded"):
@@ -68,10 +71,12 @@ class Publishing(Database):
         *,
         actor: str,
         expected: int | None = None,
+        checked: Identity | None = None,
     ) -> Rollout:
         """Serve again what was published before the current revision, or before that, `number`.
 
-        Errors: as for `publish`; ConflictError if there is nothing to go back to.
+        `checked` is the content that is meant. Errors: as for `publish`; ConflictError if there is
+        nothing to go back to.
         """
         if number is not None:
             validation.revision_number(number)
@@ -80,6 +85,7 @@ class Publishing(Database):
             check_expected(owner, expected)
             undone, target = _steps_back(write.connection, owner, number)
             revision = find_revision_by_id(write.connection, target)
+            check_identity(revision, checked)
             _check_floor(write.connection, owner, revision)
             write.connection.execute(update(_P).where(_P.c.id.in_(undone)).values(undone=True))
             return switch(write, "rollback", [(owner, revision)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from safegene_server.registry.validation import served_name
@@ -50,6 +51,21 @@ class Tenant:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """One revision: the registry's id and name for it, and the digests of its content.
+
+    A registry that was restored may give an id or a name to other content, so neither is enough to
+    recognize a revision.
+    """
+
+    id: int
+    name: str
+    family: str
+    adapter: str | None
+    profile: str
+
+
+@dataclass(frozen=True)
 class Revision:
     """One immutable content of a tenant; `id` is its lora_int_id. State and gate may change.
 
@@ -72,6 +88,17 @@ class Revision:
     @property
     def served_name(self) -> str:
         return served_name(self.tenant, self.number)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Key by which the revision is recognized wherever it may be loaded already."""
+        return Identity(
+            id=self.id,
+            name=self.served_name,
+            family=self.profile.family,
+            adapter=self.adapter_digest,
+            profile=self.profile.digest,
+        )
 
 
 @dataclass(frozen=True)
@@ -212,11 +239,22 @@ class AuditPage:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Position of a registry when it was read: its version, and its newest audit entry by id,
+    timestamp, actor, action and target (None: there was none).
+    """
+
+    version: int
+    entry: tuple[int, datetime, str, str, str] | None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What replicas follow, all of it as of one version; equal content is an equal snapshot.
 
     `tenants` are those not retired, `revisions` the published ones, `previous` what a rollback
-    would publish (worth keeping warm, not to be offered), `keys` those not revoked.
+    would publish (worth keeping warm, not to be offered), `keys` those not revoked. `lost`: the
+    registry no longer has what the reader had seen of it.
     """
 
     version: int
@@ -224,3 +262,5 @@ class Snapshot:
     revisions: tuple[Revision, ...]
     previous: tuple[Revision, ...]
     keys: tuple[Key, ...]
+    position: Position = field(compare=False)
+    lost: bool = field(compare=False)

@@ -15,10 +15,19 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
+from safegene_server.registry.positions import still_has
 from safegene_server.registry.publishing import find_rollout, rollout_of
-from safegene_server.registry.records import Lag, Replica, ReplicaReceipt, Rollout, RolloutStatus
-from safegene_server.registry.revisions import find_revisions
-from safegene_vllm.errors import NotFoundError, RegistryError
+from safegene_server.registry.records import (
+    Identity,
+    Lag,
+    Position,
+    Replica,
+    ReplicaReceipt,
+    Rollout,
+    RolloutStatus,
+)
+from safegene_server.registry.revisions import find_identities, find_revisions
+from safegene_vllm.errors import NotFoundError, RegistryError, RestoredError
 
 _T = tables.replicas
 ALIVE_S = 10.0
@@ -60,28 +69,34 @@ class Replicas(Database):
         faults: Iterable[str] = (),
         receipts: Mapping[int, tuple[Mapping[str, Any], bool]] | None = None,
         gone: Iterable[int] = (),
+        contents: Iterable[Identity] = (),
+        seen: Position | None = None,
         actor: str,
     ) -> Replica:
         """A sign of life, audited when it says something new, with the receipts it brings.
 
         `receipts` by revision id, each with whether it keeps its promise, replace older ones;
-        `gone` are revisions that the replica holds no more.
+        `gone` are revisions that the replica holds no more. A receipt of one of `contents` that the
+        registry knows as other content, or not at all, is left out. `seen` is how far the replica
+        follows.
 
-        Errors: NotFoundError for a replica that left or was forgotten: join again; RegistryError.
+        Errors: NotFoundError for a replica that left or was forgotten: join again; RestoredError for
+        one that has `seen` what the registry has lost; RegistryError.
         """
         told = [str(fault) for fault in faults]
         fresh = _receipts_to_put(receipts or {}, gone)
+        known = {content.id: content for content in contents}
         if type(applied_version) is not int or applied_version < 0:
             raise RegistryError(f"applied_version {applied_version!r}: expected a whole number")
         with self.write(actor, exclusive=False) as write:
-            before = _find(write.connection, replica)
+            before = _find(write.connection, replica, seen)
             write.connection.execute(
                 update(_T)
                 .where(_T.c.id == replica)
                 .values(seen_at=write.now, applied_version=applied_version, faults=told)
             )
             if fresh.kept or fresh.gone:
-                _put_receipts(write, replica, fresh)
+                _put_receipts(write, replica, fresh, known)
             if (before.applied_version, list(before.faults)) == (applied_version, told):
                 write.unaudited()
             else:
@@ -131,6 +146,7 @@ class Replicas(Database):
         """
         with self.read() as connection:
             found = find_rollout(connection, rollout)
+            version = connection.execute(select(tables.version.c.value)).scalar_one()
             alive = _alive(connection, clock(connection), alive_s)
             revisions = find_revisions(connection, found.revisions)
             # A later rollout speaks for those that are not published now.
@@ -139,7 +155,7 @@ class Replicas(Database):
         lagging = [
             Lag(replica, reason)
             for replica in alive
-            if (reason := _reason(replica, found, wanted, receipts))
+            if (reason := _reason(replica, found, version, wanted, receipts))
         ]
         applied = len(alive) - len(lagging)
         return RolloutStatus(found, revisions, applied, len(alive), tuple(lagging))
@@ -161,16 +177,22 @@ def _receipts_to_put(
     return _Fresh(kept, sorted(set(gone) - set(kept)))
 
 
-def _put_receipts(write: Write, replica: str, fresh: _Fresh) -> None:
+def _put_receipts(
+    write: Write, replica: str, fresh: _Fresh, contents: Mapping[int, Identity]
+) -> None:
     """Errors: NotFoundError."""
-    rows, kept = tables.receipts, fresh.kept
-    ids = tables.revisions.c.id
-    known = set(write.connection.execute(select(ids).where(ids.in_(kept))).scalars())
-    if known != set(kept):
-        raise NotFoundError(f"no revisions with ids {sorted(set(kept) - known)}")
+    rows = tables.receipts
+    known = find_identities(write.connection, list(fresh.kept))
+    kept = {
+        revision: told
+        for revision, told in fresh.kept.items()
+        if revision not in contents or known.get(revision) == contents[revision]
+    }
+    if unknown := sorted(kept.keys() - known.keys()):
+        raise NotFoundError(f"no revisions with ids {unknown}")
     write.connection.execute(
         delete(rows).where(
-            rows.c.replica_id == replica, rows.c.revision_id.in_([*kept, *fresh.gone])
+            rows.c.replica_id == replica, rows.c.revision_id.in_([*fresh.kept, *fresh.gone])
         )
     )
     for revision, (receipt, ok) in kept.items():
@@ -191,6 +213,7 @@ def _put_receipts(write: Write, replica: str, fresh: _Fresh) -> None:
 def _reason(
     replica: Replica,
     rollout: Rollout,
+    version: int,
     wanted: Mapping[int, str],
     receipts: Mapping[tuple[str, int], bool],
 ) -> str | None:
@@ -198,6 +221,11 @@ def _reason(
     reasons = []
     if replica.applied_version < rollout.version:
         reasons.append(f"is at version {replica.applied_version}, needs {rollout.version}")
+    elif replica.applied_version > version:
+        reasons.append(
+            f"is at version {replica.applied_version} of what the registry was before it was "
+            f"restored, which is at {version} now"
+        )
     for revision, name in wanted.items():
         ok = receipts.get((replica.id, revision))
         if ok is None:
@@ -222,10 +250,16 @@ def _alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Repli
     return tuple(_replica(row) for row in connection.execute(query))
 
 
-def _find(connection: Connection, replica: str) -> Replica:
-    row = connection.execute(select(_T).where(_T.c.id == replica)).one_or_none()
+def _find(connection: Connection, replica: str, seen: Position | None = None) -> Replica:
+    query = select(_T, still_has(seen).label("follows")).where(_T.c.id == replica)
+    row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(f"no replica {replica!r:.100} in the registry; join again")
+    if not row.follows:
+        raise RestoredError(
+            f"replica {replica} has seen changes that the registry has lost; nothing was changed: "
+            "follow it as it is now, then join again"
+        )
     return _replica(row)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, Select, func, insert, select, update
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.records import Policy, Revision, RevisionState, Tenant
+from safegene_server.registry.records import Identity, Policy, Revision, RevisionState, Tenant
 from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
 from safegene_vllm.errors import BoundsError, ConflictError, NotFoundError
 from safegene_vllm.formats.profile import Profile, check_profile, parse_profile, profile_json
@@ -73,13 +73,16 @@ class Revisions(Database):
         actor: str,
         reasons: Iterable[str] = (),
         gate: Mapping[str, Any] | None = None,
+        checked: Identity | None = None,
     ) -> Revision:
         """What a check found: `state` with its reasons; `gate=None` keeps what the gate had said.
 
-        Errors: NotFoundError; ConflictError for a step that no check may take.
+        `checked` is the content that it was found of. Errors: NotFoundError; ConflictError for a
+        step that no check may take, or if the revision is not `checked`.
         """
         with self.write(actor) as write:
             found = find_revision_by_id(write.connection, revision)
+            check_identity(found, checked)
             return step(write, found, state, reasons=reasons, gate=gate)
 
     def revision(self, tenant: str, number: int) -> Revision:
@@ -189,6 +192,17 @@ def check_expected(tenant: Tenant, expected: int | None) -> None:
         )
 
 
+def check_identity(found: Revision, checked: Identity | None) -> None:
+    """Errors: ConflictError if the registry was restored, and this is not what was `checked`."""
+    if checked is not None and found.identity != checked:
+        raise ConflictError(
+            f"{checked.name} (id {checked.id}, adapter {checked.adapter}, profile "
+            f"{checked.profile}) was checked, but in the registry {found.served_name} has adapter "
+            f"{found.adapter_digest} and profile {found.profile.digest}: the registry was restored "
+            "meanwhile; start again"
+        )
+
+
 def check_floor(profile: Profile, policy: Policy, what: str) -> None:
     """Errors: BoundsError naming every layer below the family's floor."""
     below = [
@@ -226,6 +240,29 @@ def find_revisions(connection: Connection, revisions: Sequence[int]) -> tuple[Re
     rows = connection.execute(revision_query().where(_T.c.id.in_(revisions)))
     found = {row.id: revision_of(row) for row in rows}
     return tuple(found[number] for number in revisions if number in found)
+
+
+def find_identities(connection: Connection, revisions: Sequence[int]) -> dict[int, Identity]:
+    """Identities by id, of those that are known, without reading their profiles."""
+    owner = tables.tenants
+    query = select(
+        _T.c.id,
+        owner.c.name,
+        _T.c.number,
+        owner.c.family_digest,
+        _T.c.adapter_digest,
+        _T.c.profile_digest,
+    ).join(owner, owner.c.id == _T.c.tenant_id)
+    return {
+        row.id: Identity(
+            id=row.id,
+            name=validation.served_name(row.name, row.number),
+            family=row.family_digest,
+            adapter=row.adapter_digest,
+            profile=row.profile_digest,
+        )
+        for row in connection.execute(query.where(_T.c.id.in_(revisions)))
+    }
 
 
 def revision_query() -> Select[tuple[Any, ...]]:

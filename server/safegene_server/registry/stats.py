@@ -47,7 +47,7 @@ class StatsQueries(Database):
             )
             seen = p.c.seen_at >= clock(connection) - timedelta(seconds=alive_s)
             applied = Counter(
-                at >= version
+                at == version
                 for at in connection.execute(select(p.c.applied_version).where(seen)).scalars()
             )
             since = connection.execute(select(t.c.name, a.c.since).join(t, t.c.id == a.c.tenant_id))

@@ -16,8 +16,9 @@ from safegene_server.registry.families import Families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
 from safegene_server.registry.policies import Policies
+from safegene_server.registry.positions import find_position
 from safegene_server.registry.publishing import Publishing, previous_ids
-from safegene_server.registry.records import Snapshot
+from safegene_server.registry.records import Position, Snapshot
 from safegene_server.registry.replicas import Replicas
 from safegene_server.registry.revisions import Revisions, revision_of, revision_query
 from safegene_server.registry.schema import open_schema
@@ -48,20 +49,27 @@ class Registry(
         with self.read() as connection:
             return int(connection.execute(select(tables.version.c.value)).scalar_one())
 
-    def snapshot(self) -> Snapshot:
-        """What replicas follow, in one consistent read."""
+    def position(self, seen: Position | None = None) -> tuple[Position, bool]:
+        """Read how far the registry is, and whether it has lost what was `seen`; cheap."""
+        with self.read() as connection:
+            return find_position(connection, seen)
+
+    def snapshot(self, seen: Position | None = None) -> Snapshot:
+        """What replicas follow, in one consistent read, for a reader that had `seen` so much."""
         revisions = tables.revisions
         with self.read() as connection:
-            version = connection.execute(select(tables.version.c.value)).scalar_one()
+            position, lost = find_position(connection, seen)
             tenants = living_tenants(connection)
             alive = tables.tenants.c.state != "retired"
             query = revision_query().where(alive).order_by(revisions.c.id)
             published = connection.execute(query.where(revisions.c.state == "published"))
             previous = connection.execute(query.where(revisions.c.id.in_(previous_ids())))
             return Snapshot(
-                version=int(version),
+                version=position.version,
                 tenants=tenants,
                 revisions=tuple(revision_of(row) for row in published),
                 previous=tuple(revision_of(row) for row in previous),
                 keys=usable_keys(connection),
+                position=position,
+                lost=lost,
             )

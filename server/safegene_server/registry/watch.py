@@ -1,6 +1,7 @@
-"""Tells of new versions of the registry, within a fraction of a second.
+"""Reports new versions of the registry, and a registry that was restored, within a fraction of a
+second.
 
-PostgreSQL notifies (LISTEN); SQLite is asked. Either way the version itself is read, so a lost
+PostgreSQL notifies (LISTEN); SQLite is asked. Either way the registry itself is read, so a lost
 notification or connection delays the news and never loses it. What follows from it is not here.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from safegene_server.registry.database import CHANNEL
+from safegene_server.registry.history import History, Seen
 from safegene_server.registry.store import Registry
 from safegene_vllm.errors import RegistryDownError
 
@@ -22,20 +24,21 @@ logger = logging.getLogger("vllm.safegene_server")
 POLL_S = 0.5
 
 
-def watch(registry: Registry, stop: threading.Event, *, poll_s: float = POLL_S) -> Iterator[int]:
-    """The version now, then every newer one that is seen, until `stop` is set.
+def watch(history: History, stop: threading.Event, *, poll_s: float = POLL_S) -> Iterator[Seen]:
+    """The version now, then each time that there is another one or that the registry has lost
+    changes, until `stop` is set.
 
-    Versions in between may be passed over. Blocks: give it a thread. A database that does not
-    answer is waited for, and logged once.
+    Versions in between may be passed over. After a loss the version may be smaller, or the same.
+    Blocks: give it a thread. A database that does not answer is waited for, and logged once.
     """
-    seen = -1
+    last: Seen | None = None
     down = False
-    listener = _Listener(registry)
+    listener = _Listener(history.registry)
     try:
         while not stop.is_set():
             listener.open()
             try:
-                found = registry.version()
+                found = history.look()
             except RegistryDownError as error:
                 if not down:
                     logger.warning("waiting for the registry: %s", error)
@@ -44,8 +47,8 @@ def watch(registry: Registry, stop: threading.Event, *, poll_s: float = POLL_S) 
                 if down:
                     logger.info("the registry answers again")
                 down = False
-                if found > seen:
-                    seen = found
+                if found != last:
+                    last = found
                     yield found
                     continue
             listener.wait(stop, poll_s)

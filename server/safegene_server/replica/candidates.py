@@ -10,11 +10,15 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safegene_server.engine_client import EngineClient
+from safegene_server.registry import Revision
+from safegene_server.replica.artifact_cache import ArtifactCache
+from safegene_vllm.formats.profile import make_profile
 
 FIRST_ID = 2**30
 """Ids of trials begin here. The registry counts its revisions from 1 and will not get this far; the
@@ -28,8 +32,13 @@ class Candidates:
     engine's prefix cache knows adapters by their names."""
 
     def __init__(
-        self, gate: EngineClient, models: Any, make_request: Callable[[str, int, Path], Any]
+        self,
+        gate: EngineClient,
+        models: Any,
+        make_request: Callable[[str, int, Path], Any],
+        supply: ArtifactCache,
     ) -> None:
+        self.supply = supply
         self.gate, self.models, self.make_request = gate, models, make_request
         self._ids = itertools.count()
         self._running: dict[str, tuple[int, Any, Callable[[], None]]] = {}
@@ -37,14 +46,21 @@ class Candidates:
     def __len__(self) -> int:
         return len(self._running)
 
-    def new_name(self) -> str:
-        return f"{PREFIX}{uuid.uuid4().hex}"
+    async def begin(self, revision: Revision, coefficients: Sequence[float]) -> str:
+        """The adapter of `revision` with these coefficients into the engine, receipts verified; the
+        name to ask.
 
-    async def begin(self, name: str, path: Path, clear: Callable[[], None]) -> None:
-        """Into the engine, receipts verified; `clear` is called, in a thread, when it is over.
-
-        Errors: those of `Gate.add`; nothing is left behind then.
+        Errors: BoundsError; those of `Supply.directory` and `Gate.add`; nothing is left then.
         """
+        name = f"{PREFIX}{uuid.uuid4().hex}"
+        # A profile of its own has a directory of its own, which goes with the trial.
+        profile = make_profile(self.supply.header, coefficients, {"method": "trial", "name": name})
+        tried = replace(revision, profile=profile)
+        path = await asyncio.to_thread(self.supply.directory, tried)
+
+        def clear() -> None:
+            self.supply.store.drop(tried.adapter_digest, profile.digest)
+
         number = FIRST_ID + next(self._ids) % FIRST_ID
         request = self.make_request(name, number, path)
         self._running[name] = (number, request, clear)
@@ -55,6 +71,7 @@ class Candidates:
                 await asyncio.shield(asyncio.ensure_future(self.end(name)))
             raise
         self.models.lora_requests[name] = request
+        return name
 
     async def end(self, name: str) -> None:
         """Errors: those of the engine and of `clear`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from safegene_server.registry import Revision
+from safegene_server.registry import Identity, Revision
 
 AT_ONCE = 4
 
@@ -29,8 +29,8 @@ class Fetches:
         self.fetch, self.news, self.retry_s = fetch, news, retry_s
         # Threads of their own: a few slow sources must not keep a sign of life from its thread.
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="safegene-fetch")
-        self._running: dict[int, tuple[asyncio.Task[None], threading.Event]] = {}
-        self._failed: dict[int, Exception] = {}
+        self._running: dict[Identity, tuple[asyncio.Task[None], threading.Event]] = {}
+        self._failed: dict[Identity, Exception] = {}
         self._ended = asyncio.Event()
 
     def __len__(self) -> int:
@@ -38,18 +38,19 @@ class Fetches:
 
     def want(self, revision: Revision) -> None:
         """Fetch it, unless that is under way. Errors: what the last attempt ended with."""
-        if revision.id not in self._running:
+        identity = revision.identity
+        if identity not in self._running:
             stop = threading.Event()
             task = asyncio.create_task(self._until_here(revision, stop))
-            self._running[revision.id] = task, stop
-        if revision.id in self._failed:
-            raise self._failed[revision.id].with_traceback(None)
+            self._running[identity] = task, stop
+        if identity in self._failed:
+            raise self._failed[identity].with_traceback(None)
 
-    def keep(self, wanted: Iterable[int]) -> None:
+    def keep(self, wanted: Iterable[Identity]) -> None:
         """Stop what nobody waits for any more."""
-        for number in self._running.keys() - set(wanted):
-            task, stop = self._running.pop(number)
-            self._failed.pop(number, None)
+        for identity in self._running.keys() - set(wanted):
+            task, stop = self._running.pop(identity)
+            self._failed.pop(identity, None)
             stop.set()
             task.cancel()
 
@@ -71,12 +72,12 @@ class Fetches:
             try:
                 await loop.run_in_executor(self._threads, self.fetch, revision, stop)
             except Exception as error:
-                self._failed[revision.id] = error
+                self._failed[revision.identity] = error
                 self._tell()
                 await asyncio.sleep(self.retry_s)
             else:
-                del self._running[revision.id]
-                self._failed.pop(revision.id, None)
+                del self._running[revision.identity]
+                self._failed.pop(revision.identity, None)
                 self._tell()
                 return
 

@@ -1,19 +1,19 @@
 """The revisions that one engine holds, verified, each with the host's request for it.
 
-Does not decide what comes and goes. For one replica, under its lock.
+Recognized by their content: vLLM goes by ids and names alone, and a registry that was restored may
+give both to other content. Does not decide what comes and goes. For one replica, under its lock.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from safegene_server.engine_client import EngineClient
-from safegene_server.registry import Revision
+from safegene_server.registry import Identity, Revision
 from safegene_server.replica.heartbeat import StatusReporter, receipt_of
+from safegene_vllm.errors import RestoredError
 
 
 class LoadedRevisions:
@@ -28,42 +28,52 @@ class LoadedRevisions:
     ) -> None:
         self.gate, self.models = gate, models
         self.make_request, self.teller = make_request, teller
-        self.revisions: dict[int, Revision] = {}
-        self._requests: dict[int, Any] = {}
-        self._kept: Counter[str] = Counter()
+        self.revisions: dict[Identity, Revision] = {}
+        self._requests: dict[Identity, Any] = {}
 
     async def add(self, revision: Revision, path: Path) -> None:
         """Into the engine; its receipts are told with the next sign of life. Nothing happens if it
-        is held. Errors: those of `Gate.add`."""
-        if revision.id in self.revisions:
+        is held. Errors: those of `Gate.add`; RestoredError while `in_the_way` finds something."""
+        identity = revision.identity
+        if identity in self.revisions:
             return
+        if found := self.in_the_way([revision]):
+            raise RestoredError(_taken(revision, found))
         request = self.make_request(revision.served_name, revision.id, path)
         ranks = await self.gate.add(request)
-        self.revisions[revision.id], self._requests[revision.id] = revision, request
-        self.teller.came(revision.id, receipt_of(ranks, revision.id))
+        self.revisions[identity], self._requests[identity] = revision, request
+        self.teller.came(identity, receipt_of(ranks, revision.id))
         self.models.lora_requests[revision.served_name] = request
 
-    async def remove(self, number: int) -> None:
+    async def remove(self, identity: Identity) -> None:
         """Out of the engine. It counts as gone whatever the engine says: nothing names it any more.
 
         Errors: those of `Gate.remove_lora`.
         """
-        revision, request = self.revisions.pop(number), self._requests.pop(number)
+        revision, request = self.revisions.pop(identity), self._requests.pop(identity)
         self.models.lora_requests.pop(revision.served_name, None)
         self.gate.verifier.forget(request)
-        self.teller.went(number)
-        await self.gate.remove_lora(number)
+        self.teller.went(identity)
+        await self.gate.remove_lora(revision.id)
 
-    def is_kept(self, served: str) -> bool:
-        return served in self._kept
+    def in_the_way(self, revisions: Iterable[Revision]) -> list[Identity]:
+        """Held revisions with the id or the name of one of these, and other content.
 
-    @contextmanager
-    def keeping(self, served: str) -> Iterator[None]:
-        """A revision that is held stays meanwhile, as it does while a tenant's request runs."""
-        self._kept[served] += 1
-        try:
-            yield
-        finally:
-            self._kept[served] -= 1
-            if not self._kept[served]:
-                del self._kept[served]
+        vLLM takes two adapters of one name for one, and has one adapter per id, so it must be out
+        of the engine before they can be added.
+        """
+        wanted = {revision.identity for revision in revisions}
+        ids, names = {one.id for one in wanted}, {one.name for one in wanted}
+        return [
+            held
+            for held in self.revisions
+            if held not in wanted and (held.id in ids or held.name in names)
+        ]
+
+
+def _taken(revision: Revision, found: Iterable[Identity]) -> str:
+    held = ", ".join(f"{one.name} (id {one.id}, profile {one.profile})" for one in found)
+    return (
+        f"{revision.served_name} (id {revision.id}, profile {revision.profile.digest}) cannot be "
+        f"loaded while the engine holds {held}, of a registry that was restored since"
+    )

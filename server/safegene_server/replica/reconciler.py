@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,34 @@ from safegene_server.artifacts import Store
 from safegene_server.engine_client import EngineClient
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
-from safegene_server.registry import Registry, Revision, Snapshot, watch
+from safegene_server.registry import History, Identity, Position, Registry, Revision, Seen, Snapshot
+from safegene_server.replica.aliases import Aliases
 from safegene_server.replica.artifact_cache import ArtifactCache
 from safegene_server.replica.candidates import Candidates
 from safegene_server.replica.heartbeat import ACTOR, BEAT_S, StatusReporter, Told, receipt_of
 from safegene_server.replica.internal_client import InternalClient
 from safegene_server.replica.lag import Lag, Waiting
 from safegene_server.replica.loaded_revisions import LoadedRevisions
+from safegene_server.replica.loops import RETRY_S, forever, listen
+from safegene_server.replica.retention import QUIET_S, Retention
 from safegene_server.replica.view import view_of
-from safegene_vllm.errors import (
-    ConfigError,
-    RegistryDownError,
-    SafegeneError,
-)
+from safegene_vllm.errors import ConfigError, RestoredError, SafegeneError
 from safegene_vllm.formats.family import FamilyHeader
-from safegene_vllm.formats.profile import make_profile
 
 logger = logging.getLogger("vllm.safegene_server")
 
 AFTER_S = 0.05
 """Before a change is reported: whoever made it is answered first."""
-RETRY_S = 5.0
 DRIFT_S = 30.0
 CLEAN_S = 600.0
 FETCH_S = 30.0
 """How long the start waits for adapters that must be fetched; they come later all the same."""
+DRAIN_S = 30.0
+"""How long a load waits for requests on other content under the same id or name."""
+RESTORED = (
+    "the registry has lost changes that this server has seen, or has other content under an id (it "
+    "was restored, or failed over to a standby that lagged): what it says now is not applied yet"
+)
 
 
 class Reconciler:
@@ -76,12 +79,14 @@ class Reconciler:
         self.lag = Lag()
         self.changed: Callable[[], None] = lambda: None
         """Called when other revisions are offered than before; set by whoever wants to know."""
-        self._teller = StatusReporter(registry, self._recall)
+        self._history = History(registry)
+        self._losses = 0
+        self._teller = StatusReporter(registry, self._introduce, self._recall)
+        self._family_source: str | None = None
         self._holding = LoadedRevisions(gate, models, make_request, self._teller)
-        self._tried: set[int] = set()
-        self._warm: set[int] = set()
-        self._trials = Candidates(gate, models, make_request)
-        self._serving: dict[str, int] = {}
+        self._aliases = Aliases(self._holding.revisions)
+        self._retention = Retention(self._holding, self._aliases, counters)
+        self._blocking: set[Identity] = set()
         self._waiting = Waiting()
         self._known: tuple[Revision, ...] = ()
         self._faults: tuple[str, ...] = ("it has not followed the registry yet",)
@@ -90,6 +95,7 @@ class Reconciler:
         self._news = asyncio.Event()
         self._loose = asyncio.Event()
         self.supply = ArtifactCache(store, header, self._news.set, RETRY_S)
+        self._trials = Candidates(gate, models, make_request, self.supply)
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -106,18 +112,21 @@ class Reconciler:
         A revision that cannot be applied leaves the server unready, not down.
         Errors: RegistryError and its kinds, EngineDownError.
         """
-        await asyncio.to_thread(self.registry.add_family, self.header, family_source, actor=ACTOR)
-        await self._teller.join(self.version, self.faults())
+        self._family_source = family_source
+        await self._teller.join(self.version, self.faults(), None)
         await self.reconcile()
         loop = asyncio.get_running_loop()
         threading.Thread(
-            target=self._listen, args=(loop,), name="safegene-registry", daemon=True
+            target=listen,
+            args=(self._history, self._stop, partial(self._hear, loop)),
+            name="safegene-registry",
+            daemon=True,
         ).start()
         self._tasks = [
-            asyncio.create_task(self._forever(self._follow, RETRY_S)),
-            asyncio.create_task(self._forever(self._beat, BEAT_S)),
-            asyncio.create_task(self._forever(self._look, DRIFT_S)),
-            asyncio.create_task(self._forever(self._clean, CLEAN_S)),
+            asyncio.create_task(forever(self._follow, RETRY_S)),
+            asyncio.create_task(forever(self._beat, BEAT_S)),
+            asyncio.create_task(forever(self._look, DRIFT_S)),
+            asyncio.create_task(forever(self._clean, CLEAN_S)),
         ]
 
     async def stop(self) -> None:
@@ -134,7 +143,8 @@ class Reconciler:
 
     def faults(self) -> tuple[str, ...]:
         """Why this replica is not ready; empty if it serves all that is published."""
-        return self._faults + self._drift
+        restored = () if self._losses == self._history.losses else (RESTORED,)
+        return restored + self._faults + self._drift
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
@@ -166,25 +176,34 @@ class Reconciler:
         """
         async with self._lock:
             begun_s = self.lag.clock()
-            snapshot = await asyncio.to_thread(self.registry.snapshot)
-            self.lag.hear(snapshot.version)
+            snapshot, losses = await asyncio.to_thread(self._history.snapshot)
+            self.lag.hear(snapshot.version, losses)
             wanted = [r for r in snapshot.revisions if r.profile.family == self.header.digest]
-            offered = set(self._serving.values())
-            late = [revision.id for revision in wanted if revision.id not in offered]
+            right = {revision.identity for revision in (*wanted, *snapshot.previous)}
+            restored = losses != self._losses
+            withdrawn = self._aliases.withdraw(wanted, right if restored else None)
+            if restored or withdrawn:
+                self.version, self._faults = 0, (RESTORED,)
+            if restored:
+                self._teller.restored()
+            offered = self._aliases.targets()
+            late = [r.identity for r in wanted if r.identity not in offered]
             self._waiting.expect(late, min(begun_s, self.lag.heard_s(snapshot.version)))
             self.supply.fetches.keep(late)
-            if any(number not in self._holding.revisions for number in late):
+            if restored or withdrawn or any(one not in self._holding.revisions for one in late):
                 # Keys, limits and who is gone wait for no adapter.
                 self._offer(snapshot, wanted)
+            definitions.replica_gauges().losses.inc(losses - self._losses)
+            self._losses, self._retention.warm = losses, right
+            self._blocking = await self._retention.make_room(wanted)
             faults, coming = await self._bring(wanted)
             self._offer(snapshot, wanted)
-            self._tried -= {revision.id for revision in wanted}
-            self._warm = {revision.id for revision in (*wanted, *snapshot.previous)}
+            self._retention.tried -= {revision.identity for revision in wanted}
             self._known = (*snapshot.revisions, *snapshot.previous)
             self._faults = tuple(faults)
             if not faults and not coming:
                 self.version = snapshot.version
-                self.lag.apply(snapshot.version)
+                self.lag.apply(snapshot.version, losses)
             elif not self.version:
                 # Never level so far, so not ready; later on the former revisions are served.
                 self._faults += tuple(f"{name}: it is being fetched" for name in coming)
@@ -195,7 +214,7 @@ class Reconciler:
         faults: list[str] = []
         coming: list[str] = []
         for revision in wanted:
-            if revision.id in self._holding.revisions:
+            if revision.identity in self._holding.revisions:
                 continue
             try:
                 path = await self.supply.here(revision)
@@ -203,7 +222,7 @@ class Reconciler:
                     coming.append(revision.served_name)
                 else:
                     await self._holding.add(revision, path)
-                    await self._teller.live(self.version, self.faults())
+                    await self._teller.live(*self._state())
             except (SafegeneError, EngineDownError) as error:
                 faults.append(f"{revision.served_name}: {plain(error)}")
                 logger.error("%s is not applied here: %s", revision.served_name, plain(error))
@@ -213,43 +232,43 @@ class Reconciler:
         """Bring a revision into the engine, verified, without offering it; it stays until `unload`,
         or until it has been published and superseded.
 
-        Errors: those of staging, AdapterRejectedError, ReceiptError, EngineDownError.
+        Errors: those of staging, AdapterRejectedError, ReceiptError, EngineDownError; RestoredError
+        while other content, of a registry that was restored, is in use under its id or name.
         """
-        self._tried.add(revision.id)
+        self._retention.tried.add(revision.identity)
         try:
             async with self._lock:
-                if revision.id in self._holding.revisions:
+                if revision.identity in self._holding.revisions:
                     return
             path = await asyncio.to_thread(self.supply.directory, revision)
-            async with self._lock:
-                await self._holding.add(revision, path)
+            until_s = self.lag.clock() + DRAIN_S
+            while True:
+                async with self._lock:
+                    blocking = await self._retention.make_room([revision])
+                    if not blocking or self.lag.clock() >= until_s:
+                        await self._holding.add(revision, path)
+                        return
+                # The registry was restored, which may not have been noticed here yet.
+                await self.apply()
+                if blocking & self._retention.warm:
+                    until_s = self.lag.clock()
+                await asyncio.sleep(QUIET_S)
         except BaseException:
-            self._tried.discard(revision.id)
+            self._retention.tried.discard(revision.identity)
             raise
 
     async def unload(self, revision: Revision) -> None:
         """The trial is over; it stays if it has been published meanwhile."""
         async with self._lock:
-            self._tried.discard(revision.id)
-            await self._let_go()
+            self._retention.tried.discard(revision.identity)
+            await self._retention.remove(list(self._holding.revisions))
             await self._tell()
 
     async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
         """Load the adapter of `revision` with other coefficients, one per layer of the base, for
         `call` alone; the name to ask. Nobody is offered it, and the registry never hears of it.
-
-        Errors: BoundsError; those of `load`.
-        """
-        name = self._trials.new_name()
-        # A profile of its own has a directory of its own, which goes with the trial.
-        profile = make_profile(self.header, coefficients, {"method": "trial", "name": name})
-        path = await asyncio.to_thread(self.supply.directory, replace(revision, profile=profile))
-
-        def clear() -> None:
-            self.supply.store.drop(revision.adapter_digest, profile.digest)
-
-        await self._trials.begin(name, path, clear)
-        return name
+        Errors: BoundsError; those of `load`."""
+        return await self._trials.begin(revision, coefficients)
 
     async def end_trial(self, name: str) -> None:
         """Out of the engine and off the disk; nothing happens if it has ended.
@@ -260,11 +279,7 @@ class Reconciler:
 
     def offered(self) -> list[tuple[str, Revision]]:
         """Tenants and the revisions that their names lead to here, the first published first."""
-        held = self._holding.revisions
-        return sorted(
-            ((tenant, held[number]) for tenant, number in self._serving.items()),
-            key=lambda one: one[1].id,
-        )
+        return self._aliases.offered()
 
     def free_slots(self) -> int:
         """How many adapters fit on the device beside those that are held here."""
@@ -281,62 +296,55 @@ class Reconciler:
 
     def serving(self) -> dict[str, str]:
         """Tenant to the revision that answers for it here, `tenant@N`."""
-        held = self._holding.revisions
-        return {tenant: held[number].served_name for tenant, number in self._serving.items()}
+        return self._aliases.serving()
 
     def keeping(self, served: str) -> AbstractContextManager[None]:
         """A revision that is held stays meanwhile, as it does while a tenant's request runs."""
-        return self._holding.keeping(served)
+        return self._retention.keeping(served)
 
-    def _offer(self, snapshot: Snapshot, wanted: Iterable[Revision]) -> None:
+    def _offer(self, snapshot: Snapshot, wanted: Sequence[Revision]) -> None:
         """Switch every alias whose revision is held; the others stay where they are."""
-        before = dict(self._serving)
-        names = {tenant.name for tenant in snapshot.tenants}
-        published = {revision.tenant for revision in wanted}
-        for revision in wanted:
-            if revision.id in self._holding.revisions:
-                self._serving[revision.tenant] = revision.id
-        for tenant in list(self._serving):
-            if tenant not in names or tenant not in published:
-                del self._serving[tenant]
+        changed, new = self._aliases.switch(snapshot, wanted)
         base = [model.name for model in self.models.base_model_paths]
         self.catalog.replace(view_of(snapshot, self.header.digest, self.serving(), base))
-        if self._serving != before:
-            for _, number in self._serving.items() - before.items():
-                definitions.APPLY_SECONDS.observe(self.lag.clock() - self._waiting.pop_s(number))
+        for one in new:
+            definitions.APPLY_SECONDS.observe(self.lag.clock() - self._waiting.pop_s(one))
+        if changed:
             self.changed()
 
-    async def _let_go(self) -> bool:
-        """Remove what is not published, offered, tried or a way back, once none is in flight;
-        whether anything went.
-        """
-        gone = False
-        kept = self._warm | self._tried | set(self._serving.values())
-        for number, revision in list(self._holding.revisions.items()):
-            name = revision.served_name
-            if number in kept or self._holding.is_kept(name) or self.counters.in_flight(name):
-                continue
-            await self._holding.remove(number)
-            gone = True
-        return gone
+    def _state(self) -> tuple[int, tuple[str, ...], Position | None]:
+        """What is reported: the version served, why it is not a later one, and the position in the
+        registry that both belong to."""
+        seen = self._history.position
+        version = self.version if self._losses == self._history.losses else 0
+        return version, self.faults(), seen
+
+    async def _introduce(self) -> None:
+        """Errors: RegistryError and its kinds."""
+        source = self._family_source
+        await asyncio.to_thread(self.registry.add_family, self.header, source, actor=ACTOR)
 
     async def _tell(self) -> None:
-        await self._teller.tell(self.version, self.faults())
+        try:
+            await self._teller.tell(*self._state())
+        except RestoredError:
+            # Reported once the registry is followed as it is now.
+            self._news.set()
 
-    async def _recall(self) -> dict[int, Told]:
+    async def _recall(self) -> dict[Identity, Told]:
         """The receipts of all that is held. Errors: EngineDownError, ReceiptError."""
         held = self._holding.revisions
         ranks = await self.gate.verifier.ask() if held else []
-        return {number: receipt_of(ranks, number) for number in held}
+        return {one: receipt_of(ranks, one.id) for one in held}
 
     # -- loops -----------------------------------------------------------------------------------
 
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread: wake `_follow` at every new version."""
-        for version in watch(self.registry, self._stop):
-            self.lag.hear(version)
-            if version != self.version and not loop.is_closed():
-                loop.call_soon_threadsafe(self._news.set)
+    def _hear(self, loop: asyncio.AbstractEventLoop, seen: Seen) -> None:
+        """In a thread: wake `_follow` at every new version, and when the registry was restored."""
+        self.lag.hear(seen.version, seen.losses)
+        applied = self.version, self._losses
+        if (seen.version, seen.losses) != applied and not loop.is_closed():
+            loop.call_soon_threadsafe(self._news.set)
 
     async def _follow(self) -> None:
         """One change, or another try of what failed."""
@@ -364,8 +372,15 @@ class Reconciler:
         self._loose.clear()
         async with self._lock:
             await self._tell()
-            if await self._let_go():
-                await self._tell()
+            unused = self._retention.unused(self._holding.revisions.keys() - self._blocking)
+        if self._retention.unused(self._blocking):
+            # `apply` removes them, and adds what they are in the way of.
+            self._news.set()
+        if unused:
+            await asyncio.sleep(QUIET_S)
+            async with self._lock:
+                if await self._retention.remove(unused):
+                    await self._tell()
 
     async def _look(self) -> None:
         """Whether the engine still holds what its receipts promised."""
@@ -383,17 +398,3 @@ class Reconciler:
         from the disk."""
         await asyncio.sleep(CLEAN_S)
         await self.supply.clean((*self._known, *self._holding.revisions.values()))
-
-    async def _forever(self, step: Callable[[], Any], pause_s: float) -> None:
-        while True:
-            try:
-                await step()
-            except RegistryDownError as error:
-                logger.warning("the registry does not answer, served on as before: %s", error)
-                await asyncio.sleep(pause_s)
-            except (SafegeneError, EngineDownError) as error:
-                logger.error("cannot follow the registry: %s", plain(error))
-                await asyncio.sleep(pause_s)
-            except Exception:
-                logger.exception("cannot follow the registry")
-                await asyncio.sleep(pause_s)

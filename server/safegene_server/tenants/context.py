@@ -36,8 +36,8 @@ class Replica(Protocol):
     would be gone back to. `call` asks vLLM's own app as a client would, with `model` = `tenant@N`,
     past keys and limits. `begin_trial` loads a revision's adapter with other coefficients under a
     name that no tenant can have, until `end_trial`; `in_flight` counts the tenants' own requests.
-    `serving` is what each tenant is offered here (`tenant@N`), and what is asked within `keeping`
-    is not removed meanwhile.
+    `offered` are tenants and the revisions that their names lead to here, and what is asked within
+    `keeping` is not removed meanwhile.
     """
 
     @property
@@ -60,7 +60,7 @@ class Replica(Protocol):
 
     def in_flight(self) -> int: ...
 
-    def serving(self) -> dict[str, str]: ...
+    def offered(self) -> list[tuple[str, Revision]]: ...
 
     def keeping(self, served: str) -> AbstractContextManager[None]: ...
 

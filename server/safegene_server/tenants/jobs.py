@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,12 @@ from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS
-from safegene_vllm.errors import ConflictError, RegistryDownError, SafegeneError
+from safegene_vllm.errors import (
+    ConflictError,
+    NotFoundError,
+    RegistryDownError,
+    SafegeneError,
+)
 
 if TYPE_CHECKING:
     from safegene_server.tenants.context import TenantContext
@@ -45,6 +51,7 @@ class Work:
 
     registry: Registry
     owner: str
+    actor: str
     job: Job
     lease_s: float
     result: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +89,7 @@ class Work:
                 self.job.id,
                 self.owner,
                 state,
-                actor=self.owner,
+                actor=self.actor,
                 message=message,
                 result=self.result,
             )
@@ -93,7 +100,7 @@ class Work:
         async with self._turn:
             try:
                 await asyncio.to_thread(
-                    self.registry.release, self.job.id, self.owner, actor=self.owner
+                    self.registry.release, self.job.id, self.owner, actor=self.actor
                 )
             except SafegeneError as error:
                 logger.warning("SafeGene job %d is left to its lease: %s", self.job.id, error)
@@ -106,10 +113,10 @@ class Work:
                 self.owner,
                 progress,
                 message,
-                actor=self.owner,
+                actor=self.actor,
                 lease_s=self.lease_s,
             )
-        except ConflictError as error:
+        except (ConflictError, NotFoundError) as error:
             raise JobLostError(str(error)) from error
         if self.job.cancel_requested:
             self.cancelled.set()
@@ -165,16 +172,19 @@ class Jobs:
         return True
 
     async def _claim(self, tenancy: TenantContext) -> Work | None:
-        owner, lease_s = tenancy.replica.id, tenancy.settings.lease_s
+        # An owner per claim: a registry that was restored may offer a job that still runs here, or
+        # give its id to another one.
+        actor, lease_s = tenancy.replica.id, tenancy.settings.lease_s
+        owner = f"{actor}/{uuid.uuid4().hex}"
         job = await asyncio.to_thread(
             tenancy.registry.claim,
             owner,
-            actor=owner,
+            actor=actor,
             kinds=list(self.handlers),
             family=tenancy.replica.header.digest,
             lease_s=lease_s,
         )
-        return None if job is None else Work(tenancy.registry, owner, job, lease_s)
+        return None if job is None else Work(tenancy.registry, owner, actor, job, lease_s)
 
     async def _do(self, tenancy: TenantContext, work: Work) -> None:
         async def handled() -> str:

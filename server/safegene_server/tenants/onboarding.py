@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from safegene_server.artifacts import Staged, Watch
@@ -101,6 +102,7 @@ async def fail(tenancy: TenantContext, revision: Revision, error: Exception, act
         actor=actor,
         reasons=reasons,
         gate=gate,
+        checked=revision.identity,
     )
 
 
@@ -159,9 +161,10 @@ async def _revision(
 
 async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revision:
     """Loaded, receipts verified, tried out. What does not pass is kept as failed."""
-    registry, actor = tenancy.registry, work.job.params["actor"]
+    actor, checked = work.job.params["actor"], revision.identity
+    stand = partial(tenancy.registry.set_revision_state, revision.id, actor=actor, checked=checked)
     if revision.state == "registered":
-        revision = await aside(registry.set_revision_state, revision.id, "checking", actor=actor)
+        revision = await aside(stand, "checking")
     try:
         await work.step(0.4, "loading")
         await tenancy.replica.load(revision)
@@ -175,7 +178,7 @@ async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revi
     except Exception as error:
         await fail(tenancy, revision, error, actor)
         raise
-    return await aside(registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate)
+    return await aside(stand, "ready", gate=gate)
 
 
 async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> str:
@@ -187,11 +190,12 @@ async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> st
             revision.number,
             actor=params["actor"],
             expected=params["expected"],
+            checked=revision.identity,
         )
     except ConflictError:
         # A publication before the last server's death, or one asked for by hand, will do.
         now = await aside(tenancy.registry.revision_by_id, revision.id)
-        if now.state != "published":
+        if now.state != "published" or now.identity != revision.identity:
             # It is ready all the same, and can be published once what forbids it is over.
             raise
     else:

@@ -10,6 +10,7 @@ from asyncio import ensure_future
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from safegene_server.error_responses import EngineDownError
@@ -181,6 +182,7 @@ async def roll_back(
         if number is None:
             snapshot = await aside(tenancy.registry.snapshot)
             number = next((r.number for r in snapshot.previous if r.tenant == name), None)
+        go_back = partial(tenancy.registry.rollback, actor=actor, expected=expected)
         async with AsyncExitStack() as stack:
             if number is not None and _is_ours(tenancy, tenant):
                 await refuse_unchangeable(tenancy, tenant)
@@ -188,9 +190,8 @@ async def roll_back(
                 if revision.state in ("superseded", "published"):
                     await stack.enter_async_context(tenancy.trying(revision))
                     await tenancy.replica.load(revision)
-            rollout = await aside(
-                tenancy.registry.rollback, name, number, actor=actor, expected=expected
-            )
+                    go_back = partial(go_back, checked=revision.identity)
+            rollout = await aside(go_back, name, number)
         return await _live(tenancy, rollout)
 
 
@@ -208,7 +209,8 @@ async def retire(
         rollout = await aside(tenancy.registry.retire, name, actor=actor, expected=expected)
         for job in await aside(tenancy.registry.jobs, tenant=name):
             if job.state in ("queued", "running"):
-                await _cancel(tenancy, job, actor)
+                with suppress(ConflictError):
+                    await aside(tenancy.registry.cancel, job.id, actor=actor)
         await tenancy.settle()
         return await _known(tenancy, name), rollout
 
@@ -366,13 +368,13 @@ async def _switch(
             actor=actor,
             expected=expected,
             gate=gate,
+            checked=revision.identity,
         )
     except SafegeneError:
         if gate is not None:
             # It has passed all the same, and may be published later.
-            await aside(
-                tenancy.registry.set_revision_state, revision.id, "ready", actor=actor, gate=gate
-            )
+            stand = partial(tenancy.registry.set_revision_state, revision.id, "ready", actor=actor)
+            await aside(stand, gate=gate, checked=revision.identity)
         raise
 
 
@@ -388,10 +390,3 @@ async def _rollout_to(tenancy: TenantContext, revision: Revision) -> RolloutStat
     rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
     found = next((r.id for r in rollouts if revision.id in r.revisions), None)
     return None if found is None else await aside(tenancy.registry.rollout_status, found)
-
-
-async def _cancel(tenancy: TenantContext, job: Job, actor: str) -> None:
-    try:
-        await aside(tenancy.registry.cancel, job.id, actor=actor)
-    except ConflictError:
-        return

@@ -21,6 +21,7 @@ from safegene_server.monitoring.probes import gauges
 from safegene_server.monitoring.probes.gauges import Labels, Outcome
 from safegene_server.monitoring.probes.result import Result
 from safegene_server.monitoring.probes.settings import ProbeSettings
+from safegene_server.registry import Identity
 from safegene_server.tenants import Prompt, Replica
 from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError, JobLostError
@@ -45,17 +46,21 @@ Step = Callable[[float], Awaitable[None]]
 
 @dataclass
 class ProbeStatus:
-    """How it stands with a tenant's revision; `due_s` is on the prober's clock.
+    """How it stands with a tenant's revision, of this content; `due_s` is on the prober's clock.
 
     `outcome` and `message` are of the last probe, `result` of the last that was whole.
     """
 
     tenant: str
-    served: str
+    content: Identity
     due_s: float
     outcome: Outcome | None = None
     message: str = ""
     result: Result | None = None
+
+    @property
+    def served(self) -> str:
+        return self.content.name
 
 
 async def _no_step(_done: float) -> None:
@@ -101,15 +106,15 @@ class Prober:
 
     def look(self) -> None:
         """Forget what is not served here any more, also its gauges; note what is new."""
-        serving, now_s = self.replica.serving(), self.clock()
+        offered, now_s = self._offered(), self.clock()
         for tenant, standing in list(self._standings.items()):
-            if serving.get(tenant) != standing.served:
+            if offered.get(tenant) != standing.content:
                 del self._standings[tenant]
                 if standing.result is not None:
                     gauges.clear(self.labels, standing.result)
-        for tenant, served in serving.items():
+        for tenant, content in offered.items():
             if tenant not in self._standings:
-                self._standings[tenant] = ProbeStatus(tenant, served, now_s)
+                self._standings[tenant] = ProbeStatus(tenant, content, now_s)
                 if self.settings.enabled and self._chosen(tenant):
                     gauges.begin(self.labels, tenant)
         busy_s = self._scheduled.busy_s + self._by_hand.busy_s
@@ -186,7 +191,7 @@ class Prober:
 
     async def _asked(self, standing: ProbeStatus, few: Sequence[Prompt], salt: str) -> list[str]:
         served, settings = standing.served, self.settings
-        if self.replica.serving().get(standing.tenant) != served:
+        if self._offered().get(standing.tenant) != standing.content:
             raise ConflictError(f"{served} was replaced or retired while it was probed")
         by_priority = self.replica.schedules_by_priority()
         try:
@@ -219,6 +224,9 @@ class Prober:
             if self._standings.get(standing.tenant) is standing:
                 gauges.show(self.labels, result)
         self.look()
+
+    def _offered(self) -> dict[str, Identity]:
+        return {tenant: revision.identity for tenant, revision in self.replica.offered()}
 
     def _chosen(self, tenant: str) -> bool:
         return not self.settings.tenants or tenant in self.settings.tenants

@@ -1,0 +1,297 @@
+"""A registry that was restored is noticed by whoever reads it next, however far it has come since.
+
+On SQLite restored in place, and on PostgreSQL dropped and made again from a copy.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from registry_setup import (
+    FAMILY,
+    add_published,
+    add_ready,
+    back_up,
+    postgres,
+    profile,
+    registry,
+    url,
+)
+from sqlalchemy import text
+
+from safegene_server.registry import History, Position, Registry, Seen, watch
+from safegene_server.replica.loops import listen
+from safegene_vllm.errors import ConflictError, NotFoundError, RegistryDownError, RestoredError
+
+__all__ = ["registry", "url"]
+
+TENANT = "acme/support"
+
+
+def change(registry: Registry, times: int = 1) -> None:
+    """Changes that replicas follow."""
+    for step in range(times):
+        registry.set_limits(TENANT, {"concurrent": step + 1}, actor="op")
+
+
+def test_a_registry_that_goes_on_has_lost_nothing(registry: Registry) -> None:
+    history = History(registry)
+    start = registry.version()
+    assert history.look() == history.look() == Seen(start, 0)
+    change(registry, 3)
+    registry.join("node", 1, actor="node")
+    assert history.look() == Seen(start + 3, 0)
+    snapshot, losses = history.snapshot()
+    assert (snapshot.version, snapshot.lost, losses) == (start + 3, False, 0)
+    assert history.position == snapshot.position == registry.position()[0]
+
+
+@pytest.mark.parametrize("since", [0, 2, 3, 9])
+@pytest.mark.parametrize("by", ["look", "snapshot"])
+def test_a_registry_that_was_restored_is_noticed_once(
+    registry: Registry, since: int, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that has come as far again, or further, before anybody looks."""
+    history = History(registry)
+    restore = back_up(registry)
+    start = registry.version()
+    change(registry, 3)
+    assert history.look() == Seen(start + 3, 0)
+    restore()
+    change(registry, since)
+    if by == "look":
+        assert history.look() == Seen(start + since, 1)
+    else:
+        snapshot, losses = history.snapshot()
+        assert (snapshot.version, snapshot.lost, losses) == (start + since, True, 1)
+    assert f"version {start + 3} then, {start + since} now" in caplog.text
+    change(registry)
+    assert history.look() == Seen(start + since + 1, 1)
+    assert caplog.text.count("has lost changes") == 1
+
+
+def test_what_replicas_do_not_follow_is_missed_as_well(registry: Registry) -> None:
+    """A revision that was tried, a job, a receipt: their ids may come again."""
+    history = History(registry)
+    restore = back_up(registry)
+    registry.add_revision(TENANT, profile(), actor="me")
+    version = registry.version()
+    assert history.look() == Seen(version, 0)
+    restore()
+    assert history.look() == Seen(version, 1)
+
+
+def test_another_registry_is_none_of_what_was_seen(registry: Registry) -> None:
+    seen, _ = registry.position()
+    assert registry.position(seen) == (seen, False)
+    assert seen.entry is not None
+    number, at, actor, action, target = seen.entry
+    for other in (
+        Position(seen.version + 1, seen.entry),
+        Position(seen.version, (number + 1, at, actor, action, target)),
+        Position(seen.version, (number, at.replace(year=2000), actor, action, target)),
+        Position(seen.version, (number, at, "other", action, target)),
+        Position(seen.version, (number, at, actor, "key.add", target)),
+        Position(seen.version, (number, at, actor, action, "globex")),
+    ):
+        assert registry.position(other) == (seen, True)
+        assert registry.snapshot(other).lost
+    assert not registry.snapshot(Position(0, None)).lost
+
+
+@pytest.mark.parametrize("since", [0, 3])
+def test_a_watcher_tells_of_it_within_a_poll(registry: Registry, since: int) -> None:
+    history, stop = History(registry), threading.Event()
+    told: queue.Queue[Seen] = queue.Queue()
+
+    def run() -> None:
+        for seen in watch(history, stop, poll_s=0.05):
+            told.put(seen)
+
+    restore = back_up(registry)
+    change(registry, 3)
+    thread = threading.Thread(target=run)
+    thread.start()
+    version = registry.version()
+    assert told.get(timeout=20) == Seen(version, 0)
+    # Nothing is read until it is as far again.
+    with history._lock:
+        restore()
+        change(registry, since)
+    assert told.get(timeout=20) == Seen(version - 3 + since, 1)
+    change(registry)
+    assert told.get(timeout=20) == Seen(version - 2 + since, 1)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_listener_outlives_whatever_happens(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread that died in silence would follow nothing any more."""
+    monkeypatch.setattr("safegene_server.replica.loops.RETRY_S", 0.01)
+    stop, heard = threading.Event(), queue.Queue[Seen]()
+    look: Callable[[History], Seen] = History.look
+    failed = threading.Event()
+
+    def fail_once(history: History) -> Seen:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("a row that nobody can read")
+        return look(history)
+
+    monkeypatch.setattr(History, "look", fail_once)
+    thread = threading.Thread(target=listen, args=(History(registry), stop, heard.put))
+    thread.start()
+    assert heard.get(timeout=20) == Seen(registry.version(), 0)
+    assert "cannot watch the registry" in caplog.text
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_registry_that_is_being_restored_does_not_answer(registry: Registry) -> None:
+    with registry.write("admin") as write:
+        write.connection.execute(text("DELETE FROM version"))
+        write.unaudited()
+    with pytest.raises(RegistryDownError, match="being restored"):
+        registry.position()
+    with registry.write("admin", exclusive=False) as write:
+        write.connection.execute(text("DROP TABLE version"))
+        write.unaudited()
+    for read in (registry.position, registry.version, registry.snapshot):
+        with pytest.raises(RegistryDownError, match="does not answer"):
+            read()
+
+
+def test_a_replica_of_what_was_lost_cannot_report(registry: Registry) -> None:
+    restore = back_up(registry)
+    replica = registry.join("node", 1, actor="node").id
+    seen, _ = registry.position()
+    told = registry.heartbeat(replica, applied_version=seen.version, seen=seen, actor="node")
+    assert told.applied_version == seen.version
+    ahead, _ = registry.position()
+    restore()
+    with pytest.raises(NotFoundError, match="join again"):
+        registry.heartbeat(replica, applied_version=seen.version, seen=ahead, actor="node")
+    again = registry.join("node", 1, actor="node").id
+    for lost in (seen, ahead, replace(seen, version=seen.version + 1, entry=None)):
+        with pytest.raises(RestoredError, match="has seen changes that the registry has lost"):
+            registry.heartbeat(again, applied_version=seen.version, seen=lost, actor="node")
+    (row,) = registry.replicas()
+    assert (row.id, row.applied_version) == (again, 0)
+    now, _ = registry.position()
+    registry.heartbeat(again, applied_version=now.version, seen=now, actor="node")
+
+
+def test_a_receipt_counts_for_the_content_that_it_is_of(registry: Registry) -> None:
+    restore = back_up(registry)
+    old = add_published(registry, TENANT, 1.0)
+    lost = add_published(registry, TENANT, 1.5)
+    restore()
+    new = add_published(registry, TENANT, 2.0)
+    assert (new.id, new.served_name) == (old.id, old.served_name)
+    assert new.identity != old.identity
+    replica = registry.join("node", 1, actor="node").id
+
+    def report(*held: object) -> list[int]:
+        contents = [one.identity for one in held]  # type: ignore[attr-defined]
+        registry.heartbeat(
+            replica,
+            applied_version=registry.version(),
+            receipts={content.id: ({"of": content.profile}, True) for content in contents},
+            contents=contents,
+            actor="node",
+        )
+        return [receipt.revision for receipt in registry.receipts(replica=replica)]
+
+    rollout = registry.rollouts()[0]
+    assert report(new) == [new.id]
+    assert registry.rollout_status(rollout.id).done
+    # What it holds now is not what it reported, and the registry does not know the other at all.
+    assert report(old, lost) == []
+    (lag,) = registry.rollout_status(rollout.id).lagging
+    assert lag.reason == f"has no receipt for {new.served_name}"
+
+
+def test_a_version_that_the_registry_has_not_reached_is_no_progress(registry: Registry) -> None:
+    revision = add_published(registry, TENANT)
+    rollout = registry.rollouts()[0]
+    replica = registry.join("node", 1, actor="node").id
+    ahead = registry.version() + 5
+    good = {revision.id: ({}, True)}
+    registry.heartbeat(replica, applied_version=ahead, receipts=good, actor="node")
+    (lag,) = registry.rollout_status(rollout.id).lagging
+    assert f"is at version {ahead} of what the registry was before it was restored" in lag.reason
+    assert (registry.figures().level, registry.figures().late) == (0, 1)
+
+
+@pytest.mark.parametrize("step", ["publish", "publish a new one", "ready", "rollback"])
+def test_what_was_checked_is_what_is_published(registry: Registry, step: str) -> None:
+    """A check that took minutes says nothing of other content that has the id and the name now."""
+    first = add_published(registry, TENANT, 0.5)
+    restore = back_up(registry)
+    checked = add_ready(registry, TENANT, 1.0)
+    restore()
+    other = registry.add_revision(TENANT, profile(2.0), actor="other")
+    assert (other.id, other.served_name) == (checked.id, checked.served_name)
+    if step != "ready":
+        registry.set_revision_state(other.id, "ready", actor="other")
+    if step == "rollback":
+        registry.publish(TENANT, other.number, actor="other")
+        third = add_published(registry, TENANT, 2.5)
+        assert registry.snapshot().previous == (registry.revision(TENANT, other.number),)
+    version, serving = registry.version(), registry.serving(TENANT)
+    with pytest.raises(ConflictError, match="the registry was restored meanwhile"):
+        if step == "publish":
+            registry.publish(TENANT, checked.number, actor="me", checked=checked.identity)
+        elif step == "publish a new one":
+            registry.publish(TENANT, other.number, actor="me", gate={}, checked=checked.identity)
+        elif step == "rollback":
+            registry.rollback(TENANT, checked.number, actor="me", checked=checked.identity)
+        else:
+            registry.set_revision_state(checked.id, "ready", actor="me", checked=checked.identity)
+    assert (registry.version(), registry.serving(TENANT)) == (version, serving)
+    if step == "publish":
+        registry.publish(TENANT, other.number, actor="me", checked=other.identity)
+    elif step == "rollback":
+        registry.rollback(TENANT, actor="me", checked=other.identity)
+        assert third.number != registry.tenant(TENANT).published == other.number
+    elif step == "ready":
+        registry.set_revision_state(other.id, "ready", actor="me", checked=other.identity)
+    assert registry.revision(TENANT, 1).identity == first.identity
+
+
+def test_a_family_is_part_of_what_a_revision_is(registry: Registry) -> None:
+    revision = add_ready(registry, TENANT, adapter_digest="sha256:" + "ad" * 32)
+    found = revision.identity
+    assert (found.id, found.name, found.family) == (revision.id, f"{TENANT}@1", FAMILY)
+    assert (found.adapter, found.profile) == (revision.adapter_digest, revision.profile.digest)
+    other = replace(revision.profile, family="sha256:" + "e" * 64)
+    assert replace(revision, profile=other).identity.profile != found.profile
+
+
+def test_listening_is_taken_up_again_after_a_restore() -> None:
+    server = postgres()
+    opened = Registry(server.url(server.create("migrated")))
+    history, stop, heard = History(opened), threading.Event(), queue.Queue[Seen]()
+    restore = back_up(opened)
+    thread = threading.Thread(target=listen, args=(history, stop, heard.put))
+    thread.start()
+    assert heard.get(timeout=20) == Seen(0, 0)
+    opened.add_key("k", scopes=["serve"], tenants=["*"], actor="t")
+    assert heard.get(timeout=20) == Seen(1, 0)
+    restore()
+    opened.add_key("other", scopes=["serve"], tenants=["*"], actor="t")
+    while (seen := heard.get(timeout=20)) != Seen(1, 1):
+        assert seen == Seen(0, 1)
+    stop.set()
+    opened.add_key("last", scopes=["serve"], tenants=["*"], actor="t")
+    thread.join(20)
+    assert not thread.is_alive()
+    opened.close()
