@@ -205,7 +205,7 @@ def test_errors_are_reported_in_one_place(
 def test_inspect_a_family(run: Run, root: Path) -> None:
     family = load_family(root / "family")
     text = run("inspect", root / "family").out
-    assert "family 'pico'" in text and family.digest in text and "q_proj (2)" in text
+    assert "family 'tiny'" in text and family.digest in text and "q_proj (2)" in text
     facts = json.loads(run("inspect", root / "family", "--json").out)
     assert facts["kind"] == "family" and facts["bounds"] == [0.0, 3.0]
     for site in facts["sites"]:

@@ -79,7 +79,7 @@ def test_degrade_leaves_a_lora_and_says_what_it_learned(
 def test_extract_distills_a_family(run: Run, world: World, tmp_path: Path) -> None:
     outcome = run(*world.extract(tmp_path / "f", "--name", "pico", "--sites", "q_proj,mlp.up_proj"))
     assert outcome.code == 0, outcome.err
-    assert re.search(r"loss \d", outcome.out) and "4 sites" in outcome.out
+    assert re.search(r"loss \d", outcome.out) and "4 target modules" in outcome.out
     family = load_family(tmp_path / "f")
     assert family.header.name == "pico" and family.header.recipe["method"] == "distill"
     assert family.header.recipe["data"]["safety"]["licence"] == "MIT"

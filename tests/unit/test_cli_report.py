@@ -134,7 +134,7 @@ def test_what_does_not_belong_is_told(run: Run, root: Path) -> None:
         *(root / "a.json", "--out", root / "r.html", "--family", root / "other"),
         *("--tenant", f"acme={root / 'stray'}"),
     )
-    assert code == 1 and err.startswith("FamilyMismatchError: 2 faults")
+    assert code == 1 and err.startswith("FamilyMismatchError: 2 errors")
     assert not (root / "r.html").exists()
 
 

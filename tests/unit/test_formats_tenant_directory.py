@@ -57,11 +57,11 @@ def test_members_of_the_family_fit(root: Path, header: FamilyHeader, kind: str) 
 
 def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_path: Path) -> None:
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
-    with pytest.raises(FamilyMismatchError, match=f"{other}.*'pico'"):
+    with pytest.raises(FamilyMismatchError, match=f"{other}.*'tiny'"):
         check_fits(other, header)
     lora_weights = random_lora_weights({"model.layers.0.self_attn.q_proj": (64, 64)}, 2, 1)
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "small", base_model=None)
-    with pytest.raises(FamilyMismatchError, match=r"small.*'pico'"):
+    with pytest.raises(FamilyMismatchError, match=r"small.*'tiny'"):
         check_fits(tmp_path / "small", header)
     with pytest.raises(AdapterRejectedError, match="is a family"):
         check_fits(root / "family", header)

@@ -434,7 +434,7 @@ def test_a_worker_rejects_it(
     place = make(layout, worker.root / "t", root / "a", root / "p" if described else None)
     if not rooted:
         worker.runtime.settings.adapter_roots = ()
-        monkeypatch.setattr(validation.host, "resolve", lambda name: lambda path: path)
+        monkeypatch.setattr(validation.compat, "resolve", lambda name: lambda path: path)
         monkeypatch.setattr(worker, "add", lambda number, path: admitted(worker, number, path))
     elif ahead:
         worker.begun(1, str(place))
@@ -479,7 +479,7 @@ def test_files_that_go_away_while_they_are_copied(
         return kind
 
     monkeypatch.setattr(staging, "slot_kind", late)
-    assert "has lost adapter_config.json, adapter_model.safetensors" in (
+    assert "lost adapter_config.json, adapter_model.safetensors" in (
         worker.add(1, str(place)) or ""
     )
     assert worker.runtime.tenants == {}
