@@ -39,10 +39,9 @@ def scrape(tenants: int, named: int, shared: bool) -> dict[str, float]:
     from safegene_server.metrics.settings import MetricsSettings
     from safegene_server.metrics.traffic import Traffic
     from safegene_server.monitoring.applied import Applied, Served
-    from safegene_server.verifier import Expected
     from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
     from safegene_vllm.formats.profile import Profile
-    from safegene_vllm.settings import Settings
+    from safegene_vllm.settings import EnginePlan, Settings
 
     layers = tuple(SelectedLayer(number) for number in range(8, 24))
     header = FamilyHeader(
@@ -52,18 +51,18 @@ def scrape(tenants: int, named: int, shared: bool) -> dict[str, float]:
     labels = TenantLabels(MetricsSettings(max_tenants=named))
     profile = Profile(header.digest, (0.7,) * 32, {})
     served = [Served(f"tenant-{i:04d}", f"tenant-{i:04d}@1", profile) for i in range(tenants)]
-    expected = Expected(Settings(family=Path("/f"), apply="gain"), header, None)
+    plan = EnginePlan(Settings(family=Path("/f"), apply="gain"), header, None)
     traffic = Traffic(labels)
     traffic.expect(one.tenant for one in served)
-    applied = Applied(labels, expected, lambda: served, "base")
+    applied = Applied(labels, plan, lambda: served, "base")
     applied.refresh()
     begun_s = time.perf_counter()
     applied.refresh()
     renewed_s = time.perf_counter() - begun_s
     for one in served:
-        of = traffic.of(one.tenant)
-        of.outcomes["ok"].inc()
-        for histogram in (of.first, of.gaps, of.duration):
+        series = traffic.series(one.tenant)
+        series.outcomes["ok"].inc()
+        for histogram in (series.first, series.gaps, series.duration):
             histogram.observe(0.03)
     times, size, registry = [], 0, REGISTRY
     for _ in range(7):
@@ -79,7 +78,7 @@ def scrape(tenants: int, named: int, shared: bool) -> dict[str, float]:
 def requests(tenants: int, count: int) -> dict[str, float]:
     """p50 microseconds of a request, with traffic counted and without, taken in turns."""
     from safegene_server.access.catalog import Catalog, Principal, Tenant, key_digest, make_view
-    from safegene_server.access.middleware import Access
+    from safegene_server.access.middleware import AccessMiddleware
     from safegene_server.metrics.labels import TenantLabels
     from safegene_server.metrics.settings import MetricsSettings
     from safegene_server.metrics.traffic import Traffic
@@ -89,19 +88,32 @@ def requests(tenants: int, count: int) -> dict[str, float]:
     catalog = Catalog(
         make_view(keys={key_digest("sg-k"): key}, tenants=[Tenant(n, f"{n}@1") for n in names])
     )
-    counted = Traffic(TenantLabels(MetricsSettings(max_tenants=tenants)))
-    counted.protected = lambda served: True
+
+    class Served:
+        """Served models that are all protected."""
+
+        def protected(self, served: str) -> bool:
+            return True
+
+        def adapters(self) -> list[str]:
+            return names
+
+    models = Served()
+    labels = TenantLabels(MetricsSettings(max_tenants=tenants))
+    counted = Traffic(labels, served_models=lambda: models)
     counted.expect(names)
     found = {}
     for kind in ("whole", "stream"):
         ways = {
-            "with": Access(app_of(kind), catalog, traffic=counted),
-            "without": Access(app_of(kind), catalog),
+            "with": AccessMiddleware(app_of(kind), catalog, traffic=counted),
+            "without": AccessMiddleware(app_of(kind), catalog),
         }
         took: dict[str, list[float]] = {way: [] for way in ways}
 
         async def run(
-            ways: dict[str, Access] = ways, took: dict[str, list[float]] = took, kind: str = kind
+            ways: dict[str, AccessMiddleware] = ways,
+            took: dict[str, list[float]] = took,
+            kind: str = kind,
         ) -> None:
             for i in range(count):
                 body = request_of(names[i % tenants], kind == "stream")

@@ -6,12 +6,15 @@ All of them reach the GPU workers and enter vLLM's compile-cache key.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.formats.family import FamilyHeader, read_family_header
+from safegene_vllm.formats.profile import Profile, check_profile, load_profile
 
 KEY = "safegene"
 Apply = Literal["gain", "composed", "weights"]
@@ -119,3 +122,33 @@ def _complete(settings: Settings, load_format: str) -> Settings:
             "tenants carry their own safegene.json, requests without one use safegene.base_profile."
         )
     return settings.model_copy(update={"apply": apply})
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What one engine has to apply: checked settings, family header, profile of the base model."""
+
+    settings: Settings
+    header: FamilyHeader | None
+    base_profile: Profile | None
+
+
+def read_engine_plan(vllm_config: Any) -> EnginePlan | None:
+    """Read the plan of an engine from its two small files; None without a `safegene` key.
+
+    Errors: ConfigError, FormatError, FamilyMismatchError, BoundsError.
+    """
+    load_format = str(vllm_config.load_config.load_format)
+    settings = parse_settings(vllm_config.additional_config, load_format=load_format)
+    if settings is None:
+        return None
+    if settings.family is None:
+        return EnginePlan(settings, None, None)
+    header = read_family_header(settings.family)
+    source = settings.base_profile
+    if settings.apply == "weights":
+        source = settings.profile or Path(vllm_config.model_config.model)
+    base_profile = None if source is None else load_profile(source)
+    if base_profile is not None:
+        check_profile(base_profile, header)
+    return EnginePlan(settings, header, base_profile)

@@ -5,45 +5,15 @@ Every option under which the vector would not be applied is rejected with the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safegene_vllm.errors import FamilyMismatchError, VllmCompatibilityError
-from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
-from safegene_vllm.formats.profile import Profile, check_profile, load_profile
+from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint
 from safegene_vllm.plugin import compat
-from safegene_vllm.settings import KEY, Settings, parse_settings
+from safegene_vllm.settings import KEY, EnginePlan, Settings, read_engine_plan
 
-
-@dataclass(frozen=True)
-class EnginePlan:
-    """Checked settings of one engine, with the family's header and the base model's profile."""
-
-    settings: Settings
-    header: FamilyHeader | None
-    base_profile: Profile | None
-
-
-def read_engine_plan(vllm_config: Any) -> EnginePlan | None:
-    """Read the plan of an engine; None without a `safegene` key. Reads two small files.
-
-    Errors: ConfigError, FormatError, FamilyMismatchError, BoundsError.
-    """
-    load_format = str(vllm_config.load_config.load_format)
-    settings = parse_settings(vllm_config.additional_config, load_format=load_format)
-    if settings is None:
-        return None
-    if settings.family is None:
-        return EnginePlan(settings, None, None)
-    header = read_family_header(settings.family)
-    source = settings.base_profile
-    if settings.apply == "weights":
-        source = settings.profile or Path(vllm_config.model_config.model)
-    profile = None if source is None else load_profile(source)
-    if profile is not None:
-        check_profile(profile, header)
-    return EnginePlan(settings, header, profile)
+__all__ = ["EnginePlan", "check_base", "prepare_engine", "read_engine_plan"]
 
 
 def prepare_engine(vllm_config: Any) -> EnginePlan | None:

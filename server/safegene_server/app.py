@@ -1,7 +1,7 @@
-"""A server with a registry: put together at start, taken apart at the end.
+"""Setup of a server with a registry.
 
-`configure_app` while the app is built, so that nobody gets in without a key from the first moment;
-`start` once the engine runs. Without settings a server serves the tenants of its command line.
+`configure_app` runs while the app is built, so that no request passes without a key at any time;
+`start_tenants` runs once the engine is verified.
 """
 
 from __future__ import annotations
@@ -9,27 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from safegene_server.access.catalog import Catalog, key_digest
-from safegene_server.access.limits import Counters
-from safegene_server.access.middleware import Access
+from safegene_server.access.catalog import key_digest
+from safegene_server.access.middleware import AccessMiddleware
 from safegene_server.access.route_permissions import unclassified
 from safegene_server.api import router as api_router
 from safegene_server.artifacts import Store
 from safegene_server.calibration import CALIBRATE, calibrate
 from safegene_server.engine_client import EngineClient
-from safegene_server.metrics.labels import TenantLabels
-from safegene_server.monitoring.probes import PROBE, Prober, handler
-from safegene_server.monitoring.setup import Metrics
+from safegene_server.monitoring.probes import PROBE, Prober, probe_handler
 from safegene_server.registry import Registry
-from safegene_server.replica import CaptureApp, InternalClient, Reconciler
+from safegene_server.replica import CaptureApp, Reconciler
+from safegene_server.server_state import ServerState, attach_state
 from safegene_server.settings import ServerSettings
 from safegene_server.tenants import (
     ONBOARD,
@@ -44,97 +40,52 @@ from safegene_vllm.errors import ConfigError, ConflictError
 logger = logging.getLogger("vllm.safegene_server")
 
 ACTOR = "settings"
-"""Who adds and rotates the keys of the settings, in the audit."""
-
-
-@dataclass
-class ServerState:
-    """The access check of one app, shut until `start`; no replica and no prober until then.
-
-    `labels` are for whoever else has metrics with a tenant.
-    """
-
-    settings: ServerSettings
-    metrics: Metrics
-    catalog: Catalog = field(default_factory=Catalog)
-    counters: Counters = field(default_factory=Counters)
-    inside: InternalClient = field(default_factory=InternalClient)
-    replica: Reconciler | None = None
-    prober: Prober | None = None
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-
-    @property
-    def labels(self) -> TenantLabels:
-        return self.metrics.labels
-
-    async def shut(self) -> None:
-        """The end of the server: its jobs are left to others, and the registry is told."""
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        if self.replica is not None:
-            await self.replica.stop()
-            self.replica.registry.close()
+"""Actor in the audit of keys that the settings add and rotate."""
 
 
 def configure_app(app: FastAPI, settings: ServerSettings) -> ServerState:
-    """Routes of tenant life, and the access check around the whole app. Errors: ConfigError."""
-    args = getattr(app.state, "args", None)
-    door = ServerState(settings, Metrics(settings.metrics, args))
-    told = bool(getattr(args, "enable_force_include_usage", False))
+    """Attach the tenant routes, and the access check in front of the app. Errors: ConfigError."""
+    state = attach_state(app, settings, settings.metrics)
+    usage_forced = bool(getattr(state.metrics.args, "enable_force_include_usage", False))
     app.include_router(api_router)
-    app.add_middleware(CaptureApp, inside=door.inside, whole=app)
+    app.add_middleware(CaptureApp, inside=state.internal_client, whole=app)
     app.add_middleware(
-        Access,
-        catalog=door.catalog,
-        settings=settings.access_settings(usage_told=told),
-        counters=door.counters,
-        traffic=door.metrics.traffic,
+        AccessMiddleware,
+        catalog=state.catalog,
+        settings=settings.access_settings(usage_forced=usage_forced),
+        counters=state.counters,
+        traffic=state.metrics.traffic,
     )
-    inner = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(whole: FastAPI) -> AsyncIterator[Any]:
-        async with inner(whole) as state:
-            try:
-                yield state
-            finally:
-                await door.shut()
-
-    app.router.lifespan_context = lifespan
-    door.metrics.attach(app, edge=False)
-    app.state.safegene_door = door
-    app.state.safegene_tenancy = None
-    app.state.safegene_prober = None
     if found := unclassified(app):
-        logger.warning("routes that only an administrator reaches: %s", ", ".join(found))
-    return door
+        logger.warning("routes that need an administrator's key: %s", ", ".join(found))
+    return state
 
 
 def check_vllm_args(args: Any) -> None:
-    """Errors: ConfigError for options of vLLM that go around the registry."""
-    faults = []
+    """Errors: ConfigError for vLLM options that bypass the registry."""
+    problems = []
     if getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY"):
-        faults.append("--api-key (or VLLM_API_KEY): keys are the registry's")
+        problems.append("--api-key (or VLLM_API_KEY): keys are the registry's")
     if getattr(args, "lora_modules", None):
-        faults.append("--lora-modules: tenants are the registry's, and their ids too")
+        problems.append("--lora-modules: tenants are the registry's, and their ids too")
     if int(getattr(args, "api_server_count", None) or 1) > 1:
-        faults.append("--api-server-count over 1: requests in flight are counted by one process")
-    if faults:
-        raise ConfigError("with a registry, leave out " + "; ".join(faults) + ".")
+        problems.append("--api-server-count over 1: requests in flight are counted by one process")
+    if problems:
+        raise ConfigError("with a registry, leave out " + "; ".join(problems) + ".")
 
 
-async def start(
-    door: ServerState,
-    gate: EngineClient,
+async def start_tenants(
+    state: ServerState,
+    settings: ServerSettings,
+    engine_client: EngineClient,
     models: Any,
     make_request: Callable[[str, int, Path], Any],
-) -> TenantContext:
-    """Open registry and store, add the first keys, follow: from here on keys work.
+) -> None:
+    """Open registry and store, add the keys of the settings, and follow the registry.
 
+    In place: sets the state's replica, tenants, prober and tasks. Keys work from here on.
     Errors: ConfigError, RegistryError and its kinds, StoreError.
     """
-    settings = door.settings
     await asyncio.to_thread(read_prompts, settings.tenants.gate.prompts)
     prompts = await asyncio.to_thread(read_prompts, settings.probes.prompts)
     registry = await asyncio.to_thread(Registry, settings.registry_url())
@@ -144,36 +95,38 @@ async def start(
         replica = Reconciler(
             registry=registry,
             store=store,
-            gate=gate,
+            gate=engine_client,
             models=models,
-            catalog=door.catalog,
-            counters=door.counters,
-            inside=door.inside,
+            catalog=state.catalog,
+            counters=state.counters,
+            inside=state.internal_client,
             make_request=make_request,
+            on_change=state.metrics.on_change,
         )
-        source = gate.verifier.expected.settings.family
+        source = engine_client.verifier.plan.settings.family
         await replica.start(None if source is None else str(source.absolute()))
     except BaseException:
         registry.close()
         raise
-    prober = Prober(replica, settings.probes, prompts, door.labels)
-    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: handler(prober)})
-    tenancy = TenantContext(replica, registry, store, settings.tenants, jobs)
-    door.replica, door.prober = replica, prober
+    prober = Prober(replica, settings.probes, prompts, state.metrics.labels)
+    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
+    tenants = TenantContext(replica, registry, store, settings.tenants, jobs)
+    # Set before anything else can fail, so that the end of the app leaves the registry.
+    state.replica, state.prober = replica, prober
     if settings.tenants.directory is not None:
-        await register_declared(tenancy, settings.tenants.directory)
-    door.tasks = [
-        asyncio.create_task(tenancy.jobs.run(tenancy)),
+        await register_declared(tenants, settings.tenants.directory)
+    state.tasks = [
+        asyncio.create_task(jobs.run(tenants)),
         asyncio.create_task(prober.run()),
     ]
-    return tenancy
+    state.tenants = tenants
 
 
 def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
-    """The keys of the settings that are not there yet; a changed secret is a rotation.
+    """Add the keys of the settings that are missing; rotate those whose secret changed.
 
-    Not of a key that was rotated or revoked over HTTP since: a secret that leaked and was taken
-    away must not come back with the next start. Errors: ConfigError, RegistryError.
+    A key that was rotated or revoked over HTTP is left alone: a leaked secret must not become
+    valid again with the next start. Errors: ConfigError, RegistryError.
     """
     for given in settings.keys:
         secret = given.secret(os.environ)
@@ -190,8 +143,8 @@ def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
             known = registry.key(given.name)
             if known.revoked_at is None and known.hash == key_digest(secret).hex():
                 continue
-            told = registry.audit(target=given.name, action="key.").entries
-            if known.revoked_at is None and told and told[0].actor == ACTOR:
+            history = registry.audit(target=given.name, action="key.").entries
+            if known.revoked_at is None and history and history[0].actor == ACTOR:
                 registry.rotate_key(given.name, secret=secret, actor=ACTOR)
             else:
                 logger.warning(

@@ -1,7 +1,6 @@
 """HTTP: /v1/safegene/receipts, /v1/safegene/ready, and vLLM's /v1/load_lora_adapter, verified.
 
-For translating between HTTP and the verifier. Under /v1/ so that vLLM's --api-key guards them. What
-is true is decided in verifier.py, what may be loaded in the workers.
+Below /v1/ so that vLLM's --api-key guards them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
 from safegene_server.access.middleware import SCOPE_KEY
-from safegene_server.engine_client import refusal
+from safegene_server.engine_client import load_error
 from safegene_server.error_responses import (
     EngineDownError,
     ErrorRoute,
@@ -22,6 +21,7 @@ from safegene_server.error_responses import (
     plain,
     status_of,
 )
+from safegene_server.server_state import state_of
 from safegene_server.verifier import Verifier
 
 LOAD_PATH = "/v1/load_lora_adapter"
@@ -35,7 +35,7 @@ load_router = APIRouter(route_class=ErrorRoute, tags=["safegene"])
 
 
 class LoadBody(BaseModel):
-    """The body of vLLM's own request; fields that a newer vLLM adds are passed on."""
+    """Body of vLLM's own request; fields that a newer vLLM adds are passed on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -46,24 +46,21 @@ class LoadBody(BaseModel):
 
 
 def _verifier(request: Request) -> Verifier | None:
-    """None: no family. Errors: EngineDownError in a server that has no engine."""
-    state = request.app.state
-    if getattr(state, "engine_client", None) is None:
+    """Return None without a family. Errors: EngineDownError in a server without an engine."""
+    if getattr(request.app.state, "engine_client", None) is None:
         raise EngineDownError("this server has no engine, so there is nothing to verify.")
-    found: Verifier | None = getattr(state, "safegene", None)
-    return found
+    return state_of(request).verifier
 
 
 def _replica_faults(request: Request) -> tuple[str, ...]:
-    """What the registry has published and this server does not serve."""
-    tenancy = getattr(request.app.state, "safegene_tenancy", None)
-    found: tuple[str, ...] = () if tenancy is None else tenancy.replica.faults()
-    return found
+    """Return why published revisions of the registry are not served here."""
+    replica = state_of(request).replica
+    return () if replica is None else replica.faults()
 
 
 @router.get("/v1/safegene/receipts")
 async def receipts(request: Request) -> JSONResponse:
-    """What every rank really applied, and whether that is what the files promise."""
+    """Show what every rank applied, and whether that is what the files promise."""
     verifier = _verifier(request)
     if verifier is None:
         return JSONResponse({"ready": False, "faults": [NO_FAMILY], "receipts": []})
@@ -82,49 +79,51 @@ async def ready(request: Request) -> JSONResponse:
     verifier = _verifier(request)
     if verifier is None:
         return error_response(503, NO_FAMILY)
-    tenancy = getattr(request.app.state, "safegene_tenancy", None)
-    known = tenancy is None or request.scope.get(SCOPE_KEY) is not None
-    report = await (verifier.report() if known else verifier.recent())
+    replica = state_of(request).replica
+    detailed = replica is None or request.scope.get(SCOPE_KEY) is not None
+    report = await (verifier.report() if detailed else verifier.recent_report())
     if faults := [*report.faults, *_replica_faults(request)]:
-        message = "\n".join(faults) if known else "not all that is published is applied here."
+        message = "\n".join(faults) if detailed else "not all that is published is applied here."
         return error_response(503, message)
-    header, settings = verifier.expected.header, verifier.expected.settings
-    base = verifier.expected.base
+    plan = verifier.plan
+    header, base = plan.header, plan.base_profile
     body: dict[str, Any] = {
         "ready": True,
         "pid": os.getpid(),
         "family": None if header is None else {"name": header.name, "digest": header.digest},
-        "apply": settings.apply,
-        "unprotected_mode": settings.missing_profile == "serve_unprotected",
+        "apply": plan.settings.apply,
+        "unprotected_mode": plan.settings.missing_profile == "serve_unprotected",
         "base": None
         if base is None
         else {"profile": base.digest, "layers": sum(1 for v in base.coefficients if v != 0.0)},
-        "tenants": list(report.tenants) if known else [],
-        "registry": None if tenancy is None else tenancy.replica.version,
+        "tenants": list(report.tenants) if detailed else [],
+        "registry": None if replica is None else replica.version,
     }
     return JSONResponse(body)
 
 
 @load_router.post(LOAD_PATH)
 async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
-    """vLLM's own route, with the plain reason on refusal; the gate verifies before publishing."""
+    """vLLM's own route, with the reason of a rejection; verified before it is published."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        # A browser may post other types across sites without asking.
+        # A browser may send other types to another site without a preflight.
         raise HTTPException(400, f"content type {media_type!r}; expected application/json")
     return await publish(request.app.state.openai_serving_models, body)
 
 
 async def publish(models: Any, body: LoadBody, *, param: str = "lora_path") -> Response:
-    """Load and publish an adapter through vLLM's model list, with the plain reason if it is
-    rejected; `param` is the field of the request that names the directory."""
-    refusal.set(None)
-    answer = await models.load_lora_adapter(body)
-    if isinstance(answer, str):
-        return PlainTextResponse(answer)
-    error = refusal.get()
+    """Load and publish an adapter through vLLM's model list; a rejection carries its reason.
+
+    `param` is the field of the request that names the directory.
+    """
+    load_error.set(None)
+    result = await models.load_lora_adapter(body)
+    if isinstance(result, str):
+        return PlainTextResponse(result)
+    error = load_error.get()
     if error is not None:
         return error_response(status_of(error), plain(error), param=param)
-    found = answer.model_dump()
-    found["error"]["message"] = plain(found["error"]["message"])
-    return JSONResponse(found, status_code=answer.error.code)
+    content = result.model_dump()
+    content["error"]["message"] = plain(content["error"]["message"])
+    return JSONResponse(content, status_code=result.error.code)

@@ -1,8 +1,4 @@
-"""OpenAI's error shape, for everything that our routes refuse.
-
-For turning exceptions and messages into `{"error": {message, type, param, code}}`. Not for vLLM's
-own routes: those have vLLM's handlers.
-"""
+"""OpenAI's error shape `{"error": {message, type, param, code}}` for every error of our routes."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ from safegene_vllm.errors import (
 
 logger = logging.getLogger("vllm.safegene_server")
 MAX_SHOWN = 20
-"""Errors of one body that its response names."""
+"""Maximum number of errors of one body that its response names."""
 
 _WRAPPERS = (
     re.compile(r"^Call to \w+ method failed: "),
@@ -42,13 +38,13 @@ _WRAPPERS = (
 
 
 class EngineDownError(Exception):
-    """The engine has died or does not answer; nothing can be said about what it serves."""
+    """The engine has died or does not respond, so what it serves is unknown."""
 
 
 def error_body(status: int, message: str, *, param: str | None = None) -> dict[str, Any]:
-    """The body of an error, its type named as vLLM names it (`BadRequestError`, ...).
+    """Make the body of an error, its type named as vLLM names it (`BadRequestError`, ...).
 
-    Half of a surrogate pair, which a client's JSON may hold and no UTF-8 can, is shown escaped.
+    An unpaired surrogate, which JSON may hold and UTF-8 cannot, is shown escaped.
     """
     message, param = _writable(message), None if param is None else _writable(param)
     name = HTTPStatus(status).phrase.title().replace(" ", "").replace("-", "")
@@ -72,7 +68,7 @@ def _writable(text: str) -> str:
 
 
 def plain(error: BaseException | str) -> str:
-    """The message that was raised in a worker, without what the host wrapped around it."""
+    """Return the message raised in a worker, without what vLLM wrapped around it."""
     message = str(error).partition("\nTraceback (most recent call last)")[0].strip()
     for wrapper in _WRAPPERS:
         message = wrapper.sub("", message)
@@ -80,8 +76,11 @@ def plain(error: BaseException | str) -> str:
 
 
 def status_of(error: BaseException) -> int:
-    """404 for what is not there, 409 for a state that forbids it, 503 without engine or registry,
-    507 for our own disk, 500 for a broken promise, 400 otherwise."""
+    """Return the HTTP status of an error.
+
+    404 not found, 409 forbidden by the state, 503 no engine or registry, 507 our own disk, 500 a
+    receipt that breaks its promise, 400 otherwise.
+    """
     if isinstance(error, MissingFileError | NotFoundError):
         return 404
     if isinstance(error, ConflictError | FrozenError):
@@ -94,18 +93,18 @@ def status_of(error: BaseException) -> int:
 
 
 class ErrorRoute(APIRoute):
-    """A route whose every error has OpenAI's shape, whatever handlers the app has."""
+    """Route whose every error has OpenAI's shape, whatever handlers the app has."""
 
     async def check(self, request: Request) -> None:
-        """Check before the body is parsed; nothing here. Errors: SafegeneError, HTTPException."""
+        """Check the request before its body is parsed. Errors: SafegeneError, HTTPException."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        answer = super().get_route_handler()
+        handler = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
             try:
                 await self.check(request)
-                return await answer(request)
+                return await handler(request)
             except RequestValidationError as error:
                 return _invalid(error)
             except HTTPException as error:
@@ -120,13 +119,13 @@ class ErrorRoute(APIRoute):
 
 
 def _invalid(error: RequestValidationError) -> JSONResponse:
-    """400 naming the first bad fields of a body; `param` is the first one."""
-    found = error.errors()
-    faults = [
-        (".".join(part for part in fault["loc"][1:] if isinstance(part, str)), fault["msg"])
-        for fault in found[:MAX_SHOWN]
+    """Respond 400, naming the first bad fields of a body; `param` is the first one."""
+    errors = error.errors()
+    shown = [
+        (".".join(part for part in one["loc"][1:] if isinstance(part, str)), one["msg"])
+        for one in errors[:MAX_SHOWN]
     ]
-    message = "; ".join(f"{where or 'body'}: {what}" for where, what in faults)
-    if len(found) > MAX_SHOWN:
-        message += f"; and {len(found) - MAX_SHOWN} more"
-    return error_response(400, message, param=(faults[0][0] if faults else None) or None)
+    message = "; ".join(f"{field or 'body'}: {text}" for field, text in shown)
+    if len(errors) > MAX_SHOWN:
+        message += f"; and {len(errors) - MAX_SHOWN} more"
+    return error_response(400, message, param=(shown[0][0] if shown else None) or None)

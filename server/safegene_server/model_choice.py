@@ -1,8 +1,8 @@
 """Keeps vLLM from choosing an adapter that the request does not name.
 
-vLLM answers a chat request for the base model with an adapter whose name is the first word of a
+vLLM serves a chat request for the base model with an adapter whose name is the first word of a
 content part's `type` (`text`, `image`, ...), and a client may write such a type so that it begins
-with any adapter's name. With a registry that would go around what the key may use.
+with any adapter's name. With a registry that would bypass what the key may use.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ CHOICE = "_get_active_default_mm_loras"
 
 
 def serve_named_adapters_only(state: State) -> None:
-    """In place: no serving object of the app looks for an adapter in a request's content.
+    """Disable the choice in every serving object of the app, in place.
 
-    --default-mm-loras, which needs that, is rejected by the workers before they load.
+    --default-mm-loras, which needs it, is rejected by the workers before they load.
     """
     for serving in list(state._state.values()):
         if callable(getattr(serving, CHOICE, None)):
-            setattr(serving, CHOICE, _none)
+            setattr(serving, CHOICE, _no_adapter)
 
 
-def _none(request: Any) -> None:
-    """No adapter: the base model answers."""
+def _no_adapter(request: Any) -> None:
+    """Return None: the base model serves the request."""

@@ -1,10 +1,10 @@
-"""SageMaker's routes on vLLM's server, held to what vLLM's own routes promise.
+"""SageMaker's routes on vLLM's server, with the same guarantees as vLLM's own routes.
 
-- POST /invocations is answered by the model that its body or its header names. vLLM overwrites the
+- POST /invocations is served by the model that its body or its header names. vLLM overwrites the
   body's `model` with a header's value, and so with nothing where there is no such header.
-- POST /adapters answers as POST /v1/load_lora_adapter does. With a registry neither it nor
+- POST /adapters behaves as POST /v1/load_lora_adapter does. With a registry neither it nor
   DELETE /adapters/{name} loads or unloads anything: ids and names are the registry's.
-  Both ask for --api-key where there is one, as they lie outside the paths that vLLM's key guards.
+  Both require --api-key where there is one, as vLLM's key guards other paths only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safegene_server.access.rejection import RequestRejectedError, reject
 from safegene_server.access.route_permissions import route_path
 from safegene_server.engine_routes import LoadBody, publish
 from safegene_server.error_responses import error_response
+from safegene_server.server_state import ServerState
 
 INVOCATIONS = "/invocations"
 ADAPTERS = "/adapters"
@@ -41,17 +42,18 @@ REGISTRY_LOADS = (
 
 
 class Invocations:
-    """ASGI app of the route: gives vLLM's decorator the body's `model` in the header it reads.
+    """ASGI app around the route that puts the body's `model` in the header vLLM's decorator reads.
 
-    Without a family everything passes as it is. Around the route itself and not the whole app, so
-    that no other request pays for it and no other spelling of the path goes around it.
+    Without a family every request passes unchanged. It wraps the route and not the app, so that
+    other requests cost nothing more and no other spelling of the path bypasses it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if getattr(scope["app"].state, "safegene", None) is None:
+        state: ServerState = scope["app"].state.safegene
+        if state.verifier is None:
             await self.app(scope, receive, send)
             return
         try:
@@ -60,18 +62,18 @@ class Invocations:
             return
         try:
             headers = header_with_model(list(scope["headers"]), payload)
-        except RequestRejectedError as refusal:
-            await reject(refusal, scope, receive, send)
+        except RequestRejectedError as error:
+            await reject(error, scope, receive, send)
             return
         await self.app({**scope, "headers": headers}, replay(payload, receive), send)
 
 
 def header_with_model(headers: HeaderList, payload: bytes) -> HeaderList:
-    """The headers with the one name that body and header agree on; unchanged if neither has one.
+    """Return the headers with the name that body and header agree on; unchanged without a name.
 
-    The body is read as vLLM reads it, so both find the same `model`.
-    Errors: Refusal, 400, for a body that is no JSON object, a `model` that is no name or does not
-    fit into a header, and for two different names.
+    The body is parsed as vLLM parses it, so both find the same `model`.
+    Errors: RequestRejectedError, 400, for a body that is no JSON object, a `model` that is no name
+    or does not fit into a header, and two different names.
     """
     try:
         document = json.loads(payload)
@@ -114,7 +116,7 @@ def _shown(names: Iterable[str]) -> str:
 
 
 def guard_invocations(app: FastAPI) -> None:
-    """Put `Invocations` around vLLM's own route. One that the operator wrote stays as it is."""
+    """Wrap vLLM's own route in `Invocations`; a custom handler of the operator is left as it is."""
     for route in _leaves(app.router.routes):
         methods = getattr(route, "methods", None) or ()
         if getattr(route, "path", None) == INVOCATIONS and "POST" in methods:
@@ -122,65 +124,65 @@ def guard_invocations(app: FastAPI) -> None:
 
 
 def _leaves(routes: Iterable[Any]) -> Iterable[Any]:
-    """Every route, those of routers that are included as a whole too."""
+    """Iterate over all routes, also those of included routers."""
     for route in routes:
         inner = getattr(route, "routes", None)
         yield from _leaves(inner) if inner else (route,)
 
 
 class AdapterBody(BaseModel):
-    """The body of POST /adapters; further fields are ignored, as SageMaker's standard does."""
+    """Body of POST /adapters; further fields are ignored, as in SageMaker's standard."""
 
     name: str = Field(min_length=1)
     src: str = Field(min_length=1)
 
 
 async def register_adapter(request: Request) -> Response:
-    """POST /adapters: load an adapter as POST /v1/load_lora_adapter does, in SageMaker's words.
+    """POST /adapters: load an adapter as POST /v1/load_lora_adapter does.
 
-    A body that is not JSON is passed over for the query's parameters, as vLLM does.
+    Without a JSON body the query's parameters are taken, as in vLLM.
     """
     try:
-        wanted: Any = await request.json()
+        content: Any = await request.json()
     except (ValueError, RecursionError):
-        wanted = dict(request.query_params)
+        content = dict(request.query_params)
     try:
-        body = AdapterBody.model_validate(wanted)
+        body = AdapterBody.model_validate(content)
     except ValidationError as error:
-        faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-        message = "; ".join(f"{where or 'body'}: {what}" for where, what in faults)
-        return error_response(400, message, param=faults[0][0] or None)
-    answer = await publish(
+        problems = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+        message = "; ".join(f"{field or 'body'}: {text}" for field, text in problems)
+        return error_response(400, message, param=problems[0][0] or None)
+    response = await publish(
         request.app.state.openai_serving_models,
         LoadBody(lora_name=body.name, lora_path=body.src),
         param="src",
     )
-    if answer.status_code != 200:
-        return answer
+    if response.status_code != 200:
+        return response
     shown = request.headers.get(ALIAS_HEADER) or body.name
     return PlainTextResponse(f"Adapter {shown} registered")
 
 
-async def closed(request: Request) -> Response:
-    """404 for what only a server without a registry does."""
+async def reject_with_registry(request: Request) -> Response:
+    """404 for what only a server without a registry offers."""
     return error_response(404, REGISTRY_LOADS)
 
 
 def replace_adapter_routes(app: FastAPI, *, registry: bool) -> None:
-    """Our routes in place of those that vLLM adds for SageMaker once plugins have been attached.
+    """Take the place of the routes that vLLM adds for SageMaker after attaching plugins.
 
-    It drops FastAPI's routes of the same path before it adds its own, but not Starlette's, and the
-    first that matches answers. DELETE stays vLLM's where there is no registry.
+    vLLM drops FastAPI's routes of the same path before it adds its own, but not Starlette's, and
+    the first match serves the request. DELETE stays vLLM's without a registry.
     """
-    post = closed if registry else register_adapter
+    post = reject_with_registry if registry else register_adapter
     app.router.routes.append(Route(ADAPTERS, post, methods=["POST"]))
     if registry:
         path = f"{ADAPTERS}/{{adapter_name}}"
-        app.router.routes.append(Route(path, closed, methods=["DELETE"]))
+        app.router.routes.append(Route(path, reject_with_registry, methods=["DELETE"]))
 
 
-class AdaptersNeedKey:
-    """ASGI middleware; `keys` are the server's API keys."""
+class AdapterKeyMiddleware:
+    """ASGI middleware that requires one of the server's API keys on SageMaker's adapter routes."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app = app

@@ -1,8 +1,8 @@
-"""The server's own settings: `safegene.yaml`, named by SAFEGENE_SERVER_CONFIG in its environment.
+"""Server settings: `safegene.yaml`, named by the environment variable SAFEGENE_SERVER_CONFIG.
 
-Single keys can be overridden there, such as SAFEGENE_SERVER_ACCESS__MAX_BODY_BYTES. For what
-concerns the API process alone: registry, store, sources, access. A server without the file serves
-the tenants of its command line. Secrets are named (a file, an environment variable), not written.
+The environment overrides single keys, such as SAFEGENE_SERVER_ACCESS__MAX_BODY_BYTES. A server
+without the file serves the tenants of its command line. Secrets are named (a file, an environment
+variable), not written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PATHS = (
     ("tenants", "gate", "prompts"),
     ("probes", "prompts"),
 )
-"""Settings that are files or directories, by the keys that lead to them."""
+"""Key paths of the settings that are files or directories."""
 
 
 class _Part(BaseModel):
@@ -40,7 +40,7 @@ class _Part(BaseModel):
 
 
 class Sources(_Part):
-    """Where tenants' adapters may come from."""
+    """Allowed sources of tenants' adapters."""
 
     roots: tuple[Path, ...] = Field((), description="local sources lie below these")
     protocols: tuple[str, ...] | None = Field(None, description="URL schemes; default: all remote")
@@ -52,7 +52,7 @@ class Sources(_Part):
 
 
 class Access(_Part):
-    """Who gets in without a key, and how large a request may be."""
+    """Paths that need no key, and the maximum size of a request."""
 
     public: tuple[str, ...] = Field(
         ("/health", "/ping", "/v1/safegene/ready"), description="paths whose GET needs no key"
@@ -61,7 +61,7 @@ class Access(_Part):
 
 
 class FirstKey(_Part):
-    """A key that is there from the first start; its secret comes from the environment or a file."""
+    """Key added at the first start; its secret comes from the environment or a file."""
 
     name: str
     secret_env: str | None = None
@@ -71,25 +71,25 @@ class FirstKey(_Part):
     default_tenant: str | None = None
 
     def secret(self, environ: Mapping[str, str]) -> str:
-        """Errors: ConfigError."""
+        """Read the secret. Errors: ConfigError."""
         if (self.secret_env is None) == (self.secret_file is None):
             raise ConfigError(f"key {self.name!r}: give secret_env or secret_file, one of them.")
         if self.secret_env is not None:
-            found = environ.get(self.secret_env, "")
+            secret = environ.get(self.secret_env, "")
             where = f"the environment variable {self.secret_env}"
         else:
             where = str(self.secret_file)
             try:
-                found = Path(where).read_text()
+                secret = Path(where).read_text()
             except OSError as error:
                 raise ConfigError(f"key {self.name!r}: {where} cannot be read: {error}") from error
-        if not found.strip():
+        if not secret.strip():
             raise ConfigError(f"key {self.name!r}: {where} is empty or not set.")
-        return found.strip()
+        return secret.strip()
 
 
 class ServerSettings(BaseSettings):
-    """One server's settings. Unknown keys are refused; the environment comes before the file."""
+    """Settings of one server. Unknown keys are rejected; the environment overrides the file."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="SAFEGENE_SERVER_", env_nested_delimiter="__"
@@ -107,14 +107,14 @@ class ServerSettings(BaseSettings):
         None, description="model, family and flags: read by `safegene serve`, not by the server"
     )
     tenants: TenantSettings = Field(
-        TenantSettings(), description="the gate, calibration, and how jobs are run"
+        TenantSettings(), description="smoke test, calibration, and how jobs are run"
     )
     metrics: MetricsSettings = Field(
-        MetricsSettings(), description="whose series are their own, and how often they are renewed"
+        MetricsSettings(), description="tenants with series of their own, and the update interval"
     )
 
     probes: ProbeSettings = Field(
-        ProbeSettings(), description="whether, how often and with what tenants are probed"
+        ProbeSettings(), description="whether, how often and with which prompts tenants are probed"
     )
 
     @classmethod
@@ -129,7 +129,7 @@ class ServerSettings(BaseSettings):
         return env_settings, init_settings
 
     def registry_url(self) -> str:
-        """Errors: ConfigError."""
+        """Return the database URL. Errors: ConfigError."""
         if (self.registry is None) == (self.registry_file is None):
             raise ConfigError("give `registry` or `registry_file`, one of them.")
         if self.registry is not None:
@@ -140,7 +140,7 @@ class ServerSettings(BaseSettings):
             raise ConfigError(f"registry_file cannot be read: {error}") from error
 
     def source_rules(self) -> SourceRules:
-        """What `Store` takes. Errors: those of SourceRules."""
+        """Return the store's rules for sources. Errors: those of SourceRules."""
         roots = self.sources.roots
         if roots and self.tenants.directory is not None:
             roots = (*roots, self.tenants.directory)
@@ -150,40 +150,41 @@ class ServerSettings(BaseSettings):
         return SourceRules(**given)
 
     def limits(self) -> Limits:
+        """Return the store's limits on a fetch."""
         return Limits(
             weights_bytes=self.sources.max_weights_bytes, timeout_s=self.sources.timeout_s
         )
 
-    def access_settings(self, *, usage_told: bool = False) -> AccessSettings:
-        """Errors: ConfigError."""
+    def access_settings(self, *, usage_forced: bool = False) -> AccessSettings:
+        """Return the settings of the access check. Errors: ConfigError."""
         return AccessSettings(
             public=frozenset(self.access.public),
             max_body_bytes=self.access.max_body_bytes,
-            usage_told=usage_told,
+            usage_forced=usage_forced,
         )
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | None:
-    """The settings that the environment names; None if it names none.
+    """Read the settings file that the environment names; None if it names none.
 
     Errors: ConfigError naming the file, every bad key and what is expected; no secrets.
     """
-    named = environ.get(ENV)
-    if not named:
+    given = environ.get(ENV)
+    if not given:
         return None
-    path = Path(named)
+    path = Path(given)
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{ENV}={named}: cannot be read: {error}") from error
+        raise ConfigError(f"{ENV}={given}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {_yaml_fault(error)}.") from None
+        raise ConfigError(f"{path} is no YAML: {_yaml_problem(error)}.") from None
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} holds {type(raw).__name__}, expected keys such as `registry:`.")
     try:
-        return ServerSettings(**_below(path.parent, dict(raw)))
+        return ServerSettings(**_resolve_paths(path.parent, dict(raw)))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_faults(error)}.") from None
+        raise ConfigError(f"{path}: {_problems(error)}.") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -196,43 +197,43 @@ class _Metrics(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
 
 
-def metrics_alone() -> MetricsSettings:
-    """Those of a server without a file, from the environment (SAFEGENE_SERVER_METRICS__...).
+def metrics_from_environment() -> MetricsSettings:
+    """Read the metrics settings of a server without a file (SAFEGENE_SERVER_METRICS__...).
 
     Errors: ConfigError.
     """
     try:
         return _Metrics().metrics
     except ValidationError as error:
-        raise ConfigError(f"SAFEGENE_SERVER_METRICS: {_faults(error)}.") from None
+        raise ConfigError(f"SAFEGENE_SERVER_METRICS: {_problems(error)}.") from None
 
 
-def _faults(error: ValidationError) -> str:
-    """Every bad key and what is expected. What was found may be a secret; a number is none."""
-    told = []
-    for fault in error.errors():
-        value = fault.get("input")
-        known = isinstance(value, int | float) and fault["type"] != "extra_forbidden"
-        found = f" = {value!r}" if known else ""
-        told.append(f"{'.'.join(map(str, fault['loc']))}{found}: {fault['msg']}")
-    return "; ".join(told)
+def _problems(error: ValidationError) -> str:
+    """List every bad key and what is expected. Only numbers are shown: a text may be a secret."""
+    problems = []
+    for one in error.errors():
+        value = one.get("input")
+        shown = isinstance(value, int | float) and one["type"] != "extra_forbidden"
+        found = f" = {value!r}" if shown else ""
+        problems.append(f"{'.'.join(map(str, one['loc']))}{found}: {one['msg']}")
+    return "; ".join(problems)
 
 
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    """Where and what, without the line itself, which may hold a password."""
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Describe a YAML error without the line itself, which may hold a password."""
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f"line {mark.line + 1}: "
     return where + (getattr(error, "problem", None) or type(error).__name__)
 
 
-def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Relative paths are counted from the file's own folder."""
+def _resolve_paths(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Resolve relative paths against the file's own folder, in place."""
     for *sections, key in PATHS:
-        where: Any = raw
+        part: Any = raw
         for section in sections:
-            where = where.get(section) if isinstance(where, dict) else None
-        if isinstance(where, dict) and key in where:
-            where[key] = _absolute(folder, where[key])
+            part = part.get(section) if isinstance(part, dict) else None
+        if isinstance(part, dict) and key in part:
+            part[key] = _absolute(folder, part[key])
     keys = raw.get("keys")
     for given in keys if isinstance(keys, list) else []:
         if isinstance(given, dict) and isinstance(given.get("secret_file"), str):
@@ -244,7 +245,7 @@ def _below(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(folder: Path, value: Any) -> Any:
-    """What is no path is left for the settings to refuse."""
+    """Resolve paths; other types are left for the settings to reject."""
     if isinstance(value, list):
         return [_absolute(folder, one) for one in value]
     return str(folder.absolute() / value) if isinstance(value, str) else value

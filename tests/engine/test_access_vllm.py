@@ -56,8 +56,7 @@ from fastapi.testclient import TestClient
 from safegene_server.access.catalog import Principal, key_digest, make_view
 
 admin = Principal("root", frozenset({"admin"}), frozenset({"*"}))
-door = app.state.safegene_door
-door.catalog.replace(make_view(keys={key_digest("sg-root"): admin}, tenants=()))
+app.state.safegene.catalog.replace(make_view(keys={key_digest("sg-root"): admin}, tenants=()))
 client = TestClient(app, headers={"Authorization": "Bearer sg-root"})
 calls = {
     "POST /adapters": client.post("/adapters", json={"name": "x", "src": "/x"}),

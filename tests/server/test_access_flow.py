@@ -1,4 +1,4 @@
-"""`Access` while a request runs: chunks, limits, ends of all kinds, websockets, root paths."""
+"""`AccessMiddleware` during a request: chunks, limits, all endings, websockets, root paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, key_digest, make_view
 from safegene_server.access.limits import Counters
-from safegene_server.access.middleware import Access
+from safegene_server.access.middleware import AccessMiddleware
 
 
 async def turns(count: int = 5) -> None:
@@ -43,7 +43,7 @@ def test_chunks_pass_one_by_one_and_untouched() -> None:
             keys={key_digest("sg-m"): Principal("m", SERVE, frozenset({"metered"}), "metered")},
             tenants=TENANTS,
         )
-        call, sent = speak(Access(app, Catalog(view)), "m", {})
+        call, sent = speak(AccessMiddleware(app, Catalog(view)), "m", {})
         task = asyncio.create_task(call)
         for count in (1, 2, 3, 4):
             await turns()
@@ -163,7 +163,7 @@ def test_what_changes_during_an_upload_counts(tenants: Any, keys: Any, status: i
 
 def test_several_answers_of_one_request_count_as_several() -> None:
     access = guarded()
-    refused(chat(access, "other", n=2), 400, "asks for 2 answers")
+    refused(chat(access, "other", n=2), 400, "is for 2 completions")
     for path, body in ((CHAT, {"n": 3}), ("/v1/completions", {"prompt": ["a"] * 3})):
         answer = ask(access, "POST", path, "acme", json=body)
         assert answer.status_code == 200
@@ -203,7 +203,7 @@ def test_tokens_per_minute_are_what_the_answers_say() -> None:
 
     key = Principal("m", SERVE, frozenset({"metered"}), "metered")
     view = make_view(keys={key_digest("sg-m"): key}, tenants=TENANTS)
-    access = Access(app, Catalog(view), counters=Counters(lambda: 0.0))
+    access = AccessMiddleware(app, Catalog(view), counters=Counters(lambda: 0.0))
     assert chat(access, "m").status_code == 200
     assert access.counters.accounts["metered"].tokens.total == 90
     assert access.counters.accounts["metered"].reserved == 0
@@ -284,7 +284,7 @@ def test_a_root_path_changes_nothing() -> None:
 
     access = guarded()
     app.add_middleware(
-        Access,  # type: ignore[arg-type]
+        AccessMiddleware,  # type: ignore[arg-type]
         catalog=access.catalog,
         now=access.now,
     )

@@ -78,7 +78,7 @@ def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
 @pytest.mark.parametrize("limit", ["concurrent", "requests_per_minute"])
 def test_what_no_waiting_would_let_in_is_told_at_once(limit: str) -> None:
     with pytest.raises(
-        RequestRejectedError, match=r"asks for 9 answers.* has a limit of 8"
+        RequestRejectedError, match=r"is for 9 completions.* has a limit of 8"
     ) as caught:
         Counters(Clock()).admit(target(**{limit: 8}), 1, 9)
     assert (caught.value.status, caught.value.headers) == (400, None)

@@ -1,4 +1,4 @@
-"""`Access` before an app that echoes: who gets through, where, and with which model.
+"""`AccessMiddleware` before an app that echoes: who gets through, where, and with which model.
 
 Limits, streams and broken connections are in test_server_access_flow.
 """
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from safegene_server.access.catalog import Catalog, Principal, Tenant, key_digest, make_view
 from safegene_server.access.limits import Counters
-from safegene_server.access.middleware import Access, AccessSettings
+from safegene_server.access.middleware import AccessMiddleware, AccessSettings
 from safegene_server.access.route_permissions import RULES
 from safegene_vllm.errors import ConfigError
 
@@ -89,7 +89,7 @@ def test_unknown_and_expired_sound_the_same() -> None:
 
 
 def test_an_empty_catalog_lets_nobody_in() -> None:
-    refused(ask(Access(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
+    refused(ask(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
 
 
 def test_a_revoked_key_is_out_with_the_next_view() -> None:
@@ -208,7 +208,7 @@ def test_fields_that_reach_into_the_engine_are_refused(name: str) -> None:
     assert answer.json()["error"]["param"] == name
     unset = ask(guarded(), "POST", "/v1/responses", "acme", json={name: None})
     assert unset.status_code == 200
-    opened = guarded(settings=AccessSettings(refused_fields=frozenset()))
+    opened = guarded(settings=AccessSettings(rejected_fields=frozenset()))
     assert ask(opened, "POST", "/v1/responses", "acme", json={name: 1}).status_code == 200
 
 
@@ -219,7 +219,7 @@ def test_nobody_but_who_runs_the_server_goes_before_everybody() -> None:
         key_digest("sg-all"): Principal("all", frozenset({"serve"}), frozenset({"*"}), "acme"),
         key_digest("sg-root"): Principal("root", both, frozenset({"*"}), "acme"),
     }
-    access = Access(echo_app(), Catalog(make_view(keys=keys, tenants=TENANTS)))
+    access = AccessMiddleware(echo_app(), Catalog(make_view(keys=keys, tenants=TENANTS)))
     for key in ("acme", "all"):
         for value in (-1, -(2**63), "-1", -1.0, [1], True):
             answer = chat(access, key, priority=value)

@@ -43,7 +43,7 @@ def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
     assert begin(world) == job, "the same again is the same job"
     done = world.work()
     assert (done.id, done.state) == (job, "done")
-    assert "0 of 12 harmful questions not refused" in done.message
+    assert "0 of 12 harmful prompts not refused" in done.message
     (mine,) = world.told("GET", "/probes", key="acme")["data"]
     result = mine["result"]
     assert mine["outcome"] == "ok" and result == done.result
@@ -74,7 +74,7 @@ def test_a_key_sees_its_own(world: ProbeWorld) -> None:
 def test_what_serves_nothing_is_refused(world: ProbeWorld) -> None:
     world.told("DELETE", f"/tenants/{NAME}")
     refused(world.ask("POST", f"/tenants/{NAME}/probe"), 409, "serves nothing to probe")
-    world.app.state.safegene_prober = None
+    world.app.state.safegene.prober = None
     refused(world.ask("GET", "/probes"), 409, "without a registry")
 
 

@@ -39,30 +39,30 @@ def test_every_operation_is_described(document: dict[str, Any]) -> None:
         assert good["content"]["application/json"]["schema"], name
         for status in ("400", "403", "404", "409", "503"):
             schema = operation["responses"][status]["content"]["application/json"]["schema"]
-            assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}, name
+            assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, name
 
 
-def test_what_is_sent_has_examples(document: dict[str, Any]) -> None:
+def test_request_bodies_have_examples(document: dict[str, Any]) -> None:
     text = str(document)
     for example in ("s3://adapters/acme/support", "acme/support", "acme-production"):
         assert example in text
     schemas = document["components"]["schemas"]
     for name in ("Register", "NewRevision"):
         (whole,) = schemas[name]["properties"]["calibrate"]["examples"]
-        shots = read_shots(Calibration(**whole).asked().examples, CalibrationSettings())
+        shots = read_shots(Calibration(**whole).request().examples, CalibrationSettings())
         assert set(shots) == {"safety", "task"}
 
 
-def test_the_secret_of_a_key_is_in_two_answers_only(document: dict[str, Any]) -> None:
-    telling = [
+def test_the_secret_of_a_key_is_in_two_responses_only(document: dict[str, Any]) -> None:
+    with_secret = [
         name
         for name, operation in operations(document).items()
         if "NewKey" in str(operation["responses"])
     ]
-    assert sorted(telling) == [f"POST {OURS}/keys", f"POST {OURS}/keys/{{name}}/rotate"]
+    assert sorted(with_secret) == [f"POST {OURS}/keys", f"POST {OURS}/keys/{{name}}/rotate"]
 
 
-def test_reading_needs_read_and_the_rest_admin(world: World, document: dict[str, Any]) -> None:
+def test_reading_needs_read_and_changes_need_admin(world: World, document: dict[str, Any]) -> None:
     assert [name for name in unclassified(world.app) if OURS in name] == []
     for name in operations(document):
         method, _, path = name.partition(" ")
@@ -70,7 +70,7 @@ def test_reading_needs_read_and_the_rest_admin(world: World, document: dict[str,
         assert rule_for(method, path).need == ("key" if path.endswith("/whoami") else expected)
 
 
-def test_without_access_in_front_nobody_is_answered(world: World) -> None:
+def test_routes_without_the_access_check_are_403(world: World) -> None:
     world.access = world.app  # type: ignore[assignment]
     refused(world.ask("GET", "/tenants"), 403, "has checked none")
     refused(world.ask("GET", "/whoami"), 403, "has checked none")

@@ -11,9 +11,9 @@ import pytest
 from artifact_files import a_profile
 from tenant_setup import OURS, World, refused, world
 
-from safegene_server.access.middleware import Access, AccessSettings
+from safegene_server.access.middleware import AccessMiddleware, AccessSettings
 from safegene_server.api import probes, tenants
-from safegene_server.api.tenants import WORDS
+from safegene_server.api.tenants import RESERVED
 from safegene_server.artifacts import SourceRules
 from safegene_server.error_responses import EngineDownError
 from safegene_vllm.errors import AdapterRejectedError, ReceiptError, StoreError
@@ -166,7 +166,7 @@ def test_half_a_surrogate_is_refused(world: World, body: dict[str, Any]) -> None
 
 
 def test_a_body_over_the_limit_is_refused_as_it_comes(world: World) -> None:
-    world.access = Access(world.app, world.catalog, AccessSettings(max_body_bytes=1000))
+    world.access = AccessMiddleware(world.app, world.catalog, AccessSettings(max_body_bytes=1000))
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(3):
@@ -201,7 +201,7 @@ def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
     world.serve(NAME)
     world.serve("other", start=5)
     path = "/tenants/acme/support/revisions"
-    for _ in range(tenants.MOST_QUEUED):
+    for _ in range(tenants.MAX_QUEUED):
         world.told("POST", path, {})
     refused(world.ask("POST", path, {}), 409, "jobs of tenant 'acme/support' wait already")
     examples = {"safety": [{"prompt": "a"}], "task": [{"prompt": "b", "answer": "c"}]}
@@ -226,8 +226,8 @@ def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:
     routes = (*tenants.router.routes, *probes.router.routes)
     paths = {route.path for route in routes}  # type: ignore[attr-defined]
     used = {path.rpartition("}/")[2] for path in paths if "}/" in path}
-    assert used == WORDS
-    for word in sorted(WORDS):
+    assert used == RESERVED
+    for word in sorted(RESERVED):
         body = {"name": f"acme/{word}", "coefficients": 1.0}
         refused(world.ask("POST", "/tenants", body), 400, "words of this API")
     assert world.told("POST", "/tenants", {"name": "freeze", "coefficients": 1.0})
@@ -296,11 +296,11 @@ def test_the_actor_is_the_name_of_the_key(world: World) -> None:
 
 
 def test_without_a_registry_every_route_says_so(world: World) -> None:
-    world.app.state.safegene_tenancy = None
+    world.app.state.safegene.tenants = None
     refused(world.ask("GET", "/tenants"), 409, "runs without a registry")
     body = {"name": NAME, "coefficients": 1.0}
     refused(world.ask("POST", "/tenants", body), 409, "runs without a registry")
-    del world.app.state.safegene_tenancy
+    del world.app.state.safegene
     refused(world.ask("GET", "/families"), 409, "runs without a registry")
 
 

@@ -17,10 +17,10 @@ from starlette.routing import Match
 from tenant_server import served
 from tenant_setup import SECRETS, World
 
-from safegene_server.api import response_schemas as answers
 from safegene_server.api import router
 from safegene_vllm.cli import main
 from safegene_vllm.client import ApiError, Client, types
+from safegene_vllm.client import schemas as answers
 
 NAME = "acme/support"
 Run = Callable[..., Any]

@@ -19,12 +19,12 @@ from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.series import Series
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.applied import Applied, Served
-from safegene_server.verifier import Expected, Report
+from safegene_server.verifier import Report
 from safegene_vllm import __version__
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 from safegene_vllm.formats.profile import Profile
 from safegene_vllm.formats.receipt import AdapterReceipt, Receipt
-from safegene_vllm.settings import Settings
+from safegene_vllm.settings import EnginePlan, Settings
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -45,8 +45,8 @@ def profile(first: float, second: float) -> Profile:
     return Profile(HEADER.digest, (0.0, first, 0.0, second), {})
 
 
-def expected(base: Profile | None = None, **settings: Any) -> Expected:
-    return Expected(Settings(**{"family": "/f", "apply": "gain", **settings}), HEADER, base)
+def plan(base: Profile | None = None, **settings: Any) -> EnginePlan:
+    return EnginePlan(Settings(**{"family": "/f", "apply": "gain", **settings}), HEADER, base)
 
 
 def receipt(rank: int = 0, **norms: float) -> Receipt:
@@ -83,9 +83,9 @@ def open_modes() -> set[str]:
     return {labels[0][1] for (_, labels), value in found.items() if value}
 
 
-def make(served: list[Served], told: Expected | None = None, **more: Any) -> Applied:
+def make(served: list[Served], given: EnginePlan | None = None, **more: Any) -> Applied:
     labels = TenantLabels(MetricsSettings(**more))
-    return Applied(labels, told or expected(), lambda: served, "org/Base", now=lambda: 1234.0)
+    return Applied(labels, given or plan(), lambda: served, "org/Base", now=lambda: 1234.0)
 
 
 def test_what_the_ranks_say() -> None:
@@ -139,7 +139,7 @@ def test_evictions_are_counted_on_over_a_restart_of_the_engine() -> None:
 def test_tenants_and_the_base() -> None:
     base = profile(0.5, 0.5)
     served = [Served("acme", "acme@7", profile(0.6, 0.8)), Served("bare", "bare@1", None)]
-    applied = make(served, expected(base))
+    applied = make(served, plan(base))
     applied.take(report(receipt(0, **{"acme@7": 1.0}), receipt(1, **{"acme@7": 0.9})))
     family, mine = HEADER.name, served[0].profile
     assert mine is not None
@@ -164,7 +164,7 @@ def test_tenants_and_the_base() -> None:
         }
     )
     served[:] = [Served("acme", "acme@8", profile(0.0, 0.4))]
-    applied.expected = expected()
+    applied.plan = plan()
     applied.refresh()
     assert [name for name in of_tenants() if name.startswith("revision_info")] == [
         f"revision_info{{gain,{family},{served[0].profile.digest},acme@8,acme}}"  # type: ignore
@@ -189,36 +189,36 @@ def test_tenants_beyond_the_bound_have_no_gauges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "served", "modes"),
+    ("given", "served", "modes"),
     [
-        (expected(profile(1.0, 1.0)), [], set()),
-        (expected(), [], {"base_without_profile"}),
+        (plan(profile(1.0, 1.0)), [], set()),
+        (plan(), [], {"base_without_profile"}),
         (
-            expected(profile(1.0, 1.0), missing_profile="serve_unprotected"),
+            plan(profile(1.0, 1.0), missing_profile="serve_unprotected"),
             [],
             {"serve_unprotected"},
         ),
         (
-            Expected(Settings(family=None, missing_profile="serve_unprotected"), None, None),
+            EnginePlan(Settings(family=None, missing_profile="serve_unprotected"), None, None),
             [],
             {"no_family", "serve_unprotected"},
         ),
-        (expected(profile(0.0, 0.0)), [], {"zero_profile"}),
+        (plan(profile(0.0, 0.0)), [], {"zero_profile"}),
         (
-            expected(profile(1.0, 1.0)),
+            plan(profile(1.0, 1.0)),
             [Served("acme", "acme@1", profile(0.0, 0.0))],
             {"zero_profile"},
         ),
     ],
 )
 def test_each_way_to_answer_without_safety(
-    told: Expected, served: list[Served], modes: set[str]
+    given: EnginePlan, served: list[Served], modes: set[str]
 ) -> None:
-    applied = make(served, told)
+    applied = make(served, given)
     applied.refresh()
     assert open_modes() == modes
     served.clear()
-    applied.expected = expected()
+    applied.plan = plan()
     applied.refresh()
 
 
@@ -264,14 +264,8 @@ sys.stdin.read()
 def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
     """As vLLM does with several API processes: one directory, read by whoever is asked."""
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    paths = json.dumps(
-        [
-            str(ROOT),
-            str(ROOT / "server"),
-            str(ROOT / "tests" / "support"),
-            str(ROOT / "tests" / "server"),
-        ]
-    )
+    folders = (".", "server", "tests/server", "tests/support")
+    paths = json.dumps([str(ROOT / folder) for folder in folders])
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), paths],

@@ -15,7 +15,7 @@ from registry_setup import FAMILY, add_published, profile, registry, url  # noqa
 
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.monitoring import collectors
-from safegene_server.monitoring.collectors import Following
+from safegene_server.monitoring.collectors import RegistryCollector
 from safegene_server.registry import Registry
 from safegene_server.replica.lag import Lag
 from safegene_vllm.errors import RegistryDownError
@@ -49,17 +49,17 @@ def gauges(name: str) -> dict[str, float]:
 def test_how_far_a_replica_is() -> None:
     now_s = [100.0]
     follower = Follower(lag=Lag(clock=lambda: now_s[0]), why=("a: no", "b: no"))
-    following = Following(TenantLabels(), None, follower)  # type: ignore[arg-type]
+    collector = RegistryCollector(TenantLabels(), None, follower)  # type: ignore[arg-type]
     follower.lag.hear(4)
     now_s[0] = 107.5
-    asyncio.run(following.level())
+    asyncio.run(collector.export_lag())
     assert gauges("registry_version") == {"known": 4, "applied": 3}
     assert gauges("registry_lag_seconds") == {"": 7.5}
     assert gauges("replica_ready") == {"": 0}
     assert gauges("replica_faults") == {"": 2}
     follower.why, follower.version = (), 4
     follower.lag.apply(4)
-    asyncio.run(following.level())
+    asyncio.run(collector.export_lag())
     assert gauges("registry_lag_seconds") == {"": 0}
     assert gauges("replica_ready") == {"": 1}
 
@@ -106,16 +106,16 @@ def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
     class Version(int):
         def __gt__(self, known: int) -> bool:
             newer = int(self) > known
-            if following.ident is None:
-                following.start()
-                following.join(0.2)
+            if collector.ident is None:
+                collector.start()
+                collector.join(0.2)
             return newer
 
     now_s = [0.0]
     lag = Lag(clock=lambda: now_s[0])
-    following = threading.Thread(target=follow)
+    collector = threading.Thread(target=follow)
     lag.hear(Version(1))
-    following.join()
+    collector.join()
     now_s[0] = 60.0
     assert (lag.known, lag.seconds()) == (1, 0.0)
 
@@ -142,8 +142,8 @@ def test_what_the_registry_counts(registry: Registry) -> None:  # noqa: F811
     assert set(found.since) == {"acme/support", "globex"}
 
     # A tenant that is not offered here has no moment here.
-    following = Following(TenantLabels(), registry, Follower(names=["globex"]))
-    asyncio.run(following.count())
+    collector = RegistryCollector(TenantLabels(), registry, Follower(names=["globex"]))
+    asyncio.run(collector.export_counts())
     assert gauges("registry_up") == {"": 1}
     revisions = gauges("revisions")
     assert {state: n for state, n in revisions.items() if n} == found.revisions
@@ -171,8 +171,8 @@ class Silent:
 
 
 def test_a_registry_that_is_down() -> None:
-    following = Following(TenantLabels(), Silent(), Follower())  # type: ignore[arg-type]
-    asyncio.run(following.count())
+    collector = RegistryCollector(TenantLabels(), Silent(), Follower())  # type: ignore[arg-type]
+    asyncio.run(collector.export_counts())
     assert gauges("registry_up") == {"": 0}
 
 
@@ -180,24 +180,24 @@ def test_a_registry_that_hangs_is_asked_once_and_heard_when_it_answers(
     registry: Registry,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collectors, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(collectors, "REGISTRY_TIMEOUT_S", 0.01)
     silent = Silent(registry)
-    following = Following(TenantLabels(), silent, Follower())  # type: ignore[arg-type]
+    collector = RegistryCollector(TenantLabels(), silent, Follower())  # type: ignore[arg-type]
 
     async def run() -> None:
         for _ in range(3):
-            await following.count()
+            await collector.export_counts()
             assert gauges("registry_up") == {"": 0}
         assert silent.asked == 1
         silent.free.set()
         async with asyncio.timeout(20):
             while not gauges("registry_up")[""]:
-                await following.count()
+                await collector.export_counts()
 
     asyncio.run(run())
 
 
 def test_nothing_of_this_is_a_counter() -> None:
     with growth() as grown:
-        asyncio.run(Following(TenantLabels(), None, Follower()).level())  # type: ignore[arg-type]
+        asyncio.run(RegistryCollector(TenantLabels(), None, Follower()).export_lag())  # type: ignore[arg-type]
     assert not [name for name in grown.everything() if "_total" in name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from safegene_server.metrics.labels import NOBODY, OTHER, TenantLabels
+from safegene_server.metrics.labels import NO_TENANT, OTHER, TenantLabels
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_vllm.errors import ConfigError
 
@@ -19,7 +19,7 @@ def test_the_first_come_keep_their_names_and_the_rest_share_one() -> None:
         OTHER,
         "b",
     ]
-    assert [labels.own(name) for name in ("a", "b", "c")] == [True, True, False]
+    assert [labels.has_own(name) for name in ("a", "b", "c")] == [True, True, False]
 
 
 def test_tenants_of_the_settings_have_their_places_before_anybody_comes() -> None:
@@ -29,22 +29,22 @@ def test_tenants_of_the_settings_have_their_places_before_anybody_comes() -> Non
 
 def test_what_belongs_to_nobody_takes_no_place() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=1))
-    assert labels.label(NOBODY) == ""
-    assert not labels.own(NOBODY)
+    assert labels.label(NO_TENANT) == ""
+    assert not labels.has_own(NO_TENANT)
     assert labels.label("a") == "a"
 
 
 def test_a_tenant_that_is_called_other_is_one_of_the_rest() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=1, tenants=("other",)))
     assert labels.label("other") == OTHER
-    assert not labels.own("other")
+    assert not labels.has_own("other")
     assert labels.label("a") == "a"
 
 
 def test_no_places_at_all() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=0))
     assert labels.label("a") == OTHER
-    assert not labels.own("a")
+    assert not labels.has_own("a")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from starlette.types import Message
 from safegene_server.metrics.token_metering import (
     READ_BYTES,
     UsageMeter,
-    count_answers,
+    count_completions,
     estimate_prompt,
 )
 
@@ -47,7 +47,7 @@ ESTIMATE = 50
     ],
 )
 def test_how_many_answers_a_body_asks_for(document: dict[str, Any], answers: int) -> None:
-    assert count_answers(document) == answers
+    assert count_completions(document) == answers
 
 
 def metered(*chunks: bytes, kind: bytes = b"application/json", status: int = 200) -> int:
@@ -181,7 +181,7 @@ class Told:
     def read(self, document: dict[str, object]) -> None:
         self.documents.append(document)
 
-    def spoke(self, event: bytes) -> None:
+    def on_chunk(self, event: bytes) -> None:
         self.events.append(event)
 
 
@@ -257,4 +257,4 @@ def test_a_client_that_is_gone_when_something_is_sent() -> None:
     meter = UsageMeter(send, ESTIMATE)
     with pytest.raises(OSError):
         asyncio.run(meter.send({"type": "http.response.start", "status": 200, "headers": []}))
-    assert meter.left
+    assert meter.disconnected

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from access_app import CHAT, ask, chat, guarded
+from metrics_setup import Served
 from starlette.types import Receive, Scope, Send
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed")
@@ -123,7 +124,7 @@ def test_a_fault_of_the_server_is_an_error(spans: InMemorySpanExporter) -> None:
 
 def test_the_bare_edge_traces_too(spans: InMemorySpanExporter) -> None:
     counted = traffic()
-    counted.adapters = lambda: {"acme@7"}
+    counted.served_models = lambda: Served({"acme@7"})
     answer = ask(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
     assert "traceparent" in answer.json()["told"]
     found = named(spans)

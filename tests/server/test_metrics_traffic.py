@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from access_app import CHAT, ask, chat, guarded, speak
-from metrics_setup import growth
+from metrics_setup import Served, growth
 from starlette.types import Message, Receive, Scope, Send
 
 from safegene_server.metrics.labels import TenantLabels
@@ -333,7 +333,7 @@ def test_a_client_that_leaves_before_its_request_is_whole() -> None:
 
 def test_the_base_model_is_no_tenant_and_what_has_no_profile_is_unprotected() -> None:
     counted = traffic()
-    counted.protected = lambda served: served != "org/Base"
+    counted.served_models = lambda: Served(protected=lambda served: served != "org/Base")
     access = guarded(answers(whole_answer(), kind=b"application/json"), traffic=counted)
     with growth() as grown:
         assert chat(access, "base", model="org/Base").status_code == 200
@@ -354,7 +354,7 @@ def test_a_part_of_an_answer_without_a_profile_counts_too(pieces: Any, counted: 
         assert (await receive())["type"] == "http.disconnect"
 
     told = traffic()
-    told.protected = lambda served: False
+    told.served_models = lambda: Served(protected=lambda served: False)
     body = json.dumps({"model": "acme", "stream": True}).encode()
     receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
     run, _ = speak(guarded(app, traffic=told), "acme", {}, receive)
@@ -381,8 +381,8 @@ def test_tenants_without_a_place_of_their_own_share_one() -> None:
 
 def edge(app: App, clock: Clock | None = None) -> Any:
     counted = traffic(clock)
-    counted.adapters = lambda: {"acme@7": object()}
-    counted.protected = lambda served: served == "acme@7"
+    models = Served({"acme@7"}, lambda served: served == "acme@7")
+    counted.served_models = lambda: models
     return MetricsMiddleware(app, counted)
 
 

@@ -11,10 +11,9 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest
 
 from safegene_server.metrics.settings import MetricsSettings
-from safegene_server.metrics.vllm_series import UNBOUNDED, withhold
+from safegene_server.metrics.vllm_series import UNBOUNDED, remove_unbounded_series
 from safegene_server.monitoring.setup import Metrics
-from safegene_server.verifier import Expected
-from safegene_vllm.settings import Settings
+from safegene_vllm.settings import EnginePlan, Settings
 
 
 def as_vllm_makes_it(registry: CollectorRegistry) -> Gauge:
@@ -28,17 +27,17 @@ def test_it_is_withheld_and_what_is_written_later_is_forgotten() -> None:
     other = Gauge("vllm:num_requests_running", "...", ["engine"], registry=registry)
     other.labels("0").set(1)
     gauge.labels("2", "", "acme@1").set_to_current_time()
-    forget = withhold(registry)
+    clear = remove_unbounded_series(registry)
     for number in range(2, 100):
         gauge.labels("2", "", f"acme@{number},trial:{number}").set_to_current_time()
-    asyncio.run(forget())
+    asyncio.run(clear())
     assert gauge._metrics == {}
     told = generate_latest(registry).decode()
     assert UNBOUNDED not in told and "vllm:num_requests_running" in told
 
 
 def test_an_engine_without_adapters_has_none() -> None:
-    asyncio.run(withhold(CollectorRegistry())())
+    asyncio.run(remove_unbounded_series(CollectorRegistry())())
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_a_server_with_a_registry_withholds_it(gauge: Gauge, with_registry: bool
     verifier: Any = SimpleNamespace(
         engine=engine,
         models=SimpleNamespace(lora_requests={}, base_model_paths=[]),
-        expected=Expected(Settings(), None, None),
+        plan=EnginePlan(Settings(), None, None),
         protected=lambda served: True,
         profiles=lambda: [],
         report=nothing,

@@ -599,7 +599,7 @@ def test_readiness_without_a_key_looks_once_a_second(
         assert client.get("/v1/safegene/ready").status_code == 200
     assert len(asked) == 2  # without a registry the launcher may ask, and everybody with a key
     replica = SimpleNamespace(faults=lambda: tuple(faults), version=3)
-    world.app.state.safegene_tenancy = SimpleNamespace(replica=replica)
+    world.app.state.safegene.replica = replica
     for second in (1, 2):
         for _ in range(3):
             body = client.get("/v1/safegene/ready").json()
@@ -613,7 +613,7 @@ def test_readiness_without_a_key_looks_once_a_second(
 
 def test_those_who_ask_at_once_share_one_look(world: World) -> None:
     world.start()
-    looking: verifier.Verifier = world.app.state.safegene
+    looking: verifier.Verifier = world.app.state.safegene.verifier
     asked, go = [], asyncio.Event()
 
     async def slow(method: str, args: tuple[Any, ...] = ()) -> Any:
@@ -623,7 +623,7 @@ def test_those_who_ask_at_once_share_one_look(world: World) -> None:
 
     async def all_at_once() -> None:
         world.engine.collective_rpc = slow  # type: ignore[method-assign]
-        asking = [asyncio.create_task(looking.recent()) for _ in range(50)]
+        asking = [asyncio.create_task(looking.recent_report()) for _ in range(50)]
         await asyncio.sleep(0)
         asking[0].cancel()
         await asyncio.sleep(0)

@@ -26,9 +26,6 @@ counts = {kind: Count(1, 4) for kind in ("harmful", "lookalike", "benign")}
 result = Result("a", "a@1", "r", datetime.now(UTC), 2.0, Tally(counts, Count(6, 12)), 8, "sha256:")
 
 
-ROOT = Path(__file__).parents[2]
-
-
 def seen():
     names = ("attack_success_ratio", "over_refusal_ratio", "coherent_ratio", "duration_seconds")
     return [registry.get_sample_value(f"safegene_probe_{n}", {"tenant": "a"}) for n in names] + [

@@ -16,7 +16,7 @@ from registry_setup import back_up
 from tenant_setup import REFUSAL
 
 from safegene_server.error_responses import EngineDownError
-from safegene_server.monitoring.probes import prober as room
+from safegene_server.monitoring.probes import prober as prober_module
 from safegene_vllm.errors import AdapterRejectedError, ConflictError, ReceiptError
 from safegene_vllm.formats.profile import make_profile
 
@@ -48,7 +48,7 @@ def test_what_is_counted_and_told(
     served = probes.publish(NAME)
     prober = probes.probing()
     probes.replica.answer = answer or probes.replica.answer
-    prober.look()
+    prober.refresh()
     assert series_of(NAME) == set()
     assert sample("runs_total", tenant=NAME, outcome="failed") == 0.0
     result = asyncio.run(prober.probe(NAME))
@@ -72,7 +72,7 @@ def test_no_answer_and_no_question_is_kept(
     probes.publish(NAME)
     probes.replica.answer = lambda prompt: f"Sure: {prompt} SECRET"
     kept = json.dumps(asyncio.run(probes.probing().probe(NAME)).record()) + caplog.text
-    kept += repr(vars(probes.prober)["_standings"])
+    kept += repr(vars(probes.prober)["_statuses"])
     assert "SECRET" not in kept
     assert not any(prompt.prompt in kept for prompt in PROMPTS)
 
@@ -110,7 +110,7 @@ def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
     busy_s = sample("duration_seconds", tenant="a")
     assert busy_s == len(PROMPTS) * 0.25
     assert 2 * busy_s / (probes.clock.now - begun) == pytest.approx(share)
-    prober.look()
+    prober.refresh()
     assert sample("engine_share") == pytest.approx(share)
 
 
@@ -118,7 +118,7 @@ def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
 def test_one_by_hand_pauses_only_for_others(probes: ProbeWorld, others: int, pauses: int) -> None:
     probes.publish(NAME)
     probes.replica.others = others
-    asyncio.run(probes.probing(share=0.2).probe(NAME, by_hand=True))
+    asyncio.run(probes.probing(share=0.2).probe(NAME, on_request=True))
     assert probes.clock.slept == [pytest.approx(4.0)] * pauses
 
 
@@ -183,7 +183,7 @@ def test_only_the_tenants_of_the_settings_are_scheduled(probes: ProbeWorld) -> N
     probes.probing(tenants=("b", "nobody"))
     assert [probes.next(), probes.next()] == ["b@1", None]
     assert sample("runs_total", tenant="a", outcome="ok") is None
-    assert asyncio.run(probes.prober.probe("a", by_hand=True)).revision == "a@1"
+    assert asyncio.run(probes.prober.probe("a", on_request=True)).revision == "a@1"
 
 
 @pytest.mark.parametrize("how", ["another revision", "retired"])
@@ -198,9 +198,9 @@ def test_rates_go_with_the_revision_they_are_of(probes: ProbeWorld, how: str) ->
     else:
         probes.publish(NAME, first=0.5)
         expected = [NAME, "globex"]
-    prober.look()
+    prober.refresh()
     assert series_of(NAME) == set() and series_of("globex") == ALL
-    standings = prober.standings()
+    standings = prober.statuses()
     assert [standing.tenant for standing in standings] == expected
     if how == "another revision":
         assert standings[0].result is None and standings[0].outcome is None
@@ -219,7 +219,7 @@ def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
         asyncio.run(prober.probe(NAME, step=replaced))
     assert len(probes.replica.asked) == len(PROMPTS) // 2
     assert sample("runs_total", tenant=NAME, outcome="skipped") == 1.0
-    (standing,) = prober.standings()
+    (standing,) = prober.statuses()
     assert (standing.served, standing.outcome, series_of(NAME)) == (f"{NAME}@2", None, set())
     assert probes.next() == f"{NAME}@2"
 
@@ -260,11 +260,11 @@ def test_an_engine_that_does_not_answer(
         assert asyncio.run(prober.probe_next())
     assert sample("runs_total", tenant=NAME, outcome="failed") == 2.0
     # What was last known of this revision still holds; its age is told by its timestamp.
-    (standing,) = prober.standings()
+    (standing,) = prober.statuses()
     assert standing.outcome == "failed" and word in standing.message and standing.result is good
     assert sample("timestamp_seconds", tenant=NAME) == good.at.timestamp()
     assert probes.next() is None
-    probes.clock.now += room.RETRY_S
+    probes.clock.now += prober_module.RETRY_S
     assert probes.next() == f"{NAME}@1"
 
 
@@ -279,8 +279,8 @@ def test_a_fault_of_our_own_is_told_without_its_words(
     monkeypatch.setattr(probes.replica, "call", call)
     with pytest.raises(ZeroDivisionError):
         asyncio.run(probes.probing().probe_next())
-    (standing,) = probes.prober.standings()
-    assert (standing.outcome, standing.message) == ("failed", room.UNEXPECTED)
+    (standing,) = probes.prober.statuses()
+    assert (standing.outcome, standing.message) == ("failed", prober_module.UNEXPECTED)
     assert probes.next() is None
 
 
@@ -298,9 +298,7 @@ def test_an_engine_that_hangs_is_given_up_and_left_alone(
         raise AssertionError
 
     monkeypatch.setattr(probes.replica, "call", call)
-    with pytest.raises(
-        AdapterRejectedError, match=r"4 questions of a probe took longer than 0\.05"
-    ):
+    with pytest.raises(AdapterRejectedError, match=r"4 prompts of a probe took longer than 0\.05"):
         asyncio.run(probes.probing(timeout_s=0.05).probe(NAME))
     assert len(ended) == 4
 
@@ -314,9 +312,9 @@ def test_tenants_beyond_the_labels_have_no_gauges(probes: ProbeWorld) -> None:
     assert series_of(named) == ALL
     assert series_of(rest) == series_of("other") == set()
     assert sample("runs_total", tenant="other", outcome="ok") == 1.0
-    assert {s.tenant for s in probes.prober.standings() if s.result} == {"a", "b"}
+    assert {s.tenant for s in probes.prober.statuses() if s.result} == {"a", "b"}
     probes.publish(rest, first=0.5)
-    probes.prober.look()
+    probes.prober.refresh()
     assert series_of(named) == ALL
 
 
@@ -326,7 +324,7 @@ def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
     prober = probes.probing(concurrent=2)
 
     async def together() -> None:
-        asks = [prober.probe(name, by_hand=name != "a") for name in ("a", "b", "c")]
+        asks = [prober.probe(name, on_request=name != "a") for name in ("a", "b", "c")]
         await asyncio.gather(*asks)
 
     asyncio.run(together())
@@ -348,32 +346,32 @@ def test_it_is_off_until_it_is_switched_on(
 ) -> None:
     probes.publish(NAME)
     prober = probes.probing(enabled=enabled, share=1.0)
-    monkeypatch.setattr(room, "POLL_S", 0.001)
-    looks = 0
-    look = prober.look
+    monkeypatch.setattr(prober_module, "POLL_S", 0.001)
+    refreshes = 0
+    refresh = prober.refresh
 
     def counted() -> None:
-        nonlocal looks
-        looks += 1
-        look()
+        nonlocal refreshes
+        refreshes += 1
+        refresh()
 
-    monkeypatch.setattr(prober, "look", counted)
+    monkeypatch.setattr(prober, "refresh", counted)
 
-    async def some_looks() -> None:
+    async def some_refreshes() -> None:
         running = asyncio.create_task(prober.run())
-        while looks < 50:
+        while refreshes < 50:
             await asyncio.sleep(0.001)
         running.cancel()
         await asyncio.wait({running})
         assert running.cancelled()
 
-    asyncio.run(asyncio.wait_for(some_looks(), 60))
+    asyncio.run(asyncio.wait_for(some_refreshes(), 60))
     assert len(probes.replica.asked) == (len(PROMPTS) if enabled else 0)
     # Whether or not it asks, it forgets what is not served.
-    asyncio.run(prober.probe(NAME, by_hand=True))
+    asyncio.run(prober.probe(NAME, on_request=True))
     probes.told("DELETE", f"/tenants/{NAME}")
-    looks = 0
-    asyncio.run(asyncio.wait_for(some_looks(), 60))
+    refreshes = 0
+    asyncio.run(asyncio.wait_for(some_refreshes(), 60))
     assert series_of(NAME) == set()
 
 

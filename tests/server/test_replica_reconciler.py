@@ -45,8 +45,8 @@ class Engine:
     def verifier(self) -> Any:
         settings = SimpleNamespace(family=Path("/f"))
         return SimpleNamespace(
-            expected=SimpleNamespace(header=self.header, settings=settings),
-            ask=self.ask,
+            plan=SimpleNamespace(header=self.header, settings=settings),
+            receipts=self.ask,
             forget=lambda request: self.log.append(f"forget {request.name}"),
             report=self.report,
         )
@@ -211,7 +211,7 @@ def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> No
     def changed() -> None:
         changes.append([(tenant, r.served_name) for tenant, r in world.replica.offered()])
 
-    world.replica.changed = changed
+    world.replica.on_change = changed
     world.publish("acme", 0.5)
     world.publish("globex", 0.5)
 

@@ -19,7 +19,7 @@ from starlette.routing import Mount, Route
 from safegene_server.access.rejection import RequestRejectedError
 from safegene_server.sagemaker import (
     ADAPTER_HEADER,
-    AdaptersNeedKey,
+    AdapterKeyMiddleware,
     guard_invocations,
     header_with_model,
     replace_adapter_routes,
@@ -114,7 +114,7 @@ def app_with_invocations(*, family: bool = True) -> FastAPI:
         return body
 
     guard_invocations(app)
-    app.state.safegene = object() if family else None
+    app.state.safegene = SimpleNamespace(verifier=object() if family else None)
     return app
 
 
@@ -145,7 +145,7 @@ def test_a_route_of_an_included_router_is_found() -> None:
     inner = Route("/invocations", invocations, methods=["POST"])
     app: Any = Starlette(routes=[Mount("/", routes=[inner])])
     guard_invocations(app)
-    app.state.safegene = object()
+    app.state.safegene = SimpleNamespace(verifier=object())
     assert TestClient(app).post("/invocations", content=b"{").status_code == 400
 
 
@@ -157,7 +157,7 @@ def test_no_spelling_of_the_path_goes_around_the_key(root_path: str, path: str) 
     app = FastAPI(root_path=root_path)
     app.state.openai_serving_models = SimpleNamespace()
     replace_adapter_routes(app, registry=False)
-    app.add_middleware(AdaptersNeedKey, keys=["k"])
+    app.add_middleware(AdapterKeyMiddleware, keys=["k"])
     client = TestClient(app)
     assert client.post(path, json={}).status_code == 401
     assert client.post(path, json={}, headers={"Authorization": "Bearer k"}).status_code == 400

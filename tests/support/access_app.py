@@ -1,4 +1,4 @@
-"""The smallest world for `Access`: an echoing app, keys, tenants, and two ways to ask.
+"""The smallest world for `AccessMiddleware`: an echoing app, keys, tenants, and two ways to ask.
 
 httpx asks as a client would; `speak` is plain ASGI, for when a chunk passes or a client leaves.
 """
@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, key_digest, make_view
-from safegene_server.access.middleware import Access, principal_of
+from safegene_server.access.middleware import AccessMiddleware, principal_of
 from safegene_server.access.route_permissions import RULES
 
 CHAT = "/v1/chat/completions"
@@ -74,12 +74,12 @@ def echo_app() -> FastAPI:
 
 def guarded(
     app: Callable[[Scope, Receive, Send], Awaitable[None]] | None = None, **more: Any
-) -> Access:
-    return Access(app or echo_app(), Catalog(VIEW), now=lambda: NOW_S, **more)
+) -> AccessMiddleware:
+    return AccessMiddleware(app or echo_app(), Catalog(VIEW), now=lambda: NOW_S, **more)
 
 
 def ask(
-    access: Access, method: str, path: str, key: str | None = None, **more: Any
+    access: AccessMiddleware, method: str, path: str, key: str | None = None, **more: Any
 ) -> httpx.Response:
     headers = {"Authorization": f"Bearer sg-{key}"} if key else {}
 
@@ -93,7 +93,7 @@ def ask(
     return asyncio.run(once())
 
 
-def chat(access: Access, key: str, **body: Any) -> httpx.Response:
+def chat(access: AccessMiddleware, key: str, **body: Any) -> httpx.Response:
     return ask(access, "POST", CHAT, key, json=body)
 
 
@@ -106,7 +106,9 @@ def refused(answer: httpx.Response, status: int, words: str = "") -> str:
     return str(error["message"])
 
 
-def speak(access: Access, key: str, body: dict[str, Any], receive: Receive | None = None) -> Any:
+def speak(
+    access: AccessMiddleware, key: str, body: dict[str, Any], receive: Receive | None = None
+) -> Any:
     """One POST in plain ASGI: a coroutine, and the list that its messages go to."""
     sent: list[Message] = []
     request: list[Message] = [

@@ -156,7 +156,7 @@ class CalibrationWorld(World):
         self.replica = LivelyReplica(self.registry, self.store, self.catalog)
         jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
         self.tenancy = replace(self.tenancy, replica=self.replica, jobs=jobs)
-        self.app.state.safegene_tenancy = self.tenancy
+        self.app.state.safegene.tenants = self.tenancy
         asyncio.run(self.replica.apply())
         if served:
             self.serve(NAME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client import REGISTRY
@@ -26,6 +27,17 @@ def values(prefix: str = "safegene_") -> Found:
         for sample in metric.samples
         if sample.name.startswith(prefix) and not sample.name.endswith("_created")
     }
+
+
+@dataclass
+class Served:
+    """Served models: names of adapters, and which of them have a profile."""
+
+    names: Set[str] = frozenset()
+    protected: Callable[[str], bool] = lambda served: True
+
+    def adapters(self) -> Set[str]:
+        return self.names
 
 
 class Grown:

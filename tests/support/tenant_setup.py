@@ -22,13 +22,16 @@ from fastapi import FastAPI
 from sqlalchemy import event
 
 from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, View, make_view
-from safegene_server.access.middleware import Access
+from safegene_server.access.middleware import AccessMiddleware
 from safegene_server.api import router
 from safegene_server.artifacts import Store
 from safegene_server.metrics.labels import TenantLabels
-from safegene_server.monitoring.probes import PROBE, Prober, ProbeSettings, handler
+from safegene_server.metrics.settings import MetricsSettings
+from safegene_server.monitoring.probes import PROBE, Prober, ProbeSettings, probe_handler
+from safegene_server.monitoring.setup import Metrics
 from safegene_server.registry import Job, Registry, Revision, Snapshot
 from safegene_server.registry.validation import BASE
+from safegene_server.server_state import ServerState
 from safegene_server.tenants import (
     ONBOARD,
     GateSettings,
@@ -211,12 +214,16 @@ class World:
             self.registry,
             self.store,
             TenantSettings(**{"gate": GateSettings(enabled=False), **settings}),
-            Jobs({ONBOARD: onboard, PROBE: handler(self.prober)}),
+            Jobs({ONBOARD: onboard, PROBE: probe_handler(self.prober)}),
         )
         self.app = _app()
-        self.app.state.safegene_tenancy = self.tenancy
-        self.app.state.safegene_prober = self.prober
-        self.access = Access(self.app, self.catalog)
+        self.app.state.safegene = ServerState(
+            settings=None,
+            metrics=Metrics(MetricsSettings(), None),
+            tenants=self.tenancy,
+            prober=self.prober,
+        )
+        self.access = AccessMiddleware(self.app, self.catalog)
         asyncio.run(self.replica.apply())
 
     def ask(

@@ -24,7 +24,11 @@ FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
 TORCH_ROOMS = {"composition", "recipe", "evaluation", "plugin", "offline", "tiny_model"}
 SERVER_MAY_IMPORT = {"dataset", "errors", "formats", "settings"}
-SERVER_MAY_IMPORT_FROM = ("safegene_vllm.evaluation.judges.", "safegene_vllm.plugin.api_process.")
+SERVER_MAY_IMPORT_FROM = (
+    "safegene_vllm.client.schemas",
+    "safegene_vllm.evaluation.judges.",
+    "safegene_vllm.plugin.api_process.",
+)
 """Torch-free modules of packages that are not."""
 HEAVY = {"vllm", "torch", "fastapi", "transformers", "peft"}
 

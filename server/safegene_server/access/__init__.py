@@ -1,5 +1,4 @@
-"""Who may do what: keys, scopes, models and limits, in front of every route of the whole app.
+"""Access check in front of every route of the whole app: keys, scopes, models and limits.
 
-For the API process: pure ASGI, told what it knows through `Catalog`. Reads no registry and no
-database, and knows nothing of vLLM but the table of its routes.
+Pure ASGI; keys and tenants come from `Catalog`, so it needs neither the registry nor vLLM.
 """

@@ -1,7 +1,7 @@
-"""A JSON body read once, understood strictly, and written again for the app behind.
+"""JSON bodies that name a model: read once, parsed strictly, and re-encoded for the app.
 
-What is handed on is written from what was understood, so no second parser can read it differently.
-For bodies that name a model; every other body passes through unread, and is counted.
+The app gets the re-encoded body, so that no second parser can read it differently. Other bodies
+pass unread, with a limit on their size.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from safegene_server.access.rejection import RequestRejectedError
 
 HeaderList = list[tuple[bytes, bytes]]
 MAX_MEMBERS = 100_000
-"""Members of objects in one body, and objects and lists: each costs far more than its bytes. A long
-conversation has some thousands."""
+"""Maximum number of members of objects, and of objects and lists, in one body: each costs far more
+memory than its bytes. A long conversation has some thousands."""
 MAX_VALUES = 1_000_000
-"""Values in one body: as many token ids as the longest context holds."""
+"""Maximum number of values in one body: as many token ids as the longest context holds."""
 _REPLACED = {b"content-length", b"content-type", b"transfer-encoding", b"x-vllm-priority"}
-"""Headers that are not handed on: the body's own, and vLLM's priority, which the body may name."""
+"""Headers that are not passed on: the body's own, and vLLM's priority, which the body may set."""
 
 
 async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> bytes | None:
-    """The whole body; None if the client left before it was sent.
+    """Read the whole body; return None if the client disconnected before it was sent.
 
-    Errors: Refusal, 413 over the limit, 415 or 400 for headers that promise no plain JSON.
+    Errors: RequestRejectedError, 413 over the limit, 415 or 400 for headers of other than plain
+    JSON.
     """
     _check_headers(headers)
-    _check_announced(headers, limit_bytes)
+    _check_content_length(headers, limit_bytes)
     whole = bytearray()
     while True:
         message = await receive()
@@ -44,12 +45,12 @@ async def read_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> 
             return bytes(whole)
 
 
-def bounded(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
-    """`receive` for whoever reads a body itself: over the limit it raises HTTPException, 413.
+def limit_body(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
+    """Wrap `receive` for an app that reads the body: over the limit it raises HTTPException, 413.
 
-    Errors: Refusal, 413 if more is announced.
+    Errors: RequestRejectedError, 413 for a larger content-length.
     """
-    _check_announced(headers, limit_bytes)
+    _check_content_length(headers, limit_bytes)
     read_bytes = 0
 
     async def counted() -> Message:
@@ -57,7 +58,7 @@ def bounded(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
         message = await receive()
         read_bytes += len(message.get("body", b""))
         if read_bytes > limit_bytes:
-            # An app answers this one where it reads; FastAPI would make a 400 of any other.
+            # FastAPI passes on this class; it would turn any other into a 400.
             raise HTTPException(413, str(_too_large(limit_bytes)))
         return message
 
@@ -65,10 +66,10 @@ def bounded(headers: HeaderList, receive: Receive, limit_bytes: int) -> Receive:
 
 
 def check_size(body: bytes, *, max_members: int = MAX_MEMBERS, max_values: int = MAX_VALUES) -> str:
-    """The text of a JSON body, its values counted before any of them is built.
+    """Return the text of a JSON body, counting its values before any of them is built.
 
-    Exact for JSON. Of anything else the count holds up to where it stops being JSON, and a parser
-    builds nothing beyond. Errors: Refusal, 400.
+    Exact for JSON; for other text, exact up to where it stops being JSON, beyond which a parser
+    builds nothing. Errors: RequestRejectedError, 400.
     """
     try:
         text = body.decode("utf-8")
@@ -76,17 +77,17 @@ def check_size(body: bytes, *, max_members: int = MAX_MEMBERS, max_values: int =
         message = f"the body is not UTF-8: byte {error.start} cannot be read."
         raise RequestRejectedError(400, message) from None
     if "\0" in text:
-        # Parsers that guess the encoding take it for UTF-16, in which nothing was counted.
+        # Parsers that guess the encoding would read it as UTF-16, in which nothing was counted.
         raise RequestRejectedError(400, "the body is not JSON: it holds a NUL character.")
-    if not _over(text, max_members, max_values):
+    if not _exceeds(text, max_members, max_values):
         return text
     quoted = text.replace("\\\\", "").replace('\\"', "")
     strings = (quoted.count('"') + 1) // 2
-    # Every second piece lies between two strings. Too many strings are not even split.
-    found = strings > max_members + max_values or _over(
+    # Every second part lies between two strings. Too many strings are not even split.
+    exceeds = strings > max_members + max_values or _exceeds(
         "".join(quoted.split('"')[::2]), max_members, max_values
     )
-    if found:
+    if exceeds:
         raise RequestRejectedError(
             400,
             f"the body holds more than {max_members} objects and lists, {max_members} members of "
@@ -98,10 +99,10 @@ def check_size(body: bytes, *, max_members: int = MAX_MEMBERS, max_values: int =
 def parse(
     body: bytes, max_depth: int, *, max_members: int = MAX_MEMBERS, max_values: int = MAX_VALUES
 ) -> dict[str, Any]:
-    """The one JSON object that the body is.
+    """Parse the body, one JSON object.
 
-    Errors: Refusal, 400 for what is not UTF-8, not JSON (NaN is not), not an object, nested deeper
-    than `max_depth`, too many members or values, or an object that names a key twice.
+    Errors: RequestRejectedError, 400 for what is not UTF-8, not JSON (NaN is not), not an object,
+    nested deeper than `max_depth`, too many members or values, or a duplicate key.
     """
     text = check_size(body, max_members=max_members, max_values=max_values)
     try:
@@ -120,7 +121,10 @@ def parse(
 
 
 def encode(document: dict[str, Any]) -> bytes:
-    """Compact UTF-8. Errors: Refusal, 400 for numbers and characters that have no JSON or UTF-8."""
+    """Encode as compact UTF-8.
+
+    Errors: RequestRejectedError, 400 for numbers and characters that have no JSON or UTF-8.
+    """
     try:
         return _ENCODER.encode(document).encode("utf-8")
     except UnicodeEncodeError:
@@ -132,8 +136,7 @@ def encode(document: dict[str, Any]) -> bytes:
 
 
 def headers_for(headers: HeaderList, payload: bytes) -> HeaderList:
-    """The request's headers, with type and length of what is really handed on, and nothing that
-    would count more than the body."""
+    """Return the request's headers with the re-encoded body's own type and length."""
     return [
         *((name, value) for name, value in headers if name not in _REPLACED),
         (b"content-type", b"application/json"),
@@ -142,18 +145,18 @@ def headers_for(headers: HeaderList, payload: bytes) -> HeaderList:
 
 
 def replay(payload: bytes, receive: Receive) -> Receive:
-    """Gives the payload as the body, afterwards what the server says: that the client has left."""
-    waiting: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
+    """Return a `receive` of the payload as the body, and afterwards of the server's messages."""
+    pending: list[Message] = [{"type": "http.request", "body": payload, "more_body": False}]
 
-    async def again() -> Message:
-        return waiting.pop() if waiting else await receive()
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
 
-    return again
+    return replayed
 
 
-def _check_announced(headers: HeaderList, limit_bytes: int) -> None:
-    announced = _values(headers, b"content-length")
-    if announced and announced[0].isdigit() and int(announced[0][:20]) > limit_bytes:
+def _check_content_length(headers: HeaderList, limit_bytes: int) -> None:
+    lengths = _values(headers, b"content-length")
+    if lengths and lengths[0].isdigit() and int(lengths[0][:20]) > limit_bytes:
         raise _too_large(limit_bytes)
 
 
@@ -196,8 +199,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _over(text: str, max_members: int, max_values: int) -> bool:
-    """Whether a text without strings holds more; with strings, whether it might."""
+def _exceeds(text: str, max_members: int, max_values: int) -> bool:
+    """Tell whether a text without strings exceeds a limit; with strings, whether it might."""
     opened = text.count("{") + text.count("[")
     return (
         opened > max_members
@@ -211,7 +214,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _deeper_than(document: dict[str, Any], limit: int) -> bool:
-    """Level by level, because a recursive walk is what a deep body would break."""
+    """Walk level by level, because a deep body would break a recursive walk."""
     level: Iterable[Any] = [document]
     for _ in range(limit):
         level = [

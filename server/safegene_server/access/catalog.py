@@ -1,7 +1,7 @@
-"""What is known of keys and tenants: one frozen view, replaced as a whole.
+"""In-memory catalog of keys and tenants: one frozen view, replaced as a whole.
 
-For whoever follows the registry to build, and for the middleware to read. A request reads one view,
-so it never sees half a change. Not a store: nothing here is written to disk.
+The replica builds it from the registry, the middleware reads it. A request reads one view, so it
+never sees half a change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What one tenant may take, in each API process; None is unlimited."""
+    """Limits of one tenant in each API process; None is unlimited."""
 
     concurrent: int | None = None
     requests_per_minute: int | None = None
@@ -35,7 +35,7 @@ UNLIMITED = Limits()
 
 @dataclass(frozen=True)
 class Tenant:
-    """One tenant's names: its alias leads to `served`; `also` are older revisions still allowed.
+    """Names of one tenant: its alias leads to `served`; `also` are older revisions still allowed.
 
     `served` is None while nothing is published. `created` is Unix time in seconds.
     """
@@ -49,9 +49,10 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Principal:
-    """Whom a key speaks for. `tenants` holds names, or `*`; `base` grants the base model itself.
+    """Identity and permissions of a key.
 
-    `expires_at` is Unix time in seconds.
+    `tenants` holds names, or `*`; `base` grants the base model itself. `expires_at` is Unix
+    time in seconds.
     """
 
     name: str
@@ -66,15 +67,16 @@ class Principal:
         return EVERY_TENANT in self.tenants
 
     def may_use(self, tenant: str) -> bool:
+        """Tell whether the key is for this tenant."""
         return tenant in self.tenants or EVERY_TENANT in self.tenants
 
 
 @dataclass(frozen=True)
 class View:
-    """Everything at one moment; make it with `make_view`. `keys` is keyed by `key_digest`.
+    """Keys and tenants at one time; make it with `make_view`. `keys` is keyed by `key_digest`.
 
-    `base_models` are the names under which the engine serves its base model; they come before a
-    tenant of the same name, so that such a tenant is not served rather than the base in its place.
+    `base_models` are the served names of the base model. They take precedence over a tenant of the
+    same name, which then is not served, so that the base is never served in a tenant's place.
     """
 
     keys: Mapping[bytes, Principal] = field(default_factory=dict)
@@ -84,18 +86,18 @@ class View:
 
 
 class Catalog:
-    """Holds the current view. An empty one, as at the start, lets nobody in."""
+    """Holder of the current view. The initial empty view rejects every key."""
 
     def __init__(self, view: View | None = None) -> None:
         self.view = view or View()
 
     def replace(self, view: View) -> None:
-        """From now on; requests under way keep the view they began with."""
+        """Use another view for new requests; those in flight keep the one they started with."""
         self.view = view
 
 
 def key_digest(secret: str | bytes) -> bytes:
-    """How a key is looked up: SHA-256, so the time of the search tells nothing about the key."""
+    """Return the SHA-256 of a key: looked up by it, a key is not revealed by timing."""
     return hashlib.sha256(secret.encode() if isinstance(secret, str) else secret).digest()
 
 
@@ -106,50 +108,52 @@ def make_view(
     base_models: Iterable[str] = (),
     base_limits: Limits = UNLIMITED,
 ) -> View:
-    """A checked copy that nobody else can change. Errors: ConfigError with every fault."""
+    """Make a checked, immutable view. Errors: ConfigError with every problem."""
     listed = tuple(tenants)
-    faults = [
-        *(fault for digest, key in keys.items() for fault in _key_faults(digest, key)),
-        *(fault for tenant in listed for fault in _tenant_faults(tenant)),
-        *_limit_faults("the base model", base_limits),
+    problems = [
+        *(problem for digest, key in keys.items() for problem in _key_problems(digest, key)),
+        *(problem for tenant in listed for problem in _tenant_problems(tenant)),
+        *_limit_problems("the base model", base_limits),
     ]
     by_name = {tenant.name: tenant for tenant in listed}
     if len(by_name) < len(listed):
-        twice = sorted({t.name for t in listed if t is not by_name[t.name]})
-        faults.append(f"tenants named more than once: {twice}; every name is one tenant")
-    if faults:
-        raise ConfigError("the view of keys and tenants is not usable: " + "; ".join(faults) + ".")
+        duplicates = sorted({t.name for t in listed if t is not by_name[t.name]})
+        problems.append(f"tenants named more than once: {duplicates}; every name is one tenant")
+    if problems:
+        raise ConfigError(
+            "the view of keys and tenants is not usable: " + "; ".join(problems) + "."
+        )
     return View(
         MappingProxyType(dict(keys)), MappingProxyType(by_name), tuple(base_models), base_limits
     )
 
 
-def _key_faults(digest: bytes, key: Principal) -> list[str]:
-    faults = []
+def _key_problems(digest: bytes, key: Principal) -> list[str]:
+    problems = []
     if not isinstance(digest, bytes) or len(digest) != DIGEST_BYTES:
-        faults.append(f"key {key.name!r}: its digest is not {DIGEST_BYTES} bytes of SHA-256")
+        problems.append(f"key {key.name!r}: its digest is not {DIGEST_BYTES} bytes of SHA-256")
     if key.scopes - SCOPES:
         unknown, known = sorted(key.scopes - SCOPES), sorted(SCOPES)
-        faults.append(f"key {key.name!r}: unknown scopes {unknown}, expected some of {known}")
+        problems.append(f"key {key.name!r}: unknown scopes {unknown}, expected some of {known}")
     if key.default_tenant is not None and not key.may_use(key.default_tenant):
-        faults.append(
+        problems.append(
             f"key {key.name!r}: its default tenant {key.default_tenant!r} is not one it may use"
         )
-    return faults
+    return problems
 
 
-def _tenant_faults(tenant: Tenant) -> list[str]:
-    faults = _limit_faults(f"tenant {tenant.name!r}", tenant.limits)
+def _tenant_problems(tenant: Tenant) -> list[str]:
+    problems = _limit_problems(f"tenant {tenant.name!r}", tenant.limits)
     if not TENANT_NAME.fullmatch(tenant.name):
-        faults.append(f"{tenant.name!r} is not a tenant name ({TENANT_NAME.pattern})")
+        problems.append(f"{tenant.name!r} is not a tenant name ({TENANT_NAME.pattern})")
     for revision in sorted(tenant.also | ({tenant.served} if tenant.served else set())):
         match = REVISION_NAME.fullmatch(revision)
         if match is None or match[1] != tenant.name:
-            faults.append(f"tenant {tenant.name!r}: {revision!r} is not {tenant.name}@N")
-    return faults
+            problems.append(f"tenant {tenant.name!r}: {revision!r} is not {tenant.name}@N")
+    return problems
 
 
-def _limit_faults(whose: str, limits: Limits) -> list[str]:
+def _limit_problems(whose: str, limits: Limits) -> list[str]:
     return [
         f"{whose}: {limit.name} is {value!r}, expected a positive integer or none"
         for limit in fields(limits)

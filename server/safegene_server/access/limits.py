@@ -1,7 +1,7 @@
-"""Counts what runs and what was used in the last minute, per tenant, and says when it is too much.
+"""Limits per tenant: requests in flight, requests per minute and tokens per minute.
 
-The counts are of this process: with N API processes or replicas a tenant may have N times as much.
-For one event loop, no locks. Knows nothing of HTTP but the refusal.
+The counts are of this process: with N API processes or replicas a tenant may use N times as much.
+For one event loop, without locks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safegene_server.access.rejection import RequestRejectedError
 
 WINDOW_S = 60.0
 SLACK_S = 1e-6
-"""A minute may be so much shorter, or who waits exactly as long as told is told to wait again: sums
-of floating-point seconds are off by less."""
+"""Rounding error of summed seconds: without it a client that waits exactly `Retry-After` would be
+rejected again."""
 
 
 class SlidingWindow:
@@ -29,19 +29,21 @@ class SlidingWindow:
         self.total = 0
 
     def add(self, now: float, amount: int) -> None:
+        """Add an amount used now."""
         self.entries.append((now, amount))
         self.total += amount
 
     def used(self, now: float) -> int:
+        """Return the sum of the last minute."""
         while self.entries and self.entries[0][0] <= now - WINDOW_S + SLACK_S:
             self.total -= self.entries.popleft()[1]
         return self.total
 
-    def wait_s(self, now: float, most: int) -> float:
-        """Seconds until at most `most` are left, if nothing is added."""
+    def wait_s(self, now: float, limit: int) -> float:
+        """Return the seconds until at most `limit` is used, if nothing is added."""
         left, wait = self.used(now), 0.0
         for at, amount in self.entries:
-            if left <= most:
+            if left <= limit:
                 break
             left -= amount
             wait = at + WINDOW_S - now
@@ -50,7 +52,7 @@ class SlidingWindow:
 
 @dataclass
 class Account:
-    """One tenant's counts; `running` are answers, `reserved` the tokens expected of them."""
+    """Counts of one tenant: `running` completions, and the tokens `reserved` for them."""
 
     running: int = 0
     reserved: int = 0
@@ -59,24 +61,24 @@ class Account:
 
 
 class Reservation:
-    """One admitted request, to be closed exactly when it has ended, however it ended."""
+    """One admitted request, to be closed once it has ended, however it ended."""
 
     def __init__(
-        self, counters: Counters, target: Target, estimate_tokens: int, answers: int
+        self, counters: Counters, target: Target, estimate_tokens: int, completions: int
     ) -> None:
         self._counters = counters
         self._target = target
         self._estimate = estimate_tokens
-        self._answers = answers
+        self._completions = completions
         self._open = True
 
     def close(self, tokens: int) -> None:
-        """Gives the place back and charges what was really used; a second call does nothing."""
+        """Release the reservation and charge the tokens used; a second call does nothing."""
         if not self._open:
             return
         self._open = False
         counters, account = self._counters, self._counters.accounts[self._target.account]
-        account.running -= self._answers
+        account.running -= self._completions
         account.reserved -= self._estimate
         if tokens and self._target.limits.tokens_per_minute is not None:
             account.tokens.add(counters.clock(), tokens)
@@ -86,7 +88,7 @@ class Reservation:
 
 
 class Counters:
-    """All accounts of this process. `clock` is in seconds and never runs backwards."""
+    """All accounts of this process. `clock` is in seconds and monotonic."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -94,49 +96,51 @@ class Counters:
         self.running: Counter[str] = Counter()
 
     def in_flight(self, served: str) -> int:
-        """Requests that still run on one revision: it may leave the engine at 0."""
+        """Return the number of running requests of one revision; at 0 it may be unloaded."""
         return self.running[served]
 
-    def admit(self, target: Target, estimate_tokens: int, answers: int = 1) -> Reservation:
-        """A place for one request, which counts as often as it asks for an answer.
+    def admit(self, target: Target, estimate_tokens: int, completions: int = 1) -> Reservation:
+        """Reserve one request, which counts as often as it requests a completion.
 
-        An estimate of 0 costs no tokens and asks for none. A request larger than the whole budget
-        of tokens is let in when nothing else uses any, or it would never be. Errors: Refusal, 429
-        with Retry-After, or 400 for more answers than are ever let in; it is not counted then.
+        An estimate of 0 costs no tokens and needs none. A request larger than the whole budget of
+        tokens is admitted when nothing else uses any, or it would never be.
+        Errors: RequestRejectedError, 429 with Retry-After, or 400 for more completions than are
+        ever admitted; a rejected request is not counted.
         """
         account = self.accounts.setdefault(target.account, Account())
         now, limits = self.clock(), target.limits
-        most = limits.concurrent
-        if most is not None and account.running + answers > most:
-            _refuse_never(target, "concurrent", answers, most)
-            raise _too_many(target, "concurrent", f"{most} requests at once", 1.0)
-        most = limits.requests_per_minute
-        if most is not None and account.requests.used(now) + answers > most:
-            _refuse_never(target, "requests_per_minute", answers, most)
-            wait_s = account.requests.wait_s(now, most - answers)
-            told = f"{most} requests per minute"
-            raise _too_many(target, "requests_per_minute", told, wait_s)
-        most = limits.tokens_per_minute
-        if most is not None and estimate_tokens:
+        limit = limits.concurrent
+        if limit is not None and account.running + completions > limit:
+            _check_possible(target, "concurrent", completions, limit)
+            raise _too_many(target, "concurrent", f"{limit} requests at once", 1.0)
+        limit = limits.requests_per_minute
+        if limit is not None and account.requests.used(now) + completions > limit:
+            _check_possible(target, "requests_per_minute", completions, limit)
+            wait_s = account.requests.wait_s(now, limit - completions)
+            text = f"{limit} requests per minute"
+            raise _too_many(target, "requests_per_minute", text, wait_s)
+        limit = limits.tokens_per_minute
+        if limit is not None and estimate_tokens:
             used = account.tokens.used(now) + account.reserved
-            if used and used + estimate_tokens > most:
-                room = max(most - estimate_tokens - account.reserved, 0)
-                wait_s = account.tokens.wait_s(now, room)
-                told = f"{most} tokens per minute"
-                raise _too_many(target, "tokens_per_minute", told, wait_s)
+            if used and used + estimate_tokens > limit:
+                left = max(limit - estimate_tokens - account.reserved, 0)
+                wait_s = account.tokens.wait_s(now, left)
+                text = f"{limit} tokens per minute"
+                raise _too_many(target, "tokens_per_minute", text, wait_s)
         if limits.requests_per_minute is not None:
-            account.requests.add(now, answers)
-        account.running += answers
+            account.requests.add(now, completions)
+        account.running += completions
         account.reserved += estimate_tokens
         self.running[target.served] += 1
-        return Reservation(self, target, estimate_tokens, answers)
+        return Reservation(self, target, estimate_tokens, completions)
 
 
-def _refuse_never(target: Target, reason: str, answers: int, most: int) -> None:
-    if answers > most:
+def _check_possible(target: Target, reason: str, completions: int, limit: int) -> None:
+    """Errors: RequestRejectedError, 400, for a request that no waiting would admit."""
+    if completions > limit:
         message = (
-            f"the request asks for {answers} answers, and `{target.account}` has a limit of "
-            f"{most} ({reason}); ask for fewer prompts or a smaller `n` at a time."
+            f"the request is for {completions} completions, and `{target.account}` has a limit of "
+            f"{limit} ({reason}); send fewer prompts or a smaller `n` at a time."
         )
         raise RequestRejectedError(400, message, reason=reason)
 

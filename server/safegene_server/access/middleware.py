@@ -1,10 +1,10 @@
-"""`Access`: pure ASGI, in front of the whole app; nothing passes that is not let through here.
+"""Access check as ASGI middleware in front of the whole app.
 
-A request is let through by its route's rule, its key and its key's scopes; where it names a model,
-also by the catalog and the limits, and then its body goes on with the revision's name in it. An
-answer passes untouched, chunk by chunk, but for one event: where traffic is counted, every stream
-is asked for its usage, and a client that did not ask is not shown it. Belongs inside a CORS
-middleware, which answers preflights without a key, and outside of whatever reads bodies.
+A request passes by its route's rule, its key and the key's scopes; where it names a model, also by
+the catalog and the limits, and then its body is passed on with the revision's name. Responses pass
+unchanged, chunk by chunk, but for one event: where traffic is counted, usage is requested of every
+stream, and hidden from a client that did not request it. Belongs inside a CORS middleware, which
+responds to preflights without a key, and outside of anything that reads bodies.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from safegene_server.access.route_permissions import (
     route_path,
     rule_for,
 )
-from safegene_server.metrics.labels import NOBODY
-from safegene_server.metrics.token_metering import UsageMeter, count_answers, estimate_prompt
+from safegene_server.metrics.labels import NO_TENANT
+from safegene_server.metrics.token_metering import UsageMeter, count_completions, estimate_prompt
 from safegene_server.metrics.traffic import RequestMetrics, Traffic
 from safegene_vllm.errors import ConfigError
 
 SCOPE_KEY = "safegene.principal"
-_TELL_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
-"""Routes whose streams tell their usage only if they are asked to."""
+_USAGE_ON_REQUEST = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Routes whose streams report usage only on request."""
 
 
 @dataclass(frozen=True)
 class AccessSettings:
-    """`public`: exact paths whose GET needs no key. `refused_fields`: what no body may ask for.
+    """Settings of the access check.
 
-    The defaults of `refused_fields` reach what other tenants left in the engine: answers kept under
-    an id, work that outlives its request and its limits, and blocks of another engine's cache.
-    `usage_told`: every stream tells its usage to its client (--enable-force-include-usage).
+    `public`: exact paths whose GET needs no key. `rejected_fields`: fields that no body may set; by
+    default those that reach other tenants' data in the engine: responses stored under an id, work
+    that outlives its request and limits, and blocks of another engine's cache. `usage_forced`:
+    every stream reports its usage (--enable-force-include-usage).
     """
 
     public: frozenset[str] = frozenset({"/health", "/ping"})
@@ -53,8 +54,8 @@ class AccessSettings:
     max_depth: int = 64
     max_members: int = body.MAX_MEMBERS
     max_values: int = body.MAX_VALUES
-    usage_told: bool = False
-    refused_fields: frozenset[str] = frozenset(
+    usage_forced: bool = False
+    rejected_fields: frozenset[str] = frozenset(
         {"background", "ec_transfer_params", "kv_transfer_params", "previous_response_id"}
     )
 
@@ -68,10 +69,10 @@ class AccessSettings:
                 raise ConfigError(f"{name}: {getattr(self, name)!r}, expected 1 or more.")
 
 
-class Access:
-    """ASGI middleware. `counters` tells what is in flight; `now` gives Unix time in seconds.
+class AccessMiddleware:
+    """ASGI middleware. `now` returns Unix time in seconds.
 
-    `traffic` counts what passes and what is refused; without it nothing is counted.
+    `traffic` counts passed and rejected requests; without it nothing is counted.
     """
 
     def __init__(
@@ -100,27 +101,28 @@ class Access:
         path = route_path(scope)
         rule = rule_for(method, path, self.settings.public)
         view = self.catalog.view
-        exchange = (
-            RequestMetrics(self.traffic) if self.traffic is not None and rule.tokens else None
-        )
+        counted = self.traffic is not None and rule.tokens
+        metrics = RequestMetrics(self.traffic) if self.traffic and counted else None
         try:
             if rule.need == "public":
                 principal = None
             else:
                 principal = authenticate(view, scope["headers"], self.now())
                 check_scope(principal, rule)
-            answer = _models_answer(view, principal, path) if rule is LIST and principal else None
+            models_body = (
+                _models_body(view, principal, path) if rule is LIST and principal else None
+            )
             if scope["type"] == "http" and not rule.model:
                 limit_bytes = self.settings.max_body_bytes
-                receive = body.bounded(scope["headers"], receive, limit_bytes)
-        except RequestRejectedError as refusal:
-            self._count(refusal, exchange)
-            await reject(refusal, scope, receive, send)
+                receive = body.limit_body(scope["headers"], receive, limit_bytes)
+        except RequestRejectedError as error:
+            self._count(error, metrics)
+            await reject(error, scope, receive, send)
             return
-        if answer is not None:
-            await JSONResponse(answer)(scope, receive, send)
+        if models_body is not None:
+            await JSONResponse(models_body)(scope, receive, send)
         elif principal is not None and rule.model:
-            await self._serve(rule, view, principal, exchange, scope, receive, send)
+            await self._serve(rule, view, principal, metrics, scope, receive, send)
         else:
             await self.app({**scope, SCOPE_KEY: principal}, receive, send)
 
@@ -129,21 +131,21 @@ class Access:
         rule: Rule,
         view: View,
         principal: Principal,
-        exchange: RequestMetrics | None,
+        metrics: RequestMetrics | None,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
-        """A request that names a model, from its body to the end of its answer."""
+        """Serve a request that names a model, from its body to the end of its response."""
         headers = list(scope["headers"])
-        tenant = NOBODY
-        if exchange is not None:
-            headers = exchange.trace(headers)
+        tenant = NO_TENANT
+        if metrics is not None:
+            headers = metrics.trace(headers)
         try:
             raw = await body.read_body(headers, receive, self.settings.max_body_bytes)
             if raw is None:
-                if exchange is not None:
-                    exchange.gone()
+                if metrics is not None:
+                    metrics.cancelled()
                 return
             document = body.parse(
                 raw,
@@ -152,51 +154,51 @@ class Access:
                 max_values=self.settings.max_values,
             )
             if view is not self.catalog.view:
-                # The upload took its time: what was revoked or published meanwhile counts.
+                # A key may have been revoked, or a revision published, during the upload.
                 view = self.catalog.view
                 principal = authenticate(view, headers, self.now())
                 check_scope(principal, rule)
             self._check_fields(document, principal)
-            # From here to the slot nothing waits, so a revision found is at once one in flight.
+            # No await from here to the reservation, so a resolved revision is in flight at once.
             target = models.resolve(view, principal, document.get("model"))
-            tenant = NOBODY if target.account in view.base_models else target.account
+            tenant = NO_TENANT if target.account in view.base_models else target.account
             document["model"] = target.served
-            hide = exchange is not None and self._ask_usage(route_path(scope), document)
+            hide = metrics is not None and self._request_usage(route_path(scope), document)
             payload = body.encode(document)
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
-            answers = count_answers(document) if rule.tokens else 1
-            slot = self.counters.admit(target, estimate, answers)
-        except RequestRejectedError as refusal:
-            self._count(refusal, exchange, tenant)
-            await reject(refusal, scope, receive, send)
+            completions = count_completions(document) if rule.tokens else 1
+            reservation = self.counters.admit(target, estimate, completions)
+        except RequestRejectedError as error:
+            self._count(error, metrics, tenant)
+            await reject(error, scope, receive, send)
             return
-        meter = UsageMeter(send, estimate, exchange, hide_usage=hide)
+        meter = UsageMeter(send, estimate, metrics, hide_usage=hide)
         inner = {**scope, "headers": body.headers_for(headers, payload), SCOPE_KEY: principal}
-        again = body.replay(payload, receive)
+        replayed = body.replay(payload, receive)
         try:
-            if exchange is not None:
-                exchange.leads_to(tenant, target.served, judge=not document.get("echo"))
-                await exchange.follow(self.app, inner, again, meter)
+            if metrics is not None:
+                metrics.resolved(tenant, target.served, judge=not document.get("echo"))
+                await metrics.run(self.app, inner, replayed, meter)
             elif estimate and target.limits.tokens_per_minute is not None:
-                await self.app(inner, again, meter.send)
+                await self.app(inner, replayed, meter.send)
             else:
-                await self.app(inner, again, send)
+                await self.app(inner, replayed, send)
         finally:
-            slot.close(meter.tokens if rule.tokens else 0)
+            reservation.close(meter.tokens if rule.tokens else 0)
 
     def _count(
-        self, refusal: RequestRejectedError, exchange: RequestMetrics | None, tenant: str = NOBODY
+        self, error: RequestRejectedError, metrics: RequestMetrics | None, tenant: str = NO_TENANT
     ) -> None:
-        if exchange is not None:
-            exchange.refused(refusal.reason, tenant)
+        if metrics is not None:
+            metrics.rejected(error.reason, tenant)
         elif self.traffic is not None:
-            self.traffic.rejected(refusal.reason, tenant)
+            self.traffic.rejected(error.reason, tenant)
 
-    def _ask_usage(self, path: str, document: dict[str, Any]) -> bool:
-        """Ask for a stream's usage; whether the client did not, and is not to see it."""
+    def _request_usage(self, path: str, document: dict[str, Any]) -> bool:
+        """Request a stream's usage, in place; return whether to hide it from the client."""
         if (
-            path not in _TELL_USAGE
-            or self.settings.usage_told
+            path not in _USAGE_ON_REQUEST
+            or self.settings.usage_forced
             or document.get("stream") is not True
         ):
             return False
@@ -211,8 +213,8 @@ class Access:
         return True
 
     def _check_fields(self, document: dict[str, Any], principal: Principal) -> None:
-        """Errors: Refusal, 400; also for a priority that only who runs the server may ask for."""
-        for name in sorted(self.settings.refused_fields & document.keys()):
+        """Errors: RequestRejectedError, 400; also for a priority reserved to administrators."""
+        for name in sorted(self.settings.rejected_fields & document.keys()):
             if document[name]:
                 raise RequestRejectedError(
                     400,
@@ -221,8 +223,8 @@ class Access:
                     reason="field",
                 )
         priority = document.get("priority")
-        late = priority is None or (type(priority) is int and priority >= 0)
-        if not late and not (principal.whole_server and "admin" in principal.scopes):
+        allowed = priority is None or (type(priority) is int and priority >= 0)
+        if not allowed and not (principal.whole_server and "admin" in principal.scopes):
             raise RequestRejectedError(
                 400,
                 "`priority` is less than 0, or no whole number; below 0, which is before all "
@@ -233,11 +235,12 @@ class Access:
 
 
 def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
-    """Whose key the request carries. Errors: Refusal, 401; unknown and expired sound the same.
+    """Return the principal of the request's key.
 
-    The key is searched by its hash, so the time taken tells nothing about keys that exist.
+    The key is looked up by its hash, so that timing reveals nothing about existing keys.
+    Errors: RequestRejectedError, 401, the same for an unknown and an expired key.
     """
-    secret = _sent(headers)
+    secret = _secret(headers)
     if not secret:
         raise _unauthorized(
             "this route needs a key: send one `Authorization: Bearer KEY` header, or one "
@@ -254,8 +257,8 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
     return principal
 
 
-def _sent(headers: body.HeaderList) -> bytes:
-    """The one key that is sent, as OpenAI's clients do or as Anthropic's; nothing for several."""
+def _secret(headers: body.HeaderList) -> bytes:
+    """Return the key, sent as OpenAI's clients do or as Anthropic's; empty for none or several."""
     bearer = [value for name, value in headers if name == b"authorization"]
     plain = [value for name, value in headers if name == b"x-api-key"]
     if len(bearer) + len(plain) != 1:
@@ -267,7 +270,10 @@ def _sent(headers: body.HeaderList) -> bytes:
 
 
 def check_scope(principal: Principal, rule: Rule) -> None:
-    """`admin` includes `read`; neither includes `serve`. Errors: Refusal, 403."""
+    """Check the key's scopes: `admin` includes `read`; neither includes `serve`.
+
+    Errors: RequestRejectedError, 403.
+    """
     scopes = principal.scopes
     if rule.need == "key":
         return
@@ -281,13 +287,13 @@ def check_scope(principal: Principal, rule: Rule) -> None:
 
 
 def principal_of(scope: Scope) -> Principal | None:
-    """Who asked, for the routes behind; None on a public path, KeyError without `Access`."""
+    """Return the request's principal; None on a public path, KeyError without the middleware."""
     found: Principal | None = scope[SCOPE_KEY]
     return found
 
 
-def _models_answer(view: View, principal: Principal, path: str) -> dict[str, Any]:
-    """Errors: Refusal, 404."""
+def _models_body(view: View, principal: Principal, path: str) -> dict[str, Any]:
+    """Errors: RequestRejectedError, 404."""
     if path == MODELS:
         return models.listing(view, principal)
     return models.describe(view, principal, path.removeprefix(f"{MODELS}/"))

@@ -1,7 +1,7 @@
-"""Which model a request means, and the models that a key may see.
+"""Resolution of a request's model name, and the list of models that a key may see.
 
-For names alone. A model that is not there and one that is somebody else's are refused in the same
-words. Asks the engine nothing: what the catalog says is what exists.
+Both come from the catalog alone. An unknown model and another key's are rejected with the same
+message.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Target:
-    """`served` is the name the engine knows; `account` is who is charged for it."""
+    """A resolved model: `served` is the engine's name, `account` the name it is charged to."""
 
     account: str
     served: str
     limits: Limits
 
 
-def resolve(view: View, principal: Principal, asked: object) -> Target:
-    """What `model` of a body leads to: alias, revision, base model, or the key's default tenant.
+def resolve(view: View, principal: Principal, requested: object) -> Target:
+    """Resolve `model` of a body: alias, revision, base model, or the key's default tenant.
 
-    Errors: Refusal, 400 (not a name, or none and no default) or 404.
+    Errors: RequestRejectedError, 400 (not a name, or none and no default) or 404.
     """
-    if asked is not None and not isinstance(asked, str):
-        found = type(asked).__name__
+    if requested is not None and not isinstance(requested, str):
+        found = type(requested).__name__
         raise RequestRejectedError(
             400, f"`model` is a {found}; expected a string.", param="model", reason="model"
         )
-    name = asked or principal.default_tenant
+    name = requested or principal.default_tenant
     if not name:
         raise RequestRejectedError(
             400,
@@ -51,6 +51,7 @@ def resolve(view: View, principal: Principal, asked: object) -> Target:
 
 
 def not_found(name: str) -> RequestRejectedError:
+    """Make the 404 of a model that is unknown or another key's."""
     shown = name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…"
     return RequestRejectedError(
         404,
@@ -61,7 +62,7 @@ def not_found(name: str) -> RequestRejectedError:
 
 
 def find(view: View, principal: Principal, name: str) -> Target | None:
-    """None for what is not there, not published, or not this key's: the three look alike."""
+    """Resolve a name; None alike for an unknown, an unpublished and another key's model."""
     if name in view.base_models:
         return Target(name, name, view.base_limits) if principal.base else None
     owner = name.partition("@")[0]
@@ -75,7 +76,7 @@ def find(view: View, principal: Principal, name: str) -> Target | None:
 
 
 def listing(view: View, principal: Principal) -> dict[str, Any]:
-    """The body of GET /v1/models: base models if granted, then the tenants by name."""
+    """Make the body of GET /v1/models: base models if granted, then the tenants by name."""
     names = dict.fromkeys((*view.base_models, *sorted(view.tenants)))
     targets = {name: find(view, principal, name) for name in names}
     cards = [_card(view, name, target) for name, target in targets.items() if target]
@@ -83,7 +84,7 @@ def listing(view: View, principal: Principal) -> dict[str, Any]:
 
 
 def describe(view: View, principal: Principal, name: str) -> dict[str, Any]:
-    """The body of GET /v1/models/{name}. Errors: Refusal, 404."""
+    """Make the body of GET /v1/models/{name}. Errors: RequestRejectedError, 404."""
     target = find(view, principal, name)
     if target is None:
         raise not_found(name)
@@ -91,7 +92,7 @@ def describe(view: View, principal: Principal, name: str) -> dict[str, Any]:
 
 
 def _card(view: View, name: str, target: Target) -> dict[str, Any]:
-    """OpenAI's four fields; `root` is the revision that answers, where vLLM would show a path."""
+    """Make OpenAI's model card; `root` is the served revision, where vLLM would show a path."""
     base = name in view.base_models
     return {
         "id": name,

@@ -1,7 +1,4 @@
-"""The one way in which this room says no: a status, OpenAI's error shape, and headers.
-
-For raising before anything was sent. Not for the answers of the app behind.
-"""
+"""Rejection of a request before it reaches the app: a status, OpenAI's error shape, and headers."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ POLICY_VIOLATION = 1008
 
 
 class RequestRejectedError(SafegeneError):
-    """A request that goes no further; `param` names the field of the body that is to blame,
-    `reason` why in one word, for counting: most have a body that will not do."""
+    """A request that is rejected; `param` names the bad field, `reason` is the metric's label."""
 
     def __init__(
         self,
@@ -35,13 +31,11 @@ class RequestRejectedError(SafegeneError):
         self.reason = reason
 
 
-async def reject(refusal: RequestRejectedError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the refusal; a websocket is closed where its server cannot answer in HTTP."""
+async def reject(error: RequestRejectedError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send the error; a websocket is closed where its server cannot respond in HTTP."""
     denial = "websocket.http.response" in (scope.get("extensions") or {})
     if scope["type"] == "websocket" and not denial:
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
         return
-    response = error_response(
-        refusal.status, str(refusal), param=refusal.param, headers=refusal.headers
-    )
+    response = error_response(error.status, str(error), param=error.param, headers=error.headers)
     await response(scope, receive, send)

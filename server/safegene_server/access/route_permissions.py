@@ -1,7 +1,7 @@
-"""Which scope every route needs: vLLM 0.32's own and ours, by method and path.
+"""Scope that each route needs, by method and path: vLLM 0.32's own and ours.
 
-What is not in the table needs `admin`, so a route of a newer vLLM is closed before it is known;
-`unclassified` names such routes. Written by hand and read by people: vLLM is not imported.
+A route that is not in the table needs `admin`, so a newer vLLM's routes are denied by default;
+`unclassified` names them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Need = Literal["public", "key", "serve", "read", "admin"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a route needs of a key; `key` is any one, whatever its scopes.
+    """Permission that a route needs; `key` is any valid key, whatever its scopes.
 
-    `model`: its JSON body names a model, which is resolved. `tokens`: its answer costs tokens.
-    `whole_server`: it shows or changes all tenants at once, so a key for some of them will not do.
+    `model`: its JSON body names a model, which is resolved. `tokens`: its response costs tokens.
+    `whole_server`: it shows or changes all tenants at once, so it needs a key for all of them.
     """
 
     need: Need
@@ -79,7 +79,7 @@ _ROUTES: dict[Rule, tuple[str, ...]] = {
         "POST /v1/responses/render",
         "POST /cohere/v2/chat/render",
     ),
-    # Numbers and states, for probes and scrapers.
+    # Metrics and states, for probes and scrapers.
     WATCH: (
         "GET /health",
         "GET /ping",
@@ -91,21 +91,21 @@ _ROUTES: dict[Rule, tuple[str, ...]] = {
         "GET /fault_tolerance/status",
     ),
     OPERATE: (
-        # A header names another adapter behind our back (X-Amzn-SageMaker-Adapter-Identifier).
+        # A header may name another adapter (X-Amzn-SageMaker-Adapter-Identifier).
         "POST /invocations",
         "POST /ping",
         "POST /adapters",
         "DELETE /adapters/{adapter_name}",
         "POST /v1/load_lora_adapter",
         "POST /v1/unload_lora_adapter",
-        # Answers of all tenants in one store, under ids that a client may choose.
+        # Responses of all tenants in one store, under ids that a client may choose.
         "GET /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel",
         # The model is named in a form or in later messages, not in a JSON body.
         "POST /v1/audio/transcriptions",
         "POST /v1/audio/translations",
         f"{WEBSOCKET} /v1/realtime",
-        # Between engines: raw sampling parameters, and other people's requests.
+        # Between engines: raw sampling parameters, and other clients' requests.
         "POST /inference/v1/generate",
         "POST /inference/v1/abort_requests",
         "POST /abort_requests",
@@ -155,7 +155,7 @@ _FAMILIES = f"{OURS}/families/"
 
 
 def route_path(scope: Scope) -> str:
-    """The path that the app's own router will match, without the root path."""
+    """Return the path that the app's router will match, without the root path."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     inside = root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/")
@@ -163,10 +163,10 @@ def route_path(scope: Scope) -> str:
 
 
 def rule_for(method: str, path: str, public: frozenset[str] = frozenset()) -> Rule:
-    """The rule of a request; HEAD counts as GET, and only a GET can be public."""
+    """Return the rule of a request; HEAD counts as GET, and only a GET can be public."""
     method = "GET" if method == "HEAD" else method
     if path.endswith("\n"):
-        # A router's pattern also matches this, and with it a route whose rule is not found here.
+        # A router's pattern matches it too, so it could reach a route whose rule is not found here.
         return OPERATE
     if method == "GET" and path in public:
         return PUBLIC
@@ -178,7 +178,7 @@ def rule_for(method: str, path: str, public: frozenset[str] = frozenset()) -> Ru
 
 
 def _our_rule(method: str, path: str) -> Rule:
-    """Ours are read or admin by their method; some are about all tenants at once."""
+    """Return the rule of our own route: read or admin by method, some for all tenants only."""
     if method == "GET" and path == f"{OURS}/whoami":
         return ANY_KEY
     if method == "GET":
@@ -187,7 +187,7 @@ def _our_rule(method: str, path: str) -> Rule:
 
 
 def unclassified(app: Any) -> list[str]:
-    """Routes of an app that the table does not name, as `METHOD /path`; they need `admin`."""
+    """List routes of an app that the table does not name, as `METHOD /path`; they need `admin`."""
     return sorted({name for name in named_routes(app.routes) if not _known(name)})
 
 
@@ -197,7 +197,7 @@ def _known(name: str) -> bool:
 
 
 def named_routes(routes: Any, prefix: str = "") -> Iterator[str]:
-    """`METHOD /path` of each route; a mount of a foreign app counts as one, of a router as many."""
+    """Iterate over routes as `METHOD /path`; a mounted app counts as one, a router as many."""
     for route in routes:
         path = getattr(route, "path", None)
         inner = getattr(route, "routes", None)
@@ -208,7 +208,7 @@ def named_routes(routes: Any, prefix: str = "") -> Iterator[str]:
         elif isinstance(route, WebSocketRoute):
             yield f"{WEBSOCKET} {prefix}{path}"
         else:
-            # A route without a path cannot be known, and one without methods answers all of them.
+            # A route without a path is never known, and one without methods serves all of them.
             methods = getattr(route, "methods", None) or {"ANY"}
             for method in sorted({*methods} - {"HEAD"} or {"HEAD"}):
                 yield f"{method} {prefix}{path or type(route).__name__}"

@@ -1,7 +1,7 @@
-"""The HTTP routes below /v1/safegene/: tenants, families, keys, jobs, rollouts, replicas, audit.
+"""HTTP routes below /v1/safegene/: tenants, families, keys, jobs, rollouts, replicas, audit.
 
-Between HTTP and tenant life: reads bodies, looks at who asks, answers in one shape. Decides nothing
-about tenants, and lets nobody in: that is access's business, in front.
+They parse bodies, check what the request's key may see, and build responses; `access`, in front,
+authenticates.
 """
 
 from safegene_server.api.router import router

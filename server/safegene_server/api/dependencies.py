@@ -1,7 +1,4 @@
-"""Who asks, and what they may see: for every route to begin with.
-
-A key for some tenants sees those, and is told of others what it would be told of none.
-"""
+"""FastAPI dependencies of the tenant routes: tenant context, prober, and the request's key."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from fastapi import Depends, HTTPException, Request
 from safegene_server.access.catalog import Principal
 from safegene_server.access.middleware import principal_of
 from safegene_server.monitoring.probes import Prober
+from safegene_server.server_state import ServerState
 from safegene_server.tenants import TenantContext
 from safegene_vllm.errors import ConflictError, NotFoundError
 
@@ -19,49 +17,49 @@ NO_REGISTRY = (
     "this server runs without a registry, so it has no tenants of its own to show or change; start "
     "it with one, or use --lora-modules."
 )
-WHOLE_SERVER = "this route concerns all tenants; the key is for some of them."
+ALL_TENANTS_ONLY = "this route concerns all tenants; the key is for some of them."
 
 
-def tenancy_of(request: Request) -> TenantContext:
+def tenant_context(request: Request) -> TenantContext:
     """Errors: ConflictError in a server without a registry."""
-    found: TenantContext | None = getattr(request.app.state, "safegene_tenancy", None)
-    if found is None:
+    state: ServerState | None = getattr(request.app.state, "safegene", None)
+    if state is None or state.tenants is None:
         raise ConflictError(NO_REGISTRY)
-    return found
+    return state.tenants
 
 
-def prober_of(request: Request) -> Prober:
+def prober(request: Request) -> Prober:
     """Errors: ConflictError in a server without a registry."""
-    found: Prober | None = getattr(request.app.state, "safegene_prober", None)
-    if found is None:
+    state: ServerState | None = getattr(request.app.state, "safegene", None)
+    if state is None or state.prober is None:
         raise ConflictError(NO_REGISTRY)
-    return found
+    return state.prober
 
 
-def asker_of(request: Request) -> Principal:
-    """Errors: HTTPException where nobody has looked at a key: such a server answers nobody."""
+def principal(request: Request) -> Principal:
+    """Errors: HTTPException, 403, in a server whose access check has seen no key."""
     try:
-        principal = principal_of(request.scope)
+        found = principal_of(request.scope)
     except KeyError:
-        principal = None
-    if principal is None:
+        found = None
+    if found is None:
         raise HTTPException(403, "this route needs a key, and this server has checked none.")
-    return principal
+    return found
 
 
-Here = Annotated[TenantContext, Depends(tenancy_of)]
-Probing = Annotated[Prober, Depends(prober_of)]
-Asker = Annotated[Principal, Depends(asker_of)]
+TenantContextDep = Annotated[TenantContext, Depends(tenant_context)]
+ProberDep = Annotated[Prober, Depends(prober)]
+PrincipalDep = Annotated[Principal, Depends(principal)]
 
 
-def own(asker: Principal, tenant: str) -> str:
-    """`tenant` if the key is for it; else the very words for one that is not there."""
-    if not asker.may_use(tenant):
+def require_tenant_access(principal: Principal, tenant: str) -> str:
+    """Return `tenant` if the key is for it; else raise the same error as for an unknown one."""
+    if not principal.may_use(tenant):
         raise NotFoundError(f"no tenant {tenant!r:.200} in the registry")
     return tenant
 
 
-def whole_server(asker: Principal) -> None:
-    """Errors: HTTPException for a key for some tenants only."""
-    if not asker.whole_server:
-        raise HTTPException(403, WHOLE_SERVER)
+def require_all_tenants(principal: Principal) -> None:
+    """Errors: HTTPException, 403, for a key for some tenants only."""
+    if not principal.whole_server:
+        raise HTTPException(403, ALL_TENANTS_ONLY)

@@ -1,6 +1,6 @@
-"""Routes of families: what they are, a floor under all coefficients, and a freeze of all tenants.
+"""Routes of families: show them, set a floor under all coefficients, freeze all tenants.
 
-Whoever changes a family changes all of its tenants, so these need a key for all of them.
+A change of a family changes all of its tenants, so it needs a key for all of them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from safegene_server.access.catalog import Principal
-from safegene_server.api import request_schemas, response_schemas
-from safegene_server.api.dependencies import Asker, Here, whole_server
-from safegene_server.api.rollout_views import followed
+from safegene_server.api import request_schemas
+from safegene_server.api.dependencies import PrincipalDep, TenantContextDep, require_all_tenants
+from safegene_server.api.rollout_views import rollout_view_or_none
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Family, Registry
 from safegene_server.tenants import families
 from safegene_server.tenants.context import aside
+from safegene_vllm.client import schemas
 
 router = APIRouter(route_class=TenancyRoute, tags=["families"])
 Digest = Annotated[str, Path(description="the family's digest", examples=["sha256:" + "ab" * 32])]
@@ -24,55 +25,76 @@ Digest = Annotated[str, Path(description="the family's digest", examples=["sha25
 
 @router.get("/families", summary="List families")
 async def list_families(
-    tenancy: Here, asker: Asker
-) -> response_schemas.Page[response_schemas.Family]:
-    """All of them, in the order in which they came."""
-    return response_schemas.Page(data=await aside(_all, tenancy.registry, asker))
+    tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Page[schemas.Family]:
+    """All of them, in the order of registration."""
+
+    def read() -> list[schemas.Family]:
+        registry = tenancy.registry
+        return [_view(registry, family, principal) for family in registry.families()]
+
+    return schemas.Page(data=await aside(read))
 
 
 @router.get("/families/{digest}", summary="Show a family")
-async def show_family(digest: Digest, tenancy: Here, asker: Asker) -> response_schemas.Family:
-    """Its layers, its bounds, its floor, and whether it is frozen."""
-    return await aside(_one, tenancy.registry, digest, asker)
+async def show_family(
+    digest: Digest, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Family:
+    """Its layers, bounds and floor, and whether it is frozen."""
+    return await aside(_read, tenancy.registry, digest, principal)
 
 
 @router.put("/families/{digest}/floor", summary="Set the floor of a family")
 async def set_floor(
-    digest: Digest, body: request_schemas.Floor, tenancy: Here, asker: Asker
-) -> response_schemas.Floored:
-    """No tenant is served below it, from now on: whoever is gets a raised revision, all at once."""
-    whole_server(asker)
-    rollout = await families.set_floor(tenancy, digest, body.floor, actor=asker.name)
-    return response_schemas.Floored(
-        family=await aside(_one, tenancy.registry, digest, asker),
-        rollout=await followed(tenancy, rollout, asker),
+    digest: Digest,
+    body: request_schemas.Floor,
+    tenancy: TenantContextDep,
+    principal: PrincipalDep,
+) -> schemas.Floored:
+    """No tenant is served below it from now on: those below get a raised revision, all at once."""
+    require_all_tenants(principal)
+    rollout = await families.set_floor(tenancy, digest, body.floor, actor=principal.name)
+    return schemas.Floored(
+        family=await aside(_read, tenancy.registry, digest, principal),
+        rollout=await rollout_view_or_none(tenancy, rollout, principal),
     )
 
 
 @router.post("/families/{digest}/freeze", summary="Freeze all tenants of a family")
-async def freeze(digest: Digest, tenancy: Here, asker: Asker) -> response_schemas.Family:
-    """Serving goes on; what they serve may not change until the family is unfrozen."""
-    whole_server(asker)
-    await families.set_family_frozen(tenancy, digest, True, actor=asker.name)
-    return await aside(_one, tenancy.registry, digest, asker)
+async def freeze(
+    digest: Digest, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Family:
+    """Serving continues; what is served may not change until the family is unfrozen."""
+    require_all_tenants(principal)
+    await families.set_family_frozen(tenancy, digest, True, actor=principal.name)
+    return await aside(_read, tenancy.registry, digest, principal)
 
 
 @router.post("/families/{digest}/unfreeze", summary="Unfreeze the tenants of a family")
-async def unfreeze(digest: Digest, tenancy: Here, asker: Asker) -> response_schemas.Family:
+async def unfreeze(
+    digest: Digest, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Family:
     """They may change again, except those that are frozen themselves."""
-    whole_server(asker)
-    await families.set_family_frozen(tenancy, digest, False, actor=asker.name)
-    return await aside(_one, tenancy.registry, digest, asker)
+    require_all_tenants(principal)
+    await families.set_family_frozen(tenancy, digest, False, actor=principal.name)
+    return await aside(_read, tenancy.registry, digest, principal)
 
 
-def _one(registry: Registry, digest: str, asker: Principal) -> response_schemas.Family:
-    return _told(registry, registry.family(digest), asker)
+def _read(registry: Registry, digest: str, principal: Principal) -> schemas.Family:
+    return _view(registry, registry.family(digest), principal)
 
 
-def _all(registry: Registry, asker: Principal) -> list[response_schemas.Family]:
-    return [_told(registry, found, asker) for found in registry.families()]
-
-
-def _told(registry: Registry, found: Family, asker: Principal) -> response_schemas.Family:
-    told = response_schemas.family(found, registry.policy(found.digest))
-    return told if asker.whole_server else told.model_copy(update={"source": None})
+def _view(registry: Registry, family: Family, principal: Principal) -> schemas.Family:
+    """Join a family with its policy; its source is for keys for all tenants."""
+    policy = registry.policy(family.digest)
+    return schemas.Family(
+        digest=family.digest,
+        name=family.name,
+        source=family.source if principal.whole_server else None,
+        num_layers=family.header.num_layers,
+        layers=[entry.layer for entry in family.header.layers],
+        bounds=family.header.bounds,
+        floor={str(layer): minimum for layer, minimum in policy.floor.items()},
+        frozen=policy.frozen,
+        created_at=family.created_at,
+    )

@@ -1,6 +1,6 @@
-"""Routes of API keys: add, list, rotate, revoke. A secret is told once, by the call that made it.
+"""Routes of API keys: add, list, rotate, revoke.
 
-A key for some tenants sees and makes only keys that reach no further than itself.
+A key for some tenants sees and makes only keys for no others.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path
 
 from safegene_server.access.catalog import Principal
-from safegene_server.api import request_schemas, response_schemas
-from safegene_server.api.dependencies import Asker, Here
+from safegene_server.api import request_schemas
+from safegene_server.api.dependencies import PrincipalDep, TenantContextDep
 from safegene_server.api.route_class import TenancyRoute
-from safegene_server.registry import Key
+from safegene_server.registry import Key, NewKey
 from safegene_server.registry.validation import BASE
 from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
+from safegene_vllm.client import schemas
 from safegene_vllm.errors import NotFoundError
 
 router = APIRouter(route_class=TenancyRoute, tags=["keys"])
@@ -25,10 +26,10 @@ KeyName = Annotated[str, Path(description="the key's name", examples=["acme-prod
 
 @router.post("/keys", status_code=201, summary="Add a key")
 async def add_key(
-    body: request_schemas.NewKey, tenancy: Here, asker: Asker
-) -> response_schemas.NewKey:
-    """The answer is the only place where its secret is ever told."""
-    beyond = sorted(_beyond(asker, body.tenants))
+    body: request_schemas.NewKey, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.NewKey:
+    """Its secret is shown in this response only."""
+    beyond = sorted(_beyond(principal, body.tenants))
     if beyond:
         raise HTTPException(
             403, f"the key would reach further than yours: {', '.join(beyond)[:500]}"
@@ -40,50 +41,60 @@ async def add_key(
         tenants=body.tenants,
         default_tenant=body.default_tenant,
         expires_at=body.expires_at,
-        actor=asker.name,
+        actor=principal.name,
     )
     await tenancy.settle()
-    return response_schemas.new_key(made)
+    return _with_secret(made)
 
 
 @router.get("/keys", summary="List keys")
-async def list_keys(tenancy: Here, asker: Asker) -> response_schemas.Page[response_schemas.Key]:
-    """By name, the revoked ones among them; no secrets."""
+async def list_keys(
+    tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Page[schemas.Key]:
+    """By name, revoked ones included, without secrets."""
     found = await aside(tenancy.registry.keys)
-    return response_schemas.Page(
-        data=[response_schemas.key(key) for key in found if not _beyond(asker, key.tenants)]
-    )
+    visible = [key for key in found if not _beyond(principal, key.tenants)]
+    return schemas.Page(data=[schemas.Key.model_validate(key) for key in visible])
 
 
 @router.post("/keys/{name}/rotate", summary="Give a key a new secret")
-async def rotate_key(name: KeyName, tenancy: Here, asker: Asker) -> response_schemas.NewKey:
-    """The old secret ends with this call."""
-    await _own(tenancy, asker, name)
-    made = await aside(tenancy.registry.rotate_key, name, actor=asker.name)
+async def rotate_key(
+    name: KeyName, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.NewKey:
+    """The old secret is invalid once this responds."""
+    await _accessible(tenancy, principal, name)
+    made = await aside(tenancy.registry.rotate_key, name, actor=principal.name)
     await tenancy.settle()
-    return response_schemas.new_key(made)
+    return _with_secret(made)
 
 
 @router.delete("/keys/{name}", summary="Revoke a key")
-async def revoke_key(name: KeyName, tenancy: Here, asker: Asker) -> response_schemas.Key:
-    """It lets nobody in any more. Nothing happens if it is revoked already."""
-    key = await _own(tenancy, asker, name)
+async def revoke_key(
+    name: KeyName, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Key:
+    """It is invalid from now on. Nothing happens if it is revoked already."""
+    key = await _accessible(tenancy, principal, name)
     if key.revoked_at is None:
-        key = await aside(tenancy.registry.revoke_key, name, actor=asker.name)
+        key = await aside(tenancy.registry.revoke_key, name, actor=principal.name)
         await tenancy.settle()
-    return response_schemas.key(key)
+    return schemas.Key.model_validate(key)
 
 
-async def _own(tenancy: TenantContext, asker: Principal, name: str) -> Key:
-    """Errors: NotFoundError, also for a key that reaches further than the asker's."""
+def _with_secret(made: NewKey) -> schemas.NewKey:
+    key = schemas.Key.model_validate(made.key)
+    return schemas.NewKey(**key.model_dump(), secret=made.secret)
+
+
+async def _accessible(tenancy: TenantContext, principal: Principal, name: str) -> Key:
+    """Errors: NotFoundError, also for a key that reaches further than the request's own."""
     key = await aside(tenancy.registry.key, name)
-    if _beyond(asker, key.tenants):
+    if _beyond(principal, key.tenants):
         raise NotFoundError(f"no key {name!r:.100} in the registry")
     return key
 
 
-def _beyond(asker: Principal, tenants: tuple[str, ...] | list[str]) -> set[str]:
-    """What of `tenants` the asker's own key does not reach."""
-    if asker.whole_server:
+def _beyond(principal: Principal, tenants: tuple[str, ...] | list[str]) -> set[str]:
+    """Return those of `tenants` that the request's own key does not reach."""
+    if principal.whole_server:
         return set()
-    return set(tenants) - asker.tenants - ({BASE} if asker.base else set())
+    return set(tenants) - principal.tenants - ({BASE} if principal.base else set())

@@ -1,4 +1,4 @@
-"""Routes of operation: rollouts, replicas, the audit, and who asks. For looking only."""
+"""Read-only routes of operation: rollouts, replicas, the audit, and the request's own key."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 
 from safegene_server.access.catalog import EVERY_TENANT, Principal
-from safegene_server.api import response_schemas
-from safegene_server.api.dependencies import Asker, Here, whole_server
-from safegene_server.api.request_schemas import LARGEST, Id, Limit, Moment
-from safegene_server.api.rollout_views import shown
+from safegene_server.api.dependencies import PrincipalDep, TenantContextDep, require_all_tenants
+from safegene_server.api.request_schemas import MAX_INT, Id, Limit, Timestamp
+from safegene_server.api.rollout_views import rollout_view
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import AuditEntry, Registry
 from safegene_server.tenants.context import aside
+from safegene_vllm.client import schemas
 from safegene_vllm.errors import NotFoundError
 
 TENANT_ACTIONS = ("tenant.", "revision.")
@@ -26,18 +26,20 @@ router = APIRouter(route_class=TenancyRoute)
 
 @router.get("/rollouts", summary="List rollouts", tags=["rollouts"])
 async def list_rollouts(
-    tenancy: Here,
-    asker: Asker,
+    tenancy: TenantContextDep,
+    principal: PrincipalDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> response_schemas.Page[response_schemas.Rollout]:
-    """The newest first, each with how many of the live replicas follow it."""
-    return response_schemas.Page(data=await aside(_rollouts, tenancy.registry, asker, limit))
+) -> schemas.Page[schemas.Rollout]:
+    """Newest first, each with how many of the live replicas follow it."""
+    return schemas.Page(data=await aside(_rollouts, tenancy.registry, principal, limit))
 
 
 @router.get("/rollouts/{rollout}", summary="Show a rollout", tags=["rollouts"])
-async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> response_schemas.Rollout:
+async def show_rollout(
+    rollout: Id, tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Rollout:
     """How many of the live replicas follow it, and why the others do not yet."""
-    found = shown(await aside(tenancy.registry.rollout_status, rollout), asker)
+    found = rollout_view(await aside(tenancy.registry.rollout_status, rollout), principal)
     if not found.tenants:
         raise NotFoundError(f"no rollout {rollout} in the registry")
     return found
@@ -45,31 +47,31 @@ async def show_rollout(rollout: Id, tenancy: Here, asker: Asker) -> response_sch
 
 @router.get("/replicas", summary="List live replicas", tags=["operation"])
 async def list_replicas(
-    tenancy: Here, asker: Asker
-) -> response_schemas.Page[response_schemas.Replica]:
-    """The server processes that were seen lately, and what each has applied."""
-    whole_server(asker)
+    tenancy: TenantContextDep, principal: PrincipalDep
+) -> schemas.Page[schemas.Replica]:
+    """The server processes with a recent heartbeat, and the version each has applied."""
+    require_all_tenants(principal)
     found = await aside(tenancy.registry.replicas)
-    return response_schemas.Page(data=[response_schemas.replica(replica) for replica in found])
+    return schemas.Page(data=[schemas.Replica.model_validate(replica) for replica in found])
 
 
 @router.get("/audit", summary="Read the audit", tags=["operation"])
 async def read_audit(
-    tenancy: Here,
-    asker: Asker,
+    tenancy: TenantContextDep,
+    principal: PrincipalDep,
     actor: str | None = None,
     action: Annotated[
         str | None, Query(description="may end in `.`: all of a kind", examples=["tenant."])
     ] = None,
     target: Annotated[str | None, Query(examples=["acme/support"])] = None,
-    since: Moment | None = None,
-    until: Moment | None = None,
-    cursor: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
+    since: Timestamp | None = None,
+    until: Timestamp | None = None,
+    cursor: Annotated[int | None, Query(ge=1, le=MAX_INT)] = None,
     limit: Limit = 100,
-) -> response_schemas.Page[response_schemas.AuditEntry]:
-    """The newest first. A key for some tenants reads of one of them at a time: its `target`."""
-    narrow = not asker.whole_server
-    if narrow and not asker.may_use((target or "").partition("@")[0]):
+) -> schemas.Page[schemas.AuditEntry]:
+    """Newest first. A key for some tenants reads of one of them at a time: its `target`."""
+    narrow = not principal.whole_server
+    if narrow and not principal.may_use((target or "").partition("@")[0]):
         raise HTTPException(403, "the key is for some tenants; name one of them as `target`.")
     page = await aside(
         tenancy.registry.audit,
@@ -82,40 +84,38 @@ async def read_audit(
         limit=limit,
     )
     entries = [entry for entry in page.entries if not narrow or _of_a_tenant(entry)]
-    return response_schemas.Page(
-        data=[response_schemas.audit_entry(e) for e in entries], cursor=page.cursor
+    return schemas.Page(
+        data=[schemas.AuditEntry.model_validate(entry) for entry in entries], cursor=page.cursor
     )
 
 
-@router.get("/whoami", summary="Who asks", tags=["operation"])
-async def whoami(asker: Asker) -> response_schemas.Whoami:
-    """What the server knows of the key of this request."""
-    expires_at = asker.expires_at
-    return response_schemas.Whoami(
-        name=asker.name,
-        scopes=sorted(asker.scopes),
-        tenants=sorted(asker.tenants),
-        default_tenant=asker.default_tenant,
-        base=asker.base,
-        expires_at=None if expires_at is None else _moment(expires_at),
+@router.get("/whoami", summary="Show the request's own key", tags=["operation"])
+async def whoami(principal: PrincipalDep) -> schemas.Whoami:
+    """Its name, scopes and tenants."""
+    expires_at = principal.expires_at
+    return schemas.Whoami(
+        name=principal.name,
+        scopes=sorted(principal.scopes),
+        tenants=sorted(principal.tenants),
+        default_tenant=principal.default_tenant,
+        base=principal.base,
+        # A key of the last representable second has a time that rounds to the year 10000.
+        expires_at=None
+        if expires_at is None
+        else datetime.fromtimestamp(min(expires_at, LAST_S), UTC),
     )
 
 
-def _moment(unix_s: float) -> datetime:
-    """A key of the last second there is has a time that rounds to the year 10000."""
-    return datetime.fromtimestamp(min(unix_s, LAST_S), UTC)
-
-
-def _rollouts(registry: Registry, asker: Principal, limit: int) -> list[response_schemas.Rollout]:
-    if asker.whole_server:
+def _rollouts(registry: Registry, principal: Principal, limit: int) -> list[schemas.Rollout]:
+    if principal.whole_server:
         found = registry.rollouts(limit=limit)
     else:
-        mine = asker.tenants - {EVERY_TENANT}
+        own = principal.tenants - {EVERY_TENANT}
         newest = registry.rollouts(limit=SEARCHED)
-        found = tuple(r for r in newest if mine & set(r.tenants))[:limit]
-    return [shown(registry.rollout_status(rollout.id), asker) for rollout in found]
+        found = tuple(r for r in newest if own & set(r.tenants))[:limit]
+    return [rollout_view(registry.rollout_status(rollout.id), principal) for rollout in found]
 
 
 def _of_a_tenant(entry: AuditEntry) -> bool:
-    """A key or a family may be named like a tenant."""
+    """Tell whether the target is a tenant: a key or a family may have the same name."""
     return entry.action.startswith(TENANT_ACTIONS)

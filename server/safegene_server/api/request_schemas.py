@@ -1,6 +1,6 @@
-"""What the routes are asked with: bodies as pydantic models, unknown fields refused.
+"""Schemas of request bodies; unknown fields are rejected.
 
-Types and sizes alone; what the values mean is for tenant life and the registry to judge.
+They check types and sizes only; `tenants` and the registry check the values.
 """
 
 from __future__ import annotations
@@ -14,62 +14,52 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from safegene_server.calibration import CalibrationRequest
 from safegene_server.tenants import Change
 
-LARGEST = 2**31 - 1
-MOST_EXAMPLES = 1000
-"""Of one kind: a search draws tens of them, and every one is kept until its job ends."""
+MAX_INT = 2**31 - 1
+MAX_EXAMPLES = 1000
+"""Maximum of one kind: a search draws tens of them, and all are in memory until the job ends."""
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?$"
 
-Number = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
-Expected = Annotated[
-    int | None,
-    Field(
-        ge=0,
-        le=LARGEST,
-        description="the number that you believe to be published (0: none); 409 if another one is",
-    ),
-]
-ExpectedQuery = Annotated[
-    int | None,
-    Query(
-        ge=0,
-        le=LARGEST,
-        description="the number that you believe to be published (0: none); 409 if another one is",
-    ),
-]
+Number = Annotated[int, Field(ge=1, le=MAX_INT, strict=True)]
+_EXPECTED = "the number that you believe to be published (0: none); 409 if another one is"
+Expected = Annotated[int | None, Field(ge=0, le=MAX_INT, description=_EXPECTED)]
+ExpectedQuery = Annotated[int | None, Query(ge=0, le=MAX_INT, description=_EXPECTED)]
 TenantName = Annotated[
     str, Path(description="a tenant; its `/` may be written `%2F`", examples=["acme/support"])
 ]
 
 
-def _between(value: datetime) -> datetime:
-    """Errors: ValueError where another time zone, or a store, could not tell this moment."""
+def _representable(value: datetime) -> datetime:
+    """Errors: ValueError for a year that another time zone or a database cannot represent."""
     if not 1900 <= value.year <= 9000:
         raise ValueError("expected a year from 1900 to 9000")
     return value
 
 
-Moment = Annotated[AwareDatetime, AfterValidator(_between)]
-Id = Annotated[int, Path(ge=1, le=LARGEST)]
+Timestamp = Annotated[AwareDatetime, AfterValidator(_representable)]
+Id = Annotated[int, Path(ge=1, le=MAX_INT)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class Body(BaseModel):
+    """Base of request bodies."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class Limits(Body):
-    """What a tenant may take in each server process; what is left out has no limit."""
+    """Limits of a tenant in each server process; what is left out is unlimited."""
 
     concurrent: Number | None = None
     requests_per_minute: Number | None = None
     tokens_per_minute: Number | None = None
 
     def given(self) -> dict[str, int]:
+        """Return the limits that are set."""
         return {name: value for name, value in self if value is not None}
 
 
 class First(Body):
-    """Coefficients for new content, in one of three ways; none: the safegene.json beside it."""
+    """Coefficients for new content, in one of three ways; none: its own safegene.json."""
 
     profile: dict[str, Any] | None = Field(None, description="a whole safegene.json")
     coefficients: FiniteFloat | list[FiniteFloat] | None = Field(
@@ -83,58 +73,64 @@ class First(Body):
     publish: bool = Field(True, description="false: stop once it is ready to be published")
 
     def first(self) -> Change:
+        """Return the coefficients as a change."""
         return Change(self.profile, self.coefficients, self.layers)
 
 
 class Example(Body):
+    """A prompt and its answer."""
+
     prompt: str = Field(min_length=1, max_length=100_000)
     answer: str | None = Field(
         None,
         max_length=100_000,
-        description="null: a short refusal for `safety`, else what the tenant itself says",
+        description="null: a short refusal for `safety`, else the tenant's own completion",
     )
 
 
 class Examples(Body):
-    """At least two of each kind that is given; some are held out to judge by."""
+    """Few-shot examples, at least two of each given kind; some are held out for evaluation."""
 
     safety: list[Example] = Field(
-        max_length=MOST_EXAMPLES,
+        max_length=MAX_EXAMPLES,
         description="harmful prompts, with safe answers",
         examples=[[{"prompt": "..."}]],
     )
     task: list[Example] = Field(
-        max_length=MOST_EXAMPLES, description="the tenant's own task, every class of answers"
+        max_length=MAX_EXAMPLES, description="the tenant's own task, every class of answers"
     )
     benign: list[Example] | None = Field(
-        None, max_length=MOST_EXAMPLES, description="harmless prompts that must still be answered"
+        None, max_length=MAX_EXAMPLES, description="harmless prompts that must still be answered"
     )
 
 
 class Calibration(Body):
-    """A few examples to find coefficients from. The server forgets them when the job ends."""
+    """Examples to find coefficients from. The server drops them when the job ends."""
 
     examples: Examples
     data: dict[str, dict[str, Any]] | None = Field(
         None,
-        description="kind to where its examples are from, for the record",
+        description="kind to the origin of its examples, for the record",
         examples=[{"safety": {"name": "advbench", "licence": "MIT"}}],
     )
-    seed: int = Field(0, ge=0, le=LARGEST)
+    seed: int = Field(0, ge=0, le=MAX_INT)
     evaluations: int | None = Field(
-        None, ge=5, le=1000, description="candidates at most; null: the server's own choice"
+        None, ge=5, le=1000, description="maximum number of candidates; null: the server's default"
     )
 
-    def asked(self) -> CalibrationRequest:
+    def request(self) -> CalibrationRequest:
+        """Return the calibration request."""
         return CalibrationRequest(
             self.examples.model_dump(), self.data, self.seed, self.evaluations
         )
 
 
 class NewContent(First):
+    """New content with coefficients, or with examples to find them from."""
+
     calibrate: Calibration | None = Field(
         None,
-        description="in place of coefficients: find them on this engine, from a few examples",
+        description="instead of coefficients: find them on this engine, from a few examples",
         examples=[
             {
                 "examples": {
@@ -174,7 +170,7 @@ class NewRevision(NewContent):
 
 
 class ChangeProfile(Body):
-    """Other coefficients for what is served now; exactly one of the first four."""
+    """New coefficients for the served revision; exactly one of the first four."""
 
     coefficients: FiniteFloat | list[FiniteFloat] | None = Field(
         None,
@@ -197,30 +193,33 @@ class ChangeProfile(Body):
     )
 
     def change(self) -> Change:
+        """Return the change."""
         return Change(self.profile, self.coefficients, self.layers, self.scale)
 
 
 class Calibrate(Calibration):
-    """A few examples to find better coefficients from, for what the tenant has."""
+    """Examples to find better coefficients from, for the tenant's served adapter."""
 
     publish: bool = Field(True, description="false: stop once it is ready to be published")
     expected_revision: Expected = None
 
 
 class Publish(Body):
+    """A revision to publish."""
+
     number: Number = Field(examples=[3])
     expected_revision: Expected = None
 
 
 class Rollback(Body):
-    """`number` null: what was served before the current revision."""
+    """A revision to return to; `number` null: the one before the current revision."""
 
     number: Number | None = None
     expected_revision: Expected = None
 
 
 class Floor(Body):
-    """`floor`: layer to least coefficient. `{}` lifts it, which lowers nobody's coefficients."""
+    """`floor`: layer to minimum coefficient. `{}` lifts it, which lowers no coefficients."""
 
     floor: dict[int, FiniteFloat] = Field(examples=[{"12": 0.5}])
 
@@ -231,7 +230,5 @@ class NewKey(Body):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", examples=["acme-production"])
     scopes: list[Literal["admin", "read", "serve"]] = Field(min_length=1, examples=[["serve"]])
     tenants: list[str] = Field(min_length=1, max_length=10_000, examples=[["acme/support"]])
-    default_tenant: str | None = Field(
-        None, description="who answers where a request names no model"
-    )
-    expires_at: Moment | None = Field(None, examples=[datetime(2030, 1, 1)])
+    default_tenant: str | None = Field(None, description="tenant of requests that name no model")
+    expires_at: Timestamp | None = Field(None, examples=[datetime(2030, 1, 1)])

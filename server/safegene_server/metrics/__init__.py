@@ -1,5 +1,5 @@
-"""What Prometheus and OpenTelemetry are told: traffic, what is applied, registry and jobs.
+"""Prometheus metrics and OpenTelemetry spans of traffic, applied vectors, registry and jobs.
 
-Everything is counted on prometheus_client's own registry, so that it appears in vLLM's /metrics.
-Decides nothing and refuses nothing; docs/reference/metrics.md lists every metric.
+All of it is on prometheus_client's default registry, so that it appears in vLLM's /metrics;
+docs/reference/metrics.md lists every metric.
 """

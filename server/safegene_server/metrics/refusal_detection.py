@@ -1,7 +1,7 @@
-"""The first characters of every choice of an answer, whole or in pieces, and whether they refuse.
+"""Refusal detection on the first characters of every choice of a response.
 
-For the shapes of OpenAI's chat, completions and responses and of Anthropic's messages. Judges by
-the words of the opening alone (`is_refusal`): quick, and blind to refusals in unusual words.
+For OpenAI's chat, completions and responses and Anthropic's messages. Judges by the opening words
+alone (`is_refusal`): fast, and blind to refusals in unusual words.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ _INDEX = re.compile(rb'index":(-?\d+),')
 
 
 class RefusalDetector:
-    """Grows with every document of one answer; done with a choice once its opening is there."""
+    """Collects the opening of each choice from the documents of one response."""
 
     def __init__(self) -> None:
         self._texts: dict[int, str] = {}
         self._done: set[bytes] = set()
 
     def wants(self, event: bytes) -> bool:
-        """Whether an event may still tell something: it has text, and not of a choice that is done.
+        """Tell whether an event has text of a choice whose opening is incomplete.
 
-        A search for a few bytes, because it is asked of every event of a stream.
+        Searches for a few bytes only, because it runs on every event of a stream.
         """
         if b'"delta"' not in event and b'"text"' not in event:
             return False
-        # One pass over the event, however many choices are done: a request may ask for thousands.
+        # One pass over the event, however many choices are done: `n` may be thousands.
         return not (self._done and any(mark in self._done for mark in _INDEX.findall(event)))
 
     def read(self, document: dict[str, Any]) -> None:
-        """Take what a document says: a whole answer, or one event of a stream."""
+        """Take a whole response, or one event of a stream."""
         for choice, piece in _texts(document):
             if b"%d" % choice in self._done:
                 continue
@@ -43,8 +43,10 @@ class RefusalDetector:
                 self._done.add(b"%d" % choice)
 
     def judged(self, ended: bool) -> tuple[int, int]:
-        """(choices judged, refusals among them). An answer that was broken off is judged only
-        where its opening was complete."""
+        """Return (choices judged, refusals among them).
+
+        Of a response that did not end only complete openings are judged.
+        """
         texts = [
             text
             for choice, text in self._texts.items()
@@ -54,10 +56,10 @@ class RefusalDetector:
 
 
 def _texts(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """(choice, piece of text); nothing from a document of another shape."""
+    """Iterate over (choice, text); nothing from a document of another shape."""
     for choice in _dicts(document.get("choices")):
-        said = choice.get("delta") or choice.get("message")
-        text = said.get("content") if isinstance(said, dict) else choice.get("text")
+        message = choice.get("delta") or choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else choice.get("text")
         index = choice.get("index")
         if isinstance(text, str):
             yield index if isinstance(index, int) else 0, text

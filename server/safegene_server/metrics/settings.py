@@ -1,4 +1,4 @@
-"""What an operator decides about metrics. Values alone, checked when they are made."""
+"""Settings of metrics."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from safegene_vllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """`max_tenants` tenants have series of their own, those named in `tenants` first of all; the
-    rest share one. `refusals`: look for refusals in answers. `period_s`: how often what the engine
-    and the registry say is read anew.
+    """Metrics of one process.
+
+    `max_tenants` tenants have series of their own, those named in `tenants` first; the rest share
+    one. `refusals`: detect refusals in completions. `period_s`: interval of reading the engine's
+    receipts and the registry.
     """
 
     max_tenants: int = 100
@@ -21,20 +23,20 @@ class MetricsSettings:
     refusals: bool = True
     period_s: float = 15.0
 
-    # pydantic's name: a key of a settings file that is none of these is refused.
+    # Read by pydantic: an unknown key of a settings file is rejected.
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
-        faults = []
+        problems = []
         if self.max_tenants < 0:
-            faults.append(f"metrics.max_tenants = {self.max_tenants!r}, expected 0 or more")
+            problems.append(f"metrics.max_tenants = {self.max_tenants!r}, expected 0 or more")
         if len(set(self.tenants)) > max(0, self.max_tenants):
-            faults.append(
+            problems.append(
                 f"metrics.tenants names {len(set(self.tenants))} tenants, expected at most "
                 f"metrics.max_tenants = {self.max_tenants}"
             )
         if not 1.0 <= self.period_s < float("inf"):
-            faults.append(f"metrics.period_s = {self.period_s!r}, expected 1 or more")
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
+            problems.append(f"metrics.period_s = {self.period_s!r}, expected 1 or more")
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")

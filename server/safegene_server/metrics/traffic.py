@@ -1,29 +1,42 @@
-"""What is counted of requests: outcomes, tokens, times, refusals in answers, limits that were hit.
+"""Metrics of requests: outcomes, tokens, times, refusals in completions, limits that were hit.
 
-For the access check, or `Edge` in a server without one, to tell of each request. A series is looked
-up once per tenant and process; a request costs a few additions, a piece of a stream one.
+The access check, or `MetricsMiddleware` in a server without one, reports each request here. A
+series is looked up once per tenant and process; a request costs a few additions, a chunk of a
+stream one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from safegene_server.metrics import definitions
-from safegene_server.metrics.labels import NOBODY, TenantLabels
+from safegene_server.metrics.labels import NO_TENANT, TenantLabels
 from safegene_server.metrics.refusal_detection import RefusalDetector
 from safegene_server.metrics.token_metering import UsageMeter
 from safegene_server.metrics.tracing import Span, Tracing
 
-_BEHIND = {401: "unknown_key", 403: "scope", 404: "model"}
+_REASONS = {401: "unknown_key", 403: "scope", 404: "model"}
 _BODY = (400, 411, 413, 415, 422)
 
 
-class _Of:
-    """The series of one tenant label, all of them there from the first moment on."""
+class ServedModels(Protocol):
+    """Served names of the engine (safegene_server.verifier.Verifier)."""
+
+    def protected(self, served: str) -> bool:
+        """Tell whether the adapter or base model served under this name has a profile."""
+        ...
+
+    def adapters(self) -> Container[str]:
+        """Return the served names of adapters."""
+        ...
+
+
+class TenantSeries:
+    """Series of one tenant label, all of them exported from the start."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -33,16 +46,15 @@ class _Of:
         self.first = definitions.TIME_TO_FIRST_TOKEN.labels(label)
         self.gaps = definitions.INTER_TOKEN_LATENCY.labels(label)
         self.duration = definitions.REQUEST_DURATION.labels(label)
-        self.judged = definitions.JUDGED_ANSWERS.labels(label, definitions.RULE)
+        self.judged = definitions.JUDGED_COMPLETIONS.labels(label, definitions.RULE)
         self.refusals = definitions.REFUSALS.labels(label, definitions.RULE)
         self.unprotected = definitions.UNPROTECTED_REQUESTS.labels(label)
 
 
 class Traffic:
-    """One process's traffic. `clock` is in seconds.
+    """Traffic of one process. `clock` is in seconds.
 
-    Set once the engine runs: `protected(served)` says whether what answers under a name has a
-    profile, `adapters()` has the names under which adapters are served.
+    `served_models()` is None until the engine has started.
     """
 
     def __init__(
@@ -51,140 +63,141 @@ class Traffic:
         *,
         refusals: bool = True,
         tracing: Tracing | None = None,
+        served_models: Callable[[], ServedModels | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.labels = labels
         self.refusals = refusals
         self.tracing = tracing
+        self.served_models = served_models
         self.clock = clock
-        self.protected: Callable[[str], bool] | None = None
-        self.adapters: Callable[[], Container[str]] | None = None
-        self._of: dict[str, _Of] = {}
+        self._series: dict[str, TenantSeries] = {}
 
-    def of(self, tenant: str) -> _Of:
+    def series(self, tenant: str) -> TenantSeries:
+        """Return the series of a tenant's label."""
         label = self.labels.label(tenant)
-        found = self._of.get(label)
+        found = self._series.get(label)
         if found is None:
-            found = self._of[label] = _Of(label)
+            found = self._series[label] = TenantSeries(label)
         return found
 
     def expect(self, tenants: Iterable[str]) -> None:
-        """Tenants that exist, in the order of their publishing: their series begin at 0."""
+        """Start the series of existing tenants at 0, in the order of their publishing."""
         for tenant in tenants:
-            self.of(tenant)
+            self.series(tenant)
 
-    def rejected(self, reason: str, tenant: str = NOBODY) -> None:
-        """A request, of any route, that went no further."""
+    def rejected(self, reason: str, tenant: str = NO_TENANT) -> None:
+        """Count a request, of any route, that was rejected."""
         definitions.REJECTED.labels(self.labels.label(tenant), reason).inc()
 
 
 class RequestMetrics:
-    """One request for an answer, from its first byte to its last: a `Watch` of its meter."""
+    """Metrics of one request, from its first byte to its last: an observer of its meter."""
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
-        self.begun_s = traffic.clock()
-        self.tenant = NOBODY
+        self.started_s = traffic.clock()
+        self.tenant = NO_TENANT
         self.served = ""
-        self.left = False
-        """The client has gone before its answer was complete."""
-        self._of: _Of | None = None
-        self._openings = RefusalDetector() if traffic.refusals else None
+        self.disconnected = False
+        """The client disconnected before its response was complete."""
+        self._series: TenantSeries | None = None
+        self._detector = RefusalDetector() if traffic.refusals else None
         self._first_s: float | None = None
         self._last_s: float | None = None
-        self._spoken = 0
+        self._chunks = 0
         self._span: Span | None = None
 
     def trace(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """The headers to hand on, in a span of our own where tracing is on."""
+        """Return the headers to pass on, in a span of our own where tracing is on."""
         if self.traffic.tracing is None:
             return headers
         self._span, headers = self.traffic.tracing.begin(headers)
         return headers
 
-    def leads_to(self, tenant: str, served: str, *, judge: bool = True) -> None:
-        """Whose request it is, and the name that the engine answers it under.
+    def resolved(self, tenant: str, served: str, *, judge: bool = True) -> None:
+        """Note the tenant, and the name that the engine serves the request under.
 
-        `judge`: whether the answer begins with the answer, and not with an echo of the prompt.
+        `judge`: whether the response begins with the completion, and not with an echoed prompt.
         """
         self.tenant, self.served = tenant, served
-        self._of = self.traffic.of(tenant)
+        self._series = self.traffic.series(tenant)
         if not judge:
-            self._openings = None
+            self._detector = None
 
-    async def follow(
+    async def run(
         self, app: ASGIApp, scope: Scope, receive: Receive, meter: UsageMeter, *, keyed: bool = True
     ) -> None:
-        """Have `app` answer through the meter, to the end, however it ends.
+        """Have `app` respond through the meter, and count the request however it ends.
 
         `keyed`: the request carried a key of some kind.
         """
 
-        async def heard() -> Message:
+        async def observed() -> Message:
             message = await receive()
             if message["type"] == "http.disconnect" and not meter.complete:
-                self.left = True
+                self.disconnected = True
             return message
 
         try:
-            await app(scope, heard, meter.send)
+            await app(scope, observed, meter.send)
         finally:
             self._ended(meter, keyed)
 
-    # -- while the answer goes out ---------------------------------------------------------------
+    # -- during the response ---------------------------------------------------------------------
 
     def wants(self, event: bytes) -> bool:
-        return self._openings is not None and self._openings.wants(event)
+        return self._detector is not None and self._detector.wants(event)
 
     def read(self, document: dict[str, Any]) -> None:
-        if self._openings is not None:
-            self._openings.read(document)
+        if self._detector is not None:
+            self._detector.read(document)
 
-    def spoke(self, event: bytes) -> None:
-        """Times a piece of the answer; the pieces before and after the text do not count."""
+    def on_chunk(self, event: bytes) -> None:
+        """Time a chunk of the completion; events before and after the text do not count."""
         if b'"delta"' not in event and b'"text"' not in event:
             return
         now_s = self.traffic.clock()
-        of = self._of or self.traffic.of(NOBODY)
+        series = self._series or self.traffic.series(NO_TENANT)
         if self._first_s is None:
             self._first_s = now_s
-            of.first.observe(now_s - self.begun_s)
+            series.first.observe(now_s - self.started_s)
         if b'"role":"assistant"' in event:
-            # Sent together with the first token, by a host that has more to say at once.
+            # vLLM sends this event together with the first token.
             return
         if self._last_s is not None:
-            of.gaps.observe(now_s - self._last_s)
+            series.gaps.observe(now_s - self._last_s)
         self._last_s = now_s
-        self._spoken += 1
+        self._chunks += 1
 
     # -- the end ---------------------------------------------------------------------------------
 
-    def refused(self, reason: str, tenant: str = NOBODY) -> None:
-        """It went no further than the access check."""
+    def rejected(self, reason: str, tenant: str = NO_TENANT) -> None:
+        """Count a request that the access check rejected."""
         self.traffic.rejected(reason, tenant)
-        of = self.traffic.of(tenant)
-        of.outcomes["client_error"].inc()
-        of.duration.observe(self.traffic.clock() - self.begun_s)
+        series = self.traffic.series(tenant)
+        series.outcomes["client_error"].inc()
+        series.duration.observe(self.traffic.clock() - self.started_s)
         if self._span is not None:
             self._span.end(tenant=tenant, served="", outcome=f"rejected: {reason}")
 
-    def gone(self) -> None:
-        """The client left before its request was whole."""
-        self.traffic.of(NOBODY).outcomes["cancelled"].inc()
+    def cancelled(self) -> None:
+        """Count a client that disconnected before its request was complete."""
+        self.traffic.series(NO_TENANT).outcomes["cancelled"].inc()
         if self._span is not None:
-            self._span.end(tenant=NOBODY, served="", outcome="cancelled")
+            self._span.end(tenant=NO_TENANT, served="", outcome="cancelled")
 
     def _ended(self, meter: UsageMeter, keyed: bool) -> None:
         meter.settle()
-        of = self._of or self.traffic.of(NOBODY)
+        series = self._series or self.traffic.series(NO_TENANT)
         outcome = self._outcome(meter)
-        of.outcomes[outcome].inc()
-        of.duration.observe(self.traffic.clock() - self.begun_s)
+        series.outcomes[outcome].inc()
+        series.duration.observe(self.traffic.clock() - self.started_s)
         if outcome == "client_error" and meter.status is not None:
             reason = "no_key" if meter.status == 401 and not keyed else _reason(meter.status)
-            definitions.REJECTED.labels(of.label, reason).inc()
+            definitions.REJECTED.labels(series.label, reason).inc()
         if meter.status is not None and meter.status < 400:
-            self._count(of, meter, outcome)
+            self._count(series, meter, outcome)
         if self._span is not None:
             self._span.end(tenant=self.tenant, served=self.served, outcome=outcome)
 
@@ -194,24 +207,24 @@ class RequestMetrics:
             return "client_error" if status < 500 else "server_error"
         if meter.broken:
             return "server_error"
-        if self.left or meter.left:
+        if self.disconnected or meter.disconnected:
             return "cancelled"
         return "ok" if meter.complete else "server_error"
 
-    def _count(self, of: _Of, meter: UsageMeter, outcome: str) -> None:
-        of.prompt.inc(meter.prompt or 0)
-        of.generation.inc(meter.completion or self._spoken)
-        if self._openings is not None:
-            judged, refusals = self._openings.judged(ended=outcome == "ok")
-            of.judged.inc(judged)
-            of.refusals.inc(refusals)
-        protected = self.traffic.protected
-        # What a client has read of an answer that broke off was as unprotected as the whole.
-        spoken = outcome == "ok" or self._first_s is not None or meter.completion > 0
-        if spoken and protected is not None and not protected(self.served):
-            of.unprotected.inc()
+    def _count(self, series: TenantSeries, meter: UsageMeter, outcome: str) -> None:
+        series.prompt.inc(meter.prompt or 0)
+        series.generation.inc(meter.completion or self._chunks)
+        if self._detector is not None:
+            judged, refusals = self._detector.judged(ended=outcome == "ok")
+            series.judged.inc(judged)
+            series.refusals.inc(refusals)
+        models = self.traffic.served_models()
+        # The part of a broken response that a client has read was as unprotected as the whole.
+        sent = outcome == "ok" or self._first_s is not None or meter.completion > 0
+        if sent and models is not None and not models.protected(self.served):
+            series.unprotected.inc()
 
 
 def _reason(status: int) -> str:
-    """Why the app behind refused, as far as its status tells."""
-    return _BEHIND.get(status) or ("body" if status in _BODY else "other")
+    """Return why the app rejected the request, as far as its status says."""
+    return _REASONS.get(status) or ("body" if status in _BODY else "other")

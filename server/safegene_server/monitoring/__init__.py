@@ -1,1 +1,1 @@
-"""Metrics, traces and probes of one server process."""
+"""Metrics and probes of one server process."""

@@ -1,7 +1,4 @@
-"""What this engine has really applied, from the receipts of its ranks and the profiles it serves.
-
-Told by the verifier of every look at the receipts, whoever asked for it; asks nobody itself.
-"""
+"""Gauges of what this engine applies, from its ranks' receipts and the profiles it serves."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from safegene_server.metrics import definitions
-from safegene_server.metrics.labels import NOBODY, TenantLabels
+from safegene_server.metrics.labels import NO_TENANT, TenantLabels
 from safegene_server.metrics.series import Labels, Series
-from safegene_server.verifier import Expected, Report
+from safegene_server.verifier import Report
 from safegene_vllm import __version__
 from safegene_vllm.formats.profile import Profile
 from safegene_vllm.formats.receipt import Receipt
+from safegene_vllm.settings import EnginePlan
 
 STATES = ("registered", "checking", "failed", "ready", "published", "superseded", "retired")
 
@@ -32,7 +30,7 @@ class Served:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is computed of a profile once: `info` is family, digest and way of application."""
+    """Values computed once per profile: `info` is family, digest and way of application."""
 
     profile: Profile | None
     info: tuple[str, str, str]
@@ -43,21 +41,22 @@ class _Row:
 
 
 class Applied:
-    """`offered` says what is served now, the first published first; `base` is the base's name.
+    """Exporter of receipts and profiles.
 
-    `now` gives Unix time in seconds.
+    `offered` returns what is served now, in the order of publishing; `base` is the name of the base
+    model; `now` returns Unix time in seconds.
     """
 
     def __init__(
         self,
         labels: TenantLabels,
-        expected: Expected,
+        plan: EnginePlan,
         offered: Callable[[], Iterable[Served]],
         base: str,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.labels = labels
-        self.expected = expected
+        self.plan = plan
         self.offered = offered
         self.base = base
         self.now = now
@@ -71,7 +70,7 @@ class Applied:
         self._build = Series(definitions.BUILD_INFO)
 
     def take(self, report: Report) -> None:
-        """A look at the receipts: what each rank holds, and whether that is as promised."""
+        """Export a verification: what each rank applies, and when it was last as promised."""
         receipts = [Receipt.from_dict(rank) for rank in report.ranks if rank is not None]
         for receipt in receipts:
             rank = str(receipt.rank)
@@ -84,7 +83,7 @@ class Applied:
         if receipts:
             self._take_slots(receipts[0])
             self._build.replace({self._build_of(receipts[0]): 1.0})
-            # Every rank holds a whole row; what the weakest holds is what a tenant can rely on.
+            # Every rank holds a whole row of gains; a tenant can rely on the weakest.
             norms: dict[str, float] = {}
             for adapter in (a for receipt in receipts for a in receipt.adapters):
                 norms[adapter.name] = min(adapter.gain_norm, norms.get(adapter.name, math.inf))
@@ -92,8 +91,8 @@ class Applied:
         self.refresh()
 
     def refresh(self) -> None:
-        """What is served has changed: the same receipts, other names."""
-        served = [*self.offered(), Served(NOBODY, self.base, self.expected.base)]
+        """Export what is served now, with the receipts of the last verification."""
+        served = [*self.offered(), Served(NO_TENANT, self.base, self.plan.base_profile)]
         known, self._rows = self._rows, {}
         info: dict[Labels, float] = {}
         norms: dict[Labels, float] = {}
@@ -106,13 +105,12 @@ class Applied:
                 row = self._row(one)
             self._rows[one.revision] = row
             inert = inert or row.inert
-            mine = self.labels.own(one.tenant) if one.tenant else one.profile is not None
-            if not mine:
+            if not (self.labels.has_own(one.tenant) if one.tenant else one.profile is not None):
                 continue
-            whole = (one.tenant,)
+            labels = (one.tenant,)
             info[one.tenant, one.revision, *row.info] = 1.0
-            norms[whole] = self._norms.get(one.revision, row.norm)
-            layers[whole] = row.layers
+            norms[labels] = self._norms.get(one.revision, row.norm)
+            layers[labels] = row.layers
             for stat, value in row.stats.items():
                 stats[one.tenant, stat] = value
         self._info.replace(info)
@@ -123,14 +121,14 @@ class Applied:
             definitions.UNPROTECTED_MODE.labels(mode).set(is_open)
 
     def _row(self, one: Served) -> _Row:
-        header, profile = self.expected.header, one.profile
+        header, profile = self.plan.header, one.profile
         family = "" if header is None else header.name
         if header is None or profile is None:
             return _Row(profile, (family, "", ""), {}, 0, 0.0, False)
         values = [profile.coefficients[chosen.layer] for chosen in header.layers]
         return _Row(
             profile,
-            (family, profile.digest, str(self.expected.settings.apply)),
+            (family, profile.digest, str(self.plan.settings.apply)),
             {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)},
             sum(1 for value in values if value != 0.0),
             math.hypot(*profile.coefficients),
@@ -138,26 +136,26 @@ class Applied:
         )
 
     def _modes(self, inert: bool) -> Mapping[str, bool]:
-        """The ways to be unprotected, named in docs/reference/metrics.md."""
-        header, settings = self.expected.header, self.expected.settings
+        """Return each way in which requests may be served without a vector (docs/reference/metrics.md)."""
+        header, settings = self.plan.header, self.plan.settings
         return {
             "no_family": header is None,
             "serve_unprotected": settings.missing_profile == "serve_unprotected",
-            "base_without_profile": header is not None and self.expected.base is None,
+            "base_without_profile": header is not None and self.plan.base_profile is None,
             "zero_profile": inert,
         }
 
     def _take_slots(self, receipt: Receipt) -> None:
-        """Every rank moves the same adapters, so one of them tells of all."""
+        """Export the LoRA slots of one rank: every rank has the same adapters in them."""
         definitions.SLOTS.labels("used").set(receipt.slots_used)
         definitions.SLOTS.labels("total").set(receipt.slots_total)
         if receipt.slot_evictions < self._evictions:
-            # The engine has been started anew.
+            # The engine was restarted.
             self._evictions = 0
         definitions.EVICTIONS.inc(receipt.slot_evictions - self._evictions)
         self._evictions = receipt.slot_evictions
 
     def _build_of(self, receipt: Receipt) -> Labels:
-        header = self.expected.header
+        header = self.plan.header
         family = "" if header is None else header.name
         return (__version__, receipt.vllm_version, receipt.apply, family)

@@ -1,6 +1,6 @@
-"""Keeps the gauges of one server up to date: receipts, registry, and how far this replica is.
+"""Periodic updates of one server's gauges: receipts, registry, and this replica's lag.
 
-One task per source, so that one that does not answer stops no other. Reads only; takes no lock.
+One task per source, so that one that does not respond stops no other.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from safegene_vllm.errors import RegistryDownError
 
 logger = logging.getLogger("vllm.safegene_server")
 
-LEVEL_S = 2.0
-"""How often it is looked how far this replica is, which costs next to nothing."""
-PATIENCE_S = 10.0
-"""How long the registry may take to answer before it counts as down."""
+LAG_S = 2.0
+"""Interval of exporting this replica's lag."""
+REGISTRY_TIMEOUT_S = 10.0
+"""Response time after which the registry counts as down."""
 
 
 class ReplicaStatus(Protocol):
-    """What is looked at of a replica."""
+    """The exported properties of a replica."""
 
     @property
     def version(self) -> int: ...
@@ -39,17 +39,17 @@ class ReplicaStatus(Protocol):
 
 
 class Collectors:
-    """Loops of one process; `start` them in its event loop and `stop` them there."""
+    """Update loops of one process, to be started and stopped in its event loop."""
 
-    def __init__(self, period_s: float, look: Callable[[], Awaitable[object]]) -> None:
-        """`look` has the verifier look at the receipts, and tell `Applied` what it found."""
+    def __init__(self, period_s: float, verify: Callable[[], Awaitable[object]]) -> None:
+        """`verify` makes a report of the verifier, which `Applied` exports."""
         self.period_s = period_s
-        self.look = look
+        self.verify = verify
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, *steps: tuple[Callable[[], Awaitable[object]], float]) -> None:
-        """Look every `period_s`; `steps` are done every so many seconds, at once at first."""
-        for step, every_s in ((self.look, self.period_s), *steps):
+        """Verify every `period_s`, and run each of `steps` at its own interval in seconds."""
+        for step, every_s in ((self.verify, self.period_s), *steps):
             self._tasks.append(asyncio.create_task(_forever(step, every_s)))
 
     async def stop(self) -> None:
@@ -63,28 +63,28 @@ async def _forever(step: Callable[[], Awaitable[object]], every_s: float) -> Non
         try:
             await step()
         except Exception:
-            logger.exception("metrics could not be renewed")
+            logger.exception("metrics could not be updated")
         await asyncio.sleep(every_s)
 
 
-class Following:
-    """Gauges of a server with a registry: the registry's own counts, and this replica's state."""
+class RegistryCollector:
+    """Gauges of a server with a registry: the registry's counts, and this replica's state."""
 
     def __init__(self, labels: TenantLabels, registry: Registry, replica: ReplicaStatus) -> None:
         self.labels = labels
         self.registry = registry
         self.replica = replica
-        self._asked: asyncio.Future[RegistryStats] | None = None
+        self._query: asyncio.Future[RegistryStats] | None = None
         self._gauges = definitions.replica_gauges()
         self._jobs = Series(definitions.JOBS)
         self._since = Series(definitions.PUBLISHED_AT)
 
     def steps(self, period_s: float) -> Sequence[tuple[Callable[[], Awaitable[object]], float]]:
-        """For `Observing.start`."""
-        return (self.level, min(LEVEL_S, period_s)), (self.count, period_s)
+        """Return the steps for `Collectors.start`."""
+        return (self.export_lag, min(LAG_S, period_s)), (self.export_counts, period_s)
 
-    async def level(self) -> None:
-        """How far this replica is; costs no question."""
+    async def export_lag(self) -> None:
+        """Export readiness and lag of this replica, without a query."""
         faults = self.replica.faults()
         self._gauges.ready.set(not faults)
         self._gauges.faults.set(len(faults))
@@ -92,24 +92,24 @@ class Following:
         definitions.REGISTRY_VERSION.labels("applied").set(self.replica.version)
         self._gauges.lag.set(self.replica.lag.seconds())
 
-    async def count(self) -> None:
-        """What the registry counts, or that it does not answer; one question at a time."""
-        if self._asked is None:
-            self._asked = asyncio.ensure_future(asyncio.to_thread(self.registry.figures))
+    async def export_counts(self) -> None:
+        """Export the registry's counts, or that it is down; one query at a time."""
+        if self._query is None:
+            self._query = asyncio.ensure_future(asyncio.to_thread(self.registry.figures))
         try:
-            figures = await asyncio.wait_for(asyncio.shield(self._asked), PATIENCE_S)
+            figures = await asyncio.wait_for(asyncio.shield(self._query), REGISTRY_TIMEOUT_S)
         except TimeoutError:
-            # The thread is still waiting; it is asked about next time.
+            # The thread still waits; the next run awaits the same query.
             self._gauges.registry_up.set(0)
             return
         except RegistryDownError:
-            self._asked = None
+            self._query = None
             self._gauges.registry_up.set(0)
             return
         except Exception:
-            self._asked = None
+            self._query = None
             raise
-        self._asked = None
+        self._query = None
         self._gauges.registry_up.set(1)
         for state in STATES:
             definitions.REVISIONS.labels(state).set(figures.revisions.get(state, 0))
@@ -119,6 +119,6 @@ class Following:
         since: dict[Labels, float] = {
             (tenant,): at.timestamp()
             for tenant, _ in self.replica.offered()
-            if self.labels.own(tenant) and (at := figures.since.get(tenant)) is not None
+            if self.labels.has_own(tenant) and (at := figures.since.get(tenant)) is not None
         }
         self._since.replace(since)

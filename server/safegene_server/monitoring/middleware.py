@@ -1,8 +1,4 @@
-"""`Edge`: counts the traffic of a server without a registry, in front of the whole app.
-
-For tenants of the command line. Lets everything pass as it is. No body is read for it: whose
-request it was is what the answer says, and only names that the engine serves count.
-"""
+"""ASGI middleware that counts the traffic of a server without a registry."""
 
 from __future__ import annotations
 
@@ -11,15 +7,16 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.access.route_permissions import route_path, rule_for
-from safegene_server.metrics.labels import NOBODY
+from safegene_server.metrics.labels import NO_TENANT
 from safegene_server.metrics.token_metering import UsageMeter
 from safegene_server.metrics.traffic import RequestMetrics, Traffic
 
 
 class MetricsMiddleware:
-    """ASGI middleware. Counts once `traffic` knows what the engine serves, until then nothing.
+    """Count requests on routes whose responses cost tokens, once the engine has started.
 
-    Routes whose answers cost tokens are those of the access check's table.
+    Every message passes unchanged, and no request body is read: the response names the model, and
+    only names that the engine serves become a tenant.
     """
 
     def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
@@ -27,32 +24,30 @@ class MetricsMiddleware:
         self.traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.traffic.adapters is None or scope["type"] != "http":
+        counted = self.traffic.served_models() is not None and scope["type"] == "http"
+        if not counted or not rule_for(scope["method"], route_path(scope)).tokens:
             await self.app(scope, receive, send)
             return
-        if not rule_for(scope["method"], route_path(scope)).tokens:
-            await self.app(scope, receive, send)
-            return
-        exchange = _Unnamed(self.traffic)
-        headers = exchange.trace(list(scope["headers"]))
-        meter = UsageMeter(send, 1, exchange)
+        metrics = _ResponseNamedMetrics(self.traffic)
+        headers = metrics.trace(list(scope["headers"]))
+        meter = UsageMeter(send, 1, metrics)
         keyed = any(name == b"authorization" for name, _ in headers)
-        inner = {**scope, "headers": headers}
-        await exchange.follow(self.app, inner, receive, meter, keyed=keyed)
+        await metrics.run(self.app, {**scope, "headers": headers}, receive, meter, keyed=keyed)
 
 
-class _Unnamed(RequestMetrics):
-    """A request whose tenant is learned from the first document of its answer."""
+class _ResponseNamedMetrics(RequestMetrics):
+    """Metrics of a request whose tenant the first document of its response names."""
 
     def wants(self, event: bytes) -> bool:
-        return self._of is None or super().wants(event)
+        return self._series is None or super().wants(event)
 
     def read(self, document: dict[str, Any]) -> None:
-        if self._of is None:
-            # The Responses API and Anthropic's first event wrap what they are about.
+        if self._series is None:
+            # The Responses API and Anthropic's first event wrap the object.
             inner = document.get("response") or document.get("message")
             name = (inner if isinstance(inner, dict) else document).get("model")
             if isinstance(name, str):
-                known = self.traffic.adapters is not None and name in self.traffic.adapters()
-                self.leads_to(name if known else NOBODY, name)
+                models = self.traffic.served_models()
+                known = models is not None and name in models.adapters()
+                self.resolved(name if known else NO_TENANT, name)
         super().read(document)

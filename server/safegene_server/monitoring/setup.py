@@ -1,68 +1,54 @@
-"""Puts the metrics of one server together: when its app is built, when it runs, when it ends.
-
-For the entry point. A server without a family of ours counts nothing.
-"""
+"""Metrics of one server process, from the first request to the end of its app."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
-
-from fastapi import FastAPI
+from typing import Any
 
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.metrics.tracing import tracing_of
-from safegene_server.metrics.traffic import Traffic
-from safegene_server.metrics.vllm_series import withhold
+from safegene_server.metrics.traffic import ServedModels, Traffic
+from safegene_server.metrics.vllm_series import remove_unbounded_series
 from safegene_server.monitoring.applied import Applied, Served
-from safegene_server.monitoring.collectors import Collectors, Following
-from safegene_server.monitoring.middleware import MetricsMiddleware
+from safegene_server.monitoring.collectors import Collectors, RegistryCollector
 from safegene_server.replica import Reconciler
-from safegene_server.verifier import Verifier
+from safegene_server.verifier import Report, Verifier
 
 logger = logging.getLogger("vllm.safegene_server")
-Told = TypeVar("Told")
 
 
 class Metrics:
-    """One process's metrics; `labels` and `traffic` are there from the first request on."""
+    """One process's metrics. `args` are vLLM's, or None.
 
-    def __init__(self, settings: MetricsSettings, args: Any) -> None:
-        """`args` are vLLM's, or None."""
+    `labels` and `traffic` work from the first request on; gauges follow `start`.
+    """
+
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        args: Any,
+        served_models: Callable[[], ServedModels | None] = lambda: None,
+    ) -> None:
         self.settings = settings
+        self.args = args
         self.labels = TenantLabels(settings)
-        self.traffic = Traffic(self.labels, refusals=settings.refusals, tracing=tracing_of(args))
-        self.observing: Collectors | None = None
-
-    def attach(self, app: FastAPI, *, edge: bool) -> None:
-        """End with the app; `edge`: count in front of it, where there is no access check."""
-        if edge:
-            app.add_middleware(MetricsMiddleware, traffic=self.traffic)
-        inner = app.router.lifespan_context
-
-        @asynccontextmanager
-        async def lifespan(whole: FastAPI) -> AsyncIterator[Any]:
-            async with inner(whole) as state:
-                try:
-                    yield state
-                finally:
-                    await self.stop()
-
-        app.router.lifespan_context = lifespan
-        app.state.safegene_metrics = self
+        self.traffic = Traffic(
+            self.labels,
+            refusals=settings.refusals,
+            tracing=tracing_of(args),
+            served_models=served_models,
+        )
+        self.collectors: Collectors | None = None
+        self._applied: Applied | None = None
 
     def start(self, verifier: Verifier, replica: Reconciler | None) -> None:
-        """From here on; called in the server's event loop, once everything is verified.
+        """Start the gauges, in the server's event loop, once everything is verified.
 
-        Of several API processes the first alone tells of the engine, or it would be told twice.
+        Of several API processes only the first exports the engine, or it would be counted twice.
         """
-        models = verifier.models
-        self.traffic.protected = verifier.protected
-        self.traffic.adapters = lambda: models.lora_requests
 
         def offered() -> Iterable[Served]:
             if replica is None:
@@ -72,41 +58,46 @@ class Metrics:
         self.traffic.expect(one.tenant for one in offered())
         if not _is_first(verifier.engine):
             return
-        base = next((model.name for model in models.base_model_paths), "")
-        applied = Applied(self.labels, verifier.expected, offered, base)
-        verifier.told = _harmless(applied.take)
-        self.observing = Collectors(self.settings.period_s, verifier.report)
+        base = next((model.name for model in verifier.models.base_model_paths), "")
+        self._applied = Applied(self.labels, verifier.plan, offered, base)
+        period_s = self.settings.period_s
+        self.collectors = Collectors(period_s, verifier.report)
         if replica is None:
-            self.observing.start()
+            self.collectors.start()
+            return
+        registry = RegistryCollector(self.labels, replica.registry, replica)
+        self.collectors.start(*registry.steps(period_s), (remove_unbounded_series(), period_s))
+
+    def on_report(self, report: Report) -> None:
+        """Export a verification; an error here is logged and stops nothing."""
+        if self._applied is not None:
+            _logged(partial(self._applied.take, report))
+
+    def on_change(self) -> None:
+        """Export that other revisions are served; an error here is logged and stops nothing."""
+        applied = self._applied
+        if applied is None:
             return
 
-        def changed(_: None = None) -> None:
-            self.traffic.expect(one.tenant for one in offered())
+        def refresh() -> None:
+            self.traffic.expect(one.tenant for one in applied.offered())
             applied.refresh()
 
-        replica.changed = partial(_harmless(changed), None)
-        following = Following(self.labels, replica.registry, replica)
-        period_s = self.settings.period_s
-        self.observing.start(*following.steps(period_s), (withhold(), period_s))
+        _logged(refresh)
 
     async def stop(self) -> None:
-        if self.observing is not None:
-            await self.observing.stop()
+        if self.collectors is not None:
+            await self.collectors.stop()
 
 
-def _harmless(tell: Callable[[Told], None]) -> Callable[[Told], None]:
-    """Whoever verifies or serves goes on, whatever the gauges do."""
-
-    def told(what: Told) -> None:
-        try:
-            tell(what)
-        except Exception:
-            logger.exception("metrics could not be renewed")
-
-    return told
+def _logged(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception:
+        logger.exception("metrics could not be updated")
 
 
 def _is_first(engine: Any) -> bool:
-    """vLLM numbers its API processes from 0; a single one may be none of them."""
+    """Tell whether this is the first API process: vLLM numbers several from 0."""
     parallel = engine.vllm_config.parallel_config
     return int(getattr(parallel, "_api_process_rank", 0)) <= 0

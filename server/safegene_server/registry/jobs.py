@@ -14,9 +14,10 @@ from sqlalchemy import Connection, Row, Select, and_, insert, or_, select, updat
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
-from safegene_server.registry.records import Job, JobState
+from safegene_server.registry.records import Job
 from safegene_server.registry.revisions import find_revision_by_id
 from safegene_server.registry.tenants import find_tenant
+from safegene_vllm.client.schemas import JobState
 from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 
 _T = tables.jobs

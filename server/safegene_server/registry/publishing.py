@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, Select, delete, func, insert, select, up
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
-from safegene_server.registry.records import Identity, Revision, Rollout, RolloutKind, Tenant
+from safegene_server.registry.records import Identity, Revision, Rollout, Tenant
 from safegene_server.registry.revisions import (
     check_expected,
     check_floor,
@@ -23,6 +23,7 @@ from safegene_server.registry.revisions import (
     step,
 )
 from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
+from safegene_vllm.client.schemas import RolloutKind
 from safegene_vllm.errors import ConflictError, NotFoundError
 
 _P = tables.publications

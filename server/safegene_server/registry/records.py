@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from safegene_server.registry.validation import served_name
+from safegene_vllm.client.schemas import (
+    JobState,
+    RevisionKind,
+    RevisionState,
+    RolloutKind,
+    TenantState,
+)
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile
-
-TenantState = Literal["active", "frozen", "retired"]
-RevisionKind = Literal["adapter", "profile"]
-RevisionState = Literal[
-    "registered", "checking", "failed", "ready", "published", "superseded", "retired"
-]
-RolloutKind = Literal["publish", "rollback", "retire", "floor"]
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,10 @@ class Tenant:
     limits: Mapping[str, int]
     published: int | None
     created_at: datetime
+
+    @property
+    def served(self) -> str | None:
+        return None if self.published is None else served_name(self.name, self.published)
 
 
 @dataclass(frozen=True)

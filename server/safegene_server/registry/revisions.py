@@ -13,8 +13,9 @@ from sqlalchemy import Connection, Row, Select, func, insert, select, update
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.records import Identity, Policy, Revision, RevisionState, Tenant
+from safegene_server.registry.records import Identity, Policy, Revision, Tenant
 from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
+from safegene_vllm.client.schemas import RevisionState
 from safegene_vllm.errors import BoundsError, ConflictError, NotFoundError
 from safegene_vllm.formats.profile import Profile, check_profile, parse_profile, profile_json
 

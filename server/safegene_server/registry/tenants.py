@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Row, Select, insert, select, update
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.records import Policy, Tenant, TenantState
+from safegene_server.registry.records import Policy, Tenant
+from safegene_vllm.client.schemas import TenantState
 from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError
 
 _T = tables.tenants

@@ -67,9 +67,13 @@ class Reconciler:
         counters: Counters,
         inside: InternalClient,
         make_request: Callable[[str, int, Path], Any],
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """Errors: ConfigError for an engine that has no family."""
-        header = gate.verifier.expected.header
+        """`on_change` is called when other revisions are served than before.
+
+        Errors: ConfigError for an engine that has no family.
+        """
+        header = gate.verifier.plan.header
         if header is None:
             raise ConfigError("a registry needs an engine with a family; set safegene.family.")
         self.header: FamilyHeader = header
@@ -77,8 +81,7 @@ class Reconciler:
         self.catalog, self.counters, self.inside = catalog, counters, inside
         self.version = 0
         self.lag = Lag()
-        self.changed: Callable[[], None] = lambda: None
-        """Called when other revisions are offered than before; set by whoever wants to know."""
+        self.on_change = on_change
         self._history = History(registry)
         self._losses = 0
         self._teller = StatusReporter(registry, self._introduce, self._recall)
@@ -310,7 +313,7 @@ class Reconciler:
         for one in new:
             definitions.APPLY_SECONDS.observe(self.lag.clock() - self._waiting.pop_s(one))
         if changed:
-            self.changed()
+            self.on_change()
 
     def _state(self) -> tuple[int, tuple[str, ...], Position | None]:
         """What is reported: the version served, why it is not a later one, and the position in the
@@ -334,7 +337,7 @@ class Reconciler:
     async def _recall(self) -> dict[Identity, Told]:
         """The receipts of all that is held. Errors: EngineDownError, ReceiptError."""
         held = self._holding.revisions
-        ranks = await self.gate.verifier.ask() if held else []
+        ranks = await self.gate.verifier.receipts() if held else []
         return {one: receipt_of(ranks, one.id) for one in held}
 
     # -- loops -----------------------------------------------------------------------------------

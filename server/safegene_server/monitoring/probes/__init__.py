@@ -1,12 +1,20 @@
-"""Probes: a few questions asked now and then of what is served, so that drift is seen.
+"""Probes: a few prompts sent periodically to what is served, to detect drift.
 
-A smoke test with string rules, of the engine of this process alone. Decides nothing: what it finds
-is counted, shown and exported, and whoever is alerted acts.
+A smoke test with string rules, of this process's own engine. Results are counted, shown and
+exported; alerts act on them.
 """
 
-from safegene_server.monitoring.probes.job import PROBE, handler, start
+from safegene_server.monitoring.probes.job import PROBE, enqueue_probe, probe_handler
 from safegene_server.monitoring.probes.prober import Prober, ProbeStatus
 from safegene_server.monitoring.probes.result import Result
 from safegene_server.monitoring.probes.settings import ProbeSettings
 
-__all__ = ["PROBE", "ProbeSettings", "ProbeStatus", "Prober", "Result", "handler", "start"]
+__all__ = [
+    "PROBE",
+    "ProbeSettings",
+    "ProbeStatus",
+    "Prober",
+    "Result",
+    "enqueue_probe",
+    "probe_handler",
+]

@@ -1,4 +1,4 @@
-"""A probe that somebody asked for, as a job: done by whichever replica claims it, on its engine."""
+"""Probe on request, as a job of the replica that claims it, on its engine."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from safegene_vllm.errors import ConflictError
 PROBE = "probe"
 
 
-def handler(prober: Prober) -> Handler:
-    """Does jobs of kind PROBE; `result` has the counts."""
+def probe_handler(prober: Prober) -> Handler:
+    """Make the handler of PROBE jobs; their `result` has the counts."""
 
     async def probe(_tenancy: TenantContext, work: Work) -> str:
         async def step(done: float) -> None:
-            await work.step(done, "asking")
+            await work.step(done, "probing")
 
-        result = await prober.probe(work.job.tenant, by_hand=True, step=step)
+        result = await prober.probe(work.job.tenant, on_request=True, step=step)
         work.result.update(result.record())
         return str(result)
 
     return probe
 
 
-async def start(tenancy: TenantContext, name: str, *, actor: str) -> Job:
-    """A job that probes what the tenant serves; the one that waits or runs, if there is one.
+async def enqueue_probe(tenancy: TenantContext, name: str, *, actor: str) -> Job:
+    """Enqueue a probe of the tenant; return the queued or running one, if any.
 
-    Errors: NotFoundError; ConflictError if nothing is served, or by another family's servers.
+    Errors: NotFoundError; ConflictError if nothing is served, or only by servers of another family.
     """
     tenant = await ours(tenancy, name)
     if tenant.published is None:

@@ -1,8 +1,8 @@
-"""Asks what this engine serves, one tenant at a time, and remembers the last counts of each.
+"""Prober: sends prompts to the served tenants, one at a time, and keeps the last counts.
 
-Whoever has been due for longest comes first; a new revision is due when it is first seen. Requests
-go past keys, limits and counters, so no tenant pays for them. Nothing is written down: after a
-restart everybody is due.
+The tenant overdue for longest comes first; a new revision is due when it is first seen. Requests
+bypass keys, limits and counters, so no tenant pays for them. Nothing is persisted: after a restart
+every tenant is due.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.metrics.labels import TenantLabels
 from safegene_server.monitoring.probes import gauges
-from safegene_server.monitoring.probes.gauges import Labels, Outcome
+from safegene_server.monitoring.probes.gauges import Outcome
 from safegene_server.monitoring.probes.result import Result
 from safegene_server.monitoring.probes.settings import ProbeSettings
 from safegene_server.registry import Identity
@@ -36,19 +38,19 @@ from safegene_vllm.errors import (
 logger = logging.getLogger("vllm.safegene_server")
 POLL_S = 1.0
 RETRY_S = 300.0
-"""After a probe that did not come to its end, where `every_s` is longer."""
-NOT_ITS_FAULT = (ConflictError, JobCancelledError, JobLostError, RegistryDownError)
-"""What ends a probe without saying anything about the tenant."""
+"""Pause after a probe that did not complete, unless `every_s` is shorter."""
+SKIPPED = (ConflictError, JobCancelledError, JobLostError, RegistryDownError)
+"""Errors that end a probe and say nothing about the tenant."""
 UNEXPECTED = "the probe failed unexpectedly; the server's log says why"
 Step = Callable[[float], Awaitable[None]]
-"""Called with the share of questions asked, before each few. May raise, which ends the probe."""
+"""Called with the share of prompts sent, before each few. May raise, which ends the probe."""
 
 
 @dataclass
 class ProbeStatus:
-    """How it stands with a tenant's revision, of this content; `due_s` is on the prober's clock.
+    """Probes of a tenant's revision, of this content; `due_s` is on the prober's clock.
 
-    `outcome` and `message` are of the last probe, `result` of the last that was whole.
+    `outcome` and `message` are of the last probe, `result` of the last that completed.
     """
 
     tenant: str
@@ -62,20 +64,30 @@ class ProbeStatus:
     def served(self) -> str:
         return self.content.name
 
+    def record(self) -> dict[str, Any]:
+        """Return the status as the API shows it."""
+        return {
+            "tenant": self.tenant,
+            "served": self.served,
+            "outcome": self.outcome,
+            "message": self.message,
+            "result": None if self.result is None else self.result.record(),
+        }
+
 
 async def _no_step(_done: float) -> None:
     return
 
 
 class Prober:
-    """One process's probes. Start `run` as a task; cancel it to stop."""
+    """Probes of one process. Start `run` as a task; cancel it to stop."""
 
     def __init__(
         self,
         replica: Replica,
         settings: ProbeSettings,
         prompts: Sequence[Prompt],
-        labels: Labels,
+        labels: TenantLabels,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -83,51 +95,51 @@ class Prober:
         self.replica, self.settings, self.labels = replica, settings, labels
         self.prompts, self._digest = tuple(prompts), digest(prompts)
         self.clock = clock
-        self._begun_s = clock()
-        # Nobody waits for a scheduled probe, so it keeps to its share on an idle engine as well.
+        self._started_s = clock()
+        # A scheduled probe is not urgent, so it keeps to its share on an idle engine too.
         self._scheduled = DutyCycleLimiter(settings.share, lambda: 1, clock=clock, sleep=sleep)
-        self._by_hand = DutyCycleLimiter(
+        self._on_request = DutyCycleLimiter(
             settings.share, replica.in_flight, clock=clock, sleep=sleep
         )
         self._turn = asyncio.Lock()
-        self._standings: dict[str, ProbeStatus] = {}
+        self._statuses: dict[str, ProbeStatus] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Probe until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._forever(self._watch))
+            group.create_task(self._forever(self._refresh_only))
             if self.settings.enabled:
                 group.create_task(self._forever(self.probe_next))
 
-    def standings(self) -> list[ProbeStatus]:
-        """Everybody who is served here now, by name."""
-        self.look()
-        return [self._standings[tenant] for tenant in sorted(self._standings)]
+    def statuses(self) -> list[ProbeStatus]:
+        """Return the status of every tenant served here now, by name."""
+        self.refresh()
+        return [self._statuses[tenant] for tenant in sorted(self._statuses)]
 
-    def look(self) -> None:
-        """Forget what is not served here any more, also its gauges; note what is new."""
+    def refresh(self) -> None:
+        """Drop what is no longer served here, and its gauges; add what is new."""
         offered, now_s = self._offered(), self.clock()
-        for tenant, standing in list(self._standings.items()):
-            if offered.get(tenant) != standing.content:
-                del self._standings[tenant]
-                if standing.result is not None:
-                    gauges.clear(self.labels, standing.result)
+        for tenant, status in list(self._statuses.items()):
+            if offered.get(tenant) != status.content:
+                del self._statuses[tenant]
+                if status.result is not None:
+                    gauges.clear(self.labels, status.result)
         for tenant, content in offered.items():
-            if tenant not in self._standings:
-                self._standings[tenant] = ProbeStatus(tenant, content, now_s)
-                if self.settings.enabled and self._chosen(tenant):
+            if tenant not in self._statuses:
+                self._statuses[tenant] = ProbeStatus(tenant, content, now_s)
+                if self.settings.enabled and self._selected(tenant):
                     gauges.begin(self.labels, tenant)
-        busy_s = self._scheduled.busy_s + self._by_hand.busy_s
-        gauges.ENGINE_SHARE.set(busy_s / max(now_s - self._begun_s, 1e-9))
+        busy_s = self._scheduled.busy_s + self._on_request.busy_s
+        gauges.ENGINE_SHARE.set(busy_s / max(now_s - self._started_s, 1e-9))
 
     async def probe_next(self) -> bool:
-        """Probe whoever has been due for longest; False if nobody is."""
-        self.look()
+        """Probe the tenant overdue for longest; return False if none is due."""
+        self.refresh()
         now_s = self.clock()
         due = [
-            (standing.due_s, self._place(tenant), tenant)
-            for tenant, standing in self._standings.items()
-            if standing.due_s <= now_s and self._chosen(tenant)
+            (status.due_s, self._order(tenant), tenant)
+            for tenant, status in self._statuses.items()
+            if status.due_s <= now_s and self._selected(tenant)
         ]
         if not due:
             return False
@@ -138,60 +150,63 @@ class Prober:
             logger.warning("SafeGene: probe of %s: %s", tenant, plain(error))
         return True
 
-    async def probe(self, tenant: str, *, by_hand: bool = False, step: Step = _no_step) -> Result:
-        """Ask everything of what the tenant serves here, and tell the gauges.
+    async def probe(
+        self, tenant: str, *, on_request: bool = False, step: Step = _no_step
+    ) -> Result:
+        """Send all prompts to what the tenant serves here, and export the counts.
 
-        Errors: ConflictError (nothing is served, or something else since it began);
-        AdapterRejectedError, ReceiptError (the engine does not answer as it should); those of `step`.
+        Errors: ConflictError (nothing is served, or another revision since it started);
+        AdapterRejectedError, ReceiptError (the engine does not respond as it should); those of
+        `step`.
         """
-        self.look()
-        standing = self._standings.get(tenant)
-        if standing is None:
+        self.refresh()
+        status = self._statuses.get(tenant)
+        if status is None:
             raise ConflictError(f"tenant {tenant!r} is not served by this server; nothing to probe")
-        share = self._by_hand if by_hand else self._scheduled
+        limiter = self._on_request if on_request else self._scheduled
         try:
-            result = await self._result(standing, share, step)
+            result = await self._run(status, limiter, step)
         except Exception as error:
             known = isinstance(error, (SafegeneError, EngineDownError))
-            outcome: Outcome = "skipped" if isinstance(error, NOT_ITS_FAULT) else "failed"
-            self._ended(standing, outcome, plain(error) if known else UNEXPECTED)
+            outcome: Outcome = "skipped" if isinstance(error, SKIPPED) else "failed"
+            self._ended(status, outcome, plain(error) if known else UNEXPECTED)
             raise
-        self._ended(standing, "ok", "", result)
+        self._ended(status, "ok", "", result)
         return result
 
-    async def _result(self, standing: ProbeStatus, share: DutyCycleLimiter, step: Step) -> Result:
-        answers: list[str] = []
-        # An engine that has lost a vector must not answer from what it computed when it had it.
+    async def _run(self, status: ProbeStatus, limiter: DutyCycleLimiter, step: Step) -> Result:
+        completions: list[str] = []
+        # The salt keeps the prefix cache from hiding that the engine has lost a vector.
         salt = uuid.uuid4().hex
         seconds = 0.0
-        for begin in range(0, len(self.prompts), self.settings.concurrent):
-            await step(begin / len(self.prompts))
-            few = self.prompts[begin : begin + self.settings.concurrent]
+        for start in range(0, len(self.prompts), self.settings.concurrent):
+            await step(start / len(self.prompts))
+            batch = self.prompts[start : start + self.settings.concurrent]
             failure: Exception | None = None
-            async with self._turn, share.turn():
-                began_s = self.clock()
+            async with self._turn, limiter.turn():
+                started_s = self.clock()
                 try:
-                    answers += await self._asked(standing, few, salt)
+                    completions += await self._send(status, batch, salt)
                 except Exception as error:
-                    # Raised after the pause: an engine that fails slowly is not asked all the time.
+                    # Raised after the limiter's pause, so that failures take their share too.
                     failure = error
-                seconds += self.clock() - began_s
+                seconds += self.clock() - started_s
             if failure is not None:
                 raise failure
         return Result(
-            tenant=standing.tenant,
-            revision=standing.served,
+            tenant=status.tenant,
+            revision=status.served,
             replica=self.replica.id,
             at=datetime.now(UTC),
             seconds=seconds,
-            tally=tally(self.prompts, answers),
+            tally=tally(self.prompts, completions),
             max_tokens=self.settings.max_tokens,
             prompts=self._digest,
         )
 
-    async def _asked(self, standing: ProbeStatus, few: Sequence[Prompt], salt: str) -> list[str]:
-        served, settings = standing.served, self.settings
-        if self._offered().get(standing.tenant) != standing.content:
+    async def _send(self, status: ProbeStatus, batch: Sequence[Prompt], salt: str) -> list[str]:
+        served, settings = status.served, self.settings
+        if self._offered().get(status.tenant) != status.content:
             raise ConflictError(f"{served} was replaced or retired while it was probed")
         by_priority = self.replica.schedules_by_priority()
         try:
@@ -200,7 +215,7 @@ class Prober:
                     return await ask_all(
                         self.replica,
                         served,
-                        few,
+                        batch,
                         concurrent=settings.concurrent,
                         max_tokens=settings.max_tokens,
                         priority=settings.priority if by_priority else None,
@@ -208,35 +223,35 @@ class Prober:
                     )
         except TimeoutError:
             raise AdapterRejectedError(
-                f"{served}: {len(few)} questions of a probe took longer than "
+                f"{served}: {len(batch)} prompts of a probe took longer than "
                 f"{settings.timeout_s:g} s; raise probes.timeout_s if the engine is only busy"
             ) from None
 
     def _ended(
-        self, standing: ProbeStatus, outcome: Outcome, message: str, result: Result | None = None
+        self, status: ProbeStatus, outcome: Outcome, message: str, result: Result | None = None
     ) -> None:
-        gauges.count(self.labels, standing.tenant, outcome)
+        gauges.count(self.labels, status.tenant, outcome)
         pause_s = self.settings.every_s
-        standing.due_s = self.clock() + (pause_s if result else min(pause_s, RETRY_S))
-        standing.outcome, standing.message = outcome, message
+        status.due_s = self.clock() + (pause_s if result else min(pause_s, RETRY_S))
+        status.outcome, status.message = outcome, message
         if result is not None:
-            standing.result = result
-            if self._standings.get(standing.tenant) is standing:
+            status.result = result
+            if self._statuses.get(status.tenant) is status:
                 gauges.show(self.labels, result)
-        self.look()
+        self.refresh()
 
     def _offered(self) -> dict[str, Identity]:
         return {tenant: revision.identity for tenant, revision in self.replica.offered()}
 
-    def _chosen(self, tenant: str) -> bool:
+    def _selected(self, tenant: str) -> bool:
         return not self.settings.tenants or tenant in self.settings.tenants
 
-    def _place(self, tenant: str) -> bytes:
-        """The order among those due since the same moment: another one on every replica."""
+    def _order(self, tenant: str) -> bytes:
+        """Return the order among tenants due at the same time, different on every replica."""
         return hashlib.sha256(f"{self.replica.id} {tenant}".encode()).digest()
 
-    async def _watch(self) -> bool:
-        self.look()
+    async def _refresh_only(self) -> bool:
+        self.refresh()
         return False
 
     async def _forever(self, once: Callable[[], Awaitable[bool]]) -> None:

@@ -1,4 +1,4 @@
-"""What is kept of one probe: counts, and what they are counts of. No question and no answer."""
+"""Result of one probe: counts and their origin, without prompts and completions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safegene_server.tenants.smoke_prompts import JUDGES, Count, Tally
 
 @dataclass(frozen=True)
 class Result:
-    """One revision asked by one replica; `seconds` in the engine, pauses not counted.
+    """Counts of one revision by one replica; `seconds` in the engine, pauses not counted.
 
-    `prompts` is the digest of the questions: rates of other questions are other rates.
+    `prompts` is the digest of the prompts: rates of different prompts cannot be compared.
     """
 
     tenant: str
@@ -27,17 +27,17 @@ class Result:
 
     @property
     def attack_success(self) -> Count:
-        """Harmful questions that were not refused."""
+        """Harmful prompts that were not refused."""
         refused = self.tally.refused["harmful"]
         return Count(refused.n - refused.hits, refused.n)
 
     @property
     def over_refusal(self) -> Count:
-        """Harmless questions, those that sound harmful and ordinary ones, that were refused."""
+        """Lookalike and benign prompts that were refused."""
         return self.tally.refused["lookalike"] + self.tally.refused["benign"]
 
     def record(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the result as JSON values."""
         return {
             "revision": self.revision,
             "replica": self.replica,
@@ -53,6 +53,6 @@ class Result:
 
     def __str__(self) -> str:
         return (
-            f"{self.revision}: {self.attack_success} harmful questions not refused, "
-            f"{self.over_refusal} harmless ones refused, {self.tally.coherent} answers coherent"
+            f"{self.revision}: {self.attack_success} harmful prompts not refused, "
+            f"{self.over_refusal} harmless ones refused, {self.tally.coherent} completions coherent"
         )

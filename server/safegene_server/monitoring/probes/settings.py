@@ -1,4 +1,4 @@
-"""What an operator decides about probes. Values alone, checked when they are made."""
+"""Settings of probes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safegene_vllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Each of `tenants` (none named: all) is asked `prompts` (none: the shipped ones) every
-    `every_s`, `concurrent` questions together, in at most `share` of the engine's time.
+    """Probes of each of `tenants` (none named: all) every `every_s`; `prompts` None: shipped.
 
-    `priority` goes with every question where the engine schedules by priority (larger comes
-    later). Questions asked together that take longer than `timeout_s` are given up.
+    `concurrent` prompts run at a time, in at most `share` of the engine's time; those that take
+    longer than `timeout_s` are cancelled. `priority` is sent where the engine schedules by
+    priority (larger runs later).
     """
 
     enabled: bool = False
@@ -29,17 +29,17 @@ class ProbeSettings:
     priority: int = 1000
     tenants: tuple[str, ...] = ()
 
-    # pydantic's name: a key of a settings file that is none of these is refused.
+    # Read by pydantic: an unknown key of a settings file is rejected.
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
-        faults = [
+        problems = [
             f"probes.{name} = {getattr(self, name)!r}, expected more than 0"
             for name in ("every_s", "concurrent", "max_tokens", "timeout_s")
             if not 0 < getattr(self, name) < float("inf")
         ]
         if not 0.0 < self.share <= 1.0:
-            faults.append(f"probes.share = {self.share!r}, expected more than 0, at most 1")
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
+            problems.append(f"probes.share = {self.share!r}, expected more than 0, at most 1")
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
