@@ -132,7 +132,7 @@ class EngineClient:
         return AdapterRejectedError(plain(error))
 
     def _missing(self, path: str) -> bool:
-        """Tell whether the directory is missing.
+        """Return whether the directory is missing.
 
         False outside adapter_roots, which are not even looked at: the engine rejects those.
         """

@@ -104,7 +104,7 @@ def _is_load_route(route: Any) -> bool:
 
 
 def _is_runtime_lora(route: Any) -> bool:
-    """Tell whether this route loads or unloads adapters, whose ids collide with a registry's."""
+    """Return whether this route loads or unloads adapters, whose ids collide with a registry's."""
     path = getattr(route, "path", "")
     return path in (LOAD_PATH, "/v1/unload_lora_adapter") or path.split("/")[1:2] == ["adapters"]
 

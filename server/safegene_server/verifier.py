@@ -165,14 +165,14 @@ class Verifier:
         ]
 
     def protected(self, served: str) -> bool:
-        """Tell whether the adapter or base model served under this name has a profile."""
+        """Return whether the adapter or base model served under this name has a profile."""
         request = self._requests().get(served)
         if request is None:
             return self.plan.base_profile is not None
         return self.promised.get(_key(request)) is not None
 
     def published(self, lora_int_id: int) -> bool:
-        """Tell whether some served name leads to this adapter."""
+        """Return whether some served name leads to this adapter."""
         return any(r.lora_int_id == lora_int_id for r in self._requests().values())
 
     def forget(self, request: Any) -> None:

@@ -54,8 +54,8 @@ class Case:
     required: bool = False
 
 
-def first(answer: Any) -> Any:
-    choice = answer["choices"][0]
+def first(response: Any) -> Any:
+    choice = response["choices"][0]
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
@@ -68,16 +68,18 @@ GENERATING = {
     "/v1/completions": Case({"prompt": "hello", **GREEDY}, first),
     "/v1/responses": Case(
         {"input": "hello", "max_output_tokens": 6, "temperature": 0},
-        lambda answer: [part["content"][0]["text"] for part in answer["output"]],
+        lambda response: [part["content"][0]["text"] for part in response["output"]],
     ),
-    "/v1/messages": Case({**messages(), **GREEDY}, lambda answer: answer["content"], required=True),
+    "/v1/messages": Case(
+        {**messages(), **GREEDY}, lambda response: response["content"], required=True
+    ),
     "/generative_scoring": Case(
         {"query": "hello", "items": ["a", "b"], "label_token_ids": [5, 9]},
-        lambda answer: [round(row["score"], 4) for row in answer["data"]],
+        lambda response: [round(row["score"], 4) for row in response["data"]],
     ),
     GENERATE_TOKENS: Case(
         {"token_ids": TOKEN_IDS, "sampling_params": GREEDY},
-        lambda answer: answer["choices"][0]["token_ids"],
+        lambda response: response["choices"][0]["token_ids"],
     ),
     INVOCATIONS: Case({**messages(), **GREEDY}, first),
 }
@@ -131,12 +133,12 @@ class Server:
         body = body if name is None else {**body, "model": name}
         return self.http.post(path, json=body, headers=headers)
 
-    def answer(self, path: str, name: str | None, **changes: Any) -> tuple[Any, Any]:
+    def response(self, path: str, name: str | None, **changes: Any) -> tuple[Any, Any]:
         """The model that answered, and its completion."""
         case = GENERATING[path]
-        answer = self.post(path, {**case.body, **changes}, name)
-        assert answer.status_code == 200, (path, name, answer.text)
-        return answer.json()["model"], case.found(answer.json())
+        response = self.post(path, {**case.body, **changes}, name)
+        assert response.status_code == 200, (path, name, response.text)
+        return response.json()["model"], case.found(response.json())
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def test_every_route_that_takes_a_model_is_one_of_these() -> None:
 
 
 @pytest.mark.parametrize("path", GENERATING)
-def test_the_model_that_was_named_answers(server: Server, path: str) -> None:
+def test_the_named_model_serves_the_request(server: Server, path: str) -> None:
     answers = {name: server.answer(path, name) for name in NAMES}
     assert {name: who for name, (who, _) in answers.items()} == {name: name for name in NAMES}
     assert len({str(what) for _, what in answers.values()}) == len(NAMES), answers
@@ -194,21 +196,21 @@ def test_an_unknown_name_is_rejected(server: Server, path: str) -> None:
     generating = {path: case.body for path, case in GENERATING.items()}
     bodies: dict[str, Body] = {**generating, **TOKENS_ONLY, **RENDERING}
     for unknown in ("missing", "T0", " t0", "t0 ", "outside"):
-        answer = server.post(path, bodies[path], unknown)
-        assert answer.status_code == 404, answer.text
-        assert unknown in answer.json()["error"]["message"]
+        response = server.post(path, bodies[path], unknown)
+        assert response.status_code == 404, response.text
+        assert unknown in response.json()["error"]["message"]
     wrong: tuple[Any, ...] = (5, ["t0"], {})
     for name in wrong:
         assert server.post(path, {**bodies[path], "model": name}).status_code == 400
 
 
 @pytest.mark.parametrize("path", RENDERING)
-def test_what_is_rendered_for_a_tenant_is_answered_by_it(server: Server, path: str) -> None:
+def test_a_prompt_rendered_for_a_tenant_is_served_by_it(server: Server, path: str) -> None:
     completions = set()
     for name in NAMES:
-        answer = server.post(path, RENDERING[path], name)
-        assert answer.status_code == 200, answer.text
-        rendered = answer.json()
+        response = server.post(path, RENDERING[path], name)
+        assert response.status_code == 200, response.text
+        rendered = response.json()
         rendered = rendered[0] if isinstance(rendered, list) else rendered
         assert rendered["model"] == name
         tokens = server.post(GENERATE_TOKENS, rendered).json()
@@ -227,7 +229,7 @@ def test_a_route_that_this_model_has_not(server: Server) -> None:
     assert server.post("/v1/systemone", body, "t0").status_code == 501
 
 
-def test_answers_are_protected_as_the_files_say(server: Server) -> None:
+def test_completions_are_protected_as_the_files_say(server: Server) -> None:
     d = server.d
     places = {"base": d / "b", **{name: d / "root" / name for name in NAMES[1:]}}
     for name, place in places.items():
@@ -251,24 +253,24 @@ def test_invocations_takes_the_name_from_the_header_too(server: Server) -> None:
     body = GENERATING[INVOCATIONS].body
     for name in NAMES:
         for in_body in (None, "", name):
-            answer = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: name})
-            assert (answer.json()["model"], first(answer.json())) == server.answer(CHAT, name)
+            response = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: name})
+            assert (response.json()["model"], first(response.json())) == server.answer(CHAT, name)
     for in_body in (None, "missing"):
-        answer = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: "missing"})
-        assert answer.status_code == 404
+        response = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: "missing"})
+        assert response.status_code == 404
     for in_body, in_header in (("t0", "t1"), ("base", "t0"), ("t0", "base"), ("missing", "t0")):
-        answer = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: in_header})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == "model"
+        response = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: in_header})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "model"
 
 
 @pytest.mark.parametrize("path", ["/invocations%0A", "/invocations/"])
 def test_other_spellings_of_the_path(server: Server, path: str) -> None:
     body = GENERATING[INVOCATIONS].body
-    answer = server.http.post(path, json={**body, "model": "t0"}, follow_redirects=True)
-    assert answer.json()["model"] == "t0"
-    answer = server.http.post(path, json={**body, "model": "missing"}, follow_redirects=True)
-    assert answer.status_code == 404
+    response = server.http.post(path, json={**body, "model": "t0"}, follow_redirects=True)
+    assert response.json()["model"] == "t0"
+    response = server.http.post(path, json={**body, "model": "missing"}, follow_redirects=True)
+    assert response.status_code == 404
 
 
 def test_a_stream_of_invocations_is_the_tenants(server: Server) -> None:
@@ -288,14 +290,14 @@ def test_a_rejected_adapter_says_the_same_on_both_routes(server: Server) -> None
     bodies: tuple[Any, ...] = ({"name": "x"}, {"src": "x"}, [], {"name": 1, "src": "x"})
     for body in bodies:
         assert server.post("/adapters", body).status_code == 400
-    answer = server.post("/adapters", {"name": "late", "src": str(place)})
-    assert (answer.status_code, answer.text) == (200, "Adapter late registered")
+    response = server.post("/adapters", {"name": "late", "src": str(place)})
+    assert (response.status_code, response.text) == (200, "Adapter late registered")
     assert server.answer(INVOCATIONS, "late")[0] == "late"
     again = server.post("/adapters", {"name": "late", "src": str(place)})
     assert again.status_code == 400
     assert server.http.delete("/adapters/missing").status_code == 404
-    answer = server.http.delete("/adapters/late", headers={ALIAS_HEADER: "shown"})
-    assert (answer.status_code, answer.text) == (200, "Adapter shown unregistered")
+    response = server.http.delete("/adapters/late", headers={ALIAS_HEADER: "shown"})
+    assert (response.status_code, response.text) == (200, "Adapter shown unregistered")
     for path in (CHAT, INVOCATIONS):
         assert server.post(path, GENERATING[path].body, "late").status_code == 404
     assert server.http.get("/v1/safegene/ready").status_code == 200
@@ -316,6 +318,6 @@ def test_a_made_up_type_reaches_no_tenant(server: Server, path: str) -> None:
     plain = messages(["hello", {"type": "tool_reference", "name": "x"}])
     made_up = {"type": "t0_x", "uuid": "u", "tool_reference": 1, "name": "x"}
     for name in ("base", None):
-        answer = server.answer(path, name, **messages(["hello", made_up]))
-        assert answer == server.answer(path, name, **plain)
-        assert answer[0] == "base"
+        response = server.answer(path, name, **messages(["hello", made_up]))
+        assert response == server.answer(path, name, **plain)
+        assert response[0] == "base"

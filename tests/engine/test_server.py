@@ -55,21 +55,21 @@ class Server:
         return self.http.post("/v1/load_lora_adapter", json=body)
 
     def tokens(self, model: str, **more: Any) -> list[int]:
-        answer = self.client.completions.create(
+        response = self.client.completions.create(
             model=model,
             prompt=PROMPT,
             max_tokens=8,
             temperature=0,
             extra_body={"return_token_ids": True, **more},
         )
-        assert answer.model == model
-        ids: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
+        assert response.model == model
+        ids: list[int] = response.choices[0].token_ids  # type: ignore[attr-defined]
         return ids
 
     def tenants(self) -> dict[str, dict[str, Any]]:
-        answer = self.http.get("/v1/safegene/ready")
-        assert answer.status_code == 200, answer.text
-        return {tenant["name"]: tenant for tenant in answer.json()["tenants"]}
+        response = self.http.get("/v1/safegene/ready")
+        assert response.status_code == 200, response.text
+        return {tenant["name"]: tenant for tenant in response.json()["tenants"]}
 
 
 @pytest.fixture(scope="module")
@@ -111,28 +111,28 @@ def server(files: tuple[Path, Family]) -> Iterator[Server]:
 
 @pytest.fixture
 def unharmed(server: Server) -> Iterator[None]:
-    """Whatever a test does, t0 and p answer afterwards as they did before, and all is verified."""
+    """Whatever a test does, t0 and p respond afterwards as before, and all is verified."""
     before = server.tokens("t0"), server.tokens("p"), server.tokens("base")
     yield
     assert (server.tokens("t0"), server.tokens("p"), server.tokens("base")) == before
     assert server.http.get("/v1/safegene/ready").status_code == 200
 
 
-def refused(answer: httpx.Response, status: int, words: str) -> None:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
+def refused(response: httpx.Response, status: int, words: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["param"], error["code"]) == ("lora_path", status)
     assert words in error["message"]
     assert "Traceback" not in error["message"] and "method failed" not in error["message"]
 
 
-def test_the_launcher_says_what_the_receipts_say(server: Server) -> None:
+def test_the_launcher_prints_the_receipts(server: Server) -> None:
     ready = [line for line in server.lines if line.startswith("ready: ")]
     assert ready == ["ready: t0 (gain, 2 layers, slot 0)", "ready: p (gain, 2 layers, slot 1)"]
 
 
-def test_models_are_listed_and_answer_each_in_their_way(server: Server) -> None:
+def test_models_are_listed_and_served(server: Server) -> None:
     assert [model.id for model in server.client.models.list()] == ["base", "t0", "p"]
     answers = {tuple(server.tokens(name)) for name in ("base", "t0", "p")}
     assert len(answers) == 3
@@ -160,16 +160,14 @@ def test_receipts_and_readiness(server: Server) -> None:
         ("DELETE", "/adapters/t0"),
     ],
 )
-def test_every_route_asks_for_the_key(server: Server, method: str, path: str) -> None:
-    answer = httpx.request(method, str(server.http.base_url).rstrip("/") + path, timeout=60)
-    assert answer.status_code == 401, answer.text
+def test_every_route_requires_the_key(server: Server, method: str, path: str) -> None:
+    response = httpx.request(method, str(server.http.base_url).rstrip("/") + path, timeout=60)
+    assert response.status_code == 401, response.text
 
 
-def test_a_tenant_loaded_at_run_time_is_verified_and_answers(
-    server: Server, unharmed: None
-) -> None:
-    answer = server.load("t1", server.root / "t1")
-    assert answer.status_code == 200, answer.text
+def test_a_tenant_loaded_at_run_time_is_verified_and_served(server: Server, unharmed: None) -> None:
+    response = server.load("t1", server.root / "t1")
+    assert response.status_code == 200, response.text
     assert server.tenants()["t1"]["profile"] == load_profile(server.root / "t1").digest
     assert server.tokens("t1") not in (server.tokens("base"), server.tokens("t0"))
     assert "t1" in [model.id for model in server.client.models.list()]
@@ -266,7 +264,7 @@ def in_a_subdirectory(server: Server, place: Path) -> None:
         (in_a_subdirectory, "spoilt-in_a_subdirectory/checkpoint-500 instead"),
     ],
 )
-def test_spoilt_tenants_are_refused_and_harm_nobody(
+def test_damaged_tenants_are_rejected_and_affect_no_other(
     server: Server, unharmed: None, spoil: Callable[[Server, Path], None], words: str
 ) -> None:
     place = server.root / f"spoilt-{spoil.__name__}"
@@ -278,7 +276,7 @@ def test_spoilt_tenants_are_refused_and_harm_nobody(
         server.tokens("spoilt")
 
 
-def test_paths_are_kept_below_the_roots(server: Server, unharmed: None) -> None:
+def test_paths_outside_the_roots_are_rejected(server: Server, unharmed: None) -> None:
     outside = "is outside safegene.adapter_roots"
     refused(server.load("x", server.d / "outside"), 400, outside)
     refused(server.load("x", server.root / ".." / "outside"), 400, outside)
@@ -303,12 +301,12 @@ def test_an_idle_connection_outlives_vllms_five_seconds(server: Server) -> None:
         if connection.sock is not None:
             connection.auto_open = 0  # what is closed meanwhile is not opened again
         connection.request("GET", "/health")
-        answer = connection.getresponse()
-        assert answer.status == 200 and answer.read() == b""
+        response = connection.getresponse()
+        assert response.status == 200 and response.read() == b""
     connection.close()
 
 
-def test_sagemakers_route_passes_the_same_gate(server: Server, unharmed: None) -> None:
+def test_sagemakers_route_is_verified_too(server: Server, unharmed: None) -> None:
     body = {"name": "sage", "src": str(server.d / "outside")}
     assert server.http.post("/adapters", json=body).status_code == 400
     assert "sage" not in server.tenants()
@@ -317,7 +315,7 @@ def test_sagemakers_route_passes_the_same_gate(server: Server, unharmed: None) -
     assert server.tenants()["sage"]["profile"] == load_profile(server.root / "t1").digest
 
 
-def test_a_changed_tenant_is_refused_under_its_old_name_and_path(
+def test_a_changed_tenant_is_rejected_under_its_old_name_and_path(
     server: Server, unharmed: None
 ) -> None:
     place = server.root / "changing"
@@ -330,8 +328,8 @@ def test_a_changed_tenant_is_refused_under_its_old_name_and_path(
     assert unload.status_code == 200
     save_profile(Profile(server.family.digest, (3.0, 3.0), {}), place)
     refused(server.load("changing", place), 400, "has changed since it was first loaded")
-    answer = server.load("changing@2", place)
-    assert answer.status_code == 200, answer.text
+    response = server.load("changing@2", place)
+    assert response.status_code == 200, response.text
     assert server.tokens("changing@2") != before
 
 
@@ -351,9 +349,9 @@ def test_a_tenant_outlives_its_directory_and_its_eviction(server: Server, unharm
 
 def test_prompt_logprobs_of_a_tenant_leave_the_engine_alive(server: Server, unharmed: None) -> None:
     body = {"model": "t0", "prompt": PROMPT, "max_tokens": 2, "prompt_logprobs": 1}
-    answer = server.http.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    assert len(answer.json()["choices"][0]["prompt_logprobs"]) == len(PROMPT)
+    response = server.http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert len(response.json()["choices"][0]["prompt_logprobs"]) == len(PROMPT)
 
 
 def test_an_engine_that_cannot_be_protected_does_not_start(files: tuple[Path, Family]) -> None:

@@ -34,14 +34,14 @@ def server(world: World) -> Iterator[Running]:  # noqa: F811
 
 
 class Scrape:
-    """One answer of /metrics, by a client that may ask for it."""
+    """One response of /metrics, by a client that may ask for it."""
 
     def __init__(self, http: httpx.Client) -> None:
-        answer = http.get("/metrics")
-        assert answer.status_code == 200, answer.text
+        response = http.get("/metrics")
+        assert response.status_code == 200, response.text
         self.samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(answer.text)
+            for family in text_string_to_metric_families(response.text)
             for sample in family.samples
         }
 
@@ -64,12 +64,12 @@ def until(server: Running, name: str, value: float, **labels: str) -> Scrape:
     return found
 
 
-def test_metrics_need_a_key_of_the_whole_server(server: Running) -> None:
+def test_metrics_need_a_key_for_all_tenants(server: Running) -> None:
     assert httpx.get(f"{server.url}/metrics", timeout=60).status_code == 401
     assert server.http(ACME).get("/metrics").status_code == 403
 
 
-def test_what_is_served_is_told(server: Running, world: World) -> None:  # noqa: F811
+def test_the_served_revisions_are_exported(server: Running, world: World) -> None:  # noqa: F811
     found = until(server, "registry_lag_seconds", 0.0)
     for state in ("expected", "applied"):
         assert found.value("sites", rank="0", state=state) == len(world.header.sites)
@@ -101,12 +101,12 @@ def test_requests_are_counted_exactly(server: Running) -> None:
     client = server.client(ACME)
     body = {"model": "acme/support", "prompt": LONG, "max_tokens": TOKENS, "temperature": 0}
     more = {"extra_body": {"ignore_eos": True}}
-    answer = client.completions.create(**body, **more)
-    assert answer.usage is not None and answer.usage.completion_tokens == TOKENS
+    response = client.completions.create(**body, **more)
+    assert response.usage is not None and response.usage.completion_tokens == TOKENS
     pieces = list(client.completions.create(**body, **more, stream=True))
     assert all(piece.choices for piece in pieces), "a usage that was not asked for was shown"
-    told = {"include_usage": True}
-    pieces = list(client.completions.create(**body, **more, stream=True, stream_options=told))
+    usage = {"include_usage": True}
+    pieces = list(client.completions.create(**body, **more, stream=True, stream_options=usage))
     assert pieces[-1].usage is not None and not pieces[-1].choices
     for call, error in (
         (lambda: client.completions.create(**{**body, "model": "globex"}), openai.NotFoundError),
@@ -150,16 +150,16 @@ def test_a_client_that_leaves_is_counted_as_such(server: Running) -> None:
     before = (
         Scrape(server.http(ADMIN)).value("requests_total", outcome="cancelled", **SUPPORT) or 0.0
     )
-    # As many tokens as there is room for: the answer must not end before we leave.
+    # As many tokens as fit: the response must not end before the client disconnects.
     body = {"model": "acme/support", "prompt": LONG[:8], "max_tokens": 240, "stream": True}
     with server.http(ACME).stream(
         "POST", "/v1/completions", json={**body, "ignore_eos": True}
-    ) as answer:
-        next(answer.iter_lines())
+    ) as response:
+        next(response.iter_lines())
     until(server, "requests_total", before + 1, outcome="cancelled", **SUPPORT)
 
 
-def test_a_change_and_an_eviction_are_told(server: Running, world: World) -> None:  # noqa: F811
+def test_a_change_and_an_eviction_are_exported(server: Running, world: World) -> None:  # noqa: F811
     before = Scrape(server.http(ADMIN))
     world.add("acme/support", "support", [0.3, 0.4])
     server.follows(world.registry)
@@ -174,7 +174,7 @@ def test_a_change_and_an_eviction_are_told(server: Running, world: World) -> Non
 
 
 def test_a_server_without_a_registry(world: World) -> None:  # noqa: F811
-    """Tenants of the command line: told apart by their served names, with no key but vLLM's."""
+    """Tenants of the command line: distinguished by their served names, with no key but vLLM's."""
     family = load_family(world.d / "f")
     for name, coefficients in (("t0", [0.6, 0.8]), ("t1", [1.0, 1.0])):
         tiny_model.write_tenant(world.d / "m", world.d / name, family, coefficients, seed=7)

@@ -37,7 +37,7 @@ values = st.recursive(
 )
 
 
-def told(*messages: Message) -> Receive:
+def receive_of(*messages: Message) -> Receive:
     left = list(messages)
 
     async def receive() -> Message:
@@ -59,7 +59,7 @@ def refused(body: bytes, words: str, status: int = 400) -> RequestRejectedError:
 
 
 @given(st.dictionaries(st.text(), values, max_size=4))
-def test_what_is_handed_on_means_what_was_sent(document: dict[str, Any]) -> None:
+def test_the_forwarded_body_means_what_was_sent(document: dict[str, Any]) -> None:
     sent = json.dumps(document).encode()
     try:
         payload = encode(parse(sent, 64))
@@ -86,7 +86,7 @@ def _numbers(value: Any) -> set[float]:
 @example(b"\xef\xbb\xbf{}")
 @example(b"{} {}")
 @example(b"")
-def test_any_bytes_are_one_object_or_refused(body: bytes) -> None:
+def test_any_bytes_are_one_object_or_rejected(body: bytes) -> None:
     try:
         document = parse(body, DEPTH)
         payload = encode(document)
@@ -120,7 +120,7 @@ def test_any_bytes_are_one_object_or_refused(body: bytes) -> None:
         (b'{"a": ' + b"[" * 8 + b"]" * 8 + b"}", "nests deeper than 8"),
     ],
 )
-def test_what_is_refused_and_why(body: bytes, words: str) -> None:
+def test_rejected_bodies_and_their_reasons(body: bytes, words: str) -> None:
     refused(body, words)
 
 
@@ -147,10 +147,10 @@ def test_a_key_named_twice(body: bytes, name: str) -> None:
 @pytest.mark.parametrize(
     "body", [b'{"\\ud800": 1, "\\ud800": 2}', b'{"a": {"\\udfff": 1, "\\udfff": 2}}']
 )
-def test_half_a_surrogate_named_twice_can_be_told(body: bytes) -> None:
+def test_a_duplicate_key_that_is_an_unpaired_surrogate_can_be_reported(body: bytes) -> None:
     refusal = refused(body, "twice")
-    answer = error_response(refusal.status, str(refusal), param=refusal.param)
-    assert json.loads(bytes(answer.body))["error"]["param"] in (r"\ud800", r"\udfff")
+    response = error_response(refusal.status, str(refusal), param=refusal.param)
+    assert json.loads(bytes(response.body))["error"]["param"] in (r"\ud800", r"\udfff")
 
 
 class CountedName(str):
@@ -208,7 +208,7 @@ def test_a_body_of_too_many_values_is_not_parsed(
         parse(text(21).encode(), 4, max_members=20, max_values=20)
 
 
-def test_the_middleware_s_own_limits_hold_for_what_a_client_sends() -> None:
+def test_the_middlewares_limits_apply_to_request_bodies() -> None:
     assert parse(json.dumps({"prompt": [7] * 200_000}).encode(), 4)
     with pytest.raises(RequestRejectedError, match="more than 100000 objects and lists"):
         parse(b'{"x":[' + b"[]," * 100_000 + b"0]}", 4)
@@ -241,34 +241,34 @@ def _counted(value: Any) -> tuple[int, int, int]:
     return 1 + sums[0], members + sums[1], len(inner) + sums[2]
 
 
-def test_text_may_hold_what_an_object_may_not() -> None:
+def test_strings_may_contain_json_syntax_beyond_the_limits() -> None:
     words = {"prompt": '{"a": [1, 2], "b\\": "\\\\"}' * 1000, "suffix": "\\"}
     assert parse(json.dumps(words).encode(), 4, max_members=10, max_values=10) == words
 
 
 def test_a_body_in_pieces() -> None:
-    receive = told(part(b'{"a"', True), part(b"", True), part(b": 1}"))
+    receive = receive_of(part(b'{"a"', True), part(b"", True), part(b": 1}"))
     assert asyncio.run(read_body(JSON, receive, 100)) == b'{"a": 1}'
 
 
-def test_a_client_that_leaves_before_its_body_is_whole() -> None:
-    receive = told(part(b'{"a"', True), {"type": "http.disconnect"})
+def test_a_client_that_disconnects_before_its_body_is_complete() -> None:
+    receive = receive_of(part(b'{"a"', True), {"type": "http.disconnect"})
     assert asyncio.run(read_body(JSON, receive, 100)) is None
 
 
 @pytest.mark.parametrize("announced", [b"101", b"9" * 300])
-def test_a_large_body_is_refused_before_it_is_read(announced: bytes) -> None:
+def test_a_large_content_length_is_rejected_before_reading(announced: bytes) -> None:
     with pytest.raises(RequestRejectedError) as caught:
-        asyncio.run(read_body([*JSON, (b"content-length", announced)], told(), 100))
+        asyncio.run(read_body([*JSON, (b"content-length", announced)], receive_of(), 100))
     assert caught.value.status == 413
 
 
-def test_a_large_body_that_announces_nothing_is_refused_while_it_is_read() -> None:
-    receive = told(part(b"x" * 60, True), part(b"x" * 41, True))
+def test_a_large_body_without_content_length_is_rejected_while_reading() -> None:
+    receive = receive_of(part(b"x" * 60, True), part(b"x" * 41, True))
     with pytest.raises(RequestRejectedError) as caught:
         asyncio.run(read_body(JSON, receive, 100))
     assert caught.value.status == 413
-    whole = told(part(b"x" * 60, True), part(b"x" * 40))
+    whole = receive_of(part(b"x" * 60, True), part(b"x" * 40))
     assert len(asyncio.run(read_body(JSON, whole, 100)) or b"") == 100
 
 
@@ -288,7 +288,7 @@ def test_a_large_body_that_announces_nothing_is_refused_while_it_is_read() -> No
 )
 def test_headers_that_promise_no_plain_json(headers: Any, status: int) -> None:
     with pytest.raises(RequestRejectedError) as caught:
-        asyncio.run(read_body(headers, told(part(b"{}")), 100))
+        asyncio.run(read_body(headers, receive_of(part(b"{}")), 100))
     assert caught.value.status == status
 
 
@@ -304,10 +304,10 @@ def test_headers_that_promise_no_plain_json(headers: Any, status: int) -> None:
 )
 def test_headers_that_are_plain_json(kind: bytes) -> None:
     headers = [(b"content-type", kind), (b"content-encoding", b"identity")]
-    assert asyncio.run(read_body(headers, told(part(b"{}")), 100)) == b"{}"
+    assert asyncio.run(read_body(headers, receive_of(part(b"{}")), 100)) == b"{}"
 
 
-def test_the_headers_handed_on_tell_the_truth() -> None:
+def test_the_forwarded_headers_describe_the_forwarded_body() -> None:
     sent = [
         (b"host", b"h"),
         (b"content-length", b"999"),
@@ -324,9 +324,9 @@ def test_the_headers_handed_on_tell_the_truth() -> None:
     ]
 
 
-def test_replay_gives_the_payload_once_and_then_what_the_server_says() -> None:
+def test_replay_returns_the_payload_once_and_then_the_servers_messages() -> None:
     async def three() -> list[Message]:
-        receive = replay(b"{}", told({"type": "http.disconnect"}))
+        receive = replay(b"{}", receive_of({"type": "http.disconnect"}))
         return [await receive(), await receive()]
 
     assert asyncio.run(three()) == [part(b"{}"), {"type": "http.disconnect"}]

@@ -19,7 +19,7 @@ KEY = key_digest("sg-one")
 PRINCIPAL = Principal("one", frozenset({"serve"}), frozenset({"acme"}))
 
 
-def test_a_catalog_begins_with_a_view_that_lets_nobody_in() -> None:
+def test_a_new_catalog_rejects_every_key() -> None:
     assert Catalog().view == View()
     assert not Catalog().view.keys
 
@@ -82,7 +82,7 @@ def test_a_key_that_cannot_be(digest: bytes, principal: Principal, words: str) -
     assert words in str(caught.value)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     tenants = [Tenant("acme", "acme@1"), Tenant("acme", "acme@2"), Tenant("B", None)]
     with pytest.raises(ConfigError) as caught:
         make_view(keys={b"": PRINCIPAL}, tenants=tenants, base_limits=Limits(tokens_per_minute=-1))

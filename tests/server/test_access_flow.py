@@ -79,9 +79,9 @@ def test_a_slot_is_held_to_the_end_of_the_stream_and_no_longer() -> None:
         go.set()
         await task
         assert access.counters.in_flight("other@1") == 0
-        third, answer = speak(access, "other", {})
+        third, response = speak(access, "other", {})
         await third
-        assert answer[0]["status"] == 200
+        assert response[0]["status"] == 200
 
     asyncio.run(run())
 
@@ -130,7 +130,7 @@ def test_the_app_hears_that_its_client_left() -> None:
     assert heard[1] == {"type": "http.disconnect"}
 
 
-def test_a_client_that_leaves_during_its_upload_is_nobodys_request() -> None:
+def test_a_client_that_disconnects_during_its_upload_is_not_counted() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError
 
@@ -147,7 +147,7 @@ def test_a_client_that_leaves_during_its_upload_is_nobodys_request() -> None:
     ("tenants", "keys", "status"),
     [([Tenant("acme", "acme@8")], VIEW.keys, 200), (TENANTS, {}, 401), ([], VIEW.keys, 404)],
 )
-def test_what_changes_during_an_upload_counts(tenants: Any, keys: Any, status: int) -> None:
+def test_changes_during_an_upload_apply(tenants: Any, keys: Any, status: int) -> None:
     access = guarded()
 
     async def receive() -> Message:
@@ -161,12 +161,12 @@ def test_what_changes_during_an_upload_counts(tenants: Any, keys: Any, status: i
         assert json.loads(sent[1]["body"])["model"] == "acme@8"
 
 
-def test_several_answers_of_one_request_count_as_several() -> None:
+def test_several_completions_of_one_request_count_as_several() -> None:
     access = guarded()
     refused(chat(access, "other", n=2), 400, "is for 2 completions")
     for path, body in ((CHAT, {"n": 3}), ("/v1/completions", {"prompt": ["a"] * 3})):
-        answer = ask(access, "POST", path, "acme", json=body)
-        assert answer.status_code == 200
+        response = ask(access, "POST", path, "acme", json=body)
+        assert response.status_code == 200
     assert access.counters.accounts["acme"].running == 0
     key = Principal("m", SERVE, frozenset({"metered"}), "metered")
     tenant = Tenant("metered", "metered@1", limits=Limits(requests_per_minute=4))
@@ -175,7 +175,7 @@ def test_several_answers_of_one_request_count_as_several() -> None:
     access.catalog.replace(view)
     assert chat(access, "m", n=3).status_code == 200
     refused(chat(access, "m", n=2), 429, "4 requests per minute")
-    # To count words takes no answer of the engine.
+    # To count words takes no response of the engine.
     assert ask(access, "POST", "/tokenize", "m", json={"n": 9}).status_code == 200
     refused(chat(access, "m"), 429, "4 requests per minute")
 
@@ -185,15 +185,15 @@ def test_requests_per_minute() -> None:
     access = guarded(counters=Counters(lambda: now[0]))
     for _ in range(3):
         assert chat(access, "other").status_code == 200
-    answer = chat(access, "other")
-    refused(answer, 429, "3 requests per minute")
-    assert answer.headers["retry-after"] == "60"
+    response = chat(access, "other")
+    refused(response, 429, "3 requests per minute")
+    assert response.headers["retry-after"] == "60"
     assert chat(access, "acme").status_code == 200
     now[0] = 60.0
     assert chat(access, "other").status_code == 200
 
 
-def test_tokens_per_minute_are_what_the_answers_say() -> None:
+def test_tokens_per_minute_are_the_reported_usage() -> None:
     usage = {"prompt_tokens": 50, "completion_tokens": 40}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,7 +242,7 @@ def test_websockets_need_a_key_too() -> None:
         (None, ["websocket.close"]),
     ],
 )
-def test_a_websocket_is_answered_in_http_where_its_server_can(
+def test_a_websocket_is_rejected_in_http_where_its_server_supports_that(
     extensions: Any, answered: list[str]
 ) -> None:
     sent: list[Message] = []
@@ -279,7 +279,7 @@ def test_a_root_path_changes_nothing() -> None:
     app = FastAPI(root_path="/api")
 
     @app.post(CHAT)
-    async def answer(request: Request) -> Any:
+    async def response(request: Request) -> Any:
         return await request.json()
 
     access = guarded()

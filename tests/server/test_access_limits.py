@@ -32,7 +32,7 @@ def retry_after(counters: Counters, wanted: Target, estimate: int = 1) -> int:
     return int((caught.value.headers or {})["Retry-After"])
 
 
-def test_without_limits_everything_is_let_in_and_counted() -> None:
+def test_without_limits_every_request_is_admitted_and_counted() -> None:
     counters = Counters(Clock())
     slots = [counters.admit(target(), 10**9) for _ in range(100)]
     assert counters.in_flight("acme@1") == 100
@@ -55,7 +55,7 @@ def test_so_many_at_once() -> None:
     assert retry_after(counters, wanted) == 1
 
 
-def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
+def test_a_request_counts_once_per_completion() -> None:
     clock = Clock()
     counters = Counters(clock)
     wanted = target(concurrent=8, requests_per_minute=12)
@@ -76,7 +76,7 @@ def test_a_request_counts_as_often_as_it_asks_for_an_answer() -> None:
 
 
 @pytest.mark.parametrize("limit", ["concurrent", "requests_per_minute"])
-def test_what_no_waiting_would_let_in_is_told_at_once(limit: str) -> None:
+def test_a_request_that_can_never_be_admitted_is_a_400(limit: str) -> None:
     with pytest.raises(
         RequestRejectedError, match=r"is for 9 completions.* has a limit of 8"
     ) as caught:
@@ -112,7 +112,9 @@ def test_so_many_in_a_minute() -> None:
 
 @given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 5))
 @example([22.64375978807167, 0.0, 0.0, 0.0, 1.5835693952663519, 1.4898405580884813], 1)
-def test_no_minute_holds_more_and_retry_after_is_kept(pauses: list[float], most: int) -> None:
+def test_no_minute_exceeds_the_limit_and_retry_after_is_sufficient(
+    pauses: list[float], most: int
+) -> None:
     clock = Clock()
     counters = Counters(clock)
     admitted: list[float] = []
@@ -155,7 +157,7 @@ def test_the_wait_for_tokens_is_until_enough_of_them_are_a_minute_old() -> None:
     assert retry_after(counters, wanted, 500) == 50
 
 
-def test_a_request_larger_than_the_whole_budget_goes_when_it_is_alone() -> None:
+def test_a_request_larger_than_the_budget_is_admitted_alone() -> None:
     clock = Clock()
     counters = Counters(clock)
     wanted = target(tokens_per_minute=100)
@@ -167,7 +169,7 @@ def test_a_request_larger_than_the_whole_budget_goes_when_it_is_alone() -> None:
     counters.admit(wanted, 5000)
 
 
-def test_what_costs_no_tokens_is_not_held_up_by_them() -> None:
+def test_requests_without_tokens_ignore_the_token_limit() -> None:
     counters = Counters(Clock())
     wanted = target(tokens_per_minute=10)
     counters.admit(wanted, 10)
@@ -175,7 +177,7 @@ def test_what_costs_no_tokens_is_not_held_up_by_them() -> None:
     counters.admit(wanted, 0)
 
 
-def test_what_was_refused_is_not_counted() -> None:
+def test_rejected_requests_are_not_counted() -> None:
     clock = Clock()
     counters = Counters(clock)
     both = target(requests_per_minute=2, concurrent=1)
@@ -188,7 +190,7 @@ def test_what_was_refused_is_not_counted() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 50)), max_size=40))
-def test_a_minute_is_the_sum_of_what_is_younger(entries: list[tuple[float, int]]) -> None:
+def test_the_window_sums_the_last_minute(entries: list[tuple[float, int]]) -> None:
     minute, now, added = SlidingWindow(), 0.0, []
     for pause, amount in entries:
         now += pause

@@ -62,9 +62,9 @@ def test_no_key_no_route(headers: Any) -> None:
 
     answers = asyncio.run(all_routes())
     assert len(answers) > 70
-    for answer in answers:
-        refused(answer, 401)
-        assert answer.headers["www-authenticate"].startswith('Bearer realm="safegene"')
+    for response in answers:
+        refused(response, 401)
+        assert response.headers["www-authenticate"].startswith('Bearer realm="safegene"')
 
 
 def test_the_scheme_is_read_in_any_case() -> None:
@@ -72,10 +72,10 @@ def test_the_scheme_is_read_in_any_case() -> None:
     assert ask(guarded(), "GET", "/v1/models", headers=headers).status_code == 200
 
 
-def test_a_key_may_come_as_anthropics_clients_send_it() -> None:
-    answer = ask(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
-    assert answer.status_code == 200
-    assert answer.content == ask(guarded(), "GET", "/v1/models", "acme").content
+def test_x_api_key_is_accepted() -> None:
+    response = ask(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
+    assert response.status_code == 200
+    assert response.content == ask(guarded(), "GET", "/v1/models", "acme").content
 
 
 def test_a_key_ends_at_its_time() -> None:
@@ -88,7 +88,7 @@ def test_unknown_and_expired_sound_the_same() -> None:
     assert late.content == ask(guarded(), "GET", "/v1/models", "nobody").content
 
 
-def test_an_empty_catalog_lets_nobody_in() -> None:
+def test_an_empty_catalog_rejects_every_key() -> None:
     refused(ask(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
 
 
@@ -141,14 +141,14 @@ def test_public_paths_are_exact_and_for_reading() -> None:
 
 
 @pytest.mark.parametrize("path", ["metrics", "/v1/", "/v1/*", "/", ""])
-def test_a_public_path_that_is_not_exact_is_refused(path: str) -> None:
+def test_a_public_path_that_is_not_exact_is_rejected(path: str) -> None:
     with pytest.raises(ConfigError, match="not an exact path"):
         AccessSettings(public=frozenset({path}))
 
 
-def test_routes_behind_know_who_asked() -> None:
-    answer = ask(guarded(), "GET", "/v1/safegene/tenants", "read-acme")
-    assert answer.json()["principal"] == "read-acme"
+def test_routes_know_the_principal() -> None:
+    response = ask(guarded(), "GET", "/v1/safegene/tenants", "read-acme")
+    assert response.json()["principal"] == "read-acme"
 
 
 # Models
@@ -157,15 +157,15 @@ def test_routes_behind_know_who_asked() -> None:
 @pytest.mark.parametrize("path", [n.split()[1] for n, rule in RULES.items() if rule.model])
 def test_every_route_that_takes_a_model_is_given_the_revision(path: str) -> None:
     access = guarded()
-    answer = ask(access, "POST", path, "acme", json={"model": "acme/support", "x": [1, "ü"]})
-    got = answer.json()
+    response = ask(access, "POST", path, "acme", json={"model": "acme/support", "x": [1, "ü"]})
+    got = response.json()
     assert got["got"] == {"model": "acme/support@2", "x": [1, "ü"]}
     assert got["length"] == str(got["bytes"])
     for foreign in ("other", "other@1", "org/Base", "nobody"):
         refused(ask(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
 
 
-def test_the_answer_names_the_revision() -> None:
+def test_the_response_names_the_revision() -> None:
     access = guarded()
     assert chat(access, "acme", model="acme").json()["model"] == "acme@7"
     assert chat(access, "acme", model="acme@6").json()["model"] == "acme@6"
@@ -186,7 +186,9 @@ def test_the_answer_names_the_revision() -> None:
         (b'{"model": "acme", "\\ud800": 1}', 400),
     ],
 )
-def test_half_a_surrogate_is_refused_like_any_other_text(content: bytes, status: int) -> None:
+def test_an_unpaired_surrogate_is_rejected_like_other_invalid_text(
+    content: bytes, status: int
+) -> None:
     kind = {"content-type": "application/json"}
     refused(ask(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
 
@@ -202,17 +204,17 @@ def test_a_change_of_alias_counts_from_the_next_request() -> None:
 @pytest.mark.parametrize(
     "name", ["background", "previous_response_id", "kv_transfer_params", "ec_transfer_params"]
 )
-def test_fields_that_reach_into_the_engine_are_refused(name: str) -> None:
-    answer = ask(guarded(), "POST", "/v1/responses", "acme", json={name: {"x": 1}})
-    refused(answer, 400, name)
-    assert answer.json()["error"]["param"] == name
+def test_fields_that_reach_into_the_engine_are_rejected(name: str) -> None:
+    response = ask(guarded(), "POST", "/v1/responses", "acme", json={name: {"x": 1}})
+    refused(response, 400, name)
+    assert response.json()["error"]["param"] == name
     unset = ask(guarded(), "POST", "/v1/responses", "acme", json={name: None})
     assert unset.status_code == 200
     opened = guarded(settings=AccessSettings(rejected_fields=frozenset()))
     assert ask(opened, "POST", "/v1/responses", "acme", json={name: 1}).status_code == 200
 
 
-def test_nobody_but_who_runs_the_server_goes_before_everybody() -> None:
+def test_only_administrators_may_send_a_negative_priority() -> None:
     both = frozenset({"serve", "admin"})
     keys = {
         key_digest("sg-acme"): Principal("acme", both, frozenset({"acme"}), "acme"),
@@ -222,9 +224,9 @@ def test_nobody_but_who_runs_the_server_goes_before_everybody() -> None:
     access = AccessMiddleware(echo_app(), Catalog(make_view(keys=keys, tenants=TENANTS)))
     for key in ("acme", "all"):
         for value in (-1, -(2**63), "-1", -1.0, [1], True):
-            answer = chat(access, key, priority=value)
-            refused(answer, 400, "`priority`")
-            assert answer.json()["error"]["param"] == "priority"
+            response = chat(access, key, priority=value)
+            refused(response, 400, "`priority`")
+            assert response.json()["error"]["param"] == "priority"
         for value in (0, 5, None):
             assert chat(access, key, priority=value).json()["got"]["priority"] == value
     assert chat(access, "root", priority=-1).json()["got"]["priority"] == -1
@@ -269,8 +271,8 @@ def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
     assert ask(access, "POST", path, key, json={"model": "x" * 80}).json()["bytes"] > 80
     refused(ask(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
     assert ask(access, "POST", path, key, content=pieces(100)).json()["bytes"] == 100
-    answer = ask(access, "POST", path, key, content=pieces(101))
-    assert answer.status_code == 413
+    response = ask(access, "POST", path, key, content=pieces(101))
+    assert response.status_code == 413
 
 
 @settings(max_examples=60, deadline=None)
@@ -282,7 +284,7 @@ def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
     | st.integers(),
     st.binary(max_size=3),
 )
-def test_nobody_is_ever_served_what_is_not_theirs(key: str, model: Any, junk: bytes) -> None:
+def test_a_key_never_reaches_another_tenants_model(key: str, model: Any, junk: bytes) -> None:
     own = {
         "acme": {"acme@7", "acme@6", "acme/support@2"},
         "plain": {"acme@7", "acme@6"},
@@ -292,12 +294,12 @@ def test_nobody_is_ever_served_what_is_not_theirs(key: str, model: Any, junk: by
     }
     content = json.dumps({"model": model}).encode() + junk
     headers = {"content-type": "application/json"}
-    answer = ask(ACCESS, "POST", "/tokenize", key, content=content, headers=headers)
-    assert answer.status_code in (200, 400, 401, 403, 404, 429)
-    if answer.status_code == 200:
-        assert answer.json()["model"] in own[key]
+    response = ask(ACCESS, "POST", "/tokenize", key, content=content, headers=headers)
+    assert response.status_code in (200, 400, 401, 403, 404, 429)
+    if response.status_code == 200:
+        assert response.json()["model"] in own[key]
     else:
-        refused(answer, answer.status_code)
+        refused(response, response.status_code)
     assert not ACCESS.counters.running
 
 

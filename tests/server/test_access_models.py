@@ -1,4 +1,4 @@
-"""Names: what leads where, for whom; foreign and unknown are told apart by nobody."""
+"""Resolution of model names per key; unknown and other keys' models are indistinguishable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BASE = Principal("b", frozenset({"serve"}), base=True)
         ("", "acme@7"),
     ],
 )
-def test_what_a_name_leads_to(asked: str | None, served: str) -> None:
+def test_model_names_resolve_to_served_names(asked: str | None, served: str) -> None:
     target = resolve(VIEW, ACME, asked)
     assert target.served == served
     assert target.account == served.partition("@")[0]
@@ -51,7 +51,7 @@ UNPUBLISHED = ("draft", "draft@1", "*", "@")
 
 
 @pytest.mark.parametrize("asked", [*FOREIGN, *UNKNOWN, *UNPUBLISHED])
-def test_everything_else_is_refused_in_the_same_words(asked: str) -> None:
+def test_all_other_names_are_rejected_with_the_same_message(asked: str) -> None:
     with pytest.raises(RequestRejectedError) as caught:
         resolve(VIEW, ACME, asked)
     assert (caught.value.status, caught.value.param) == (404, "model")
@@ -88,7 +88,7 @@ def test_a_long_name_is_not_repeated_in_full() -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_the_list_shows_what_can_be_used_and_nothing_else() -> None:
+def test_the_list_shows_exactly_the_usable_models() -> None:
     assert [card["id"] for card in listing(VIEW, ACME)["data"]] == ["acme", "acme/support"]
     assert [card["id"] for card in listing(VIEW, BASE)["data"]] == ["org/Base", "org"]
     everyone = [card["id"] for card in listing(VIEW, EVERYONE)["data"]]

@@ -1,4 +1,4 @@
-"""The table of routes: what is not named is closed, and what an app has beyond it is told."""
+"""The table of routes: unknown routes need admin, and an app's unclassified routes are listed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_rules_do_not_contradict_themselves() -> None:
 
 def test_a_line_feed_leads_a_router_to_the_route_before_it() -> None:
     """Why such a path is closed."""
-    route = Route("/v1/safegene/receipts", answer)
+    route = Route("/v1/safegene/receipts", response)
     scope = {"type": "http", "method": "GET", "path": "/v1/safegene/receipts\n"}
     assert route.matches(scope)[0] is Match.FULL
 
@@ -112,7 +112,7 @@ def test_the_path_is_the_one_that_the_router_matches(path: str, root: str) -> No
     assert route_path(scope) == get_route_path(scope)
 
 
-async def answer() -> None: ...
+async def response() -> None: ...
 
 
 def test_routes_that_the_table_does_not_name() -> None:
@@ -126,14 +126,14 @@ def test_routes_that_the_table_does_not_name() -> None:
     app = FastAPI()
     app.include_router(router)
     app.include_router(load_router)
-    app.add_api_route("/v1/chat/completions", answer, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", response, methods=["POST"])
     assert unclassified(app) == []
-    app.add_api_route("/v1/chat/completions", answer, methods=["PUT", "GET"])
-    app.add_api_route("/v1/models/{other:path}", answer)
+    app.add_api_route("/v1/chat/completions", response, methods=["PUT", "GET"])
+    app.add_api_route("/v1/models/{other:path}", response)
     app.add_api_websocket_route("/v2/realtime", talk)
     app.mount("/metrics", raw)
     app.mount("/raw", raw)
-    app.mount("/sub", Starlette(routes=[Route("/in", answer), Mount("/deep", raw)]))
+    app.mount("/sub", Starlette(routes=[Route("/in", response), Mount("/deep", raw)]))
     app.router.routes.append(Route("/class", Raw()))
     assert unclassified(app) == [
         "ANY /class",
@@ -147,7 +147,7 @@ def test_routes_that_the_table_does_not_name() -> None:
     ]
 
 
-def test_a_route_without_a_path_is_told_too() -> None:
+def test_a_route_without_a_path_is_unclassified() -> None:
     class Unknown:
         """What a newer framework may put among the routes."""
 
@@ -164,8 +164,8 @@ def test_a_lazily_included_router_is_walked() -> None:
             self.routes = inner.routes
 
     inner = APIRouter()
-    inner.add_api_route("/tokenize", answer, methods=["POST"])
-    inner.add_api_route("/hidden", answer, methods=["POST"])
+    inner.add_api_route("/tokenize", response, methods=["POST"])
+    inner.add_api_route("/hidden", response, methods=["POST"])
     app = Starlette()
     app.router.routes.append(Included(inner))  # type: ignore[arg-type]
     assert unclassified(app) == ["POST /hidden"]

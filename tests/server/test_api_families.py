@@ -12,7 +12,7 @@ __all__ = ["world"]
 PATH = f"/families/{FAMILY.digest}"
 
 
-def test_what_a_family_is(world: World) -> None:
+def test_a_family_is_shown(world: World) -> None:
     (family,) = world.told("GET", "/families")["data"]
     assert family == world.told("GET", PATH, key="acme")
     assert (family["name"], family["digest"]) == (FAMILY.name, FAMILY.digest)
@@ -52,6 +52,6 @@ def test_a_freeze_of_all(world: World) -> None:
 
 def test_a_key_for_some_tenants_changes_no_family(world: World) -> None:
     for method, path in (("PUT", "floor"), ("POST", "freeze"), ("POST", "unfreeze")):
-        answer = world.ask(method, f"{PATH}/{path}", {"floor": {}}, key="acme")
-        refused(answer, 403, "all tenants")
+        response = world.ask(method, f"{PATH}/{path}", {"floor": {}}, key="acme")
+        refused(response, 403, "all tenants")
     assert not world.registry.policy(FAMILY.digest).frozen

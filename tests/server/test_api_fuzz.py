@@ -15,7 +15,7 @@ from tenant_setup import SECRETS, World
 
 EXAMPLES = 25
 REAL = {"name": "acme/support", "digest": FAMILY.digest, "job": 1, "rollout": 1}
-"""What half of the requests are about; made-up names are soon told from real ones."""
+"""Names of half of the requests; the others are made up."""
 GOOD = {"PATCH /v1/safegene/tenants/{name}/profile": {"scale": 1.2}}
 """In place of an empty body, which is drawn often: few made-up ones make sense."""
 
@@ -70,12 +70,12 @@ def _try(label: str, cases: Any, answers: Counter[str]) -> None:
                 case.body.pop("expected_revision", None)
                 case.body = case.body or dict(GOOD.get(label, {}))
         headers = {"Authorization": f"Bearer {SECRETS['admin']}"}
-        answer = case.call(headers=headers)
-        status = answer.status_code
+        response = case.call(headers=headers)
+        status = response.status_code
         answers[f"{label} -> {status // 100}xx"] += 1
-        assert status < 500, f"{case.method} {case.formatted_path}: {answer.text}"
-        if status >= 400 and "json" in answer.headers.get("content-type", [""])[0]:
-            found = answer.json()
+        assert status < 500, f"{case.method} {case.formatted_path}: {response.text}"
+        if status >= 400 and "json" in response.headers.get("content-type", [""])[0]:
+            found = response.json()
             # What no route of ours matches is answered by the app.
             assert "error" in found or found.keys() == {"detail"}, found
 

@@ -1,4 +1,4 @@
-"""The routes of keys: a secret told once, live at once, never one that reaches further."""
+"""Routes of keys: a secret is shown once, valid at once, and never reaches further."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_keys_that_cannot_be(world: World, more: dict[str, Any], words: str) -> 
     refused(world.ask("POST", "/keys", body), 400, words)
 
 
-def test_an_expiry_is_kept_to_the_second(world: World) -> None:
+def test_an_expiry_is_stored_to_the_second(world: World) -> None:
     made = add(world, expires_at="2090-01-01T00:00:00+02:00")
     assert made["expires_at"] == "2089-12-31T22:00:00Z"
     assert world.told("GET", "/whoami", key=made["secret"])["expires_at"] == made["expires_at"]
@@ -92,9 +92,9 @@ def test_one_name_once(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+14:00", "9999-01-01T00:00:00Z"]
+    "timestamp", ["9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+14:00", "9999-01-01T00:00:00Z"]
 )
-def test_no_key_ends_where_calendars_do(world: World, moment: str) -> None:
-    body = {"name": "new", "scopes": ["read"], "tenants": ["acme"], "expires_at": moment}
+def test_an_unrepresentable_expiry_is_rejected(world: World, timestamp: str) -> None:
+    body = {"name": "new", "scopes": ["read"], "tenants": ["acme"], "expires_at": timestamp}
     refused(world.ask("POST", "/keys", body), 400, "expected a year from 1900 to 9000")
     refused(world.ask("DELETE", "/keys/new"), 404)

@@ -13,7 +13,7 @@ __all__ = ["world"]
 PROFILE = "/tenants/acme/support/profile"
 
 
-def test_rollouts_tell_who_follows_and_who_does_not(world: World) -> None:
+def test_rollouts_show_which_replicas_follow(world: World) -> None:
     world.serve("acme/support")
     world.told("PATCH", PROFILE, {"scale": 2})
     newest, first = world.told("GET", "/rollouts")["data"]
@@ -88,7 +88,7 @@ def test_a_key_for_some_tenants_reads_their_audit_alone(world: World) -> None:
     assert {e["action"] for e in own} == {"tenant.add"}
 
 
-def test_who_asks(world: World) -> None:
+def test_whoami_shows_the_requests_own_key(world: World) -> None:
     assert world.told("GET", "/whoami", key="acme") == {
         "name": "acme",
         "scopes": ["admin", "serve"],
@@ -99,7 +99,7 @@ def test_who_asks(world: World) -> None:
     }
 
 
-def test_a_key_of_the_last_moment_there_is_may_ask_who_it_is(world: World) -> None:
+def test_whoami_of_a_key_with_the_last_representable_expiry(world: World) -> None:
     made = world.registry.add_key(
         "last",
         scopes=["read"],
@@ -108,15 +108,15 @@ def test_a_key_of_the_last_moment_there_is_may_ask_who_it_is(world: World) -> No
         actor="x",
     )
     asyncio.run(world.replica.apply())
-    told = world.told("GET", "/whoami", key=made.secret)
-    assert told["expires_at"] == "9999-12-31T23:59:59Z"
+    shown = world.told("GET", "/whoami", key=made.secret)
+    assert shown["expires_at"] == "9999-12-31T23:59:59Z"
 
 
 @pytest.mark.parametrize("name", ["since", "until"])
-@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
-def test_the_audit_is_not_asked_of_times_that_cannot_be(
-    world: World, name: str, moment: str
+@pytest.mark.parametrize("timestamp", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_the_audit_rejects_unrepresentable_timestamps(
+    world: World, name: str, timestamp: str
 ) -> None:
-    answer = world.ask("GET", "/audit", params={name: moment})
-    refused(answer, 400, "expected a year from 1900 to 9000")
-    assert answer.json()["error"]["param"] == name
+    response = world.ask("GET", "/audit", params={name: timestamp})
+    refused(response, 400, "expected a year from 1900 to 9000")
+    assert response.json()["error"]["param"] == name

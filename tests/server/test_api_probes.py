@@ -1,4 +1,4 @@
-"""Routes of probes, and the job behind one: whose tenants are told of, and what is refused."""
+"""Routes of probes and their job: visible tenants and rejections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAME = "acme/support"
 
 
 def begin(world: ProbeWorld, key: str = "admin") -> int:
-    told = world.told("POST", f"/tenants/{NAME}/probe", key=key)
-    assert told["tenant"]["name"] == NAME and told["job"]["kind"] == "probe"
-    return int(told["job"]["id"])
+    started = world.told("POST", f"/tenants/{NAME}/probe", key=key)
+    assert started["tenant"]["name"] == NAME and started["job"]["kind"] == "probe"
+    return int(started["job"]["id"])
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_key_sees_its_own(world: ProbeWorld) -> None:
     assert begin(world, key="acme")
 
 
-def test_what_serves_nothing_is_refused(world: ProbeWorld) -> None:
+def test_probing_a_tenant_that_serves_nothing_is_rejected(world: ProbeWorld) -> None:
     world.told("DELETE", f"/tenants/{NAME}")
     refused(world.ask("POST", f"/tenants/{NAME}/probe"), 409, "serves nothing to probe")
     world.app.state.safegene.prober = None
@@ -86,14 +86,14 @@ def test_a_replica_that_does_not_serve_it_says_so(world: ProbeWorld) -> None:
     assert sample("runs_total", tenant=NAME, outcome="failed") is None
 
 
-def test_a_job_that_is_cancelled_stops_asking(world: ProbeWorld) -> None:
+def test_a_cancelled_probe_job_stops_sending_prompts(world: ProbeWorld) -> None:
     job = begin(world)
-    told: Callable[[str], str] = world.replica.answer
+    original: Callable[[str], str] = world.replica.answer
 
     def cancel(prompt: str) -> str:
         if len(world.replica.asked) == 12:
             world.registry.cancel(job, actor="test")
-        return told(prompt)
+        return original(prompt)
 
     world.replica.answer = cancel
     done: Job = world.work()

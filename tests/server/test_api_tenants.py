@@ -42,9 +42,9 @@ ROLLOUT = {
 def test_from_registration_to_service(world: World) -> None:
     source = world.adapter()
     body = {"name": NAME, "source": source, "limits": {"concurrent": 4}}
-    answer = world.ask("POST", "/tenants", body)
-    assert answer.status_code == 202
-    begun = answer.json()
+    response = world.ask("POST", "/tenants", body)
+    assert response.status_code == 202
+    begun = response.json()
     assert set(begun) == {"tenant", "job"}
     assert set(begun["tenant"]) == TENANT and set(begun["job"]) == JOB
     assert (begun["tenant"]["published"], begun["tenant"]["served"]) == (None, None)
@@ -102,7 +102,7 @@ def test_every_form_of_coefficients(world: World) -> None:
         assert world.told("PATCH", path, body)["revision"]["coefficients"] == expected
 
 
-def test_given_coefficients_need_nothing_beside_the_adapter(world: World) -> None:
+def test_given_coefficients_need_no_profile_in_the_source(world: World) -> None:
     bare = world.adapter(profile=None)
     world.told("POST", "/tenants", {"name": NAME, "source": bare, "layers": {"2": 1.5}})
     assert world.work().state == "done"
@@ -129,9 +129,9 @@ def test_given_coefficients_need_nothing_beside_the_adapter(world: World) -> Non
     ],
 )
 def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words: str) -> None:
-    answer = world.ask("POST", "/tenants", body)
-    assert answer.status_code in (400, 409)
-    refused(answer, answer.status_code, words)
+    response = world.ask("POST", "/tenants", body)
+    assert response.status_code in (400, 409)
+    refused(response, response.status_code, words)
     assert world.registry.tenants() == () and world.registry.jobs() == ()
 
 
@@ -152,7 +152,7 @@ def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -
     refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
 
 
-def test_numbers_that_no_float_can_be_are_refused(world: World) -> None:
+def test_numbers_that_no_float_can_be_are_rejected(world: World) -> None:
     world.serve(NAME)
     huge = 10**400
     whole = {**profile_json(a_profile(2.0)), "coefficients": [huge, 0, 1]}
@@ -161,11 +161,11 @@ def test_numbers_that_no_float_can_be_are_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize("body", [{"\ud800": 1}, {"name": "\ud800", "coefficients": 1.0}])
-def test_half_a_surrogate_is_refused(world: World, body: dict[str, Any]) -> None:
+def test_an_unpaired_surrogate_is_rejected(world: World, body: dict[str, Any]) -> None:
     refused(world.ask("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
 
 
-def test_a_body_over_the_limit_is_refused_as_it_comes(world: World) -> None:
+def test_a_body_over_the_limit_is_rejected_while_reading(world: World) -> None:
     world.access = AccessMiddleware(world.app, world.catalog, AccessSettings(max_body_bytes=1000))
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -185,9 +185,11 @@ def test_a_body_of_more_values_than_any_has_is_not_parsed(
     content = f'{{"coefficients": [{"[]," * 20_000}0]}}'.encode(encoding)
     with monkeypatch.context() as patch:
         patch.setattr("starlette.requests.json.loads", loads)
-        answer = world.ask("PATCH", "/tenants/acme/support/profile", content=content, headers=JSON)
+        response = world.ask(
+            "PATCH", "/tenants/acme/support/profile", content=content, headers=JSON
+        )
     words = "more than 20000 objects and lists" if encoding == "utf-8" else "the body is not"
-    refused(answer, 400, words)
+    refused(response, 400, words)
 
 
 def test_the_errors_of_a_body_are_named_up_to_a_number(world: World) -> None:
@@ -217,9 +219,9 @@ def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
 def test_examples_are_a_thousand_at_most(world: World, kind: str) -> None:
     examples: dict[str, Any] = {"safety": [], "task": []}
     examples[kind] = [{"prompt": "a", "answer": "b"}] * 1001
-    answer = world.ask("POST", "/tenants/acme/support/calibrate", {"examples": examples})
-    refused(answer, 400, "at most 1000 items")
-    assert answer.json()["error"]["param"] == f"examples.{kind}"
+    response = world.ask("POST", "/tenants/acme/support/calibrate", {"examples": examples})
+    refused(response, 400, "at most 1000 items")
+    assert response.json()["error"]["param"] == f"examples.{kind}"
 
 
 def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:
@@ -272,7 +274,7 @@ def test_scopes(world: World) -> None:
     refused(world.ask("GET", "/tenants", key="sg-nobody"), 401)
 
 
-def test_what_the_engine_says_reaches_the_caller(world: World) -> None:
+def test_the_engines_error_is_in_the_response(world: World) -> None:
     world.serve(NAME)
     path = "/tenants/acme/support/profile"
     for error, status in (
@@ -304,7 +306,7 @@ def test_without_a_registry_every_route_says_so(world: World) -> None:
     refused(world.ask("GET", "/families"), 409, "runs without a registry")
 
 
-def test_no_path_of_the_store_is_in_any_answer(world: World) -> None:
+def test_no_response_names_a_path_of_the_store(world: World) -> None:
     world.serve(NAME)
     world.told("PATCH", "/tenants/acme/support/profile", {"scale": 2})
     store = str(Path(world.store.root))
@@ -319,10 +321,10 @@ def test_messages_name_no_path_of_the_store(world: World) -> None:
     error = StoreError(f"{inside} cannot be written.\n{inside}: it is\u00a0full")
     world.replica.errors["load"] = error
     path = "/tenants/acme/support"
-    answer = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
-    told = refused(answer, 507)
-    assert told == str(error).replace(str(world.store.root), "STORE")
-    assert answer.headers["content-length"] == str(len(answer.content))
+    response = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
+    message = refused(response, 507)
+    assert message == str(error).replace(str(world.store.root), "STORE")
+    assert response.headers["content-length"] == str(len(response.content))
     world.told("POST", f"{path}/revisions", {})
     world.work()
     assert str(world.store.root) in world.registry.jobs()[0].message
@@ -332,7 +334,7 @@ def test_messages_name_no_path_of_the_store(world: World) -> None:
         assert "STORE/revisions/ab-cd cannot be written" in found.text, asked
 
 
-def test_what_only_begins_like_the_store_is_told_whole(world: World) -> None:
+def test_paths_that_only_begin_like_the_store_are_unchanged(world: World) -> None:
     for name, source in (
         ("one", f"{world.store.root}-not"),
         ("two", f"/srv{world.store.root}/x"),
@@ -350,10 +352,10 @@ def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: Worl
     world.store.rules = SourceRules(roots=(root,))
     for source in ("/etc", other, "s3://models/acme", str(root), str(root / NAME / "x")):
         body = {"source": source}
-        answer = world.ask("POST", "/tenants/acme/support/revisions", body, key="acme")
-        assert str(root) not in refused(answer, 403, "a key for some tenants").replace(source, "")
-        answer = world.ask("POST", "/tenants", {"name": "acme", **body}, key="acme")
-        refused(answer, 403, "a key for some tenants")
+        response = world.ask("POST", "/tenants/acme/support/revisions", body, key="acme")
+        assert str(root) not in refused(response, 403, "a key for some tenants").replace(source, "")
+        response = world.ask("POST", "/tenants", {"name": "acme", **body}, key="acme")
+        refused(response, 403, "a key for some tenants")
         refused(world.ask("POST", "/tenants", {"name": "other", **body}, key="acme"), 404)
     path = "/tenants/acme/support/revisions"
     refused(world.ask("POST", path, {"source": str(root / "acme")}, key="acme"), 403)
@@ -361,7 +363,7 @@ def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: Worl
     assert world.told("POST", "/tenants/acme/support/revisions", {}, key="acme")
 
 
-def test_the_roots_of_sources_are_told_to_keys_for_all_tenants(world: World) -> None:
+def test_only_keys_for_all_tenants_see_the_roots_of_sources(world: World) -> None:
     roots = (world.root / "one", world.root / "two")
     world.store.rules = SourceRules(roots=roots)
     world.told("POST", "/tenants", {"name": NAME, "source": "/no/where"})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from safegene_server.metrics.labels import TenantLabels
 from safegene_server.metrics.series import Series
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.applied import Applied, Served
+from safegene_server.monitoring.setup import Metrics
 from safegene_server.verifier import Report
 from safegene_vllm import __version__
 from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
@@ -88,7 +90,7 @@ def make(served: list[Served], given: EnginePlan | None = None, **more: Any) -> 
     return Applied(labels, given or plan(), lambda: served, "org/Base", now=lambda: 1234.0)
 
 
-def test_what_the_ranks_say() -> None:
+def test_receipts_of_the_ranks_are_exported() -> None:
     applied = make([])
     with growth() as grown:
         applied.take(report(receipt(0), replace(receipt(1), sites_applied=13)))
@@ -211,7 +213,7 @@ def test_tenants_beyond_the_bound_have_no_gauges() -> None:
         ),
     ],
 )
-def test_each_way_to_answer_without_safety(
+def test_each_unprotected_mode_is_exported(
     given: EnginePlan, served: list[Served], modes: set[str]
 ) -> None:
     applied = make(served, given)
@@ -225,7 +227,7 @@ def test_each_way_to_answer_without_safety(
 # -- several processes ---------------------------------------------------------------------------
 
 
-def test_a_series_that_is_gone_is_taken_back_or_where_processes_share_becomes_zero(
+def test_a_series_is_removed_or_with_several_processes_set_to_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     registry = CollectorRegistry()
@@ -261,8 +263,8 @@ sys.stdin.read()
 """
 
 
-def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
-    """As vLLM does with several API processes: one directory, read by whoever is asked."""
+def test_two_processes_are_merged_in_one_scrape(tmp_path: Path) -> None:
+    """As in vLLM with several API processes: one directory, merged when it is scraped."""
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     folders = (".", "server", "tests/server", "tests/support")
     paths = json.dumps([str(ROOT / folder) for folder in folders])
@@ -284,14 +286,14 @@ def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
     )
     try:
         assert [p.stdout.readline() for p in running if p.stdout] == ["done\n"] * 2
-        told = subprocess.run(
+        scraped = subprocess.run(
             [sys.executable, "-c", scrape], env=env, capture_output=True, text=True, timeout=60
         )
     finally:
         for process in running:
             process.communicate(timeout=60)
-    assert told.returncode == 0, told.stderr
-    lines = told.stdout.splitlines()
+    assert scraped.returncode == 0, scraped.stderr
+    lines = scraped.stdout.splitlines()
     for line in (
         'safegene_requests_total{outcome="ok",tenant="acme"} 5.0',
         'safegene_prompt_tokens_total{tenant="acme"} 55.0',
@@ -301,7 +303,7 @@ def test_two_processes_tell_of_themselves_in_one_scrape(tmp_path: Path) -> None:
         'safegene_gain_norm{tenant="acme"} 1.0',
         'safegene_gain_norm{tenant="gone"} 0.0',
     ):
-        assert line in lines, told.stdout
+        assert line in lines, scraped.stdout
     info = {line.split("revision=")[1][1:7]: line[-3:] for line in lines if "on_info{" in line}
     assert info == {"acme@1": "0.0", "acme@2": "1.0", "gone@1": "0.0"}
 
@@ -336,3 +338,39 @@ def test_a_step_that_fails_is_tried_again_and_stops_no_other() -> None:
 
     looked, failed = asyncio.run(run())
     assert looked > 2 and failed > 2
+
+
+def test_reports_and_changes_are_exported_from_the_start_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served: list[tuple[str, Profile]] = []
+
+    async def report_nothing() -> None:
+        return None
+
+    verifier: Any = SimpleNamespace(
+        engine=SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace())),
+        models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="org/Base")]),
+        plan=plan(),
+        profiles=lambda: served,
+        report=report_nothing,
+    )
+
+    async def run() -> None:
+        metrics = Metrics(MetricsSettings(), None)
+        metrics.on_report(report(receipt()))
+        metrics.on_change()
+        assert values("safegene_build_info") == {}
+        metrics.start(verifier, None)
+        metrics.on_report(report(receipt()))
+        assert len(values("safegene_build_info")) == 1
+        served.append(("acme@1", profile(1.0, 1.0)))
+        metrics.on_change()
+        assert "gain_norm{acme@1}" in of_tenants()
+        verifier.profiles = None
+        served.clear()
+        metrics.on_change()
+        await metrics.stop()
+
+    asyncio.run(run())
+    assert "metrics could not be updated" in caplog.text

@@ -1,5 +1,5 @@
 """Gauges of the registry and of a replica that follows it: counts, lag, and a registry that is
-down or does not answer. The registry is real.
+down or does not response. The registry is real.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
     assert (lag.known, lag.seconds()) == (1, 0.0)
 
 
-def test_what_the_registry_counts(registry: Registry) -> None:  # noqa: F811
+def test_counts_of_the_registry(registry: Registry) -> None:  # noqa: F811
     registry.add_tenant("globex", FAMILY, actor="t")
     add_published(registry, "acme/support")
     add_published(registry, "acme/support")
@@ -141,7 +141,7 @@ def test_what_the_registry_counts(registry: Registry) -> None:  # noqa: F811
     assert registry.figures(alive_s=-60.0).level == 0
     assert set(found.since) == {"acme/support", "globex"}
 
-    # A tenant that is not offered here has no moment here.
+    # A tenant that is not served here has no timestamp here.
     collector = RegistryCollector(TenantLabels(), registry, Follower(names=["globex"]))
     asyncio.run(collector.export_counts())
     assert gauges("registry_up") == {"": 1}
@@ -176,7 +176,7 @@ def test_a_registry_that_is_down() -> None:
     assert gauges("registry_up") == {"": 0}
 
 
-def test_a_registry_that_hangs_is_asked_once_and_heard_when_it_answers(
+def test_a_hanging_registry_has_one_query_in_flight(
     registry: Registry,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -197,7 +197,7 @@ def test_a_registry_that_hangs_is_asked_once_and_heard_when_it_answers(
     asyncio.run(run())
 
 
-def test_nothing_of_this_is_a_counter() -> None:
+def test_all_of_these_are_gauges() -> None:
     with growth() as grown:
         asyncio.run(RegistryCollector(TenantLabels(), None, Follower()).export_lag())  # type: ignore[arg-type]
     assert not [name for name in grown.everything() if "_total" in name]

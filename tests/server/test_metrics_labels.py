@@ -9,7 +9,7 @@ from safegene_server.metrics.settings import MetricsSettings
 from safegene_vllm.errors import ConfigError
 
 
-def test_the_first_come_keep_their_names_and_the_rest_share_one() -> None:
+def test_the_first_tenants_have_labels_and_the_rest_share_one() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=2))
     assert [labels.label(name) for name in ("a", "b", "c", "a", "d", "b")] == [
         "a",
@@ -22,12 +22,12 @@ def test_the_first_come_keep_their_names_and_the_rest_share_one() -> None:
     assert [labels.has_own(name) for name in ("a", "b", "c")] == [True, True, False]
 
 
-def test_tenants_of_the_settings_have_their_places_before_anybody_comes() -> None:
+def test_tenants_of_the_settings_have_labels_from_the_start() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=2, tenants=("vip",)))
     assert [labels.label(name) for name in ("a", "b", "vip")] == ["a", OTHER, "vip"]
 
 
-def test_what_belongs_to_nobody_takes_no_place() -> None:
+def test_no_tenant_uses_no_label() -> None:
     labels = TenantLabels(MetricsSettings(max_tenants=1))
     assert labels.label(NO_TENANT) == ""
     assert not labels.has_own(NO_TENANT)

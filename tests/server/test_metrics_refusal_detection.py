@@ -59,7 +59,7 @@ def judged(*documents: dict[str, Any], ended: bool = True) -> tuple[int, int]:
         ),
     ],
 )
-def test_whole_answers(document: dict[str, Any], found: tuple[int, int]) -> None:
+def test_whole_responses(document: dict[str, Any], found: tuple[int, int]) -> None:
     assert judged(document) == found
 
 
@@ -80,7 +80,7 @@ def test_choices_that_stream_side_by_side() -> None:
     assert judged(delta("I can", 0), delta("Sure", 1), delta("not", 0), delta(".", 1)) == (2, 1)
 
 
-def test_an_answer_that_was_broken_off_is_judged_only_if_its_opening_was_whole() -> None:
+def test_a_broken_response_is_judged_only_with_a_complete_opening() -> None:
     assert judged(delta("I cannot"), ended=False) == (0, 0)
     assert judged(delta("I cannot " + "x" * OPENING_CHARS), ended=False) == (1, 1)
 
@@ -105,7 +105,7 @@ def test_an_event_is_searched_as_often_however_many_choices_are_done() -> None:
     assert CountedEvent.searched <= 2
 
 
-def test_a_choice_whose_opening_is_there_is_not_read_any_more() -> None:
+def test_a_choice_with_a_complete_opening_is_not_read_further() -> None:
     openings = RefusalDetector()
     assert openings.wants(event(delta("a")))
     openings.read(delta("x" * OPENING_CHARS))

@@ -46,7 +46,7 @@ ESTIMATE = 50
         ({"questions": {"a": {}, "b": {}}}, 2),
     ],
 )
-def test_how_many_answers_a_body_asks_for(document: dict[str, Any], answers: int) -> None:
+def test_completions_of_a_body_are_counted(document: dict[str, Any], answers: int) -> None:
     assert count_completions(document) == answers
 
 
@@ -87,7 +87,7 @@ def test_the_estimate_of_a_prompt() -> None:
     assert [estimate_prompt(size) for size in (0, 3, 4, 2000)] == [1, 1, 1, 500]
 
 
-def test_nothing_was_answered_yet() -> None:
+def test_tokens_before_any_response() -> None:
     async def send(message: Message) -> None:
         raise AssertionError
 
@@ -105,11 +105,11 @@ def test_an_error_costs_nothing() -> None:
         {"input_tokens": 7, "output_tokens": 5},
     ],
 )
-def test_a_whole_answer_in_pieces(usage: dict[str, int]) -> None:
+def test_a_whole_response_in_chunks(usage: dict[str, int]) -> None:
     document = {"metadata": {"usage": {"prompt_tokens": 1}}, "usage": usage, "text": "x" * 100}
-    answer = json.dumps(document).encode()
-    assert metered(answer) == 12
-    assert metered(answer[:60], answer[60:70], answer[70:]) == 12
+    response = json.dumps(document).encode()
+    assert metered(response) == 12
+    assert metered(response[:60], response[60:70], response[70:]) == 12
 
 
 def test_embeddings_have_a_prompt_only() -> None:
@@ -117,13 +117,13 @@ def test_embeddings_have_a_prompt_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"\x00" * 80, b"x" * 80, b'{"usage":null}'.ljust(80), b"[]" * 40]
+    "response", [b"\x00" * 80, b"x" * 80, b'{"usage":null}'.ljust(80), b"[]" * 40]
 )
-def test_an_answer_without_usage_is_charged_by_its_length(answer: bytes) -> None:
-    assert metered(answer) == ESTIMATE + 20
+def test_a_response_without_usage_is_charged_by_its_length(response: bytes) -> None:
+    assert metered(response) == ESTIMATE + 20
 
 
-def test_a_huge_answer_is_charged_by_its_length() -> None:
+def test_a_huge_response_is_charged_by_its_length() -> None:
     piece = b"x" * 2**20
     count = READ_BYTES // len(piece) + 1
     assert metered(*[piece] * count) == ESTIMATE + count * len(piece) // 4
@@ -154,7 +154,7 @@ def test_the_responses_api_wraps_its_usage() -> None:
     assert metered(*named, kind=SSE) == 10
 
 
-def test_anthropics_stream_tells_prompt_and_answer_apart() -> None:
+def test_usage_of_an_anthropic_stream() -> None:
     start = {"message": {"usage": {"input_tokens": 7, "output_tokens": 0}}}
     end = {"usage": {"output_tokens": 3}}
     assert metered(*events(start, DELTA, end), kind=SSE) == 10
@@ -162,14 +162,14 @@ def test_anthropics_stream_tells_prompt_and_answer_apart() -> None:
     assert metered(*events(start, DELTA, DELTA), kind=SSE) == 7 + 3
 
 
-# -- what is kept back, and who is told ------------------------------------------------------------
+# -- hidden usage, and observers ------------------------------------------------------------------
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
 DONE = b"data: [DONE]\n\n"
 
 
-class Told:
-    """A watch that wants everything."""
+class Recorder:
+    """An observer that wants everything."""
 
     def __init__(self) -> None:
         self.documents: list[dict[str, object]] = []
@@ -185,28 +185,28 @@ class Told:
         self.events.append(event)
 
 
-def streamed(*chunks: bytes, hide: bool, kind: bytes = SSE) -> tuple[bytes, UsageMeter, Told]:
-    """(what the client got, the meter, what its watch was told)."""
+def streamed(*chunks: bytes, hide: bool, kind: bytes = SSE) -> tuple[bytes, UsageMeter, Recorder]:
+    """(what the client got, the meter, its observer)."""
     sent: list[bytes] = []
 
     async def send(message: Message) -> None:
         sent.append(message.get("body", b""))
 
-    async def run() -> tuple[bytes, UsageMeter, Told]:
-        told = Told()
-        meter = UsageMeter(send, ESTIMATE, told, hide_usage=hide)
+    async def run() -> tuple[bytes, UsageMeter, Recorder]:
+        recorder = Recorder()
+        meter = UsageMeter(send, ESTIMATE, recorder, hide_usage=hide)
         headers = [(b"content-type", kind)]
         await meter.send({"type": "http.response.start", "status": 200, "headers": headers})
         for chunk in chunks:
             await meter.send({"type": "http.response.body", "body": chunk, "more_body": True})
         await meter.send({"type": "http.response.body", "body": b"", "more_body": False})
         meter.settle()
-        return b"".join(sent), meter, told
+        return b"".join(sent), meter, recorder
 
     return asyncio.run(run())
 
 
-def test_a_usage_that_the_client_did_not_ask_for_is_kept_back_and_counted() -> None:
+def test_usage_that_the_client_did_not_request_is_hidden_and_counted() -> None:
     chunks = (*events(DELTA, USAGE), DONE)
     got, meter, _ = streamed(*chunks, hide=True)
     assert got == chunks[0] + DONE
@@ -226,22 +226,22 @@ def test_a_usage_that_the_client_did_not_ask_for_is_kept_back_and_counted() -> N
         {"usage": {"prompt_tokens": 7}},
     ],
 )
-def test_nothing_but_the_usage_is_kept_back(event: dict[str, object]) -> None:
+def test_only_the_usage_event_is_hidden(event: dict[str, object]) -> None:
     chunks = events(event)
     assert streamed(*chunks, hide=True)[0] == chunks[0]
 
 
-def test_an_answer_in_one_piece_keeps_its_usage() -> None:
+def test_a_whole_response_keeps_its_usage() -> None:
     whole = json.dumps(USAGE).encode()
-    got, meter, told = streamed(whole, hide=True, kind=b"application/json")
+    got, meter, recorder = streamed(whole, hide=True, kind=b"application/json")
     assert (got, meter.tokens) == (whole, 9)
-    assert told.documents == [USAGE]
+    assert recorder.documents == [USAGE]
 
 
 def test_a_watch_hears_every_event_and_reads_each_document_once() -> None:
-    _, meter, told = streamed(*events(DELTA, USAGE), DONE, hide=False)
-    assert told.documents == [DELTA, USAGE, {}]
-    assert told.events == [*events(DELTA, USAGE), DONE, b""]
+    _, meter, recorder = streamed(*events(DELTA, USAGE), DONE, hide=False)
+    assert recorder.documents == [DELTA, USAGE, {}]
+    assert recorder.events == [*events(DELTA, USAGE), DONE, b""]
     assert meter.complete and not meter.broken
 
 
@@ -250,7 +250,7 @@ def test_a_stream_that_breaks_says_so() -> None:
     assert meter.broken
 
 
-def test_a_client_that_is_gone_when_something_is_sent() -> None:
+def test_a_client_that_disconnected_before_a_send() -> None:
     async def send(message: Message) -> None:
         raise OSError
 

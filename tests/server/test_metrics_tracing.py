@@ -46,12 +46,12 @@ async def engine(scope: Scope, receive: Receive, send: Send) -> None:
     while (await receive()).get("more_body"):
         pass
     sent = {k.decode(): v.decode() for k, v in scope["headers"]}
-    told = {k: sent[k] for k in ("traceparent", "tracestate") if k in sent}
-    context = TraceContextTextMapPropagator().extract(told)
+    received = {k: sent[k] for k in ("traceparent", "tracestate") if k in sent}
+    context = TraceContextTextMapPropagator().extract(received)
     trace.get_tracer("vllm").start_span("llm_request", context=context).end()
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    body = json.dumps({"model": "acme@7", "told": told}).encode()
+    body = json.dumps({"model": "acme@7", "received": received}).encode()
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
@@ -73,12 +73,12 @@ def test_the_engines_span_is_below_ours_and_ours_below_the_callers(
     spans: InMemorySpanExporter,
 ) -> None:
     access = guarded(engine, traffic=traffic())
-    answer = ask(
+    response = ask(
         *(access, "POST", CHAT, "acme"),
         json={"model": "acme"},
         headers={"traceparent": CALLER, "tracestate": "vendor=1"},
     )
-    assert answer.json()["told"]["tracestate"] == "vendor=1"
+    assert response.json()["received"]["tracestate"] == "vendor=1"
     found = named(spans)
     ours, theirs = found["safegene.request"], found["llm_request"]
     assert {span.context.trace_id for span in found.values()} == {TRACE_ID}
@@ -101,18 +101,18 @@ def test_without_a_caller_ours_is_the_root(spans: InMemorySpanExporter) -> None:
 def test_a_caller_that_is_not_sampled_is_not_traced(spans: InMemorySpanExporter) -> None:
     headers = {"traceparent": CALLER[:-2] + "00"}
     access = guarded(engine, traffic=traffic())
-    answer = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
-    assert answer.json()["told"]["traceparent"].endswith("-00")
+    response = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
+    assert response.json()["received"]["traceparent"].endswith("-00")
     assert named(spans) == {}
 
 
-def test_what_is_refused_has_a_span_of_its_own(spans: InMemorySpanExporter) -> None:
+def test_a_rejected_request_has_a_span(spans: InMemorySpanExporter) -> None:
     chat(guarded(engine, traffic=traffic()), "acme", model="other")
     (span,) = named(spans).values()
     assert (span.attributes or {})["safegene.outcome"] == "rejected: model"
 
 
-def test_a_fault_of_the_server_is_an_error(spans: InMemorySpanExporter) -> None:
+def test_a_server_error_is_an_error_span(spans: InMemorySpanExporter) -> None:
     async def failing(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError("broken")
 
@@ -122,25 +122,25 @@ def test_a_fault_of_the_server_is_an_error(spans: InMemorySpanExporter) -> None:
     assert span.status.status_code is StatusCode.ERROR
 
 
-def test_the_bare_edge_traces_too(spans: InMemorySpanExporter) -> None:
+def test_the_metrics_middleware_traces_too(spans: InMemorySpanExporter) -> None:
     counted = traffic()
     counted.served_models = lambda: Served({"acme@7"})
-    answer = ask(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
-    assert "traceparent" in answer.json()["told"]
+    response = ask(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
+    assert "traceparent" in response.json()["received"]
     found = named(spans)
     assert (found["safegene.request"].attributes or {})["safegene.tenant"] == "acme@7"
 
 
 @pytest.mark.parametrize("args", [None, SimpleNamespace(otlp_traces_endpoint=None)])
-def test_nothing_is_traced_unless_the_host_traces(args: Any, spans: InMemorySpanExporter) -> None:
+def test_nothing_is_traced_unless_vllm_traces(args: Any, spans: InMemorySpanExporter) -> None:
     assert tracing_of(args) is None
     access = guarded(engine, traffic=Traffic(TenantLabels(), tracing=tracing_of(args)))
     headers = {"traceparent": CALLER}
-    answer = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
-    # What the caller sent goes on as it is: the host decides what to do with it.
-    assert answer.json()["told"] == {"traceparent": CALLER}
+    response = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
+    # The client's header is passed on unchanged: vLLM decides what to do with it.
+    assert response.json()["received"] == {"traceparent": CALLER}
     assert set(named(spans)) == {"llm_request"}
 
 
-def test_tracing_follows_the_hosts_own_option() -> None:
+def test_tracing_follows_vllms_own_option() -> None:
     assert isinstance(tracing_of(SimpleNamespace(otlp_traces_endpoint="http://c:4317")), Tracing)

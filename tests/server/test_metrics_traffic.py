@@ -1,6 +1,6 @@
-"""Traffic counted at the access check and at the bare edge: exact counts, whoever asks and leaves.
+"""Traffic counted by the access check and by the metrics middleware: exact counts.
 
-The apps behind answer as vLLM does, piece by piece; the clock is the test's own.
+The apps behind response as vLLM does, piece by piece; the clock is the test's own.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def piece(text: str, index: int = 0, **more: str) -> dict[str, Any]:
 
 
 def usage(prompt: int, completion: int) -> dict[str, Any]:
-    told = {"prompt_tokens": prompt, "completion_tokens": completion}
-    return {"model": "acme@7", "choices": [], "usage": told}
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return {"model": "acme@7", "choices": [], "usage": usage}
 
 
 HEAD = {"model": "acme@7", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
@@ -82,12 +82,12 @@ def answers(
 
 
 def whole_answer(**more: Any) -> bytes:
-    told = {"prompt_tokens": 11, "completion_tokens": 5}
+    usage = {"prompt_tokens": 11, "completion_tokens": 5}
     document = {"model": "acme@7", "choices": [{"index": 0, "message": {"content": NO}}]}
-    return json.dumps({**document, "usage": told, **more}).encode()
+    return json.dumps({**document, "usage": usage, **more}).encode()
 
 
-def test_a_whole_answer() -> None:
+def test_a_whole_response() -> None:
     clock = Clock()
     app = answers(2.0, whole_answer(), kind=b"application/json", clock=clock)
     access = guarded(app, traffic=traffic(clock))
@@ -114,8 +114,8 @@ def test_a_stream_is_timed_judged_and_counted_by_a_usage_that_the_client_never_s
         seen=seen,
     )
     with growth() as grown:
-        answer = chat(guarded(app, traffic=traffic(clock)), "acme", model="acme", stream=True)
-    assert answer.content == event(HEAD) + b"".join(pieces) + DONE
+        response = chat(guarded(app, traffic=traffic(clock)), "acme", model="acme", stream=True)
+    assert response.content == event(HEAD) + b"".join(pieces) + DONE
     assert seen[0]["stream_options"] == {"include_usage": True, "continuous_usage_stats": False}
     assert grown.everything() == {
         "requests_total{outcome=ok,tenant=acme}": 1,
@@ -132,21 +132,21 @@ def test_a_stream_is_timed_judged_and_counted_by_a_usage_that_the_client_never_s
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "options"),
     [
         ({"stream": True, "stream_options": {"include_usage": True}}, {"include_usage": True}),
         ({"stream": False}, None),
         ({"stream": True, "stream_options": "all"}, "all"),
     ],
 )
-def test_a_usage_that_was_asked_for_is_shown_and_nothing_else_is_changed(
-    body: dict[str, Any], told: object
+def test_requested_usage_is_shown_and_nothing_else_changes(
+    body: dict[str, Any], options: object
 ) -> None:
     seen: list[dict[str, Any]] = []
     app = answers(event(usage(7, 3)), DONE, seen=seen)
-    answer = chat(guarded(app, traffic=traffic()), "acme", model="acme", **body)
-    assert answer.content == event(usage(7, 3)) + DONE
-    assert seen[0].get("stream_options") == told
+    response = chat(guarded(app, traffic=traffic()), "acme", model="acme", **body)
+    assert response.content == event(usage(7, 3)) + DONE
+    assert seen[0].get("stream_options") == options
 
 
 def test_each_choice_counts_and_an_echo_of_the_prompt_is_not_judged() -> None:
@@ -161,7 +161,7 @@ def test_each_choice_counts_and_an_echo_of_the_prompt_is_not_judged() -> None:
     assert grown.by("safegene_refusals_total", **rule) == 1
 
 
-def test_nobody_looks_for_refusals_where_that_is_switched_off() -> None:
+def test_refusals_are_not_detected_where_disabled() -> None:
     app = answers(whole_answer(), kind=b"application/json")
     counted = Traffic(TenantLabels(), refusals=False)
     with growth() as grown:
@@ -182,7 +182,7 @@ def test_nobody_looks_for_refusals_where_that_is_switched_off() -> None:
         ("acme", {"model": "acme", "background": True}, "field", ""),
     ],
 )
-def test_what_is_refused_is_counted_by_its_reason(
+def test_rejections_are_counted_by_reason(
     key: str | None, body: dict[str, Any], reason: str, tenant: str
 ) -> None:
     access = guarded(traffic=traffic())
@@ -218,7 +218,7 @@ def test_limits_that_are_hit_have_their_tenant() -> None:
     assert grown.by(rejected, tenant="other", reason="requests_per_minute") == 2
 
 
-def test_routes_that_answer_with_no_tokens_count_only_what_was_refused() -> None:
+def test_routes_without_tokens_count_rejections_only() -> None:
     access = guarded(traffic=traffic())
     with growth() as grown:
         assert ask(access, "GET", "/v1/models", "acme").status_code == 200
@@ -240,7 +240,7 @@ def test_routes_that_answer_with_no_tokens_count_only_what_was_refused() -> None
         (500, "server_error", None),
     ],
 )
-def test_what_the_engine_refuses(status: int, outcome: str, reason: str | None) -> None:
+def test_rejections_by_the_engine(status: int, outcome: str, reason: str | None) -> None:
     app = answers(b'{"error":{}}', kind=b"application/json", status=status)
     with growth() as grown:
         chat(guarded(app, traffic=traffic()), "acme", model="acme")
@@ -252,7 +252,7 @@ def test_what_the_engine_refuses(status: int, outcome: str, reason: str | None) 
     assert found == {}
 
 
-def test_a_stream_that_breaks_and_one_that_stops_in_the_middle_are_the_servers_fault() -> None:
+def test_streams_that_break_or_stop_early_are_server_errors() -> None:
     broken = answers(event(piece("a")), event({"error": {"message": "no"}}), DONE)
     stopped = answers(event(piece("a")), whole=False)
     with growth() as grown:
@@ -262,7 +262,7 @@ def test_a_stream_that_breaks_and_one_that_stops_in_the_middle_are_the_servers_f
     assert grown.by("safegene_requests_total", tenant="acme", outcome="server_error") == 2
 
 
-def test_an_app_that_fails_before_it_answers() -> None:
+def test_an_app_that_fails_before_it_responds() -> None:
     async def failing(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError("broken")
 
@@ -323,7 +323,7 @@ def test_a_client_that_leaves_once_it_has_read_the_end() -> None:
     assert grown.by("safegene_requests_total", tenant="acme", outcome="ok") == 1
 
 
-def test_a_client_that_leaves_before_its_request_is_whole() -> None:
+def test_a_client_that_disconnects_before_its_request_is_complete() -> None:
     run, sent = speak(guarded(traffic=traffic()), "acme", {}, leaving([]))
     with growth() as grown:
         asyncio.run(run)
@@ -331,7 +331,7 @@ def test_a_client_that_leaves_before_its_request_is_whole() -> None:
     assert grown.everything() == {"requests_total{outcome=cancelled,tenant=}": 1}
 
 
-def test_the_base_model_is_no_tenant_and_what_has_no_profile_is_unprotected() -> None:
+def test_the_base_model_is_no_tenant_and_without_a_profile_is_unprotected() -> None:
     counted = traffic()
     counted.served_models = lambda: Served(protected=lambda served: served != "org/Base")
     access = guarded(answers(whole_answer(), kind=b"application/json"), traffic=counted)
@@ -344,7 +344,7 @@ def test_the_base_model_is_no_tenant_and_what_has_no_profile_is_unprotected() ->
 
 
 @pytest.mark.parametrize(("pieces", "counted"), [((HEAD,), 1), ((HEAD, piece("a")), 1), ((), 0)])
-def test_a_part_of_an_answer_without_a_profile_counts_too(pieces: Any, counted: int) -> None:
+def test_a_partial_response_without_a_profile_counts_too(pieces: Any, counted: int) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         headers = [(b"content-type", b"text/event-stream")]
@@ -353,11 +353,11 @@ def test_a_part_of_an_answer_without_a_profile_counts_too(pieces: Any, counted: 
             await send({"type": "http.response.body", "body": event(body), "more_body": True})
         assert (await receive())["type"] == "http.disconnect"
 
-    told = traffic()
-    told.served_models = lambda: Served(protected=lambda served: False)
+    metrics = traffic()
+    metrics.served_models = lambda: Served(protected=lambda served: False)
     body = json.dumps({"model": "acme", "stream": True}).encode()
     receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
-    run, _ = speak(guarded(app, traffic=told), "acme", {}, receive)
+    run, _ = speak(guarded(app, traffic=metrics), "acme", {}, receive)
     with growth() as grown:
         asyncio.run(run)
     assert grown.by("safegene_requests_total", tenant="acme", outcome="cancelled") == 1
@@ -386,7 +386,7 @@ def edge(app: App, clock: Clock | None = None) -> Any:
     return MetricsMiddleware(app, counted)
 
 
-def test_the_edge_learns_the_tenant_from_the_answer() -> None:
+def test_the_metrics_middleware_reads_the_tenant_from_the_response() -> None:
     clock = Clock()
     stream = answers(
         *(1.0, event(HEAD), event(piece(NO)), 0.5, event(piece("x")), DONE), clock=clock
@@ -428,14 +428,14 @@ def test_where_the_name_stands(document: dict[str, Any], found: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "reason"), [(None, "no_key"), ("wrong", "unknown_key")])
-def test_the_hosts_own_refusals(key: str | None, reason: str) -> None:
+def test_vllms_own_rejections(key: str | None, reason: str) -> None:
     app = answers(b"{}", kind=b"application/json", status=401)
     with growth() as grown:
         ask(edge(app), "POST", CHAT, key, json={})
     assert grown.by("safegene_rejected_requests_total", tenant="", reason=reason) == 1
 
 
-def test_the_edge_counts_nothing_before_the_engine_is_known_and_nothing_but_answers() -> None:
+def test_the_metrics_middleware_counts_only_completions_after_the_start() -> None:
     app = answers(whole_answer(), kind=b"application/json")
     with growth() as grown:
         assert ask(MetricsMiddleware(app, traffic()), "POST", CHAT, json={}).status_code == 200

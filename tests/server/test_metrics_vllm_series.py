@@ -21,7 +21,7 @@ def as_vllm_makes_it(registry: CollectorRegistry) -> Gauge:
     return Gauge(UNBOUNDED, "Running stats on lora requests.", names, registry=registry)
 
 
-def test_it_is_withheld_and_what_is_written_later_is_forgotten() -> None:
+def test_the_series_is_removed_and_later_values_are_cleared() -> None:
     registry = CollectorRegistry()
     gauge = as_vllm_makes_it(registry)
     other = Gauge("vllm:num_requests_running", "...", ["engine"], registry=registry)
@@ -32,8 +32,8 @@ def test_it_is_withheld_and_what_is_written_later_is_forgotten() -> None:
         gauge.labels("2", "", f"acme@{number},trial:{number}").set_to_current_time()
     asyncio.run(clear())
     assert gauge._metrics == {}
-    told = generate_latest(registry).decode()
-    assert UNBOUNDED not in told and "vllm:num_requests_running" in told
+    text = generate_latest(registry).decode()
+    assert UNBOUNDED not in text and "vllm:num_requests_running" in text
 
 
 def test_an_engine_without_adapters_has_none() -> None:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
-from safegene_server import engine_client as gate
+from safegene_server import engine_client as engine_client_module
 from safegene_server import error_responses as answers
 from safegene_server import verifier
 from safegene_server.plugin import endpoint_plugin
@@ -85,15 +85,15 @@ class Engine:
         if method == "safegene_add":
             assert [type(value) for value in args] == [str, int, str, bool]
             await self.add_lora(Request(*args))
-            told = self.told()
+            reports = self.reports()
             return [
                 {"rejected": why, "receipt": None if why else receipt}
-                for why, receipt in zip(self.admissions, told, strict=True)
+                for why, receipt in zip(self.admissions, reports, strict=True)
             ]
         assert method == "safegene_receipt"
-        return self.told()
+        return self.reports()
 
-    def told(self) -> list[dict[str, Any] | None]:
+    def reports(self) -> list[dict[str, Any] | None]:
         twisted = [None if r is None else self.twist(r) for r in self.receipts]
         return [None if r is None else r.to_dict() for r in twisted]
 
@@ -302,9 +302,9 @@ def test_disagreement_later_is_503(
     world.serve("t0")
     client = world.start()
     world.engine.twist = twist
-    answer = client.get("/v1/safegene/ready")
-    assert answer.status_code == 503
-    assert words in shape_of_openai(answer.json(), 503)
+    response = client.get("/v1/safegene/ready")
+    assert response.status_code == 503
+    assert words in shape_of_openai(response.json(), 503)
     receipts = client.get("/v1/safegene/receipts").json()
     assert receipts["ready"] is False
     assert words in receipts["faults"][0]
@@ -319,7 +319,7 @@ def test_without_the_general_plugin_the_server_does_not_start(world: World) -> N
         world.start()
 
 
-def test_data_parallel_engines_are_refused(world: World) -> None:
+def test_data_parallel_engines_are_rejected(world: World) -> None:
     world.engine.vllm_config.parallel_config.data_parallel_size = 2
     with pytest.raises(ConfigError, match="--data-parallel-size 2"):
         world.start()
@@ -350,14 +350,14 @@ def test_weights_are_verified_against_the_checkpoints_profile(world: World) -> N
     assert (body["apply"], body["base"]["profile"]) == ("weights", profile.digest)
 
 
-def test_without_a_family_nothing_is_claimed(world: World) -> None:
+def test_without_a_family_the_server_is_not_ready(world: World) -> None:
     world = make_world(world.d, None)
     world.engine.receipts = [None]
     client = world.start()
     assert world.models.engine_client is world.engine
-    answer = client.get("/v1/safegene/ready")
-    assert answer.status_code == 503
-    assert "no family loaded" in shape_of_openai(answer.json(), 503)
+    response = client.get("/v1/safegene/ready")
+    assert response.status_code == 503
+    assert "no family loaded" in shape_of_openai(response.json(), 503)
     receipts = client.get("/v1/safegene/receipts").json()
     assert receipts["ready"] is False and "no family loaded" in receipts["faults"][0]
     body = {"lora_name": "x", "lora_path": "anywhere"}
@@ -365,16 +365,16 @@ def test_without_a_family_nothing_is_claimed(world: World) -> None:
     world.engine.refuse = RuntimeError("no matter")
     wrapped = "Call to add_lora method failed: Worker failed with error 'a profile', please check "
     world.models.abridged = wrapped + "the stack trace above for the root cause"
-    answer = client.post(LOAD, json={**body, "lora_name": "y"})
-    assert shape_of_openai(answer.json(), 500) == "a profile"
+    response = client.post(LOAD, json={**body, "lora_name": "y"})
+    assert shape_of_openai(response.json(), 500) == "a profile"
 
 
 def test_a_server_without_an_engine_says_so(world: World) -> None:
     client = world.start(engine=None)
     for path in ("/v1/safegene/ready", "/v1/safegene/receipts"):
-        answer = client.get(path)
-        assert answer.status_code == 503
-        assert "no engine" in shape_of_openai(answer.json(), 503)
+        response = client.get(path)
+        assert response.status_code == 503
+        assert "no engine" in shape_of_openai(response.json(), 503)
 
 
 def test_tenants_without_profile_in_the_open_mode(world: World) -> None:
@@ -412,8 +412,8 @@ def load(client: TestClient, name: str, path: Path | str, **more: Any) -> Any:
 
 def test_a_tenant_is_published_once_its_receipts_agree(world: World) -> None:
     client = world.start()
-    answer = load(client, "t1", world.d / "t1")
-    assert (answer.status_code, answer.text) == (200, "Success: t1")
+    response = load(client, "t1", world.d / "t1")
+    assert (response.status_code, response.text) == (200, "Success: t1")
     tenants = client.get("/v1/safegene/ready").json()["tenants"]
     assert [t["name"] for t in tenants] == ["t1"]
 
@@ -427,16 +427,16 @@ def test_every_rank_has_read_an_adapter_before_it_is_added(world: World) -> None
     assert world.engine.called == [*["safegene_begin"] * 3, "safegene_add"]
 
 
-def test_an_adapter_that_takes_too_long_to_read_is_refused_and_the_engine_goes_on(
+def test_an_adapter_that_takes_too_long_to_read_is_rejected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = world.start()
-    monkeypatch.setattr(gate, "READ_S", -1.0)
+    monkeypatch.setattr(engine_client_module, "READ_S", -1.0)
     (world.d / "t1" / "adapter_model.safetensors").write_bytes(b"slow")
     world.engine.reading = [[False, False]] * 3
     world.engine.called.clear()
-    answer = load(client, "t1", world.d / "t1")
-    assert "was not read within" in shape_of_openai(answer.json(), 400)
+    response = load(client, "t1", world.d / "t1")
+    assert "was not read within" in shape_of_openai(response.json(), 400)
     assert world.engine.called == ["safegene_begin"] and world.engine.removed == [1]
     assert world.models.lora_requests == {}
 
@@ -455,17 +455,17 @@ def test_a_revision_of_an_adapter_that_was_read_is_added_at_once(world: World) -
     assert world.engine.called == ["safegene_begin", *["safegene_add"] * 3]
 
 
-def test_a_tenant_whose_receipts_disagree_is_taken_back(world: World) -> None:
+def test_a_tenant_whose_receipts_disagree_is_removed(world: World) -> None:
     client = world.start()
     world.engine.twist = second_rank_without
-    answer = load(client, "t1", world.d / "t1")
-    assert answer.status_code == 500
-    assert "rank 1 has no adapter 't1'" in shape_of_openai(answer.json(), 500)
-    assert answer.json()["error"]["param"] == "lora_path"
+    response = load(client, "t1", world.d / "t1")
+    assert response.status_code == 500
+    assert "rank 1 has no adapter 't1'" in shape_of_openai(response.json(), 500)
+    assert response.json()["error"]["param"] == "lora_path"
     assert (world.models.lora_requests, world.engine.removed) == ({}, [1])
 
 
-def test_nobody_can_ask_for_a_tenant_before_it_is_verified(world: World) -> None:
+def test_a_tenant_is_unreachable_before_it_is_verified(world: World) -> None:
     client = world.start()
     asked: list[bool] = []
     ask = world.engine.collective_rpc
@@ -489,14 +489,14 @@ def test_nobody_can_ask_for_a_tenant_before_it_is_verified(world: World) -> None
         "{}\nTraceback (most recent call last):\n  File x",
     ],
 )
-def test_the_engines_refusal_is_told_plainly(world: World, wrapped: str) -> None:
+def test_the_engines_reason_is_in_the_response(world: World, wrapped: str) -> None:
     message = "tenant 't1': layer 0 has coefficient -1.0, expected 0.0 to 3.0\n- and more"
     client = world.start()
     world.engine.refuse = RuntimeError(wrapped.format(message))
-    answer = load(client, "t1", world.d / "t1")
-    assert answer.status_code == 400
-    assert shape_of_openai(answer.json(), 400) == message
-    assert answer.json()["error"]["param"] == "lora_path"
+    response = load(client, "t1", world.d / "t1")
+    assert response.status_code == 400
+    assert shape_of_openai(response.json(), 400) == message
+    assert response.json()["error"]["param"] == "lora_path"
     assert world.engine.removed == [1]
     world.engine.refuse = None
     assert load(client, "t1", world.d / "t1").status_code == 200
@@ -510,36 +510,36 @@ def test_the_engines_refusal_is_told_plainly(world: World, wrapped: str) -> None
         (["one", "other"], "one\nother"),
     ],
 )
-def test_what_one_rank_refuses_is_taken_out_of_all(
+def test_an_adapter_rejected_by_one_rank_is_removed_from_all(
     world: World, admissions: list[str | None], message: str
 ) -> None:
     client = world.start()
     world.engine.admissions = admissions
-    answer = load(client, "t1", world.d / "t1")
-    assert shape_of_openai(answer.json(), 400) == message
+    response = load(client, "t1", world.d / "t1")
+    assert shape_of_openai(response.json(), 400) == message
     assert (world.models.lora_requests, world.engine.removed) == ({}, [1])
 
 
-def test_replies_out_of_step_are_a_named_fault(world: World) -> None:
+def test_replies_out_of_step_are_reported(world: World) -> None:
     client = world.start()
 
     async def stale(method: str, args: tuple[Any, ...] = ()) -> Any:
         return [world.engine.receipts[0].to_dict(), True]  # type: ignore[union-attr]
 
     world.engine.collective_rpc = stale  # type: ignore[method-assign]
-    answer = client.get("/v1/safegene/ready")
-    assert "out of step" in shape_of_openai(answer.json(), 503)
-    answer = load(client, "t1", world.d / "t1")
-    assert "out of step" in shape_of_openai(answer.json(), answer.status_code)
+    response = client.get("/v1/safegene/ready")
+    assert "out of step" in shape_of_openai(response.json(), 503)
+    response = load(client, "t1", world.d / "t1")
+    assert "out of step" in shape_of_openai(response.json(), response.status_code)
     assert world.models.lora_requests == {}
 
 
-def test_a_refused_reload_keeps_what_is_served(world: World) -> None:
+def test_a_rejected_reload_keeps_the_served_adapter(world: World) -> None:
     client = world.start()
     load(client, "t1", world.d / "t1")
     world.engine.refuse = RuntimeError("load_inplace is refused")
-    answer = load(client, "t1", world.d / "t1", load_inplace=True)
-    assert answer.status_code == 400
+    response = load(client, "t1", world.d / "t1", load_inplace=True)
+    assert response.status_code == 400
     assert world.engine.removed == []
     assert client.get("/v1/safegene/ready").status_code == 200
 
@@ -548,24 +548,24 @@ def test_a_dead_engine_is_503(world: World) -> None:
     client = world.start()
     world.engine.errored = True
     world.engine.refuse = RuntimeError("EngineCore died")
-    answer = load(client, "t1", world.d / "t1")
-    assert "the engine is down" in shape_of_openai(answer.json(), 503)
+    response = load(client, "t1", world.d / "t1")
+    assert "the engine is down" in shape_of_openai(response.json(), 503)
 
 
-def test_an_engine_that_removes_nothing_says_so_in_our_errors(world: World) -> None:
+def test_errors_of_removal_are_translated(world: World) -> None:
     client = world.start()
-    gate = world.models.engine_client
+    client_proxy = world.models.engine_client
 
     async def broken(lora_int_id: int) -> bool:
         raise RuntimeError("EngineCore died")
 
-    assert asyncio.run(gate.remove_lora(1)) is True
+    assert asyncio.run(client_proxy.remove_lora(1)) is True
     world.engine.remove_lora = broken  # type: ignore[method-assign]
     with pytest.raises(AdapterRejectedError, match="EngineCore died"):
-        asyncio.run(gate.remove_lora(1))
+        asyncio.run(client_proxy.remove_lora(1))
     world.engine.errored = True
     with pytest.raises(answers.EngineDownError, match="the engine is down"):
-        asyncio.run(gate.remove_lora(1))
+        asyncio.run(client_proxy.remove_lora(1))
     client.close()
 
 
@@ -576,11 +576,11 @@ def test_a_silent_engine_is_503(world: World, monkeypatch: pytest.MonkeyPatch) -
     client = world.start()
     monkeypatch.setattr(verifier, "RECEIPT_TIMEOUT_S", 0.05)
     world.engine.collective_rpc = asleep  # type: ignore[method-assign]
-    answer = client.get("/v1/safegene/ready")
-    assert "no receipts within" in shape_of_openai(answer.json(), 503)
+    response = client.get("/v1/safegene/ready")
+    assert "no receipts within" in shape_of_openai(response.json(), 503)
 
 
-def test_readiness_without_a_key_looks_once_a_second(
+def test_readiness_without_a_key_queries_the_ranks_once_a_second(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -607,11 +607,11 @@ def test_readiness_without_a_key_looks_once_a_second(
         assert len(asked) == 2 + second
         now[0] += 1.0
     faults.append("acme@2 cannot be applied")
-    answer = client.get("/v1/safegene/ready")
-    assert "not all that is published" in shape_of_openai(answer.json(), 503)
+    response = client.get("/v1/safegene/ready")
+    assert "not all that is published" in shape_of_openai(response.json(), 503)
 
 
-def test_those_who_ask_at_once_share_one_look(world: World) -> None:
+def test_concurrent_requests_share_one_report(world: World) -> None:
     world.start()
     looking: verifier.Verifier = world.app.state.safegene.verifier
     asked, go = [], asyncio.Event()
@@ -619,7 +619,7 @@ def test_those_who_ask_at_once_share_one_look(world: World) -> None:
     async def slow(method: str, args: tuple[Any, ...] = ()) -> Any:
         asked.append(method)
         await go.wait()
-        return world.engine.told()
+        return world.engine.reports()
 
     async def all_at_once() -> None:
         world.engine.collective_rpc = slow  # type: ignore[method-assign]
@@ -637,14 +637,14 @@ def test_those_who_ask_at_once_share_one_look(world: World) -> None:
 
 
 def test_a_path_that_is_not_there_is_404(world: World) -> None:
-    answer = load(world.start(), "x", "/nowhere/at/all")
-    assert answer.status_code == 404
-    assert "/nowhere/at/all" in shape_of_openai(answer.json(), 404)
+    response = load(world.start(), "x", "/nowhere/at/all")
+    assert response.status_code == 404
+    assert "/nowhere/at/all" in shape_of_openai(response.json(), 404)
     assert world.models.lora_requests == {}
 
 
 def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
-    """Whether they exist is nobody's business: the same answer for both."""
+    """The response does not reveal whether they exist."""
     settings = {"family": str(world.d / "f"), "adapter_roots": [str(world.d)]}
     world = make_world(world.d, settings)
     client = world.start()
@@ -670,11 +670,11 @@ def test_below_a_root_written_with_dots_adapters_are_read_ahead(world: World) ->
     assert world.engine.called == ["safegene_begin", "safegene_add"]
 
 
-def test_the_hosts_own_refusals_pass(world: World) -> None:
+def test_vllms_own_rejections_pass(world: World) -> None:
     client = world.start()
     load(client, "t1", world.d / "t1")
-    answer = load(client, "t1", world.d / "t1")
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "already loaded")
+    response = load(client, "t1", world.d / "t1")
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "already loaded")
 
 
 def test_changed_or_missing_files_do_not_unready_what_was_verified(world: World) -> None:
@@ -695,14 +695,14 @@ def test_an_unloaded_adapter_of_the_same_name_does_not_disturb(world: World) -> 
     assert [t["profile"] for t in tenants] == [load_profile(world.d / "t2").digest]
 
 
-def test_whatever_is_published_past_the_gate_is_seen(world: World) -> None:
+def test_adapters_published_past_the_engine_client_are_reported(world: World) -> None:
     client = world.start()
     world.models.lora_requests["x"] = Request("x", 9, str(world.d / "t1"))
-    answer = client.get("/v1/safegene/ready")
-    assert "rank 0 has no adapter 'x'" in shape_of_openai(answer.json(), 503)
+    response = client.get("/v1/safegene/ready")
+    assert "rank 0 has no adapter 'x'" in shape_of_openai(response.json(), 503)
 
 
-def test_what_comes_or_goes_while_the_ranks_are_asked_is_no_fault(world: World) -> None:
+def test_adapters_loaded_or_unloaded_during_a_report_are_no_error(world: World) -> None:
     world.serve("t1")
     client = world.start()
     ask = world.engine.collective_rpc
@@ -715,8 +715,8 @@ def test_what_comes_or_goes_while_the_ranks_are_asked_is_no_fault(world: World) 
         return answers
 
     world.engine.collective_rpc = meanwhile  # type: ignore[method-assign]
-    answer = client.get("/v1/safegene/ready")
-    assert answer.status_code == 200 and answer.json()["tenants"] == []
+    response = client.get("/v1/safegene/ready")
+    assert response.status_code == 200 and response.json()["tenants"] == []
     world.engine.collective_rpc = ask  # type: ignore[method-assign]
     assert client.get("/v1/safegene/ready").status_code == 503
 
@@ -732,16 +732,16 @@ def test_what_comes_or_goes_while_the_ranks_are_asked_is_no_fault(world: World) 
     ],
 )
 def test_bad_bodies(world: World, content: str, kind: str, param: str | None) -> None:
-    answer = world.start().post(LOAD, content=content, headers={"content-type": kind})
-    shape_of_openai(answer.json(), 400)
-    assert answer.json()["error"]["param"] == param
+    response = world.start().post(LOAD, content=content, headers={"content-type": kind})
+    shape_of_openai(response.json(), 400)
+    assert response.json()["error"]["param"] == param
 
 
 def test_an_accident_in_a_route_keeps_the_shape(world: World) -> None:
     client = world.start()
     world.models.lora_requests = None  # type: ignore[assignment]
-    answer = client.get("/v1/safegene/ready")
-    assert "log" in shape_of_openai(answer.json(), 500)
+    response = client.get("/v1/safegene/ready")
+    assert "log" in shape_of_openai(response.json(), 500)
 
 
 # -- wiring ----------------------------------------------------------------------------------------
@@ -763,7 +763,7 @@ def test_the_routes_are_these_and_all_below_v1(world: World) -> None:
     assert all(path.startswith("/v1/") for _, path in routes(plain) - before)
 
 
-def test_the_load_route_replaces_vllms_and_appears_only_beside_it(world: World) -> None:
+def test_the_load_route_exists_only_where_it_replaces_vllms(world: World) -> None:
     client = world.start()
     assert sum(("POST", LOAD) in routes_of(r) for r in world.app.routes) == 1
     assert load(client, "t1", world.d / "t1").text == "Success: t1"
@@ -778,7 +778,7 @@ def routes_of(route: Any) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("where", ["--api-key", "VLLM_API_KEY", None])
-def test_sagemakers_routes_ask_for_the_key(
+def test_sagemakers_routes_require_the_key(
     world: World, where: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -805,13 +805,13 @@ def test_sagemakers_routes_ask_for_the_key(
             assert call({}).status_code == 200
             continue
         for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic k1"}):
-            answer = call(headers)
-            shape_of_openai(answer.json(), 401)
+            response = call(headers)
+            shape_of_openai(response.json(), 401)
         assert call({"Authorization": "Bearer k1"}).status_code == 200
     assert client.get("/v1/safegene/ready").status_code == 200
 
 
-def test_adapters_answers_as_the_load_route_does(world: World) -> None:
+def test_post_adapters_responds_as_the_load_route_does(world: World) -> None:
     client = world.start()
 
     def register(name: str, src: Any, **headers: str) -> Any:
@@ -844,9 +844,9 @@ def test_bodies_of_adapters(world: World) -> None:
         ([], None),
         ("x", None),
     ):
-        answer = client.post("/adapters", json=body)
-        shape_of_openai(answer.json(), 400)
-        assert answer.json()["error"]["param"] == param
+        response = client.post("/adapters", json=body)
+        shape_of_openai(response.json(), 400)
+        assert response.json()["error"]["param"] == param
     asked = {"name": "t1", "src": str(world.d / "t1")}
     assert client.post("/adapters", params=asked).text == "Adapter t1 registered"
     assert client.post("/adapters", params={"name": "t1"}).status_code == 400
@@ -879,8 +879,8 @@ def test_the_contract_of_vllm(world: World) -> None:
     plugin = endpoint_plugin()
     assert (plugin.name, plugin.required_tasks) == ("safegene_server", None)
     client = world.start()
-    gate = world.models.engine_client
-    assert gate is not world.engine and gate.vllm_config is world.engine.vllm_config
+    client_proxy = world.models.engine_client
+    assert client_proxy is not world.engine and client_proxy.vllm_config is world.engine.vllm_config
     assert client.get("/v1/safegene/ready").status_code == 200
 
 

@@ -33,15 +33,15 @@ def seen():
     ]
 
 
-told = []
+shown = []
 for step in (gauges.show, gauges.clear, gauges.show):
     step(labels, result)
-    told.append([None if math.isnan(value) else value for value in seen()])
-print(json.dumps(told))
+    shown.append([None if math.isnan(value) else value for value in seen()])
+print(json.dumps(shown))
 """
 
 
-def test_where_processes_share_files_rates_become_no_numbers(tmp_path: Path) -> None:
+def test_with_several_processes_rates_become_nan(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "server")])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -38,7 +38,7 @@ ALL = {
         (lambda prompt: "the the the the the the the the", 1.0, 0.0, 0.0),
     ],
 )
-def test_what_is_counted_and_told(
+def test_counts_and_gauges_of_a_probe(
     probes: ProbeWorld,
     answer: Callable[[str], str] | None,
     attacks: float,
@@ -66,19 +66,19 @@ def test_what_is_counted_and_told(
     assert series_of(NAME) == ALL
 
 
-def test_no_answer_and_no_question_is_kept(
+def test_no_prompt_and_no_completion_is_retained(
     probes: ProbeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     probes.publish(NAME)
     probes.replica.answer = lambda prompt: f"Sure: {prompt} SECRET"
-    kept = json.dumps(asyncio.run(probes.probing().probe(NAME)).record()) + caplog.text
-    kept += repr(vars(probes.prober)["_statuses"])
-    assert "SECRET" not in kept
-    assert not any(prompt.prompt in kept for prompt in PROMPTS)
+    record = json.dumps(asyncio.run(probes.probing().probe(NAME)).record()) + caplog.text
+    record += repr(vars(probes.prober)["_statuses"])
+    assert "SECRET" not in record
+    assert not any(prompt.prompt in record for prompt in PROMPTS)
 
 
 @pytest.mark.parametrize("by_priority", [True, False])
-def test_how_it_asks(probes: ProbeWorld, by_priority: bool) -> None:
+def test_parameters_of_probe_requests(probes: ProbeWorld, by_priority: bool) -> None:
     served = probes.publish(NAME)
     probes.replica.by_priority = by_priority
     asyncio.run(probes.probing(concurrent=3, max_tokens=7, priority=9).probe(NAME))
@@ -89,7 +89,7 @@ def test_how_it_asks(probes: ProbeWorld, by_priority: bool) -> None:
     assert set(probes.replica.kept) == {served}
 
 
-def test_nothing_is_answered_from_what_was_computed_before(probes: ProbeWorld) -> None:
+def test_probes_do_not_reuse_the_prefix_cache(probes: ProbeWorld) -> None:
     probes.publish(NAME)
     salts = []
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_one_by_hand_pauses_only_for_others(probes: ProbeWorld, others: int, pau
     assert probes.clock.slept == [pytest.approx(4.0)] * pauses
 
 
-def test_an_engine_that_fails_slowly_is_not_asked_all_the_time(probes: ProbeWorld) -> None:
+def test_a_slowly_failing_engine_is_probed_within_the_share(probes: ProbeWorld) -> None:
     for name in ("a", "b", "c"):
         probes.publish(name)
 
@@ -139,7 +139,7 @@ def test_an_engine_that_fails_slowly_is_not_asked_all_the_time(probes: ProbeWorl
     assert busy_s / (probes.clock.now - begun) == pytest.approx(0.1)
 
 
-def test_whoever_has_been_due_for_longest_comes_first(probes: ProbeWorld) -> None:
+def test_the_tenant_overdue_for_longest_is_probed_first(probes: ProbeWorld) -> None:
     for name in ("a", "b", "c"):
         probes.publish(name)
     probes.probing(every_s=10_000.0, share=1.0)
@@ -225,7 +225,7 @@ def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "told", "error", "word"),
+    ("status", "response", "error", "word"),
     [
         (400, {"error": {"message": "no template"}}, AdapterRejectedError, "400: no template"),
         (
@@ -237,11 +237,11 @@ def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
         (200, [], AdapterRejectedError, "no chat completion"),
     ],
 )
-def test_an_engine_that_does_not_answer(
+def test_an_engine_that_does_not_respond(
     probes: ProbeWorld,
     monkeypatch: pytest.MonkeyPatch,
     status: int,
-    told: Any,
+    response: Any,
     error: type[Exception],
     word: str,
 ) -> None:
@@ -250,7 +250,7 @@ def test_an_engine_that_does_not_answer(
     good = asyncio.run(prober.probe(NAME))
 
     async def call(*_given: Any) -> httpx.Response:
-        return httpx.Response(status, json=told)
+        return httpx.Response(status, json=response)
 
     with monkeypatch.context() as patch:
         patch.setattr(probes.replica, "call", call)
@@ -259,7 +259,7 @@ def test_an_engine_that_does_not_answer(
         probes.clock.now += 10_000.0
         assert asyncio.run(prober.probe_next())
     assert sample("runs_total", tenant=NAME, outcome="failed") == 2.0
-    # What was last known of this revision still holds; its age is told by its timestamp.
+    # What was last known of this revision still holds; its timestamp says its age.
     (standing,) = prober.statuses()
     assert standing.outcome == "failed" and word in standing.message and standing.result is good
     assert sample("timestamp_seconds", tenant=NAME) == good.at.timestamp()
@@ -268,7 +268,7 @@ def test_an_engine_that_does_not_answer(
     assert probes.next() == f"{NAME}@1"
 
 
-def test_a_fault_of_our_own_is_told_without_its_words(
+def test_an_internal_error_is_reported_without_its_message(
     probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes.publish(NAME)
@@ -332,7 +332,7 @@ def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
     assert all(series_of(name) == ALL for name in ("a", "b", "c"))
 
 
-def test_nobody_pays_for_it(probes: ProbeWorld) -> None:
+def test_probes_are_charged_to_no_tenant(probes: ProbeWorld) -> None:
     """Limits and what runs are counted where requests come in, and probes do not come in there."""
     probes.publish(NAME)
     probes.told("PUT", f"/tenants/{NAME}/limits", {"concurrent": 1, "requests_per_minute": 1})

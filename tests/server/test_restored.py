@@ -157,7 +157,7 @@ class World:
             try:
                 yield
             finally:
-                await app.state.safegene_door.shut()
+                await app.state.safegene.close()
 
     async def ask(self, key: str = SERVE, model: str = "acme") -> tuple[int, Any]:
         """The status, and (model, the profile that answered)."""

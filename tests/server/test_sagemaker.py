@@ -118,13 +118,13 @@ def app_with_invocations(*, family: bool = True) -> FastAPI:
     return app
 
 
-def test_the_route_is_given_the_name_and_the_whole_body() -> None:
+def test_the_route_receives_the_name_and_the_whole_body() -> None:
     client = TestClient(app_with_invocations())
     sent = {"model": "t0", "prompt": "ü" * 100_000}
     assert client.post("/invocations", json=sent).json() == sent
-    answer = client.post("/invocations", json=sent, headers={ADAPTER_HEADER: "t1"})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "model"
+    response = client.post("/invocations", json=sent, headers={ADAPTER_HEADER: "t1"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "model"
 
 
 @pytest.mark.parametrize("path", ["/invocations%0A", "/invocations/"])
@@ -153,7 +153,7 @@ def test_a_route_of_an_included_router_is_found() -> None:
     ("root_path", "path"),
     [("", "/adapters"), ("", "/adapters%0A"), ("/ad", "/adapters"), ("/x", "/x/adapters")],
 )
-def test_no_spelling_of_the_path_goes_around_the_key(root_path: str, path: str) -> None:
+def test_no_spelling_of_the_path_bypasses_the_key(root_path: str, path: str) -> None:
     app = FastAPI(root_path=root_path)
     app.state.openai_serving_models = SimpleNamespace()
     replace_adapter_routes(app, registry=False)
@@ -167,9 +167,9 @@ def test_with_a_registry_nothing_loads_or_unloads() -> None:
     app = FastAPI()
     replace_adapter_routes(app, registry=True)
     client = TestClient(app)
-    for answer in (
+    for response in (
         client.post("/adapters", json={"name": "x", "src": "/x"}),
         client.delete("/adapters/x"),
     ):
-        assert answer.status_code == 404
-        assert "safegene tenant" in answer.json()["error"]["message"]
+        assert response.status_code == 404
+        assert "safegene tenant" in response.json()["error"]["message"]

@@ -48,7 +48,7 @@ def test_without_a_file_there_are_none() -> None:
     assert read_settings({}) is None
 
 
-def test_the_environment_comes_before_the_file(
+def test_the_environment_overrides_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAFEGENE_SERVER_STORE", "/elsewhere")
@@ -78,7 +78,7 @@ def test_a_url_with_a_password_may_lie_in_a_file(tmp_path: Path) -> None:
         ("a: [\n", "is no YAML"),
     ],
 )
-def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, words: str) -> None:
+def test_a_bad_file_is_named_with_its_problem(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         settings(tmp_path, text)
     assert str(tmp_path / "safegene.yaml") in str(caught.value)
@@ -96,7 +96,7 @@ def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, words: st
         'store: s\nregistry: "postgresql://u:\\hush@h"\n',
     ],
 )
-def test_no_fault_shows_a_secret(tmp_path: Path, text: str) -> None:
+def test_no_error_shows_a_secret(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(tmp_path, text)
     assert "hush" not in "".join(format_exception(caught.value))
@@ -146,7 +146,7 @@ def test_first_keys_are_added_once_and_rotated_with_their_secret(
 
 
 @pytest.mark.parametrize("taken", ["rotated", "revoked"])
-def test_a_secret_that_was_taken_away_does_not_come_back_with_a_start(
+def test_a_revoked_secret_is_not_restored_at_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -185,7 +185,7 @@ def test_the_file_of_a_secret_is_counted_from_the_settings_file(tmp_path: Path) 
         ({"api_server_count": 2}, "--api-server-count"),
     ],
 )
-def test_options_that_go_around_the_registry_are_refused(
+def test_options_that_bypass_the_registry_are_rejected(
     given: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)

@@ -97,9 +97,9 @@ def chat(access: AccessMiddleware, key: str, **body: Any) -> httpx.Response:
     return ask(access, "POST", CHAT, key, json=body)
 
 
-def refused(answer: httpx.Response, status: int, words: str = "") -> str:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
+def refused(response: httpx.Response, status: int, words: str = "") -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == status
     assert words in error["message"]
@@ -115,7 +115,7 @@ def speak(
         {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
     ]
 
-    async def told() -> Message:
+    async def received() -> Message:
         if request:
             return request.pop()
         await asyncio.Event().wait()
@@ -134,4 +134,4 @@ def speak(
             (b"content-type", b"application/json"),
         ],
     }
-    return access(scope, receive or told, send), sent
+    return access(scope, receive or received, send), sent

@@ -51,7 +51,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "version": ("0.1.0",),
     "vllm_version": ("0.32.0",),
 }
-# What a healthy server shows; what is not named is 1. "now" is the time of the moment.
+# What a healthy server shows; what is not named is 1. "now" is the current time.
 LEVEL: dict[str, float | str] = {
     "safegene_sites": 14,
     "safegene_receipt_timestamp_seconds": "now",

@@ -77,7 +77,7 @@ class ProbeWorld(World):
         return added.served_name
 
     def next(self) -> str | None:
-        """The model that was asked by the probe that came next; None if nobody is due."""
+        """The model that the next probe used; None if no tenant is due."""
         before = len(self.replica.asked)
         if not asyncio.run(self.prober.probe_next()):
             return None

@@ -200,7 +200,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _exceeds(text: str, max_members: int, max_values: int) -> bool:
-    """Tell whether a text without strings exceeds a limit; with strings, whether it might."""
+    """Return whether a text without strings exceeds a limit; with strings, whether it might."""
     opened = text.count("{") + text.count("[")
     return (
         opened > max_members

@@ -67,7 +67,7 @@ class Principal:
         return EVERY_TENANT in self.tenants
 
     def may_use(self, tenant: str) -> bool:
-        """Tell whether the key is for this tenant."""
+        """Return whether the key is for this tenant."""
         return tenant in self.tenants or EVERY_TENANT in self.tenants
 
 

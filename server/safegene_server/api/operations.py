@@ -117,5 +117,5 @@ def _rollouts(registry: Registry, principal: Principal, limit: int) -> list[sche
 
 
 def _of_a_tenant(entry: AuditEntry) -> bool:
-    """Tell whether the target is a tenant: a key or a family may have the same name."""
+    """Return whether the target is a tenant: a key or a family may have the same name."""
     return entry.action.startswith(TENANT_ACTIONS)

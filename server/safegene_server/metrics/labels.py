@@ -36,5 +36,5 @@ class TenantLabels:
         return tenant
 
     def has_own(self, tenant: str) -> bool:
-        """Tell whether the tenant's label is its own name, so that it may have gauges."""
+        """Return whether the tenant's label is its own name, so that it may have gauges."""
         return tenant != NO_TENANT and self.label(tenant) == tenant != OTHER

@@ -23,7 +23,7 @@ class RefusalDetector:
         self._done: set[bytes] = set()
 
     def wants(self, event: bytes) -> bool:
-        """Tell whether an event has text of a choice whose opening is incomplete.
+        """Return whether an event has text of a choice whose opening is incomplete.
 
         Searches for a few bytes only, because it runs on every event of a stream.
         """

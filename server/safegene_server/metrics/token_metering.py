@@ -31,7 +31,7 @@ def estimate_prompt(body_bytes: int) -> int:
 def count_completions(document: Mapping[str, Any]) -> int:
     """Count the engine requests of a body: its prompts times `n`.
 
-    A field that is a list in some routes and one conversation in others is told by its items.
+    Lists of prompts and single conversations are distinguished by their items.
     """
     prompts = 1
     for name in _LISTS:
@@ -52,7 +52,7 @@ class StreamObserver(Protocol):
     """Observer of a response, called after a message was sent."""
 
     def wants(self, event: bytes) -> bool:
-        """Tell whether the documents in these events of a stream are to be parsed."""
+        """Return whether the documents in these events of a stream are to be parsed."""
         ...
 
     def read(self, document: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ class UsageMeter:
 
 
 def _is_usage(event: bytes) -> bool:
-    """Tell whether an event has the usage of the whole response and no part of a completion."""
+    """Return whether an event has the usage of the whole response and no part of a completion."""
     if not event.startswith(_DATA) or b'"usage"' not in event:
         return False
     document = _parse(event[len(_DATA) :])

@@ -27,7 +27,7 @@ class ServedModels(Protocol):
     """Served names of the engine (safegene_server.verifier.Verifier)."""
 
     def protected(self, served: str) -> bool:
-        """Tell whether the adapter or base model served under this name has a profile."""
+        """Return whether the adapter or base model served under this name has a profile."""
         ...
 
     def adapters(self) -> Container[str]:

@@ -98,6 +98,6 @@ def _logged(step: Callable[[], None]) -> None:
 
 
 def _is_first(engine: Any) -> bool:
-    """Tell whether this is the first API process: vLLM numbers several from 0."""
+    """Return whether this is the first API process: vLLM numbers several from 0."""
     parallel = engine.vllm_config.parallel_config
     return int(getattr(parallel, "_api_process_rank", 0)) <= 0
