@@ -43,8 +43,8 @@ def poll_until_done(
             created_at = created_at or found["created_at"]
             if found["created_at"] != created_at:
                 raise ApiError(
-                    f"{unfinished}, and its number now stands for another one (created {created_at} "
-                    f"and {found['created_at']}): the server's registry was restored",
+                    f"{unfinished}, and its number now stands for another one (created "
+                    f"{created_at} and {found['created_at']}): the server's registry was restored",
                     advice="list them again",
                 )
             seen(found)

@@ -1,4 +1,4 @@
-"""Every metric but those of probes, on the default registry; docs/reference/metrics.md explains all.
+"""Metrics other than those of probes, on the default registry; see docs/reference/metrics.md.
 
 Of several processes that share /metrics only one writes a gauge, whose newest value is shown.
 """

@@ -136,7 +136,7 @@ class Applied:
         )
 
     def _modes(self, inert: bool) -> Mapping[str, bool]:
-        """Return each way in which requests may be served without a vector (docs/reference/metrics.md)."""
+        """Return each way in which requests may be served without a vector (see the docs)."""
         header, settings = self.plan.header, self.plan.settings
         return {
             "no_family": header is None,
