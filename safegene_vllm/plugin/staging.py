@@ -103,7 +103,7 @@ class Staging:
         return Staged(target, found)
 
     def _take(self, source: Path, target: Path, *, follow: bool) -> str | None:
-        """Copy or link a file if it exists, through a symlink only if `follow`; return its digest."""
+        """Copy or link a file if it exists, a symlink only if `follow`; return its digest."""
         try:
             handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
         except FileNotFoundError:
