@@ -66,6 +66,13 @@ family: $(READY)  ## remake the example's parent, vector, tenants and profiles (
 test: $(READY)  ## run the tests, a process per core
 	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
+# Training, and compiling kernels, take longer than all other unit tests together.
+SLOW_UNIT := cli_recipe evaluation_model_judges ops_compiled recipe_attached recipe_calibration \
+  recipe_difference recipe_distillation recipe_finetune recipe_training
+test-unit: $(READY)  ## run the unit tests that train nothing and start no engine (about a minute)
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile tests/unit \
+	  $(foreach name,$(SLOW_UNIT),--ignore tests/unit/test_$(name).py) $(ARGS)
+
 test-matrix: $(READY)  ## run the plugin's tests on the oldest and newest supported vLLM (slow)
 	@$(RUN) tests/matrix.py $(ARGS)
 
@@ -93,9 +100,10 @@ docs-reference: $(READY)  ## rewrite docs/reference from the code: settings, com
 deploy-check: $(READY)  ## check everything in deploy/ that needs neither a cluster nor a container
 	@PYTHONPATH=.:server $(RUN) -m deploy.check $(ARGS)
 
-lint: $(READY)  ## check format and lint rules
+lint: $(READY)  ## check format, lint rules and spelling
 	@$(RUN) -m ruff format --check $(CODE)
 	@$(RUN) -m ruff check $(CODE)
+	@$(VENV)/bin/codespell $(CODE) README.md
 
 format: $(READY)  ## format the code and fix lint findings
 	@$(RUN) -m ruff format $(CODE)
