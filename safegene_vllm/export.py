@@ -34,15 +34,15 @@ from safegene_vllm.formats.adapter import (
     Adapter,
     LoRAWeights,
     adapter_files,
+    fold_scaling,
     layer_of,
     load_adapter,
-    settled,
 )
 from safegene_vllm.formats.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_checkpoint
 from safegene_vllm.formats.file_io import pretty_json, replace_directory, size_of_regular_file
 from safegene_vllm.formats.profile import Profile, check_profile
 from safegene_vllm.formats.safetensors_file import FLOAT_BITS, tensor_bytes
-from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, reject_exported
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def _own_adapter(tenant: Path | None, family: Family) -> Adapter | None:
     """The tenant's LoRA, None for a bare profile. Errors: AdapterRejectedError and the like."""
     if tenant is None:
         return None
-    refuse_exported(tenant)
+    reject_exported(tenant)
     kind = kind_of(tenant)
     if kind == "checkpoint":
         raise AdapterRejectedError(
@@ -129,7 +129,7 @@ def export_adapter(
         site: p for site, p in composed.lora_weights.items() if bool(p.b.any())
     } or composed.lora_weights
     rank = max(lora.rank for lora in used.values())
-    lora_weights = {site: settled(_padded(lora, rank), dtype) for site, lora in used.items()}
+    lora_weights = {site: fold_scaling(_padded(lora, rank), dtype) for site, lora in used.items()}
     files = adapter_files(lora_weights, composed.base_model)
     files[RECORD_FILE] = _record(
         "adapter", family, profile, {"sites": len(lora_weights), "max_rank": rank}
@@ -325,7 +325,7 @@ def export_checkpoint(
 
     base, out = Path(base), Path(out)
     check_profile(profile, family.header)
-    refuse_exported(base)
+    reject_exported(base)
     if (kind := kind_of(base)) != "checkpoint":
         raise FormatError(f"{base} holds: {kind}; expected a Hugging Face checkpoint")
     check_fits(base, family.header)

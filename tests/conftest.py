@@ -2,8 +2,8 @@
 
 No test may reach a model hub, and vLLM speaks only when something is wrong. A process among
 several computes on one core: threads that wait for each other's cores are ten times slower.
-A law that hypothesis tries has no deadline: a busy machine is no fault of it.
-Not for fixtures: those live beside the tests that use them.
+A law that hypothesis tries has no deadline: a busy machine does not fail it.
+Fixtures live next to the tests that use them.
 """
 
 import os

@@ -73,12 +73,12 @@ def profile(
         make_profile,
         save_profile,
     )
-    from safegene_vllm.formats.tenant_directory import check_fits, refuse_exported
+    from safegene_vllm.formats.tenant_directory import check_fits, reject_exported
 
     if coefficient is None and coefficients is None:
         raise ConfigError("give --coefficient 0.6 or --coefficients 0:0.5,3:1.0, or both")
     header = read_family_header(family)
-    refuse_exported(out)
+    reject_exported(out)
     if os.path.lexists(out):
         check_fits(out, header, new_profile=True)
     selected = {entry.layer for entry in header.layers}

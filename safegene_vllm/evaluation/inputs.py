@@ -26,7 +26,7 @@ from safegene_vllm.evaluation.runner import PromptSet
 from safegene_vllm.evaluation.targets import PARENT, Target, before_and_after, checkpoint_of
 from safegene_vllm.evaluation.tasks import Task, read_task
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
-from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.tenant_directory import check_fits, kind_of, reject_exported
 
 _NAME = re.compile(r"[\w.@+-]+")
 OPTIONS: Mapping[SetKind, str] = {
@@ -163,7 +163,7 @@ def read_inputs(
         if (kind := kind_of(model)) != "checkpoint":
             raise ConfigError(f"MODEL {model} holds: {kind}; expected a Hugging Face checkpoint")
         if family is not None:
-            refuse_exported(model)
+            reject_exported(model)
     if family is not None:
         with _collected(errors):
             header = read_family_header(family)

@@ -15,7 +15,7 @@ from safegene_vllm.formats.profile import (
     load_profile,
     make_profile,
 )
-from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.tenant_directory import check_fits, kind_of, reject_exported
 
 PARENT, BEFORE, AFTER = "parent", "before", "after"
 
@@ -89,7 +89,7 @@ def before_and_after(name: str, directory: Path, header: FamilyHeader) -> list[T
     Errors: AdapterRejectedError for an exported directory or a family; ConfigError without
     a profile; FamilyMismatchError or BoundsError if it belongs to another family.
     """
-    refuse_exported(directory)
+    reject_exported(directory)
     check_fits(directory, header)
     if not has_profile(directory):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """One PEFT LoRA directory: headers first, then tensors.
 
-Accepts what the law W' = W + scaling * B A can express and refuses the rest (DoRA, biases, replaced
-modules) with a named error. Reading shapes and scalings is torch-free. Not about safety vectors.
+Accepts what the law W' = W + scaling * B A can express and rejects the rest (DoRA, biases, replaced
+modules) with a named error. Reading shapes and scalings is torch-free.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_LIMIT_BYTES = 4 << 20
-"""With patterns and target modules by full names for 3,500 sites it has some 0.7 MB."""
+"""A config with full names and patterns for 3,500 sites has about 0.7 MB."""
 OWNED_FILES = (CONFIG_FILE, WEIGHTS_FILE, DESCRIPTION_FILE)
-"""What an adapter directory that we wrote consists of, and so what a new save may replace."""
+"""The files of an adapter directory written here, which a new save may replace."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _ADAPTER_DTYPES = ("F32", "BF16", "F16")
@@ -48,7 +48,7 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<half>[AB])
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 
 # PEFT options that make the adapter something else than W + scaling * B A on named sites.
-_REFUSED_OPTIONS = (
+_REJECTED_OPTIONS = (
     *("use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices"),
     *("fan_in_fan_out", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
@@ -58,7 +58,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 @dataclass(frozen=True, eq=False)
 class LoRAWeights:
-    """ΔW = scaling · b @ a for one site; a (R, D_in), b (D_out, R), scaling not yet applied."""
+    """ΔW = scaling · b @ a of one target module; a (R, D_in), b (D_out, R), not yet scaled."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -95,7 +95,7 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """What a header tells about a pair; `dtype` is F32, BF16 or F16."""
+    """Shape and dtype (F32, BF16 or F16) of one target module's A and B, from the file's header."""
 
     site: str
     rank: int
@@ -106,7 +106,7 @@ class LoRAShape:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Pairs by site name; `config` is adapter_config.json as it was read."""
+    """LoRA weights by site name; `config` is adapter_config.json as it was read."""
 
     lora_weights: Mapping[str, LoRAWeights]
     base_model: str | None
@@ -124,7 +124,7 @@ def tensor_name(site: str, half: str) -> str:
     return f"base_model.model.{site}.lora_{half}.weight"
 
 
-class Scalings:
+class LoRAScaling:
     """Rank and scaling of every site, as adapter_config.json gives them by PEFT's rules."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Scalings:
         return int(self._rank.at(site))
 
     def scaling(self, site: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with `use_rslora`. Errors: as for `rank`."""
+        """Scaling: alpha / r, or alpha / sqrt(r) with `use_rslora`. Errors: as for `rank`."""
         rank, alpha = self.rank(site), float(self._alpha.at(site))
         return alpha / math.sqrt(rank) if self._stabilized else alpha / rank
 
@@ -150,15 +150,17 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _config_faults(config: Mapping[str, Any]) -> list[SafegeneError]:
+def _config_errors(config: Mapping[str, Any]) -> list[SafegeneError]:
     found: list[str] = []
     if config.get("peft_type") != "LORA":
         found.append(f"peft_type is {config.get('peft_type')!r:.100}, expected 'LORA'")
     if config.get("bias", "none") != "none":
         found.append(f"bias is {config['bias']!r:.100}, expected 'none'; train without biases")
-    for option in _REFUSED_OPTIONS:
+    for option in _REJECTED_OPTIONS:
         if config.get(option):
-            found.append(f"{option} is {config[option]!r:.100}, which a LoRA pair cannot express")
+            found.append(
+                f"{option} is {config[option]!r:.100}, which plain LoRA weights cannot express"
+            )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         found.append(
@@ -182,11 +184,11 @@ def _config_faults(config: Mapping[str, Any]) -> list[SafegeneError]:
             SitePatterns(option, pattern or {})
         except HeaderError as error:
             found.append(str(error))
-    return [HeaderError(f"{CONFIG_FILE}: {fault}") for fault in found]
+    return [HeaderError(f"{CONFIG_FILE}: {error}") for error in found]
 
 
 def _weights_path(directory: Path) -> Path:
-    """Where the weights must be, after telling a missing file from a refused one."""
+    """Path of the weights. Errors: MissingFileError, PickleRejectedError (only pickles there)."""
     if not directory.is_dir():
         raise MissingFileError(f"{directory} is not a directory; expected a PEFT LoRA directory")
     path = directory / WEIGHTS_FILE
@@ -200,7 +202,7 @@ def _weights_path(directory: Path) -> Path:
 
 
 def _halves(
-    infos: Mapping[str, TensorInfo], faults: list[SafegeneError]
+    infos: Mapping[str, TensorInfo], errors: list[SafegeneError]
 ) -> dict[str, dict[str, TensorInfo]]:
     halves: dict[str, dict[str, TensorInfo]] = {}
     for name, info in infos.items():
@@ -208,10 +210,10 @@ def _halves(
         if match:
             halves.setdefault(match["site"], {})[match["half"]] = info
         else:
-            faults.append(
+            errors.append(
                 SiteError(
                     f"tensor {name!r} is not base_model.model.<site>.lora_A.weight or "
-                    ".lora_B.weight; only LoRA pairs on linear modules are supported"
+                    ".lora_B.weight; only LoRA weights of linear modules are supported"
                 )
             )
     return halves
@@ -220,7 +222,7 @@ def _halves(
 def _lora_shape(site: str, halves: Mapping[str, TensorInfo], rank: int) -> LoRAShape:
     if set(halves) != {"A", "B"}:
         there = next(iter(halves))
-        raise SiteError(f"site {site!r} has lora_{there} only; a pair needs lora_A and lora_B")
+        raise SiteError(f"site {site!r} has lora_{there} only, expected lora_A and lora_B")
     a, b = halves["A"], halves["B"]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
         raise ShapeError(
@@ -239,51 +241,53 @@ def _lora_shape(site: str, halves: Mapping[str, TensorInfo], rank: int) -> LoRAS
 
 def _read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG_FILE, CONFIG_LIMIT_BYTES)
-    raise_errors(_config_faults(config))
+    raise_errors(_config_errors(config))
     return config
 
 
 def _shapes(
-    infos: Mapping[str, TensorInfo], scalings: Scalings, path: Path
+    infos: Mapping[str, TensorInfo], scalings: LoRAScaling, path: Path
 ) -> dict[str, LoRAShape]:
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     shapes: dict[str, LoRAShape] = {}
-    for site, halves in sorted(_halves(infos, faults).items()):
+    for site, halves in sorted(_halves(infos, errors).items()):
         try:
             shapes[site] = _lora_shape(site, halves, scalings.rank(site))
         except (SiteError, ShapeError, HeaderError) as error:
-            faults.append(error)
+            errors.append(error)
     if not infos:
-        faults.append(SiteError("no tensors; an adapter that touches no site is refused"))
-    raise_errors([type(fault)(f"{path}: {fault}") for fault in faults])
+        errors.append(SiteError("no tensors; an adapter that touches no site is rejected"))
+    raise_errors([type(error)(f"{path}: {error}") for error in errors])
     return shapes
 
 
 def read_adapter_shapes(directory: Path) -> dict[str, LoRAShape]:
-    """The pairs of a PEFT LoRA directory by site, from headers alone. Torch-free.
+    """Shapes by site of a PEFT LoRA directory, from headers alone. Torch-free.
 
     Errors: MissingFileError, PickleRejectedError, TruncatedFileError, HeaderError (also:
-    options that a LoRA pair cannot express), ShapeError, SiteError, NonFiniteError (in JSON).
+    options beyond plain LoRA), ShapeError, SiteError, NonFiniteError (in JSON).
     """
     directory = Path(directory)
     path = _weights_path(directory)
-    scalings = Scalings(_read_config(directory))
+    scalings = LoRAScaling(_read_config(directory))
     return _shapes(read_safetensors_header(path), scalings, path)
 
 
 def load_adapter(directory: Path) -> Adapter:
-    """The adapter in `directory`: a (R, D_in), b (D_out, R) as stored, scaling beside them.
+    """The adapter in `directory`: a (R, D_in), b (D_out, R) as stored, and the scaling.
 
     Errors: those of `read_adapter_shapes`; NonFiniteError naming each tensor with NaN or Inf.
     """
     directory = Path(directory)
     path = _weights_path(directory)
     config = _read_config(directory)
-    scalings = Scalings(config)
+    scalings = LoRAScaling(config)
     shapes = _shapes(read_safetensors_header(path), scalings, path)
     tensors = read_tensors(path)
     if set(tensors) != {tensor_name(site, half) for site in shapes for half in "AB"}:
-        raise SiteError(f"{path} changed while it was read; load a copy that nobody writes to")
+        raise SiteError(
+            f"{path} changed while it was read; load a copy that is not being written to"
+        )
     lora_weights = {
         site: LoRAWeights(
             tensors[tensor_name(site, "A")],
@@ -296,7 +300,7 @@ def load_adapter(directory: Path) -> Adapter:
     return Adapter(lora_weights, base_model if isinstance(base_model, str) else None, config)
 
 
-def settled(lora: LoRAWeights, dtype: torch.dtype | None = None) -> LoRAWeights:
+def fold_scaling(lora: LoRAWeights, dtype: torch.dtype | None = None) -> LoRAWeights:
     """The same ΔW with scaling 1 and one dtype for both halves.
 
     `dtype=None` keeps a's dtype if it holds the scaled b exactly, else takes float32.
@@ -311,7 +315,7 @@ def settled(lora: LoRAWeights, dtype: torch.dtype | None = None) -> LoRAWeights:
 
 
 def plain_config(lora_weights: Mapping[str, LoRAWeights], base_model: str | None) -> dict[str, Any]:
-    """adapter_config.json of pairs with scaling 1: alpha equals r at every site."""
+    """adapter_config.json of LoRA weights with scaling 1: alpha equals r at every site."""
     ranks = {site: lora_weights[site].rank for site in sorted(lora_weights)}
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank)) if counts else 1
@@ -337,11 +341,11 @@ def plain_config(lora_weights: Mapping[str, LoRAWeights], base_model: str | None
 
 
 def check_lora_weights(lora_weights: Mapping[str, LoRAWeights]) -> None:
-    """Raise unless pairs with scaling 1 would load again once saved; all faults in one message.
+    """Check that LoRA weights with scaling 1 load again once saved; all errors in one message.
 
-    Errors: ShapeError, HeaderError (dtype), SiteError (no pairs), NonFiniteError.
+    Errors: ShapeError, HeaderError (dtype), SiteError (no weights), NonFiniteError.
     """
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for site, lora in lora_weights.items():
         try:
             infos = {
@@ -350,20 +354,20 @@ def check_lora_weights(lora_weights: Mapping[str, LoRAWeights]) -> None:
             }
             _lora_shape(site, infos, lora.rank)
             if not bool(lora.a.isfinite().all() and lora.b.isfinite().all()):
-                faults.append(NonFiniteError(f"site {site!r} holds NaN or Inf; nothing is saved"))
+                errors.append(NonFiniteError(f"site {site!r} holds NaN or Inf; nothing is saved"))
         except (ShapeError, HeaderError) as error:
-            faults.append(error)
+            errors.append(error)
     if not lora_weights:
-        faults.append(SiteError("no pairs; an adapter that touches no site is refused"))
-    raise_errors(faults)
+        errors.append(SiteError("no LoRA weights; an adapter that touches no site is rejected"))
+    raise_errors(errors)
 
 
 def adapter_files(
     lora_weights: Mapping[str, LoRAWeights], base_model: str | None
 ) -> dict[str, bytes]:
-    """The two files of a PEFT directory for pairs with scaling 1, as bytes; equal in, equal out.
+    """The two files of a PEFT directory for LoRA weights with scaling 1, reproducible.
 
-    Errors: those of `check_pairs`.
+    Errors: those of `check_lora_weights`.
     """
     check_lora_weights(lora_weights)
     tensors: dict[str, torch.Tensor] = {}
@@ -384,10 +388,12 @@ def save_adapter(
 ) -> None:
     """Write an ordinary PEFT LoRA directory in which every scaling is 1 (folded into b).
 
-    `dtype=None` loses no bit (see `settled`). An existing adapter directory is replaced as a whole;
-    one with other files in it is refused (FormatError). Errors: ShapeError, HeaderError, SiteError.
+    `dtype=None` is lossless (see `fold_scaling`). An existing adapter directory is replaced as a
+    whole; one with other files in it is rejected (FormatError).
+    Errors: ShapeError, HeaderError, SiteError.
     """
     lora_weights = {
-        site: settled(adapter.lora_weights[site], dtype) for site in sorted(adapter.lora_weights)
+        site: fold_scaling(adapter.lora_weights[site], dtype)
+        for site in sorted(adapter.lora_weights)
     }
     replace_directory(Path(directory), adapter_files(lora_weights, base_model), owned=OWNED_FILES)

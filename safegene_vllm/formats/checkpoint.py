@@ -104,7 +104,9 @@ def _shard_names(directory: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise HeaderError(f"{index}: shard {shard!r} is not the name of a file beside it")
+            raise HeaderError(
+                f"{index}: shard {shard!r} is not the name of a file in this directory"
+            )
         shards.setdefault(shard, []).append(name)
     return dict(sorted(shards.items()))
 
@@ -120,19 +122,19 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     config = read_json(directory / "config.json")
     shards: dict[str, dict[str, TensorInfo]] = {}
     holder: dict[str, str] = {}
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for shard, promised in _shard_names(directory).items():
         shards[shard] = read_safetensors_header(directory / shard, rules=CHECKPOINT)
         for name in promised:
             if name not in shards[shard]:
-                faults.append(
+                errors.append(
                     SiteError(f"{directory}: the index puts {name!r} in {shard}; it is not there")
                 )
         for name in shards[shard]:
             if name in holder:
-                faults.append(
+                errors.append(
                     HeaderError(f"{directory}: {name!r} is both in {holder[name]} and in {shard}")
                 )
             holder[name] = shard
-    raise_errors(faults)
+    raise_errors(errors)
     return Checkpoint(directory, config, shards)

@@ -1,7 +1,6 @@
 """Names in a directory, at any depth, without following a symbolic link out of it. Torch-free.
 
-For seeing what a directory holds before anything in it is read. What the names mean is known
-elsewhere; a remote directory is listed by the server's own code.
+Lists a directory before anything in it is read. Remote directories are listed by the server.
 """
 
 from __future__ import annotations
@@ -20,8 +19,11 @@ from safegene_vllm.errors import AdapterRejectedError, MissingFileError
 
 @dataclass(frozen=True)
 class Entry:
-    """A name in a directory. `form` is "unseen" for what is there and cannot be looked into;
-    `target` is where a symbolic link leads, as it is written."""
+    """A name in a directory.
+
+    `form` is "unseen" for what exists and cannot be listed or followed; `target` is the target of a
+    symbolic link, as written.
+    """
 
     name: str
     form: Literal["file", "directory", "unseen"]
@@ -38,8 +40,10 @@ class Tree(Protocol):
         """Whether the directory itself has this name. Errors: SafegeneError if unreadable."""
 
     def entries(self, below: str, limit: int) -> Sequence[Entry]:
-        """At most `limit` names in the subdirectory `below` ("" is the directory itself, "a/b" two
-        further down). Errors: SafegeneError if it cannot be listed."""
+        """At most `limit` names in the subdirectory `below` ("" for the directory itself).
+
+        Errors: SafegeneError if it cannot be listed.
+        """
 
 
 @dataclass(frozen=True)

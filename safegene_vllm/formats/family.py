@@ -1,7 +1,7 @@
 """A family on disk: a PEFT LoRA directory plus safegene.json, and the base model it belongs to.
 
-`base_of_checkpoint` and `read_family_header` are torch-free. Where the vectors come from is the
-recipe's business; applying them is compose's. The rules are in docs/reference/format.md.
+`base_of_checkpoint` and `read_family_header` are torch-free. The file format is
+specified in docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import (
     OWNED_FILES,
+    LoRAScaling,
     LoRAShape,
     LoRAWeights,
-    Scalings,
     adapter_files,
     check_lora_weights,
+    fold_scaling,
     layer_of,
     load_adapter,
     read_adapter_shapes,
-    settled,
     tensor_name,
 )
 from safegene_vllm.formats.checkpoint import read_checkpoint
@@ -44,7 +44,7 @@ from safegene_vllm.formats.file_io import (
 from safegene_vllm.formats.metadata import (
     DESCRIPTION_FILE,
     FORMAT_VERSION,
-    field_faults,
+    field_errors,
     is_digest,
     is_number,
     read_description,
@@ -133,18 +133,18 @@ def base_of_checkpoint(directory: Path) -> Base:
     both = {**(text if isinstance(text, dict) else {}), **config}
     architectures = config.get("architectures")
     num_layers = next((both[key] for key in _LAYER_COUNTS if key in both), None)
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     if (
         not isinstance(architectures, list)
         or not architectures
         or type(architectures[0]) is not str
     ):
-        faults.append(
+        errors.append(
             HeaderError(f"{config_path}: architectures is {architectures!r}, expected a name")
         )
     if type(num_layers) is not int or num_layers < 1:
-        faults.append(HeaderError(f"{config_path}: num_hidden_layers is {num_layers!r}"))
-    raise_errors(faults)
+        errors.append(HeaderError(f"{config_path}: num_hidden_layers is {num_layers!r}"))
+    raise_errors(errors)
     sites = {
         name.removesuffix(".weight"): list(info.shape)
         for name, info in read_checkpoint(directory).infos.items()
@@ -157,44 +157,44 @@ def base_of_checkpoint(directory: Path) -> Base:
     return Base(architecture, int(num_layers), digest_of(shape, str(directory)))  # type: ignore[arg-type]
 
 
-def _layer_faults(header: FamilyHeader) -> list[SafegeneError]:
-    """Selected layers and sites must tell the same story."""
-    faults: list[SafegeneError] = []
+def _layer_errors(header: FamilyHeader) -> list[SafegeneError]:
+    """Disagreements between the selected layers and the sites."""
+    errors: list[SafegeneError] = []
     selected = [entry.layer for entry in header.layers]
     if selected != sorted(set(selected)):
-        faults.append(HeaderError(f"layers {selected} are not in ascending order, each once"))
+        errors.append(HeaderError(f"layers {selected} are not in ascending order, each once"))
     for layer in selected:
         if not 0 <= layer < header.num_layers:
-            faults.append(HeaderError(f"layer {layer} is outside 0..{header.num_layers - 1}"))
+            errors.append(HeaderError(f"layer {layer} is outside 0..{header.num_layers - 1}"))
     carried: set[int] = set()
     for site in header.sites:
         layer_number = layer_of(site)
         if layer_number is None:
-            faults.append(SiteError(f"site {site!r} is in no layer, so no coefficient reaches it"))
+            errors.append(SiteError(f"site {site!r} is in no layer, so no coefficient reaches it"))
         else:
             carried.add(layer_number)
     for layer in sorted(carried ^ set(selected)):
-        what = "has a pair but is not" if layer in carried else "has no pair but is"
-        faults.append(SiteError(f"layer {layer} {what} in the selected layers {selected}"))
+        what = "has weights but is not" if layer in carried else "has no weights but is"
+        errors.append(SiteError(f"layer {layer} {what} in the selected layers {selected}"))
     low, high = header.bounds
     if low > high:
-        faults.append(HeaderError(f"coefficient_bounds {[low, high]} are not in order"))
-    return faults
+        errors.append(HeaderError(f"coefficient_bounds {[low, high]} are not in order"))
+    return errors
 
 
 def _parsed(raw: Mapping[str, Any], sites: Mapping[str, LoRAShape], path: Path) -> FamilyHeader:
-    """The header in checked JSON fields; every further fault in one error."""
-    faults = field_faults("base", raw["base"], _BASE_FIELDS)
+    """The header in checked JSON fields; all further errors together."""
+    errors = field_errors("base", raw["base"], _BASE_FIELDS)
     base = raw["base"]
-    if not faults and base["num_layers"] < 1:
-        faults.append(f"base: num_layers is {base['num_layers']}, expected at least 1")
-    if not faults and not is_digest(base["fingerprint"]):
-        faults.append(f"base: fingerprint {base['fingerprint']!r} is not sha256:<64 hex digits>")
+    if not errors and base["num_layers"] < 1:
+        errors.append(f"base: num_layers is {base['num_layers']}, expected at least 1")
+    if not errors and not is_digest(base["fingerprint"]):
+        errors.append(f"base: fingerprint {base['fingerprint']!r} is not sha256:<64 hex digits>")
     if not raw["name"]:
-        faults.append("name is empty")
+        errors.append("name is empty")
     bounds = raw["coefficient_bounds"]
     if len(bounds) != 2 or not all(map(is_number, bounds)):
-        faults.append(f"coefficient_bounds is {bounds!r}, expected two numbers")
+        errors.append(f"coefficient_bounds is {bounds!r}, expected two numbers")
     for entry in raw["layers"]:
         if (
             not isinstance(entry, dict)
@@ -202,10 +202,10 @@ def _parsed(raw: Mapping[str, Any], sites: Mapping[str, LoRAShape], path: Path) 
             or type(entry["layer"]) is not int
             or not (entry["score"] is None or is_number(entry["score"]))
         ):
-            faults.append(
+            errors.append(
                 f"layers: {entry!r} is not {{layer: whole number, score: number or null}}"
             )
-    raise_errors([HeaderError(f"{path}: {fault}") for fault in faults])
+    raise_errors([HeaderError(f"{path}: {error}") for error in errors])
     header = FamilyHeader(
         base=Base(base["architecture"], base["num_layers"], base["fingerprint"]),
         sites=sites,
@@ -219,7 +219,7 @@ def _parsed(raw: Mapping[str, Any], sites: Mapping[str, LoRAShape], path: Path) 
         digest=raw["digest"],
         path=path.parent,
     )
-    raise_errors([type(fault)(f"{path}: {fault}") for fault in _layer_faults(header)])
+    raise_errors([type(error)(f"{path}: {error}") for error in _layer_errors(header)])
     return header
 
 
@@ -232,7 +232,7 @@ def read_family_header(directory: Path) -> FamilyHeader:
     path = directory / DESCRIPTION_FILE
     raw = read_description(path, "family", _FIELDS)
     sites = read_adapter_shapes(directory)
-    scalings = Scalings(read_json(directory / "adapter_config.json"))
+    scalings = LoRAScaling(read_json(directory / "adapter_config.json"))
     scaled = [site for site in sites if scalings.scaling(site) != 1.0]
     if scaled:
         raise HeaderError(
@@ -283,7 +283,7 @@ def load_family(directory: Path, *, verify_digest: bool = True) -> Family:
     lora_weights = load_adapter(directory).lora_weights
     if set(lora_weights) != set(header.sites):
         raise FormatError(
-            f"{directory} changed while it was read; load a copy that nobody writes to"
+            f"{directory} changed while it was read; load a copy that is not being written to"
         )
     if verify_digest and (found := _digest(header, lora_weights)) != header.digest:
         raise DigestError(
@@ -303,20 +303,22 @@ def make_family(
     recipe: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> Family:
-    """A family from pairs by site; scaling is folded into b, the digest computed.
+    """A family from LoRA weights by site; scaling is folded into b, the digest computed.
 
-    `layers` (default: every layer with a pair) selects; pairs of other layers are left out.
-    `dtype=None` keeps each pair's dtype if it holds the scaled b exactly, else float32.
+    `layers` (default: every layer with weights) selects; weights of other layers are left out.
+    `dtype=None` keeps each module's dtype if it holds the scaled b exactly, else float32.
     Errors: HeaderError, SiteError, ShapeError, NonFiniteError.
     """
     if layers is None:
         numbers = {layer_of(site) for site in lora_weights}
         layers = [SelectedLayer(number) for number in sorted(n for n in numbers if n is not None)]
-        kept = dict(lora_weights)
+        chosen_weights = dict(lora_weights)
     else:
         chosen = {entry.layer for entry in layers}
-        kept = {site: lora for site, lora in lora_weights.items() if layer_of(site) in chosen}
-    stored = {site: settled(kept[site], dtype) for site in sorted(kept)}
+        chosen_weights = {
+            site: lora for site, lora in lora_weights.items() if layer_of(site) in chosen
+        }
+    stored = {site: fold_scaling(chosen_weights[site], dtype) for site in sorted(chosen_weights)}
     sites = {
         site: LoRAShape(site, lora.rank, lora.d_in, lora.d_out, dtype_name(lora.a))
         for site, lora in stored.items()
@@ -332,7 +334,7 @@ def make_family(
         name=name,
         digest="",
     )
-    raise_errors([type(f)(f"family {name!r}: {f}") for f in _layer_faults(unsigned)])
+    raise_errors([type(f)(f"family {name!r}: {f}") for f in _layer_errors(unsigned)])
     check_lora_weights(stored)
     return Family(replace(unsigned, digest=_digest(unsigned, stored)), stored)
 
@@ -346,7 +348,7 @@ def save_family(family: Family, directory: Path) -> None:
     found = _digest(family.header, family.lora_weights)
     if found != family.digest:
         raise DigestError(
-            f"the family has digest {found}, its header says {family.digest}; make it anew"
+            f"the family has digest {found}, its header says {family.digest}; make it again"
         )
     files = adapter_files(family.lora_weights, None)
     files[DESCRIPTION_FILE] = pretty_json({**_description(family.header), "digest": family.digest})

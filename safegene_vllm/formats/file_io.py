@@ -1,7 +1,4 @@
-"""How bytes come off the disk and go onto it: strict JSON, canonical JSON, atomic writes.
-
-Knows nothing of adapters, families or profiles. Torch-free.
-"""
+"""Reading and writing files: strict JSON, canonical JSON, atomic writes. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from typing import Any, NoReturn
 from safegene_vllm.errors import FormatError, HeaderError, MissingFileError, NonFiniteError
 
 JSON_LIMIT_BYTES = 64_000_000
-"""No description is near this; a larger file is not ours and is refused before it is read."""
+"""Far above any description; a larger file is rejected before it is read."""
 
 
 def size_of_regular_file(path: Path) -> int:
@@ -140,7 +137,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` as a whole or not at all: a temporary file beside it, fsync, rename."""
+    """Write `path` as a whole or not at all: a temporary sibling, fsync, rename."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(8)}")
@@ -153,10 +150,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_directory(path: Path, files: Mapping[str, bytes], *, owned: Iterable[str]) -> None:
-    """Make `path` a directory of exactly `files`: written beside, synced, swapped in by rename.
+    """Make `path` a directory of exactly `files`: written aside, synced, renamed.
 
     An existing directory is replaced as a whole, never mixed with the new one; readers see the old
-    one, for an instant none, then the new one. It is refused (FormatError) if it holds a name that
+    one, for an instant none, then the new one. It is rejected (FormatError) if it holds a name that
     is not in `owned`, because the swap would delete that file.
     """
     path = Path(os.path.realpath(path))
@@ -165,10 +162,10 @@ def replace_directory(path: Path, files: Mapping[str, bytes], *, owned: Iterable
     if exists:
         if not path.is_dir():
             raise FormatError(f"{path} is a file; save to a directory")
-        strangers = sorted({entry.name for entry in path.iterdir()} - set(owned))
-        if strangers:
+        others = sorted({entry.name for entry in path.iterdir()} - set(owned))
+        if others:
             raise FormatError(
-                f"{path} also holds {', '.join(strangers[:5])}, which saving here would delete; "
+                f"{path} also holds {', '.join(others[:5])}, which saving here would delete; "
                 "move them away or save to a new directory"
             )
     token = secrets.token_hex(8)

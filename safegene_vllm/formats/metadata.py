@@ -1,7 +1,7 @@
-"""safegene.json: what the descriptions of a family and of a profile have in common.
+"""safegene.json: the fields that descriptions of families and profiles share.
 
 Kind, format version, known fields with their JSON types, and keys beginning with `x_`, which are
-for people: allowed, read by nobody, not covered by the digest. Torch-free.
+for people: allowed, ignored, not covered by the digest. Torch-free.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def field_faults(where: str, raw: Mapping[str, Any], fields: Mapping[str, type]) -> list[str]:
-    """What is wrong with the fields of `raw`: unknown, missing or of another JSON type."""
+def field_errors(where: str, raw: Mapping[str, Any], fields: Mapping[str, type]) -> list[str]:
+    """Messages for the fields of `raw` that are unknown, missing or of another JSON type."""
     known = set(fields)
     unknown = sorted(key for key in raw if key not in known and not key.startswith("x_"))
-    faults = [f"{where}: unknown field {key!r}; own fields must begin with 'x_'" for key in unknown]
+    errors = [f"{where}: unknown field {key!r}; own fields must begin with 'x_'" for key in unknown]
     for key, kind in fields.items():
         if key not in raw:
-            faults.append(f"{where}: field {key!r} is missing, expected {_JSON_NAMES[kind]}")
+            errors.append(f"{where}: field {key!r} is missing, expected {_JSON_NAMES[kind]}")
         elif type(raw[key]) is not kind:
-            faults.append(f"{where}: {key} is {raw[key]!r:.80}, expected {_JSON_NAMES[kind]}")
-    return faults
+            errors.append(f"{where}: {key} is {raw[key]!r:.80}, expected {_JSON_NAMES[kind]}")
+    return errors
 
 
 def read_description(path: Path, kind: str, fields: Mapping[str, type]) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def check_description(
             "use a matching release of safegene-vllm"
         )
     types = {"kind": str, "format_version": int, "digest": str, **fields}
-    faults: list[SafegeneError] = [HeaderError(f) for f in field_faults(where, raw, types)]
+    errors: list[SafegeneError] = [HeaderError(f) for f in field_errors(where, raw, types)]
     if isinstance(raw.get("digest"), str) and not is_digest(raw["digest"]):
-        faults.append(
+        errors.append(
             HeaderError(f"{where}: digest {raw['digest']!r} is not sha256:<64 hex digits>")
         )
-    raise_errors(faults)
+    raise_errors(errors)
     return {key: raw[key] for key in (*fields, "digest")}

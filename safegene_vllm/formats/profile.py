@@ -1,7 +1,7 @@
 """A profile on disk: the coefficients of one tenant for one family. Torch-free.
 
-A profile is a safegene.json beside a tenant's files. It holds no tensors, and what the coefficients
-are multiplied with is compose's business. The rules are in docs/reference/format.md.
+A profile is a safegene.json in a tenant's directory and holds no tensors. The file format is
+specified in docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def make_profile(
 
 
 def check_profile(profile: Profile, header: FamilyHeader) -> None:
-    """Raise unless `profile` may be applied to the family of `header`; all faults in one message.
+    """Check that `profile` fits the family of `header`; all errors in one message.
 
     Errors: FamilyMismatchError (names both), BoundsError (count, NaN or Inf, out of bounds,
     non-zero on a layer without a vector).
@@ -124,8 +124,8 @@ def check_profile(profile: Profile, header: FamilyHeader) -> None:
             found.append(f"layer {layer} has coefficient {value} but no vector, expected 0")
         elif layer in selected and not low <= value <= high:
             found.append(f"layer {layer} has coefficient {value}, expected {low} to {high}")
-    faults: list[SafegeneError] = [BoundsError(fault) for fault in found]
-    raise_errors(faults)
+    errors: list[SafegeneError] = [BoundsError(error) for error in found]
+    raise_errors(errors)
 
 
 def profile_json(profile: Profile) -> dict[str, Any]:
@@ -142,21 +142,21 @@ def parse_profile(raw: Mapping[str, Any], where: str) -> Profile:
     Errors: FormatError, the subclass says which rule; DigestError if it was altered.
     """
     fields = check_description(raw, "profile", _FIELDS, where)
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     if not is_digest(fields["family"]):
-        faults.append(
+        errors.append(
             HeaderError(f"{where}: family {fields['family']!r} is not sha256:<64 hex digits>")
         )
     for layer, value in enumerate(fields["coefficients"]):
         if not is_number(value):
-            faults.append(
+            errors.append(
                 HeaderError(f"{where}: coefficient {layer} is {value!r}, expected a number")
             )
         elif isinstance(value, int) and abs(value) > sys.float_info.max:
-            faults.append(
+            errors.append(
                 HeaderError(f"{where}: coefficient {layer} is larger than any float can be")
             )
-    raise_errors(faults)
+    raise_errors(errors)
     coefficients = tuple(float(value) for value in fields["coefficients"])
     profile = Profile(fields["family"], coefficients, fields["calibration"])
     if profile.digest != fields["digest"]:
@@ -179,7 +179,7 @@ def load_profile(path: Path) -> Profile:
 
 
 def has_profile(directory: Path) -> bool:
-    """Whether there is a safegene.json, readable or not: a broken one is an error, never "none"."""
+    """Whether a safegene.json exists, readable or not: a broken one is an error, never "none"."""
     try:
         (Path(directory) / DESCRIPTION_FILE).lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -188,7 +188,7 @@ def has_profile(directory: Path) -> bool:
 
 
 def save_profile(profile: Profile, directory: Path) -> None:
-    """Write `directory`/safegene.json as a whole or not at all; other files there stay.
+    """Write `directory`/safegene.json as a whole or not at all; other files remain.
 
     Errors: FormatError if the directory is a family, whose description would be lost;
     NonFiniteError or HeaderError if the profile cannot be written as JSON.
@@ -199,5 +199,5 @@ def save_profile(profile: Profile, directory: Path) -> None:
     except FormatError:
         is_family = False
     if is_family:
-        raise FormatError(f"{directory} is a family; save the profile beside the tenant's files")
+        raise FormatError(f"{directory} is a family; save the profile in the tenant's directory")
     replace_file(path, pretty_json({**_description(profile), "digest": profile.digest}))

@@ -1,7 +1,7 @@
-"""Receipts: what every worker reports it really applied, and the check against the files.
+"""Receipts: the weights and gains each worker reports as applied, checked against the files.
 
-For the comparison that decides whether a tenant may be served. Torch-free, so that the server can
-use it. Not for making receipts: only the plugin, inside a worker, can do that.
+The check decides whether a tenant may be served. Torch-free; the plugin makes receipts inside
+each worker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AdapterReceipt:
 class Receipt:
     """One worker's report. Digests are `sha256:<hex>`; norms are Euclidean, without unit.
 
-    `adapter_bytes` are those of the adapters that are loaded, in host memory, each once. An adapter
+    `adapter_bytes` are those of the adapters that are loaded, in CPU memory, each once. An adapter
     is evicted when another takes its slot; `slot_evictions` counts since the worker's start.
     """
 
@@ -73,42 +73,42 @@ def gain_digest(coefficients: Sequence[float]) -> str:
 
 
 def check_engine(receipts: Sequence[Receipt], *, family: str | None) -> None:
-    """Every rank has reported, and each carries the whole vector of `family`.
+    """Check that every rank has reported and applied the whole vector of `family`.
 
     Errors: ReceiptError listing every disagreement.
     """
-    faults = []
+    errors = []
     if not receipts:
         raise ReceiptError("no worker returned a receipt: the SafeGene plugin is not loaded there.")
     world = receipts[0].world_size
     ranks = sorted(r.rank for r in receipts)
     if ranks != list(range(world)):
-        faults.append(f"receipts from ranks {ranks}, expected one from each of 0..{world - 1}")
+        errors.append(f"receipts from ranks {ranks}, expected one from each of 0..{world - 1}")
     for r in receipts:
         if r.family != family:
-            faults.append(f"rank {r.rank} carries family {r.family}, the file says {family}")
+            errors.append(f"rank {r.rank} carries family {r.family}, the file says {family}")
         if r.sites_applied != r.sites_expected:
-            faults.append(
+            errors.append(
                 f"rank {r.rank} applied {r.sites_applied} of {r.sites_expected} sites of the vector"
             )
-    if faults:
-        raise ReceiptError("; ".join(faults) + ". Not served.")
+    if errors:
+        raise ReceiptError("; ".join(errors) + ". Not served.")
 
 
 def check_tenant(receipts: Sequence[Receipt], name: str, *, profile: str, gain: str) -> None:
-    """Every rank holds adapter `name` with the profile and gain row its files promise.
+    """Check that every rank has adapter `name` with the profile and gain row of its files.
 
     Errors: ReceiptError listing every disagreement.
     """
-    faults = []
+    errors = []
     for r in receipts:
         mine = [a for a in r.adapters if a.name == name]
         if not mine:
-            faults.append(f"rank {r.rank} has no adapter {name!r}")
+            errors.append(f"rank {r.rank} has no adapter {name!r}")
         for a in mine:
             if a.profile != profile:
-                faults.append(f"rank {r.rank} applied profile {a.profile}, the file says {profile}")
+                errors.append(f"rank {r.rank} applied profile {a.profile}, the file says {profile}")
             if a.slot is not None and a.gain_digest != gain:
-                faults.append(f"rank {r.rank} holds gain row {a.gain_digest}, expected {gain}")
-    if faults:
-        raise ReceiptError(f"tenant {name!r}: " + "; ".join(faults) + ". Not served.")
+                errors.append(f"rank {r.rank} holds gain row {a.gain_digest}, expected {gain}")
+    if errors:
+        raise ReceiptError(f"tenant {name!r}: " + "; ".join(errors) + ". Not served.")

@@ -148,13 +148,13 @@ def _checked_header(
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
         raise HeaderError(f"{path}: __metadata__ is not a map from text to text")
     infos: dict[str, TensorInfo] = {}
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for name, value in raw.items():
         try:
             infos[name] = _entry(name, value, rules)
         except HeaderError as error:
-            faults.append(HeaderError(f"{path}: {error}"))
-    raise_errors(faults)
+            errors.append(HeaderError(f"{path}: {error}"))
+    raise_errors(errors)
     infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
     expected_begin = 0
     for name, info in infos.items():
@@ -195,7 +195,7 @@ def check_finite(path: Path) -> None:
 
     path = Path(path)
     size_of_regular_file(path)
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     with open(path, "rb") as file:
         infos, start = _checked_header(file, path, ADAPTER)
         for name, info in infos.items():
@@ -211,9 +211,9 @@ def check_finite(path: Path) -> None:
                 left -= len(data)
                 values = numpy.frombuffer(data, dtype=unsigned)
                 if bool(((values & exponent) == exponent).any()):
-                    faults.append(NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf"))
+                    errors.append(NonFiniteError(f"{path}: tensor {name!r} holds NaN or Inf"))
                     break
-    raise_errors(faults)
+    raise_errors(errors)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

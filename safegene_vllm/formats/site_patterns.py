@@ -1,6 +1,6 @@
-"""Keys of `rank_pattern` and `alpha_pattern`, matched as PEFT does, but in linear time.
+r"""Keys of `rank_pattern` and `alpha_pattern`, matched as PEFT does, but in linear time.
 
-PEFT and vLLM run a key as a regular expression, `re.match(rf"(.*\\.)?({key})$", site)`, and some
+PEFT and vLLM run a key as a regular expression, `re.match(rf"(.*\.)?({key})$", site)`, and some
 take a backtracking engine forever. A tenant writes them, so here they are parsed by a small grammar
 and run as one automaton, from the end of a name to its beginning. Names hold no line break. vLLM is
 handed weights with the scaling in them, and never a key.
@@ -61,7 +61,7 @@ class SitePatterns:
         self._ends: dict[int, tuple[int, bool]] = {}
         self._nodes: dict[_States, _Node] = {}
         self._steps = 0
-        listed, start, faults = tuple(keys), [], []
+        listed, start, errors = tuple(keys), [], []
         if sum(map(len, listed)) > MAX_CHARS:
             raise HeaderError(f"{option}: its keys have over {MAX_CHARS} characters; write fewer")
         for index, key in enumerate(listed):
@@ -69,8 +69,8 @@ class SitePatterns:
                 start += [s for branch in _branches(key) for s in self._add(*branch, index)]
             except ValueError as error:
                 advice = r"write 'q_proj', '^model\.layers\.3\..*' or 'layers\.(1|2)\.mlp\.\w+'"
-                faults.append(HeaderError(f"{option} key {key[:100]!r}: {error}; {advice}"))
-        raise_errors(faults)
+                errors.append(HeaderError(f"{option} key {key[:100]!r}: {error}; {advice}"))
+        raise_errors(errors)
         self._start = self._node(tuple(start))
 
     def first(self, site: str) -> int | None:

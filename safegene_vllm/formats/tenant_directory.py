@@ -1,7 +1,6 @@
-"""What a directory is, and whether it belongs to a family. Torch-free.
+"""The kind of a directory, and whether it fits a family. Torch-free.
 
-For commands that are handed a path by a person. Reads headers and descriptions only; loading and
-applying is the business of adapter, profile and compose.
+Reads headers and descriptions only.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from safegene_vllm.formats.profile import has_profile
 from safegene_vllm.formats.tenant_kind import TenantKind, tenant_kind
 
 RECORD_FILE = "safegene-export.json"
-"""What `safegene export` leaves beside weights that already carry a vector."""
+"""Written by `safegene export` next to weights that already contain a vector."""
 
 Kind = TenantKind | Literal["family"]
 
 
 def kind_of(directory: Path, *, new_profile: bool = False) -> Kind:
-    """What `directory` is; an adapter or a checkpoint may have a profile beside it.
+    """The kind of `directory`; an adapter or a checkpoint may come with a profile.
 
     `new_profile`: as for `tenant_kind`. Errors: those of `tenant_kind`, which rejects everything
     that is none of them; HeaderError if its safegene.json is of neither kind; what reading that
@@ -48,22 +47,22 @@ def kind_of(directory: Path, *, new_profile: bool = False) -> Kind:
     return tenant_kind(directory, new_profile=new_profile)
 
 
-def _adapter_faults(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
-    faults: list[SafegeneError] = []
+def _adapter_errors(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
+    errors: list[SafegeneError] = []
     for site, own in read_adapter_shapes(directory).items():
         ours = header.sites.get(site)
         if ours is not None and (own.d_out, own.d_in) != (ours.d_out, ours.d_in):
-            faults.append(
+            errors.append(
                 FamilyMismatchError(
                     f"{directory}, {site}: the weight is {(own.d_out, own.d_in)}, in family "
                     f"{header.name!r} it is {(ours.d_out, ours.d_in)}"
                 )
             )
-    return faults
+    return errors
 
 
 def check_fits(directory: Path, header: FamilyHeader, *, new_profile: bool = False) -> None:
-    """Raise unless what is in `directory` can belong to the family of `header`.
+    """Check that the content of `directory` fits the family of `header`.
 
     A checkpoint must have the base's fingerprint; an adapter the family's shapes at their common
     sites; a bare profile has no shapes. Errors: FamilyMismatchError naming both; those of
@@ -71,7 +70,7 @@ def check_fits(directory: Path, header: FamilyHeader, *, new_profile: bool = Fal
     """
     kind = kind_of(directory, new_profile=new_profile)
     if kind == "adapter":
-        raise_errors(_adapter_faults(directory, header))
+        raise_errors(_adapter_errors(directory, header))
     elif kind == "checkpoint":
         base = base_of_checkpoint(directory)
         if base.fingerprint != header.base.fingerprint:
@@ -84,8 +83,8 @@ def check_fits(directory: Path, header: FamilyHeader, *, new_profile: bool = Fal
         raise AdapterRejectedError(f"{directory} is a family; name a tenant's directory")
 
 
-def refuse_exported(directory: Path) -> None:
-    """Raise AdapterRejectedError if `directory` was exported: it already carries its vector."""
+def reject_exported(directory: Path) -> None:
+    """Raise AdapterRejectedError if `directory` was exported: it already contains its vector."""
     if (Path(directory) / RECORD_FILE).exists():
         raise AdapterRejectedError(
             f"{directory} holds {RECORD_FILE}: a vector is already in these weights and would be "

@@ -87,8 +87,8 @@ def tenant_kind(where: Path | Tree, *, new_profile: bool = False) -> TenantKind:
       `new_profile`, also before that file is written, for the commands that write it.
 
     Everything else is rejected. Errors: MissingFileError (no directory, nothing of these, half an
-    adapter), PickleRejectedError, AdapterRejectedError (weights of another form or in a subdirectory,
-    more than MAX_ENTRIES names, a part that cannot be looked into).
+    adapter), PickleRejectedError, AdapterRejectedError (weights of another form or in a
+    subdirectory, more than MAX_ENTRIES names, a part that cannot be looked into).
     """
     return _decide(_tree(where, new_profile=new_profile), new_profile=new_profile).kind
 
@@ -239,7 +239,7 @@ def _incomplete(tree: Tree, missing: str, likes: Sequence[str]) -> SafegeneError
     pickles = [name for name in others if name.lower().rpartition(".")[2] in _PICKLES]
     if missing == WEIGHTS_FILE and any(map(_is_adapter_pickle, others)):
         return PickleRejectedError(
-            f"{tree.shown} holds {_list(pickles)} (pickle, refused) but no {WEIGHTS_FILE}; a "
+            f"{tree.shown} holds {_list(pickles)} (pickle, rejected) but no {WEIGHTS_FILE}; a "
             "pickle runs code when it is read: save the adapter with safe_serialization=True."
         )
     held = f" (it holds {_list(others)})" if others else ""

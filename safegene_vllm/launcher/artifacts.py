@@ -17,7 +17,7 @@ from safegene_vllm.errors import (
 from safegene_vllm.formats.adapter import LoRAShape, layer_of, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
 from safegene_vllm.formats.profile import check_profile, has_profile, load_profile
-from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.formats.tenant_directory import reject_exported
 from safegene_vllm.formats.tenant_kind import slot_kind
 from safegene_vllm.plugin.staging import allowed
 from safegene_vllm.settings import Settings
@@ -107,7 +107,7 @@ def _check_model(model: Path, header: FamilyHeader) -> None:
 
 def _check_profile(path: Path, header: FamilyHeader | None) -> None:
     if path.is_dir():
-        refuse_exported(path)
+        reject_exported(path)
     profile = load_profile(path)
     if header is not None:
         check_profile(profile, header)

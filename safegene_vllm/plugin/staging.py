@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from safegene_vllm.errors import AdapterRejectedError, SafegeneError
-from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.formats.tenant_directory import reject_exported
 from safegene_vllm.formats.tenant_kind import SlotKind, slot_kind
 
 PROFILE_FILE = "safegene.json"
@@ -77,7 +77,7 @@ class Staging:
         try:
             kind = slot_kind(source)
             if (source / PROFILE_FILE).exists():
-                refuse_exported(source)
+                reject_exported(source)
         except SafegeneError as error:
             raise type(error)(f"tenant {name!r}: {error}") from error
         target = Path(tempfile.mkdtemp(prefix="tenant-", dir=self._directory))

@@ -23,7 +23,7 @@ from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, NonFiniteError
 from safegene_vllm.formats.family import Family, FamilyHeader
 from safegene_vllm.formats.profile import Profile, make_profile
-from safegene_vllm.formats.tenant_directory import check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.tenant_directory import check_fits, kind_of, reject_exported
 from safegene_vllm.recipe.attached import AttachedVector
 from safegene_vllm.recipe.encoding import (
     Batch,
@@ -102,7 +102,7 @@ def load_tenant(
     """
     is_new = not (tenant.is_dir() and any(tenant.iterdir()))
     kind = kind_of(tenant, new_profile=is_new)
-    refuse_exported(tenant)
+    reject_exported(tenant)
     check_fits(tenant, header, new_profile=is_new)
     if kind == "checkpoint":
         if checkpoint is not None:

@@ -347,7 +347,7 @@ def as_family(
 ) -> Family:
     """The difference as a family, its captured energy in the recipe.
 
-    `dtype=None` stores a LoRA without loss (see adapter.settled) and the SVD's float32.
+    `dtype=None` stores a LoRA without loss (see adapter.fold_scaling) and the SVD's float32.
     Errors: those of `family.make_family`.
     """
     return make_family(

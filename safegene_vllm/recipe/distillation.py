@@ -24,7 +24,7 @@ from safegene_vllm.evaluation.judges import is_refusal
 from safegene_vllm.formats.adapter import LoRAWeights, load_adapter, read_adapter_shapes
 from safegene_vllm.formats.checkpoint import read_checkpoint
 from safegene_vllm.formats.family import Base, base_of_checkpoint
-from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.formats.tenant_directory import reject_exported
 from safegene_vllm.recipe.attached import AttachedVector, init_lora_weights
 from safegene_vllm.recipe.degradation import degradation_of
 from safegene_vllm.recipe.encoding import (
@@ -210,7 +210,7 @@ def distill(
         raise ConfigError("give either a degraded checkpoint or a LoRA that degraded the model")
     for directory in (checkpoint, degraded, degraded_adapter):
         if directory is not None:
-            refuse_exported(directory)
+            reject_exported(directory)
     base = base_of_checkpoint(checkpoint)
     if degraded is not None and (other := base_of_checkpoint(degraded)) != base:
         raise FamilyMismatchError(

@@ -18,7 +18,7 @@ from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, SiteError
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
-from safegene_vllm.formats.tenant_directory import refuse_exported
+from safegene_vllm.formats.tenant_directory import reject_exported
 from safegene_vllm.recipe.encoding import Batch
 
 HEAD_TOLERANCE = 1e-3
@@ -59,7 +59,7 @@ def load_model(
 
     for directory in (checkpoint, adapter):
         if directory is not None:
-            refuse_exported(directory)
+            reject_exported(directory)
     read_checkpoint(checkpoint)
     where = resolve_device(device)
     tokenizer = load_tokenizer(checkpoint)

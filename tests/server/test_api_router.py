@@ -9,7 +9,7 @@ from tenant_setup import OURS, World, refused, world
 
 from safegene_server.access.route_permissions import rule_for, unclassified
 from safegene_server.api.request_schemas import Calibration
-from safegene_server.calibration.examples import read_shots
+from safegene_server.calibration.examples import read_examples
 from safegene_server.tenants import CalibrationSettings
 
 __all__ = ["world"]
@@ -49,7 +49,7 @@ def test_request_bodies_have_examples(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     for name in ("Register", "NewRevision"):
         (whole,) = schemas[name]["properties"]["calibrate"]["examples"]
-        shots = read_shots(Calibration(**whole).request().examples, CalibrationSettings())
+        shots = read_examples(Calibration(**whole).request().examples, CalibrationSettings())
         assert set(shots) == {"safety", "task"}
 
 

@@ -33,7 +33,7 @@ def check(directory: Path) -> Profile | None:
     return check_tenant_files(directory, FAMILY, "s3://bucket/acme")
 
 
-def refused(directory: Path, error: type[SafegeneError], says: str) -> None:
+def check_rejected(directory: Path, error: type[SafegeneError], says: str) -> None:
     with pytest.raises(error, match=says) as caught:
         check(directory)
     assert str(directory) not in str(caught.value)
@@ -56,20 +56,24 @@ def test_nan_and_inf_are_found(tmp_path: Path, bad: float, dtype: torch.dtype) -
     name = next(iter(tensors))
     tensors[name][-1, -1] = bad
     (tenant / WEIGHTS).write_bytes(serialize(tensors))
-    refused(tenant, NonFiniteError, rf"s3://bucket/acme/{WEIGHTS}: tensor '{name}' holds NaN")
+    check_rejected(
+        tenant, NonFiniteError, rf"s3://bucket/acme/{WEIGHTS}: tensor '{name}' holds NaN"
+    )
 
 
 def test_another_shape_than_the_family_s_is_found(tmp_path: Path) -> None:
     lora = LoRAWeights(torch.ones(2, 5), torch.ones(3, 2))
     save_adapter(Adapter({SITES[0]: lora}, None, {}), tmp_path / "a", base_model=None)
-    refused(tmp_path / "a", FamilyMismatchError, r"s3://bucket/acme, .*\(3, 5\).*'tiny'.*\(3, 4\)")
+    check_rejected(
+        tmp_path / "a", FamilyMismatchError, r"s3://bucket/acme, .*\(3, 5\).*'tiny'.*\(3, 4\)"
+    )
 
 
 def test_layers_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     sites = ("model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj", "lm_head")
     lora_weights = {site: tiny_lora() for site in sites}
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "deep", base_model=None)
-    refused(tmp_path / "deep", FamilyMismatchError, r"layers \[3\].*'tiny' has layers 0..2")
+    check_rejected(tmp_path / "deep", FamilyMismatchError, r"layers \[3\].*'tiny' has layers 0..2")
     many = {f"model.layers.{'9' * 400}{n}.mlp.up_proj": tiny_lora() for n in range(30)}
     save_adapter(Adapter(many, None, {}), tmp_path / "many", base_model=None)
     with pytest.raises(FamilyMismatchError, match="and 25 more, the base of family") as caught:
@@ -83,9 +87,9 @@ def test_layers_that_the_base_lacks_are_found(tmp_path: Path) -> None:
 def test_a_config_that_does_not_fit_its_weights_is_found(tmp_path: Path) -> None:
     tenant = a_tenant(tmp_path / "acme")
     edit_json(tenant / "adapter_config.json", lambda config: config.update(r=4))
-    refused(tenant, ShapeError, "rank 2, adapter_config.json says 4")
+    check_rejected(tenant, ShapeError, "rank 2, adapter_config.json says 4")
     edit_json(tenant / "adapter_config.json", lambda config: config.update(use_dora=True))
-    refused(tenant, HeaderError, "use_dora")
+    check_rejected(tenant, HeaderError, "use_dora")
 
 
 def test_half_an_upload_is_found(tmp_path: Path) -> None:
@@ -93,30 +97,30 @@ def test_half_an_upload_is_found(tmp_path: Path) -> None:
     whole = (tenant / WEIGHTS).read_bytes()
     for length in (0, 7, 20, len(whole) - 1):
         (tenant / WEIGHTS).write_bytes(whole[:length])
-        refused(tenant, TruncatedFileError, "fetch it again")
+        check_rejected(tenant, TruncatedFileError, "fetch it again")
 
 
 def test_a_family_is_no_tenant(tmp_path: Path) -> None:
     saved_family(tmp_path / "family")
-    refused(tmp_path / "family", AdapterRejectedError, "s3://bucket/acme is a family")
+    check_rejected(tmp_path / "family", AdapterRejectedError, "s3://bucket/acme is a family")
 
 
 def test_profiles_that_do_not_fit_are_found(tmp_path: Path) -> None:
     tenant = a_tenant(tmp_path / "acme")
     save_profile(Profile("sha256:" + 64 * "0", (0.0, 0.0, 0.0)), tenant)
-    refused(tenant, FamilyMismatchError, "calibrate the tenant against this family")
+    check_rejected(tenant, FamilyMismatchError, "calibrate the tenant against this family")
     save_profile(Profile(FAMILY.digest, (9.0, 0.0, 0.0)), tenant)
-    refused(tenant, BoundsError, "layer 0 has coefficient 9.0")
+    check_rejected(tenant, BoundsError, "layer 0 has coefficient 9.0")
     edit_json(tenant / "safegene.json", lambda raw: raw.update(coefficients=[1.0, 0.0, 1.0]))
-    refused(tenant, DigestError, "s3://bucket/acme/safegene.json: .*altered")
+    check_rejected(tenant, DigestError, "s3://bucket/acme/safegene.json: .*altered")
 
 
-def test_all_faults_are_told_together(tmp_path: Path) -> None:
+def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     tenant = a_tenant(tmp_path / "acme", profile=1.0)
     tensors = read_tensors(tenant / WEIGHTS)
     for tensor in tensors.values():
         tensor[0, 0] = float("nan")
     (tenant / WEIGHTS).write_bytes(serialize(tensors))
     edit_json(tenant / "safegene.json", lambda raw: raw.update(coefficients=[1.0, 0.0, 0.0]))
-    refused(tenant, NonFiniteError, r"(?s)2 errors:.*holds NaN.*DigestError: ")
+    check_rejected(tenant, NonFiniteError, r"(?s)2 errors:.*holds NaN.*DigestError: ")
     shutil.rmtree(tenant)

@@ -92,7 +92,7 @@ def test_staging_killed_at_any_step_leaves_nothing_that_is_trusted(tmp_path: Pat
     assert content(next(root.glob("revisions/*"))) == expected
 
 
-def test_mending_killed_at_any_step_never_leaves_the_damage_trusted(tmp_path: Path) -> None:
+def test_a_repair_killed_at_any_step_never_leaves_damage_trusted(tmp_path: Path) -> None:
     tenant, profile, root = a_tenant(tmp_path / "acme"), a_profile(), tmp_path / "store"
     store = Store(root)
     digest = store.stage(tenant, family=FAMILY).digest

@@ -30,7 +30,7 @@ class World:
     def verify(self) -> None:
         self.store.verify(self.digest, self.profile.digest)
 
-    def refused(self, error: type[SafegeneError], says: str) -> None:
+    def check_rejected(self, error: type[SafegeneError], says: str) -> None:
         with pytest.raises(error, match=says):
             self.verify()
 
@@ -56,7 +56,7 @@ def overwrite(path: Path) -> None:
         file.write(bytes([last ^ 1]))
 
 
-def test_what_was_kept_is_what_is_found(world: World) -> None:
+def test_a_stored_revision_is_found_intact(world: World) -> None:
     world.verify()
     world.store.verify(world.digest)
     world.store.revision(None, world.profile)
@@ -66,23 +66,23 @@ def test_what_was_kept_is_what_is_found(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_altered_file_is_found_and_mended(world: World, name: str) -> None:
+def test_an_altered_file_is_found_and_repaired(world: World, name: str) -> None:
     before = content(world.revision)
     overwrite(world.adapter / name)
-    world.refused(DigestError, "2 errors:(.|\n)*altered on this disk.*stage")
+    world.check_rejected(DigestError, "2 errors:(.|\n)*altered on this disk.*stage")
     world.mend()
     assert content(world.revision) == before
     assert os.path.samefile(world.revision / WEIGHTS, world.adapter / WEIGHTS)
     assert list((world.store.root / "incoming").iterdir()) == []
 
 
-def test_a_revision_whose_file_was_replaced_is_found_and_mended_at_the_next_call(
+def test_a_revision_with_a_replaced_file_is_repaired_at_the_next_call(
     world: World,
 ) -> None:
     before = content(world.revision)
     (world.revision / WEIGHTS).unlink()
     (world.revision / WEIGHTS).write_bytes(b"x" * len(before[WEIGHTS]))
-    world.refused(DigestError, "revisions.*has digest")
+    world.check_rejected(DigestError, "revisions.*has digest")
     world.store.verify(world.digest)
     assert world.store.revision(world.digest, world.profile) == world.revision
     assert content(world.revision) == before
@@ -112,14 +112,14 @@ def test_another_profile_in_a_revision_s_place_is_found(world: World) -> None:
     path = world.revision / "safegene.json"
     path.unlink()
     shutil.copy(other / "safegene.json", path)
-    world.refused(DigestError, f"holds profile {a_profile(2.0).digest}")
+    world.check_rejected(DigestError, f"holds profile {a_profile(2.0).digest}")
     world.store.revision(world.digest, world.profile)
     world.verify()
 
 
-def test_a_removed_adapter_is_told_and_staged_again(world: World) -> None:
+def test_a_removed_adapter_is_reported_and_staged_again(world: World) -> None:
     shutil.rmtree(world.adapter)
-    world.refused(MissingFileError, "adapters.*stage the source again")
+    world.check_rejected(MissingFileError, "adapters.*stage the source again")
     assert world.store.revision(world.digest, world.profile) == world.revision, "still whole"
     with pytest.raises(MissingFileError, match="stage its source again"):
         world.store.revision(world.digest, a_profile(2.0))

@@ -77,7 +77,7 @@ def test_the_known_files_and_no_others_are_copied_and_hashed(
         ),
     ],
 )
-def test_what_is_not_a_whole_tenant_is_refused_before_anything_is_copied(
+def test_an_incomplete_tenant_is_rejected_before_anything_is_copied(
     tmp_path: Path, into: Path, far: bool, files: list[str], error: type[SafegeneError], says: str
 ) -> None:
     tenant = tmp_path / "acme"
@@ -91,13 +91,13 @@ def test_what_is_not_a_whole_tenant_is_refused_before_anything_is_copied(
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_too_large_a_file_is_refused(
+def test_too_large_a_file_is_rejected(
     tmp_path: Path, into: Path, announced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenant = a_tenant(tmp_path / "acme")
     size = (tenant / "adapter_model.safetensors").stat().st_size
     if not announced:
-        look = RemoteSource.look
+        look = RemoteSource.stat
 
         def silent(self: RemoteSource, name: str) -> source_room.Seen | None:
             seen = look(self, name)

@@ -218,7 +218,7 @@ def test_a_prefix_is_a_profile_alone_only_if_no_model_lies_below_it(
     assert tree(store.root) == []
 
 
-def test_a_wrong_key_is_refused_without_being_shown(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_wrong_key_is_rejected_without_being_shown(bucket: Bucket, tmp_path: Path) -> None:
     given = bucket.upload(a_tenant(tmp_path / "acme"), "private")
     store = Store(tmp_path / "store", rules=bucket.rules("wrong-secret"))
     with pytest.raises(SourceError, match=f"{given}/.* cannot be read") as caught:

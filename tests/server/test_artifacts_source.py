@@ -29,7 +29,7 @@ MEMORY = SourceRules(protocols=("memory",))
 
 def read(given: str | Path, name: str = "a", rules: SourceRules | None = None) -> bytes | None:
     with open_source(given, rules or SourceRules()) as source:
-        return None if source.look(name) is None else b"".join(source.chunks(name))
+        return None if source.stat(name) is None else b"".join(source.chunks(name))
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_root_may_be_a_link_and_is_meant_by_both_its_names(
 
 
 @pytest.mark.parametrize("with_roots", [True, False])
-def test_links_are_refused(directory: Path, tmp_path: Path, with_roots: bool) -> None:
+def test_links_are_rejected(directory: Path, tmp_path: Path, with_roots: bool) -> None:
     rules = SourceRules(roots=(tmp_path,) if with_roots else ())
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
@@ -158,18 +158,18 @@ def test_links_are_refused(directory: Path, tmp_path: Path, with_roots: bool) ->
         read(tmp_path / "door", rules=rules)
 
 
-def test_a_link_between_root_and_directory_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_a_link_between_root_and_directory_is_rejected(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "up").symlink_to(directory.parent)
     with pytest.raises(AdapterRejectedError, match="up is a symbolic link"):
         read(tmp_path / "up" / "acme", rules=SourceRules(roots=(tmp_path,)))
 
 
-def test_a_link_that_appears_after_the_look_is_not_followed(
+def test_a_link_that_appears_after_the_stat_is_not_followed(
     directory: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     with open_source(directory, SourceRules()) as source:
-        assert source.look("a") is not None
+        assert source.stat("a") is not None
         (directory / "a").unlink()
         (directory / "a").symlink_to(tmp_path / "secret")
         with pytest.raises(SourceError, match="cannot be read"):
@@ -186,7 +186,7 @@ def test_a_directory_that_is_swapped_meanwhile_stays_the_one_that_was_opened(
         assert b"".join(source.chunks("a")) == b"content"
 
 
-def test_what_is_not_a_plain_file_is_refused_without_waiting(directory: Path) -> None:
+def test_special_files_are_rejected_without_blocking(directory: Path) -> None:
     os.mkfifo(directory / "fifo")
     (directory / "sub").mkdir()
     for name in ("fifo", "sub"):
@@ -194,9 +194,9 @@ def test_what_is_not_a_plain_file_is_refused_without_waiting(directory: Path) ->
             read(directory, name)
 
 
-def test_a_fifo_that_appears_after_the_look_is_not_waited_for(directory: Path) -> None:
+def test_a_fifo_that_appears_after_the_stat_does_not_block(directory: Path) -> None:
     with open_source(directory, SourceRules()) as source:
-        assert source.look("a") is not None
+        assert source.stat("a") is not None
         (directory / "a").unlink()
         os.mkfifo(directory / "a")
         with pytest.raises(MissingFileError, match="not a plain file"):
@@ -236,30 +236,30 @@ def test_a_web_server_is_read_and_its_failures_are_not_taken_for_absence(web: st
         read("http://127.0.0.1:9/acme", rules=rules)
 
 
-def test_a_write_on_a_web_server_shows_in_the_next_look(web: str, directory: Path) -> None:
+def test_a_write_on_a_web_server_changes_the_stat(web: str, directory: Path) -> None:
     with open_source(f"{web}/acme", SourceRules(protocols=("http",))) as source:
-        before = source.look("a")
+        before = source.stat("a")
         assert before is not None
-        assert source.look("a") == before
+        assert source.stat("a") == before
         (directory / "a").write_bytes(b"CONTENT, longer")
-        assert source.look("a") != before
+        assert source.stat("a") != before
 
 
-def test_a_write_shows_in_the_next_look(directory: Path) -> None:
+def test_a_write_changes_the_stat(directory: Path) -> None:
     with open_source(directory, SourceRules()) as source:
-        before = source.look("a")
-        assert source.look("a") == before
+        before = source.stat("a")
+        assert source.stat("a") == before
         status = (directory / "a").stat()
         (directory / "a").write_bytes(b"CONTENT")
         os.utime(directory / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert source.look("a") != before, "same size, same time of modification"
+        assert source.stat("a") != before, "same size, same time of modification"
 
 
-def test_a_remote_write_shows_in_the_next_look() -> None:
+def test_a_remote_write_changes_the_stat() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/change/a", b"content")
     with open_source("memory://bucket/change", MEMORY) as source:
-        before = source.look("a")
-        assert source.look("a") == before
+        before = source.stat("a")
+        assert source.stat("a") == before
         memory.pipe("/bucket/change/a", b"CONTENT")
-        assert source.look("a") != before
+        assert source.stat("a") != before

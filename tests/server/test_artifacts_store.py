@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(
     store.verify(digest, profile.digest)
 
 
-def test_a_revision_is_the_adapter_s_files_beside_one_profile(tmp_path: Path, store: Store) -> None:
+def test_a_revision_is_the_adapter_s_files_and_one_profile(tmp_path: Path, store: Store) -> None:
     tenant = a_tenant(tmp_path / "acme", profile=3.0)
     staged = store.stage(tenant, family=FAMILY)
     assert staged.directory is not None
@@ -163,7 +163,7 @@ def test_a_revision_of_the_base_is_a_profile_alone(store: Store) -> None:
     assert store.revision(None, a_profile()) == path
 
 
-def test_a_revision_of_what_is_not_staged_or_no_digest_is_refused(store: Store) -> None:
+def test_a_revision_needs_a_staged_adapter_and_a_digest(store: Store) -> None:
     for digest, error in (("sha256:" + 64 * "0", MissingFileError), ("../../x", DigestError)):
         with pytest.raises(error, match=digest):
             store.revision(digest, a_profile())
@@ -190,7 +190,7 @@ def age(store: Store, *paths: Path | None, s: float = 7200.0) -> None:
         os.utime(path, (time.time() - s, time.time() - s))
 
 
-def test_what_nobody_keeps_is_removed(tmp_path: Path, store: Store) -> None:
+def test_unused_directories_are_removed(tmp_path: Path, store: Store) -> None:
     first, second = (
         store.stage(a_tenant(tmp_path / f"{start}", start=start), family=FAMILY).digest
         for start in (1, 3)

@@ -1,4 +1,4 @@
-"""Which examples are refused, and how they are split."""
+"""Validation and split of a calibration's examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from calibration_setup import examples
 
-from safegene_server.calibration.examples import read_shots, record_of, split
+from safegene_server.calibration.examples import read_examples, record_of, split
 from safegene_server.tenants import CalibrationSettings
 from safegene_vllm.dataset import Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
@@ -30,13 +30,13 @@ ONE = {"prompt": "p", "answer": "a"}
         (examples(safety=[ONE, {"prompt": "p", "answer": ""}]), "empty prompt or answer"),
     ],
 )
-def test_what_cannot_be_calibrated_with_is_refused(given: dict[str, Any], words: str) -> None:
+def test_unusable_examples_are_rejected(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        read_shots(given, SETTINGS)
+        read_examples(given, SETTINGS)
 
 
 def test_good_ones_are_split_by_the_seed_with_some_of_each_kind_held_out() -> None:
-    shots = read_shots(examples(benign=[{"prompt": "b"}, {"prompt": "c"}]), SETTINGS)
+    shots = read_examples(examples(benign=[{"prompt": "b"}, {"prompt": "c"}]), SETTINGS)
     assert list(shots) == ["safety", "task", "benign"]
     assert shots["benign"] == (Row("b", None), Row("c", None))
     searched, held = split(shots, 0.25, 0)
@@ -48,7 +48,7 @@ def test_good_ones_are_split_by_the_seed_with_some_of_each_kind_held_out() -> No
 
 
 def test_the_record_holds_digests_and_no_text() -> None:
-    shots = read_shots(examples(), SETTINGS)
+    shots = read_examples(examples(), SETTINGS)
     record = record_of(shots, split(shots, 0.5, 0)[1])
     digest = digest_of_rows(shots["task"]).removeprefix("sha256:")
     assert record["task"] == {"rows": 4, "held_out": 2, "sha256": digest}

@@ -64,7 +64,7 @@ def test_the_optimum_is_found_and_published(bench: CalibrationWorld) -> None:
     assert bench.replica.trials == {}
 
 
-def test_what_is_scored_is_the_answer_in_its_template(bench: CalibrationWorld) -> None:
+def test_the_answer_is_scored_in_its_template(bench: CalibrationWorld) -> None:
     benign = [{"prompt": f"good {n}", "answer": None} for n in range(2)]
     bench.start(examples=examples(benign=benign), evaluations=5)
     assert bench.work().state == "done"
@@ -105,7 +105,7 @@ def test_nothing_better_changes_nothing(bench: CalibrationWorld) -> None:
     assert bench.replica.trials == {}
 
 
-def test_unpublished_if_so_asked(bench: CalibrationWorld) -> None:
+def test_the_result_stays_unpublished_on_request(bench: CalibrationWorld) -> None:
     bench.start(publish=False)
     ended = bench.work()
     assert ended.state == "done" and "is ready" in ended.message
@@ -113,7 +113,7 @@ def test_unpublished_if_so_asked(bench: CalibrationWorld) -> None:
     assert published(bench)[0] == f"{NAME}@1"
 
 
-def test_bounds_and_floor_are_kept(bench: CalibrationWorld) -> None:
+def test_bounds_and_floor_are_respected(bench: CalibrationWorld) -> None:
     low, high = bench.replica.header.bounds
     bench.replica.losses = lambda kind, first, last: 50.0 - first + last
     bench.registry.set_floor(bench.replica.header.digest, {2: 0.75}, actor="test")
@@ -124,7 +124,7 @@ def test_bounds_and_floor_are_kept(bench: CalibrationWorld) -> None:
     assert all(low <= at[0] <= high and 0.75 <= at[2] <= high for at in tried)
 
 
-def test_the_seed_decides_and_the_budget_is_kept(tmp_path: Path) -> None:
+def test_the_search_is_seeded_and_within_budget(tmp_path: Path) -> None:
     begun = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         (tmp_path / name).mkdir()
@@ -177,15 +177,15 @@ def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, wha
     assert bench.replica.trials == {}
 
 
-def test_a_trial_that_the_engine_does_not_give_back_ends_the_job_all_the_same(
+def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
     bench: CalibrationWorld, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("safegene_server.calibration.evaluator.END_S", 0.05)
+    monkeypatch.setattr("safegene_server.calibration.evaluator.CANCEL_TIMEOUT_S", 0.05)
     bench.start()
     bench.replica.hanging = "end_trial"
     bench.replica.errors["/v1/completions"] = AdapterRejectedError("no room")
     assert bench.work().state == "failed"
-    assert "trials stay loaded until the engine answers" in caplog.text
+    assert "candidates stay loaded until the engine responds" in caplog.text
 
 
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
@@ -242,7 +242,7 @@ def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
         ("begin_trial", AdapterRejectedError("no room"), "no room"),
     ],
 )
-def test_an_engine_that_refuses_fails_the_job(
+def test_an_engine_error_fails_the_job(
     bench: CalibrationWorld, path: str, error: Exception, words: str
 ) -> None:
     bench.replica.errors[path] = error
@@ -261,7 +261,7 @@ def test_examples_longer_than_the_context_are_named(bench: CalibrationWorld) -> 
     )
 
 
-def test_what_is_too_long_is_found_before_the_tenant_is_asked_for_an_answer(
+def test_too_long_examples_are_rejected_before_any_generation(
     bench: CalibrationWorld,
 ) -> None:
     bench.replica.context = 64
@@ -284,14 +284,14 @@ def test_what_is_too_long_is_found_before_the_tenant_is_asked_for_an_answer(
         ({"examples": examples(task=[{"prompt": "a", "answer": "x"}] * 3)}, 400, "same answer"),
     ],
 )
-def test_what_is_refused_at_once(
+def test_invalid_requests_are_rejected_at_once(
     bench: CalibrationWorld, body: dict[str, Any], status: int, words: str
 ) -> None:
     refused(bench.ask("POST", f"/tenants/{NAME}/calibrate", body), status, words)
     assert all(job.kind != "calibrate" for job in bench.registry.jobs())
 
 
-def test_whose_tenant_and_which_state(bench: CalibrationWorld) -> None:
+def test_tenant_access_and_state_are_checked(bench: CalibrationWorld) -> None:
     body = {"examples": examples()}
     path = f"/tenants/{NAME}/calibrate"
     refused(bench.ask("POST", path, body, key="read"), 403)

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from safegene_server.calibration.scoring import Encoded, end_of_turn, mean_loss, own_answer
+from safegene_server.calibration.scoring import Encoded, end_of_turn, generate_answer, mean_loss
 from safegene_vllm.errors import AdapterRejectedError, ReceiptError, SafegeneError
 
 SHOT = Encoded((5, 6), (7, 8))
@@ -67,28 +67,28 @@ def test_the_loss_is_over_the_answers_own_tokens() -> None:
         ([], 200, AdapterRejectedError, "cannot be read"),
         (
             scores(*GOOD, {"8": {"logprob": -2.0}}, model="acme@1"),
-            *(200, ReceiptError, "trial:a was asked, 'acme@1' answered"),
+            *(200, ReceiptError, "trial:a was requested, 'acme@1' responded"),
         ),
     ],
 )
-def test_what_is_no_score_is_refused(
+def test_an_invalid_score_is_rejected(
     body: Any, status: int, kind: type[SafegeneError], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
         loss(Says(body, status))
 
 
-def test_what_is_not_finite_is_refused() -> None:
+def test_a_score_that_is_not_finite_is_rejected() -> None:
     text = '{"model":"trial:a","choices":[{"prompt_logprobs":[null,{"6":{"logprob":0}},'
     text += '{"7":{"logprob":NaN}},{"8":{"logprob":0}}]}]}'
     with pytest.raises(AdapterRejectedError, match="log-probability nan"):
         loss(Says(text.encode()))
 
 
-def test_an_answer_of_its_own_is_never_empty() -> None:
+def test_an_empty_completion_is_rejected() -> None:
     says = Says({"model": "m", "choices": [{"token_ids": []}]})
     with pytest.raises(AdapterRejectedError, match="no token"):
-        asyncio.run(own_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
+        asyncio.run(generate_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
     assert says.asked[0]["priority"] == 9
 
 
@@ -101,7 +101,7 @@ def test_an_answer_of_its_own_is_never_empty() -> None:
         ([1, 70, 9], ()),
     ],
 )
-def test_the_end_of_a_turn_is_what_follows_the_answer(
+def test_the_end_of_turn_token_follows_the_answer(
     template: list[int], end: tuple[int, ...]
 ) -> None:
     def tokens(body: dict[str, Any]) -> dict[str, Any]:

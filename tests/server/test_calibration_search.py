@@ -22,7 +22,7 @@ class Losses:
         self.asked: list[Vector] = []
         self.told: list[tuple[int, str]] = []
 
-    def look(self, at: Vector) -> Evaluation:
+    def evaluate_one(self, at: Vector) -> Evaluation:
         return Evaluation(at, self.loss(at), self.held(at))
 
     async def __call__(self, candidates: Sequence[Vector], below: float) -> list[Evaluation]:
@@ -34,16 +34,24 @@ class Losses:
             below = min(below, loss)
         return looks
 
-    async def tell(self, tried: int, what: str) -> None:
+    async def progress(self, tried: int, what: str) -> None:
         self.told.append((tried, what))
 
 
 def found(
     losses: Losses, space: Space, *, budget: int = 400, patience: int = 8, seed: int = 0
 ) -> Found:
-    first = [losses.look(space.scaled(0.0))]
+    first = [losses.evaluate_one(space.scaled(0.0))]
     return asyncio.run(
-        search(space, losses, first, budget=budget, patience=patience, seed=seed, tell=losses.tell)
+        search(
+            space,
+            losses,
+            first,
+            budget=budget,
+            patience=patience,
+            seed=seed,
+            progress=losses.progress,
+        )
     )
 
 
@@ -60,8 +68,8 @@ def test_the_optimum_is_found(best: tuple[float, ...]) -> None:
     assert len(losses.asked) == result.tried <= 400
     assert len(set(losses.asked)) == len(losses.asked), "nothing is tried twice"
     assert {what for _, what in losses.told} == {
-        "looking for one scale",
-        "looking around it, layer by layer",
+        "searching one scale",
+        "searching layer by layer",
     }
 
 
@@ -71,7 +79,7 @@ def test_one_layer_needs_no_more_than_the_scale() -> None:
     assert result.best.at == pytest.approx((1.3,), abs=0.1) and result.tried <= 13
 
 
-def test_what_lies_outside_is_never_asked_for() -> None:
+def test_candidates_outside_the_bounds_are_never_evaluated() -> None:
     losses = Losses(bowl(9.0, -9.0, 1.0))
     space = Space((0.0, 0.7, 0.0), (2.0, 2.0, 2.0))
     result = found(losses, space)
@@ -92,7 +100,7 @@ def test_a_layer_that_cannot_move_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("budget", [5, 9, 17, 40])
-def test_the_budget_is_kept(budget: int) -> None:
+def test_the_budget_is_respected(budget: int) -> None:
     losses = Losses(bowl(1.5, 0.5))
     result = found(losses, Space((0.0, 0.0), (3.0, 3.0)), budget=budget)
     assert 4 <= len(losses.asked) == result.tried <= budget

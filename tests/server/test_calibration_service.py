@@ -99,7 +99,7 @@ def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_what_does_not_pass_the_gate_serves_nobody(tmp_path: Path, better: bool) -> None:
+def test_a_failed_smoke_test_is_never_published(tmp_path: Path, better: bool) -> None:
     world = CalibrationWorld(tmp_path, served=False, gate=True)
     world.replica.answer = lambda prompt: REFUSAL
     if not better:
@@ -143,7 +143,7 @@ def test_the_first_lies_within_the_bounds_and_above_the_floor(
     world.registry.close()
 
 
-def test_what_lies_beside_the_adapter_is_not_taken(world: CalibrationWorld) -> None:
+def test_a_profile_with_the_adapter_is_ignored(world: CalibrationWorld) -> None:
     register(world, source=world.adapter("furnished", profile=2.5))
     assert world.work().state == "done"
     first, _ = world.registry.revisions(NAME)
@@ -169,7 +169,7 @@ def test_the_same_registration_again_is_the_same_job(world: CalibrationWorld) ->
     assert [found.id for found in world.registry.jobs()] == [job]
 
 
-def test_one_that_failed_is_no_answer_and_new_content_is(world: CalibrationWorld) -> None:
+def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWorld) -> None:
     nowhere = str(world.root / "nowhere")
     register(world, source=nowhere)
     job = world.work()
@@ -200,14 +200,14 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 
 
 @pytest.mark.parametrize(("more", "status", "words"), REFUSED)
-def test_what_is_refused_leaves_no_tenant(
+def test_a_rejected_registration_leaves_no_tenant(
     world: CalibrationWorld, more: dict[str, Any], status: int, words: str
 ) -> None:
     refused(world.ask("POST", "/tenants", new(world, **more)), status, words)
     assert world.registry.tenants() == () and world.registry.jobs() == ()
 
 
-def test_nothing_to_calibrate_and_a_frozen_family_are_refused_at_once(
+def test_nothing_to_calibrate_and_a_frozen_family_are_rejected_at_once(
     world: CalibrationWorld,
 ) -> None:
     family = world.replica.header.digest
@@ -332,7 +332,7 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
     assert PRIVATE not in ended.params and world.replica.trials == {}
 
 
-def test_a_cancelled_job_leaves_a_beginning_and_serves_nobody(world: CalibrationWorld) -> None:
+def test_a_cancelled_job_publishes_nothing(world: CalibrationWorld) -> None:
     job = register(world)
 
     def cancel() -> None:
@@ -363,7 +363,7 @@ def test_cancelled_while_it_is_fetched(
     assert states(world) == [] and world.replica.begun == []
 
 
-def test_examples_are_forgotten_and_told_nobody(world: CalibrationWorld) -> None:
+def test_examples_are_deleted_and_never_returned(world: CalibrationWorld) -> None:
     job = register(world)
     assert "bad 1" in json.dumps(dict(world.registry.job(job).params))
     world.work()

@@ -246,7 +246,7 @@ def test_a_declared_folder_is_logged_and_hurts_no_other(
     assert "bad" not in {tenant.name for tenant in world.registry.tenants()}
 
 
-def test_what_is_asked_for_again_is_decided_again(parts: Path, tmp_path: Path) -> None:
+def test_a_repeated_request_is_decided_again(parts: Path, tmp_path: Path) -> None:
     """A replica that fetches what was registered takes nothing less from a source that changed."""
     place = Path(shutil.copytree(parts / "a", tmp_path / "t"))
     digest = Store(tmp_path / "one").stage(place, family=FAMILY).digest

@@ -1,4 +1,4 @@
-"""A PEFT LoRA directory: what is refused, scalings are PEFT's own, saving is exact."""
+"""A PEFT LoRA directory: what is rejected, scalings are PEFT's own, saving is exact."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import (
     Adapter,
+    LoRAScaling,
     LoRAWeights,
-    Scalings,
     layer_of,
     load_adapter,
     read_adapter_shapes,
@@ -121,7 +121,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "rank pattern list": (config(rank_pattern=[1]), HeaderError, "rank_pattern"),
     "alpha pattern text": (config(alpha_pattern={"a": "b"}), HeaderError, "alpha_pattern"),
     "pattern no regex": (config(alpha_pattern={"(": 1}), HeaderError, r"'\('.*not closed"),
-    "two faults": (config(r=0, use_dora=True), HeaderError, "(?s)2 errors.*use_dora.*r is 0"),
+    "two errors": (config(r=0, use_dora=True), HeaderError, "(?s)2 errors.*use_dora.*r is 0"),
 }
 
 
@@ -143,7 +143,7 @@ def test_only_loading_sees_values_that_are_not_finite(good: Path, value: float) 
         load_adapter(good)
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(good: Path) -> None:
+def test_a_pickle_next_to_safetensors_is_ignored(good: Path) -> None:
     (good / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert set(load_adapter(good).lora_weights) == {SITE}
 
@@ -225,7 +225,7 @@ def test_scalings_and_merged_weights_are_what_peft_computes(tmp_path: Path, case
 
     adapter = load_adapter(tmp_path)
     assert len(adapter.lora_weights) == 4
-    scalings = Scalings(adapter.config)
+    scalings = LoRAScaling(adapter.config)
     for site, lora in adapter.lora_weights.items():
         module = model.base_model.model.get_submodule(site)
         assert lora.scaling == module.scaling["default"] == scalings.scaling(site)
@@ -262,7 +262,7 @@ def test_a_scaling_is_folded_without_losing_a_bit(
     assert torch.equal(loaded.b.float(), lora.folded().b)
 
 
-def test_saving_casts_when_told_to(tmp_path: Path) -> None:
+def test_saving_casts_to_a_given_dtype(tmp_path: Path) -> None:
     lora = LoRAWeights(ramp(2, 4), ramp(3, 2), 1 / 3)
     save_adapter(
         Adapter({SITE: lora}, None, {}), tmp_path / "a", base_model=None, dtype=torch.bfloat16
@@ -313,7 +313,7 @@ def test_a_new_adapter_takes_the_old_one_s_profile_with_it(good: Path) -> None:
     "key", ["(a+)+x", "(a|a)*", ".*.*.*.*x", r"(\w)\1", "(?:a+){2,}", "a?" * 40 + "a" * 40]
 )
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_could_hang_a_worker_is_refused(
+def test_a_pattern_that_could_hang_a_worker_is_rejected(
     tmp_path: Path, option: str, key: str
 ) -> None:
     adapter = Adapter({"model.layers.0.mlp.up_proj": tiny_lora()}, None, {})

@@ -1,4 +1,4 @@
-"""Where tensors of a checkpoint lie: one file or shards, read one at a time, faults by name."""
+"""Tensors of a checkpoint: one file or shards, read one at a time, errors by name."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "unknown key": (edit(lambda d: d.update(colour="red")), HeaderError, "'colour'"),
     "missing key": (edit(lambda d: d.pop("recipe")), HeaderError, "'recipe' is missing"),
     "wrong type": (edit(lambda d: d.update(layers={})), HeaderError, "expected a list"),
-    "two faults": (
+    "two errors": (
         edit(lambda d: (d.pop("recipe"), d.update(colour=1))),
         HeaderError,
         "(?s)2 errors.*'colour'.*'recipe'",
@@ -113,12 +113,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "layer twice": (edit(lambda d: d["layers"].append(d["layers"][1])), HeaderError, "each once"),
     "layer text": (edit(lambda d: d["layers"].append("3")), HeaderError, "'3' is not"),
     "layer no score": (edit(lambda d: d["layers"][0].pop("score")), HeaderError, "is not"),
-    "layer without pair": (
+    "layer without weights": (
         edit(lambda d: d["layers"].insert(1, {"layer": 1, "score": None})),
         SiteError,
-        "layer 1 has no pair",
+        "layer 1 has no weights",
     ),
-    "pair without layer": (edit(lambda d: d["layers"].pop()), SiteError, "layer 2 has a pair"),
+    "weights without layer": (edit(lambda d: d["layers"].pop()), SiteError, "layer 2 has weights"),
     "weights missing": (
         lambda d: (d / "adapter_model.safetensors").unlink(),
         MissingFileError,
@@ -247,10 +247,10 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_an_altered_family_is_not_saved(tmp_path: Path) -> None:
     family = tiny_family()
     altered = replace(family, header=replace(family.header, bounds=(0.0, 30.0)))
-    with pytest.raises(DigestError, match="make it anew"):
+    with pytest.raises(DigestError, match="make it again"):
         save_family(altered, tmp_path / "family")
     family.lora_weights[SITES[0]].a[0, 0] += 1
-    with pytest.raises(DigestError, match="make it anew"):
+    with pytest.raises(DigestError, match="make it again"):
         save_family(family, tmp_path / "family")
     assert list(tmp_path.iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_a_directory_with_other_files_is_not_overwritten(saved: Path) -> None:
         saved_family(saved)
 
 
-def test_all_layers_with_pairs_are_selected_unless_told() -> None:
+def test_all_layers_with_weights_are_selected_by_default() -> None:
     assert tiny_family(layers=None).header.layers == (SelectedLayer(0), SelectedLayer(2))
     one = tiny_family(layers=[SelectedLayer(0, 0.25)])
     assert set(one.lora_weights) == {SITES[0], SITES[1]}
@@ -299,9 +299,9 @@ def test_a_scaling_is_folded_into_the_family() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"layers": [SelectedLayer(1)]}, SiteError, "layer 1 has no pair"),
+        ({"layers": [SelectedLayer(1)]}, SiteError, "layer 1 has no weights"),
         ({"layers": [SelectedLayer(2), SelectedLayer(0)]}, HeaderError, "ascending"),
-        ({"layers": []}, SiteError, "no pairs"),
+        ({"layers": []}, SiteError, "no LoRA weights"),
         ({"bounds": (3.0, 0.0)}, HeaderError, "order"),
         ({"bounds": (0.0, float("nan"))}, NonFiniteError, "finite"),
         ({"recipe": {"seed": {1}}}, HeaderError, "recipe"),

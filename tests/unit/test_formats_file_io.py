@@ -30,12 +30,12 @@ from safegene_vllm.formats import file_io
         (b"[" * 100_000, HeaderError, "one JSON object"),
     ],
 )
-def test_json_that_is_not_strict_is_refused(data: bytes, error: type, says: str) -> None:
+def test_json_that_is_not_strict_is_rejected(data: bytes, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         file_io.parse_json(data, "here")
 
 
-def test_a_json_file_over_the_limit_is_refused_before_it_is_read(
+def test_a_json_file_over_the_limit_is_rejected_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_io, "JSON_LIMIT_BYTES", 10)
@@ -66,7 +66,7 @@ def test_canonical_json_is_sorted_dense_ascii() -> None:
         ({1: 0, "a": 0}, HeaderError),
     ],
 )
-def test_what_json_cannot_say_is_refused(value: Any, error: type) -> None:
+def test_values_outside_json_are_rejected(value: Any, error: type) -> None:
     with pytest.raises(error):
         file_io.canonical_json(value, "here")
 

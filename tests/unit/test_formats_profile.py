@@ -102,7 +102,7 @@ def test_a_bad_profile_has_a_named_error(saved: Path, case: str) -> None:
             assert type(caught.value) is error
 
 
-def test_a_profile_cut_anywhere_is_refused(saved: Path) -> None:
+def test_a_truncated_profile_is_rejected(saved: Path) -> None:
     path = saved / "safegene.json"
     data = path.read_bytes().rstrip()
     for length in range(0, len(data), 7):
@@ -128,7 +128,7 @@ def test_a_profile_cut_anywhere_is_refused(saved: Path) -> None:
         (4.0, r"(?s)2 errors.*layer 0.*layer 2"),
     ],
 )
-def test_coefficients_that_do_not_fit_are_refused(coefficients: Any, says: str) -> None:
+def test_coefficients_that_do_not_fit_are_rejected(coefficients: Any, says: str) -> None:
     with pytest.raises(BoundsError, match=says):
         make_profile(HEADER, coefficients)
     if isinstance(coefficients, list):
@@ -141,7 +141,7 @@ def test_a_family_may_allow_negative_coefficients() -> None:
     assert make_profile(header, {2: -1.0}).coefficients == (0.0, 0.0, -1.0)
 
 
-def test_a_profile_of_another_family_is_refused_and_both_are_named() -> None:
+def test_a_profile_of_another_family_is_rejected_and_both_are_named() -> None:
     other = "sha256:" + "12" * 32
     with pytest.raises(FamilyMismatchError, match=f"{other}.*{HEADER.digest}"):
         check_profile(Profile(other, (0.0, 0.0, 0.0)), HEADER)
@@ -257,7 +257,7 @@ def test_a_description_that_is_not_on_disk_is_read_by_the_same_rules(saved: Path
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400)], ids=["large", "small"])
-def test_a_whole_number_that_no_float_can_be_is_refused(value: int) -> None:
+def test_an_integer_beyond_any_float_is_rejected(value: int) -> None:
     raw = {**profile_json(Profile("sha256:" + "0" * 64, (1.0, 0.0))), "coefficients": [value, 0.0]}
     with pytest.raises(HeaderError, match="coefficient 0 is larger than any float"):
         parse_profile(raw, "here")

@@ -182,7 +182,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_safetensors_header(tmp_path / "none")
 
 
-def test_faults_are_reported_together(tmp_path: Path) -> None:
+def test_errors_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(safetensors_bytes({"one": 1, "two": 2}))
     with pytest.raises(HeaderError, match=r"(?s)2 errors.*'one'.*'two'"):

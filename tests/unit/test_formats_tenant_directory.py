@@ -15,7 +15,7 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
-from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, refuse_exported
+from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, reject_exported
 from safegene_vllm.tiny_model import make_model, random_lora_weights, write_family, write_tenant
 
 
@@ -37,7 +37,7 @@ def header(root: Path) -> FamilyHeader:
 
 
 @pytest.mark.parametrize("kind", ["family", "adapter", "checkpoint", "profile"])
-def test_every_kind_is_told(root: Path, kind: str) -> None:
+def test_every_kind_is_recognized(root: Path, kind: str) -> None:
     assert kind_of(root / kind) == kind
 
 
@@ -67,8 +67,8 @@ def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_
         check_fits(root / "family", header)
 
 
-def test_an_export_is_refused(tmp_path: Path) -> None:
-    refuse_exported(tmp_path)
+def test_an_export_is_rejected(tmp_path: Path) -> None:
+    reject_exported(tmp_path)
     (tmp_path / RECORD_FILE).write_text(json.dumps({}))
     with pytest.raises(AdapterRejectedError, match="added twice"):
-        refuse_exported(tmp_path)
+        reject_exported(tmp_path)

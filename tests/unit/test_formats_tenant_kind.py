@@ -228,7 +228,7 @@ def test_an_adapter_is_decided_without_a_listing() -> None:
         ({"": ["safegene.json", "half\udc80.bin"]}, r"half\udc80.bin"),
     ],
 )
-def test_what_cannot_be_seen_whole_is_rejected(
+def test_a_partly_unreadable_directory_is_rejected(
     tree: dict[str, Sequence[str] | SafegeneError], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kinds, "MAX_ENTRIES", 8)
@@ -381,15 +381,15 @@ def test_calibration_and_evaluation_reject_it(root: Path, tmp_path: Path, layout
 
     header = load_family(root / "f").header
     place = make(layout, tmp_path / "t", root / "a", root / "p")
-    refused = (AdapterRejectedError, MissingFileError, PickleRejectedError)
-    with pytest.raises(refused, match="adapter"):
+    rejections = (AdapterRejectedError, MissingFileError, PickleRejectedError)
+    with pytest.raises(rejections, match="adapter"):
         load_tenant(header, place, root / "m")
-    with pytest.raises(refused, match="adapter"):
+    with pytest.raises(rejections, match="adapter"):
         before_and_after("acme", place, header)
-    with pytest.raises(refused, match="adapter"):
+    with pytest.raises(rejections, match="adapter"):
         check_fits(place, header)
     (place / "safegene.json").unlink()
-    with pytest.raises(refused, match="adapter"):
+    with pytest.raises(rejections, match="adapter"):
         load_tenant(header, place, root / "m")
 
 

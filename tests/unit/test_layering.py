@@ -1,7 +1,7 @@
 """Imports run one way, proved over the source text and by importing in a fresh process.
 
-The order of the library's rooms is read from the import-linter contract in pyproject.toml, so a
-new room is named in one place. Rooms that do not exist yet are passed over.
+The order of the library's packages is read from the import-linter contract in pyproject.toml, so a
+new package is named in one place. Packages that do not exist yet are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIBRARY = "safegene_vllm"
 SERVER = "safegene_server"
 FOLDERS = {LIBRARY: ROOT / LIBRARY, SERVER: ROOT / "server" / SERVER}
 
-TORCH_ROOMS = {"composition", "recipe", "evaluation", "plugin", "offline", "tiny_model"}
+TORCH_PACKAGES = {"composition", "recipe", "evaluation", "plugin", "offline", "tiny_model"}
 SERVER_MAY_IMPORT = {"dataset", "errors", "formats", "settings"}
 SERVER_MAY_IMPORT_FROM = (
     "safegene_vllm.client.schemas",
@@ -45,7 +45,7 @@ class Module:
         return self.name if self.path.stem == "__init__" else self.name.rpartition(".")[0]
 
     @property
-    def room(self) -> str:
+    def top_package(self) -> str:
         """First name below the root package; "" for the root package itself."""
         return [*self.name.split("."), ""][1]
 
@@ -106,33 +106,33 @@ def _name_in_import_call(call: ast.Call) -> str | None:
     return None
 
 
-def room_ranks() -> dict[str, int]:
-    """Room -> height of its layer, floor = 0, as pyproject.toml's layers contract has it."""
+def package_ranks() -> dict[str, int]:
+    """Package -> height of its layer, lowest = 0, from the layers contract in pyproject.toml."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = config["tool"]["importlinter"]["contracts"]
     layers = next(c["layers"] for c in contracts if c["type"] == "layers")
     return {
-        room.strip(" ()"): height
+        top_package.strip(" ()"): height
         for height, layer in enumerate(reversed(layers))
-        for room in layer.replace("|", ":").split(":")
+        for top_package in layer.replace("|", ":").split(":")
     }
 
 
-RANKS = room_ranks()
+RANKS = package_ranks()
 
 
-def faults(package: str, is_fault: Callable[[Module, Import], bool]) -> list[str]:
-    """`file:line imports name` for every import of the package that `is_fault(module, import)`."""
+def violations(package: str, is_violation: Callable[[Module, Import], bool]) -> list[str]:
+    """`file:line imports name` for every import of the package that is a violation."""
     return [
         f"{module.path.relative_to(ROOT)}:{item.line} imports {item.target}"
         for module in modules(package)
         for item in imports_in(module.path.read_text(encoding="utf-8"), module.package)
-        if is_fault(module, item)
+        if is_violation(module, item)
     ]
 
 
-def room_of(target: str) -> str | None:
-    """The library room that a dotted name lies in; None for other packages and the root."""
+def library_package(target: str) -> str | None:
+    """The library package that a dotted name lies in; None for other packages and the root."""
     parts = target.split(".")
     return parts[1] if parts[0] == LIBRARY and len(parts) > 1 and parts[1] in RANKS else None
 
@@ -156,66 +156,66 @@ def loaded_by(names: list[str]) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_every_room_of_the_library_is_named_in_the_layers_contract() -> None:
-    unnamed = {m.room for m in modules(LIBRARY)} - {""} - set(RANKS)
+def test_every_library_package_is_in_the_layers_contract() -> None:
+    unnamed = {m.top_package for m in modules(LIBRARY)} - {""} - set(RANKS)
     assert not unnamed, f"add to the layers in pyproject.toml: {sorted(unnamed)}"
 
 
 def test_imports_run_one_way() -> None:
     def points_up(module: Module, item: Import) -> bool:
-        target = room_of(item.target)
-        return target is not None and RANKS[target] > RANKS.get(module.room, len(RANKS))
+        target = library_package(item.target)
+        return target is not None and RANKS[target] > RANKS.get(module.top_package, len(RANKS))
 
-    assert faults(LIBRARY, points_up) == []
+    assert violations(LIBRARY, points_up) == []
 
 
 @pytest.mark.parametrize("package", FOLDERS)
-def test_only_the_plugin_room_imports_vllm(package: str) -> None:
-    def is_fault(module: Module, item: Import) -> bool:
-        in_plugin = package == LIBRARY and module.room == "plugin"
+def test_only_the_plugin_package_imports_vllm(package: str) -> None:
+    def is_violation(module: Module, item: Import) -> bool:
+        in_plugin = package == LIBRARY and module.top_package == "plugin"
         return item.top == "vllm" and not in_plugin
 
-    assert faults(package, is_fault) == []
+    assert violations(package, is_violation) == []
 
 
-def test_torch_is_imported_on_load_only_where_tensors_are_the_trade() -> None:
-    def is_fault(module: Module, item: Import) -> bool:
-        return item.top == "torch" and item.on_load and module.room not in TORCH_ROOMS
+def test_only_tensor_packages_import_torch_on_load() -> None:
+    def is_violation(module: Module, item: Import) -> bool:
+        return item.top == "torch" and item.on_load and module.top_package not in TORCH_PACKAGES
 
-    assert faults(LIBRARY, is_fault) == []
+    assert violations(LIBRARY, is_violation) == []
 
 
 def test_the_plugin_entry_module_loads_only_the_standard_library() -> None:
     """vLLM logs a plugin whose import fails and serves on without it: nothing here may fail."""
     allowed = sys.stdlib_module_names
 
-    def is_fault(module: Module, item: Import) -> bool:
+    def is_violation(module: Module, item: Import) -> bool:
         entry = module.name in {LIBRARY, f"{LIBRARY}.plugin"}
         return entry and item.on_load and item.top not in allowed
 
-    assert faults(LIBRARY, is_fault) == []
+    assert violations(LIBRARY, is_violation) == []
 
 
-def test_the_server_imports_only_the_torch_free_rooms() -> None:
-    def is_fault(module: Module, item: Import) -> bool:
-        room = room_of(item.target)
-        allowed = room is None or room in SERVER_MAY_IMPORT
+def test_the_server_imports_only_torch_free_packages() -> None:
+    def is_violation(module: Module, item: Import) -> bool:
+        top_package = library_package(item.target)
+        allowed = top_package is None or top_package in SERVER_MAY_IMPORT
         return item.top == "torch" or not (
             allowed or item.target.startswith(SERVER_MAY_IMPORT_FROM)
         )
 
-    assert faults(SERVER, is_fault) == []
+    assert violations(SERVER, is_violation) == []
 
 
-def test_the_library_never_imports_the_server_except_at_the_roof() -> None:
-    def is_fault(module: Module, item: Import) -> bool:
-        return item.top == SERVER and (module.room != "cli" or item.on_load)
+def test_only_the_cli_imports_the_server() -> None:
+    def is_violation(module: Module, item: Import) -> bool:
+        return item.top == SERVER and (module.top_package != "cli" or item.on_load)
 
-    assert faults(LIBRARY, is_fault) == []
+    assert violations(LIBRARY, is_violation) == []
 
 
 def test_importing_the_library_loads_no_heavy_package() -> None:
-    light = [m.name for m in modules(LIBRARY) if m.room not in TORCH_ROOMS | {"__main__"}]
+    light = [m.name for m in modules(LIBRARY) if m.top_package not in TORCH_PACKAGES | {"__main__"}]
     assert loaded_by(light) == set()
 
 
@@ -228,7 +228,7 @@ def test_importing_the_server_loads_neither_torch_nor_vllm() -> None:
     ("source", "expected"),
     [
         ("import torch.nn", [("torch.nn", True)]),
-        ("from . import family", [("pkg.room.family", True)]),
+        ("from . import family", [("pkg.sub.family", True)]),
         ("from ..errors import X", [("pkg.errors.X", True)]),
         ("def f():\n    import vllm", [("vllm", False)]),
         (
@@ -241,4 +241,4 @@ def test_importing_the_server_loads_neither_torch_nor_vllm() -> None:
     ],
 )
 def test_the_reader_of_imports(source: str, expected: list[tuple[str, bool]]) -> None:
-    assert [(i.target, i.on_load) for i in imports_in(source, "pkg.room")] == expected
+    assert [(i.target, i.on_load) for i in imports_in(source, "pkg.sub")] == expected

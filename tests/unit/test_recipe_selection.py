@@ -177,7 +177,7 @@ def test_layers_can_be_named_instead(family: Family) -> None:
     named = select(family, found, 99, layers=[1])
     assert [(entry.layer, entry.score) for entry in named.header.layers] == [(1, -0.25)]
     assert named.header.recipe["selection"]["k"] == 1
-    with pytest.raises(SiteError, match="layer 0 has no pair"):
+    with pytest.raises(SiteError, match="layer 0 has no weights"):
         select(named, found, 1, layers=[0])
 
 

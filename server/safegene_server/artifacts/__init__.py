@@ -1,7 +1,4 @@
-"""From what an owner named to a validated, immutable local copy that the engine may read.
-
-Not a registry: which tenant a copy belongs to, and who may be served it, is known elsewhere.
-"""
+"""Validated, immutable local copies of tenants' sources, for the engine to load."""
 
 from safegene_server.artifacts.fetch import Limits, Watch
 from safegene_server.artifacts.source import SourceRules

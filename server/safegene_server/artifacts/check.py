@@ -1,7 +1,7 @@
-"""Whether fetched files are a tenant of a family: every check that needs no torch.
+"""Checks of fetched files against a family, as far as they need no torch.
 
-Headers, shapes, dtypes, layers, NaN, the profile. The workers check once more what they load; what
-a model would answer is the gate's business.
+Headers, shapes, dtypes, layers, NaN, the profile. The workers check again what they load; the
+model's behavior is checked by the smoke test.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from safegene_vllm.formats.tenant_directory import check_fits
 
 
 def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Profile | None:
-    """The profile that lies beside the adapter (None: none does), once everything there is right.
+    """The profile that came with the adapter (None without one), after all checks passed.
 
-    Messages speak of `shown`, the owner's words, not of our copy. All faults in one message.
+    Messages name `shown`, the source as given, not the local copy. All errors in one message.
     Errors: FormatError, FamilyMismatchError, BoundsError, AdapterRejectedError.
     """
     found: list[Profile] = []
@@ -37,20 +37,20 @@ def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Pro
         ]
     if has_profile(directory):
         steps.append(profile)
-    faults: list[SafegeneError] = []
+    errors: list[SafegeneError] = []
     for step in steps:
         try:
             step()
         except SafegeneError as error:
-            fault = type(error)(str(error).replace(str(directory), shown))
-            if str(fault) not in map(str, faults):
-                faults.append(fault)
-    raise_errors(faults)
+            renamed = type(error)(str(error).replace(str(directory), shown))
+            if str(renamed) not in map(str, errors):
+                errors.append(renamed)
+    raise_errors(errors)
     return found[0] if found else None
 
 
 def _check_layers(directory: Path, family: FamilyHeader) -> None:
-    """An adapter of a deeper base has layers that this one lacks; vLLM would drop them silently."""
+    """Reject an adapter of a deeper base: vLLM would silently drop the layers this base lacks."""
     count = family.num_layers
     outside = sorted(
         {n for site in read_adapter_shapes(directory) if (n := layer_of(site) or 0) >= count}

@@ -1,7 +1,4 @@
-"""What is wrong with a directory that a store kept: gone, incomplete, altered. Says, never repairs.
-
-A directory that is there is complete, unless the disk or somebody else has been at it since.
-"""
+"""Integrity checks of stored directories: missing, incomplete, altered. No repairs."""
 
 from __future__ import annotations
 

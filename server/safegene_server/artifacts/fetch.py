@@ -1,7 +1,6 @@
-"""Copies the known files of a source into a directory of ours, within limits, and hashes them.
+"""Copy of a source's known files into a local directory, within limits, with their hashes.
 
-For noticing what is incomplete, too large, too slow or changing while it is read. What the files
-say is check's business; where the copy goes is store's.
+Rejects sources that are incomplete, too large, too slow or changing while they are read.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Copied:
-    """One file as it lies in our directory now; `sha256` is hexadecimal."""
+    """One file of the local copy; `sha256` is hexadecimal."""
 
     sha256: str
     size_bytes: int
@@ -61,7 +60,8 @@ def fetch(
     """Copy the known files that are there; synced, read-only, by name. Blocks for `timeout_s`.
 
     Errors: those of `open_source`; SourceError (unreadable, too large, too slow, changing,
-    cancelled), MissingFileError, PickleRejectedError, AdapterRejectedError (not a tenant), StoreError.
+    cancelled), MissingFileError, PickleRejectedError, AdapterRejectedError (not a tenant),
+    StoreError.
     """
     watch = Watch() if watch is None else watch
     copy = _Copy(into, limits, watch)
@@ -108,16 +108,16 @@ class _Copy:
         self.size_bytes = 0
 
     def all(self, source: Source) -> dict[str, Copied]:
-        before = {name: source.look(name) for name in FILES}
+        before = {name: source.stat(name) for name in FILES}
         kind = _kind(source)
         copied = {
             name: self.one(source, name, seen) for name, seen in before.items() if seen is not None
         }
-        changed = [name for name in FILES if source.look(name) != before[name]]
+        changed = [name for name in FILES if source.stat(name) != before[name]]
         if changed:
             raise SourceError(
                 f"{source.shown}: {', '.join(changed)} changed while it was read; try again when "
-                "nobody writes there."
+                "nothing writes there."
             )
         # An upload may have gone on meanwhile: the profile must still be alone.
         if kind == "profile":
@@ -142,8 +142,8 @@ class _Copy:
                 self.watch.progress(self.size_bytes)
             if seen.size_bytes not in (None, size):
                 raise SourceError(
-                    f"{where} was announced with {seen.size_bytes} bytes, {size} came; try again "
-                    "when nobody writes there."
+                    f"{where} was announced with {seen.size_bytes} bytes, {size} were read; try "
+                    "again when nothing writes there."
                 )
             file.flush()
             os.fsync(file.fileno())
@@ -156,7 +156,7 @@ def _kind(source: Source) -> SlotKind:
 
     Errors: those of `slot_kind`; AdapterRejectedError for what already carries a vector.
     """
-    if source.look(RECORD_FILE) is not None:
+    if source.stat(RECORD_FILE) is not None:
         raise AdapterRejectedError(
             f"{source.shown} holds {RECORD_FILE}: a vector is already in these weights and would "
             "be added twice; give the tenant they were exported from."

@@ -1,8 +1,8 @@
-"""The directories of a store: what they are called, and how they appear as a whole or not at all.
+"""Directories of a store: names, locks, and atomic installation.
 
 A store is shared by the processes of one machine. Work happens in private directories below
 `incoming/`, and becomes visible by one rename under the store's lock. A killed process leaves only
-a private directory, which nobody reads, and whose own lock tells that its owner is gone.
+a private directory, which is never read and whose released lock marks it for removal.
 """
 
 from __future__ import annotations

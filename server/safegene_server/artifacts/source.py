@@ -1,7 +1,6 @@
-"""What an owner named, opened for reading: a local directory, or a remote one through fsspec.
+"""A tenant's source opened for reading: a local directory, or a remote one through fsspec.
 
-For refusing what may not be read (outside the roots, through a symbolic link, an unknown protocol)
-and for one way to look at files and read them. Copying and checking them is fetch's and check's.
+Rejects what may not be read: outside the roots, through a symbolic link, an unknown protocol.
 """
 
 from __future__ import annotations
@@ -54,29 +53,29 @@ class SourceRules:
 
 @dataclass(frozen=True)
 class Seen:
-    """One file as it was seen: equal before and after reading unless somebody wrote to it."""
+    """State of one file: equal before and after reading unless it was written to."""
 
     size_bytes: int | None
     stamp: tuple[str, ...]
 
 
 class Source(Protocol):
-    """A directory of which files are read by name; a `listing.Tree`."""
+    """A directory of which files are read by name; a `directory_tree.Tree`."""
 
     @property
     def shown(self) -> str: ...
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file. Errors: as `look`."""
+        """Whether there is such a file. Errors: as `stat`."""
 
     def entries(self, below: str, limit: int) -> Sequence[Entry]:
         """As `Tree.entries`. Errors: SourceError."""
 
-    def look(self, name: str) -> Seen | None:
+    def stat(self, name: str) -> Seen | None:
         """None if there is no such file. Errors: SourceError, AdapterRejectedError (a link)."""
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The content, piece by piece. Errors: as `look`."""
+        """The content, piece by piece. Errors: as `stat`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class LocalSource:
     descriptor: int
 
     def has(self, name: str) -> bool:
-        return self.look(name) is not None
+        return self.stat(name) is not None
 
     def entries(self, below: str, limit: int) -> Sequence[Entry]:
         try:
@@ -95,7 +94,7 @@ class LocalSource:
         except OSError as error:
             raise _unreadable(f"{self.shown}/{below}", error) from error
 
-    def look(self, name: str) -> Seen | None:
+    def stat(self, name: str) -> Seen | None:
         try:
             status = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         except FileNotFoundError:
@@ -112,7 +111,7 @@ class LocalSource:
     def chunks(self, name: str) -> Iterator[bytes]:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
-            # O_NONBLOCK: a FIFO put there since `look` must not hold us.
+            # O_NONBLOCK: a FIFO put there since `stat` must not hold us.
             with open(os.open(name, flags, dir_fd=self.descriptor), "rb", buffering=0) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise _not_plain(f"{self.shown}/{name}")
@@ -131,7 +130,7 @@ class RemoteSource:
     path: str
 
     def has(self, name: str) -> bool:
-        return self.look(name) is not None
+        return self.stat(name) is not None
 
     def entries(self, below: str, limit: int) -> Sequence[Entry]:
         """Drivers list whole directories, so `limit` bounds what is looked at, not what is sent."""
@@ -162,11 +161,11 @@ class RemoteSource:
             name = path.rstrip("/").rpartition("/")[2]
             yield Entry(name, "directory" if is_directory else "file")
 
-    def look(self, name: str) -> Seen | None:
+    def stat(self, name: str) -> Seen | None:
         try:
             info = self.system.info(f"{self.path}/{name}")
         except FileNotFoundError as error:
-            # fsspec's HTTP file system calls every failure "not found"; its cause tells.
+            # fsspec's HTTP file system calls every failure "not found"; its cause differs.
             cause = error.__cause__
             if self.shown.startswith("http") and getattr(cause, "status", None) not in (404, 410):
                 raise _unreadable(f"{self.shown}/{name}", cause or error) from error
@@ -194,7 +193,7 @@ def _unreadable(where: str, error: BaseException) -> SafegeneError:
     reason = str(getattr(error, "strerror", None) or error)[:300] or type(error).__name__
     return SourceError(
         f"{where} cannot be read ({reason}); check that it is there, that this server may read it "
-        "and that nobody is writing to it."
+        "and that nothing is writing to it."
     )
 
 
@@ -290,7 +289,7 @@ def _open_remote(protocol: str, rest: str, rules: SourceRules) -> RemoteSource:
     _, at, host = place.rpartition("@")
     if at and protocol not in _AT_IS_NO_USER:
         raise SourceError(
-            f"source {protocol}://...@{host} carries credentials; they would be kept and shown: "
+            f"source {protocol}://...@{host} carries credentials; they would be stored and shown: "
             "put them in the storage options."
         )
     shown = f"{protocol}://{rest.rstrip('/')}"
@@ -308,7 +307,7 @@ def _open_remote(protocol: str, rest: str, rules: SourceRules) -> RemoteSource:
         raise AdapterRejectedError(f"source {shown} contains '.' or '..'; give the plain URL.")
     options = rules.options.get(protocol, {})
     try:
-        # Neither a file system nor a listing that somebody else has cached.
+        # No file system or listing from a cache.
         fresh = {"skip_instance_cache": True, "use_listings_cache": False}
         system = fsspec.filesystem(protocol, **{**fresh, **options})
         path = str(system._strip_protocol(f"{protocol}://{rest}")).rstrip("/")

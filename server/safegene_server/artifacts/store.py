@@ -1,9 +1,9 @@
 """The local store: staged adapters by content, and one directory per revision for the engine.
 
     adapters/<sha256>/                the two files of a PEFT adapter, read-only
-    revisions/<sha256>-<sha256>/      the same files (hard links) beside one profile
+    revisions/<sha256>-<sha256>/      the same files (hard links) and one profile
 
-Everything here can be made again from the sources and the registry. Blocks; not for an event loop.
+Everything can be rebuilt from the sources and the registry. Calls block: not for an event loop.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _REVISION_NAME = re.compile(r"(none|[0-9a-f]{64})-[0-9a-f]{64}")
 class Staged:
     """What a source held. `digest` and `directory` are None for a tenant that is only a profile.
 
-    `profile` is what lay beside the adapter, checked; None if nothing did.
+    `profile` came with the adapter and is checked; None without one.
     """
 
     digest: str | None
@@ -78,10 +78,10 @@ class Store:
         expected: str | None = None,
         watch: Watch | None = None,
     ) -> Staged:
-        """Fetch, check and keep what `source` names; nothing is kept of what does not pass.
+        """Fetch, check and store the content of `source`; nothing is stored of what fails a check.
 
-        With `expected`, an adapter of another digest is refused and a profile beside it passed
-        over: for fetching again, elsewhere, what was registered.
+        With `expected`, an adapter of another digest is rejected and a profile with it ignored:
+        for fetching a registered source again on another replica.
         Errors: those of `fetch` and `check_tenant_files`; DigestError.
         """
         with workspace(self.root) as work:
@@ -162,8 +162,10 @@ class Store:
         os.utime(adapter)
 
     def drop(self, adapter_digest: str | None, profile_digest: str) -> None:
-        """Delete one revision's directory, if it is there; its adapter stays. Errors: StoreError,
-        DigestError."""
+        """Delete one revision's directory if it exists; its adapter stays.
+
+        Errors: StoreError, DigestError.
+        """
         target = self._revision(adapter_digest, profile_digest)
         with workspace(self.root) as work, locked(self.root):
             if target.exists():
@@ -189,32 +191,32 @@ class Store:
     def remove_unused(
         self, keep: Iterable[tuple[str | None, str]], *, idle_s: float = 3600.0
     ) -> tuple[str, ...]:
-        """Delete what is neither in `keep` nor was staged, asked for or kept in the last `idle_s`.
+        """Delete what is not in `keep` and was not used in the last `idle_s` seconds.
 
         `keep` holds (adapter digest or None, profile digest): it counts as used now, for other
-        processes too. Returns what was deleted, as paths
-        below the root. Errors: StoreError; DigestError for a digest that is none.
+        processes too. Returns the deleted paths relative to the root.
+        Errors: StoreError; DigestError for a digest that is none.
         """
-        lora_weights = tuple(keep)
-        revisions = {revision_name(adapter, profile) for adapter, profile in lora_weights}
+        used = tuple(keep)
+        revisions = {revision_name(adapter, profile) for adapter, profile in used}
         layout.sweep(self.root)
         removed: list[str] = []
         with workspace(self.root) as work, locked(self.root):
             before_s = time.time() - idle_s
-            for room, pattern, kept in (
+            for folder, pattern, retained in (
                 (REVISIONS, _REVISION_NAME, revisions),
                 (
                     ADAPTERS,
                     _ADAPTER_NAME,
-                    {hexadecimal(a) for a, _ in lora_weights if a is not None},
+                    {hexadecimal(a) for a, _ in used if a is not None},
                 ),
             ):
-                for path in sorted((self.root / room).iterdir()):
-                    if path.name in kept:
+                for path in sorted((self.root / folder).iterdir()):
+                    if path.name in retained:
                         os.utime(path)
                     elif pattern.fullmatch(path.name) and path.stat().st_mtime <= before_s:
-                        os.rename(path, work / f"{room}-{path.name}")
-                        removed.append(f"{room}/{path.name}")
+                        os.rename(path, work / f"{folder}-{path.name}")
+                        removed.append(f"{folder}/{path.name}")
         return tuple(removed)
 
     def _adapter(self, digest: str) -> Path:

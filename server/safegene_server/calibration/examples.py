@@ -1,7 +1,4 @@
-"""The few examples of a calibration: checked, and split into those searched on and those held out.
-
-Pure. What an answer is worth is the objective's business.
-"""
+"""Examples of a calibration: checked, and split into searched and held-out ones."""
 
 from __future__ import annotations
 
@@ -14,25 +11,25 @@ from safegene_vllm.dataset import Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
 
 KINDS = ("safety", "task", "benign")
-Shots = Mapping[str, tuple[Row, ...]]
-"""Rows by kind. `benign` may be missing; an answer that is None is found elsewhere."""
+Examples = Mapping[str, tuple[Row, ...]]
+"""Rows by kind. `benign` may be missing; answers that are None are generated."""
 
 
-def read_shots(raw: Mapping[str, Any], settings: CalibrationSettings) -> Shots:
+def read_examples(raw: Mapping[str, Any], settings: CalibrationSettings) -> Examples:
     """`{"safety": [{"prompt", "answer"}], "task": [...], "benign": [...]}`, checked.
 
     Errors: ConfigError naming every kind that is missing, too small, too large or of one class.
     """
-    shots = {
+    examples = {
         kind: tuple(Row(row["prompt"], row.get("answer")) for row in raw.get(kind) or ())
         for kind in KINDS
     }
-    if not shots["benign"]:
-        del shots["benign"]
-    faults = []
-    for kind, rows in shots.items():
+    if not examples["benign"]:
+        del examples["benign"]
+    errors = []
+    for kind, rows in examples.items():
         if not 2 <= len(rows) <= settings.max_shots:
-            faults.append(
+            errors.append(
                 f"{kind}: {len(rows)} examples, expected 2 to {settings.max_shots}; some of them "
                 "are held out"
             )
@@ -42,25 +39,25 @@ def read_shots(raw: Mapping[str, Any], settings: CalibrationSettings) -> Shots:
             if not row.prompt.strip() or (row.answer is not None and not row.answer.strip())
         ]
         if blank:
-            faults.append(
+            errors.append(
                 f"{kind}: example {', '.join(blank[:5])} has an empty prompt or answer; give the "
                 "text, or null as the answer"
             )
-    answers = {row.answer for row in shots["task"]}
-    if len(answers) == 1 and None not in answers and len(shots["task"]) > 1:
-        faults.append(
-            f"task: all {len(shots['task'])} examples have the same answer; give examples of every "
-            "class, so that a loss of the task can be seen"
+    answers = {row.answer for row in examples["task"]}
+    if len(answers) == 1 and None not in answers and len(examples["task"]) > 1:
+        errors.append(
+            f"task: all {len(examples['task'])} examples have the same answer; give examples of "
+            "every class, so that a loss of the task can be seen"
         )
-    if faults:
-        raise ConfigError("; ".join(faults) + ".")
-    return shots
+    if errors:
+        raise ConfigError("; ".join(errors) + ".")
+    return examples
 
 
-def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
+def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """(searched on, held out), at least one example of every kind in each."""
     searched, held = {}, {}
-    for kind, rows in shots.items():
+    for kind, rows in examples.items():
         order = random.Random(f"{seed}-{kind}").sample(range(len(rows)), len(rows))
         count = min(len(rows) - 1, max(1, round(len(rows) * share)))
         held[kind] = tuple(rows[i] for i in order[:count])
@@ -68,15 +65,15 @@ def split(shots: Shots, share: float, seed: int) -> tuple[Shots, Shots]:
     return searched, held
 
 
-def record_of(shots: Shots, held: Shots) -> dict[str, Any]:
-    """What a calibration's record tells of its examples: no text, only how many and which."""
+def record_of(examples: Examples, held: Examples) -> dict[str, Any]:
+    """Counts and digests of the examples for a calibration's record, without their text."""
     return {
         kind: {
             "rows": len(rows),
             "held_out": len(held[kind]),
             "sha256": digest_of_rows(rows).removeprefix("sha256:"),
         }
-        for kind, rows in shots.items()
+        for kind, rows in examples.items()
     }
 
 

@@ -1,8 +1,7 @@
-"""The job that calibrates a tenant on this engine, and brings what it found into service.
+"""Job that calibrates a tenant on this engine and publishes the result.
 
-It begins at a revision that is there, or at new content, which it stages. A job whose server died
-is begun again from the start (candidates live in the engine only and go with it); a revision that
-it had added already is taken up, not added once more.
+It starts from an existing revision or stages new content. A job whose server died is restarted from
+the beginning (candidates exist only in the engine); a revision that it had already added is reused.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from safegene_server.calibration.evaluator import CandidateEvaluator
-from safegene_server.calibration.examples import read_shots, record_of, split, weights_of
+from safegene_server.calibration.examples import read_examples, record_of, split, weights_of
 from safegene_server.calibration.objective import Evaluation, Losses, Vector, objective_of
 from safegene_server.calibration.search import Space, search
 from safegene_server.registry import Revision
@@ -31,12 +30,14 @@ METHOD = "few-shot gradient-free"
 INITIAL = "initial"
 """The method of the coefficients that a search of new content begins with."""
 SEARCH_ENDS = 0.35
-"""Of the job's progress; loading, the gate and publishing are the rest."""
+"""Share of the job's progress; loading, the smoke test and publishing are the rest."""
 
 
 async def calibrate(tenancy: TenantContext, work: Work) -> str:
-    """The handler of CALIBRATE. `params`: revision (a number) or source, data, seed, evaluations,
-    publish, expected, actor; private: examples.
+    """Handler of CALIBRATE.
+
+    `params`: revision (a number) or source, data, seed, evaluations, publish, expected, actor;
+    private: examples.
 
     Errors: SafegeneError, EngineDownError; JobLostError.
     """
@@ -49,20 +50,20 @@ async def calibrate(tenancy: TenantContext, work: Work) -> str:
     else:
         current = await _first(tenancy, work)
         if current.state != "registered":
-            # An earlier attempt found nothing better, and has begun to bring it in.
+            # An earlier attempt found nothing better and has started to onboard it.
             return await bring_in(tenancy, work, current)
     profile = await _better(tenancy, work, current)
     if profile is not None:
         made = await _add(tenancy, work, profile, current.adapter_digest, current.source)
         return await bring_in(tenancy, work, made)
     held = work.result["held_out"]
-    told = (
+    message = (
         f"nothing found is better than {current.served_name}: held-out loss {held['found']:.4f} "
         f"against {held['current']:.4f}; "
     )
     if "revision" in params:
-        return told + "nothing was changed"
-    return told + await bring_in(tenancy, work, current)
+        return message + "nothing was changed"
+    return message + await bring_in(tenancy, work, current)
 
 
 def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
@@ -127,33 +128,33 @@ async def _better(tenancy: TenantContext, work: Work, current: Revision) -> Prof
     """A profile with a lower held-out loss than the current one's; None if none was found."""
     settings, params = tenancy.settings.calibration, work.job.params
     await work.step(0.0, "reading the examples")
-    shots = read_shots(params[PRIVATE]["examples"], settings)
-    searched, held = split(shots, settings.held_out, params["seed"])
+    examples = read_examples(params[PRIVATE]["examples"], settings)
+    searched, held = split(examples, settings.held_out, params["seed"])
     header = tenancy.replica.header
     policy = await aside(tenancy.registry.policy, header.digest)
     space = space_of(header, policy.floor)
     share = DutyCycleLimiter(settings.share, tenancy.replica.in_flight, lambda: _check(work))
-    objective = objective_of(settings, weights_of(settings, list(shots)))
-    bench = CandidateEvaluator(tenancy.replica, current, objective, settings, share)
+    objective = objective_of(settings, weights_of(settings, list(examples)))
+    evaluator = CandidateEvaluator(tenancy.replica, current, objective, settings, share)
     low, high = header.bounds
-    await bench.prepare(searched, held, (min(max(0.0, low), high),) * len(header.layers))
-    await work.step(0.03, "scoring what there is")
-    zero = await bench.look(space.scaled(0.0))
+    await evaluator.prepare(searched, held, (min(max(0.0, low), high),) * len(header.layers))
+    await work.step(0.03, "scoring the current coefficients")
+    zero = await evaluator.evaluate_one(space.scaled(0.0))
     now = tuple(current.profile.coefficients[entry.layer] for entry in header.layers)
-    served = zero if now == zero.at else await bench.look(now)
+    served = zero if now == zero.at else await evaluator.evaluate_one(now)
 
-    async def tell(tried: int, what: str) -> None:
+    async def progress(tried: int, what: str) -> None:
         done = min(tried / params["evaluations"], 1.0)
         await work.step(0.05 + (SEARCH_ENDS - 0.05) * done, what)
 
     found = await search(
         space,
-        bench.evaluate,
+        evaluator.evaluate,
         [zero, served],
         budget=params["evaluations"],
         patience=settings.patience,
         seed=params["seed"],
-        tell=tell,
+        progress=progress,
     )
     better = _held(found.best) < _held(served) - settings.least_gain
     losses = {"zero": _held(zero), "current": _held(served), "found": _held(found.best)}
@@ -172,7 +173,7 @@ async def _better(tenancy: TenantContext, work: Work, current: Revision) -> Prof
         "made_from": {"revision": current.served_name, "profile": current.profile.digest},
         "seed": params["seed"],
         "settings": asdict(settings),
-        "shots": record_of(shots, held),
+        "shots": record_of(examples, held),
         "data": dict(params["data"]),
         "rounds": found.rounds,
         "before": _rounded(zero.parts),
@@ -189,8 +190,8 @@ def _check(work: Work) -> None:
         raise JobCancelledError("the job was cancelled")
 
 
-def _held(look: Evaluation) -> float:
-    return math.inf if look.held is None else look.held
+def _held(evaluation: Evaluation) -> float:
+    return math.inf if evaluation.held is None else evaluation.held
 
 
 def _rounded(parts: Losses | None) -> dict[str, float] | None:

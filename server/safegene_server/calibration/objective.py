@@ -1,10 +1,10 @@
-"""What a candidate has lost: one number from mean log-probabilities, and the pull to the start.
+"""Objective of a candidate: weighted mean log-probabilities, and a pull to the start.
 
     weights · (- mean log p(answer | prompt)) over the kinds  +  pull · mean (λ - λ_0)²
 
 A kind's mean is over its examples, an example's over the tokens of its answer. The gradient recipe
-has KL to the untouched tenant where this has the log-probability of given answers: the engine gives
-the one over HTTP and not the other, and they differ by what the answer leaves open. Pure.
+uses KL to the untouched tenant; this uses the log-probability of given answers, because the engine
+returns only the latter over HTTP. Pure.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Losses = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of one candidate. `loss` is on the examples searched on, with the pull;
-    `held` and `parts` are on those held out, None where nobody looked."""
+    """Losses of one candidate.
+
+    `loss` is on the searched examples, with the pull; `held` and `parts` are on the held-out ones,
+    None if not evaluated.
+    """
 
     at: Vector
     loss: float

@@ -1,8 +1,8 @@
-"""What the engine is asked about known answers, over its own HTTP: token ids and log-probabilities.
+"""Token ids and log-probabilities of known answers, over the engine's HTTP API.
 
 /tokenize places the chat template as the chat route does; /v1/completions on those ids gives
 `prompt_logprobs`, computed afresh and never from the prefix cache. The chat route would give them
-too, but takes text, and where the answer begins among its tokens it does not tell.
+too, but takes text and does not report where the answer begins among its tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def prompt_tokens(replica: Replica, model: str, prompt: str) -> tuple[tupl
     """
     turns = [{"role": "user", "content": prompt}]
     body = {"messages": turns, "add_generation_prompt": True}
-    return await _ask(
+    return await _query(
         replica, TOKENIZE, model, body, lambda a: (_ids(a["tokens"]), int(a["max_model_len"]))
     )
 
@@ -43,17 +43,17 @@ async def prompt_tokens(replica: Replica, model: str, prompt: str) -> tuple[tupl
 async def text_tokens(replica: Replica, model: str, text: str) -> tuple[int, ...]:
     """The text alone, without special tokens. Errors: AdapterRejectedError."""
     body = {"prompt": text, "add_special_tokens": False}
-    return await _ask(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
+    return await _query(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
 
 
 async def end_of_turn(replica: Replica, model: str) -> tuple[int, ...]:
-    """The token that the template puts after an answer; none if it cannot be told.
+    """The token that the template puts after an answer; none if it cannot be found.
 
     Errors: AdapterRejectedError.
     """
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
     body = {"messages": turns, "add_generation_prompt": False}
-    whole = await _ask(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
+    whole = await _query(replica, TOKENIZE, model, body, lambda a: _ids(a["tokens"]))
     probe = await text_tokens(replica, model, PROBE)
     for begin in range(len(whole) - len(probe), -1, -1):
         if whole[begin : begin + len(probe)] == probe:
@@ -61,42 +61,40 @@ async def end_of_turn(replica: Replica, model: str) -> tuple[int, ...]:
     return ()
 
 
-async def own_answer(
+async def generate_answer(
     replica: Replica, model: str, prompt: tuple[int, ...], most: int, priority: int | None
 ) -> tuple[int, ...]:
-    """What the model itself says, greedily. Errors: AdapterRejectedError, ReceiptError."""
+    """The model's own greedy completion. Errors: AdapterRejectedError, ReceiptError."""
     body = {"prompt": list(prompt), "max_tokens": most, "return_token_ids": True}
 
-    def read(answer: Any) -> tuple[int, ...]:
-        return _ids(answer["choices"][0]["token_ids"])
+    def read(response: Any) -> tuple[int, ...]:
+        return _ids(response["choices"][0]["token_ids"])
 
-    found = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
+    found = await _query(replica, COMPLETIONS, model, _greedy(body, priority), read)
     if not found:
-        raise AdapterRejectedError(f"{model}: the engine gave no token of an answer of its own")
+        raise AdapterRejectedError(f"{model}: the engine returned an empty completion")
     return found[:most]
 
 
-async def mean_loss(replica: Replica, model: str, shot: Encoded, priority: int | None) -> float:
+async def mean_loss(replica: Replica, model: str, example: Encoded, priority: int | None) -> float:
     """Mean negative log-probability of the answer's tokens.
 
-    Errors: AdapterRejectedError, also for what is not finite; ReceiptError (another model answered).
+    Errors: AdapterRejectedError, also if not finite; ReceiptError (response of another model).
     """
-    ids = [*shot.prompt, *shot.answer]
+    ids = [*example.prompt, *example.answer]
     body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
 
-    def read(answer: Any) -> float:
-        given = answer["choices"][0]["prompt_logprobs"]
+    def read(response: Any) -> float:
+        given = response["choices"][0]["prompt_logprobs"]
         if len(given) != len(ids):
             raise ValueError(f"{len(given)} log-probabilities for {len(ids)} tokens")
-        begin = len(shot.prompt)
+        begin = len(example.prompt)
         places = range(begin, len(ids))
-        return -sum(float(given[i][str(ids[i])]["logprob"]) for i in places) / len(shot.answer)
+        return -sum(float(given[i][str(ids[i])]["logprob"]) for i in places) / len(example.answer)
 
-    loss = await _ask(replica, COMPLETIONS, model, _greedy(body, priority), read)
+    loss = await _query(replica, COMPLETIONS, model, _greedy(body, priority), read)
     if not math.isfinite(loss):
-        raise AdapterRejectedError(
-            f"{model}: the engine gives an answer the log-probability {-loss}"
-        )
+        raise AdapterRejectedError(f"{model}: the engine returned the log-probability {-loss}")
     return loss
 
 
@@ -109,23 +107,23 @@ def _ids(tokens: Any) -> tuple[int, ...]:
     return tuple(int(token) for token in tokens)
 
 
-async def _ask(
+async def _query(
     replica: Replica, path: str, model: str, body: dict[str, Any], read: Callable[[Any], _T]
 ) -> _T:
-    answer = await replica.call("POST", path, {"model": model, **body})
+    response = await replica.call("POST", path, {"model": model, **body})
     try:
-        found = answer.json()
-        if answer.status_code != 200:
+        found = response.json()
+        if response.status_code != 200:
             raise AdapterRejectedError(
-                f"the engine answers {path} of the calibration with {answer.status_code}: "
+                f"the engine responded to {path} of the calibration with {response.status_code}: "
                 f"{found['error']['message']:.500}"
             )
-        told = read(found)
+        result = read(found)
     except (ValueError, LookupError, TypeError) as error:
         raise AdapterRejectedError(
-            f"the engine answers {path} of the calibration with {answer.status_code} and something "
-            f"that cannot be read ({error!r:.200})"
+            f"the engine responded to {path} of the calibration with {response.status_code} and a "
+            f"body that cannot be read ({error!r:.200})"
         ) from error
     if path == COMPLETIONS and found.get("model") != model:
-        raise ReceiptError(f"{model} was asked, {found.get('model')!r:.200} answered")
-    return told
+        raise ReceiptError(f"{model} was requested, {found.get('model')!r:.200} responded")
+    return result

@@ -1,7 +1,7 @@
-"""The beginning of a calibration: everything that can be refused before anybody waits for it.
+"""Start of a calibration, after every check that needs no job.
 
-Of what a tenant has, or of new content that comes without a profile. The examples lie in the job's
-private parameters, which the registry forgets when the job ends; their digests stay.
+It calibrates an existing revision, or new content without a profile. The examples are stored in the
+job's private parameters, which the registry deletes when the job ends; their digests stay.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safegene_server.calibration.examples import KINDS, read_shots
+from safegene_server.calibration.examples import KINDS, read_examples
 from safegene_server.calibration.job import CALIBRATE, space_of
-from safegene_server.calibration.search import LEAST_BUDGET
+from safegene_server.calibration.search import MIN_BUDGET
 from safegene_server.registry import Job, Revision, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import Change, TenantContext
@@ -27,8 +27,11 @@ RECORD_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What a search works from: `examples` by kind, `data` that tells the record where they are
-    from, and how many candidates at most (None: the server's own number)."""
+    """Parameters of a search.
+
+    `examples` by kind, `data` with their origin for the record, and the maximum number of
+    candidates (None: the server's setting).
+    """
 
     examples: Mapping[str, Any]
     data: Mapping[str, Any] | None = None
@@ -39,18 +42,17 @@ class CalibrationRequest:
 async def start(
     tenancy: TenantContext,
     name: str,
-    asked: CalibrationRequest,
+    request: CalibrationRequest,
     *,
     publish: bool,
     expected: int | None,
     actor: str,
 ) -> Job:
-    """The job that looks for better coefficients of what the tenant serves, or of its newest
-    revision while it serves nothing.
+    """Start a job that searches better coefficients for the published, or else newest, revision.
 
     Errors: ConfigError, NotFoundError, ConflictError, FrozenError.
     """
-    params = await _params(tenancy, asked, publish, actor)
+    params = await _params(tenancy, request, publish, actor)
     tenant = await changeable(tenancy, name, expected)
     revision = await _revision(tenancy, name, tenant.published)
     params |= {"revision": revision.number, "expected": tenant.published or 0}
@@ -60,7 +62,7 @@ async def start(
 async def register(
     tenancy: TenantContext,
     name: str,
-    asked: CalibrationRequest,
+    request: CalibrationRequest,
     *,
     source: str | None,
     first: Change,
@@ -68,13 +70,14 @@ async def register(
     publish: bool,
     actor: str,
 ) -> tuple[Tenant, Job]:
-    """A new tenant of this server's family, and the job that finds its coefficients and brings it
-    into service. The same registration again answers with the same tenant and job.
+    """Register a tenant of this server's family and start the job that calibrates and onboards it.
+
+    Idempotent: the same registration returns the same tenant and job.
 
     Errors: ConfigError, BoundsError (`first` gives coefficients too), RegistryError, ConflictError
     (no source, or the name is taken), FrozenError.
     """
-    params = await _params(tenancy, asked, publish, actor)
+    params = await _params(tenancy, request, publish, actor)
     params |= {"source": _searchable(source, first), "expected": 0}
     return await enrol(tenancy, name, CALIBRATE, params, source=source, limits=limits, actor=actor)
 
@@ -82,7 +85,7 @@ async def register(
 async def add_revision(
     tenancy: TenantContext,
     name: str,
-    asked: CalibrationRequest,
+    request: CalibrationRequest,
     *,
     source: str | None,
     first: Change,
@@ -90,12 +93,13 @@ async def add_revision(
     expected: int | None,
     actor: str,
 ) -> Job:
-    """New content for a tenant, whose coefficients the job finds; where it came from last is read
-    again if no source is given.
+    """Start a job that calibrates new content for a tenant.
+
+    Without a source, the source of its last revision is read again.
 
     Errors: ConfigError, BoundsError, NotFoundError, ConflictError, FrozenError.
     """
-    params = await _params(tenancy, asked, publish, actor)
+    params = await _params(tenancy, request, publish, actor)
     tenant = await changeable(tenancy, name, expected)
     where = _searchable(source or await last_source(tenancy, tenant), first)
     params |= {"source": where, "expected": tenant.published or 0}
@@ -103,24 +107,24 @@ async def add_revision(
 
 
 async def _params(
-    tenancy: TenantContext, asked: CalibrationRequest, publish: bool, actor: str
+    tenancy: TenantContext, request: CalibrationRequest, publish: bool, actor: str
 ) -> dict[str, Any]:
-    """What every such job works from. Errors: ConfigError."""
+    """Parameters that all calibration jobs share. Errors: ConfigError."""
     settings, header = tenancy.settings.calibration, tenancy.replica.header
-    shots = read_shots(asked.examples, settings)
-    budget = settings.evaluations if asked.evaluations is None else asked.evaluations
-    if budget < LEAST_BUDGET:
-        raise ConfigError(f"evaluations = {budget}, expected at least {LEAST_BUDGET}")
-    told = _data(asked.data)
+    examples = read_examples(request.examples, settings)
+    budget = settings.evaluations if request.evaluations is None else request.evaluations
+    if budget < MIN_BUDGET:
+        raise ConfigError(f"evaluations = {budget}, expected at least {MIN_BUDGET}")
+    data = _data(request.data)
     space_of(header, (await aside(tenancy.registry.policy, header.digest)).floor)
     return {
-        "data": told,
-        "seed": asked.seed,
+        "data": data,
+        "seed": request.seed,
         "evaluations": budget,
         "publish": publish,
         "actor": actor,
-        "shots": {kind: digest_of_rows(rows) for kind, rows in shots.items()},
-        PRIVATE: {"examples": {kind: list(asked.examples.get(kind) or ()) for kind in KINDS}},
+        "shots": {kind: digest_of_rows(rows) for kind, rows in examples.items()},
+        PRIVATE: {"examples": {kind: list(request.examples.get(kind) or ()) for kind in KINDS}},
     }
 
 
@@ -128,8 +132,8 @@ def _searchable(source: str | None, first: Change) -> str:
     """Errors: BoundsError, ConflictError."""
     if first.form is not None:
         raise BoundsError(
-            f"calibrate and {first.form} are given; expected one of them: what calibrate finds are "
-            "the coefficients"
+            f"calibrate and {first.form} are given, expected one of them: calibrate finds the "
+            "coefficients itself"
         )
     if source is None:
         raise ConflictError(
@@ -159,7 +163,7 @@ def _data(data: Mapping[str, Any] | None) -> dict[str, Any]:
     size_bytes = len(json.dumps(found))
     if size_bytes > RECORD_BYTES:
         raise ConfigError(
-            f"data: {size_bytes} bytes of JSON, expected at most {RECORD_BYTES}; it tells where "
-            "the examples are from and holds none"
+            f"data: {size_bytes} bytes of JSON, expected at most {RECORD_BYTES}; it describes "
+            "the origin of the examples and contains none"
         )
     return found
