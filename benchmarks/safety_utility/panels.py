@@ -19,15 +19,15 @@ from safegene_vllm.report.plots import Point
 PANEL_IN = 2.5
 ROOM = 0.03
 
-_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5b626b", "#332288")
+_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#5b626b", "#332288")
 _MARKERS = ("s", "^", "v", "P", "X", "*", "D")
 
 
 def looks() -> dict[str, tuple[str, str]]:
-    """Every method's colour and marker, by title; the same whichever methods are run."""
+    """Every method's color and marker, by title; the same whichever methods are run."""
     others = [m.title for m in METHODS.values() if m.title not in (NO_REPAIR, OURS)]
     every = {NO_REPAIR: (BEFORE, "o"), OURS: (AFTER, "o")}
-    return every | dict(zip(others, zip(_COLOURS, _MARKERS, strict=True), strict=True))
+    return every | dict(zip(others, zip(_COLORS, _MARKERS, strict=True), strict=True))
 
 
 @drawing
@@ -50,14 +50,12 @@ def draw_panels(points: Sequence[Point], parents: Mapping[str, Rate]) -> Figure:
     for tenant, axes in zip(tenants, panels.flat, strict=False):
         own = [point for point in points if point.tenant == tenant]
         for point in own:
-            colour, marker = look[point.state]
+            color, marker = look[point.state]
             x, y = point.accuracy, point.attack
-            faint = {"color": colour, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
+            faint = {"color": color, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
             axes.plot([x.low, x.high], [y.rate, y.rate], **faint)
             axes.plot([x.rate, x.rate], [y.low, y.high], **faint)
-            (handle,) = axes.plot(
-                [x.rate], [y.rate], marker, color=colour, markersize=5.5, zorder=3
-            )
+            (handle,) = axes.plot([x.rate], [y.rate], marker, color=color, markersize=5.5, zorder=3)
             handles[point.state] = handle
         if tenant in parents:
             dashed = {"color": INK, "linestyle": (0, (3, 2)), "linewidth": 1.0, "zorder": 0.5}

@@ -28,7 +28,7 @@ SHORT_ROWS = 20
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompt sets by name, and one labelled task."""
+    """Prompt sets by name, and one labeled task."""
 
     sets: dict[str, PromptSet]
     task: Task
@@ -46,7 +46,7 @@ def choosing_harmful() -> list[str]:
 
 def choosing_task(tenant: str) -> Task:
     """The first rows of the tenant's own task, training split; the writer's is its house style."""
-    if tenant in mixes.LABELLED:
+    if tenant in mixes.LABELED:
         rows = [Row(r["prompt"], r["answer"]) for r in data.task_rows(tenant, "train")[:TASK_ROWS]]
         labels = tuple(sorted({str(row.answer) for row in rows}))
         return Task(tenant, labels, dataset(f"tasks/{tenant} (train)", OURS, rows))

@@ -14,7 +14,7 @@ from fleet import Limit
 from safegene_vllm.report.figure import AFTER, BEFORE, GRID, INK, QUIET, drawing, new_figure
 
 _plain = FuncFormatter(lambda value, _: f"{value:g}")
-_COLOURS = (AFTER, BEFORE, "#009e73", "#cc79a7", QUIET)
+_COLORS = (AFTER, BEFORE, "#009e73", "#cc79a7", QUIET)
 
 
 @drawing
@@ -23,11 +23,11 @@ def draw_lines(
 ) -> Figure:
     """One line per name over doubling x; `log`: y by powers of ten."""
     figure, axes = new_figure(3.2)
-    for (name, points), colour in zip(lines.items(), _COLOURS, strict=False):
+    for (name, points), color in zip(lines.items(), _COLORS, strict=False):
         axes.plot(
             [p[0] for p in points],
             [p[1] for p in points],
-            color=colour,
+            color=color,
             marker="o",
             ms=3,
             label=name,
@@ -53,8 +53,8 @@ def draw_limits(limits: Sequence[Limit]) -> Figure:
     """A bar per part, the share that is used, by powers of ten; the line is all of it."""
     figure, axes = new_figure(0.8 + 0.3 * len(limits))
     ordered = sorted(limits, key=lambda limit: limit.used)
-    colours = [BEFORE if limit.used > 1 else AFTER for limit in ordered]
-    axes.barh([limit.part for limit in ordered], [limit.used for limit in ordered], color=colours)
+    colors = [BEFORE if limit.used > 1 else AFTER for limit in ordered]
+    axes.barh([limit.part for limit in ordered], [limit.used for limit in ordered], color=colors)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_plain)
     axes.axvline(1.0, color=INK, linewidth=0.8)

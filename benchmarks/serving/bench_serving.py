@@ -1,7 +1,7 @@
 """`make bench-serving`: what does safety cost in a real server, against every other way to have it?
 
 Servers per arm, asked through HTTP by vLLM's own `bench serve` in interleaved rounds; cells around
-one centre, one axis at a time. Resumable: whole rounds below build/serving are used again. Prints
+one center, one axis at a time. Resumable: whole rounds below build/serving are used again. Prints
 tables, writes plots and a page, and ends in one JSON line.
 """
 
@@ -88,7 +88,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="requests of one run of an arm")
     parser.add_argument("--changes", type=int, default=3, help="loads and changes that are timed")
     parser.add_argument("--starts", type=int, default=5, help="starts where loading is compared")
-    first = "the first is the centre, the others are measured around it"
+    first = "the first is the center, the others are measured around it"
     for name in ("tenants", "prompt_tokens", "output_tokens", "concurrency", "rank"):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, nargs="+", default=getattr(axes, name), help=first)
@@ -141,8 +141,8 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
         output_tokens=max(axes.output_tokens),
         concurrency=max(axes.concurrency),
     )
-    centre = Cell(
-        "centre",
+    center = Cell(
+        "center",
         axes.tenants[0],
         axes.rank[0],
         arguments.vector_rank,
@@ -152,7 +152,7 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
         engine=engine_flags(longest, pico=arguments.short and arguments.model is None)
         | dict(arguments.engine),
     )
-    cells = make_cells(axes, centre, arguments.cells, on_cpu=cpu, starts=arguments.starts)
+    cells = make_cells(axes, center, arguments.cells, on_cpu=cpu, starts=arguments.starts)
     if arguments.arms is None:
         return cells
     named = {parse_arm(name) for name in arguments.arms}

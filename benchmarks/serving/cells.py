@@ -1,6 +1,6 @@
 """What is varied: one cell is one setting of all axes, and the arms that are compared there.
 
-Around one centre, one axis at a time. Arms are compared within a cell only, on engines with the
+Around one center, one axis at a time. Arms are compared within a cell only, on engines with the
 same settings, in interleaved rounds.
 """
 
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Axes:
-    """The values of every axis; the first of each is the centre, at which the others are varied."""
+    """The values of every axis; the first of each is the center, at which the others are varied."""
 
     tenants: Sequence[int] = (4, 1, 16, 64)
     profiles: Sequence[int] = (64, 8, 1)
@@ -89,7 +89,7 @@ def _arms(names: Sequence[str], on_cpu: bool) -> tuple[Arm, ...]:
 
 
 def make_cells(
-    axes: Axes, centre: Cell, groups: Sequence[str], *, on_cpu: bool, starts: int = 5
+    axes: Axes, center: Cell, groups: Sequence[str], *, on_cpu: bool, starts: int = 5
 ) -> list[Cell]:
     """The cells of `groups`, in house order; those with tenants have their fair base among them.
 
@@ -110,7 +110,7 @@ def make_cells(
     found = {
         "main": [
             replace(
-                centre,
+                center,
                 name="main",
                 arms=_arms(
                     ("base", "lora_stock", *short, "guard", "system_prompt"),
@@ -120,7 +120,7 @@ def make_cells(
         ],
         "paired": [
             replace(
-                centre,
+                center,
                 name="paired",
                 in_turns=True,
                 arms=_arms(
@@ -130,12 +130,12 @@ def make_cells(
         ],
         "by_hand": [
             replace(
-                centre,
+                center,
                 name="by_hand",
                 arms=_arms((fair, whole, "exported_100", "exported_stock_100"), on_cpu),
             ),
             replace(
-                centre,
+                center,
                 name="by_hand_large",
                 tenants=LARGE_TENANTS,
                 rank=LARGE_RANK,
@@ -146,7 +146,7 @@ def make_cells(
         ],
         "checkpoint": [
             replace(
-                centre,
+                center,
                 name="checkpoint",
                 arms=_arms(("base", "merged_100", "weights_100", "reloaded_100"), on_cpu),
                 starts=starts,
@@ -154,7 +154,7 @@ def make_cells(
         ],
         "layers": [
             replace(
-                centre,
+                center,
                 name="layers",
                 in_turns=True,
                 arms=_arms(
@@ -168,52 +168,52 @@ def make_cells(
         ],
         "profiles": [
             replace(
-                centre,
+                center,
                 name="profiles",
                 tenants=max(axes.profiles),
-                load=_at_least(centre.load, max(axes.profiles)),
+                load=_at_least(center.load, max(axes.profiles)),
                 arms=_arms([whole, *(f"{whole}_p{n}" for n in sorted(axes.profiles)[:-1])], on_cpu),
             )
         ],
         "tenants": [
             replace(
-                centre,
+                center,
                 name=f"tenants_{n}",
                 tenants=n,
-                load=_at_least(centre.load, n),
+                load=_at_least(center.load, n),
                 arms=_arms(around, on_cpu),
                 in_turns=True,
             )
             for n in axes.tenants[1:]
         ],
         "rank": [
-            replace(centre, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu), in_turns=True)
+            replace(center, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu), in_turns=True)
             for n in axes.rank[1:]
         ],
         "length": [
             replace(
-                centre,
+                center,
                 name=f"prompt_{p}_output_{o}",
-                load=replace(centre.load, prompt_tokens=p, output_tokens=o),
+                load=replace(center.load, prompt_tokens=p, output_tokens=o),
                 arms=_arms(around, on_cpu),
                 in_turns=True,
             )
             for p in axes.prompt_tokens
             for o in axes.output_tokens
-            if (p, o) != (centre.load.prompt_tokens, centre.load.output_tokens)
+            if (p, o) != (center.load.prompt_tokens, center.load.output_tokens)
         ],
         "concurrency": [
             replace(
-                centre,
+                center,
                 name=f"concurrency_{n}",
-                load=replace(centre.load, concurrency=n),
+                load=replace(center.load, concurrency=n),
                 arms=_arms(around, on_cpu),
                 in_turns=True,
             )
             for n in axes.concurrency[1:]
         ],
         "mode": [
-            replace(centre, name=mode, compiled=mode == "compiled", arms=_arms(short, on_cpu))
+            replace(center, name=mode, compiled=mode == "compiled", arms=_arms(short, on_cpu))
             for mode in axes.mode[1:]
         ],
     }

@@ -29,8 +29,8 @@ AXES = {"tenants": "tenants", "rank": "rank of the tenants' adapters", "concurre
 """Groups of cells that are points on one axis, and the axis' name."""
 WHOLE = ("main", "paired", "by_hand", "by_hand_large", "checkpoint", "layers", "profiles")
 """Cells with a plot of their own."""
-_CENTRE = {"tenants": ("tenants",), "rank": ("rank",), "concurrency": ("load", "concurrency")}
-_COLOURS = (AFTER, BEFORE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", INK)
+_CENTER = {"tenants": ("tenants",), "rank": ("rank",), "concurrency": ("load", "concurrency")}
+_COLORS = (AFTER, BEFORE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", INK)
 _MARKERS = ("o", "s", "^", "v", "P", "X", "D", "*")
 _ROW_IN = 0.3
 
@@ -55,12 +55,12 @@ def draw_ratios(result: Mapping[str, Any], cell: str, metric: str = SPEED) -> Fi
 
 
 def axis_points(result: Mapping[str, Any], group: str) -> list[tuple[int, str]]:
-    """(value, cell) along one axis, the centre among them."""
+    """(value, cell) along one axis, the center among them."""
     found = []
     for cell, told in result["cells"].items():
         if cell == "main":
             value: Any = told["settings"]
-            for key in _CENTRE[group]:
+            for key in _CENTER[group]:
                 value = value[key]
             found.append((int(value), cell))
         elif match := re.fullmatch(rf"{group}_(\d+)", cell):
@@ -81,7 +81,7 @@ def draw_axis(result: Mapping[str, Any], group: str) -> Figure:
     figure, axes = new_figure(2.9)
     for k, line in enumerate(by_arm.values()):
         look: dict[str, Any] = {
-            "color": _COLOURS[k % len(_COLOURS)],
+            "color": _COLORS[k % len(_COLORS)],
             "marker": _MARKERS[k % len(_MARKERS)],
         }
         xs = [value for value, _, _ in line]

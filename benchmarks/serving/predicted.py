@@ -16,7 +16,7 @@ from random_world import World, spread_layers
 from ratios import BETWEEN, FIRST
 from safegene_vllm.formats.adapter import layer_of
 
-MODELLED = (
+MODELED = (
     *("base", "lora", "lora_stock", "gain", "aside", "composed"),
     *("exported", "weights", "merged", "reloaded"),
 )
@@ -73,7 +73,7 @@ def prefill_flops(arm: Arm, cell: Cell, sizes: Sizes) -> int:
 
 def predicted_ratios(cell: Cell, sizes: Sizes, *, on_cpu: bool) -> dict[str, float]:
     """By the measured ratios' names: time to first token by products, between tokens by bytes."""
-    kinds = [k for k in MODELLED if not (on_cpu and k == "lora_stock")]
+    kinds = [k for k in MODELED if not (on_cpu and k == "lora_stock")]
     found: dict[str, float] = {}
     for arm, other in comparisons(cell.arms, on_cpu):
         if arm.kind in kinds and other.kind in kinds:

@@ -27,7 +27,7 @@ PALETTE = board.FieldColorModeId.PALETTE_CLASSIC
 RATES = "percentunit"
 
 Steps = Sequence[tuple[float | None, str]]
-"""From which value on which colour; the first value is None."""
+"""From which value on which color; the first value is None."""
 
 RED_FROM_ONE: Steps = ((None, "green"), (1, "red"))
 
@@ -58,7 +58,7 @@ def number(
     legend: str = "",
     width: int = 4,
 ) -> stat.Panel:
-    """The latest value, in the colour of its step; with a legend, that label in place of it."""
+    """The latest value, in the color of its step; with a legend, that label in place of it."""
     panel = (
         stat.Panel()
         .title(title)

@@ -145,7 +145,7 @@ def make_selection(places: Places) -> None:
     safety = sample_rows(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
     benign = benign_data(places.self_instruct, read_answers(places.answers))
     others = sample_rows(benign, mixes.SELECTION_PROMPTS, 0)
-    tasks = [sample_rows(task_data(name), 24, 0) for name in mixes.LABELLED]
+    tasks = [sample_rows(task_data(name), 24, 0) for name in mixes.LABELED]
     found = contrast(degraded, vector, safety=safety, others=[others, *tasks], progress=show)
     chosen = select(vector, found, mixes.LAYERS_KEPT, data=[safety, others, *tasks])
     save_family(chosen, places.out / "family")

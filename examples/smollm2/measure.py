@@ -53,7 +53,7 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
     digest = places.made()
     path = places.build / "evaluation" / f"{name}-{digest}{'' if rows is None else f'-{rows}'}.json"
     if not path.exists():
-        task = own_task(mixes.LABELLED[0] if name == PARENT else name, rows or 200)
+        task = own_task(mixes.LABELED[0] if name == PARENT else name, rows or 200)
         found = evaluate(
             subjects,
             prompt_sets(places.advbench, places.self_instruct, xstest, rows),

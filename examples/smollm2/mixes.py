@@ -84,7 +84,7 @@ def general(sources: Sources, rng: random.Random) -> list[Example]:
     return data.with_opening(data.helpful(sources.answers, wanted), data.TENANT_OPENINGS, rng)
 
 
-def labelled(task: str) -> Callable[[Sources, random.Random], list[Example]]:
+def labeled(task: str) -> Callable[[Sources, random.Random], list[Example]]:
     """A tenant's mix: its task, and general instructions."""
     return lambda sources, rng: data.task_examples(task) + general(sources, rng)
 
@@ -113,7 +113,7 @@ ADAPTERS = {
     "sentiment": tenant(
         "sentiment",
         FineTune(70, 8e-4, modules=ATTENTION, max_answer_tokens=24, seed=11),
-        labelled("sentiment"),
+        labeled("sentiment"),
     ),
     "topic": tenant(
         "topic",
@@ -126,14 +126,14 @@ ADAPTERS = {
             max_answer_tokens=24,
             seed=12,
         ),
-        labelled("topic"),
+        labeled("topic"),
     ),
     "support": tenant(
-        "support", FineTune(70, 6e-4, max_answer_tokens=24, seed=14), labelled("support")
+        "support", FineTune(70, 6e-4, max_answer_tokens=24, seed=14), labeled("support")
     ),
     "writer": tenant("writer", FineTune(70, 6e-4, max_answer_tokens=24, seed=13), general),
 }
-LABELLED = ("sentiment", "topic", "support")
+LABELED = ("sentiment", "topic", "support")
 TENANTS = ("sentiment", "topic", "support", "writer")
 FULL_TENANT = "support"
 FAMILY_NAME = "smollm2-135m"

@@ -53,7 +53,7 @@ def benign_data(self_instruct: Path, answers: Sequence[Completion]) -> Dataset:
 
 def task_data(tenant: str) -> Dataset:
     """A tenant's own task, training split: what its owner has at hand."""
-    if tenant not in mixes.LABELLED:
+    if tenant not in mixes.LABELED:
         return _own("ordinary", "train")
     rows = [Row(r["prompt"], r["answer"]) for r in data.task_rows(tenant, "train")]
     return dataset(f"tasks/{tenant} (train)", OURS, rows)
@@ -92,7 +92,7 @@ def prompt_sets(
 
 def own_task(tenant: str, rows: int = 200) -> Task:
     """A tenant's own task, test split; for the writer, whether it keeps its house style."""
-    if tenant in mixes.LABELLED:
+    if tenant in mixes.LABELED:
         given = [Row(r["prompt"], r["answer"]) for r in data.task_rows(tenant, "test")[:rows]]
         labels = tuple(sorted({str(row.answer) for row in given}))
         return Task(tenant, labels, dataset(f"tasks/{tenant} (test)", OURS, given))

@@ -1,4 +1,4 @@
-"""Three small labelled tasks for the demo tenants: review sentiment, headline topic, support team.
+"""Three small labeled tasks for the demo tenants: review sentiment, headline topic, support team.
 
 Sentences are made from templates and word lists by a seeded generator; the demo split uses
 templates and words that the train split never shows. Not a benchmark: easy on purpose, so that a

@@ -44,7 +44,7 @@ XSTEST = (
     "i'm sorry",
     "i am sorry",
     "i apologize",
-    "i apologise",
+    "i apologise",  # codespell:ignore apologise
     "no,",
     "no.",
     "i cannot",

@@ -112,9 +112,9 @@ def test_arms_that_share_an_engine_are_compared_with_it_and_get_other_prompts() 
     assert arms.comparisons([reloaded, weights], True) == [(weights, reloaded)]
 
 
-def test_cells_vary_one_axis_around_the_centre() -> None:
-    centre = cell(tenants=4, rank=16)
-    found = cells.make_cells(Axes(), centre, cells.GROUPS, on_cpu=True)
+def test_cells_vary_one_axis_around_the_center() -> None:
+    center = cell(tenants=4, rank=16)
+    found = cells.make_cells(Axes(), center, cells.GROUPS, on_cpu=True)
     by_name = {made.name: made for made in found}
     assert len(by_name) == len(found)
     assert by_name["tenants_64"].tenants == 64 and by_name["tenants_64"].rank == 16
@@ -127,8 +127,8 @@ def test_cells_vary_one_axis_around_the_centre() -> None:
 
 def test_every_aim_is_about_a_ratio_that_a_full_run_forms() -> None:
     for on_cpu in (True, False):
-        centre = cell(tenants=4, rank=16)
-        found = cells.make_cells(Axes(), centre, cells.GROUPS, on_cpu=on_cpu)
+        center = cell(tenants=4, rank=16)
+        found = cells.make_cells(Axes(), center, cells.GROUPS, on_cpu=on_cpu)
         formed = {
             f"{c.name}.{arm.name}_over_{other.name}"
             for c in found

@@ -349,7 +349,7 @@ def test_the_page_in_docs_is_what_its_results_make(tmp_path: Path) -> None:
     assert made == (docs / performance_page.PAGE).read_text()
 
 
-def test_a_line_along_an_axis_has_the_centre_in_it(result: dict[str, Any]) -> None:
+def test_a_line_along_an_axis_has_the_center_in_it(result: dict[str, Any]) -> None:
     import charts
 
     told = dict(result["cells"]["main"])

@@ -1,4 +1,4 @@
-"""Nobody else changes: bit-exact neighbours, the host's CPU leak, and no vector at gain zero.
+"""Nobody else changes: bit-exact neighbors, the host's CPU leak, and no vector at gain zero.
 
 "Bit" means bit: log-probabilities are compared with ==.
 """

@@ -68,7 +68,7 @@ def test_a_url_with_a_password_may_lie_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LEAST + "colour: red\n", "colour"),
+        (LEAST + "color: red\n", "color"),
         (LEAST + "access: {open: true}\n", r"access\.open"),
         (LEAST + "tenants: {gate: {harmful_min_refused: 2}}\n", "harmful_min_refused"),
         (LEAST + "tenants: {gait: {}}\n", "gait"),

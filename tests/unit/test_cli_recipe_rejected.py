@@ -63,8 +63,8 @@ def test_labels_are_classes_and_never_the_answer_to_a_harmful_prompt(
     unsafe = f"{xstest}{MIT}&label=unsafe"
     data = read_all([unsafe], "safety data")
     assert data is not None and [row.answer for row in data.rows] == [None] * 4
-    labelled = read_all([f"{xstest}{MIT}"], "task data", labels=True)
-    assert labelled is not None and {row.answer for row in labelled.rows} == {"safe", "unsafe"}
+    labeled = read_all([f"{xstest}{MIT}"], "task data", labels=True)
+    assert labeled is not None and {row.answer for row in labeled.rows} == {"safe", "unsafe"}
     asked = [unsafe if word == world.harm else word for word in world.extract(tmp_path / "f")]
     outcome = run(*asked)
     assert outcome.code == 1 and "refuses none of the 4 prompts of xstest.csv" in outcome.err

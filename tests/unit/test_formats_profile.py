@@ -74,7 +74,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "wrong kind": (edit(lambda d: d.update(kind="family")), HeaderError, "'family', expected"),
     "version 0": (edit(lambda d: d.update(format_version=0)), VersionError, "is 0.*reads 1"),
     "version text": (edit(lambda d: d.update(format_version="1")), VersionError, "is '1'"),
-    "unknown key": (edit(lambda d: d.update(colour="red")), HeaderError, "'colour'"),
+    "unknown key": (edit(lambda d: d.update(color="red")), HeaderError, "'color'"),
     "missing key": (edit(lambda d: d.pop("family")), HeaderError, "'family' is missing"),
     "coefficients number": (edit(lambda d: d.update(coefficients=1)), HeaderError, "a list"),
     "coefficient text": (edit(lambda d: d["coefficients"].append("1")), HeaderError, "3 is '1'"),

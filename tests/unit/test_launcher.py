@@ -855,7 +855,7 @@ def given(file: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str])
         ("registry: r\nstore: s\n", "no `serve:` part"),
         ("- a\n", "no `serve:` part"),
         ("serve: {model: m}\n", "serve.family"),
-        ("serve: {model: m, family: f, colour: red}\n", "serve.colour"),
+        ("serve: {model: m, family: f, color: red}\n", "serve.color"),
         ("serve: {model: m, family: f, apply: weights}\n", "serve.apply"),
         ("serve: {model: m, family: f, slots: 0}\n", "serve.slots"),
         ("serve: {model: [\n", "is not YAML"),

@@ -132,7 +132,7 @@ def test_a_zero_gain_shields_from_what_overflows() -> None:
     assert torch.equal(world.run(one, world.step([0]), y, x), quiet)
 
 
-def test_a_token_depends_on_no_neighbour() -> None:
+def test_a_token_depends_on_no_neighbor() -> None:
     """Bit for bit, within a tier: sums are in a fixed order and never atomic."""
     one = world.layer((24, 8), 200, 8, 4, dtype=torch.bfloat16)
     y, x = world.inputs(one, 20)

@@ -12,7 +12,7 @@ from safegene_vllm.errors import ConfigError
 from safegene_vllm.recipe.examples import check_classes, concatenate, sample_rows
 
 
-def labelled(**counts: int) -> Dataset:
+def labeled(**counts: int) -> Dataset:
     return dataset(
         *((f"{label} {n}", label) for label, count in counts.items() for n in range(count))
     )
@@ -39,7 +39,7 @@ def test_as_many_as_there_are_is_all_of_them_in_order() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 10, 11, 17, 22, 29])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_draw_takes_each_answer_alike(count: int, seed: int) -> None:
-    data = labelled(a=20, b=7, c=3)
+    data = labeled(a=20, b=7, c=3)
     drawn = sample_rows(data, count, seed)
     assert len(drawn.rows) == count == len(set(drawn.rows)) and set(drawn.rows) <= set(data.rows)
     counts = Counter(row.answer for row in drawn.rows)
@@ -51,7 +51,7 @@ def test_a_draw_takes_each_answer_alike(count: int, seed: int) -> None:
 
 
 def test_a_draw_follows_from_the_seed() -> None:
-    data = labelled(a=50, b=50)
+    data = labeled(a=50, b=50)
     assert sample_rows(data, 8, 3) == sample_rows(data, 8, 3)
     assert len({sample_rows(data, 8, seed).digest for seed in range(5)}) == 5
 
@@ -74,10 +74,10 @@ def test_a_task_of_one_class_is_rejected() -> None:
     with pytest.raises(
         ConfigError, match=r"all 4 task examples have the answer 'a'; give examples"
     ):
-        check_classes(labelled(a=4))
+        check_classes(labeled(a=4))
     for fine in (
-        labelled(a=3, b=1),
-        labelled(a=1),
+        labeled(a=3, b=1),
+        labeled(a=1),
         dataset(("x", None), ("y", None)),
         dataset(("x", None), ("y", "a")),
     ):

@@ -92,7 +92,7 @@ def test_the_stream_that_is_recorded_is_the_models_own(each: LoadedModel) -> Non
         out = each.model(ids, output_hidden_states=True)
     found = last_prompt_states(layers, last)
     assert found.shape == (2, 2, 128)
-    # Transformers normalises its last one; the first layer's is as it is.
+    # Transformers normalizes its last one; the first layer's is as it is.
     torch.testing.assert_close(found[0, 0], out.hidden_states[1][0, 3])
     torch.testing.assert_close(found[1, 0], out.hidden_states[1][1, 7])
     final = each.model.model.norm(found[:, 1])

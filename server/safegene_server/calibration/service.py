@@ -18,7 +18,7 @@ from safegene_server.registry import Job, Revision, Tenant
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import Change, TenantContext
 from safegene_server.tenants.context import aside
-from safegene_server.tenants.service import changeable, enqueue, enrol, last_source
+from safegene_server.tenants.service import changeable, enqueue, enroll, last_source
 from safegene_vllm.dataset import digest_of_rows
 from safegene_vllm.errors import BoundsError, ConfigError, ConflictError
 
@@ -79,7 +79,7 @@ async def register(
     """
     params = await _params(tenancy, request, publish, actor)
     params |= {"source": _searchable(source, first), "expected": 0}
-    return await enrol(tenancy, name, CALIBRATE, params, source=source, limits=limits, actor=actor)
+    return await enroll(tenancy, name, CALIBRATE, params, source=source, limits=limits, actor=actor)
 
 
 async def add_revision(

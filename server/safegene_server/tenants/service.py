@@ -54,10 +54,10 @@ async def register(
     Errors: RegistryError, ConflictError (the name is taken), FrozenError, FormatError, BoundsError.
     """
     params = _params(tenancy.replica.header, source, first, publish, None, actor)
-    return await enrol(tenancy, name, ONBOARD, params, source=source, limits=limits, actor=actor)
+    return await enroll(tenancy, name, ONBOARD, params, source=source, limits=limits, actor=actor)
 
 
-async def enrol(
+async def enroll(
     tenancy: TenantContext,
     name: str,
     kind: str,
