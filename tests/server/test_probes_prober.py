@@ -115,7 +115,7 @@ def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
 
 
 @pytest.mark.parametrize(("others", "pauses"), [(0, 0), (2, 9)])
-def test_one_by_hand_pauses_only_for_others(probes: ProbeWorld, others: int, pauses: int) -> None:
+def test_one_on_request_pauses_only_for_others(probes: ProbeWorld, others: int, pauses: int) -> None:
     probes.publish(NAME)
     probes.replica.others = others
     asyncio.run(probes.probing(share=0.2).probe(NAME, on_request=True))
@@ -387,11 +387,11 @@ def test_a_name_that_came_to_stand_for_other_content_is_probed_anew(probes: Prob
     probes.publish(NAME)
     prober = probes.probing()
     asyncio.run(prober.probe(NAME))
-    (before,) = prober.standings()
+    (before,) = prober.statuses()
     assert before.result is not None and series_of(NAME) == ALL
     restore()
     assert probes.publish(NAME, first=0.5) == before.served
-    (after,) = prober.standings()
+    (after,) = prober.statuses()
     assert (after.served, after.result) == (before.served, None)
     assert after.content != before.content and series_of(NAME) == set()
     assert probes.next() == before.served
