@@ -67,6 +67,7 @@ class Engine:
             load_config=SimpleNamespace(load_format=load_format),
             model_config=SimpleNamespace(model=model),
             parallel_config=SimpleNamespace(data_parallel_size=1),
+            lora_config=SimpleNamespace(max_loras=4),
         )
         self.errored = False
         self.receipts: list[Receipt | None] = []

@@ -70,8 +70,11 @@ class Engine:
         if method == "safegene_add":
             refused = self._add(LoRA(*args))
             receipt = None if refused else self._receipt(only=args[1])
-            return [{"refused": refused, "receipt": receipt}]
+            return [{"rejected": refused, "receipt": receipt}]
         return [self._receipt()]
+
+    async def add_lora(self, lora: LoRA) -> bool:
+        raise AssertionError("adapters are loaded through collective_rpc")
 
     async def remove_lora(self, number: int) -> bool:
         assert number not in {lora.lora_int_id for lora in self.running.values()}
@@ -127,7 +130,10 @@ class World:
         )
         self.engine = Engine(self.header, root / "f")
         self.models = SimpleNamespace(
-            lora_requests={}, base_model_paths=[SimpleNamespace(name="base")], engine_client=None
+            lora_requests={},
+            base_model_paths=[SimpleNamespace(name="base")],
+            engine_client=None,
+            load_lora_adapter=None,
         )
         self.waiting: asyncio.Event | None = None
         self.begun = asyncio.Event()

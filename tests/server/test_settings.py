@@ -29,7 +29,7 @@ def settings(folder: Path, text: str) -> ServerSettings:
 
 
 def test_the_documented_file_is_read(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "tenants.md").read_text()
+    page = (ROOT / "docs" / "guides" / "tenants.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
     found = settings(tmp_path, example)
     assert found.registry_url() == str(tmp_path / "registry.sqlite")
