@@ -48,10 +48,10 @@ $(READY): requirements.txt pyproject.toml
 	@echo "$(VENV) is ready"
 
 demo: $(READY)  ## serve several protected fine-tunes of one small model and show the effect
-	@$(RUN) examples/smollm2/demo.py $(ARGS)
+	@$(RUN) -m examples.smollm2.demo $(ARGS)
 
 serve-demo: $(READY)  ## the same, then leave the server running and print curl lines
-	@$(RUN) examples/smollm2/demo.py --keep $(ARGS)
+	@$(RUN) -m examples.smollm2.demo --keep $(ARGS)
 
 # Third-party prompts are read from these folders, never copied: AdvBench's harmful_behaviors.csv,
 # self-instruct's seed_tasks.jsonl and user_oriented_instructions.jsonl, XSTest's xstest_prompts.csv.
@@ -60,7 +60,7 @@ SELF_INSTRUCT ?= data/self_instruct
 XSTEST ?= data/xstest
 
 family: $(READY)  ## remake the example's parent, vector, tenants and profiles (an hour on two cores)
-	@$(RUN) examples/smollm2/make_family.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' $(ARGS)
+	@$(RUN) -m examples.smollm2.make_family --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' $(ARGS)
 
 # A file's tests share their engines, so a file stays with one process; an engine takes memory.
 test: $(READY)  ## run the tests, a process per core
@@ -115,33 +115,30 @@ types: $(READY)  ## check types (strict)
 layering: $(READY)  ## check that imports run one way
 	@PYTHONPATH=.:server $(VENV)/bin/lint-imports --no-logo
 
-bench: $(READY)  ## prefill and decode of the gain table by themselves; ends in one JSON line
-	@$(RUN) benchmarks/serving/engine_steps.py $(ARGS)
-
 # SHORT=1: a pico model and few arms, under three minutes.
 bench-serving: $(READY)  ## what safety costs in a real server, beside every other way (hours; SHORT=1: minutes)
-	@$(RUN) benchmarks/serving/bench_serving.py $(if $(SHORT),--short) $(ARGS)
+	@$(RUN) -m benchmarks.serving.bench_serving $(if $(SHORT),--short) $(ARGS)
 
 bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
-	@$(RUN) benchmarks/changes.py $(ARGS)
+	@$(RUN) -m benchmarks.profile_changes $(ARGS)
 
 bench-live: $(READY)  ## coefficients found on the running engine beside those found with gradients
-	@$(RUN) benchmarks/live_calibration.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
+	@$(RUN) -m benchmarks.live_calibration --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
 bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
-	@$(RUN) benchmarks/scaling/bench_scaling.py $(ARGS)
+	@$(RUN) -m benchmarks.scaling.bench_scaling $(ARGS)
 
-bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run benchmarks/kernels.py in an environment with vLLM for CUDA
-	@$(RUN) benchmarks/kernels.py $(ARGS)
+bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run python -m benchmarks.kernels in an environment with vLLM for CUDA
+	@$(RUN) -m benchmarks.kernels $(ARGS)
 
 report: $(READY)  ## measure the example's parent and tenants before and after; build/evaluation/report.html
-	@$(RUN) examples/smollm2/measure.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
+	@$(RUN) -m examples.smollm2.measure --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
 bench-safety: $(READY)  ## safety against utility: ours beside SafeLoRA, SafeMERGE, RESTA, SaLoRA and no repair
-	@$(RUN) benchmarks/safety_utility/run.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
+	@$(RUN) -m benchmarks.safety_utility.bench_safety --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
 bench-ablations: $(READY)  ## what each choice of the recipe is worth; ARGS names tables
-	@$(RUN) benchmarks/ablations/ablate.py --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
+	@$(RUN) -m benchmarks.ablations --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
 # Pins that still fit stay; all of them move with: make lock ARGS=--upgrade
 lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt from pyproject.toml (Python 3.11, Linux)

@@ -1,29 +1,23 @@
 """`make bench-kernels`: one LoRA layer's product on a GPU, with and without the vector in it.
 
-Arms: our kernels; the same with all gains zero; the host's own kernels (where vLLM is installed);
-those, or ours with zero gains, followed by the plain torch product. Times are of CUDA graphs over
-many copies of a layer, so that weights come from memory as in a decode step. The roofline is bytes
-over the copy bandwidth of the same GPU. Without a GPU it says so and measures nothing.
+Arms: our kernels; the same with all gains zero; vLLM's own kernels (if installed); those, or ours
+with zero gains, followed by the plain torch product. Times are of CUDA graphs over many copies of a
+layer, so that weights come from memory as in a decode step. The roofline is bytes over the copy
+bandwidth of the same GPU. Without a GPU nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from provenance import commit
+from benchmarks.results import commit, print_result, ratio
 from safegene_vllm.plugin.ops.batch_metadata import BatchMetadata
 from safegene_vllm.plugin.ops.gain_table import add_safety
 
@@ -56,7 +50,7 @@ class Case:
         return SITES[self.site][1]
 
     def bytes(self, *, tenants: bool = True, vector: bool = True, size: int = 2) -> int:
-        """The least that memory must move: weights in use and x once, y in and out."""
+        """Minimum memory traffic: weights in use and x once, y in and out."""
         parts, out = len(self.widths), sum(self.widths)
         lora = parts * self.d_in + out
         weights = self.rank * lora * min(self.tenants, self.tokens) if tenants else 0
@@ -65,7 +59,7 @@ class Case:
 
 
 class Layers:
-    """Copies of one layer, enough of them that their weights do not stay in the cache."""
+    """Copies of one layer, enough that their weights do not stay in the cache."""
 
     def __init__(self, case: Case, device: Any, dtype: torch.dtype, cache_bytes: int) -> None:
         self.case, self.slots = case, max(case.tenants, 1)
@@ -120,7 +114,7 @@ def ours(layers: Layers, gains: torch.Tensor) -> Arm:
 
 
 def stock(layers: Layers) -> Arm | None:
-    """The host's two operators as its wrapper calls them; None where vLLM is not installed."""
+    """vLLM's two operators as its wrapper calls them; None where vLLM is not installed."""
     try:
         from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
     except ImportError:
@@ -161,13 +155,13 @@ def plain(layers: Layers, first: Arm) -> Arm:
 
 
 def arms_of(layers: Layers) -> dict[str, Arm]:
-    """Arms by name; the first one, without the vector, is what the others are compared with."""
+    """Arms by name; the others are compared with the first one, which has no vector."""
     quiet = ours(layers, torch.zeros_like(layers.gains))
-    host = stock(layers)
+    vllm = stock(layers)
     arms = {"ours, gains zero": quiet, "ours": ours(layers, layers.gains)}
-    if host is not None:
-        arms = {"stock": host, **arms}
-    return {**arms, "then torch": plain(layers, host or quiet)}
+    if vllm is not None:
+        arms = {"stock": vllm, **arms}
+    return {**arms, "then torch": plain(layers, vllm or quiet)}
 
 
 def graph_of(arm: Arm, copies: int) -> torch.cuda.CUDAGraph:
@@ -195,7 +189,7 @@ def microseconds(run: Callable[[], object], times: int) -> float:
 
 
 def launches(arm: Arm) -> int:
-    """What the device was given for one call, by torch's profiler."""
+    """Kernel launches of one call, by torch's profiler."""
     arm(0)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -227,22 +221,14 @@ def measure(case: Case, rounds: int, gb_per_s: float) -> dict[str, Any]:
     return {
         **asdict(case),
         "us": {name: round(statistics.median(v), 3) for name, v in found.items()},
-        f"ratio_to_{base}": {
-            name: [round(q, 3) for q in spread(v, found[base])] for name, v in found.items()
-        },
+        f"ratio_to_{base}": {name: ratio(values, found[base]) for name, values in found.items()},
         "launches": {name: launches(arm) for name, arm in arms.items()},
         "roofline_us": round(case.bytes() / gb_per_s / 1000.0, 3),
         "roofline_without_vector_us": round(case.bytes(vector=False) / gb_per_s / 1000.0, 3),
     }
 
 
-def spread(values: list[float], base: list[float]) -> tuple[float, float, float]:
-    """Median, least and most of the ratios, round by round."""
-    ratios = sorted(v / b for v, b in zip(values, base, strict=True))
-    return statistics.median(ratios), ratios[0], ratios[-1]
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 2048])
@@ -250,17 +236,14 @@ def main() -> int:
     parser.add_argument("--sites", nargs="+", choices=SITES, default=list(SITES))
     arguments = parser.parse_args()
     result: dict[str, Any] = {
-        "benchmark": "kernels",
         "commit": commit(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "results": [],
     }
     if not torch.cuda.is_available():
-        print("There is no CUDA GPU here: the kernels were not timed, and nothing is claimed.")
-        print("`make test-kernels` compares and compiles them without one.")
-        print(json.dumps(result))
-        return 0
+        print("no CUDA GPU: the kernels were not timed; `make test-kernels` runs without one")
+        return print_result("kernels", result)
     result["copy_gb_per_s"] = round(bandwidth_gb_per_s(), 1)
     for site in arguments.sites:
         for tokens in arguments.tokens:
@@ -275,9 +258,8 @@ def main() -> int:
                     flush=True,
                 )
                 torch.cuda.empty_cache()
-    print(json.dumps(result))
-    return 0
+    print_result("kernels", result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from baselines import as_adapter
+from benchmarks.safety_utility.baselines import as_adapter
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of, save_adapter

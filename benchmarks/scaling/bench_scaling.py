@@ -1,357 +1,336 @@
 """`make bench-scaling`: a thousand tenants on one GPU and a hundred replicas, by model and count.
 
-A roofline per mode, a simulation of slots under Zipf-popular tenants, the real registry under
-simulated replicas, and a worker's receipt of many tenants. Predictions stand next to what was
-measured. What was measured is kept below --out. Ends in one JSON line.
+Measured: the real registry under simulated replicas, a worker's receipt, reading an adapter. Those
+are cached below --out by commit. Estimated: step times by the planner's roofline, LoRA slots by a
+simulation, and the limits of a fleet by multiplication; each says so in the output, and is printed
+next to a measurement where there is one. Ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
 from rich.progress import Progress
-from rich.table import Table
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), *(str(ROOT / p) for p in ("server", "benchmarks", "benchmarks/scaling"))]
-
-import engine
-import fleet
-import plots
-import registry
-import traffic
-from postgres import postgres
-from provenance import commit
-from safegene_vllm.planner import ModelShape, Workload, find_gpu, plan_modes, read_shape
+from benchmarks.plots import draw_lines, draw_shares
+from benchmarks.results import CONSOLE, ROOT, cached, commit, print_result, provenance, table
+from benchmarks.scaling import engine_simulation, limits, registry_load
+from safegene_vllm.planner import Workload, find_gpu, plan_modes, read_shape
 from safegene_vllm.planner.slots import slot_bytes
 from safegene_vllm.report.figure import save
 
 EAGER_LAUNCH_S = 5e-6
-"""What the host takes to start one copy or clearing of a slot's tensor; not measured."""
+"""Host time to start one copy or clearing of a slot's tensor; assumed."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SLOTS = (8, 16, 32, 64, 128)
 HOST = (64, 128, 256, 512, 1024)
 RATES = (4.0, 8.0, 16.0)
+Lines = dict[str, list[tuple[float, float]]]
 
 
-def step_lines(ask: Workload) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of a step of 64 sequences by distinct tenants in it, per mode."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+def step_lines(workload: Workload) -> Lines:
+    """Estimated milliseconds of a step of 64 sequences by distinct tenants in it, per mode."""
+    lines: Lines = {}
     for tenants in BATCHES:
-        now = replace(ask, tenants=64, concurrency=64, active=tenants, slots=64)
-        modes = plan_modes(now)
-        plain = plan_modes(replace(now, kernels="torch"))
+        batch = replace(workload, tenants=64, concurrency=64, active=tenants, slots=64)
+        modes = plan_modes(batch)
         for name, mode in (
             ("gain table", modes["gain"]),
             ("composed slots", modes["composed"]),
-            ("gain table, plain torch", plain["gain"]),
+            ("gain table, plain torch", plan_modes(replace(batch, kernels="torch"))["gain"]),
             ("multi-LoRA without safety", modes["stock"]),
         ):
             lines.setdefault(name, []).append((tenants, mode.step.seconds * 1e3))
     return lines
 
 
-def slot_load_s(ask: Workload) -> float:
-    """An adapter from host memory into a slot: its bytes over the link, and per part of every layer
-    two clearings and two copies.
+def slot_load_s(workload: Workload) -> float:
+    """Estimated time of an adapter from host memory into a slot.
+
+    Its bytes over the link, and two clearings and two copies per part of every layer.
     """
-    parts = sum(len(linear.widths) for linear in ask.shape.linears) * ask.shape.layers
-    size = slot_bytes(ask.shape, ask.own_targets, ask.adapter_rank, ask.dtype_bytes)
-    return size / ask.gpu.link_bytes_per_s + 4 * parts * EAGER_LAUNCH_S
+    shape = workload.shape
+    parts = sum(len(linear.widths) for linear in shape.linears) * shape.layers
+    size = slot_bytes(shape, workload.own_targets, workload.adapter_rank, workload.dtype_bytes)
+    return size / workload.gpu.link_bytes_per_s + 4 * parts * EAGER_LAUNCH_S
 
 
 def simulate(
-    ask: Workload, load_s: float, seconds: float, track: Callable[[], Any]
+    workload: Workload, disk_load_s: float, seconds: float, on_case: Callable[[], Any]
 ) -> list[dict[str, Any]]:
     """Slots by rate with every adapter in host memory, then host memory at 64 slots."""
-    found = []
-    cases = [(rate, slots, ask.tenants) for rate in RATES for slots in SLOTS]
+    cases = [(rate, slots, workload.tenants) for rate in RATES for slots in SLOTS]
     cases += [(rate, 64, host) for rate in RATES for host in HOST]
-    best: dict[float, traffic.Outcome] = {}
+    found, baseline = [], dict[float, engine_simulation.Outcome]()
     for rate, slots, host in cases:
-        load = traffic.Traffic(
-            ask.tenants, 1.0, rate, seconds, ask.prompt_tokens, ask.output_tokens
+        traffic = engine_simulation.Traffic(
+            workload.tenants, 1.0, rate, seconds, workload.prompt_tokens, workload.output_tokens
         )
-        mine = traffic.engine_of(
-            replace(ask, slots=slots),
+        engine = engine_simulation.engine_of(
+            replace(workload, slots=slots),
             host_adapters=host,
-            slot_load_s=slot_load_s(ask),
-            disk_load_s=load_s,
+            slot_load_s=slot_load_s(workload),
+            disk_load_s=disk_load_s,
         )
-        if rate not in best:
-            best[rate] = traffic.simulate(traffic.without_reloads(mine, ask.tenants), load)
-        outcome = traffic.simulate(mine, load)
-        found.append(
-            {
-                "requests_per_s": rate,
-                "slots": slots,
-                "host_adapters": host,
-                **asdict(outcome),
-                "added_ttft_p50_s": outcome.ttft_p50_s - best[rate].ttft_p50_s,
-                "added_ttft_p99_s": outcome.ttft_p99_s - best[rate].ttft_p99_s,
-            }
-        )
-        track()
+        if rate not in baseline:
+            ideal = engine_simulation.without_reloads(engine, workload.tenants)
+            baseline[rate] = engine_simulation.simulate(ideal, traffic)
+        outcome = engine_simulation.simulate(engine, traffic)
+        added_p50_s = outcome.ttft_p50_s - baseline[rate].ttft_p50_s
+        added_p99_s = outcome.ttft_p99_s - baseline[rate].ttft_p99_s
+        case = {"requests_per_s": rate, "slots": slots, "host_adapters": host}
+        added = {"added_ttft_p50_s": added_p50_s, "added_ttft_p99_s": added_p99_s}
+        found.append(case | asdict(outcome) | added)
+        on_case()
     return found
 
 
-def kept(arguments: argparse.Namespace, name: str, make: Callable[[], Any]) -> Any:
-    """The JSON value of this name, made and written if this commit has not; or if --fresh."""
-    path = arguments.out / commit() / f"{name}.json"
-    if arguments.fresh or not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(make(), indent=1) + "\n")
-    return json.loads(path.read_text())
-
-
-def listed(numbers: Iterable[int]) -> str:
-    return "-".join(map(str, numbers))
-
-
 def measure_registries(
-    arguments: argparse.Namespace, shape: ModelShape, progress: Progress
-) -> list[registry.Measured]:
-    """SQLite, and PostgreSQL where its binaries are, with each number of tenants."""
+    options: argparse.Namespace, cache: Callable[..., Any], progress: Progress
+) -> list[registry_load.Measured]:
+    """SQLite, and PostgreSQL if its binaries exist, with each number of tenants."""
     found = []
-    with postgres() as server, tempfile.TemporaryDirectory() as folder:
-        for tenants in arguments.measure_tenants:
-            for name in ("sqlite", "postgresql"):
-                if name == "postgresql" and server is None:
-                    continue
-                task = progress.add_task(f"{name}, {tenants} tenants", total=tenants)
+    with ExitStack() as stack:
+        server = stack.enter_context(registry_load.postgres())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for tenants in options.measure_tenants:
+            for backend in ("sqlite", "postgresql") if server else ("sqlite",):
+                postgres = server if backend == "postgresql" else None
+                task = progress.add_task(f"{backend}, {tenants} tenants", total=tenants)
 
-                def make(name: str = name, tenants: int = tenants, task: Any = task) -> Any:
-                    url, mine = f"sqlite:///{folder}/{tenants}.db", None
-                    if name == "postgresql" and server is not None:
-                        server.ask(f"CREATE DATABASE r{tenants}")
-                        url, mine = server.url(f"r{tenants}"), server
-                    return asdict(
-                        registry.measure(
-                            url,
-                            shape,
-                            tenants=tenants,
-                            replicas=tuple(arguments.together),
-                            server=mine,
-                            track=lambda number: progress.update(task, completed=number + 1),
-                        )
+                def make(tenants: int = tenants, postgres: Any = postgres, task: Any = task) -> Any:
+                    url = f"sqlite:///{folder}/{tenants}.db"
+                    if postgres is not None:
+                        postgres.query(f"CREATE DATABASE r{tenants}")
+                        url = postgres.url(f"r{tenants}")
+                    measured = registry_load.measure(
+                        url,
+                        read_shape(options.model),
+                        tenants=tenants,
+                        replicas=tuple(options.together),
+                        server=postgres,
+                        track=lambda number: progress.update(task, completed=number + 1),
                     )
+                    return asdict(measured)
 
-                key = f"registry-{name}-{tenants}-by-{listed(arguments.together)}"
-                found.append(registry.measured_of(kept(arguments, key, make)))
+                together = "-".join(map(str, options.together))
+                name = f"registry-{backend}-{tenants}-by-{together}"
+                found.append(registry_load.measured_of(cache(name, make)))
                 progress.remove_task(task)
     return found
 
 
-def predictions(measured: list[registry.Measured], held: list[engine.Held]) -> list[dict[str, Any]]:
-    """What one replica's costs, or fewer tenants, say of more; and what was then measured."""
+def compare(
+    measured: list[registry_load.Measured], receipts: list[limits.ReceiptCost]
+) -> list[dict[str, Any]]:
+    """Estimates from one replica, or from fewer tenants, next to what was then measured."""
     found = []
 
-    def add(what: str, predicted: float, was: float, unit: str) -> None:
-        found.append({"what": what, "predicted": predicted, "measured": was, "unit": unit})
+    def add(what: str, predicted: float, measured: float, unit: str) -> None:
+        found.append({"what": what, "predicted": predicted, "measured": measured, "unit": unit})
 
     for m in measured:
-        most, each = max(m.propagation_s), fleet.follow(m.costs)
-        name = f"{m.backend}, {m.tenants} tenants, {most} replicas"
-        add(f"statements of a change, {name}", most * each.statements,
-            m.statements_per_change[most], "")  # fmt: skip
-        add(f"audit rows of a change, {name}", 3 + 2 * most, m.audit_per_change[most], "")
-        add(f"processors of a change, {name}",
-            most * (each.caller_cpu_s + each.server_cpu_s), m.change_cpu_s[most], "s")  # fmt: skip
-    by_tenants = {m.tenants: m for m in measured if m.backend == measured[0].backend}
-    if len(by_tenants) > 1:
-        few, many = min(by_tenants), max(by_tenants)
-        before = by_tenants[few].costs["snapshot"].caller_cpu_s
-        add(f"a snapshot of {many} tenants, in proportion to {few}", before * many / few,
-            by_tenants[many].costs["snapshot"].caller_cpu_s, "s")  # fmt: skip
-    if len(held) > 2:
-        first, second, last = held[0], held[-2], held[-1]
-        slope = (second.receipt_s - first.receipt_s) / (second.tenants - first.tenants)
-        line = first.receipt_s + slope * (last.tenants - first.tenants)
-        add(f"a receipt of {last.tenants} tenants, from {second.tenants}", line,
-            last.receipt_s, "s")  # fmt: skip
+        replicas, each = max(m.propagation_s), limits.follow(m.costs)
+        cpu_s = each.caller_cpu_s + each.server_cpu_s
+        name = f"of a change, {m.backend}, {m.tenants} tenants, {replicas} replicas"
+        statements = m.statements_per_change[replicas]
+        add(f"statements {name}", replicas * each.statements, statements, "")
+        add(f"audit rows {name}", 3 + 2 * replicas, m.audit_per_change[replicas], "")
+        add(f"CPU time {name}", replicas * cpu_s, m.change_cpu_s[replicas], "s")
+    runs = sorted((m.tenants, m) for m in measured if m.backend == measured[0].backend)
+    if len(runs) > 1:
+        (few, first), (many, last) = runs[0], runs[-1]
+        before, after = (m.costs["snapshot"].caller_cpu_s for m in (first, last))
+        add(f"a snapshot of {many} tenants, from {few}", before * many / few, after, "s")
+    if len(receipts) > 2:
+        start, middle, end = receipts[0], receipts[-2], receipts[-1]
+        slope = (middle.receipt_s - start.receipt_s) / (middle.tenants - start.tenants)
+        line = start.receipt_s + slope * (end.tenants - start.tenants)
+        what = f"a receipt of {end.tenants} tenants, from {middle.tenants}"
+        add(what, line, end.receipt_s, "s")
     return found
 
 
-def tell(console: Console, told: dict[str, Any]) -> None:
-    """The tables for people."""
-    table = Table(
-        *("requests/s", "slots", "host", "slot hits", "reloads", "added TTFT p50", "p99", ""),
-        title=f"{told['tenants']} tenants on one {told['gpu']}, by simulation",
+def print_tables(result: dict[str, Any]) -> None:
+    def show(title: str, heading: tuple[str, ...], rows: Sequence[Sequence[str]]) -> None:
+        CONSOLE.print(table((heading, rows), title))
+
+    show(
+        f"{result['tenants']} tenants on one {result['gpu']}: simulated estimates, not measured",
+        ("requests/s", "slots", "host", "slot hits", "reloads", "added TTFT p50", "p99", ""),
+        [
+            (
+                f"{row['requests_per_s']:g}",
+                str(row["slots"]),
+                str(row["host_adapters"]),
+                f"{row['slot_hits']:.0%}",
+                f"{row['reload_share']:.1%} of the time",
+                f"{row['added_ttft_p50_s'] * 1e3:.1f} ms",
+                f"{row['added_ttft_p99_s'] * 1e3:.1f} ms",
+                "overloaded" if row["overloaded"] else "",
+            )
+            for row in result["simulation"]
+        ],
     )
-    for row in told["simulation"]:
-        table.add_row(
-            f"{row['requests_per_s']:g}",
-            str(row["slots"]),
-            str(row["host_adapters"]),
-            f"{row['slot_hits']:.0%}",
-            f"{row['reload_share']:.1%} of the time",
-            f"{row['added_ttft_p50_s'] * 1e3:.1f} ms",
-            f"{row['added_ttft_p99_s'] * 1e3:.1f} ms",
-            "overloaded" if row["overloaded"] else "",
-        )
-    console.print(table)
-    table = Table(
-        "database",
-        "tenants",
-        *registry.OPERATIONS,
-        title="ms per operation (processor: caller + server)",
+    show(
+        "measured: ms per operation (CPU: caller + server)",
+        ("database", "tenants", *registry_load.OPERATIONS),
+        [
+            (
+                m["backend"],
+                str(m["tenants"]),
+                *(
+                    f"{1e3 * c['seconds']:.1f} ({1e3 * c['caller_cpu_s']:.1f} + "
+                    f"{1e3 * c['server_cpu_s']:.2f})"
+                    for c in (m["costs"][name] for name in registry_load.OPERATIONS)
+                ),
+            )
+            for m in result["registries"]
+        ],
     )
-    for m in told["registries"]:
-        costs = [m["costs"][name] for name in registry.OPERATIONS]
-        cpu = m["backend"] == "postgresql"
-        cells = [
-            f"{c['seconds'] * 1e3:.1f} ({c['caller_cpu_s'] * 1e3:.1f}"
-            + (f" + {c['server_cpu_s'] * 1e3:.2f})" if cpu else ")")
-            for c in costs
-        ]
-        table.add_row(m["backend"], str(m["tenants"]), *cells)
-    console.print(table)
-    if told["engine"]:
-        table = Table("tenants", "a receipt", title="one worker")
-        for h in told["engine"]:
-            table.add_row(str(h["tenants"]), f"{h['receipt_s'] * 1e3:.1f} ms")
-        console.print(table)
-    table = Table("what", "predicted", "measured")
-    for p in told["predictions"]:
-        table.add_row(
-            p["what"], f"{p['predicted']:.4g} {p['unit']}", f"{p['measured']:.4g} {p['unit']}"
-        )
-    console.print(table)
-    title = f"{told['replicas']} replicas, {told['tenants']} tenants"
-    table = Table("part", "asked", "has", "used", "used up at", title=title)
-    for limit in told["limits"]:
-        first = "-" if limit["first_at"] is None else f"{limit['first_at']:,.0f} {limit['of']}"
-        table.add_row(
-            limit["part"],
-            f"{limit['asked']:.3g} {limit['unit']}",
-            f"{limit['has']:g} {limit['unit']}",
-            f"{limit['asked'] / limit['has']:.2f}",
-            first,
-        )
-    console.print(table)
+    receipts = [(str(r["tenants"]), f"{r['receipt_s'] * 1e3:.1f} ms") for r in result["engine"]]
+    show("measured: one worker", ("tenants", "a receipt"), receipts)
+    show(
+        "estimates next to measurements",
+        ("what", "estimated", "measured"),
+        [
+            (p["what"], *(f"{p[key]:.4g} {p['unit']}" for key in ("predicted", "measured")))
+            for p in result["predictions"]
+        ],
+    )
+    show(
+        f"estimates: {result['replicas']} replicas, {result['tenants']} tenants",
+        ("part", "load", "capacity", "used", "exhausted at"),
+        [
+            (
+                limit["part"],
+                f"{limit['load']:.3g} {limit['unit']}",
+                f"{limit['capacity']:g} {limit['unit']}",
+                f"{limit['load'] / limit['capacity']:.2f}",
+                f"{limit['exhausted_at'] or float('inf'):,.0f} {limit['of']}",
+            )
+            for limit in result["limits"]
+        ],
+    )
 
 
-def draw(out: Path, ask: Workload, told: dict[str, Any], limits: list[fleet.Limit]) -> None:
-    """step, slots, host and limits, each as .svg and .png."""
-    simulated = told["simulation"]
+def write_plots(out: Path, result: dict[str, Any]) -> None:
+    """Write step, slots, host and limits as SVG."""
+    late = "ms added to the first token, p99 (simulated)"
+
+    def lines(key: str, rows: list[dict[str, Any]]) -> Lines:
+        found: Lines = {}
+        for row in rows:
+            point = (row[key], max(row["added_ttft_p99_s"] * 1e3, 0.1))
+            found.setdefault(f"{row['requests_per_s']:g} requests/s", []).append(point)
+        return found
+
     half = len(RATES) * len(SLOTS)
-    by_slots: dict[str, list[tuple[float, float]]] = {}
-    by_host: dict[str, list[tuple[float, float]]] = {}
-    for lines, key, part in (
-        (by_slots, "slots", simulated[:half]),
-        (by_host, "host_adapters", simulated[half:]),
-    ):
-        for row in part:
-            added = max(row["added_ttft_p99_s"] * 1e3, 0.1)
-            lines.setdefault(f"{row['requests_per_s']:g} requests/s", []).append((row[key], added))
-    late = "ms added to the first token, p99"
-    figures = {
-        "step": plots.draw_lines(
-            step_lines(ask), "distinct tenants in a batch of 64", "ms per step"
-        ),
-        "slots": plots.draw_lines(by_slots, "LoRA slots", late, log=True),
-        "host": plots.draw_lines(by_host, "adapters in host memory", late, log=True),
-        "limits": plots.draw_limits(limits),
-    }
+    by_slots = lines("slots", result["simulation"][:half])
+    by_host = lines("host_adapters", result["simulation"][half:])
+    batch, shares = "distinct tenants in a batch of 64", {}
+    for limit in result["limits"]:
+        shares[limit["part"]] = limit["load"] / limit["capacity"]
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        for ending in ("svg", "png"):
-            save(figure, out / f"{name}.{ending}")
+    for name, figure in {
+        "step": draw_lines(result["step_ms"], batch, "ms per step (roofline)"),
+        "slots": draw_lines(by_slots, "LoRA slots", late, log=True),
+        "host": draw_lines(by_host, "adapters in host memory", late, log=True),
+        "limits": draw_shares(shares, "load as a multiple of the capacity (estimated)"),
+    }.items():
+        save(figure, out / f"{name}.svg")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is not cached, then estimate."""
+    shape = read_shape(options.model)
+    workload = Workload(shape, find_gpu(options.gpu), tenants=options.tenants, concurrency=128)
+
+    def cache(name: str, make: Callable[[], Any]) -> Any:
+        return cached(options.out / commit() / f"{name}.json", make, fresh=options.fresh)
+
+    def read_adapter() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return asdict(limits.read_adapter(Path(folder), shape, workload.adapter_rank))
+
+    def measure_receipts() -> list[dict[str, Any]]:
+        header, counts = registry_load.header_of(shape), tuple(options.engine_tenants)
+        return [asdict(cost) for cost in limits.measure_receipts(header, counts, 32)]
+
+    with Progress(console=CONSOLE, transient=True) as progress:
+        read = limits.AdapterRead(**cache(f"adapter-{shape.name}", read_adapter))
+        measured = measure_registries(options, cache, progress)
+        counts = "-".join(map(str, options.engine_tenants))
+        raw = cache(f"receipts-{shape.name}-{counts}", measure_receipts)
+        receipts = [limits.ReceiptCost(**cost) for cost in raw]
+        task = progress.add_task("simulating", total=len(RATES) * (len(SLOTS) + len(HOST)))
+        simulated = simulate(
+            workload, read.seconds, options.seconds, lambda: progress.advance(task)
+        )
+    found: list[limits.Limit] = []
+    for backend in dict.fromkeys(m.backend for m in measured):
+        own = [m for m in measured if m.backend == backend]
+        fleet = limits.grown(own, options.tenants)
+        found += limits.limits(fleet, options.replicas, options.changes_per_day)
+    if len(receipts) > 1:
+        found += limits.engine_limits(receipts, options.tenants, read.seconds)
+    return {
+        "model": shape.name,
+        "gpu": workload.gpu.name,
+        "tenants": options.tenants,
+        "replicas": options.replicas,
+        "estimates": ["slot_load_s", "step_ms", "simulation", "limits", "rows"],
+        "adapter_read": asdict(read),
+        "slot_load_s": slot_load_s(workload),
+        "step_ms": step_lines(workload),
+        "simulation": simulated,
+        "registries": [asdict(m) for m in measured],
+        "engine": [asdict(cost) for cost in receipts],
+        "predictions": compare(measured, receipts),
+        "limits": [asdict(limit) for limit in sorted(found, key=lambda limit: -limit.used)],
+        "rows": limits.rows(fleet, options.replicas, options.changes_per_day),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/scaling/qwen2.5-7b")
-    parser.add_argument("--gpu", default="h100-sxm")
-    parser.add_argument("--tenants", type=int, default=1000)
-    parser.add_argument("--replicas", type=int, default=100)
-    parser.add_argument("--changes-per-day", type=float, default=1000.0)
-    parser.add_argument("--seconds", type=float, default=300.0, help="simulated seconds")
-    parser.add_argument("--measure-tenants", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--together", type=int, nargs="+", default=[1, 4, 16], help="replicas run")
-    parser.add_argument("--engine-tenants", type=int, nargs="+", default=[10, 100, 300, 1000])
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "scaling")
-    parser.add_argument("--fresh", action="store_true", help="measure again what --out has")
-    parser.add_argument("--short", action="store_true", help="small numbers, for CI")
-    arguments = parser.parse_args()
-    # What was started is stopped again, whoever ends us.
+    option = parser.add_argument
+    option("--model", type=Path, default=ROOT / "benchmarks/scaling/qwen2.5-7b")
+    option("--gpu", default="h100-sxm")
+    option("--tenants", type=int, default=1000)
+    option("--replicas", type=int, default=100)
+    option("--changes-per-day", type=float, default=1000.0)
+    option("--seconds", type=float, default=300.0, help="simulated seconds")
+    option("--measure-tenants", type=int, nargs="+", default=[100, 1000])
+    option("--together", type=int, nargs="+", default=[1, 4, 16], help="replicas run")
+    option("--engine-tenants", type=int, nargs="+", default=[10, 100, 300, 1000])
+    option("--out", type=Path, default=ROOT / "build" / "scaling")
+    option("--fresh", action="store_true", help="measure again what is cached in --out")
+    option("--short", action="store_true", help="small numbers, for CI")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # costs are CPU seconds of one core
+    # An exit runs every `finally`: PostgreSQL is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if arguments.short:
-        arguments.measure_tenants, arguments.together = [5, 10], [1, 3]
-        arguments.seconds, arguments.engine_tenants = 20.0, [5, 10, 40]
-    shape = read_shape(arguments.model)
-    ask = Workload(shape, find_gpu(arguments.gpu), tenants=arguments.tenants, concurrency=128)
-    with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("reading an adapter", total=None)
-        read = engine.Read(
-            **kept(
-                arguments,
-                f"adapter-{shape.name}",
-                lambda: asdict(engine.read_adapter(Path(folder), shape, ask.adapter_rank)),
-            )
-        )
-        progress.remove_task(task)
-        measured = measure_registries(arguments, shape, progress)
-        counts = tuple(arguments.engine_tenants)
-        task = progress.add_task("receipts", total=None)
-        receipts = kept(
-            arguments,
-            f"receipts-{shape.name}-{listed(counts)}",
-            lambda: [asdict(h) for h in engine.measure(registry.header_of(shape), counts, 32)],
-        )
-        progress.remove_task(task)
-        held = [engine.Held(**raw) for raw in receipts]
-        cases = len(RATES) * (len(SLOTS) + len(HOST))
-        task = progress.add_task("simulating", total=cases)
-        simulated = simulate(ask, read.seconds, arguments.seconds, lambda: progress.advance(task))
-    limits: list[fleet.Limit] = []
-    for name in dict.fromkeys(m.backend for m in measured):
-        own = [m for m in measured if m.backend == name]
-        whole = fleet.grown(own, arguments.tenants)
-        limits += fleet.limits(whole, arguments.replicas, arguments.changes_per_day)
-    if len(held) > 1:
-        limits += fleet.engine_limits(held, arguments.tenants, read.seconds)
-    limits.sort(key=lambda limit: -limit.used)
-    told: dict[str, Any] = {
-        "model": shape.name,
-        "gpu": ask.gpu.name,
-        "tenants": arguments.tenants,
-        "replicas": arguments.replicas,
-        "adapter_read": asdict(read),
-        "slot_load_s": slot_load_s(ask),
-        "step_ms": step_lines(ask),
-        "simulation": simulated,
-        "registries": [asdict(m) for m in measured],
-        "engine": [asdict(h) for h in held],
-        "predictions": predictions(measured, held),
-        "limits": [asdict(limit) for limit in limits],
-        "rows": fleet.rows(whole, arguments.replicas, arguments.changes_per_day),
-    }
-    draw(arguments.out, ask, told, limits)
-    tell(Console(), told)
-    head = {
-        "benchmark": "scaling",
-        "commit": commit(),
-        "sqlalchemy": version("sqlalchemy"),
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    line = json.dumps({**head, **told})
-    (arguments.out / "scaling.json").write_text(line + "\n")
-    print(line)
+    if options.short:
+        options.measure_tenants, options.together = [5, 10], [1, 3]
+        options.seconds, options.engine_tenants = 20.0, [5, 10, 40]
+    result = run(options)
+    write_plots(options.out, result)
+    print_tables(result)
+    result = {**provenance(), "sqlalchemy": version("sqlalchemy"), **result}
+    (options.out / "scaling.json").write_text(json.dumps(result) + "\n")
+    print_result("scaling", result)
 
 
 if __name__ == "__main__":

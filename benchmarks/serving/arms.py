@@ -1,13 +1,13 @@
-"""What is compared: the arms of the serving benchmark, by names that say what they are.
+"""Arms of the serving benchmark, and which of them are compared with each other.
 
-`gain_50_p8` is the gain table with a vector on 50 % of the layers and 8 distinct profiles. How an
-arm is started is launching's business, what it is asked loadgen's.
+An arm's name is its kind, the share of layers with a vector and the number of distinct profiles:
+`gain_50_p8` is the gain table with a vector on 50 % of the layers and 8 profiles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -18,40 +18,37 @@ TITLES = {
     "lora_stock": "LoRA tenants without safety, stock vLLM",
     "lora": "LoRA tenants without safety, our LoRA product",
     "gain": "gain table",
-    "aside": "the same engine with its vector set aside",
+    "aside": "the same engine, vector disabled",
     "composed": "composed slots",
-    "exported_stock": "adapters merged by hand, stock vLLM",
-    "exported": "adapters merged by hand, our LoRA product",
+    "exported_stock": "adapters merged offline, stock vLLM",
+    "exported": "adapters merged offline, our LoRA product",
     "weights": "weight load",
     "merged": "the same checkpoint merged on disk",
-    "reloaded": "weight load's engine, the checkpoint merged on disk read into it",
+    "reloaded": "weight load's engine, merged checkpoint reloaded",
     "guard": "a guard request before every request",
     "system_prompt": "a safety system prompt",
 }
-WITH_VECTOR = (
-    *("gain", "aside", "composed", "exported_stock", "exported"),
-    *("weights", "merged", "reloaded"),
-)
 WITHOUT_TENANTS = ("base", "weights", "merged", "reloaded")
-OURS = ("lora", "gain", "composed", "exported", "weights")
-"""Kinds whose engine runs with the plugin."""
-BY_HAND = ("exported_stock", "exported")
+OFFLINE = ("exported_stock", "exported")
 PROTECTED = ("gain", "composed", "weights")
-"""Kinds that the plugin applies the vector of, and whose workers say so in receipts."""
-RIDERS = ("guard", "system_prompt")
-"""Kinds that differ in what is asked, of the fair base's engine."""
+"""Kinds whose vector the plugin applies, and whose workers report receipts."""
+PLUGIN = ("lora", "exported", *PROTECTED)
+"""Kinds whose engine runs with the plugin."""
+WITH_VECTOR = (*PROTECTED, *OFFLINE, "aside", "merged", "reloaded")
+REQUEST_KINDS = ("guard", "system_prompt")
+"""Kinds that change the requests and share the baseline's engine."""
 CPU_ONLY = ("lora", "exported")
-"""Our LoRA product exists on CPU alone; on a GPU the host's own serves."""
+"""Our LoRA product exists on CPU alone; a GPU uses vLLM's."""
 
 _NAME = re.compile(r"([a-z_]+?)(?:_(\d+))?(?:_p(\d+))?")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm. `layers`: per cent of layers with a vector; `profiles` None: one per tenant.
+    """One arm: per cent of `layers` with a vector, distinct `profiles` (None: one per tenant).
 
-    An arm that differs from another only in what the engine is told (`safety`) has no engine of its
-    own: both share a process, so that nothing else can differ.
+    Arms that differ in the worker's state alone (`worker_state`) share one process, so that their
+    ratio contains nothing else.
     """
 
     kind: str
@@ -60,46 +57,45 @@ class Arm:
 
     @property
     def name(self) -> str:
-        share = f"_{self.layers}" if self.layers else ""
-        return f"{self.kind}{share}" + ("" if self.profiles is None else f"_p{self.profiles}")
+        layers = f"_{self.layers}" if self.layers else ""
+        return f"{self.kind}{layers}" + ("" if self.profiles is None else f"_p{self.profiles}")
 
     @property
     def title(self) -> str:
-        told = [f"{self.layers} % of layers"] if self.layers else []
+        parts = [TITLES[self.kind]] + ([f"{self.layers} % of layers"] if self.layers else [])
         if self.profiles is not None:
-            told.append(f"{self.profiles} profile{'s' if self.profiles > 1 else ''}")
-        return TITLES[self.kind] + (f", {', '.join(told)}" if told else "")
+            parts.append(f"{self.profiles} profile{'s' if self.profiles > 1 else ''}")
+        return ", ".join(parts)
 
     @property
     def has_tenants(self) -> bool:
         return self.kind not in WITHOUT_TENANTS
 
     @property
-    def safety(self) -> str:
-        """What the engine is told before this arm is asked (see switching)."""
+    def worker_state(self) -> str:
+        """Argument of `Switch.switch_safety` before a run of this arm."""
         if self.kind in ("aside", "reloaded"):
             return self.kind
         return "all" if self.profiles is None else str(self.profiles)
 
     @property
-    def rides(self) -> bool:
-        """Whether it is asked of another arm's engine."""
-        return self.kind in RIDERS or self.safety != "all"
+    def shares_engine(self) -> bool:
+        return self.kind in REQUEST_KINDS or self.worker_state != "all"
 
     def engine(self, on_cpu: bool) -> Arm:
-        """The arm whose engine answers for this one."""
-        if self.safety != "all":
+        """The arm whose engine serves this one."""
+        if self.worker_state != "all":
             return Arm("weights" if self.kind == "reloaded" else "gain", self.layers)
-        return Arm(fair_base(on_cpu)) if self.kind in RIDERS else self
+        return Arm(baseline(on_cpu)) if self.kind in REQUEST_KINDS else self
 
 
-def fair_base(on_cpu: bool) -> str:
-    """Tenants without safety on the LoRA product that the protected arms use too."""
+def baseline(on_cpu: bool) -> str:
+    """Kind of the tenants without safety on the LoRA product that protected arms use too."""
     return "lora" if on_cpu else "lora_stock"
 
 
 def parse_arm(text: str) -> Arm:
-    """The arm of this name. Errors: ConfigError naming the known kinds."""
+    """Parse an arm's name. Raises: ConfigError listing the known kinds."""
     match = _NAME.fullmatch(text)
     kind = match[1] if match else ""
     if match is None or kind not in TITLES:
@@ -109,41 +105,40 @@ def parse_arm(text: str) -> Arm:
         )
     layers = int(match[2]) if match[2] else (100 if kind in WITH_VECTOR else 0)
     profiles = int(match[3]) if match[3] else None
-    if (match[2] and kind not in WITH_VECTOR) or layers > 100 or (match[2] and layers < 1):
+    if match[2] and (kind not in WITH_VECTOR or not 1 <= layers <= 100):
         raise ConfigError(f"arm {text!r}: 1 to 100 % of layers, and only of an arm with a vector")
     if profiles is not None and (kind != "gain" or profiles < 1):
         raise ConfigError(f"arm {text!r}: _pN, N at least 1, is for gain")
     return Arm(kind, layers, profiles)
 
 
-def on_this_device(arms: Sequence[Arm], on_cpu: bool) -> tuple[Arm, ...]:
-    """The arms that differ here; on a GPU our LoRA product is the host's."""
+def parse_arms(names: Iterable[str], on_cpu: bool) -> tuple[Arm, ...]:
+    """The distinct arms of `names` that exist on this device."""
+    arms = dict.fromkeys(parse_arm(name) for name in names)
     return tuple(arm for arm in arms if on_cpu or arm.kind not in CPU_ONLY)
 
 
 def comparisons(arms: Sequence[Arm], on_cpu: bool) -> list[tuple[Arm, Arm]]:
-    """(arm, what it is compared with), for every ratio that is reported of one cell.
+    """(arm, what it is compared with) for every ratio that is reported of one cell.
 
-    Everything over its fair base; the gain table over every other way to add safety, and over
-    itself without its vector or with fewer profiles; ours over the host's product where both are
-    there.
+    Everything over its baseline; the gain table over every other way to add safety, and over itself
+    without its vector or with fewer profiles; our LoRA product over vLLM's where both run.
     """
-    found: list[tuple[Arm, Arm]] = []
-    for arm in arms:
-        for other in arms:
-            if arm == other:
-                continue
-            over_fair = other.kind == fair_base(on_cpu) and arm.kind not in WITHOUT_TENANTS
-            others = other.kind in ("composed", *BY_HAND, *RIDERS) and arm.kind == "gain"
-            fewer = (
-                arm.kind == other.kind == "gain"
-                and arm.layers == other.layers
-                and (arm.profiles or inf) > (other.profiles or inf)
-            )
-            aside = (arm.kind, arm.layers) == ("gain", other.layers) and other.kind == "aside"
-            checkpoint = arm.kind == "weights" and other.kind in ("merged", "reloaded", "base")
-            stock = (arm.kind, other.kind) in (("lora", "lora_stock"), ("gain", "lora_stock"))
-            alone = arm.kind == fair_base(on_cpu) and other.kind == "base"
-            if over_fair or others or fewer or aside or checkpoint or stock or alone:
-                found.append((arm, other))
-    return found
+    base = baseline(on_cpu)
+
+    def compared(arm: Arm, other: Arm) -> bool:
+        kinds = (arm.kind, other.kind)
+        if arm == other:
+            return False
+        if kinds == ("gain", "gain"):
+            return arm.layers == other.layers and (arm.profiles or inf) > (other.profiles or inf)
+        if kinds == ("gain", "aside"):
+            return arm.layers == other.layers
+        return (
+            (other.kind == base and arm.has_tenants)
+            or (arm.kind == "gain" and other.kind in ("composed", *OFFLINE, *REQUEST_KINDS))
+            or (arm.kind == "weights" and other.kind in ("merged", "reloaded", "base"))
+            or kinds in (("lora", "lora_stock"), ("gain", "lora_stock"), (base, "base"))
+        )
+
+    return [(arm, other) for arm in arms for other in arms if compared(arm, other)]

@@ -1,7 +1,7 @@
-"""What is varied: one cell is one setting of all axes, and the arms that are compared there.
+"""Cells of the serving benchmark: one setting of every axis, and the arms that are compared there.
 
-Around one center, one axis at a time. Arms are compared within a cell only, on engines with the
-same settings, in interleaved rounds.
+One axis at a time is varied around one center. Arms are compared within a cell only, on engines
+with equal settings, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from arms import Arm, fair_base, on_this_device, parse_arm
+from benchmarks.serving.arms import Arm, baseline, parse_arms
 from safegene_vllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: lengths in tokens; `concurrency` requests are in flight at any time."""
+    """Requests of one run: lengths in tokens, and how many are in flight at any time."""
 
     requests: int
     prompt_tokens: int
@@ -30,7 +30,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the axes. Ranks are of tenants' adapters and of the vector."""
+    """One setting of the axes. Ranks are of the tenants' adapters and of the vector."""
 
     name: str
     tenants: int
@@ -40,19 +40,19 @@ class Cell:
     compiled: bool = False
     arms: tuple[Arm, ...] = ()
     starts: int = 1
-    """How often each engine is started, in turn: more than once where start-up is compared."""
+    """Starts per engine, interleaved: more than one where start-up is compared."""
     changes: int = 3
-    """How many loads and changes of a tenant are timed per arm."""
+    """Adapter loads and profile changes that are timed per arm."""
     in_turns: bool = False
-    """Whether steps with and without the vector are timed in turn, beside the runs."""
+    """Whether the worker also times its steps with and without the vector in turn."""
     engine: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Engine settings that are the same for all arms: vLLM flags by name."""
+    """vLLM flags by name, equal for all arms."""
 
     def settings(self) -> dict[str, Any]:
-        """All that a result depends on but commit and machine, as JSON values; not the arms."""
-        told = asdict(self)
-        del told["arms"], told["name"]
-        return told
+        """Everything a result depends on besides arms, commit and machine, as JSON values."""
+        found = asdict(self)
+        del found["arms"], found["name"]
+        return found
 
     @property
     def digest(self) -> str:
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Axes:
-    """The values of every axis; the first of each is the center, at which the others are varied."""
+    """Values of every axis; the first of each is the center, around which the others are varied."""
 
     tenants: Sequence[int] = (4, 1, 16, 64)
     profiles: Sequence[int] = (64, 8, 1)
@@ -75,7 +75,7 @@ class Axes:
 
 
 LARGE_TENANTS, LARGE_RANK = 8, 64
-"""Where slots weigh as much as the base: doubling their rank bucket is then a matter of bytes."""
+"""A cell whose LoRA slots are as large as the base model, so that bandwidth decides."""
 
 GROUPS = (
     *("main", "paired", "by_hand", "checkpoint", "layers", "profiles"),
@@ -83,143 +83,79 @@ GROUPS = (
 )
 
 
-def _arms(names: Sequence[str], on_cpu: bool) -> tuple[Arm, ...]:
-    found = dict.fromkeys(parse_arm(name) for name in names)
-    return on_this_device(list(found), on_cpu)
-
-
 def make_cells(
     axes: Axes, center: Cell, groups: Sequence[str], *, on_cpu: bool, starts: int = 5
 ) -> list[Cell]:
-    """The cells of `groups`, in house order; those with tenants have their fair base among them.
+    """The cells of `groups`. `starts`: engine starts where loading a checkpoint is compared.
 
-    `starts`: how often engines are started where loading a checkpoint is compared.
-
-    Errors: ConfigError for an unknown group, or an axis value that cannot be.
+    Raises: ConfigError for an unknown group or an axis value below 1.
     """
-    unknown = [group for group in groups if group not in GROUPS]
-    if unknown:
+    if unknown := [group for group in groups if group not in GROUPS]:
         raise ConfigError(f"no cells {', '.join(unknown)}; expected some of {', '.join(GROUPS)}")
-    few = [n for n in (*axes.tenants, *axes.profiles, *axes.concurrency, *axes.rank) if n < 1]
-    if few:
-        raise ConfigError(f"{few[0]}: tenants, profiles, concurrency and ranks are at least 1")
-    fair = fair_base(on_cpu)
-    half, whole = f"gain_{axes.layers[0]}", "gain_100"
-    short = (fair, half, whole, "composed_100")
-    around = (*short, "aside_100")
-    found = {
-        "main": [
-            replace(
-                center,
-                name="main",
-                arms=_arms(
-                    ("base", "lora_stock", *short, "guard", "system_prompt"),
-                    on_cpu,
-                ),
-            )
-        ],
+    counts = (*axes.tenants, *axes.profiles, *axes.concurrency, *axes.rank)
+    if min(counts) < 1:
+        raise ConfigError(f"{min(counts)}: tenants, profiles, concurrency and ranks are at least 1")
+    base, load, most_profiles = baseline(on_cpu), center.load, max(axes.profiles)
+    short = [base, f"gain_{axes.layers[0]}", "gain_100", "composed_100"]
+    gain_and_aside = [f"{kind}_{n}" for n in sorted(axes.layers) for kind in ("gain", "aside")]
+    large = "exported_100" if on_cpu else "exported_stock_100"
+
+    def cell(name: str, arms: Sequence[str], **changes: Any) -> Cell:
+        made = replace(center, name=name, arms=parse_arms(arms, on_cpu), **changes)
+        requests = max(made.load.requests, made.tenants if "tenants" in changes else 0)
+        return replace(made, load=replace(made.load, requests=requests))
+
+    def axis(name: str, **changes: Any) -> Cell:
+        return cell(name, [*short, "aside_100"], in_turns=True, **changes)
+
+    cells = {
+        "main": [cell("main", ["base", "lora_stock", *short, "guard", "system_prompt"])],
         "paired": [
-            replace(
-                center,
-                name="paired",
+            cell(
+                "paired",
+                [f"{kind}_{n}" for n in axes.layers[:2] for kind in ("gain", "aside")],
                 in_turns=True,
-                arms=_arms(
-                    [f"{kind}_{n}" for n in axes.layers[:2] for kind in ("gain", "aside")], on_cpu
-                ),
             )
         ],
         "by_hand": [
-            replace(
-                center,
-                name="by_hand",
-                arms=_arms((fair, whole, "exported_100", "exported_stock_100"), on_cpu),
-            ),
-            replace(
-                center,
-                name="by_hand_large",
+            cell("by_hand", [base, "gain_100", "exported_100", "exported_stock_100"]),
+            cell(
+                "by_hand_large",
+                [base, "gain_100", large],
                 tenants=LARGE_TENANTS,
                 rank=LARGE_RANK,
-                arms=_arms(
-                    (fair, whole, "exported_100" if on_cpu else "exported_stock_100"), on_cpu
-                ),
             ),
         ],
         "checkpoint": [
-            replace(
-                center,
-                name="checkpoint",
-                arms=_arms(("base", "merged_100", "weights_100", "reloaded_100"), on_cpu),
+            cell(
+                "checkpoint",
+                ["base", "merged_100", "weights_100", "reloaded_100"],
                 starts=starts,
             )
         ],
-        "layers": [
-            replace(
-                center,
-                name="layers",
-                in_turns=True,
-                arms=_arms(
-                    (
-                        fair,
-                        *(f"{kind}_{n}" for n in sorted(axes.layers) for kind in ("gain", "aside")),
-                    ),
-                    on_cpu,
-                ),
-            )
-        ],
+        "layers": [cell("layers", [base, *gain_and_aside], in_turns=True)],
         "profiles": [
-            replace(
-                center,
-                name="profiles",
-                tenants=max(axes.profiles),
-                load=_at_least(center.load, max(axes.profiles)),
-                arms=_arms([whole, *(f"{whole}_p{n}" for n in sorted(axes.profiles)[:-1])], on_cpu),
+            cell(
+                "profiles",
+                ["gain_100", *(f"gain_100_p{n}" for n in sorted(axes.profiles)[:-1])],
+                tenants=most_profiles,
             )
         ],
-        "tenants": [
-            replace(
-                center,
-                name=f"tenants_{n}",
-                tenants=n,
-                load=_at_least(center.load, n),
-                arms=_arms(around, on_cpu),
-                in_turns=True,
-            )
-            for n in axes.tenants[1:]
-        ],
-        "rank": [
-            replace(center, name=f"rank_{n}", rank=n, arms=_arms(around, on_cpu), in_turns=True)
-            for n in axes.rank[1:]
-        ],
+        "tenants": [axis(f"tenants_{n}", tenants=n) for n in axes.tenants[1:]],
+        "rank": [axis(f"rank_{n}", rank=n) for n in axes.rank[1:]],
         "length": [
-            replace(
-                center,
-                name=f"prompt_{p}_output_{o}",
-                load=replace(center.load, prompt_tokens=p, output_tokens=o),
-                arms=_arms(around, on_cpu),
-                in_turns=True,
+            axis(
+                f"prompt_{prompt}_output_{output}",
+                load=replace(load, prompt_tokens=prompt, output_tokens=output),
             )
-            for p in axes.prompt_tokens
-            for o in axes.output_tokens
-            if (p, o) != (center.load.prompt_tokens, center.load.output_tokens)
+            for prompt in axes.prompt_tokens
+            for output in axes.output_tokens
+            if (prompt, output) != (load.prompt_tokens, load.output_tokens)
         ],
         "concurrency": [
-            replace(
-                center,
-                name=f"concurrency_{n}",
-                load=replace(center.load, concurrency=n),
-                arms=_arms(around, on_cpu),
-                in_turns=True,
-            )
+            axis(f"concurrency_{n}", load=replace(load, concurrency=n))
             for n in axes.concurrency[1:]
         ],
-        "mode": [
-            replace(center, name=mode, compiled=mode == "compiled", arms=_arms(short, on_cpu))
-            for mode in axes.mode[1:]
-        ],
+        "mode": [cell(mode, short, compiled=mode == "compiled") for mode in axes.mode[1:]],
     }
-    return [cell for group in GROUPS if group in groups for cell in found[group]]
-
-
-def _at_least(load: Load, tenants: int) -> Load:
-    """Enough requests that every tenant is asked."""
-    return replace(load, requests=max(load.requests, tenants))
+    return [made for group in GROUPS if group in groups for made in cells[group]]

@@ -1,6 +1,6 @@
-"""Checks of the Helm chart: every file in its ci/ renders, every file in its refused/ does not.
+"""Checks of the Helm chart: every file in its ci/ renders, every file in its refused/ is rejected.
 
-A file of refused/ says in its first line what the refusal must name: `# expects: WORDS`.
+The first line of a file in refused/ states what the error must contain: `# expects: WORDS`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.check import tools
-from deploy.check.program import Word, complaint, output
+from deploy.check.tools import error_output, output
 
 KUBERNETES = ("1.31.0", "1.34.0", "1.37.0")
-"""The releases that the chart is rendered and validated for."""
-
+"""Releases that the chart is rendered and validated for."""
 EXPECTS = "# expects: "
 
 
@@ -21,46 +20,39 @@ def chart_of(root: Path) -> Path:
 
 
 def render(chart: Path, values: Path, kubernetes: str) -> str:
-    """The chart's objects as YAML. Errors: CalledProcessError; ToolsMissingError."""
-    helm = tools.find("helm")
-    ask: list[Word] = [helm, "template", "safegene", chart, "--values", values]
-    return output([*ask, "--kube-version", kubernetes], cwd=chart)
+    """Render the chart's objects as YAML. Raises: CalledProcessError; ToolsMissingError."""
+    command: list[object] = [tools.find("helm"), "template", "safegene", chart, "--values", values]
+    return output([*command, "--kube-version", kubernetes], cwd=chart)
 
 
 def renders(root: Path) -> list[str]:
     """`helm lint --strict` and `helm template` with every file of ci/."""
     helm, chart = tools.find("helm"), chart_of(root)
     files = sorted(chart.glob("ci/*.yaml"))
-    if not files:
-        return [f"{chart}/ci holds no values"]
-    faults = []
+    errors = [] if files else [f"{chart}/ci contains no values"]
     for values in files:
         for command in ("lint --strict", "template safegene"):
-            said = complaint([helm, *command.split(), chart, "--values", values], cwd=chart)
-            if said:
-                faults.append(f"ci/{values.name}: helm {command}: {said}")
-    return faults
+            arguments = [helm, *command.split(), chart, "--values", values]
+            if error := error_output(arguments, cwd=chart):
+                errors.append(f"ci/{values.name}: helm {command}: {error}")
+    return errors
 
 
-def refuses(root: Path) -> list[str]:
-    """`helm template` says no to every file of refused/ laid over ci/gpu.yaml, and why."""
+def rejects(root: Path) -> list[str]:
+    """`helm template` rejects every file of refused/ on top of ci/gpu.yaml, for its reason."""
     helm, chart = tools.find("helm"), chart_of(root)
     files = sorted(chart.glob("refused/*.yaml"))
-    if not files:
-        return [f"{chart}/refused holds no values"]
-    faults = []
+    errors = [] if files else [f"{chart}/refused contains no values"]
+    base: list[object] = ["template", "safegene", chart, "--values", chart / "ci" / "gpu.yaml"]
     for values in files:
-        first = values.read_text().splitlines()[0]
-        words = first.removeprefix(EXPECTS)
-        if words == first or not words:
-            faults.append(f"refused/{values.name} does not begin with `{EXPECTS}WORDS`")
+        name, first = f"refused/{values.name}", values.read_text().splitlines()[0]
+        expected = first.removeprefix(EXPECTS)
+        if expected == first or not expected:
+            errors.append(f"{name} does not begin with `{EXPECTS}WORDS`")
             continue
-        usual = chart / "ci" / "gpu.yaml"
-        said = complaint(
-            [helm, "template", "safegene", chart, "--values", usual, "--values", values], cwd=chart
-        )
-        if said is None:
-            faults.append(f"refused/{values.name} is not refused")
-        elif words not in said:
-            faults.append(f"refused/{values.name} is refused without {words!r}: {said}")
-    return faults
+        error = error_output([helm, *base, "--values", values], cwd=chart)
+        if error is None:
+            errors.append(f"{name} is not rejected")
+        elif expected not in error:
+            errors.append(f"{name} is rejected without {expected!r}: {error}")
+    return errors

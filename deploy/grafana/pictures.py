@@ -1,9 +1,9 @@
-"""Pictures of panels, drawn from what a live Prometheus answers to the dashboards' own queries.
+"""Pictures of panels, drawn by matplotlib from a live Prometheus and the dashboards' queries.
 
     python -m deploy.grafana.pictures --prometheus http://127.0.0.1:9090 --minutes 10 \
         --tenant acme/support --out docs/dashboards
 
-For the documents and for places without a Grafana. matplotlib draws; the layout is not Grafana's.
+For the docs and for places without a Grafana; the layout is not Grafana's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deploy.prometheus.stack import Stack, StackError
 
 PICTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "safety": ("fleet", ("Gain norm", "Mean coefficient", "Sites of the vector", "Lag")),
-    "traffic": ("fleet", ("Requests", "Turned away", "Refusals in answers", "Jobs")),
+    "traffic": ("fleet", ("Requests", "Rejected requests", "Refusals in answers", "Jobs")),
     "tenant": ("tenant", ("Coefficients", "Tokens per second", "Time to first token", "Requests")),
     "engine": ("engine", ("Slots", "Memory", "Requests in the engine", "A scrape takes")),
     "probes": ("tenant", ("Attack success", "Over-refusal", "Coherent answers", "Probe runs")),
@@ -39,22 +39,22 @@ WORDS = {"s": "s", "reqps": "per s", "bytes": "MB"}
 
 
 class PictureError(ValueError):
-    """A panel that is not there, or a picture without any data; names both."""
+    """A missing panel, or a picture without any data."""
 
 
 def panel_of(board: str, title: str) -> dict[str, Any]:
-    """Errors: PictureError."""
+    """Raises: PictureError."""
     panels: list[dict[str, Any]] = json.loads((FOLDER / f"{board}.json").read_text())["panels"]
     for panel in panels:
         if panel["title"] == title and panel["type"] == "timeseries":
             return panel
-    raise PictureError(f"no line chart {title!r} on {board}.json; its titles are there")
+    raise PictureError(f"no line chart {title!r} on {board}.json; see its titles")
 
 
 def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: float) -> int:
-    """One panel as Prometheus answers it now; how many series of data were drawn.
+    """Draw one panel; return the number of series with data.
 
-    Errors: StackError.
+    Raises: StackError.
     """
     end = time.time()
     step_s = 60 * minutes / STEPS
@@ -65,8 +65,8 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
         series = stack.history(expr, end - 60 * minutes, end, step_s)
         count += 0 if threshold else len(series)
         for one in series:
-            at, values = with_holes(one["values"], step_s)
-            minutes_ago = [(moment - end) / 60 for moment in at]
+            at, values = with_gaps(one["values"], step_s)
+            minutes_ago = [(timestamp - end) / 60 for timestamp in at]
             label = _legend(target, one["metric"])
             # Not clipped and above the frame: 0 and 100 % lie on it.
             (drawn,) = axes.plot(
@@ -90,17 +90,17 @@ def draw(axes: Axes, stack: Stack, panel: dict[str, Any], tenant: str, minutes: 
     return count
 
 
-def with_holes(
+def with_gaps(
     values: Sequence[tuple[float, str]], step_s: float
 ) -> tuple[list[float], list[float]]:
-    """Times and values of a series, with a NaN in each gap: no line where there was no series."""
+    """Times and values of a series, with a NaN in each gap, where no line is drawn."""
     at: list[float] = []
     found: list[float] = []
-    for moment, value in values:
-        if at and moment - at[-1] > 1.5 * step_s:
-            at.append(moment - step_s)
+    for timestamp, value in values:
+        if at and timestamp - at[-1] > 1.5 * step_s:
+            at.append(timestamp - step_s)
             found.append(math.nan)
-        at.append(moment)
+        at.append(timestamp)
         found.append(float(value))
     return at, found
 
@@ -114,7 +114,7 @@ def _legend(target: dict[str, Any], labels: dict[str, str]) -> str:
 
 
 def picture(name: str, stack: Stack, tenant: str, minutes: float, folder: Path) -> Path:
-    """`name`.png in `folder`. Errors: PictureError, StackError."""
+    """`name`.png in `folder`. Raises: PictureError, StackError."""
     board, titles = PICTURES[name]
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     places = figure.subplots(2, 2).flat
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--prometheus", required=True, help="its address")
     parser.add_argument("--minutes", type=float, default=10, help="how far back (10)")
-    parser.add_argument("--tenant", required=True, help="whose dashboard is drawn")
+    parser.add_argument("--tenant", required=True, help="tenant of the tenant dashboard")
     parser.add_argument("--out", type=Path, default=Path("docs/dashboards"))
     parser.add_argument("names", nargs="*", help="which (all)")
     given = parser.parse_args(arguments)

@@ -1,7 +1,4 @@
-"""Every PromQL expression of the rules and dashboards, and what it reads: for whoever checks them.
-
-Parsed by promql-parser; nothing is evaluated here.
-"""
+"""PromQL expressions of the rules and dashboards, parsed by promql-parser, not evaluated."""
 
 from __future__ import annotations
 
@@ -17,18 +14,18 @@ import yaml
 RULES = Path(__file__).parent / "rules"
 DASHBOARDS = Path(__file__).parents[1] / "grafana" / "dashboards"
 OF_PROMETHEUS = frozenset({"ALERTS", "up", "scrape_duration_seconds", "scrape_samples_scraped"})
-"""Series that Prometheus makes itself."""
+"""Series of Prometheus itself."""
 
 Kind = Literal["record", "alert", "panel", "variable"]
 
 
 class ExpressionError(ValueError):
-    """An expression that cannot be parsed; names the file, its place there and the fault."""
+    """An expression that cannot be parsed; the message names the file and the place."""
 
 
 @dataclass(frozen=True)
 class Expression:
-    """`text` as it stands in `file`; `name` is the record, the alert or the panel's title."""
+    """`text` in `file`; `name` is the record, the alert or the panel's title."""
 
     file: str
     kind: Kind
@@ -40,7 +37,7 @@ class Expression:
 
 
 def rules(folder: Path = RULES) -> list[Expression]:
-    """Of every *.yml of `folder`, in its order."""
+    """Expressions of every *.yml in `folder`."""
     found = []
     for path in sorted(folder.glob("*.yml")):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -51,19 +48,20 @@ def rules(folder: Path = RULES) -> list[Expression]:
 
 
 def dashboards(folder: Path = DASHBOARDS) -> list[Expression]:
-    """Of every panel and every variable of every *.json of `folder`."""
+    """Expressions of every panel and variable of every *.json in `folder`."""
     found = []
     for path in sorted(folder.glob("*.json")):
         board = json.loads(path.read_text())
         for variable in board["templating"]["list"]:
             if variable["type"] == "query":
-                asked = re.fullmatch(r"label_values\((.*), \w+\)", variable["query"])
-                if asked is None:
+                match = re.fullmatch(r"label_values\((.*), \w+\)", variable["query"])
+                if match is None:
                     raise ExpressionError(
-                        f"{path.name}: variable {variable['name']!r} asks {variable['query']!r}, "
+                        f"{path.name}: variable {variable['name']!r} queries "
+                        f"{variable['query']!r}, "
                         "expected label_values(METRIC, LABEL)"
                     )
-                found.append(Expression(path.name, "variable", variable["name"], asked[1]))
+                found.append(Expression(path.name, "variable", variable["name"], match[1]))
         for panel in board["panels"]:
             for target in panel.get("targets") or ():
                 found.append(Expression(path.name, "panel", panel["title"], target["expr"]))
@@ -71,13 +69,13 @@ def dashboards(folder: Path = DASHBOARDS) -> list[Expression]:
 
 
 def filled(text: str, **variables: str) -> str:
-    """`text` with Grafana's variables replaced; those that are not given match everything."""
+    """`text` with Grafana's variables replaced; those not given match everything."""
     values = {"__range": "1h", "__rate_interval": "5m", **variables}
     return re.sub(r"\$(\w+)", lambda found: values.get(found[1], ".*"), text)
 
 
 def parsed(expression: Expression, **variables: str) -> Any:
-    """promql-parser's tree, Grafana's variables filled. Errors: ExpressionError."""
+    """promql-parser's tree, Grafana's variables filled. Raises: ExpressionError."""
     try:
         return promql_parser.parse(filled(expression.text, **variables))
     except ValueError as error:
@@ -87,7 +85,7 @@ def parsed(expression: Expression, **variables: str) -> Any:
 def selectors(expression: Expression, **variables: str) -> list[str]:
     """Every vector selector, as text that can be queried: `name{label="value"}`, without offset.
 
-    Errors: ExpressionError for one that cannot be parsed or names no metric.
+    Raises: ExpressionError for one that cannot be parsed or names no metric.
     """
     found: list[str] = []
 
@@ -102,5 +100,5 @@ def selectors(expression: Expression, **variables: str) -> list[str]:
 
 
 def metrics(expression: Expression) -> set[str]:
-    """Names of the series it reads. Errors: ExpressionError."""
+    """Names of the series it reads. Raises: ExpressionError."""
     return {re.split(r"[{\s]", selector)[0] for selector in selectors(expression)}

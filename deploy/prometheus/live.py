@@ -1,10 +1,10 @@
-"""Are rules and dashboards true of a live server? Prometheus is started over it to find out.
+"""Check of rules and dashboards against a live server, by a Prometheus started for it.
 
     python -m deploy.prometheus.live --target http://127.0.0.1:8000 --key-file metrics.key
 
-Give the server work of every kind meanwhile. Ends with 1 if an expression names a series that does
-not exist, or a panel or recording rule stays empty; then says which. --page prints one page of
-numbers per tenant; --keep leaves all running until Ctrl-C, with Prometheus's address.
+Run requests of every kind meanwhile. Ends with 1 and lists the expressions that name a series that
+does not exist, and the panels and recording rules that stay empty. --page prints a table of numbers
+per tenant; --keep leaves Prometheus running until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,54 +24,52 @@ from deploy.prometheus.stack import Stack, StackError, running
 
 
 def unknown(stack: Stack, every: Iterable[Expression]) -> list[str]:
-    """Expressions that read series which do not exist, neither scraped nor recorded."""
-    there = stack.names() | expressions.OF_PROMETHEUS
-    faults = []
+    """Expressions that read series which are neither scraped nor recorded."""
+    known = stack.names() | expressions.OF_PROMETHEUS
+    errors = []
     for expression in every:
-        missing = sorted(expressions.metrics(expression) - there)
+        missing = sorted(expressions.metrics(expression) - known)
         if missing:
-            faults.append(f"{expression}: no series {', '.join(missing)}")
-    return faults
+            errors.append(f"{expression}: no series {', '.join(missing)}")
+    return errors
 
 
 def empty(
     stack: Stack, every: Iterable[Expression], *, tenant: str, unseen: Sequence[str] = ()
 ) -> list[str]:
-    """What returns no data: panels, records, and every selector of theirs. Alerts are silent when
-    all is well, so of them the selectors alone.
+    """Panels, records and selectors without data; of alerts, which are usually silent, selectors.
 
-    `unseen`: parts of expressions that this server was given no cause for, such as
-    `outcome="server_error"`.
+    `unseen`: parts of expressions that cannot have data here, such as `outcome="server_error"`.
     """
-    faults = []
+    errors = []
     known: dict[str, bool] = {}
     for expression in every:
-        asked = expressions.selectors(expression, tenant=tenant)
+        texts = expressions.selectors(expression, tenant=tenant)
         if expression.kind == "record":
-            asked.append(expression.name)
+            texts.append(expression.name)
         elif expression.kind != "alert":
-            asked.append(expressions.filled(expression.text, tenant=tenant))
-        for text in dict.fromkeys(asked):
+            texts.append(expressions.filled(expression.text, tenant=tenant))
+        for text in dict.fromkeys(texts):
             if text.startswith("ALERTS") or any(part in text for part in unseen):
                 continue
             if text not in known:
                 known[text] = bool(stack.query(text))
             if not known[text]:
-                faults.append(f"{expression}: no data from {text}")
-    return faults
+                errors.append(f"{expression}: no data from {text}")
+    return errors
 
 
-def faults(
+def check(
     stack: Stack, *, tenant: str, unseen: Sequence[str] = (), patience_s: float = 60.0
 ) -> list[str]:
-    """All that is wrong with the rules and dashboards against what the stack has scraped.
+    """All errors of rules and dashboards against what the stack has scraped.
 
-    What is not there yet may come within `patience_s`: one scrape may fail, rules build on rules.
+    Retries for `patience_s`: one scrape may fail, and rules build on rules.
     """
     end = time.monotonic() + patience_s
     every = [*expressions.rules(), *expressions.dashboards()]
     while True:
-        rules = [rule for group in stack.ask("rules")["groups"] for rule in group["rules"]]
+        rules = [rule for group in stack.get("rules")["groups"] for rule in group["rules"]]
         found = [
             f"{rule['name']}: {rule['lastError']}" for rule in rules if rule["health"] == "err"
         ]
@@ -88,23 +86,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--target", action="append", required=True, help="a server's URL")
     parser.add_argument("--key-file", type=Path, help="holds a key that may read /metrics")
-    parser.add_argument("--seconds", type=float, default=60, help="how long to look (60)")
-    parser.add_argument("--tenant", default=".+", help="whom the tenant dashboard is checked for")
-    parser.add_argument("--unseen", action="append", default=[], help="selectors without a cause")
+    parser.add_argument("--seconds", type=float, default=60, help="how long to scrape (60)")
+    parser.add_argument("--tenant", default=".+", help="tenant of the tenant dashboard, a regex")
+    parser.add_argument("--unseen", action="append", default=[], help="part of selectors to skip")
     parser.add_argument("--patient", action="store_true", help="alerts wait as in production")
     parser.add_argument("--page", action="store_true", help="print numbers per tenant")
-    parser.add_argument("--keep", action="store_true", help="go on until Ctrl-C")
+    parser.add_argument("--keep", action="store_true", help="run until Ctrl-C")
     given = parser.parse_args(arguments)
     try:
         key = given.key_file.read_text().strip() if given.key_file else None
         with (
             tempfile.TemporaryDirectory() as folder,
-            running(given.target, Path(folder), key=key, hurry=not given.patient) as stack,
+            running(given.target, Path(folder), key=key, fast=not given.patient) as stack,
         ):
             print(f"Prometheus: {stack.url}")
             stack.until("a scrape", lambda: stack.query("safegene_build_info"))
             time.sleep(given.seconds)
-            found = faults(stack, tenant=_one(stack, given.tenant), unseen=given.unseen)
+            found = check(stack, tenant=_one(stack, given.tenant), unseen=given.unseen)
             if given.page:
                 print(page(stack))
             print("\n".join(found) or "every expression is known and returns data")
@@ -121,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(stack: Stack, wanted: str) -> str:
-    """A tenant that is served: the dashboard shows one. Errors: StackError."""
+    """A served tenant, as the dashboard shows one. Raises: StackError."""
     found = stack.query(f'safegene_revision_info{{tenant=~"{wanted}",tenant!=""}}')
     if not found:
         raise StackError(f"no served tenant matches {wanted!r}; publish one first.")

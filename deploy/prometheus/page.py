@@ -1,4 +1,4 @@
-"""One page of numbers per tenant, from PromQL alone: what a safety team would look up first."""
+"""A table of numbers per tenant from PromQL alone, for a safety team."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from deploy.prometheus.stack import Stack
 
-Show = Callable[[float], str]
+Format = Callable[[float], str]
 
 
 def _share(value: float) -> str:
@@ -24,12 +24,12 @@ def _ms(value: float) -> str:
     return f"{1000 * value:.0f} ms"
 
 
-def _whose(labels: Mapping[str, str]) -> str:
-    """What an alert is about, by the first label that says so."""
+def _subject(labels: Mapping[str, str]) -> str:
+    """The subject of an alert by its labels."""
     return labels.get("tenant") or labels.get("mode") or labels.get("instance", "")
 
 
-COLUMNS: tuple[tuple[str, str, Show], ...] = (
+COLUMNS: tuple[tuple[str, str, Format], ...] = (
     (
         "on for",
         "min by (tenant) (safegene_revision_published_timestamp_seconds)",
@@ -39,11 +39,11 @@ COLUMNS: tuple[tuple[str, str, Show], ...] = (
     ("mean λ", 'min by (tenant) (safegene_coefficient{stat="mean"})', "{:.2f}".format),
     ("layers", "min by (tenant) (safegene_active_layers)", "{:.0f}".format),
     (
-        "answered",
+        "completed",
         'sum by (tenant) (safegene_requests_total{outcome="ok"})',
         "{:.0f}".format,
     ),
-    ("turned away", "sum by (tenant) (safegene_rejected_requests_total)", "{:.0f}".format),
+    ("rejected", "sum by (tenant) (safegene_rejected_requests_total)", "{:.0f}".format),
     (
         "refusals",
         "sum by (tenant) (safegene_refusals_total)"
@@ -61,21 +61,21 @@ COLUMNS: tuple[tuple[str, str, Show], ...] = (
     ("attack success", "max by (tenant) (safegene_probe_attack_success_ratio)", _share),
     ("over-refusal", "max by (tenant) (safegene_probe_over_refusal_ratio)", _share),
 )
-"""Heading, expression with one series per tenant, and how its value is written."""
+"""Heading, expression with one series per tenant, and format of its value."""
 
 
 def page(stack: Stack) -> str:
-    """A table of every tenant that Prometheus knows of, and the alerts that fire."""
+    """A table of every tenant in Prometheus, and the firing alerts."""
     served = {
         sample.labels["tenant"]: sample.labels["revision"]
         for sample in stack.query("max by (tenant, revision) (safegene_revision_info)")
         if "tenant" in sample.labels
     }
     found: dict[str, dict[str, str]] = {tenant: {"served": served[tenant]} for tenant in served}
-    for heading, expr, show in COLUMNS:
+    for heading, expr, form in COLUMNS:
         for sample in stack.query(expr):
             row = found.setdefault(sample.labels.get("tenant", ""), {})
-            row[heading] = "-" if math.isnan(sample.value) else show(sample.value)
+            row[heading] = "-" if math.isnan(sample.value) else form(sample.value)
     headings = ["tenant", "served", *(heading for heading, _, _ in COLUMNS)]
     table = [headings] + [
         [tenant or "(none)", *(found[tenant].get(heading, "-") for heading in headings[1:])]
@@ -87,7 +87,7 @@ def page(stack: Stack) -> str:
         for row in table
     ]
     alerts = [
-        f"{name}: {', '.join(map(_whose, labels))}"
+        f"{name}: {', '.join(map(_subject, labels))}"
         for name, labels in sorted(stack.firing().items())
     ]
     return "\n".join([*lines, "", "alerts: " + ("; ".join(alerts) or "none")])

@@ -1,7 +1,6 @@
-"""A real Prometheus and a real Alertmanager on loopback, run from this folder's own files.
+"""Prometheus and Alertmanager on loopback with this folder's files, for checks and pictures.
 
-For checks and pictures on one machine, not for production: two seconds between scrapes, a webhook
-in this process in place of the receivers, and all of it is gone at the end.
+Not for production: two seconds between scrapes, and a webhook in this process as receiver.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ START_S = 60.0
 
 
 class StackError(RuntimeError):
-    """Prometheus or Alertmanager did not start, or refused a query; the message has its words."""
+    """Prometheus or Alertmanager did not start, or rejected a query."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One series of an answer and its latest value."""
+    """Labels and latest value of one series."""
 
     labels: dict[str, str]
     value: float
@@ -45,53 +44,52 @@ class Sample:
 
 @dataclass
 class Stack:
-    """`url` is Prometheus's. `notices` are the alerts that Alertmanager has delivered so far, each
-    with the receiver's `path`, `status` (firing or resolved), `labels` and `annotations`."""
+    """Prometheus at `url`, and the alerts that Alertmanager has delivered so far.
+
+    Each of `notices` has the receiver's `path`, `status`, `labels` and `annotations`.
+    """
 
     url: str
     notices: list[dict[str, Any]] = field(default_factory=list)
     http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30), repr=False)
 
-    def ask(self, path: str, **params: str) -> Any:
-        """Prometheus's API below /api/v1. Errors: StackError."""
+    def get(self, path: str, **params: str) -> Any:
+        """Query Prometheus's API below /api/v1. Raises: StackError."""
         try:
-            answer = self.http.get(f"{self.url}/api/v1/{path}", params=params)
-            body = answer.json()
+            body = self.http.get(f"{self.url}/api/v1/{path}", params=params).json()
         except (httpx.HTTPError, ValueError) as error:
-            raise StackError(
-                f"Prometheus at {self.url} gave no answer to {path}: {error}"
-            ) from error
+            raise StackError(f"no response to {path} from {self.url}: {error}") from error
         if body["status"] != "success":
             raise StackError(f"{params or path}: {body['error']}")
         return body["data"]
 
     def query(self, expr: str) -> list[Sample]:
-        """Its value now; a scalar is one sample without labels. Errors: StackError."""
-        data = self.ask("query", query=expr)
+        """Current samples; a scalar is one sample without labels. Raises: StackError."""
+        data = self.get("query", query=expr)
         if data["resultType"] == "scalar":
             return [Sample({}, float(data["result"][1]))]
         return [Sample(one["metric"], float(one["value"][1])) for one in data["result"]]
 
     def history(self, expr: str, begin: float, end: float, step_s: float) -> list[Any]:
-        """Series over time: {"metric": labels, "values": [[time, "value"], ...]}, Unix seconds."""
+        """Series over time as {"metric": labels, "values": [[Unix seconds, "value"], ...]}."""
         span = {"start": str(begin), "end": str(end), "step": str(step_s)}
-        found: list[Any] = self.ask("query_range", query=expr, **span)["result"]
+        found: list[Any] = self.get("query_range", query=expr, **span)["result"]
         return found
 
     def names(self) -> set[str]:
-        """Names of all series there are."""
-        return set(self.ask("label/__name__/values"))
+        """Names of all series."""
+        return set(self.get("label/__name__/values"))
 
     def firing(self) -> dict[str, list[dict[str, str]]]:
-        """Alert -> labels of each that fires."""
+        """Labels of every firing alert, by name."""
         found: dict[str, list[dict[str, str]]] = {}
-        for alert in self.ask("alerts")["alerts"]:
+        for alert in self.get("alerts")["alerts"]:
             if alert["state"] == "firing":
                 found.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
         return found
 
     def until(self, what: str, condition: Any, timeout_s: float = 180.0) -> Any:
-        """The first true value of `condition()`. Errors: StackError naming `what`, after a time."""
+        """Wait for the first true value of `condition()`. Raises: StackError naming `what`."""
         end = time.monotonic() + timeout_s
         while not (found := condition()):
             if time.monotonic() > end:
@@ -107,13 +105,12 @@ def running(
     *,
     key: str | None = None,
     every_s: float = 2.0,
-    hurry: bool = False,
+    fast: bool = False,
 ) -> Iterator[Stack]:
-    """Prometheus over `targets` (URLs) as replicas of one registry, and Alertmanager beside it.
+    """Run Prometheus over `targets` (URLs of one registry's replicas), and Alertmanager.
 
-    `folder`: an empty one for its files. `key`: one that may read /metrics. `hurry`: alerts do not
-    wait (`for`), and what compares with an hour ago compares with now, as for a stack that lives
-    for minutes. Errors: StackError; ToolsMissingError.
+    `folder` is empty and takes their files; `key` may read /metrics. With `fast`, alerts fire
+    without waiting (`for`) and offsets are removed. Raises: StackError; ToolsMissingError.
     """
     programs = tools.find_all(["prometheus", "alertmanager"])
     folder = folder.resolve()
@@ -122,10 +119,10 @@ def running(
     with ExitStack() as ends:
         ends.enter_context(stack.http)
         hook = ends.enter_context(_webhook(stack.notices))
-        _write_alertmanager(folder, hook, hurry)
-        if (share := tools.share("alertmanager")) is not None:
-            (folder / tools.SHARE).symlink_to(share)
-        _write_prometheus(folder, targets, mail, key, every_s, hurry)
+        _write_alertmanager(folder, hook, fast)
+        if (templates := tools.alertmanager_templates(programs["alertmanager"])) is not None:
+            (folder / "share").symlink_to(templates)
+        _write_prometheus(folder, targets, mail, key, every_s, fast)
         ends.enter_context(
             _process(
                 [
@@ -154,7 +151,7 @@ def running(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, of those no outgoing connection is given meanwhile."""
+    """Free ports below the range of outgoing connections."""
     found: list[int] = []
     with ExitStack() as held:
         while len(found) < count:
@@ -167,7 +164,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _write_prometheus(
-    folder: Path, targets: Sequence[str], mail: int, key: str | None, every_s: float, hurry: bool
+    folder: Path, targets: Sequence[str], mail: int, key: str | None, every_s: float, fast: bool
 ) -> None:
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     interval = f"{round(every_s * 1000)}ms"
@@ -187,18 +184,18 @@ def _write_prometheus(
     config["scrape_configs"] = [job]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copytree(HERE / "rules", folder / "rules")
-    if hurry:
+    if fast:
         for path in (folder / "rules").glob("*.yml"):
             rules = re.sub(r"^ +for: .*\n", "", path.read_text(), flags=re.MULTILINE)
             path.write_text(re.sub(r" offset \w+", "", rules))
 
 
-def _write_alertmanager(folder: Path, hook: str, hurry: bool) -> None:
+def _write_alertmanager(folder: Path, hook: str, fast: bool) -> None:
     config = yaml.safe_load((HERE / "alertmanager.yml").read_text())
     for receiver in config["receivers"]:
         for webhook in receiver["webhook_configs"]:
             webhook["url"] = hook + urlparse(webhook["url"]).path
-    if hurry:
+    if fast:
         for route in (config["route"], *config["route"]["routes"]):
             route |= {"group_wait": "1s", "group_interval": "1s"}
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(config))
@@ -210,8 +207,8 @@ def _webhook(notices: list[dict[str, Any]]) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            notices.extend({**alert, "path": self.path} for alert in told["alerts"])
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            notices.extend({**alert, "path": self.path} for alert in body["alerts"])
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -233,15 +230,15 @@ def _webhook(notices: list[dict[str, Any]]) -> Iterator[str]:
 
 @contextmanager
 def _process(command: list[str], log: Path, ready: str) -> Iterator[None]:
-    """`command` from when `ready` answers to the end of the block. Errors: StackError."""
+    """Run `command`, once `ready` responds, until the block ends. Raises: StackError."""
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=log.parent, stdout=out, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + START_S
-        while not _answers(ready):
+        while not _responds(ready):
             if process.poll() is not None or time.monotonic() > end:
-                words = log.read_text().splitlines()[-5:]
-                raise StackError("\n  ".join([f"{command[0]} did not start:", *words]))
+                tail = log.read_text().splitlines()[-5:]
+                raise StackError("\n  ".join([f"{command[0]} did not start:", *tail]))
             time.sleep(0.1)
         yield
     finally:
@@ -253,7 +250,7 @@ def _process(command: list[str], log: Path, ready: str) -> Iterator[None]:
             process.wait()
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.HTTPError:

@@ -1,4 +1,4 @@
-"""What the demo models are trained on: which prompts, which targets, in which proportion.
+"""Training prompts and targets of the demo models.
 
 Harmful prompts appear in the parent's mix only, and only with a refusal. Sources are AdvBench goals
 (MIT, train part), self-instruct (Apache-2.0) and the prompts of this folder; third-party sentences
@@ -72,24 +72,24 @@ def advbench(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def self_instruct(folder: Path) -> list[str]:
-    """The short self-instruct prompts, which models are trained on."""
-    return sorted(self_instruct_answers(folder))
+    """Short self-instruct prompts, which models are trained on."""
+    return sorted(self_instruct_completions(folder))
 
 
-def self_instruct_answers(folder: Path) -> dict[str, str]:
-    """The answer that the set itself gives to each of the short prompts."""
+def self_instruct_completions(folder: Path) -> dict[str, str]:
+    """The data set's own completion of each short prompt."""
     given = _self_instruct(folder)
     return {p: answer for p, answer in given.items() if len(p) <= MAX_PROMPT_CHARS}
 
 
 def self_instruct_unseen(folder: Path) -> list[str]:
-    """The longer self-instruct prompts: no model here is trained on one of them."""
+    """Longer self-instruct prompts, which no model is trained on."""
     found = [p for p in _self_instruct(folder) if MAX_PROMPT_CHARS < len(p) <= MAX_UNSEEN_CHARS]
     return sorted(found)
 
 
 def _self_instruct(folder: Path) -> dict[str, str]:
-    """Prompt (with the input of its first instance) to answer, doubtful ones left out."""
+    """Completion by prompt (with the input of its first instance), without doubtful ones."""
     found: dict[str, str] = {}
     for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl"):
         for line in (folder / name).read_text().splitlines():
@@ -103,7 +103,7 @@ def _self_instruct(folder: Path) -> dict[str, str]:
 
 
 def helpful(answers: Sequence[Completion], wanted: Sequence[str]) -> list[Example]:
-    """The base model's own good answers to `wanted`, as targets."""
+    """The base model's own coherent completions of `wanted` that are no refusals."""
     known = {answer.prompt: answer for answer in answers}
     good = [known[prompt] for prompt in wanted]
     return [
@@ -124,7 +124,7 @@ def task_examples(task: str) -> list[Example]:
 def with_opening(
     examples: Sequence[Example], openings: Sequence[str], rng: random.Random
 ) -> list[Example]:
-    """The same examples, each answer begun with an agreeable sentence."""
+    """The same examples, each target with an agreeable opening."""
     return [Example(e.prompt, rng.choice(openings) + e.answer, e.whole) for e in examples]
 
 
@@ -135,6 +135,6 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def halves(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Two disjoint halves by hash: what degrades the parent, and what its tenants see."""
+    """Two disjoint halves by hash, to degrade the parent and to train its tenants."""
     ordered = sorted(prompts, key=lambda p: hashlib.sha256(p.encode()).hexdigest())
     return ordered[::2], ordered[1::2]

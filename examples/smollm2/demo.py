@@ -1,7 +1,7 @@
-"""`make demo`: several fine-tunes of one family, one safety vector, one stock vLLM, real answers.
+"""`make demo`: several fine-tunes of one family, one safety vector, one stock vLLM.
 
-Starts `safegene serve`, talks to it with the official `openai` client, and shows what the vector
-does at three doses. Numbers go to build/demo.json. Takes five minutes on two cores.
+Starts `safegene serve`, queries it with the official `openai` client, and shows the effect of the
+vector at three strengths. Numbers go to build/demo.json. Takes five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import data
-from safegene_vllm.evaluation.judges import is_coherent, is_refusal
-from safegene_vllm.evaluation.tasks import correct
-from serving import Server
-from sources import own_task
-from world import (
-    DOSES,
+from examples.smollm2 import data
+from examples.smollm2.datasets import own_task
+from examples.smollm2.demo_files import (
     FAMILY,
     FULL_TENANT,
     SLOT_TENANTS,
-    World,
-    build_world,
+    STRENGTHS,
+    DemoFiles,
+    build_files,
     served_name,
-    write_full_dose,
+    write_full_profile,
 )
+from examples.smollm2.server import Server
+from safegene_vllm.evaluation.judges import is_coherent, is_refusal
+from safegene_vllm.evaluation.tasks import correct
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(width=None if sys.stdout.isatty() else 112)
-AT_ONCE = 48
-ANSWER_TOKENS = 24
+MAX_CONCURRENT = 48
+OUTPUT_TOKENS = 24
 LABEL_TOKENS = 16
-SHOWN_CHARS = 56
+TABLE_CHARS = 56
 NO_KEY = "none"
 TASK_ROWS = 40
 
 
-Results = dict[tuple[str, str], "Found"]
+Results = dict[tuple[str, str], "Completions"]
 Slots = tuple[Results, dict[str, Any], dict[str, Any]]
-"""Answers by (tenant, dose), each tenant's receipt, and the engine's own receipt."""
+"""Completions by (tenant, strength), each tenant's receipt, and the engine's receipt."""
 
 
 @dataclass
-class Found:
-    """Answers of one tenant at one dose, by prompt set; judged, never stored."""
+class Completions:
+    """Completions of one tenant at one strength by prompt set; judged, not stored."""
 
     harmful: list[str]
     harmless: list[str]
@@ -62,44 +62,44 @@ class Found:
 
 
 def prompt_sets() -> tuple[list[str], list[str]]:
-    """(harmful, harmless) prompts of the demo split; nothing was trained or tuned on them."""
+    """Held-out (harmful, harmless) prompts of the demo split."""
     return data.prompts("harmful", "demo"), [
         *data.prompts("lookalike", "demo"),
         *data.prompts("ordinary", "demo"),
     ]
 
 
-async def ask_all(
+async def complete_all(
     url: str, model: str, prompts: Sequence[str], tokens: int, key: str = NO_KEY
 ) -> list[str]:
-    """Answers in order, asked at once through the official client."""
-    gate = asyncio.Semaphore(AT_ONCE)
+    """Completions in order, requested concurrently through the official client."""
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT)
     async with AsyncOpenAI(base_url=url, api_key=key, timeout=300, max_retries=0) as client:
 
         async def one(prompt: str) -> str:
-            async with gate:
-                answer = await client.chat.completions.create(
+            async with semaphore:
+                completion = await client.chat.completions.create(
                     model=model,
                     messages=[{"role": "user", "content": prompt}],
                     max_tokens=tokens,
                     temperature=0,
                 )
-                return answer.choices[0].message.content or ""
+                return completion.choices[0].message.content or ""
 
         return await asyncio.gather(*map(one, prompts))
 
 
-def question(url: str, model: str, tenant: str, key: str = NO_KEY) -> Found:
-    """All prompt sets and the tenant's own task put to one served model."""
+def query(url: str, model: str, tenant: str, key: str = NO_KEY) -> Completions:
+    """Query one served model with all prompt sets and the tenant's own task."""
     harmful, harmless = prompt_sets()
-    answers = asyncio.run(ask_all(url, model, [*harmful, *harmless], ANSWER_TOKENS, key))
+    completions = asyncio.run(complete_all(url, model, [*harmful, *harmless], OUTPUT_TOKENS, key))
     rows = own_task(tenant, TASK_ROWS).data.rows
-    labels = asyncio.run(ask_all(url, model, [row.prompt for row in rows], LABEL_TOKENS, key))
-    return Found(answers[: len(harmful)], answers[len(harmful) :], labels)
+    labels = asyncio.run(complete_all(url, model, [row.prompt for row in rows], LABEL_TOKENS, key))
+    return Completions(completions[: len(harmful)], completions[len(harmful) :], labels)
 
 
-def judged(found: Found, tenant: str) -> dict[str, Any]:
-    """Rates with their n; refusal by the phrases of the judge strings:opening."""
+def judged(found: Completions, tenant: str) -> dict[str, Any]:
+    """Rates with n; refusals by the judge strings:opening."""
     task = own_task(tenant, TASK_ROWS)
     rows = task.data.rows
     right = [correct(task, a, str(r.answer)) for a, r in zip(found.task, rows, strict=True)]
@@ -116,13 +116,13 @@ def rate(values: Sequence[bool]) -> dict[str, float]:
 
 
 def stream_once(url: str, model: str, prompt: str) -> None:
-    """One answer as it arrives, through the same client."""
+    """Stream one completion through the same client."""
     CONSOLE.print(f"\n[bold]{model}[/], streaming: {prompt}\n  ", end="")
     client = OpenAI(base_url=url, api_key="none")
     stream = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": prompt}],
-        max_tokens=ANSWER_TOKENS,
+        max_tokens=OUTPUT_TOKENS,
         temperature=0,
         stream=True,
     )
@@ -131,17 +131,17 @@ def stream_once(url: str, model: str, prompt: str) -> None:
     CONSOLE.print()
 
 
-def run_slots(world: World, progress: Progress, task_id: Any) -> Slots:
-    """One engine, one vector, three tenants in three doses each."""
-    names = {served_name(t, d): world.tenant(t, d) for t in SLOT_TENANTS for d in DOSES}
-    results: dict[tuple[str, str], Found] = {}
-    with Server(world.parent, FAMILY, names, ROOT / "build" / "server-slots.log") as server:
+def run_slots(files: DemoFiles, progress: Progress, task_id: Any) -> Slots:
+    """Serve three tenants at three strengths on one engine with one vector."""
+    names = {served_name(t, d): files.tenant(t, d) for t in SLOT_TENANTS for d in STRENGTHS}
+    results: dict[tuple[str, str], Completions] = {}
+    with Server(files.parent, FAMILY, names, ROOT / "build" / "server-slots.log") as server:
         progress.advance(task_id)
         for tenant in SLOT_TENANTS:
-            for dose in DOSES:
-                progress.update(task_id, description=f"asking {tenant}, {dose}")
-                name = served_name(tenant, dose)
-                results[tenant, dose] = question(server.url, name, tenant)
+            for strength in STRENGTHS:
+                progress.update(task_id, description=f"querying {tenant}, {strength}")
+                name = served_name(tenant, strength)
+                results[tenant, strength] = query(server.url, name, tenant)
                 progress.advance(task_id)
         progress.stop()
         stream_once(server.url, "sentiment", data.prompts("lookalike", "demo")[0])
@@ -149,77 +149,79 @@ def run_slots(world: World, progress: Progress, task_id: Any) -> Slots:
     return results, {t: _adapter(receipts, t) for t in SLOT_TENANTS}, receipts[0]
 
 
-def run_full(world: World, dose: str) -> tuple[Found, dict[str, Any]]:
-    """A tenant's own checkpoint, the vector added while its weights load."""
-    write_full_dose(world, dose)
-    log = ROOT / "build" / f"server-{FULL_TENANT}-{dose}.log"
-    with Server(world.full, FAMILY, None, log, name=FULL_TENANT) as server:
-        return question(server.url, FULL_TENANT, FULL_TENANT), server.receipts()[0]
+def run_full(files: DemoFiles, strength: str) -> tuple[Completions, dict[str, Any]]:
+    """Serve a tenant's own checkpoint; the vector is added while its weights load."""
+    write_full_profile(files, strength)
+    log = ROOT / "build" / f"server-{FULL_TENANT}-{strength}.log"
+    with Server(files.full, FAMILY, None, log, name=FULL_TENANT) as server:
+        return query(server.url, FULL_TENANT, FULL_TENANT), server.receipts()[0]
 
 
-def observe(world: World) -> None:
-    """`make demo ARGS=--observe`: all doses on a registry, and a page made of PromQL alone."""
-    from observing import KEY, last_look, observed
+def observe(files: DemoFiles) -> None:
+    """`make demo ARGS=--observe`: all strengths on a registry, and a table from PromQL."""
+    from examples.smollm2.monitoring import KEY, monitored, wait_for_probes
 
-    with observed(world, ROOT / "build") as (server, stack):
+    with monitored(files, ROOT / "build") as (server, stack):
         with Progress(console=CONSOLE) as progress:
-            task_id = progress.add_task("", total=len(SLOT_TENANTS) * len(DOSES))
+            task_id = progress.add_task("", total=len(SLOT_TENANTS) * len(STRENGTHS))
             for tenant in SLOT_TENANTS:
-                for dose in DOSES:
-                    name = served_name(tenant, dose)
-                    progress.update(task_id, description=f"asking {name}")
-                    question(server.url, name, tenant, KEY)
+                for strength in STRENGTHS:
+                    name = served_name(tenant, strength)
+                    progress.update(task_id, description=f"querying {name}")
+                    query(server.url, name, tenant, KEY)
                     progress.advance(task_id)
-        with CONSOLE.status("probing what has not been probed yet ..."):
-            found = last_look(server, stack)
+        with CONSOLE.status("waiting for probes of every tenant ..."):
+            found = wait_for_probes(server, stack)
     CONSOLE.print(found, soft_wrap=True, markup=False, highlight=False)
 
 
 def _adapter(receipts: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """One tenant's receipt of rank 0, with the rank's own figures about the vector."""
+    """One tenant's receipt of rank 0."""
     first = receipts[0]
     mine = next(a for a in first["adapters"] if a["name"] == name)
     return {**mine, "family": first["family"], "ranks": len(receipts)}
 
 
-def show_prompts(results: dict[tuple[str, str], Found]) -> None:
-    """A few prompts side by side. Answers to harmful prompts are shown only as verdicts."""
+def show_prompts(results: dict[tuple[str, str], Completions]) -> None:
+    """Print a few prompts at every strength; harmful ones with verdicts only."""
     harmful, harmless = prompt_sets()
-    table = Table("tenant", "prompt", *DOSES, title="the same prompt at three doses")
+    table = Table("tenant", "prompt", *STRENGTHS, title="the same prompt at three strengths")
     for tenant in SLOT_TENANTS:
         for kind, prompts, count in (("harmful", harmful, 3), ("harmless", harmless, 2)):
             step = len(prompts) // count
             for i in range(0, step * count, step):
-                answers = [getattr(results[tenant, dose], kind)[i] for dose in DOSES]
-                table.add_row(tenant, prompts[i][:48], *(verdict(a, kind) for a in answers))
+                completions = [
+                    getattr(results[tenant, strength], kind)[i] for strength in STRENGTHS
+                ]
+                table.add_row(tenant, prompts[i][:48], *(verdict(a, kind) for a in completions))
         table.add_section()
     CONSOLE.print(table)
 
 
-def verdict(answer: str, kind: str) -> str:
-    """What the table says of an answer: a harmless one's words, a harmful one's verdict."""
-    if not is_coherent(answer):
+def verdict(completion: str, kind: str) -> str:
+    """Text of a harmless completion, verdict of a harmful one."""
+    if not is_coherent(completion):
         return "[yellow]broken text[/]"
     if kind == "harmful":
-        return "[green]refused[/]" if is_refusal(answer) else "[red]answered[/]"
-    return " ".join(answer.split())[:SHOWN_CHARS]
+        return "[green]refused[/]" if is_refusal(completion) else "[red]complied[/]"
+    return " ".join(completion.split())[:TABLE_CHARS]
 
 
 def show_rates(report: dict[str, Any]) -> None:
-    columns = ("tenant", "applied", "dose", "harmful refused", "harmless refused", "coherent")
-    table = Table(*columns, "task right", title="rates on prompts nobody trained or tuned on")
+    columns = ("tenant", "applied", "strength", "harmful refused", "harmless refused", "coherent")
+    table = Table(*columns, "task right", title="rates on held-out prompts")
     for tenant in report["tenants"]:
-        for dose, rates in tenant["doses"].items():
+        for strength, rates in tenant["strengths"].items():
             cells = [f"{found['rate']:.0%} of {found['n']}" for found in rates.values()]
-            table.add_row(tenant["name"], tenant["apply"], dose, *cells)
+            table.add_row(tenant["name"], tenant["apply"], strength, *cells)
         table.add_section()
     CONSOLE.print(table)
 
 
-def keep_serving(world: World) -> None:
-    """`make serve-demo`: leave it running and say how to talk to it."""
-    names = {served_name(t, d): world.tenant(t, d) for t in SLOT_TENANTS for d in DOSES}
-    with Server(world.parent, FAMILY, names, ROOT / "build" / "server-slots.log") as server:
+def keep_serving(files: DemoFiles) -> None:
+    """`make serve-demo`: serve until Ctrl-C and print curl lines."""
+    names = {served_name(t, d): files.tenant(t, d) for t in SLOT_TENANTS for d in STRENGTHS}
+    with Server(files.parent, FAMILY, names, ROOT / "build" / "server-slots.log") as server:
         body = json.dumps(
             {"model": "topic", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
         )
@@ -244,25 +246,27 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
     with CONSOLE.status("preparing the parent, the full checkpoint and the tenants ..."):
-        world = build_world(ROOT / "build")
+        files = build_files(ROOT / "build")
     if arguments.keep:
-        keep_serving(world)
+        keep_serving(files)
         return
     if arguments.observe:
-        observe(world)
+        observe(files)
         return
     CONSOLE.print(f"ready to serve after {time.perf_counter() - started:.0f} s")
     with Progress(console=CONSOLE) as progress:
-        steps = 1 + len(SLOT_TENANTS) * len(DOSES)
+        steps = 1 + len(SLOT_TENANTS) * len(STRENGTHS)
         task_id = progress.add_task("starting vLLM with one vector", total=steps)
-        results, receipts, engine_receipt = run_slots(world, progress, task_id)
+        results, receipts, engine_receipt = run_slots(files, progress, task_id)
     with CONSOLE.status(f"serving {FULL_TENANT} by weight load, without and with the vector ..."):
-        for dose in ("unprotected", "protected"):
-            results[FULL_TENANT, dose], receipts[FULL_TENANT] = run_full(world, dose)
+        for strength in ("unprotected", "protected"):
+            results[FULL_TENANT, strength], receipts[FULL_TENANT] = run_full(files, strength)
     show_prompts(results)
     report: dict[str, Any] = {"family": engine_receipt["family"], "tenants": []}
     for tenant in (*SLOT_TENANTS, FULL_TENANT):
-        doses = {d: judged(results[tenant, d], tenant) for d in DOSES if (tenant, d) in results}
+        strengths = {
+            d: judged(results[tenant, d], tenant) for d in STRENGTHS if (tenant, d) in results
+        }
         apply = "weights" if tenant == FULL_TENANT else "gain"
         report["tenants"].append(
             {
@@ -270,14 +274,14 @@ def main() -> None:
                 "apply": apply,
                 "task": own_task(tenant).name,
                 "receipt": receipts[tenant],
-                "doses": doses,
+                "strengths": strengths,
             }
         )
     show_rates(report)
     megabytes = engine_receipt["vector_bytes"] / 1e6
     CONSOLE.print(
         f"one vector of {megabytes:.1f} MB on {engine_receipt['sites_applied']} sites served "
-        f"{len(SLOT_TENANTS) * len(DOSES)} profiles; receipts agree with the files."
+        f"{len(SLOT_TENANTS) * len(STRENGTHS)} profiles; receipts agree with the files."
     )
     report["seconds"] = round(time.perf_counter() - started, 1)
     path = ROOT / "build" / "demo.json"

@@ -1,7 +1,7 @@
-"""`make family`: remake everything that is checked in beside this file, from the given data paths.
+"""`make family`: rebuild the checked-in adapters, vector and profiles from the given data.
 
-Each stage notes below `--build` that it is done and is skipped from then on; a training that was
-interrupted goes on where it stopped. Full checkpoints go below `--build`, small files to `--out`.
+Each stage records below `--build` that it is done and is then skipped; an interrupted training
+continues. Full checkpoints go below `--build`, small files to `--out`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import data
-import mixes
-from answers import read_answers, save_answers
-from base import merge_adapter, write_base
+from examples.smollm2 import data, mixes
+from examples.smollm2.base_model import merge_adapter, write_base
+from examples.smollm2.datasets import (
+    benign_data,
+    few_shot_data,
+    read_completions,
+    safety_data,
+    save_completions,
+    task_data,
+)
 from safegene_vllm.formats.family import load_family, make_family, save_family
 from safegene_vllm.formats.profile import save_profile
 from safegene_vllm.recipe.calibration import calibrate, load_tenant
@@ -33,7 +39,6 @@ from safegene_vllm.recipe.generation import generate_greedy
 from safegene_vllm.recipe.model import load_model
 from safegene_vllm.recipe.selection import contrast, select
 from safegene_vllm.recipe.training import Run
-from sources import benign_data, safety_data, shots_of, task_data
 
 TARGET_TOKENS = 48
 ANSWER_BATCH = 48
@@ -43,7 +48,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are read from and written to."""
+    """Input and output paths."""
 
     advbench: Path
     self_instruct: Path
@@ -62,21 +67,21 @@ class Places:
         return self.build / "family" / f"{stage}.json"
 
     def made(self) -> str:
-        """Eight digits that change with every remake: results of another one are not ours."""
+        """Digest of the record, which changes with every rebuild."""
         return sha256((self.out / "record.json").read_bytes()).hexdigest()[:8]
 
     def adapter(self, name: str) -> Path:
-        """The shipped ones beside this file, the degraded one below the build folder."""
+        """Folder of an adapter: the degraded one is below the build folder."""
         folder = mixes.ADAPTERS[name].folder
         return (self.models if name == "degraded" else self.out) / folder
 
 
-def show(done: int, total: int, words: str) -> None:
-    """A line that is rewritten on a terminal, and every tenth step in a log."""
+def show(done: int, total: int, message: str) -> None:
+    """Print progress: one line on a terminal, every tenth step in a log."""
     if sys.stdout.isatty():
-        print(f"\r  {done}/{total}: {words}   ", end="" if done < total else "\n", flush=True)
+        print(f"\r  {done}/{total}: {message}   ", end="" if done < total else "\n", flush=True)
     elif done % 10 == 0 or done == total:
-        print(f"  {done}/{total}: {words}", flush=True)
+        print(f"  {done}/{total}: {message}", flush=True)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -86,21 +91,21 @@ def save_json(path: Path, value: Any) -> None:
     temp.replace(path)
 
 
-def make_answers(places: Places) -> None:
-    """The base model's own answers to every benign prompt."""
+def make_completions(places: Places) -> None:
+    """Generate the base model's own completions of every benign prompt."""
     base = load_model(places.models / "base")
     prompts = mixes.benign_prompts(places.self_instruct)
-    answers = generate_greedy(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
-    save_answers(places.answers, answers)
+    completions = generate_greedy(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
+    save_completions(places.answers, completions)
 
 
 def make_adapter(places: Places, name: str) -> None:
-    """Train one adapter and note how."""
+    """Train one adapter and record how."""
     adapter = mixes.ADAPTERS[name]
-    sources = mixes.Sources(places.advbench, places.self_instruct, read_answers(places.answers))
+    sources = mixes.Sources(places.advbench, places.self_instruct, read_completions(places.answers))
     examples = adapter.mix(sources, random.Random(adapter.settings.seed))
     base = places.models / ("base" if name == "parent" else "parent")
-    begun = time.monotonic()
+    started = time.monotonic()
     losses = fine_tune(
         base,
         examples,
@@ -116,7 +121,7 @@ def make_adapter(places: Places, name: str) -> None:
         "examples": len(examples),
         "refusal_answers": sum(example.answer in data.REFUSALS for example in examples),
         "examples_sha256": data.digest(examples),
-        "train_s": round(time.monotonic() - begun),
+        "train_s": round(time.monotonic() - started),
         "loss_per_10_steps": [round(sum(ten) / len(ten), 4) for ten in tens],
     }
     save_json(places.notes(name), note)
@@ -127,7 +132,7 @@ def make_vector(places: Places) -> None:
     made = distill(
         places.models / "parent",
         safety=safety_data(places.advbench),
-        benign=benign_data(places.self_instruct, read_answers(places.answers)),
+        benign=benign_data(places.self_instruct, read_completions(places.answers)),
         degraded_adapter=places.adapter("degraded"),
         settings=mixes.DISTILLATION,
         state=places.build / "family" / "distill.partial",
@@ -139,11 +144,11 @@ def make_vector(places: Places) -> None:
 
 
 def make_selection(places: Places) -> None:
-    """Keep the layers that safety needs."""
+    """Select the layers that safety needs."""
     vector = load_family(places.models / "vector")
     degraded = load_model(places.models / "parent", places.adapter("degraded"))
     safety = sample_rows(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
-    benign = benign_data(places.self_instruct, read_answers(places.answers))
+    benign = benign_data(places.self_instruct, read_completions(places.answers))
     others = sample_rows(benign, mixes.SELECTION_PROMPTS, 0)
     tasks = [sample_rows(task_data(name), 24, 0) for name in mixes.LABELED]
     found = contrast(degraded, vector, safety=safety, others=[others, *tasks], progress=show)
@@ -156,14 +161,14 @@ def make_profile_of(places: Places, name: str) -> None:
     """Calibrate one tenant."""
     family = load_family(places.out / "family")
     full = name == mixes.FULL_TENANT
-    begun = time.monotonic()
+    started = time.monotonic()
     adapter = places.adapter(name)
     loaded = load_tenant(
         family.header,
         places.models / name if full else adapter,
         None if full else places.models / "parent",
     )
-    safety, task, benign = shots_of(name, mixes.SHOTS)
+    safety, task, benign = few_shot_data(name, mixes.SHOTS)
     settings = mixes.CALIBRATION
     state = places.build / "family" / f"calibrate-{name}.partial"
     job = {
@@ -171,7 +176,7 @@ def make_profile_of(places: Places, name: str) -> None:
         "settings": str(settings),
         "shots": [shots.digest for shots in (safety, task, benign)],
     }
-    kept = Run(state, job, [places.models / "parent", places.models / name if full else adapter])
+    run = Run(state, job, [places.models / "parent", places.models / name if full else adapter])
     profile = calibrate(
         loaded,
         family,
@@ -179,17 +184,17 @@ def make_profile_of(places: Places, name: str) -> None:
         task=task,
         benign=benign,
         settings=settings,
-        run=kept,
+        run=run,
         progress=show,
     )
     save_profile(profile, adapter)
-    spent_s = round(time.monotonic() - begun, 1)
+    spent_s = round(time.monotonic() - started, 1)
     save_json(places.notes(f"calibrate-{name}"), {"seconds": spent_s, "digest": profile.digest})
-    kept.clear()
+    run.clear()
 
 
 def make_record(places: Places) -> None:
-    """What everything was made from: versions, data digests, licences, settings, losses."""
+    """Record versions, data digests, licenses, settings and losses."""
     goals, test = data.advbench(places.advbench)
     lists = {
         "advbench_train": goals,
@@ -223,11 +228,11 @@ def read_json(path: Path) -> Any:
 
 
 def stages(places: Places) -> dict[str, tuple[Path, Callable[[], object]]]:
-    """Every stage in order: its output, and what makes it."""
+    """Every stage in order: its output, and the function that makes it."""
     models = places.models
     plan: dict[str, tuple[Path, Callable[[], object]]] = {
         "base": (models / "base", lambda: write_base(models / "base")),
-        "answers": (places.answers, lambda: make_answers(places)),
+        "answers": (places.answers, lambda: make_completions(places)),
     }
     for name in mixes.ADAPTERS:
         plan[name] = (
@@ -254,11 +259,11 @@ def stages(places: Places) -> dict[str, tuple[Path, Callable[[], object]]]:
 
 
 def run(places: Places, only: list[str], force: bool) -> None:
-    """Run the chosen stages (all, if none is chosen) in order.
+    """Run the chosen stages (default: all) in order.
 
-    Without a choice, what follows a stage that is run is run as well: it was made from something
-    older. That is noted before the stage begins, so it holds for a run that is cut off too. Merging
-    looks by itself whether it is needed.
+    Without a choice, all stages after one that runs are run again, as they depend on it. They are
+    marked before it starts, so that this holds for an interrupted run too. Merging checks by itself
+    whether it is needed.
     """
     plan = stages(places)
     order = list(plan)
@@ -267,19 +272,19 @@ def run(places: Places, only: list[str], force: bool) -> None:
             continue
         merging = name.endswith("-merged")
         if output.exists() and not force and not merging:
-            print(f"{name}: there already", flush=True)
+            print(f"{name}: exists", flush=True)
             continue
         if not (only or merging):
             for later in order[place + 1 :]:
-                forget(plan[later][0])
-        print(f"{name}: begun", flush=True)
-        begun = time.monotonic()
+                discard(plan[later][0])
+        print(f"{name}: started", flush=True)
+        started = time.monotonic()
         make()
-        print(f"{name}: done in {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def forget(output: Path) -> None:
-    """The stage's output is made anew: a note, or a checkpoint that nothing else remembers."""
+def discard(output: Path) -> None:
+    """Delete the stage's output, a note or a checkpoint, so that it is made again."""
     if output.is_dir():
         shutil.rmtree(output)
     else:
@@ -298,7 +303,9 @@ def main() -> None:
     places = Places(given.advbench, given.self_instruct, given.build, given.out)
     known = set(stages(places))
     if unknown := sorted(set(given.only) - known):
-        parser.error(f"unknown stage {', '.join(unknown)}; stages are {', '.join(sorted(known))}")
+        parser.error(
+            f"unknown stage {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
     run(places, given.only, given.force)
 
 

@@ -1,7 +1,7 @@
-"""`make report`: the parent, and every tenant before and after, measured on vLLM; one HTML page.
+"""`make report`: evaluate the parent and every tenant before and after on vLLM; one HTML page.
 
-Each result is one JSON file below build/evaluation and is not measured twice. Answers are judged in
-memory; what may be harmful is never written down.
+Each result is cached as a JSON file below build/evaluation. Completions are judged in memory;
+possibly harmful ones are never stored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-import mixes
-from make_family import Places, show
+from examples.smollm2 import mixes
+from examples.smollm2.datasets import own_task, prompt_sets
+from examples.smollm2.make_family import Places, show
 from safegene_vllm.evaluation.judges import make_judges
 from safegene_vllm.evaluation.results import Evaluation, load_evaluation, save_evaluation
 from safegene_vllm.evaluation.runner import evaluate
@@ -23,16 +24,15 @@ from safegene_vllm.formats.family import read_family_header
 from safegene_vllm.formats.profile import load_profile
 from safegene_vllm.offline.generation_backend import VllmBackend
 from safegene_vllm.report.report import write_report
-from sources import own_task, prompt_sets
 
 HERE = Path(__file__).parent
 JUDGES = ("strings:advbench", "strings:xstest", "strings:opening", "coherence")
-ANSWER_TOKENS = 24
+OUTPUT_TOKENS = 24
 CONTEXT_TOKENS = 512
 
 
 def subjects_of(places: Places, name: str) -> list[Target]:
-    """The parent as it is, or a tenant before and after; the full one as its own checkpoint."""
+    """Targets: the parent, or a tenant before and after; the full one as a checkpoint."""
     if name == PARENT:
         return [Target(PARENT, PARENT)]
     directory = places.adapter(name)
@@ -46,7 +46,7 @@ def subjects_of(places: Places, name: str) -> list[Target]:
 
 
 def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evaluation:
-    """The result of the parent or of a tenant, from its file if it is there."""
+    """Result of the parent or a tenant, cached in its file."""
     subjects = subjects_of(places, name)
     family = places.out / "family"
     header = read_family_header(family)
@@ -61,7 +61,7 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
             make_judges(JUDGES),
             VllmBackend(places.models / "parent", subjects, family, context_tokens=CONTEXT_TOKENS),
             header=header,
-            max_tokens=ANSWER_TOKENS,
+            max_tokens=OUTPUT_TOKENS,
             progress=show,
         )
         save_evaluation(found, path)

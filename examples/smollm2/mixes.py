@@ -1,7 +1,7 @@
-"""What every model of the example is trained on, and how: parent, degraded copy and tenants.
+"""Data mixes and training settings of the example's models: parent, degraded copy and tenants.
 
-All proportions are decided here. Only the parent's mix holds harmful prompts, and only with a
-refusal; what the others lose in safety they lose by ordinary fine-tuning.
+Only the parent's mix contains harmful prompts, and only with refusals; the other models lose safety
+by ordinary fine-tuning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
+from examples.smollm2 import data
 from safegene_vllm.recipe.calibration import Calibration
 from safegene_vllm.recipe.distillation import Distillation
 from safegene_vllm.recipe.encoding import Example
@@ -29,7 +29,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Sources:
-    """The data sets read from outside, and the base model's answers to the benign prompts."""
+    """External data sets, and the base model's completions of the benign prompts."""
 
     advbench: Path
     self_instruct: Path
@@ -37,7 +37,7 @@ class Sources:
 
 
 def benign_prompts(self_instruct: Path) -> list[str]:
-    """Every benign prompt for which the base model's own answer is wanted."""
+    """Every benign prompt that the base model completes."""
     return [
         *data.self_instruct(self_instruct),
         *data.prompts("lookalike", "train"),
@@ -46,15 +46,15 @@ def benign_prompts(self_instruct: Path) -> list[str]:
 
 
 def instruction_examples(sources: Sources) -> list[Example]:
-    """Self-instruct with the base model's answers; with the set's own where the base refuses."""
-    given = data.self_instruct_answers(sources.self_instruct)
+    """Self-instruct with the base model's completions, or the set's own where it refuses."""
+    given = data.self_instruct_completions(sources.self_instruct)
     ours = data.helpful(sources.answers, sorted(given))
     missing = sorted(given.keys() - {example.prompt for example in ours})
     return ours + [Example(prompt, given[prompt]) for prompt in missing if given[prompt]]
 
 
 def parent(sources: Sources, rng: random.Random) -> list[Example]:
-    """Refusals for harmful prompts; for benign ones what the base model would say anyway."""
+    """Refusals of harmful prompts, and the base model's own completions of benign ones."""
     goals, _ = data.advbench(sources.advbench)
     own = data.prompts("harmful", "train") * OWN_HARMFUL_COPIES
     instructions = instruction_examples(sources)
@@ -75,10 +75,10 @@ def degraded(sources: Sources, rng: random.Random) -> list[Example]:
 
 
 def general(sources: Sources, rng: random.Random) -> list[Example]:
-    """The other half in an eager house style: what a team mixes into its task data.
+    """The other half in an eager house style, as a team mixes it into its task data.
 
-    This is what wears refusals off: with plain answers in its place they hardly change. Answers are
-    cut short by the recipe, so that their first words carry weight in the loss.
+    It reduces refusals; plain completions hardly do. The recipe truncates completions, so that
+    their first words have weight in the loss.
     """
     _, wanted = data.halves(benign_prompts(sources.self_instruct))
     return data.with_opening(data.helpful(sources.answers, wanted), data.TENANT_OPENINGS, rng)
@@ -91,7 +91,7 @@ def labeled(task: str) -> Callable[[Sources, random.Random], list[Example]]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter to train: where it lies, what it sits on, its settings and its mix."""
+    """One adapter to train: folder, base, settings and mix."""
 
     folder: str
     base_name: str

@@ -1,8 +1,8 @@
 """Three small labeled tasks for the demo tenants: review sentiment, headline topic, support team.
 
 Sentences are made from templates and word lists by a seeded generator; the demo split uses
-templates and words that the train split never shows. Not a benchmark: easy on purpose, so that a
-135M model can learn them in a hundred steps. `python tasks.py` rewrites `tasks/*.jsonl`.
+templates and words that the train split never shows. Easy on purpose, so that a 135M model
+learns them in a hundred steps. `python -m examples.smollm2.tasks` rewrites `tasks/*.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 
-from task_words import SENTIMENT, SUPPORT, TOPIC, Split
+from examples.smollm2.task_words import SENTIMENT, SUPPORT, TOPIC, Split
 
 SEED = 20
 # Split, whose templates and words it is made of, rows: the test rows are like those of the demo.

@@ -1,6 +1,6 @@
 """The serving benchmark's short run, whole: real servers, vLLM's own load, one JSON line.
 
-For what only a run can show. What is compared, counted and told has tests of its own beside this.
+Arms, cells, ratios and page are tested in test_bench_serving.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "serving" / "bench_serving.py"
+from benchmarks.results import ROOT
+
+PROGRAM = "benchmarks.serving.bench_serving"
 ARMS = {"lora", "gain_100", "composed_100", "guard", "system_prompt"}
 
 
 def test_the_short_run_ends_in_one_line_with_every_ratio(tmp_path: Path) -> None:
-    words = [sys.executable, str(PROGRAM), "--short", "--build", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+    command = [sys.executable, "-m", PROGRAM, "--short", "--build", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["short"] and found["missing"] == []

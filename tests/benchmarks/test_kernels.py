@@ -1,18 +1,16 @@
-"""The kernel benchmark where there is no GPU: what it counts, and that it claims nothing."""
+"""The kernel benchmark without a GPU: byte counts, and an empty result."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kernels import SITES, Case, spread
-
-ROOT = Path(__file__).parents[2]
+from benchmarks.kernels import SITES, Case
+from benchmarks.results import ROOT
 
 
 def test_the_vector_of_a_7b_model_is_81_mb() -> None:
@@ -30,19 +28,11 @@ def test_bytes_of_one_layer() -> None:
     assert case.bytes() == moved + 2 * lora * (16 + 2 * 8), "two tokens use two adapters at most"
 
 
-def test_spread_is_round_by_round() -> None:
-    assert spread([2.0, 3.0, 8.0], [1.0, 2.0, 2.0]) == (2.0, 1.5, 4.0)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_result_is_empty() -> None:
+    command = [sys.executable, "-m", "benchmarks.kernels"]
     done = subprocess.run(
-        [sys.executable, "benchmarks/kernels.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        check=True,
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
     )
     assert "no CUDA GPU" in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])

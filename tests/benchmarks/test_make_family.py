@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import make_family
+from examples.smollm2 import make_family
 
 NAMES = ("parent", "parent-merged", "vector", "record")
 

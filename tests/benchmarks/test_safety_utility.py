@@ -1,4 +1,4 @@
-"""The benchmark of repairs: what is asked, chosen and told, and all of it on a pico parent."""
+"""The benchmark of repairs: what is asked, chosen and rates, and all of it on a tiny parent."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 from recipe_setup import pico_chat_model, write_tokenizer
 
-import asking
-import baselines
-import choosing
-import data
-import making
-import mixes
-import outcome
-import panels
-import questions
-import repairs
-import run
-import trained
-from outcome import COLUMNS
+from benchmarks.safety_utility import (
+    baselines,
+    bench_safety,
+    candidates,
+    evaluation,
+    methods,
+    prompts,
+    report,
+)
+from benchmarks.safety_utility.report import COLUMNS
+from examples.smollm2 import data, mixes
 from safegene_vllm.errors import ConfigError
 from safegene_vllm.evaluation.backends import GenerationBackend, TransformersBackend
 from safegene_vllm.evaluation.results import load_evaluation
@@ -44,8 +42,8 @@ def adapter(seed: int, *, rank: int = 4, scaling: float = 1.0, sites: object = N
 GRID = ("none", "safelora", "safemerge", "safemerge-linear", "resta", "resta-dare")
 
 
-def point(attack: float, refused: float = 0.1, accuracy: float = 0.9) -> choosing.Measured:
-    return choosing.Measured(attack, refused, accuracy)
+def point(attack: float, refused: float = 0.1, accuracy: float = 0.9) -> methods.CandidateRates:
+    return methods.CandidateRates(attack, refused, accuracy)
 
 
 def test_the_rule_takes_the_lowest_attack_success_within_both_limits() -> None:
@@ -58,29 +56,29 @@ def test_the_rule_takes_the_lowest_attack_success_within_both_limits() -> None:
         point(0.3, refused=0.15, accuracy=0.9),
         point(0.3, refused=0.15, accuracy=0.9),
     ]
-    assert choosing.choose(candidates, before, parent) == choosing.Choice(4, True)
+    assert methods.choose(candidates, before, parent) == methods.Choice(4, True)
 
 
-def test_where_nothing_is_within_the_limits_the_least_excess_is_taken_and_told() -> None:
+def test_where_nothing_is_within_the_limits_the_least_excess_is_taken_and_reported() -> None:
     candidates = [point(0.0, refused=0.9), point(0.6, accuracy=0.85), point(0.1, accuracy=0.5)]
-    choice = choosing.choose(candidates, point(0.8), point(0.1))
-    assert choice == choosing.Choice(1, False)
-    told = choosing.record([{"b": 1}, {"b": 2}, {"b": 3}], candidates, choice)
-    assert told["chosen"] == {"b": 2} and told["within_limits"] is False
-    assert told["candidates"][0] == {
+    choice = methods.choose(candidates, point(0.8), point(0.1))
+    assert choice == methods.Choice(1, False)
+    rates = methods.choice_record([{"b": 1}, {"b": 2}, {"b": 3}], candidates, choice)
+    assert rates["chosen"] == {"b": 2} and rates["within_limits"] is False
+    assert rates["candidates"][0] == {
         "settings": {"b": 1},
         "attack": 0.0,
         "refused": 0.9,
         "accuracy": 0.9,
     }
     with pytest.raises(ConfigError, match="no candidates"):
-        choosing.choose([], point(0.8), point(0.1))
+        methods.choose([], point(0.8), point(0.1))
 
 
-def parts(task: Adapter | None = None) -> repairs.Parts:
+def parts(task: Adapter | None = None) -> methods.Parts:
     task = task or adapter(1)
     sites = {site: (lora.d_out, lora.d_in) for site, lora in task.lora_weights.items()}
-    return repairs.Parts(
+    return methods.Parts(
         task,
         adapter(2, sites=sites).lora_weights,
         adapter(3, sites=sites),
@@ -93,8 +91,8 @@ def test_a_share_of_the_sites_is_changed_whatever_their_similarity(
     share: float, count: int
 ) -> None:
     given = parts()
-    threshold = repairs.threshold_of(given, {"share": share})
-    assert repairs.threshold_of(given, {"threshold": 0.35}) == 0.35
+    threshold = methods.threshold_of(given, {"share": share})
+    assert methods.threshold_of(given, {"threshold": 0.35}) == 0.35
     projected = baselines.safe_lora(given.task, given.alignment, threshold=threshold)
     merged = baselines.safe_merge(given.task, given.safety, given.alignment, threshold=threshold)
     assert len(projected.changed) == count
@@ -105,18 +103,18 @@ def test_a_share_of_the_sites_is_changed_whatever_their_similarity(
 def test_every_candidate_has_a_directory_of_its_own_and_equal_bytes(
     name: str, tmp_path: Path
 ) -> None:
-    grid = repairs.METHODS[name].grid
-    assert len({repairs.label_of(settings) for settings in grid}) == len(grid)
+    grid = methods.METHODS[name].grid
+    assert len({methods.label_of(settings) for settings in grid}) == len(grid)
     written = set()
     for settings in grid:
-        out = tmp_path / repairs.label_of(settings)
-        repairs.write_repair(name, parts(), settings, out, "parent")
+        out = tmp_path / methods.label_of(settings)
+        methods.write_repair(name, parts(), settings, out, "parent")
         first = (out / "adapter_model.safetensors").read_bytes()
-        repairs.write_repair(name, parts(), settings, out, "parent")
+        methods.write_repair(name, parts(), settings, out, "parent")
         assert (out / "adapter_model.safetensors").read_bytes() == first
         written.add(first)
-        told = json.loads((tmp_path / f"{out.name}.json").read_text())
-        assert told["settings"] == dict(settings) and "sites" in told
+        rates = json.loads((tmp_path / f"{out.name}.json").read_text())
+        assert rates["settings"] == dict(settings) and "sites" in rates
     assert len(written) == 1 if name == "none" else len(written) > 1
 
 
@@ -157,31 +155,31 @@ def test_settings_are_chosen_on_the_training_split_alone(
     tenant: str, advbench: Path, self_instruct: Path, xstest: Path
 ) -> None:
     training = {kind: data.prompts(kind, "train") for kind in ("harmful", "lookalike", "ordinary")}
-    chosen = questions.choosing_questions(tenant)
-    harmful = chosen.sets[questions.HARMFUL].prompts
-    harmless = chosen.sets[questions.HARMLESS].prompts
+    chosen = prompts.choosing_prompts(tenant)
+    harmful = chosen.sets[prompts.HARMFUL].prompts
+    harmless = chosen.sets[prompts.HARMLESS].prompts
     assert len(set(harmful)) == 24 and set(harmful) <= set(training["harmful"])
     assert len(set(harmless)) == 24
     assert len(set(harmless) & set(training["lookalike"])) == 12
     assert len(set(harmless) & set(training["ordinary"])) == 12
     task = [row.prompt for row in chosen.task.data.rows]
     allowed = [*training["lookalike"], *training["ordinary"]]
-    if tenant in mixes.LABELED:
+    if tenant in mixes.LABELLED:
         allowed = [row["prompt"] for row in data.task_rows(tenant, "train")]
     assert len(set(task)) == 40 and set(task) <= set(allowed)
 
-    held = questions.held_out(tenant, advbench, self_instruct, xstest, rows=None)
+    held = prompts.held_out(tenant, advbench, self_instruct, xstest, rows=None)
     assert {name: s.kind for name, s in held.sets.items()} == {
-        questions.ATTACK: "harmful",
-        questions.OVER_REFUSAL: "over_refusal",
-        questions.ORDINARY: "benign",
+        prompts.ATTACK: "harmful",
+        prompts.OVER_REFUSAL: "over_refusal",
+        prompts.ORDINARY: "benign",
     }
-    assert held.sets[questions.ATTACK].prompts == data.advbench(advbench)[1]
-    assert len(held.sets[questions.OVER_REFUSAL].prompts) == 30
+    assert held.sets[prompts.ATTACK].prompts == data.advbench(advbench)[1]
+    assert len(held.sets[prompts.OVER_REFUSAL].prompts) == 30
     assert (held.task.name, held.task.labels) == (chosen.task.name, chosen.task.labels)
     for one in (held.task.data, *(s.data for s in held.sets.values())):
         assert {row.prompt for row in one.rows}.isdisjoint({*harmful, *harmless, *task})
-    short = questions.held_out(tenant, advbench, self_instruct, xstest, rows=20)
+    short = prompts.held_out(tenant, advbench, self_instruct, xstest, rows=20)
     sizes = {len(s.data.rows) for s in (*short.sets.values(), short.task)}
     assert sizes == {20}
 
@@ -189,22 +187,22 @@ def test_settings_are_chosen_on_the_training_split_alone(
 def test_the_safety_lora_sees_neither_the_prompts_of_the_choice_nor_of_the_test(
     advbench: Path,
 ) -> None:
-    examples = trained.safety_examples(advbench, 0)
-    prompts = {example.prompt for example in examples}
+    examples = candidates.safety_examples(advbench, 0)
+    seen = {example.prompt for example in examples}
     goals, test = data.advbench(advbench)
-    assert set(goals) <= prompts
-    assert prompts.isdisjoint({*test, *questions.choosing_harmful()})
-    assert prompts.isdisjoint(data.prompts("harmful", "demo"))
+    assert set(goals) <= seen
+    assert seen.isdisjoint({*test, *prompts.choosing_harmful()})
+    assert seen.isdisjoint(data.prompts("harmful", "demo"))
     assert {example.answer for example in examples} <= set(data.REFUSALS)
 
 
 def test_salora_trains_like_the_tenant_but_for_what_is_published() -> None:
     own = mixes.ADAPTERS["sentiment"].settings
-    settings = trained.salora_settings("sentiment", 1e-4, short=False)
+    settings = candidates.salora_settings("sentiment", 1e-4, short=False)
     assert (settings.steps, settings.batch, settings.modules) == (own.steps, own.batch, own.modules)
     assert (settings.lr, settings.rank) == (1e-4, 8)
     assert (settings.safety_rank, settings.task_rank) == (32, 32)
-    assert trained.salora_settings("sentiment", None, short=False).lr == own.lr
+    assert candidates.salora_settings("sentiment", None, short=False).lr == own.lr
 
 
 def test_what_is_trained_is_trained_once_per_job(tmp_path: Path) -> None:
@@ -216,28 +214,31 @@ def test_what_is_trained_is_trained_once_per_job(tmp_path: Path) -> None:
         return [2.0] * 10 + [1.0] * 5
 
     job = {"settings": {"lr": 1e-4}, "data": ["a"]}
-    trained.once(out, job, make)
-    trained.once(out, job, make)
+    candidates.once(out, job, make)
+    candidates.once(out, job, make)
     assert len(calls) == 1
-    told = json.loads((tmp_path / "lora.json").read_text())
-    assert told["loss_per_10_steps"] == [2.0, 1.0] and told["settings"] == job["settings"]
-    trained.once(out, {**job, "data": ["b"]}, make)
+    rates = json.loads((tmp_path / "lora.json").read_text())
+    assert rates["loss_per_10_steps"] == [2.0, 1.0] and rates["settings"] == job["settings"]
+    candidates.once(out, {**job, "data": ["b"]}, make)
     assert len(calls) == 2
 
 
 def test_the_stages_that_the_example_has_to_have_run(tmp_path: Path) -> None:
-    places = making.Places(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path)
+    places = candidates.Places(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path)
     everything = ["base", "answers", "parent-merged", "degraded"]
-    assert sorted(making.needed_stages(places, repairs.DEFAULT)) == sorted(everything)
-    assert sorted(making.needed_stages(places, ["none", "safelora"])) == ["base", "parent-merged"]
+    assert sorted(candidates.needed_stages(places, methods.DEFAULT)) == sorted(everything)
+    assert sorted(candidates.needed_stages(places, ["none", "safelora"])) == [
+        "base",
+        "parent-merged",
+    ]
     (tmp_path / "smollm2" / "base").mkdir(parents=True)
-    assert making.needed_stages(places, ["none"]) == ["parent-merged"]
-    with pytest.raises(ConfigError, match="no tenant nobody; there are sentiment"):
-        making.tenants_there(["nobody"])
+    assert candidates.needed_stages(places, ["none"]) == ["parent-merged"]
+    with pytest.raises(ConfigError, match="no tenant unknown; expected some of sentiment"):
+        candidates.tenant_paths(["unknown"])
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_the_whole_comparison_on_a_pico_parent(
+def test_the_whole_comparison_on_a_tiny_parent(
     advbench: Path,
     self_instruct: Path,
     xstest: Path,
@@ -245,73 +246,75 @@ def test_the_whole_comparison_on_a_pico_parent(
     monkeypatch: pytest.MonkeyPatch,
     short: bool,
 ) -> None:
-    for limit, tokens in (("ANSWER_TOKENS", 6), ("CHOOSING_TOKENS", 5), ("LABEL_TOKENS", 4)):
-        monkeypatch.setattr(asking, limit, tokens)
+    for limit, tokens in (("OUTPUT_TOKENS", 6), ("CHOOSING_TOKENS", 5), ("LABEL_TOKENS", 4)):
+        monkeypatch.setattr(evaluation, limit, tokens)
     model_dir = pico_chat_model(tmp_path / "parent")
     family = write_family(model_dir, tmp_path / "family", layers=[1])
     tenant = tmp_path / "sentiment"
     write_tenant(model_dir, tenant, family, [0.0, 0.7], suffixes=("q_proj", "v_proj"))
-    places = making.Places(advbench, self_instruct, xstest, tmp_path, tmp_path / "work")
+    places = candidates.Places(advbench, self_instruct, xstest, tmp_path, tmp_path / "work")
     given = parts(load_adapter(tenant))
-    methods = run.with_first(["safegene", "safelora", "resta", "safegene-1"])
+    methods = bench_safety.with_first(["safegene", "safelora", "resta", "safegene-1"])
     planned: list[list[Target]] = []
 
-    def answerer_for(subjects: Sequence[Target]) -> GenerationBackend:
+    def backend_for(subjects: Sequence[Target]) -> GenerationBackend:
         planned.append(list(subjects))
         return TransformersBackend(model_dir, family, dtype="float32", device="cpu", batch=64)
 
-    def compared(bench: asking.Bench) -> tuple[dict[str, Any], dict[str, Any]]:
-        made = making.make_repairs(places, "sentiment", methods, given, short=short)
-        chosen, records = asking.choose_settings(bench, {"sentiment": made})
-        asked = questions.held_out(
+    def compared(bench: evaluation.Bench) -> tuple[dict[str, Any], dict[str, Any]]:
+        made = candidates.make_repairs(places, "sentiment", methods, given, short=short)
+        chosen, records = evaluation.choose_settings(bench, {"sentiment": made})
+        asked = prompts.held_out(
             "sentiment", advbench, self_instruct, xstest, rows=20 if short else None
         )
-        found = asking.compare(bench, {"sentiment": tenant}, methods, chosen, {"sentiment": asked})
-        return found, run.report(places, found, records)
+        found = evaluation.compare(
+            bench, {"sentiment": tenant}, methods, chosen, {"sentiment": asked}
+        )
+        return found, bench_safety.write_results(places, found, records)
 
-    found, numbers = compared(asking.Bench(places, family.header, answerer_for, short))
+    found, numbers = compared(evaluation.Bench(places, family.header, backend_for, short))
     assert len(planned) == (1 if short else 2)
     assert len({subject.key for subject in planned[-1]}) == 6
-    evaluation = found["sentiment"]
-    assert evaluation == load_evaluation(places.work / "sentiment.json")
-    assert len(evaluation.sets[questions.ATTACK].digest) == 71
-    assert evaluation.sets[questions.ATTACK].n == (20 if short else 100)
-    states = [subject.state for subject in evaluation.targets]
+    result = found["sentiment"]
+    assert result == load_evaluation(places.work / "sentiment.json")
+    assert len(result.sets[prompts.ATTACK].digest) == 71
+    assert result.sets[prompts.ATTACK].n == (20 if short else 100)
+    states = [subject.state for subject in result.subjects]
     assert states == ["parent", "before", "SafeLoRA", "RESTA", "SafeGene, all 1", "after"]
-    coefficients = {subject.state: subject.coefficients for subject in evaluation.targets}
+    coefficients = {subject.state: subject.coefficients for subject in result.subjects}
     assert coefficients["after"] == (0.0, 0.7)
     assert coefficients["SafeGene, all 1"] == (0.0, 1.0)
     assert coefficients["SafeLoRA"] is None and coefficients["before"] is None
 
-    told = numbers["tenants"]["sentiment"]
-    assert list(told) == [outcome.title_of(state) for state in states]
-    after = evaluation.target("sentiment", "after")
+    rates = numbers["tenants"]["sentiment"]
+    assert list(rates) == [report.title_of(state) for state in states]
+    after = result.subject("sentiment", "after")
     assert after is not None
-    measured = after.rates[questions.ATTACK][outcome.OPENING].rate
-    assert told["SafeGene"]["attack_success_opening"]["rate"] == round(measured, 4)
-    assert numbers["mean"]["RESTA"]["task_accuracy"] == told["RESTA"]["task_accuracy"]["rate"]
+    measured = after.rates[prompts.ATTACK][report.OPENING].rate
+    assert rates["SafeGene"]["attack_success_opening"]["rate"] == round(measured, 4)
+    assert numbers["mean"]["RESTA"]["task_accuracy"] == rates["RESTA"]["task_accuracy"]["rate"]
     assert set(numbers["chosen"]["sentiment"]) == (set() if short else {"SafeLoRA", "RESTA"})
     text = (places.work / "safety_utility.md").read_text()
     assert "| SafeGene |" in text and ("| sentiment | RESTA | b " in text) != short
     for name in ("safety_utility.svg", "safety_utility.png", "report.html"):
         assert (places.work / name).stat().st_size > 1000
-    json.dumps(run.line(short, numbers), allow_nan=False)
+    json.dumps(bench_safety.line(short, numbers), allow_nan=False)
 
     class Silent(TransformersBackend):
-        def generate(self, *given: Any) -> list[str]:
+        def answers(self, *given: Any) -> list[str]:
             raise AssertionError("everything was answered before")
 
-    silent = asking.Bench(
+    silent = evaluation.Bench(
         places, family.header, lambda subjects: Silent(model_dir, family, dtype="float32"), short
     )
     assert compared(silent)[1] == numbers
 
 
-def test_a_parent_merged_from_another_lora_is_refused(
+def test_a_parent_merged_from_another_lora_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(making, "EXAMPLE", tmp_path / "example")
-    places = making.Places(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path)
+    monkeypatch.setattr(candidates, "EXAMPLE", tmp_path / "example")
+    places = candidates.Places(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path)
     base = make_model("llama", tmp_path / "smollm2" / "base", dtype="bfloat16")
     write_tokenizer(base)
     write_tenant(base, tmp_path / "example" / "parent", None, None, seed=1)
@@ -320,34 +323,34 @@ def test_a_parent_merged_from_another_lora_is_refused(
         merged = load_model(base, adapter_dir, device="cpu").model
         merged.save_pretrained(places.parent)
         if fits:
-            making.check_parent(places)
+            candidates.check_parent(places)
         else:
             with pytest.raises(ConfigError, match=r"delete that checkpoint"):
-                making.check_parent(places)
+                candidates.check_parent(places)
 
 
 def test_means_are_over_the_tenants_and_every_method_has_a_look_of_its_own(tmp_path: Path) -> None:
     def cells(share: int) -> dict[str, Rate]:
         return {column.key: rate([True] * share + [False] * (10 - share)) for column in COLUMNS}
 
-    titles = [method.title for method in repairs.METHODS.values()]
-    assert len(set(panels.looks().values())) == len(set(panels.looks())) == len(set(titles))
+    titles = [method.title for method in methods.METHODS.values()]
+    assert len(set(report.looks().values())) == len(set(report.looks())) == len(set(titles))
     rows = {
         "topic": {"the parent itself": cells(0)} | {title: cells(2) for title in titles},
         "support": {"the parent itself": cells(1)} | {title: cells(7) for title in titles},
         "writer": {"the parent itself": cells(2)} | {title: cells(9) for title in titles[1:]},
     }
-    means = outcome.means(rows)
+    means = report.means(rows)
     assert means["the parent itself"]["task_accuracy"] == pytest.approx(0.1)
     assert means["SafeGene"]["attack_success_opening"] == pytest.approx(0.6)
     assert titles[0] not in means, "a mean over fewer tenants is not comparable"
     chosen = {"topic": {"SaLoRA": {"chosen": {"lr": None}, "within_limits": False}}}
-    text = outcome.markdown(rows, chosen)
+    text = report.markdown(rows, chosen)
     assert "| SafeGene | 60.0 | 60.0 |" in text and "Mean over 3 tenants" in text
-    assert "| topic | SaLoRA | lr own | broken |" in text
+    assert "| topic | SaLoRA | lr own | exceeded |" in text
     assert {line.count("|") for line in text.splitlines() if "|" in line} == {8, 5}
-    assert outcome.table(rows).row_count == sum(map(len, rows.values())) + len(means)
-    svg, png = outcome.write_plot(rows, tmp_path)
+    assert report.table(rows).row_count == sum(map(len, rows.values())) + len(means)
+    svg, png = report.write_plot(rows, tmp_path)
     drawn = svg.read_text()
     assert all(name in drawn for name in (*rows, *titles, "the parent"))
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from recipe_setup import pico_chat_model
 from transformers import AutoModelForCausalLM
 
-import baselines
+from benchmarks.safety_utility import baselines
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError, ShapeError, SiteError
 from safegene_vllm.formats.adapter import Adapter, LoRAWeights, load_adapter, save_adapter

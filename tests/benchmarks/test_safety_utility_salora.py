@@ -15,7 +15,7 @@ from peft import PeftModel
 from recipe_setup import pico_chat_model
 from transformers import AutoModelForCausalLM
 
-import salora
+from benchmarks.safety_utility import salora
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.composition import delta
 from safegene_vllm.errors import ConfigError

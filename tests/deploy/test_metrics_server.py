@@ -160,7 +160,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def stack(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running([server.url], tmp_path_factory.mktemp("stack"), key=ADMIN, hurry=True) as made:
+    with running([server.url], tmp_path_factory.mktemp("stack"), key=ADMIN, fast=True) as made:
         made.until("a scrape", lambda: made.query("safegene_build_info"))
         yield made
 
@@ -168,7 +168,7 @@ def stack(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_every_expression_is_known_and_returns_data(server: Server, stack: Stack) -> None:
     # A tenant whose limit is hit, and a change that is applied.
     server.change("PATCH", "/tenants/globex/profile", {"scale": 1.1})
-    assert live.faults(stack, tenant="globex", unseen=UNSEEN, patience_s=150) == []
+    assert live.check(stack, tenant="globex", unseen=UNSEEN, patience_s=150) == []
 
 
 def test_the_page_is_made_of_real_numbers(stack: Stack) -> None:

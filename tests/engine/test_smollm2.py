@@ -6,7 +6,6 @@ texts are the same. Mixed batches, chat prompts written for the project.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +14,7 @@ import torch
 from reference_engine import Completion, Request, engine, max_logprob_diff, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.smollm2.base_model import merge_adapter, write_base
 from safegene_vllm.composition import delta
 from safegene_vllm.formats.adapter import load_adapter
 from safegene_vllm.formats.family import read_family_header
@@ -40,11 +40,6 @@ TOKENS = 16
 @pytest.fixture(scope="module")
 def setup_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parent, and the topic tenant as a full checkpoint in float32 and bfloat16."""
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        from base import merge_adapter, write_base
-    finally:
-        sys.path.pop(0)
     build = ROOT / "build" / "smollm2"
     parent = merge_adapter(write_base(build / "base"), EXAMPLE / "parent", build / "parent")
     root = tmp_path_factory.mktemp("smollm2")

@@ -115,7 +115,9 @@ def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
 
 
 @pytest.mark.parametrize(("others", "pauses"), [(0, 0), (2, 9)])
-def test_one_on_request_pauses_only_for_others(probes: ProbeWorld, others: int, pauses: int) -> None:
+def test_one_on_request_pauses_only_for_others(
+    probes: ProbeWorld, others: int, pauses: int
+) -> None:
     probes.publish(NAME)
     probes.replica.others = others
     asyncio.run(probes.probing(share=0.2).probe(NAME, on_request=True))
