@@ -249,7 +249,7 @@ def test_everything_served_at_start_is_verified(world: World) -> None:
     body = client.get("/v1/safegene/ready").json()
     profile = load_profile(world.d / "t0")
     assert body["ready"] is True
-    assert body["family"] == {"name": "pico", "digest": world.family.digest}
+    assert body["family"] == {"name": "tiny", "digest": world.family.digest}
     assert body["tenants"] == [
         {
             "name": "t0",
