@@ -245,7 +245,7 @@ def _truncate(directory: Path) -> None:
 
 def _alter(directory: Path) -> None:
     path = directory / "safegene.json"
-    path.write_text(path.read_text().replace('"pico"', '"other"').replace("1.0", "0.9"))
+    path.write_text(path.read_text().replace('"tiny"', '"other"').replace("1.0", "0.9"))
 
 
 def _pickle(directory: Path) -> None:

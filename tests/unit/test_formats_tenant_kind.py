@@ -450,7 +450,7 @@ def admitted(worker: Worker, number: int, path: str) -> str | None:
     from test_plugin_validation import Request
 
     try:
-        worker.runtime.admit(Request(f"t@{number}", number, path))
+        worker.runtime.register(Request(f"t@{number}", number, path))
     except SafegeneError as error:
         return str(error)
     return None
