@@ -266,8 +266,10 @@ class Client:
         default_tenant: str | None = None,
         expires_at: str | None = None,
     ) -> Key:
-        """Create a key; `secret` is in this response only. `expires_at` is ISO 8601 with a zone.
-        `scopes` are among serve, read and admin; `tenants` are names, `base` or `*`.
+        """Create a key; `secret` is in this response only.
+
+        `expires_at` is ISO 8601 with a zone; `scopes` are among serve, read and admin; `tenants`
+        are names, `base` or `*`.
         """
         body = {
             "name": name,

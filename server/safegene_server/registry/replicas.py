@@ -80,8 +80,8 @@ class Replicas(Database):
         registry knows as other content, or not at all, is left out. `seen` is how far the replica
         follows.
 
-        Errors: NotFoundError for a replica that left or was forgotten: join again; RestoredError for
-        one that has `seen` what the registry has lost; RegistryError.
+        Errors: NotFoundError for a replica that left or was forgotten: join again; RestoredError
+        for one that has `seen` what the registry has lost; RegistryError.
         """
         told = [str(fault) for fault in faults]
         fresh = _receipts_to_put(receipts or {}, gone)

@@ -117,8 +117,8 @@ async def change_profile(
 ) -> Published:
     """Other coefficients for the adapter that is served; nothing happens if they are the same.
 
-    Errors: NotFoundError, ConflictError, FrozenError, FormatError, FamilyMismatchError, BoundsError;
-    AdapterRejectedError, ReceiptError and EngineDownError of the engine.
+    Errors: NotFoundError, ConflictError, FrozenError, FormatError, FamilyMismatchError,
+    BoundsError; AdapterRejectedError, ReceiptError and EngineDownError of the engine.
     """
     async with tenancy.changing(name):
         tenant, current = await aside(tenancy.registry.serving, name)
