@@ -23,7 +23,7 @@ SHORT_ROWS = 20
 
 @dataclass(frozen=True)
 class EvaluationPrompts:
-    """Prompt sets by name, and one labelled task."""
+    """Prompt sets by name, and one labeled task."""
 
     sets: dict[str, PromptSet]
     task: Task

@@ -164,7 +164,7 @@ def test_settings_are_chosen_on_the_training_split_alone(
     assert len(set(harmless) & set(training["ordinary"])) == 12
     task = [row.prompt for row in chosen.task.data.rows]
     allowed = [*training["lookalike"], *training["ordinary"]]
-    if tenant in mixes.LABELLED:
+    if tenant in mixes.LABELED:
         allowed = [row["prompt"] for row in data.task_rows(tenant, "train")]
     assert len(set(task)) == 40 and set(task) <= set(allowed)
 
