@@ -254,7 +254,7 @@ def in_a_subdirectory(server: Server, place: Path) -> None:
         (without_profile, "would be served unprotected"),
         (negative, "layer 0 has coefficient -0.5, expected 0.0 to 3.0"),
         (altered, "altered after calibration"),
-        (pickle_only, "adapter_model.bin (pickle, refused)"),
+        (pickle_only, "adapter_model.bin (pickle, rejected)"),
         (truncated, "adapter_model.safetensors"),
         (not_a_number, "NaN"),
         (too_large, "slots hold --max-lora-rank 8"),

@@ -103,7 +103,7 @@ def test_too_large_a_file_is_rejected(
             seen = look(self, name)
             return None if seen is None else source_room.Seen(None, seen.stamp)
 
-        monkeypatch.setattr(RemoteSource, "look", silent)
+        monkeypatch.setattr(RemoteSource, "stat", silent)
     given = remote(tenant)
     with pytest.raises(SourceError, match=rf"safetensors has \d+ bytes.*allowed are {size - 1}"):
         copy(given, into, weights_bytes=size - 1)
@@ -154,7 +154,7 @@ def test_a_file_that_ends_early_is_noticed(
 ) -> None:
     given = remote(a_tenant(tmp_path / "acme"))
     monkeypatch.setattr(RemoteSource, "chunks", lambda self, name: iter([b"{}"]))
-    with pytest.raises(SourceError, match=r"announced with \d+ bytes, 2 came"):
+    with pytest.raises(SourceError, match=r"announced with \d+ bytes, 2 were read"):
         copy(given, into)
 
 

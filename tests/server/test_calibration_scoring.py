@@ -58,7 +58,7 @@ def test_the_loss_is_over_the_answers_own_tokens() -> None:
             b"Internal Server Error",
             500,
             AdapterRejectedError,
-            "answers /v1/completions .* with 500",
+            "responded to /v1/completions .* with 500",
         ),
         ({"error": {"message": "no such model"}}, 404, AdapterRejectedError, "404: no such model"),
         (scores(*GOOD), 200, AdapterRejectedError, "3 log-probabilities for 4 tokens"),
@@ -87,7 +87,7 @@ def test_a_score_that_is_not_finite_is_rejected() -> None:
 
 def test_an_empty_completion_is_rejected() -> None:
     says = Says({"model": "m", "choices": [{"token_ids": []}]})
-    with pytest.raises(AdapterRejectedError, match="no token"):
+    with pytest.raises(AdapterRejectedError, match="empty completion"):
         asyncio.run(generate_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
     assert says.asked[0]["priority"] == 9
 

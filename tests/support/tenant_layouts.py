@@ -129,7 +129,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "adapter as a pickle": Layout(
         _files("adapter_config.json", "adapter_model.bin"),
-        ("adapter_model.bin (pickle, refused)", "safe_serialization=True"),
+        ("adapter_model.bin (pickle, rejected)", "safe_serialization=True"),
     ),
     "pickle in a subdirectory": Layout(
         _files("sales/adapter_model.bin"), (*_HERE, "sales/adapter_model.bin")
