@@ -107,8 +107,6 @@ class Reconciler:
         """This replica in the registry; empty before it has joined."""
         return self._teller.id
 
-    # -- life ------------------------------------------------------------------------------------
-
     async def start(self, family_source: str | None) -> None:
         """Join the registry, apply what is published, then keep following it.
 
@@ -154,8 +152,6 @@ class Reconciler:
     ) -> httpx.Response:
         """A request to this server's own app, past the access check."""
         return await self.inside.call(method, path, body)
-
-    # -- following -------------------------------------------------------------------------------
 
     async def reconcile(self) -> None:
         """Make engine and catalog follow the registry as it is now, and report. What must be
@@ -339,8 +335,6 @@ class Reconciler:
         held = self._holding.revisions
         ranks = await self.gate.verifier.receipts() if held else []
         return {one: receipt_of(ranks, one.id) for one in held}
-
-    # -- loops -----------------------------------------------------------------------------------
 
     def _hear(self, loop: asyncio.AbstractEventLoop, seen: Seen) -> None:
         """In a thread: wake `_follow` at every new version, and when the registry was restored."""
