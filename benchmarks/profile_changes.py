@@ -43,7 +43,7 @@ keys: [{name: benchmark, secret_env: BENCHMARK_KEY, scopes: [admin, serve], tena
 """
 QUESTIONS = (
     "Name three uses of a paper clip.",
-    "Write a short note that thanks a neighbor for watering the plants.",
+    "Write a short note that thanks a neighbour for watering the plants.",
     "What should I pack for a weekend in the mountains?",
     "Explain in one sentence why the sky looks blue.",
 )

@@ -58,8 +58,10 @@ Round = Mapping[str, Metrics]
 
 @dataclass(frozen=True)
 class ResultCache:
-    """Rounds of one commit on one machine below `root`. A round is stored complete or not at all:
-    its ratios need all arms measured next to each other."""
+    """Rounds of one commit on one machine below `root`.
+
+    A round is stored complete or not at all: its ratios need all arms next to each other.
+    """
 
     root: Path
     provenance: Mapping[str, Any]
