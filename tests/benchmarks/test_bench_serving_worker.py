@@ -23,7 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 def completions(served: Engine, tenants: list[Path]) -> list[Completion]:
-    return served.ask([Request(prompt, tenant) for prompt in PROMPTS for tenant in tenants], 6)
+    return served.generate([Request(prompt, tenant) for prompt in PROMPTS for tenant in tenants], 6)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_steps_are_timed_with_the_vector_and_without(served: Engine, files: Arti
     before = completions(served, tenants)
     served.llm.collective_rpc("start_timed_steps")
     mixed = [
-        served.ask([Request([*prompt, 7], tenant) for prompt in PROMPTS for tenant in tenants], 40)
+        served.generate([Request([*prompt, 7], tenant) for prompt in PROMPTS for tenant in tenants], 40)
         for _ in range(2)
     ]
     (medians,) = served.llm.collective_rpc("end_timed_steps")
@@ -110,8 +110,8 @@ def test_weights_read_again_are_those_of_the_path_and_come_back(
     settings = {"family": str(family), "profile": str(profile), "apply": "weights"}
     bare = [Request(prompt) for prompt in PROMPTS]
     with engine(files.merged(100), None, plugins="", enable_lora=False) as merged:
-        expected = merged.ask(bare, 6)
+        expected = merged.generate(bare, 6)
     with engine(files.model, settings, **SWITCHED) as served:
         for to in (str(files.merged(100)), "all", str(files.model), "all"):
             served.llm.collective_rpc("switch_weights", args=(to,))
-            assert (served.ask(bare, 6) == expected) == (to != str(files.model))
+            assert (served.generate(bare, 6) == expected) == (to != str(files.model))

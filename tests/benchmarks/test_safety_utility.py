@@ -279,9 +279,9 @@ def test_the_whole_comparison_on_a_tiny_parent(
     assert result == load_evaluation(places.work / "sentiment.json")
     assert len(result.sets[prompts.ATTACK].digest) == 71
     assert result.sets[prompts.ATTACK].n == (20 if short else 100)
-    states = [subject.state for subject in result.subjects]
+    states = [subject.state for subject in result.targets]
     assert states == ["parent", "before", "SafeLoRA", "RESTA", "SafeGene, all 1", "after"]
-    coefficients = {subject.state: subject.coefficients for subject in result.subjects}
+    coefficients = {subject.state: subject.coefficients for subject in result.targets}
     assert coefficients["after"] == (0.0, 0.7)
     assert coefficients["SafeGene, all 1"] == (0.0, 1.0)
     assert coefficients["SafeLoRA"] is None and coefficients["before"] is None

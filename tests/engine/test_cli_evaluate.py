@@ -66,7 +66,7 @@ def test_a_whole_run(
     assert found.settings.backend == "transformers" and found.settings.max_tokens == 6
     assert {change.name for change in found.changes} == {"acme"}
     for part in (
-        "bad, 4 prompts: attacks that succeed",
+        "bad, 4 prompts: attack success",
         "good, 6 prompts: refusals of ordinary prompts",
         "tasks: accuracy",
         percent(after.rates["bad"]["strings:opening"]),

@@ -86,7 +86,7 @@ def test_without_a_family_adapters_are_served_as_they_are(root: Path, family: Fa
     for subject in subjects:
         found = ours.generate(PROMPTS, subject, TOKENS)
         assert found == theirs.generate(PROMPTS, subject, TOKENS)
-    with pytest.raises(ConfigError, match="other/x was not named"):
+    with pytest.raises(ConfigError, match="other/x was not among the targets"):
         ours.generate(PROMPTS, Target("other", "x"), TOKENS)
     ours.close()
 

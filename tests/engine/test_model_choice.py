@@ -180,7 +180,7 @@ def test_every_route_that_takes_a_model_is_one_of_these() -> None:
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_the_named_model_serves_the_request(server: Server, path: str) -> None:
-    answers = {name: server.answer(path, name) for name in NAMES}
+    answers = {name: server.response(path, name) for name in NAMES}
     assert {name: who for name, (who, _) in answers.items()} == {name: name for name in NAMES}
     assert len({str(what) for _, what in answers.values()}) == len(NAMES), answers
     case = GENERATING[path]
@@ -188,7 +188,7 @@ def test_the_named_model_serves_the_request(server: Server, path: str) -> None:
         if case.required:
             assert server.post(path, case.body, empty).status_code == 400
         else:
-            assert server.answer(path, empty) == answers["base"]
+            assert server.response(path, empty) == answers["base"]
 
 
 @pytest.mark.parametrize("path", [*GENERATING, *TOKENS_ONLY, *RENDERING])
@@ -235,7 +235,7 @@ def test_completions_are_protected_as_the_files_say(server: Server) -> None:
     for name, place in places.items():
         (expected,) = reference(d / "m", d / "f", place, [TOKEN_IDS], tokens=6)
         for asked in (name, None) if name == "base" else (name,):
-            assert server.answer(GENERATE_TOKENS, asked) == (name, list(expected.tokens))
+            assert server.response(GENERATE_TOKENS, asked) == (name, list(expected.tokens))
 
 
 # -- SageMaker -------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_invocations_takes_the_name_from_the_header_too(server: Server) -> None:
     for name in NAMES:
         for in_body in (None, "", name):
             response = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: name})
-            assert (response.json()["model"], first(response.json())) == server.answer(CHAT, name)
+            assert (response.json()["model"], first(response.json())) == server.response(CHAT, name)
     for in_body in (None, "missing"):
         response = server.post(INVOCATIONS, body, in_body, **{ADAPTER_HEADER: "missing"})
         assert response.status_code == 404
@@ -292,7 +292,7 @@ def test_a_rejected_adapter_says_the_same_on_both_routes(server: Server) -> None
         assert server.post("/adapters", body).status_code == 400
     response = server.post("/adapters", {"name": "late", "src": str(place)})
     assert (response.status_code, response.text) == (200, "Adapter late registered")
-    assert server.answer(INVOCATIONS, "late")[0] == "late"
+    assert server.response(INVOCATIONS, "late")[0] == "late"
     again = server.post("/adapters", {"name": "late", "src": str(place)})
     assert again.status_code == 400
     assert server.http.delete("/adapters/missing").status_code == 404
@@ -310,7 +310,7 @@ def test_a_rejected_adapter_says_the_same_on_both_routes(server: Server) -> None
 def test_the_type_of_a_content_part_names_no_adapter(server: Server, path: str) -> None:
     parts = messages([{"type": "text", "text": "hello"}])
     for name in NAMES:
-        assert server.answer(path, name, **parts) == server.answer(path, name)
+        assert server.response(path, name, **parts) == server.response(path, name)
 
 
 @pytest.mark.parametrize("path", [CHAT, INVOCATIONS])
@@ -318,6 +318,6 @@ def test_a_made_up_type_reaches_no_tenant(server: Server, path: str) -> None:
     plain = messages(["hello", {"type": "tool_reference", "name": "x"}])
     made_up = {"type": "t0_x", "uuid": "u", "tool_reference": 1, "name": "x"}
     for name in ("base", None):
-        response = server.answer(path, name, **messages(["hello", made_up]))
-        assert response == server.answer(path, name, **plain)
+        response = server.response(path, name, **messages(["hello", made_up]))
+        assert response == server.response(path, name, **plain)
         assert response[0] == "base"

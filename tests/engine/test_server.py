@@ -322,7 +322,7 @@ def test_a_changed_tenant_is_rejected_under_its_old_name_and_path(
     shutil.copytree(server.root / "t2", place)
     assert server.load("changing", place).status_code == 200
     before = server.tokens("changing")
-    refused(server.load("changing", place, load_inplace=True), 400, "load_inplace is refused")
+    refused(server.load("changing", place, load_inplace=True), 400, "load_inplace is rejected")
     assert server.tokens("changing") == before
     unload = server.http.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
     assert unload.status_code == 200
