@@ -50,7 +50,7 @@ def test_how_far_a_replica_is() -> None:
     now_s = [100.0]
     follower = Follower(lag=Lag(clock=lambda: now_s[0]), why=("a: no", "b: no"))
     collector = RegistryCollector(TenantLabels(), None, follower)  # type: ignore[arg-type]
-    follower.lag.hear(4)
+    follower.lag.observe(4)
     now_s[0] = 107.5
     asyncio.run(collector.export_lag())
     assert gauges("registry_version") == {"known": 4, "applied": 3}
@@ -70,7 +70,7 @@ def test_the_lag_is_that_of_the_oldest_version_not_served() -> None:
     assert (lag.known, lag.seconds()) == (0, 0.0)
     for version, at in ((5, 1.0), (5, 2.0), (4, 3.0), (6, 4.0)):
         now_s[0] = at
-        lag.hear(version)
+        lag.observe(version)
     now_s[0] = 10.0
     assert (lag.known, lag.seconds()) == (6, 9.0)
     lag.apply(5)
@@ -82,17 +82,17 @@ def test_the_lag_is_that_of_the_oldest_version_not_served() -> None:
 def test_the_lag_begins_again_with_a_registry_that_was_restored() -> None:
     now_s = [0.0]
     lag = Lag(clock=lambda: now_s[0])
-    lag.hear(24)
+    lag.observe(24)
     now_s[0] = 5.0
-    lag.hear(12, 1)
+    lag.observe(12, 1)
     # A thread may still tell of what it read before.
-    lag.hear(25)
+    lag.observe(25)
     lag.apply(24)
     now_s[0] = 7.0
     assert (lag.known, lag.seconds(), lag.heard_s(12)) == (12, 2.0, 5.0)
     lag.apply(12, 1)
     assert (lag.known, lag.seconds()) == (12, 0.0)
-    lag.hear(13, 1)
+    lag.observe(13, 1)
     assert (lag.known, lag.heard_s(13)) == (13, 7.0)
 
 
@@ -100,7 +100,7 @@ def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
     """A thread listens to the registry while the server follows it by itself."""
 
     def follow() -> None:
-        lag.hear(1)
+        lag.observe(1)
         lag.apply(1)
 
     class Version(int):
@@ -114,7 +114,7 @@ def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
     now_s = [0.0]
     lag = Lag(clock=lambda: now_s[0])
     collector = threading.Thread(target=follow)
-    lag.hear(Version(1))
+    lag.observe(Version(1))
     collector.join()
     now_s[0] = 60.0
     assert (lag.known, lag.seconds()) == (1, 0.0)

@@ -76,7 +76,7 @@ def test_what_no_rank_accepts_leaves_nothing_behind(
         with pytest.raises(BoundsError):
             await world.replica.begin_trial(served, [99.0, 0.0])
         assert set(world.models.lora_requests) == {"acme@1"}
-        assert revisions_on_disk(world) == kept and len(world.replica._trials) == 0
+        assert revisions_on_disk(world) == kept and len(world.replica._candidates) == 0
 
     run(world, look)
 
@@ -101,7 +101,7 @@ def test_one_that_is_given_up_while_it_loads_is_taken_out(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert list(world.engine.loaded) == [served.id] and len(world.replica._trials) == 0
+        assert list(world.engine.loaded) == [served.id] and len(world.replica._candidates) == 0
 
     run(world, look)
 

@@ -94,7 +94,7 @@ def test_a_start_waits_for_slow_sources_only_so_long(
     world.registry.publish("globex", new.number, actor="t")
 
     async def look() -> None:
-        assert "globex@1: it is being fetched" in world.replica.faults()
+        assert "globex@1: its adapter is being downloaded" in world.replica.faults()
         await until(lambda: world.served("acme") == "acme@1")
         assert world.replica.faults() and world.served("globex") is None
         slow.go.set()

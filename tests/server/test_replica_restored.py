@@ -62,7 +62,7 @@ async def level(world: World) -> None:
     def reported() -> bool:
         live = [one for one in world.registry.replicas() if one.id == world.replica.id]
         told = [one.applied_version for one in live] == [world.registry.version()]
-        return told and not world.replica._teller._stale
+        return told and not world.replica._reporter._stale
 
     await until(reported)
 
@@ -217,7 +217,7 @@ def test_what_the_registry_does_not_know_is_offered_no_more(
         assert world.served("acme") == "acme@4" and not slow.begun.is_set()
         restored(world, restore)
         await until(lambda: world.served("acme") is None)
-        await until(lambda: "acme@1: it is being fetched" in world.replica.faults())
+        await until(lambda: "acme@1: its adapter is being downloaded" in world.replica.faults())
         await until(lambda: not world.engine.loaded)
         assert world.models.lora_requests == {} and world.replica.version == 0
         slow.go.set()
@@ -388,7 +388,7 @@ def test_content_of_a_lost_registry_does_not_drive_out_what_is_published(world: 
         with pytest.raises(RestoredError, match=r"acme@2 .* cannot be loaded while the engine"):
             await asyncio.wait_for(world.replica.load(old), 10)
         assert world.served("acme") == "acme@2" and coefficient(world, old.id) == 0.9
-        assert old.identity not in world.replica._retention.tried
+        assert old.identity not in world.replica._retention.under_test
 
     run(world, change)
 

@@ -1,6 +1,6 @@
-"""One server process as a follower of the registry: its engine and its catalog keep up with it.
+"""Replica: keeps the engine and the catalog of one server process in line with the registry.
 
-Decides nothing: what is published is decided in the registry, what may be loaded in the workers.
+The registry decides what is published, the workers what may be loaded.
 """
 
 from safegene_server.replica.internal_client import CaptureApp, InternalClient

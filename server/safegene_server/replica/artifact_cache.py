@@ -1,7 +1,6 @@
-"""The directories that one engine loads from: in the local store, fetched where they are missing,
-and removed once nothing wants them.
+"""Local cache of the directories that one engine loads adapters from.
 
-For one replica, in its event loop.
+Missing adapters are downloaded, unused ones removed. For one replica, in its event loop.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ IDLE_S = 24 * 3600.0
 
 
 class ArtifactCache:
-    """`news` is called whenever the fetch of something that `here` was asked for has ended."""
+    """Cache in `store`; `news` is called whenever a download that `here` started has ended."""
 
     def __init__(
         self, store: Store, header: FamilyHeader, news: Callable[[], None], retry_s: float
@@ -34,9 +33,9 @@ class ArtifactCache:
         self._stopped = threading.Event()
 
     async def here(self, revision: Revision) -> Path | None:
-        """What the engine loads; None while its adapter is being fetched.
+        """Return the directory to load, or None while the adapter is being downloaded.
 
-        Errors: those of the store; what the last fetch ended with.
+        Errors: those of the store; the error of the last download.
         """
         try:
             return await asyncio.to_thread(self._ready, revision)
@@ -47,7 +46,7 @@ class ArtifactCache:
             return None
 
     def directory(self, revision: Revision) -> Path:
-        """The same, fetched while the caller waits. Blocks. Errors: those of staging."""
+        """Return the directory to load, after a download if missing. Blocks. Errors: as `stage`."""
         try:
             return self._ready(revision)
         except MissingFileError:
@@ -57,15 +56,15 @@ class ArtifactCache:
             return self._ready(revision)
 
     async def clean(self, wanted: Iterable[Revision]) -> None:
-        """Remove what was not wanted for IDLE_S, by any server of this machine; it is fetched again
-        if it ever is. Errors: StoreError."""
-        keep = [(revision.adapter_digest, revision.profile.digest) for revision in wanted]
-        removed = await asyncio.to_thread(self.store.remove_unused, keep, idle_s=IDLE_S)
+        """Remove what no server of this machine has used for IDLE_S; it is downloaded again when
+        needed. Errors: StoreError."""
+        retained = [(revision.adapter_digest, revision.profile.digest) for revision in wanted]
+        removed = await asyncio.to_thread(self.store.remove_unused, retained, idle_s=IDLE_S)
         if removed:
-            logger.info("removed from the store, unused for a day: %s", ", ".join(removed))
+            logger.info("removed from the local store, unused for a day: %s", ", ".join(removed))
 
     def stop(self) -> None:
-        """No fetch goes on."""
+        """Cancel all downloads."""
         self._stopped.set()
         self.fetches.stop()
 

@@ -1,7 +1,7 @@
-"""Adapters that are in the engine for a moment, to be asked from inside and by nobody else.
+"""Candidate adapters: loaded temporarily for internal requests, never served to a client.
 
-Beside the revisions that a replica follows: no registry, no catalog, no receipts written down,
-though every rank's receipt is verified all the same.
+They are in no registry and no catalog and their receipts are not stored, but every rank's receipt
+is verified.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from safegene_server.replica.artifact_cache import ArtifactCache
 from safegene_vllm.formats.profile import make_profile
 
 FIRST_ID = 2**30
-"""Ids of trials begin here. The registry counts its revisions from 1 and will not get this far; the
-engine keeps ids in 32 bits, so there is as much room above as below."""
+"""First id of a candidate. The registry counts revisions from 1 and will not get this far; the
+engine has 32-bit ids, so there are as many ids above as below."""
 PREFIX = "trial:"
-"""No tenant has a colon in its name, so no request from outside resolves to a trial."""
+"""A tenant name has no colon, so no client request resolves to a candidate."""
 
 
 class Candidates:
-    """What is on trial in one engine. A name is never used twice, not even by another process: the
-    engine's prefix cache knows adapters by their names."""
+    """Candidates in one engine. A name is never reused, not even by another process: vLLM's prefix
+    cache identifies adapters by name."""
 
     def __init__(
         self,
         gate: EngineClient,
         models: Any,
         make_request: Callable[[str, int, Path], Any],
-        supply: ArtifactCache,
+        artifacts: ArtifactCache,
     ) -> None:
-        self.supply = supply
+        self.artifacts = artifacts
         self.gate, self.models, self.make_request = gate, models, make_request
         self._ids = itertools.count()
         self._running: dict[str, tuple[int, Any, Callable[[], None]]] = {}
@@ -47,19 +47,22 @@ class Candidates:
         return len(self._running)
 
     async def begin(self, revision: Revision, coefficients: Sequence[float]) -> str:
-        """The adapter of `revision` with these coefficients into the engine, receipts verified; the
-        name to ask.
+        """Load the adapter of `revision` with these coefficients, receipts verified, and return the
+        name to request.
 
-        Errors: BoundsError; those of `Supply.directory` and `Gate.add`; nothing is left then.
+        Errors: BoundsError; those of `ArtifactCache.directory` and `EngineClient.add`; nothing is
+        left behind then.
         """
         name = f"{PREFIX}{uuid.uuid4().hex}"
-        # A profile of its own has a directory of its own, which goes with the trial.
-        profile = make_profile(self.supply.header, coefficients, {"method": "trial", "name": name})
-        tried = replace(revision, profile=profile)
-        path = await asyncio.to_thread(self.supply.directory, tried)
+        # The name makes the profile unique, so its directory can be removed with the candidate.
+        profile = make_profile(
+            self.artifacts.header, coefficients, {"method": "trial", "name": name}
+        )
+        candidate = replace(revision, profile=profile)
+        path = await asyncio.to_thread(self.artifacts.directory, candidate)
 
         def clear() -> None:
-            self.supply.store.drop(tried.adapter_digest, profile.digest)
+            self.artifacts.store.drop(candidate.adapter_digest, profile.digest)
 
         number = FIRST_ID + next(self._ids) % FIRST_ID
         request = self.make_request(name, number, path)
@@ -74,7 +77,7 @@ class Candidates:
         return name
 
     async def end(self, name: str) -> None:
-        """Errors: those of the engine and of `clear`."""
+        """Unload a candidate and remove its files. Errors: those of the engine and of `clear`."""
         if name not in self._running:
             return
         number, request, clear = self._running.pop(name)

@@ -1,7 +1,7 @@
-"""Adapters that this machine has not, fetched beside everything else, a few at a time.
+"""Background download of missing adapters, AT_ONCE at a time.
 
-For one replica, in its event loop: a slow source delays its own revision and nothing else. A fetch
-that fails is begun again after a while, for as long as the revision is wanted.
+For one replica, in its event loop: a slow source delays only its own revision. A failed download is
+retried after a pause for as long as the revision is wanted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AT_ONCE = 4
 
 
 class Fetches:
-    """`fetch` blocks, and ends early once the event is set; `news` is called whenever one ends."""
+    """Downloads by `fetch` (blocks; stops early once its event is set); `news` runs after each."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Fetches:
         retry_s: float,
     ) -> None:
         self.fetch, self.news, self.retry_s = fetch, news, retry_s
-        # Threads of their own: a few slow sources must not keep a sign of life from its thread.
+        # Separate threads: slow sources must not delay the heartbeat's thread.
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="safegene-fetch")
         self._running: dict[Identity, tuple[asyncio.Task[None], threading.Event]] = {}
         self._failed: dict[Identity, Exception] = {}
@@ -37,17 +37,17 @@ class Fetches:
         return len(self._running)
 
     def want(self, revision: Revision) -> None:
-        """Fetch it, unless that is under way. Errors: what the last attempt ended with."""
+        """Start a download unless one is running. Errors: the error of the last attempt."""
         identity = revision.identity
         if identity not in self._running:
             stop = threading.Event()
-            task = asyncio.create_task(self._until_here(revision, stop))
+            task = asyncio.create_task(self._download(revision, stop))
             self._running[identity] = task, stop
         if identity in self._failed:
             raise self._failed[identity].with_traceback(None)
 
     def keep(self, wanted: Iterable[Identity]) -> None:
-        """Stop what nobody waits for any more."""
+        """Cancel the downloads of all other revisions."""
         for identity in self._running.keys() - set(wanted):
             task, stop = self._running.pop(identity)
             self._failed.pop(identity, None)
@@ -55,7 +55,7 @@ class Fetches:
             task.cancel()
 
     async def settled(self, within_s: float) -> None:
-        """Until every one that is under way has ended once, for `within_s` at most."""
+        """Wait until every running download has ended once, for `within_s` at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 while self._running.keys() - self._failed.keys():
@@ -63,24 +63,25 @@ class Fetches:
                     await self._ended.wait()
 
     def stop(self) -> None:
+        """Cancel all downloads."""
         self.keep(())
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _until_here(self, revision: Revision, stop: threading.Event) -> None:
+    async def _download(self, revision: Revision, stop: threading.Event) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
                 await loop.run_in_executor(self._threads, self.fetch, revision, stop)
             except Exception as error:
                 self._failed[revision.identity] = error
-                self._tell()
+                self._notify()
                 await asyncio.sleep(self.retry_s)
             else:
                 del self._running[revision.identity]
                 self._failed.pop(revision.identity, None)
-                self._tell()
+                self._notify()
                 return
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._ended.set()
         self.news()

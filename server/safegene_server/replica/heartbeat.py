@@ -1,6 +1,6 @@
-"""What a replica tells the registry of itself: signs of life, receipts of what came, what went.
+"""Status reports of a replica to the registry: heartbeats, receipts of loaded revisions, unloads.
 
-For one replica, which calls it under its own lock. What has not arrived is told again.
+For one replica, under its lock. What the registry has not received is reported again.
 """
 
 from __future__ import annotations
@@ -19,101 +19,103 @@ from safegene_vllm.errors import NotFoundError, SafegeneError
 ACTOR = "replica"
 BEAT_S = 2.0
 
-Told = tuple[dict[str, Any], bool]
-"""A revision's receipts from every rank, and whether they are as promised."""
+RevisionReceipts = tuple[dict[str, Any], bool]
+"""A revision's receipts from every rank, and whether they are as expected."""
 
 
 class StatusReporter:
-    """`introduce` adds what a replica needs to be there; `recall` gives the receipts of all that is
-    held: for a registry that does not know us, or no longer."""
+    """Reporter of one replica. On joining, `introduce` first adds what the registry needs to have,
+    and `recall` returns the receipts of all loaded revisions."""
 
     def __init__(
         self,
         registry: Registry,
         introduce: Callable[[], Awaitable[None]],
-        recall: Callable[[], Awaitable[Mapping[Identity, Told]]],
+        recall: Callable[[], Awaitable[Mapping[Identity, RevisionReceipts]]],
     ) -> None:
         self.registry, self.introduce, self.recall = registry, introduce, recall
         self.id = ""
-        self._told_s = time.monotonic()
-        self._came: dict[Identity, Told] = {}
-        self._gone: set[int] = set()
+        self._reported_s = time.monotonic()
+        self._loaded: dict[Identity, RevisionReceipts] = {}
+        self._unloaded: set[int] = set()
         self._stale = False
 
-    def came(self, revision: Identity, told: Told) -> None:
-        self._came[revision] = told
-        self._gone.discard(revision.id)
+    def record_loaded(self, revision: Identity, receipts: RevisionReceipts) -> None:
+        """Report the receipts of a loaded revision with the next heartbeat."""
+        self._loaded[revision] = receipts
+        self._unloaded.discard(revision.id)
 
-    def went(self, revision: Identity) -> None:
-        self._came.pop(revision, None)
-        self._gone.add(revision.id)
+    def record_unloaded(self, revision: Identity) -> None:
+        """Report a revision as unloaded with the next heartbeat."""
+        self._loaded.pop(revision, None)
+        self._unloaded.add(revision.id)
 
     def restored(self) -> None:
-        """Join again as a new replica, with all that it holds, in place of the next sign of life:
-        the registry's row and receipts are those of its backup."""
+        """Join as a new replica in place of the next heartbeat: the registry's row and receipts of
+        this one are those of its backup."""
         self._stale = True
 
-    async def tell(self, version: int, faults: Sequence[str], seen: Position | None) -> None:
-        """Report how far this replica is in a registry of which it has `seen` so much.
+    async def report(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
+        """Report the applied version, why it is not a later one, and the position `seen`.
 
-        Errors: RegistryError and its kinds; nothing of it is lost then.
+        Errors: RegistryError and subclasses; the report is then part of the next one.
         """
         if self._stale:
             with suppress(NotFoundError):
                 await asyncio.to_thread(self.registry.leave, self.id, actor=ACTOR)
-            await self.join(version, faults, seen)
+            await self.join(version, errors, seen)
             return
         try:
-            await self._report(version, faults, seen)
+            await self._send(version, errors, seen)
         except NotFoundError:
-            await self.join(version, faults, seen)
+            await self.join(version, errors, seen)
 
-    async def live(self, version: int, faults: Sequence[str], seen: Position | None) -> None:
-        """A sign of life in long work, when one is due; what fails is told again with the next."""
-        if time.monotonic() - self._told_s >= BEAT_S:
+    async def heartbeat(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
+        """Report during long work when a report is due; a failed one is retried with the next."""
+        if time.monotonic() - self._reported_s >= BEAT_S:
             with suppress(SafegeneError):
-                await self.tell(version, faults, seen)
+                await self.report(version, errors, seen)
 
-    async def join(self, version: int, faults: Sequence[str], seen: Position | None) -> None:
-        """A new replica, with all that it holds. Errors: RegistryError and its kinds; it is tried
-        again with the next sign of life."""
+    async def join(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
+        """Join as a new replica and report all loaded revisions. Errors: RegistryError and
+        subclasses; joining is retried with the next heartbeat."""
         self._stale = True
         await self.introduce()
         joined = await asyncio.to_thread(
             self.registry.join, socket.gethostname(), os.getpid(), actor=ACTOR
         )
         self.id = joined.id
-        self._came, self._gone = dict(await self.recall()), set()
+        self._loaded, self._unloaded = dict(await self.recall()), set()
         self._stale = False
-        if self._came:
-            await self._report(version, faults, seen)
+        if self._loaded:
+            await self._send(version, errors, seen)
 
-    async def _report(self, version: int, faults: Sequence[str], seen: Position | None) -> None:
-        """Errors: NotFoundError for a replica that the registry has forgotten; RestoredError."""
-        self._told_s = time.monotonic()
-        came, gone = dict(self._came), set(self._gone)
+    async def _send(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
+        """Errors: NotFoundError for a replica that the registry has removed; RestoredError."""
+        self._reported_s = time.monotonic()
+        loaded, unloaded = dict(self._loaded), set(self._unloaded)
         await asyncio.to_thread(
             self.registry.heartbeat,
             self.id,
             applied_version=version,
-            faults=faults,
-            receipts={revision.id: told for revision, told in came.items()},
-            contents=came,
-            gone=gone,
+            faults=errors,
+            receipts={revision.id: receipts for revision, receipts in loaded.items()},
+            contents=loaded,
+            gone=unloaded,
             seen=seen,
             actor=ACTOR,
         )
-        self._gone -= gone
-        for revision in came:
-            self._came.pop(revision, None)
+        self._unloaded -= unloaded
+        for revision in loaded:
+            self._loaded.pop(revision, None)
 
 
-def receipt_of(ranks: Sequence[dict[str, Any] | None], revision: int) -> Told:
-    """What all ranks report of one revision, and that it keeps its promise."""
-    return {"ranks": [_of(rank, revision) for rank in ranks]}, True
+def receipt_of(ranks: Sequence[dict[str, Any] | None], revision: int) -> RevisionReceipts:
+    """Receipts of all ranks for one revision, marked as verified."""
+    return {"ranks": [_rank_receipt(rank, revision) for rank in ranks]}, True
 
 
-def _of(rank: dict[str, Any] | None, revision: int) -> dict[str, Any]:
+def _rank_receipt(rank: dict[str, Any] | None, revision: int) -> dict[str, Any]:
     adapters = [] if rank is None else rank["adapters"]
     found: dict[str, Any] = next((a for a in adapters if a["lora_int_id"] == revision), {})
     return {"rank": None if rank is None else rank["rank"], **found}

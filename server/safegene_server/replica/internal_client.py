@@ -1,6 +1,6 @@
-"""Requests of the server to its own app, from behind the access check.
+"""Internal requests of the server to its own app, past the access check.
 
-For trying a revision that nobody else may use yet. Never for what comes from outside.
+For testing a revision before it is published. Never for requests of clients.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from safegene_vllm.errors import ConfigError
 
 logger = logging.getLogger("vllm.safegene_server")
 END_S = 30.0
-"""How long a call that is given up waits for the app to end."""
+"""How long a canceled call waits for the app to end."""
 ROUNDS, ROUND_S = 10, 0.01
-"""vLLM's handlers run as tasks of their own, and the app ends without waiting for one that it has
-cancelled. The engine is told to drop the request in the event loop's next few rounds."""
+"""vLLM's handlers run as separate tasks, and the app ends without waiting for one that it has
+canceled. The engine aborts the request within the event loop's next few rounds."""
 
 
 class InternalClient:
-    """The app without its access check, once the server has built it."""
+    """Client of the app without its access check, once the server has built the app."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
@@ -32,82 +32,88 @@ class InternalClient:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
-        """One request, as if it had been let through. It takes as long as it takes.
+        """Send one request, without a timeout.
 
-        Whoever cancels this leaves as a client does that hangs up, and is let go once the app has
-        ended, after END_S at most: nothing of the request is left in the engine then.
+        Canceling the call disconnects like a client, and returns once the app has ended, after
+        END_S at most: nothing of the request is left in the engine then.
         Errors: ConfigError before the start.
         """
         if self.app is None:
-            raise ConfigError("the server has not built its app yet; ask again after the start.")
+            raise ConfigError("the server has not built its app yet; try again after the start.")
         gone = asyncio.Event()
-        asking = asyncio.ensure_future(_ask(_left_by(self.app, gone), method, path, body))
+        running = asyncio.ensure_future(_send(_with_disconnect(self.app, gone), method, path, body))
         try:
-            return await asyncio.shield(asking)
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
             gone.set()
-            await _end(asking, f"{method} {path}")
+            await _end(running, f"{method} {path}")
             raise
 
 
 class CaptureApp:
-    """ASGI middleware that changes nothing and remembers what lies behind it."""
+    """ASGI middleware that captures the app it wraps for an InternalClient, and changes nothing."""
 
     def __init__(self, app: ASGIApp, inside: InternalClient, whole: Any = None) -> None:
-        """`whole` is the app that a route finds at `request.app`: it puts itself into the scope
-        before any middleware, so a request from inside has to be given it."""
+        """Set `inside.app`. `whole` is the app that a route finds at `request.app`: it puts itself
+        into the scope before any middleware, so an internal request needs it there."""
         self.app = app
 
-        async def behind(scope: Scope, receive: Receive, send: Send) -> None:
+        async def captured(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope if whole is None else {"app": whole, **scope}, receive, send)
 
-        inside.app = behind
+        inside.app = captured
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)
 
 
-async def _ask(app: ASGIApp, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+async def _send(
+    app: ASGIApp, method: str, path: str, body: dict[str, Any] | None
+) -> httpx.Response:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://inside") as client:
         return await client.request(method, path, json=body)
 
 
-def _left_by(app: ASGIApp, gone: asyncio.Event) -> ASGIApp:
-    """The app with a client that disconnects once `gone` is set; the transport's own stays."""
+def _with_disconnect(app: ASGIApp, gone: asyncio.Event) -> ASGIApp:
+    """Wrap the app so that its client disconnects once `gone` is set or the response ends."""
 
-    async def left(scope: Scope, receive: Receive, send: Send) -> None:
-        whole = False
+    async def disconnecting(scope: Scope, receive: Receive, send: Send) -> None:
+        received = False
 
-        async def hear() -> Message:
-            nonlocal whole
-            if whole:
+        async def receive_or_disconnect() -> Message:
+            nonlocal received
+            if received:
                 await gone.wait()
                 return {"type": "http.disconnect"}
             message = await receive()
-            whole = not message.get("more_body", False)
+            received = not message.get("more_body", False)
             return message
 
-        async def say(message: Message) -> None:
+        async def send_and_watch(message: Message) -> None:
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 gone.set()
 
-        await app(scope, hear, say)
+        await app(scope, receive_or_disconnect, send_and_watch)
 
-    return left
+    return disconnecting
 
 
-async def _end(asking: asyncio.Task[httpx.Response], what: str) -> None:
-    """Wait for a request that nobody waits for any more, however often this is cancelled."""
+async def _end(running: asyncio.Task[httpx.Response], what: str) -> None:
+    """Wait for an abandoned request to end, however often this is canceled."""
     clock = asyncio.get_running_loop().time
     until_s = clock() + END_S
-    while not asking.done() and clock() < until_s:
+    while not running.done() and clock() < until_s:
         with suppress(asyncio.CancelledError):
-            await asyncio.wait({asking}, timeout=until_s - clock())
-    if not asking.done():
-        logger.error("SafeGene: %s did not end within %g s of being given up", what, END_S)
-        asking.cancel()
+            await asyncio.wait({running}, timeout=until_s - clock())
+    if not running.done():
+        logger.error(
+            "internal request %s did not end within %g s of being canceled; aborting it",
+            what,
+            END_S,
+        )
+        running.cancel()
     for _ in range(ROUNDS):
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(ROUND_S)

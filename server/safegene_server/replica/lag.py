@@ -1,7 +1,6 @@
-"""How long a replica has known of something that it does not serve: a version of the registry, or
-a revision.
+"""Replication lag: how long a registry version or a revision has been known and not served.
 
-For one replica to note what it hears and what it has applied; safe to hear in another thread.
+For one replica; `observe` may be called in another thread.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from safegene_server.registry import Identity
 
 
 class Lag:
-    """`known` is the newest version heard of. `clock` is in seconds and never runs backwards.
+    """Lag of one replica; `known` is the newest version observed, `clock` is monotonic, in seconds.
 
-    A registry that has lost changes begins again: versions heard of before it did, with fewer
-    `losses`, say nothing about it.
+    A registry that has lost changes starts over: versions observed with fewer `losses` no longer
+    count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,8 +26,8 @@ class Lag:
         self._waiting: list[tuple[int, float]] = []
         self._lock = threading.Lock()
 
-    def hear(self, version: int, losses: int = 0) -> None:
-        """There is this version; an older one, or one already heard of, is no news."""
+    def observe(self, version: int, losses: int = 0) -> None:
+        """Record a version of the registry; an older or already known one changes nothing."""
         with self._lock:
             if losses > self._losses:
                 self.known, self._losses, self._waiting = 0, losses, []
@@ -37,31 +36,31 @@ class Lag:
                 self._waiting.append((version, self.clock()))
 
     def apply(self, version: int, losses: int = 0) -> None:
-        """Everything up to this version is served."""
+        """Record that everything up to this version is served."""
         with self._lock:
             if losses == self._losses:
                 self._waiting = [(waits, at) for waits, at in self._waiting if waits > version]
 
     def heard_s(self, version: int) -> float:
-        """When this version was heard of, by `clock`; now if it is served or unheard of."""
+        """Time when this version was first observed, by `clock`; now if it is served or unknown."""
         return next((at for waits, at in self._waiting if waits == version), self.clock())
 
     def seconds(self) -> float:
-        """Since the oldest version that is not served was heard of; 0 when level."""
+        """Seconds since the oldest version that is not served was observed; 0 if up to date."""
         waiting = self._waiting
         return self.clock() - waiting[0][1] if waiting else 0.0
 
 
 class Waiting:
-    """Since when each revision has been known that is published and not offered."""
+    """Start of the wait of each revision that is published but not served yet."""
 
     def __init__(self) -> None:
         self._since_s: dict[Identity, float] = {}
 
     def expect(self, revisions: Iterable[Identity], since_s: float) -> None:
-        """These wait, the others no more; for those that are new, since `since_s`."""
+        """Replace the waiting revisions; new ones wait since `since_s`."""
         self._since_s = {r: self._since_s.get(r, since_s) for r in revisions}
 
     def pop_s(self, revision: Identity) -> float:
-        """Since when it has waited; it is offered now."""
+        """End the wait of a revision, and return when it began."""
         return self._since_s.pop(revision)

@@ -1,7 +1,7 @@
-"""The revisions that one engine holds, verified, each with the host's request for it.
+"""Verified revisions that one engine has loaded, each with its LoRARequest.
 
-Recognized by their content: vLLM goes by ids and names alone, and a registry that was restored may
-give both to other content. Does not decide what comes and goes. For one replica, under its lock.
+Identified by content: vLLM uses only ids and names, and a restored registry may give both to other
+content. For one replica, under its lock.
 """
 
 from __future__ import annotations
@@ -17,50 +17,51 @@ from safegene_vllm.errors import RestoredError
 
 
 class LoadedRevisions:
-    """`models.lora_requests` has a name exactly as long as the engine holds its revision."""
+    """Loaded revisions; `models.lora_requests` has a name exactly while its revision is loaded."""
 
     def __init__(
         self,
         gate: EngineClient,
         models: Any,
         make_request: Callable[[str, int, Path], Any],
-        teller: StatusReporter,
+        reporter: StatusReporter,
     ) -> None:
         self.gate, self.models = gate, models
-        self.make_request, self.teller = make_request, teller
+        self.make_request, self.reporter = make_request, reporter
         self.revisions: dict[Identity, Revision] = {}
         self._requests: dict[Identity, Any] = {}
 
     async def add(self, revision: Revision, path: Path) -> None:
-        """Into the engine; its receipts are told with the next sign of life. Nothing happens if it
-        is held. Errors: those of `Gate.add`; RestoredError while `in_the_way` finds something."""
+        """Load a revision unless it is loaded; its receipts are reported with the next heartbeat.
+
+        Errors: those of `EngineClient.add`; RestoredError while `in_the_way` finds a conflict."""
         identity = revision.identity
         if identity in self.revisions:
             return
         if found := self.in_the_way([revision]):
-            raise RestoredError(_taken(revision, found))
+            raise RestoredError(_conflict(revision, found))
         request = self.make_request(revision.served_name, revision.id, path)
         ranks = await self.gate.add(request)
         self.revisions[identity], self._requests[identity] = revision, request
-        self.teller.came(identity, receipt_of(ranks, revision.id))
+        self.reporter.record_loaded(identity, receipt_of(ranks, revision.id))
         self.models.lora_requests[revision.served_name] = request
 
     async def remove(self, identity: Identity) -> None:
-        """Out of the engine. It counts as gone whatever the engine says: nothing names it any more.
+        """Unload a revision. It counts as unloaded even on an error: no name resolves to it.
 
-        Errors: those of `Gate.remove_lora`.
+        Errors: those of `EngineClient.remove_lora`.
         """
         revision, request = self.revisions.pop(identity), self._requests.pop(identity)
         self.models.lora_requests.pop(revision.served_name, None)
         self.gate.verifier.forget(request)
-        self.teller.went(identity)
+        self.reporter.record_unloaded(identity)
         await self.gate.remove_lora(revision.id)
 
     def in_the_way(self, revisions: Iterable[Revision]) -> list[Identity]:
-        """Held revisions with the id or the name of one of these, and other content.
+        """Loaded revisions with the id or the name of one of these, but other content.
 
-        vLLM takes two adapters of one name for one, and has one adapter per id, so it must be out
-        of the engine before they can be added.
+        vLLM treats two adapters with one name as the same, and has one adapter per id, so these
+        must be unloaded first.
         """
         wanted = {revision.identity for revision in revisions}
         ids, names = {one.id for one in wanted}, {one.name for one in wanted}
@@ -71,9 +72,10 @@ class LoadedRevisions:
         ]
 
 
-def _taken(revision: Revision, found: Iterable[Identity]) -> str:
+def _conflict(revision: Revision, found: Iterable[Identity]) -> str:
     held = ", ".join(f"{one.name} (id {one.id}, profile {one.profile})" for one in found)
     return (
         f"{revision.served_name} (id {revision.id}, profile {revision.profile.digest}) cannot be "
-        f"loaded while the engine holds {held}, of a registry that was restored since"
+        f"loaded while the engine holds {held}, from before the registry was restored; try "
+        "again once its requests have ended"
     )

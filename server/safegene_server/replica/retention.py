@@ -1,7 +1,7 @@
-"""Retention of revisions in an engine: which stay, and which are removed once nothing uses them.
+"""Retention of revisions in an engine: which stay loaded, and which are unloaded once unused.
 
-A canceled request has ended here a moment before the engine gets to drop it, so a revision is
-removed only after QUIET_S without any. For one replica, under its lock.
+A canceled request ends here slightly before the engine aborts it, so a revision is unloaded only
+after QUIET_S without requests. For one replica, under its lock.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ QUIET_S = 0.2
 
 
 class Retention:
-    """`warm` is published or would be rolled back to, `tried` is loaded until its trial is over;
-    what an alias leads to stays as well."""
+    """Retained revisions: `warm` (published, or the target of a rollback), `under_test` (loaded
+    until `unload`), and the targets of aliases."""
 
-    def __init__(self, holding: LoadedRevisions, aliases: Aliases, counters: Counters) -> None:
-        self.holding, self.aliases, self.counters = holding, aliases, counters
+    def __init__(self, loaded: LoadedRevisions, aliases: Aliases, counters: Counters) -> None:
+        self.loaded, self.aliases, self.counters = loaded, aliases, counters
         self.warm: set[Identity] = set()
-        self.tried: set[Identity] = set()
-        self._kept: Counter[str] = Counter()
+        self.under_test: set[Identity] = set()
+        self._in_use: Counter[str] = Counter()
 
     def unused(self, held: Iterable[Identity]) -> list[Identity]:
-        """Filter out what is to stay and what has requests in flight."""
-        wanted = self.warm | self.tried | self.aliases.targets()
+        """Return the revisions that need not stay and have no requests in flight."""
+        wanted = self.warm | self.under_test | self.aliases.targets()
         return [one for one in held if one not in wanted and not self._is_busy(one.name)]
 
     async def remove(self, held: Iterable[Identity]) -> bool:
-        """Remove those that are unused; whether there were any. Errors: as `Holding.remove`."""
-        gone = [one for one in self.unused(held) if one in self.holding.revisions]
+        """Unload the unused ones; True if there were any. Errors: as `LoadedRevisions.remove`."""
+        gone = [one for one in self.unused(held) if one in self.loaded.revisions]
         for identity in gone:
-            await self.holding.remove(identity)
+            await self.loaded.remove(identity)
         return bool(gone)
 
-    async def make_room(self, wanted: Iterable[Revision]) -> set[Identity]:
-        """Remove other content that is held under the id or the name of a wanted revision. Returns
-        what is still in the way, since it is in use. Errors: as `Holding.remove`."""
-        found = self.holding.in_the_way(wanted)
+    async def unload_conflicting(self, wanted: Iterable[Revision]) -> set[Identity]:
+        """Unload other content under the id or the name of a wanted revision. Returns what is in
+        use and still conflicts. Errors: as `LoadedRevisions.remove`."""
+        found = self.loaded.in_the_way(wanted)
         if unused := self.unused(found):
             await asyncio.sleep(QUIET_S)
             await self.remove(unused)
-        return set(found) & self.holding.revisions.keys()
+        return set(found) & self.loaded.revisions.keys()
 
     @contextmanager
     def keeping(self, served: str) -> Iterator[None]:
-        """Keep a held revision meanwhile, as a tenant's request does while it runs."""
-        self._kept[served] += 1
+        """Keep a revision loaded meanwhile, as a running request of a tenant does."""
+        self._in_use[served] += 1
         try:
             yield
         finally:
-            self._kept[served] -= 1
-            if not self._kept[served]:
-                del self._kept[served]
+            self._in_use[served] -= 1
+            if not self._in_use[served]:
+                del self._in_use[served]
 
     def _is_busy(self, served: str) -> bool:
-        return served in self._kept or self.counters.in_flight(served) > 0
+        return served in self._in_use or self.counters.in_flight(served) > 0

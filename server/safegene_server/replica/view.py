@@ -1,4 +1,4 @@
-"""The registry's snapshot as the access check wants it. Pure; asks nobody."""
+"""Conversion of a registry snapshot to the catalog view of the access check."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safegene_server.registry.validation import BASE
 def view_of(
     snapshot: Snapshot, family: str, serving: Mapping[str, str], base_models: Iterable[str]
 ) -> View:
-    """Keys, and this family's tenants under the revision that really serves them.
+    """Build the view: all keys, and this family's tenants with the revision that serves them.
 
-    `serving` is tenant to served name, of what this engine holds and has verified.
+    `serving` maps a tenant to its served name, of what this engine has loaded and verified.
     """
     return make_view(
         keys={bytes.fromhex(key.hash): principal_of_key(key) for key in snapshot.keys},
@@ -33,8 +33,8 @@ def view_of(
 
 
 def principal_of_key(key: Key) -> Principal:
-    """Whom the key speaks for. The base model is a grant of its own, and the registry
-    lets no key have it as its default."""
+    """Principal of a key. The base model is a separate grant, and the registry allows no key to
+    have it as its default."""
     return Principal(
         name=key.name,
         scopes=frozenset(key.scopes),
