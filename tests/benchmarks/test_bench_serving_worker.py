@@ -62,7 +62,9 @@ def test_steps_are_timed_with_the_vector_and_without(served: Engine, files: Arti
     before = completions(served, tenants)
     served.llm.collective_rpc("start_timed_steps")
     mixed = [
-        served.generate([Request([*prompt, 7], tenant) for prompt in PROMPTS for tenant in tenants], 40)
+        served.generate(
+            [Request([*prompt, 7], tenant) for prompt in PROMPTS for tenant in tenants], 40
+        )
         for _ in range(2)
     ]
     (medians,) = served.llm.collective_rpc("end_timed_steps")

@@ -18,7 +18,7 @@ from test_replica_reconciler import World, run, until, world
 from safegene_server.access.catalog import View, key_digest
 from safegene_server.access.models import resolve
 from safegene_server.registry import Registry, Revision, tables
-from safegene_server.replica.reconciler import RESTORED
+from safegene_server.replica.retention import RESTORED
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import ReceiptError, RestoredError
 from safegene_vllm.formats.profile import load_profile, make_profile, profile_json

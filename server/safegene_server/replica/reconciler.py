@@ -38,7 +38,7 @@ from safegene_server.replica.internal_client import InternalClient
 from safegene_server.replica.lag import Lag, Waiting
 from safegene_server.replica.loaded_revisions import LoadedRevisions
 from safegene_server.replica.loops import RETRY_S, forever, listen
-from safegene_server.replica.retention import QUIET_S, Retention
+from safegene_server.replica.retention import QUIET_S, RESTORED, Retention
 from safegene_server.replica.view import view_of
 from safegene_vllm.errors import ConfigError, RestoredError, SafegeneError
 from safegene_vllm.formats.family import FamilyHeader
@@ -47,16 +47,10 @@ logger = logging.getLogger("vllm.safegene_server")
 
 AFTER_S = 0.05
 """Delay of the report of a change, so that the response to its request goes first."""
-DRIFT_S = 30.0
-CLEAN_S = 600.0
-FETCH_S = 30.0
-"""How long the start waits for missing adapters; later ones are loaded in the background."""
+DRIFT_S, CLEAN_S, FETCH_S = 30.0, 600.0, 30.0
+"""FETCH_S: how long the start waits for missing adapters; later ones load in the background."""
 DRAIN_S = 30.0
 """How long a load waits for requests on other content under the same id or name."""
-RESTORED = (
-    "the registry has lost changes that this server has seen, or has other content under an id (it "
-    "was restored, or failed over to a standby that lagged): its current state is not applied yet"
-)
 
 
 class Reconciler:
@@ -235,9 +229,7 @@ class Reconciler:
             except (SafegeneError, EngineDownError) as error:
                 errors.append(f"{revision.served_name}: {plain(error)}")
                 logger.error(
-                    "could not load %s; its tenant stays as it is, trying again: %s",
-                    revision.served_name,
-                    plain(error),
+                    "could not load %s; its tenant stays as it is, trying again", errors[-1]
                 )
         return errors, pending
 
@@ -284,10 +276,7 @@ class Reconciler:
         return await self._candidates.begin(revision, coefficients)
 
     async def end_trial(self, name: str) -> None:
-        """Unload a candidate and remove its files; nothing happens if it has ended.
-
-        Errors: EngineDownError or what the engine raises; StoreError.
-        """
+        """Unload a candidate, if any, and remove its files. Errors: the engine's; StoreError."""
         await self._candidates.end(name)
 
     def offered(self) -> list[tuple[str, Revision]]:

@@ -16,6 +16,10 @@ from safegene_server.registry import Identity, Revision
 from safegene_server.replica.aliases import Aliases
 from safegene_server.replica.loaded_revisions import LoadedRevisions
 
+RESTORED = (
+    "the registry has lost changes that this server has seen, or has other content under an id (it "
+    "was restored, or failed over to a standby that lagged): its current state is not applied yet"
+)
 QUIET_S = 0.2
 
 
