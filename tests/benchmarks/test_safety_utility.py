@@ -288,7 +288,7 @@ def test_the_whole_comparison_on_a_tiny_parent(
 
     rates = numbers["tenants"]["sentiment"]
     assert list(rates) == [report.title_of(state) for state in states]
-    after = result.subject("sentiment", "after")
+    after = result.target("sentiment", "after")
     assert after is not None
     measured = after.rates[prompts.ATTACK][report.OPENING].rate
     assert rates["SafeGene"]["attack_success_opening"]["rate"] == round(measured, 4)
