@@ -301,7 +301,7 @@ def test_the_whole_comparison_on_a_tiny_parent(
     json.dumps(bench_safety.line(short, numbers), allow_nan=False)
 
     class Silent(TransformersBackend):
-        def answers(self, *given: Any) -> list[str]:
+        def generate(self, *given: Any) -> list[str]:
             raise AssertionError("everything was answered before")
 
     silent = evaluation.Bench(
