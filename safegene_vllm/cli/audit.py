@@ -58,6 +58,6 @@ def audit(
     if as_json:
         show_json(page)
         return
-    show_list(page["data"], ("at", "actor", "action", "target", "details"), False)
-    if page["cursor"] is not None:
+    show_list(page.data, ("at", "actor", "action", "target", "details"), False)
+    if page.cursor is not None:
         notes().print(f"older entries: --cursor {cell(page['cursor'])}")

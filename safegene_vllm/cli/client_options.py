@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from safegene_vllm.client import Client
-    from safegene_vllm.client.types import Job, Rollout
+    from safegene_vllm.client.schemas import Job, Rollout
 
 KEY_VARIABLE = "SAFEGENE_KEY"
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
@@ -104,11 +104,11 @@ class Waiting:
         ),
     ] = None
 
-    def job(self, client: Client, job: Any) -> Any:
+    def job(self, client: Client, job: Job) -> Job:
         """Return the job, at its end if waiting. Errors: TimeoutError, ApiError."""
         return follow_job(client, job, self.timeout) if self.wait else job
 
-    def rollout(self, client: Client, rollout: Any) -> Any:
+    def rollout(self, client: Client, rollout: Rollout | None) -> Rollout | None:
         """Return the rollout, if any, once applied if waiting. Errors: TimeoutError, ApiError."""
         if not self.wait or rollout is None:
             return rollout
@@ -158,9 +158,21 @@ def timestamp(value: object) -> str:
     return (found if found.tzinfo is None else found.astimezone(UTC)).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+def as_dict(value: Any) -> Any:
+    """Convert the objects of a response, at any depth of lists and dictionaries, as in JSON."""
+    if isinstance(value, Mapping):
+        return {name: as_dict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_dict(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    # Not model_dump: it leaves out the fields that a newer server added.
+    return as_dict(dict(value)) if hasattr(value, "model_dump") else value
+
+
 def show_json(value: object) -> None:
     """Print `value` as JSON."""
-    results().print(json.dumps(value, indent=2))
+    results().print(json.dumps(as_dict(value), indent=2))
 
 
 def show_table(made: Table) -> None:
@@ -174,9 +186,9 @@ def show_table(made: Table) -> None:
     console.print(made)
 
 
-def show_list(items: Iterable[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+def show_list(items: Iterable[Any], columns: Sequence[str], as_json: bool) -> None:
     """Print a row per item; columns are keys of the items, those ending in `_at` timestamps."""
-    found = list(items)
+    found = as_dict(list(items))
     if as_json:
         show_json({"data": found})
         return
@@ -188,8 +200,9 @@ def show_list(items: Iterable[Mapping[str, Any]], columns: Sequence[str], as_jso
     show_table(made)
 
 
-def show_facts(facts: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Print a line for each of `names` that is in `facts`."""
+def show_facts(given: Any, names: Sequence[str]) -> None:
+    """Print a line for each of `names` that is in `given`."""
+    facts = as_dict(given)
     made = Table(box=None, pad_edge=False, show_header=False)
     for name in names:
         if name in facts:
@@ -221,18 +234,18 @@ def _progress(title: str, total: float | None) -> Iterator[Callable[[str, float,
 
 def follow_job(client: Client, job: Job, timeout_s: float | None) -> Job:
     """Wait for the job's end, showing its progress. Errors: TimeoutError, ApiError."""
-    with _progress(f"job {job['id']}", 1.0) as update:
+    with _progress(f"job {job.id}", 1.0) as update:
 
         def show(now: Job) -> None:
-            text = f"job {now['id']} {now['state']}: {cell(now['message'])}"
-            update(text, now["progress"], 1.0)
+            text = f"job {now.id} {now.state}: {cell(now.message)}"
+            update(text, now.progress, 1.0)
 
         try:
-            return client.wait_job(job["id"], timeout_s=timeout_s, seen=show)
+            return client.wait_job(job.id, timeout_s=timeout_s, seen=show)
         except KeyboardInterrupt:
             notes().print(
-                f"job {job['id']} continues; follow it with: safegene job watch {job['id']}; stop "
-                f"it with: safegene job cancel {job['id']}"
+                f"job {job.id} continues; follow it with: safegene job watch {job.id}; stop "
+                f"it with: safegene job cancel {job.id}"
             )
             raise
 
@@ -240,55 +253,53 @@ def follow_job(client: Client, job: Job, timeout_s: float | None) -> Job:
 def follow_rollout(client: Client, rollout: Rollout, timeout_s: float | None) -> Rollout:
     """Wait until all live replicas apply the rollout. Errors: TimeoutError, ApiError."""
     latest = rollout
-    with _progress(f"rollout {rollout['id']}", None) as update:
+    with _progress(f"rollout {rollout.id}", None) as update:
 
         def show(now: Rollout) -> None:
             nonlocal latest
             latest = now
-            text = f"rollout {now['id']}: on {now['applied']} of {now['live']} replicas"
-            update(text, now["applied"], now["live"])
+            text = f"rollout {now.id}: on {now.applied} of {now.live} replicas"
+            update(text, now.applied, now.live)
 
         try:
-            return client.wait_rollout(rollout["id"], timeout_s=timeout_s, seen=show)
+            return client.wait_rollout(rollout.id, timeout_s=timeout_s, seen=show)
         except TimeoutError as error:
-            why = "".join(
-                f"\n- {cell(lag['replica'])}: {cell(lag['reason'])}" for lag in latest["lagging"]
-            )
+            why = "".join(f"\n- {cell(lag.replica)}: {cell(lag.reason)}" for lag in latest.lagging)
             raise TimeoutError(f"{error}{why}") from error
 
 
-def show_job(job: Mapping[str, Any]) -> None:
+def show_job(job: Job) -> None:
     """Print a job's state, result and dates."""
-    results().print(f"job {job['id']}: {cell(job['state'])}")
+    results().print(f"job {job.id}: {cell(job.state)}")
     names = ("kind", "tenant", "revision", "progress", "message", "result", "attempts")
     show_facts(job, (*names, "created_at", "updated_at"))
 
 
-def end_with(job: Mapping[str, Any]) -> None:
+def end_with(job: Job) -> None:
     """Exit 1, with the reason on stderr, if the job failed or was cancelled."""
-    if job["state"] in ("failed", "cancelled"):
-        words = cell(job["message"])
-        notes().print(f"job {job['id']} ({cell(job['kind'])}) {job['state']}: {words}")
+    if job.state in ("failed", "cancelled"):
+        words = cell(job.message)
+        notes().print(f"job {job.id} ({cell(job.kind)}) {job.state}: {words}")
         raise typer.Exit(1)
 
 
-def show_rollout(rollout: Mapping[str, Any] | None) -> None:
+def show_rollout(rollout: Rollout | None) -> None:
     """Print a rollout and its lagging replicas; nothing for None."""
     if rollout is None:
         return
-    state = "done" if rollout["done"] else "in progress"
+    state = "done" if rollout.done else "in progress"
     results().print(
-        f"rollout {rollout['id']}: {state}, on {rollout['applied']} of {rollout['live']} replicas"
+        f"rollout {rollout.id}: {state}, on {rollout.applied} of {rollout.live} replicas"
     )
     show_facts(rollout, ("kind", "tenants", "revisions", "created_at", "created_by"))
-    for lag in rollout["lagging"]:
-        results().print(f"  {cell(lag['replica'])} lags: {cell(lag['reason'])}")
+    for lag in rollout.lagging:
+        results().print(f"  {cell(lag.replica)} lags: {cell(lag.reason)}")
 
 
-def print_job(response: Mapping[str, Any], as_json: bool) -> None:
-    """Print a response with a job, or all of it as JSON; exit 1 if the job failed."""
+def print_job(response: Mapping[str, Any], job: Job, as_json: bool) -> None:
+    """Print a job, or all of the response as JSON; exit 1 if the job failed."""
     if as_json:
         show_json(response)
     else:
-        show_job(response["job"])
-    end_with(response["job"])
+        show_job(job)
+    end_with(job)

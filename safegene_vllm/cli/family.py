@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +18,9 @@ from safegene_vllm.cli.client_options import (
 )
 from safegene_vllm.cli.console import results
 from safegene_vllm.cli.profile import parse_coefficients
+
+if TYPE_CHECKING:
+    from safegene_vllm.client.schemas import Family
 
 HELP = "Manage families of a running server: minimum coefficients and freezes for all tenants."
 NO_FLOOR = "none"
@@ -58,12 +60,12 @@ def floor(
     given = {} if minimum == NO_FLOOR else parse_coefficients(minimum, "the floor")
     with server.connect() as client:
         response = client.set_floor(family, given)
-        response["rollout"] = waiting.rollout(client, response["rollout"])
+        rollout = waiting.rollout(client, response.rollout)
     if as_json:
-        show_json(response)
+        show_json({"family": response.family, "rollout": rollout})
         return
-    _print_family(response["family"], False)
-    show_rollout(response["rollout"])
+    _print_family(response.family, False)
+    show_rollout(rollout)
 
 
 def freeze(family: Digest, server: Server, as_json: AsJson = False) -> None:
@@ -84,11 +86,11 @@ def unfreeze(family: Digest, server: Server, as_json: AsJson = False) -> None:
         _print_family(client.unfreeze_family(family), as_json)
 
 
-def _print_family(family: Mapping[str, Any], as_json: bool) -> None:
+def _print_family(family: Family, as_json: bool) -> None:
     if as_json:
         show_json(family)
     else:
-        results().print(cell(family["name"]))
+        results().print(cell(family.name))
         show_facts(family, ("digest", "layers", "bounds", "floor", "frozen", "created_at"))
 
 

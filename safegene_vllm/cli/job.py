@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,9 @@ from safegene_vllm.cli.client_options import (
     show_json,
     show_list,
 )
+
+if TYPE_CHECKING:
+    from safegene_vllm.client.schemas import Job
 
 HELP = "Show, watch and cancel jobs of a running server, such as adding a tenant."
 
@@ -93,7 +95,7 @@ def watch(
     end_with(found)
 
 
-def _print(job: Mapping[str, Any], as_json: bool) -> None:
+def _print(job: Job, as_json: bool) -> None:
     (show_json if as_json else show_job)(job)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,9 @@ from safegene_vllm.cli.client_options import (
 )
 from safegene_vllm.cli.console import notes, results
 from safegene_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from safegene_vllm.client.schemas import NewKey
 
 HELP = "Manage API keys of a running server: scopes, tenants, expiry."
 
@@ -83,7 +86,7 @@ def add(
             default_tenant=default,
             expires_at=expires_at,
         )
-        secret.write(dict(made), as_json)
+        secret.write(made, as_json)
 
 
 def list_(server: Server, as_json: AsJson = False) -> None:
@@ -103,7 +106,7 @@ def rotate(name: Name, server: Server, out: Out = None, as_json: AsJson = False)
     Example: safegene key rotate acme-app --out acme.key
     """
     with server.connect() as client, _SecretOutput(out) as secret:
-        secret.write(dict(client.rotate_key(name)), as_json)
+        secret.write(client.rotate_key(name), as_json)
 
 
 def revoke(name: Name, server: Server, as_json: AsJson = False) -> None:
@@ -138,21 +141,20 @@ class _SecretOutput:
         if self._out is not None and not self._written:
             self._out.unlink(missing_ok=True)
 
-    def write(self, made: dict[str, Any], as_json: bool) -> None:
-        secret = str(made["secret"])
+    def write(self, made: NewKey, as_json: bool) -> None:
         if self._out is not None:
-            self._out.write_text(secret + "\n", encoding="utf-8")
+            self._out.write_text(made.secret + "\n", encoding="utf-8")
             self._written = True
-            made = {name: value for name, value in made.items() if name != "secret"}
         if as_json:
-            show_json(made)
+            written = {"secret"} if self._out is not None else None
+            show_json(made.model_dump(mode="json", exclude=written))
             return
-        until = f"until {timestamp(made['expires_at'])}" if made["expires_at"] else "until revoked"
-        scopes, tenants = cell(made["scopes"]), cell(made["tenants"])
-        notes().print(f"{cell(made['name'])}: may {scopes} for {tenants}, {until}")
+        until = f"until {timestamp(made.expires_at)}" if made.expires_at else "until revoked"
+        scopes, tenants = cell(made.scopes), cell(made.tenants)
+        notes().print(f"{cell(made.name)}: may {scopes} for {tenants}, {until}")
         if self._out is None:
             notes().print("store the secret now; it cannot be shown again:")
-            results().print(secret)
+            results().print(made.secret)
 
 
 COMMANDS = {"add": add, "list": list_, "rotate": rotate, "revoke": revoke}

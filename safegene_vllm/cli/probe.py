@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.client_options import AsJson, Server, Waiting, cell, print_job, show_list
+from safegene_vllm.cli.client_options import AsJson, Server, Waiting, print_job, show_list
+
+if TYPE_CHECKING:
+    from safegene_vllm.client.schemas import Probe
 
 HELP = "Measure refusals and coherence of served tenants on a few prompts."
 
@@ -37,18 +39,23 @@ def run(
     """
     with server.connect() as client:
         started = client.probe(name)
-        response = {**started, "job": waiting.job(client, started["job"])}
-    print_job(response, as_json)
+        job = waiting.job(client, started.job)
+    print_job({"tenant": started.tenant, "job": job}, job, as_json)
 
 
-def _row(found: Mapping[str, Any]) -> dict[str, Any]:
+def _row(found: Probe) -> dict[str, Any]:
     """One line of the table; a rate as `25 % of 12`."""
-    result: Mapping[str, Any] = found["result"] or {}
-    row = {**found, "at": result.get("at", "-")}
-    for name in ("attack_success", "over_refusal", "coherent"):
-        rate = result.get(name)
-        row[name] = rate and f"{100 * rate['rate']:.0f} % of {cell(rate['n'])}"
-    return row
+    result = found.result
+    row = {"served": found.served, "outcome": found.outcome, "message": found.message}
+    if result is None:
+        return row
+    rates = {
+        "attack_success": result.attack_success,
+        "over_refusal": result.over_refusal,
+        "coherent": result.coherent,
+    }
+    shown = {name: f"{100 * rate.rate:.0f} % of {rate.n}" for name, rate in rates.items()}
+    return {**row, "at": result.at, **shown}
 
 
 COMMANDS = {"list": list_, "run": run}

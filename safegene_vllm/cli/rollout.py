@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +15,9 @@ from safegene_vllm.cli.client_options import (
     show_rollout,
 )
 from safegene_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from safegene_vllm.client.schemas import Rollout
 
 HELP = "Show and watch how changes reach the replicas of a running server."
 
@@ -64,13 +66,13 @@ def watch(
     """
     with server.connect() as client:
         if id is None:
-            id = max((rollout["id"] for rollout in client.rollouts(limit=1)), default=None)
+            id = max((rollout.id for rollout in client.rollouts(limit=1)), default=None)
         if id is None:
             raise ConfigError("there is no rollout to watch: nothing was published yet")
         _print(follow_rollout(client, client.rollout(id), timeout), as_json)
 
 
-def _print(rollout: Mapping[str, Any], as_json: bool) -> None:
+def _print(rollout: Rollout, as_json: bool) -> None:
     (show_json if as_json else show_rollout)(rollout)
 
 

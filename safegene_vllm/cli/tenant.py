@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,6 +42,7 @@ from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from safegene_vllm.client import Client
+    from safegene_vllm.client.schemas import Onboarding, Switched, Tenant
 
 HELP = "Manage tenants of a running server: add, show, change, calibrate, roll back, retire."
 _FACTS = ("state", "served", "family", "source", "limits", "created_at")
@@ -75,7 +75,7 @@ def add(
         raise ConfigError("give --source, or --profile or coefficients for a tenant without one")
     with server.connect() as client:
         started = client.add_tenant(name, source=source, limits=limits, publish=publish, **content)
-        _print_started(client, name, dict(started), waiting, as_json)
+        _print_started(client, started, waiting, as_json)
 
 
 def list_(server: Server, as_json: AsJson = False) -> None:
@@ -101,8 +101,8 @@ def show(name: Name, server: Server, as_json: AsJson = False) -> None:
     _print_tenant(tenant, False)
     show_list(revisions, _REVISION, False)
     for revision in revisions:
-        if revision["number"] == tenant["published"]:
-            results().print(coefficient_table(revision["coefficients"]))
+        if revision.number == tenant.published:
+            results().print(coefficient_table(revision.coefficients))
 
 
 def update(
@@ -127,7 +127,7 @@ def update(
         started = client.add_revision(
             name, source=source, publish=publish, expected_revision=expect, **content
         )
-        _print_started(client, name, dict(started), waiting, as_json)
+        _print_started(client, started, waiting, as_json)
 
 
 def set_(
@@ -163,7 +163,7 @@ def set_(
             _print_tenant(client.set_limits(name, limits), as_json)
         else:
             changed = client.change_profile(name, expected_revision=expect, **content)
-            _print_change(client, dict(changed), waiting, as_json)
+            _print_change(client, changed, waiting, as_json)
 
 
 def publish(
@@ -182,7 +182,7 @@ def publish(
     """
     with server.connect() as client:
         changed = client.publish(name, number, expected_revision=expect)
-        _print_change(client, dict(changed), waiting, as_json)
+        _print_change(client, changed, waiting, as_json)
 
 
 def rollback(
@@ -204,7 +204,7 @@ def rollback(
     """
     with server.connect() as client:
         changed = client.rollback(name, number, expected_revision=expect)
-        _print_change(client, dict(changed), waiting, as_json)
+        _print_change(client, changed, waiting, as_json)
 
 
 def retire(
@@ -220,12 +220,12 @@ def retire(
     """
     with server.connect() as client:
         response = client.retire_tenant(name, expected_revision=expect)
-        response["rollout"] = waiting.rollout(client, response["rollout"])
+        rollout = waiting.rollout(client, response.rollout)
     if as_json:
-        show_json(response)
+        show_json({"tenant": response.tenant, "rollout": rollout})
         return
     results().print(f"{cell(name)} is retired")
-    show_rollout(response["rollout"])
+    show_rollout(rollout)
 
 
 def freeze(name: Name, server: Server, as_json: AsJson = False) -> None:
@@ -270,51 +270,49 @@ def calibrate(
     examples = draw_examples(safety, task, benign, shots, seed)
     with server.connect() as client:
         started = client.calibrate(name, **examples, publish=publish, expected_revision=expect)
-        response = {**started, "job": waiting.job(client, started["job"])}
-    print_job(response, as_json)
+        job = waiting.job(client, started.job)
+    print_job({"tenant": started.tenant, "job": job}, job, as_json)
 
 
-def _print_tenant(tenant: Mapping[str, Any], as_json: bool) -> None:
+def _print_tenant(tenant: Tenant, as_json: bool) -> None:
     if as_json:
         show_json(tenant)
         return
-    results().print(cell(tenant["name"]))
+    results().print(cell(tenant.name))
     show_facts(tenant, _FACTS)
 
 
-def _print_started(
-    client: Client, name: str, response: dict[str, Any], waiting: Waiting, as_json: bool
-) -> None:
+def _print_started(client: Client, started: Onboarding, waiting: Waiting, as_json: bool) -> None:
     """Print the tenant and the job; if waiting, at its end, with the rollout it started.
 
     Exit 1 if the job failed.
     """
+    tenant, job, rollout = started.tenant, started.job, None
     if waiting.wait:
-        response["job"] = job = waiting.job(client, response["job"])
-        rollout = (job["result"] or {}).get("rollout")
-        if rollout is not None:
-            response["rollout"] = waiting.rollout(client, client.rollout(rollout))
-        response["tenant"] = client.tenant(name)
+        job = waiting.job(client, job)
+        number = (job.result or {}).get("rollout")
+        if number is not None:
+            rollout = waiting.rollout(client, client.rollout(number))
+        tenant = client.tenant(tenant.name)
     if as_json:
-        show_json(response)
+        response = {"tenant": tenant, "job": job}
+        show_json(response if rollout is None else {**response, "rollout": rollout})
     else:
-        _print_tenant(response["tenant"], False)
-        show_job(response["job"])
-        show_rollout(response.get("rollout"))
-    end_with(response["job"])
+        _print_tenant(tenant, False)
+        show_job(job)
+        show_rollout(rollout)
+    end_with(job)
 
 
-def _print_change(
-    client: Client, response: dict[str, Any], waiting: Waiting, as_json: bool
-) -> None:
+def _print_change(client: Client, change: Switched, waiting: Waiting, as_json: bool) -> None:
     """Print the revision that is published now and its rollout."""
-    response["rollout"] = waiting.rollout(client, response["rollout"])
+    revision, rollout = change.revision, waiting.rollout(client, change.rollout)
     if as_json:
-        show_json(response)
+        show_json({"revision": revision, "rollout": rollout})
         return
-    results().print(f"{cell(response['revision']['name'])} is published")
-    results().print(coefficient_table(response["revision"]["coefficients"]))
-    show_rollout(response["rollout"])
+    results().print(f"{cell(revision.name)} is published")
+    results().print(coefficient_table(revision.coefficients))
+    show_rollout(rollout)
 
 
 COMMANDS = {

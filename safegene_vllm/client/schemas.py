@@ -1,7 +1,8 @@
 """Schemas of the objects of a server's API, shared by the server, its OpenAPI and the client.
 
-The server makes them from the registry's records (`from_attributes`). Names of fields are a
-public contract. Timestamps are in UTC.
+The server makes them from the registry's records (`from_attributes`), the client from responses,
+whose additional fields (of a newer server) it keeps. Names of fields are a public contract.
+Timestamps are in UTC.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ ENDED: frozenset[JobState] = frozenset({"done", "failed", "cancelled"})
 _T = TypeVar("_T")
 
 
-class _Schema(BaseModel):
+class Schema(BaseModel):
+    """An object of the API. `job["state"]` reads the same field as `job.state`."""
+
     model_config = ConfigDict(
         from_attributes=True, json_schema_serialization_defaults_required=True
     )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).model_fields and name not in (self.model_extra or {}):
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 def _from(*path: str) -> AliasChoices:
@@ -34,14 +42,14 @@ def _from(*path: str) -> AliasChoices:
     return AliasChoices("_".join(path), AliasPath(*path))
 
 
-class Page(_Schema, Generic[_T]):
+class Page(Schema, Generic[_T]):
     """Page of a list; `cursor` requests the next page, null at the end."""
 
     data: list[_T]
     cursor: int | None = None
 
 
-class Tenant(_Schema):
+class Tenant(Schema):
     """A tenant; `published` is the number of the revision that its name leads to."""
 
     name: str = Field(examples=["acme/support"])
@@ -56,7 +64,7 @@ class Tenant(_Schema):
     created_at: datetime
 
 
-class Revision(_Schema):
+class Revision(Schema):
     """One immutable content of a tenant, and its state."""
 
     name: str = Field(
@@ -78,14 +86,14 @@ class Revision(_Schema):
     created_by: str
 
 
-class Lagging(_Schema):
+class Lagging(Schema):
     """A live replica that does not follow a rollout yet."""
 
     replica: str
     reason: str
 
 
-class Rollout(_Schema):
+class Rollout(Schema):
     """A change that replicas follow: `applied` of `live` do."""
 
     id: int
@@ -100,7 +108,7 @@ class Rollout(_Schema):
     created_by: str
 
 
-class Job(_Schema):
+class Job(Schema):
     """A long-running step. `progress` runs from 0 to 1; `result` is set once it has ended."""
 
     id: int
@@ -118,7 +126,7 @@ class Job(_Schema):
     updated_at: datetime
 
 
-class Key(_Schema):
+class Key(Schema):
     """An API key without its secret; `prefix` is how the secret begins."""
 
     name: str
@@ -137,7 +145,7 @@ class NewKey(Key):
     secret: str
 
 
-class Family(_Schema):
+class Family(Schema):
     """A family: the layers that carry a vector, and the policy of all of its tenants."""
 
     digest: str
@@ -153,7 +161,7 @@ class Family(_Schema):
     created_at: datetime
 
 
-class Replica(_Schema):
+class Replica(Schema):
     """One live server process, and the version it has applied."""
 
     id: str
@@ -165,8 +173,8 @@ class Replica(_Schema):
     faults: list[str]
 
 
-class AuditEntry(_Schema):
-    """Who did what to what, when."""
+class AuditEntry(Schema):
+    """An action with its actor, target and time."""
 
     id: int
     at: datetime
@@ -176,7 +184,7 @@ class AuditEntry(_Schema):
     details: dict[str, Any]
 
 
-class Whoami(_Schema):
+class Whoami(Schema):
     """The request's own key, as the server knows it."""
 
     name: str
@@ -187,14 +195,14 @@ class Whoami(_Schema):
     expires_at: datetime | None
 
 
-class Rate(_Schema):
+class Rate(Schema):
     """A share of `n`."""
 
     rate: float
     n: int
 
 
-class ProbeResult(_Schema):
+class ProbeResult(Schema):
     """Counts of one probe of one revision, by the engine of one replica."""
 
     revision: str = Field(examples=["acme/support@3"])
@@ -210,7 +218,7 @@ class ProbeResult(_Schema):
     prompts: str = Field(description="digest of the prompts")
 
 
-class Probe(_Schema):
+class Probe(Schema):
     """Probes of a tenant on the replica that responds."""
 
     tenant: str
@@ -224,28 +232,28 @@ class Probe(_Schema):
     result: ProbeResult | None = Field(description="of the last complete probe")
 
 
-class Onboarding(_Schema):
+class Onboarding(Schema):
     """A tenant, and the job that publishes its new content."""
 
     tenant: Tenant
     job: Job
 
 
-class Switched(_Schema):
+class Switched(Schema):
     """The revision a tenant serves now. `rollout` is null where nothing had to change."""
 
     revision: Revision
     rollout: Rollout | None
 
 
-class Retired(_Schema):
+class Retired(Schema):
     """A retired tenant; `rollout` as in Switched."""
 
     tenant: Tenant
     rollout: Rollout | None
 
 
-class Floored(_Schema):
+class Floored(Schema):
     """A family with its new floor; `rollout` is null where no tenant had to be raised."""
 
     family: Family

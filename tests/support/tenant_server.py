@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse
 
 KEY = "sg-" + "k" * 43
 SECRET = "sg-" + "s" * 43
-AT = "2031-05-01T08:00:00.123456+00:00"
+AT = "2031-05-01T08:00:00.123456Z"
 OURS = "/v1/safegene"
 FAMILY = "sha256:" + "f" * 64
 
@@ -133,7 +133,8 @@ class World:
             case "GET", "receipts":
                 return {"ready": True, "faults": [], "receipts": [{"rank": 0}]}
             case "GET", "whoami":
-                return {"name": "ops", "scopes": ["admin"], "tenants": ["*"]}
+                key = {"name": "ops", "scopes": ["admin"], "tenants": ["*"], "base": True}
+                return key | {"default_tenant": None, "expires_at": None}
             case "GET", "tenants":
                 return self.listed(list(self.tenants.values()), asked.query)
             case "POST", "tenants":
@@ -226,7 +227,9 @@ def family(**more: Any) -> dict[str, Any]:
 
 def probe(**more: Any) -> dict[str, Any]:
     rates = {"attack_success": {"rate": 0.25, "n": 12}, "over_refusal": {"rate": 0.125, "n": 24}}
-    result = {"revision": "acme/support@1", "at": AT, **rates, "coherent": {"rate": 1.0, "n": 36}}
+    rates |= {"coherent": {"rate": 1.0, "n": 36}}
+    result = {"revision": "acme/support@1", "replica": "r1", "at": AT, "seconds": 2.5, **rates}
+    result |= {"refused": {}, "judges": ["coherence"], "max_tokens": 16, "prompts": "sha256:0"}
     made = {"tenant": "acme/support", "served": "acme/support@1", "outcome": "ok", "message": ""}
     return made | {"result": result} | more
 

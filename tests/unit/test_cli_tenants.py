@@ -16,7 +16,7 @@ from rich.console import Console
 from tenant_server import AT, FAMILY, KEY, SECRET, World, app_of, error, served
 
 from safegene_vllm.cli import client_options, console, main
-from safegene_vllm.client import polling
+from safegene_vllm.client import connection
 
 NAME = "acme/support"
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(polling.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
 
 
 def last(world: World, method: str) -> Any:
@@ -514,7 +514,7 @@ def test_an_interrupted_wait_prints_how_to_continue(
     def stop(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(polling.time, "sleep", stop)
+    monkeypatch.setattr(connection.time, "sleep", stop)
     outcome = run("job", "watch", 7)
     assert outcome.code != 0 and "safegene job watch 7" in outcome.err
 

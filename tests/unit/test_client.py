@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from launched_server import free_port
-from tenant_server import FAMILY, KEY, SECRET, World, app_of, error, served
+from tenant_server import AT, FAMILY, KEY, SECRET, World, app_of, error, served
 
-from safegene_vllm.client import ApiError, Client
+from safegene_vllm.cli.client_options import as_dict
+from safegene_vllm.client import ApiError, AsyncClient, Client
 from safegene_vllm.client.connection import MAX_PAUSE_S, service_url
 from safegene_vllm.errors import ConfigError
 
@@ -168,11 +170,31 @@ def test_every_method_asks_its_route(
     assert asked.key == f"Bearer {KEY}" and asked.query == {}
 
 
+@pytest.mark.parametrize(("call", "method", "path", "body"), CALLS)
+def test_every_method_of_the_async_client_calls_the_same_route(
+    client: Client, world: World, call: Call, method: str, path: str, body: Any
+) -> None:
+    async def run() -> Any:
+        async with AsyncClient(world.url, KEY, first_pause_s=0.01) as other:
+            return await call(other)
+
+    expected = call(client)
+    world.job_states, world.applied = ["queued", "running", "done"], [1, 2]
+    found = asyncio.run(run())
+    first, second = world.asked
+    assert (second.method, second.path, second.body) == (method, path, body)
+    assert second == first
+    assert type(found) is type(expected)
+
+
 def test_every_method_is_tried_above() -> None:
     named = {name for call, *_ in CALLS for name in call.__code__.co_names}
     elsewhere = {"close", "revoke_key", "wait_job", "wait_rollout"}
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert public <= named | elsewhere
+    assert public == {name for name in vars(AsyncClient) if not name.startswith("_")}
+    for name in public:
+        assert getattr(Client, name).__doc__ == getattr(AsyncClient, name).__doc__
 
 
 def test_what_narrows_a_question_goes_in_the_query(client: Client, world: World) -> None:
@@ -186,12 +208,41 @@ def test_what_narrows_a_question_goes_in_the_query(client: Client, world: World)
     assert third == {"tenant": NAME, "state": "failed", "limit": "3"} and fourth == {"limit": "4"}
 
 
-def test_answers_are_the_servers_own(client: Client, world: World) -> None:
-    assert client.tenant(NAME) == world.tenants[NAME]
-    assert client.add_key("app", scopes=["read"], tenants=["*"])["secret"] == SECRET
-    kept = client.keys()
-    assert [key["name"] for key in kept] == ["app"]
-    assert client.revoke_key("app")["name"] == "app" and client.keys() == []
+def test_results_are_the_servers_objects(client: Client, world: World) -> None:
+    tenant = client.tenant(NAME)
+    dumped = tenant.model_dump(mode="json")
+    assert dumped == world.tenants[NAME]
+    assert tenant.created_at == datetime.fromisoformat(AT)
+    assert client.add_key("app", scopes=["read"], tenants=["*"]).secret == SECRET
+    assert [key.name for key in client.keys()] == ["app"]  # noqa: SIM118
+    assert client.revoke_key("app").name == "app" and client.keys() == []
+
+
+def test_fields_are_also_items(client: Client) -> None:
+    tenant = client.tenant(NAME)
+    assert tenant["name"] == tenant.name
+    for missing in ("nom", "model_dump", "__class__"):
+        with pytest.raises(KeyError):
+            tenant[missing]
+
+
+def test_fields_of_a_newer_server_are_preserved(client: Client, world: World) -> None:
+    world.tenants[NAME]["region"] = "eu"
+    found = client.tenant(NAME)
+    (shown,) = as_dict([found])
+    assert found["region"] == "eu" and shown == world.tenants[NAME]
+
+
+@pytest.mark.parametrize("change", [{"published": "third"}, {"state": "paused"}, {"name": None}])
+def test_an_object_of_another_form_is_an_error_that_names_the_field(
+    client: Client, world: World, change: dict[str, Any]
+) -> None:
+    world.tenants[NAME] |= change
+    for call in (lambda: client.tenant(NAME), client.tenants):
+        with pytest.raises(
+            ApiError, match=f"Tenant than expected: {next(iter(change))}: .*release"
+        ):
+            call()
 
 
 def test_lists_are_read_page_after_page(client: Client, world: World) -> None:
@@ -202,7 +253,7 @@ def test_lists_are_read_page_after_page(client: Client, world: World) -> None:
 
 
 def test_a_list_that_leads_back_to_itself_ends(client: Client, world: World) -> None:
-    page = {"data": [{"name": "a"}], "cursor": 5}
+    page = {"data": [world.tenants[NAME]], "cursor": 5}
     world.faults += [JSONResponse(page), JSONResponse(page)]
     assert len(client.tenants()) == 2 and len(world.asked) == 2
 
@@ -389,7 +440,7 @@ def test_too_long_a_pause_is_told_and_not_waited_for(client: Client, world: Worl
 
 def test_a_job_is_watched_to_its_end(client: Client, world: World) -> None:
     looks: list[str] = []
-    job = client.wait_job(7, poll_s=0.01, seen=lambda now: looks.append(now["state"]))
+    job = client.wait_job(7, poll_s=0.01, seen=lambda now: looks.append(now.state))
     assert job["state"] == "done" and looks == ["queued", "running", "done"]
 
 
@@ -465,3 +516,31 @@ def test_a_job_is_watched_through_a_restart_of_the_server() -> None:
     with served(app_of(world), port):
         thread.join(20)
     assert ended == ["done"]
+
+
+def test_an_async_client_waits_without_blocking_the_loop(world: World) -> None:
+    states: list[str] = []
+
+    async def run() -> None:
+        world.faults.append(error(503, "starting", Retry_After="0"))
+        async with AsyncClient(world.url, KEY, first_pause_s=0.01) as client:
+            ticks = asyncio.create_task(asyncio.sleep(0))
+            job = await client.wait_job(7, poll_s=0.01, seen=lambda now: states.append(now.state))
+            assert ticks.done() and job.state == "done"
+            world.applied = [0, 1, 2]
+            assert (await client.wait_rollout(12, poll_s=0.01)).applied == 2
+            with pytest.raises(ApiError, match="not a route"):
+                await client.rollout(13)
+
+    asyncio.run(run())
+    assert states == ["queued", "running", "done"]
+
+
+def test_an_async_client_reports_a_server_that_does_not_respond() -> None:
+    async def run() -> None:
+        async with AsyncClient("http://127.0.0.1:9", KEY) as client:
+            await client.tenants()
+
+    with pytest.raises(ApiError, match=r"127\.0\.0\.1:9.* does not respond") as caught:
+        asyncio.run(run())
+    assert caught.value.status is None
