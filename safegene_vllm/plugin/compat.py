@@ -154,7 +154,13 @@ API_TABLE: dict[str, VllmName] = {
     ),
     "openai_serving_models": VllmName(
         "app.state.openai_serving_models",
-        ("base_model_paths", "engine_client", "load_lora_adapter", "lora_requests"),
+        (
+            "base_model_paths",
+            "engine_client",
+            "load_lora_adapter",
+            "lora_requests",
+            "model_config",
+        ),
         "maps served names to adapters; its engine client is replaced by the verifying one",
     ),
     "vllm_config": VllmName(

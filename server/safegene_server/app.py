@@ -55,6 +55,7 @@ def configure_app(app: FastAPI, settings: ServerSettings) -> ServerState:
         settings=settings.access_settings(usage_forced=usage_forced),
         counters=state.counters,
         traffic=state.metrics.traffic,
+        router=app.router,
     )
     if found := unclassified(app):
         logger.warning("routes that need an administrator's key: %s", ", ".join(found))

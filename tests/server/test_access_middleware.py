@@ -44,7 +44,9 @@ from safegene_vllm.errors import ConfigError
         [("x-api-key", "")],
         [("x-api-key", "Bearer sg-acme")],
         [("x-api-key", "sg-acme"), ("x-api-key", "sg-acme")],
-        [("x-api-key", "sg-acme"), ("Authorization", "Bearer sg-acme")],
+        [("x-api-key", "sg-acme"), ("Authorization", "Bearer sg-plain")],
+        [("x-api-key", "sg-acme"), ("Authorization", "Basic sg-acme")],
+        [("x-api-key", ""), ("Authorization", "Bearer sg-acme")],
     ],
 )
 def test_no_key_no_route(headers: Any) -> None:
@@ -75,6 +77,12 @@ def test_the_scheme_is_read_in_any_case() -> None:
 def test_x_api_key_is_accepted() -> None:
     response = ask(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
     assert response.status_code == 200
+    assert response.content == ask(guarded(), "GET", "/v1/models", "acme").content
+
+
+def test_one_key_in_both_headers_is_accepted() -> None:
+    both = {"X-Api-Key": "sg-acme", "Authorization": "Bearer sg-acme"}
+    response = ask(guarded(), "GET", "/v1/models", headers=both)
     assert response.content == ask(guarded(), "GET", "/v1/models", "acme").content
 
 
@@ -124,6 +132,38 @@ def test_the_scopes_of_a_route(method: str, path: str, allowed: set[str]) -> Non
     statuses = {key: ask(access, method, path, key).status_code for key in KEYS}
     assert statuses.pop("late") == 401
     assert statuses == {key: 200 if key in allowed else 403 for key in statuses}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/chat/completions/", 307),
+        ("POST", "//v1/chat/completions", 404),
+        ("GET", "/v1/files", 404),
+        ("POST", "/v1/moderations", 404),
+        ("GET", "/v1/chat/completions", 405),
+        # Routes for administrators, under their own method and under another.
+        ("POST", "/sleep", 403),
+        ("GET", "/sleep", 403),
+        ("GET", "/unheard/of", 403),
+        ("DELETE", "/unheard/of", 403),
+        ("POST", "/v1/responses/r/cancel", 403),
+        ("DELETE", "/v1/responses/r", 403),
+        ("GET", "/metrics", 403),
+        ("POST", "/v1/chat/completions%0A", 403),
+    ],
+)
+def test_a_path_that_the_app_does_not_serve_is_not_forbidden(
+    method: str, path: str, status: int
+) -> None:
+    app = echo_app()
+    access = guarded(app, router=app.router)
+    response = ask(access, method, path, "acme")
+    assert response.status_code == status, response.text
+    if status == 403:
+        refused(response, 403, "needs the scope")
+    refused(ask(access, method, path), 401)
+    refused(ask(access, method, path, "late"), 401)
 
 
 def test_a_scope_that_is_missing_is_named() -> None:

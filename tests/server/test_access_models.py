@@ -21,6 +21,7 @@ VIEW = make_view(
         Tenant("org", "org@4"),
     ],
     base_models=("org/Base", "org"),
+    max_model_len=4096,
 )
 ACME = Principal("a", frozenset({"serve"}), frozenset({"acme", "acme/support", "draft"}), "acme")
 EVERYONE = Principal("e", frozenset({"serve"}), frozenset({"*"}))
@@ -96,16 +97,34 @@ def test_the_list_shows_exactly_the_usable_models() -> None:
     assert listing(VIEW, Principal("n", frozenset({"serve"})))["data"] == []
 
 
+@pytest.mark.engine
+def test_a_card_has_the_fields_of_vllms() -> None:
+    from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+    card = describe(VIEW, ACME, "acme")
+    assert set(card) == set(ModelCard.model_fields)
+    assert set(card["permission"][0]) == set(ModelPermission.model_fields)
+
+
 def test_a_card() -> None:
-    assert describe(VIEW, ACME, "acme") == {
+    card = describe(VIEW, ACME, "acme")
+    (permission,) = card.pop("permission")
+    assert permission["id"] == "modelperm-acme" and permission["allow_sampling"] is True
+    assert card == {
         "id": "acme",
         "object": "model",
         "created": 1700000000,
         "owned_by": "safegene",
         "root": "acme@7",
+        "parent": None,
+        "max_model_len": 4096,
     }
+    both = Principal("both", frozenset({"serve"}), frozenset({"acme"}), base=True)
+    assert describe(VIEW, both, "acme")["parent"] == "org/Base"
+    assert describe(VIEW, both, "org/Base")["parent"] is None
     assert describe(VIEW, ACME, "acme@6")["root"] == "acme@6"
     assert describe(VIEW, BASE, "org")["created"] == 0
+    assert "org/Base" not in json.dumps(listing(VIEW, ACME))
     assert "other" not in json.dumps(listing(VIEW, ACME))
     with pytest.raises(RequestRejectedError) as caught:
         describe(VIEW, ACME, "other")

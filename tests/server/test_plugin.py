@@ -141,6 +141,7 @@ class Models:
         self.engine_client: Any = engine
         self.lora_requests: dict[str, Request] = {}
         self.base_model_paths = [SimpleNamespace(name="base")]
+        self.model_config = SimpleNamespace(max_model_len=256)
         self.count = 0
         self.abridged = "an abridged message"
 

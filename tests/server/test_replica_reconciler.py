@@ -113,7 +113,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     registry, store = Registry(tmp_path / "r.sqlite"), Store(tmp_path / "store")
     engine, catalog, counters = Engine(header), Catalog(), Counters()
     models = SimpleNamespace(
-        lora_requests={}, base_model_paths=[SimpleNamespace(name="base-model")]
+        lora_requests={},
+        base_model_paths=[SimpleNamespace(name="base-model")],
+        model_config=SimpleNamespace(max_model_len=256),
     )
     replica = Reconciler(
         registry=registry,

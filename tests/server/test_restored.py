@@ -132,6 +132,7 @@ class World:
         self.models = SimpleNamespace(
             lora_requests={},
             base_model_paths=[SimpleNamespace(name="base")],
+            model_config=SimpleNamespace(max_model_len=256),
             engine_client=None,
             load_lora_adapter=None,
         )

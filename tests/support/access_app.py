@@ -44,6 +44,7 @@ VIEW = make_view(
     keys={key_digest(f"sg-{name}"): key for name, key in KEYS.items()},
     tenants=TENANTS,
     base_models=("org/Base",),
+    max_model_len=4096,
 )
 
 

@@ -77,12 +77,14 @@ class View:
 
     `base_models` are the served names of the base model. They take precedence over a tenant of the
     same name, which then is not served, so that the base is never served in a tenant's place.
+    `max_model_len` is the engine's context in tokens.
     """
 
     keys: Mapping[bytes, Principal] = field(default_factory=dict)
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
     base_models: tuple[str, ...] = ()
     base_limits: Limits = UNLIMITED
+    max_model_len: int | None = None
 
 
 class Catalog:
@@ -107,6 +109,7 @@ def make_view(
     tenants: Iterable[Tenant],
     base_models: Iterable[str] = (),
     base_limits: Limits = UNLIMITED,
+    max_model_len: int | None = None,
 ) -> View:
     """Make a checked, immutable view. Errors: ConfigError with every problem."""
     listed = tuple(tenants)
@@ -124,7 +127,11 @@ def make_view(
             "the view of keys and tenants is not usable: " + "; ".join(problems) + "."
         )
     return View(
-        MappingProxyType(dict(keys)), MappingProxyType(by_name), tuple(base_models), base_limits
+        MappingProxyType(dict(keys)),
+        MappingProxyType(by_name),
+        tuple(base_models),
+        base_limits,
+        max_model_len,
     )
 
 

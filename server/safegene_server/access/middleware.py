@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.access import body, models
@@ -24,8 +25,10 @@ from safegene_server.access.rejection import RequestRejectedError, reject
 from safegene_server.access.route_permissions import (
     LIST,
     MODELS,
+    OPERATE,
     WEBSOCKET,
     Rule,
+    needs_of_path,
     route_path,
     rule_for,
 )
@@ -72,7 +75,8 @@ class AccessSettings:
 class AccessMiddleware:
     """ASGI middleware. `now` returns Unix time in seconds.
 
-    `traffic` counts passed and rejected requests; without it nothing is counted.
+    `traffic` counts passed and rejected requests; without it nothing is counted. `router` is the
+    app's: a path without a route gets its 404 or redirect; without it, a 403.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class AccessMiddleware:
         counters: Counters | None = None,
         now: Callable[[], float] = time.time,
         traffic: Traffic | None = None,
+        router: Router | None = None,
     ) -> None:
         self.app = app
         self.catalog = catalog
@@ -90,6 +95,7 @@ class AccessMiddleware:
         self.counters = counters or Counters()
         self.now = now
         self.traffic = traffic
+        self.router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -108,7 +114,8 @@ class AccessMiddleware:
                 principal = None
             else:
                 principal = authenticate(view, scope["headers"], self.now())
-                check_scope(principal, rule)
+                if rule is not OPERATE or not self._unserved(scope, principal):
+                    check_scope(principal, rule)
             models_body = (
                 _models_body(view, principal, path) if rule is LIST and principal else None
             )
@@ -186,6 +193,15 @@ class AccessMiddleware:
         finally:
             reservation.close(meter.tokens if rule.tokens else 0)
 
+    def _unserved(self, scope: Scope, principal: Principal) -> bool:
+        """Return whether the app runs nothing for this request: it responds 404, 405 or 307."""
+        if self.router is None or scope["type"] != "http":
+            return False
+        found = max((route.matches(scope)[0].value for route in self.router.routes), default=0)
+        if found == Match.PARTIAL.value:
+            return principal.scopes.issuperset(needs_of_path(route_path(scope)) or {"admin"})
+        return found == Match.NONE.value
+
     def _count(
         self, error: RequestRejectedError, metrics: RequestMetrics | None, tenant: str = NO_TENANT
     ) -> None:
@@ -244,7 +260,7 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
     if not secret:
         raise _unauthorized(
             "this route needs a key: send one `Authorization: Bearer KEY` header, or one "
-            "`x-api-key: KEY`.",
+            "`x-api-key: KEY`; both only with the same key.",
             "no_key",
         )
     principal = view.keys.get(key_digest(secret))
@@ -258,15 +274,18 @@ def authenticate(view: View, headers: body.HeaderList, now: float) -> Principal:
 
 
 def _secret(headers: body.HeaderList) -> bytes:
-    """Return the key, sent as OpenAI's clients do or as Anthropic's; empty for none or several."""
+    """Return the key, sent as OpenAI's clients do, as Anthropic's, or both ways alike.
+
+    Empty for none, for several, and for a header of another form.
+    """
     bearer = [value for name, value in headers if name == b"authorization"]
-    plain = [value for name, value in headers if name == b"x-api-key"]
-    if len(bearer) + len(plain) != 1:
+    plain = [value.strip() for name, value in headers if name == b"x-api-key"]
+    if len(bearer) > 1 or len(plain) > 1:
         return b""
-    if plain:
-        return plain[0].strip()
-    kind, _, secret = bearer[0].partition(b" ")
-    return secret.strip() if kind.lower() == b"bearer" else b""
+    for value in bearer:
+        kind, _, secret = value.partition(b" ")
+        plain.append(secret.strip() if kind.lower() == b"bearer" else b"")
+    return plain[0] if len(set(plain)) == 1 else b""
 
 
 def check_scope(principal: Principal, rule: Rule) -> None:

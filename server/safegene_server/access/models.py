@@ -79,7 +79,7 @@ def listing(view: View, principal: Principal) -> dict[str, Any]:
     """Make the body of GET /v1/models: base models if granted, then the tenants by name."""
     names = dict.fromkeys((*view.base_models, *sorted(view.tenants)))
     targets = {name: find(view, principal, name) for name in names}
-    cards = [_card(view, name, target) for name, target in targets.items() if target]
+    cards = [_card(view, principal, name, target) for name, target in targets.items() if target]
     return {"object": "list", "data": cards}
 
 
@@ -88,16 +88,39 @@ def describe(view: View, principal: Principal, name: str) -> dict[str, Any]:
     target = find(view, principal, name)
     if target is None:
         raise not_found(name)
-    return _card(view, name, target)
+    return _card(view, principal, name, target)
 
 
-def _card(view: View, name: str, target: Target) -> dict[str, Any]:
-    """Make OpenAI's model card; `root` is the served revision, where vLLM would show a path."""
+def _card(view: View, principal: Principal, name: str, target: Target) -> dict[str, Any]:
+    """Make a model card with vLLM's fields; `root` is the served revision in place of a path.
+
+    `parent`, the base model, may be a path too: it is shown to keys that may use it.
+    """
     base = name in view.base_models
+    parents = () if base or not principal.base else view.base_models
+    created = 0 if base else view.tenants[target.account].created
     return {
         "id": name,
         "object": "model",
-        "created": 0 if base else view.tenants[target.account].created,
+        "created": created,
         "owned_by": OWNER,
         "root": target.served,
+        "parent": next(iter(parents), None),
+        "max_model_len": view.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
     }

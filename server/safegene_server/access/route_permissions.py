@@ -177,6 +177,11 @@ def rule_for(method: str, path: str, public: frozenset[str] = frozenset()) -> Ru
     return RULES.get(f"{method} {path}", OPERATE)
 
 
+def needs_of_path(path: str) -> frozenset[Need]:
+    """Return the scopes that a path of the table needs, over all of its methods."""
+    return frozenset(rule.need for name, rule in RULES.items() if name.partition(" ")[2] == path)
+
+
 def _our_rule(method: str, path: str) -> Rule:
     """Return the rule of our own route: read or admin by method, some for all tenants only."""
     if method == "GET" and path == f"{OURS}/whoami":

@@ -307,8 +307,8 @@ class Reconciler:
     def _switch_aliases(self, snapshot: Snapshot, wanted: Sequence[Revision]) -> None:
         """Switch every alias whose revision is loaded, and update the catalog."""
         changed, new = self._aliases.switch(snapshot, wanted)
-        base = [model.name for model in self.models.base_model_paths]
-        self.catalog.replace(view_of(snapshot, self.header.digest, self.serving(), base))
+        view = view_of(snapshot, self.header.digest, self.serving(), self.models)
+        self.catalog.replace(view)
         for one in new:
             definitions.APPLY_SECONDS.observe(self.lag.clock() - self._waiting.pop_s(one))
         if changed:

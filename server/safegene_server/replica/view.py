@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from safegene_server.access.catalog import Limits, Principal, Tenant, View, make_view
 from safegene_server.registry import Key, Snapshot
 from safegene_server.registry.validation import BASE
 
 
-def view_of(
-    snapshot: Snapshot, family: str, serving: Mapping[str, str], base_models: Iterable[str]
-) -> View:
+def view_of(snapshot: Snapshot, family: str, serving: Mapping[str, str], models: Any) -> View:
     """Build the view: all keys, and this family's tenants with the revision that serves them.
 
-    `serving` maps a tenant to its served name, of what this engine has loaded and verified.
+    `serving` maps a tenant to its served name, of what this engine has loaded and verified;
+    `models` is vLLM's OpenAIServingModels.
     """
     return make_view(
         keys={bytes.fromhex(key.hash): principal_of_key(key) for key in snapshot.keys},
@@ -28,7 +28,8 @@ def view_of(
             for tenant in snapshot.tenants
             if tenant.family == family
         ],
-        base_models=base_models,
+        base_models=[model.name for model in models.base_model_paths],
+        max_model_len=models.model_config.max_model_len,
     )
 
 
