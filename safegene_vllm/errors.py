@@ -32,6 +32,7 @@ SafegeneError               [400]
         └── RestoredError   [503] the registry lost changes that this server has seen
 """
 
+import re
 from collections.abc import Sequence
 
 
@@ -176,18 +177,43 @@ class RestoredError(RegistryDownError):
 
 MAX_SHOWN = 20
 """Maximum number of errors in one message: an untrusted file can cause thousands."""
+MAX_ALIKE = 3
+"""Of these, the maximum that differ only in quoted names and numbers."""
+MAX_CHARS = 8_000
+"""Maximum length of a combined message, and of any that is stored."""
+_VARIABLE = re.compile(r"'[^']*'|\b[\w.]*\.\d+\.[\w.]*|\d+")
+
+
+def shorten(message: str, limit: int = MAX_CHARS) -> str:
+    """Return the message, cut at `limit` characters if it is longer, with the number left out."""
+    if len(message) <= limit:
+        return message
+    return f"{message[: limit - 40]}… ({len(message) - limit + 40} more characters)"
 
 
 def raise_errors(errors: Sequence[SafegeneError]) -> None:
     """Raise all `errors` in one message; do nothing if there are none.
 
     A single error is raised itself. Several become one of the first one's class, a line each for
-    the first MAX_SHOWN.
+    the first MAX_SHOWN, of which MAX_ALIKE of one kind, with the number of the others.
     """
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        lines = [f"- {type(error).__name__}: {error}" for error in errors[:MAX_SHOWN]]
-        if len(errors) > MAX_SHOWN:
-            lines.append(f"- and {len(errors) - MAX_SHOWN} more")
-        raise type(errors[0])("\n".join([f"{len(errors)} errors:", *lines]))
+        kinds: dict[str, list[str]] = {}
+        for error in errors:
+            line = f"- {type(error).__name__}: {error}"
+            kinds.setdefault(_VARIABLE.sub("…", line), []).append(line)
+        lines: list[str] = []
+        hidden = 0
+        for alike in kinds.values():
+            shown = [shorten(line, 1_000) for line in alike[:MAX_ALIKE]]
+            if len(lines) + len(shown) > MAX_SHOWN:
+                hidden += len(alike)
+                continue
+            if len(alike) > len(shown):
+                shown[-1] += f" (and {len(alike) - len(shown)} more like this)"
+            lines += shown
+        if hidden:
+            lines.append(f"- and {hidden} more")
+        raise type(errors[0])(shorten("\n".join([f"{len(errors)} errors:", *lines])))

@@ -170,8 +170,6 @@ def _composed_lora_weights(
 
 def _check_weights(checkpoint: Checkpoint, lora_weights: Mapping[str, LoRAWeights]) -> None:
     """Check that every weight to merge into exists, fits, is of a float dtype and not tied."""
-    from safegene_vllm.composition import merged_weight_name
-
     where = checkpoint.directory
     text = checkpoint.config.get("text_config")
     tied = checkpoint.config.get("tie_word_embeddings") or (
@@ -179,7 +177,7 @@ def _check_weights(checkpoint: Checkpoint, lora_weights: Mapping[str, LoRAWeight
     )
     errors: list[SafegeneError] = []
     for site, lora in lora_weights.items():
-        info = checkpoint.infos.get(merged_weight_name(site))
+        info = checkpoint.infos.get(checkpoint.weight_name(site))
         if tied and layer_of(site) is None:
             errors.append(
                 SiteError(
@@ -321,8 +319,6 @@ def export_checkpoint(
     NonFiniteError (overflow), FamilyMismatchError, FormatError if `out` exists,
     AdapterRejectedError if an input was exported.
     """
-    from safegene_vllm.composition import merged_weight_name
-
     base, out = Path(base), Path(out)
     check_profile(profile, family.header)
     reject_exported(base)
@@ -332,7 +328,7 @@ def export_checkpoint(
     checkpoint = read_checkpoint(base)
     lora_weights = _composed_lora_weights(_own_adapter(tenant, family), family, profile)
     _check_weights(checkpoint, lora_weights)
-    by_name = {merged_weight_name(site): lora for site, lora in lora_weights.items()}
+    by_name = {checkpoint.weight_name(site): lora for site, lora in lora_weights.items()}
     total = sum(info.end - info.begin for info in checkpoint.infos.values())
     written = 0
 

@@ -21,7 +21,7 @@ from safegene_vllm.chat import (
     resolve_device,
     stop_tokens,
 )
-from safegene_vllm.composition import compose_adapter, merge_into, merged_weight_name
+from safegene_vllm.composition import compose_adapter, merge_into
 from safegene_vllm.errors import ConfigError, SafegeneError, SiteError, raise_errors
 from safegene_vllm.evaluation.targets import Target, adapter_of, checkpoint_of, profile_of
 from safegene_vllm.formats.adapter import LoRAWeights, layer_of, load_adapter
@@ -98,7 +98,7 @@ class _Loaded:
         raise_errors(errors)
         for site in sorted(self.changed | lora_weights.keys()):
             weight: Any = modules[site].weight
-            stored = self.checkpoint.read(merged_weight_name(site))
+            stored = self.checkpoint.read(self.checkpoint.weight_name(site))
             if site in lora_weights:
                 stored = merge_into(stored.float(), lora_weights[site], 1.0)
             weight.data.copy_(stored.to(weight.dtype))

@@ -31,6 +31,9 @@ from safegene_vllm.formats.safetensors_file import (
     read_safetensors_header as read_safetensors_header,
 )
 from safegene_vllm.formats.site_patterns import Overrides, SitePatterns
+from safegene_vllm.formats.tensor_names import group_halves
+from safegene_vllm.formats.tensor_names import layer_of as layer_of
+from safegene_vllm.formats.tensor_names import tensor_name as tensor_name
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +47,6 @@ OWNED_FILES = (CONFIG_FILE, WEIGHTS_FILE, DESCRIPTION_FILE)
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _ADAPTER_DTYPES = ("F32", "BF16", "F16")
-_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<half>[AB])\.weight")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
-
 # PEFT options that make the adapter something else than W + scaling * B A on named sites.
 _REJECTED_OPTIONS = (
     *("use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens"),
@@ -95,7 +95,7 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class LoRAShape:
-    """Shape and dtype (F32, BF16 or F16) of one target module's A and B, from the file's header."""
+    """Shape of one target module's A and B, and a dtype (F32, BF16 or F16) that holds both."""
 
     site: str
     rank: int
@@ -111,17 +111,6 @@ class Adapter:
     lora_weights: Mapping[str, LoRAWeights]
     base_model: str | None
     config: Mapping[str, Any]
-
-
-def layer_of(site: str) -> int | None:
-    """The layer number in a site's name (after `layers.`, `h.` or `blocks.`), None for others."""
-    match = _LAYER.search(site)
-    return int(match.group(1)) if match else None
-
-
-def tensor_name(site: str, half: str) -> str:
-    """The name in the file of a site's `A` or `B`."""
-    return f"base_model.model.{site}.lora_{half}.weight"
 
 
 class LoRAScaling:
@@ -201,24 +190,6 @@ def _weights_path(directory: Path) -> Path:
     return path
 
 
-def _halves(
-    infos: Mapping[str, TensorInfo], errors: list[SafegeneError]
-) -> dict[str, dict[str, TensorInfo]]:
-    halves: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
-        match = _TENSOR_NAME.fullmatch(name)
-        if match:
-            halves.setdefault(match["site"], {})[match["half"]] = info
-        else:
-            errors.append(
-                SiteError(
-                    f"tensor {name!r} is not base_model.model.<site>.lora_A.weight or "
-                    ".lora_B.weight; only LoRA weights of linear modules are supported"
-                )
-            )
-    return halves
-
-
 def _lora_shape(site: str, halves: Mapping[str, TensorInfo], rank: int) -> LoRAShape:
     if set(halves) != {"A", "B"}:
         there = next(iter(halves))
@@ -229,14 +200,15 @@ def _lora_shape(site: str, halves: Mapping[str, TensorInfo], rank: int) -> LoRAS
             f"site {site!r}: A has shape {a.shape} and B {b.shape}, "
             "expected (R, D_in) and (D_out, R) with one R, none of them 0"
         )
-    if a.dtype != b.dtype or a.dtype not in _ADAPTER_DTYPES:
+    if not {a.dtype, b.dtype} <= set(_ADAPTER_DTYPES):
         raise HeaderError(
             f"site {site!r}: A is {a.dtype} and B {b.dtype}, "
-            f"expected one dtype of {', '.join(_ADAPTER_DTYPES)}"
+            f"expected one of {', '.join(_ADAPTER_DTYPES)}"
         )
     if a.shape[0] != rank:
         raise ShapeError(f"site {site!r} has rank {a.shape[0]}, {CONFIG_FILE} says {rank}")
-    return LoRAShape(site, a.shape[0], a.shape[1], b.shape[0], a.dtype)
+    dtype = a.dtype if a.dtype == b.dtype else "F32"
+    return LoRAShape(site, a.shape[0], a.shape[1], b.shape[0], dtype)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -247,18 +219,21 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _shapes(
     infos: Mapping[str, TensorInfo], scalings: LoRAScaling, path: Path
-) -> dict[str, LoRAShape]:
+) -> tuple[dict[str, LoRAShape], dict[str, dict[str, str]]]:
+    """Shapes by site, and the names of their tensors in the file, by half."""
     errors: list[SafegeneError] = []
     shapes: dict[str, LoRAShape] = {}
-    for site, halves in sorted(_halves(infos, errors).items()):
+    names = group_halves(infos, errors)
+    for site, halves in sorted(names.items()):
         try:
-            shapes[site] = _lora_shape(site, halves, scalings.rank(site))
+            found = {half: infos[name] for half, name in halves.items()}
+            shapes[site] = _lora_shape(site, found, scalings.rank(site))
         except (SiteError, ShapeError, HeaderError) as error:
             errors.append(error)
     if not infos:
         errors.append(SiteError("no tensors; an adapter that touches no site is rejected"))
     raise_errors([type(error)(f"{path}: {error}") for error in errors])
-    return shapes
+    return shapes, names
 
 
 def read_adapter_shapes(directory: Path) -> dict[str, LoRAShape]:
@@ -270,32 +245,31 @@ def read_adapter_shapes(directory: Path) -> dict[str, LoRAShape]:
     directory = Path(directory)
     path = _weights_path(directory)
     scalings = LoRAScaling(_read_config(directory))
-    return _shapes(read_safetensors_header(path), scalings, path)
+    return _shapes(read_safetensors_header(path), scalings, path)[0]
 
 
 def load_adapter(directory: Path) -> Adapter:
     """The adapter in `directory`: a (R, D_in), b (D_out, R) as stored, and the scaling.
 
+    Halves of two dtypes both become float32.
     Errors: those of `read_adapter_shapes`; NonFiniteError naming each tensor with NaN or Inf.
     """
     directory = Path(directory)
     path = _weights_path(directory)
     config = _read_config(directory)
     scalings = LoRAScaling(config)
-    shapes = _shapes(read_safetensors_header(path), scalings, path)
+    shapes, names = _shapes(read_safetensors_header(path), scalings, path)
     tensors = read_tensors(path)
-    if set(tensors) != {tensor_name(site, half) for site in shapes for half in "AB"}:
+    if set(tensors) != {names[site][half] for site in shapes for half in "AB"}:
         raise SiteError(
             f"{path} changed while it was read; load a copy that is not being written to"
         )
-    lora_weights = {
-        site: LoRAWeights(
-            tensors[tensor_name(site, "A")],
-            tensors[tensor_name(site, "B")],
-            scalings.scaling(site),
-        )
-        for site in shapes
-    }
+    lora_weights: dict[str, LoRAWeights] = {}
+    for site in shapes:
+        a, b = tensors[names[site]["A"]], tensors[names[site]["B"]]
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        lora_weights[site] = LoRAWeights(a, b, scalings.scaling(site))
     base_model = config.get("base_model_name_or_path")
     return Adapter(lora_weights, base_model if isinstance(base_model, str) else None, config)
 

@@ -30,6 +30,7 @@ from safegene_vllm.formats.safetensors_file import (
     TensorInfo,
     read_safetensors_header,
 )
+from safegene_vllm.formats.tensor_names import spellings
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,11 @@ class Checkpoint:
     @cached_property
     def _shard_of(self) -> Mapping[str, str]:
         return {name: shard for shard, infos in self.shards.items() for name in infos}
+
+    def weight_name(self, site: str) -> str:
+        """Name of the weight of a target module here, under either of its spellings."""
+        names = [f"{name}.weight" for name in spellings(site)]
+        return next((name for name in names if name in self.infos), names[0])
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` as stored, on the CPU, in memory of its own.

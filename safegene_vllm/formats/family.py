@@ -151,6 +151,14 @@ def base_of_checkpoint(directory: Path) -> Base:
         if name.endswith(".weight") and len(info.shape) == 2 and layer_of(name) is not None
     }
     if not sites:
+        quantization = both.get("quantization_config")
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", "unknown method")
+            raise SiteError(
+                f"{directory} is quantized ({method!r:.40}): its files hold no plain 2-D weight "
+                "inside a layer to take the base's shapes from. Name the original, unquantized "
+                "checkpoint"
+            )
         raise SiteError(f"{directory}: no 2-D weight inside a layer; this model cannot be a base")
     architecture = str(architectures[0])  # type: ignore[index]
     shape = {"architecture": architecture, "sites": sites}

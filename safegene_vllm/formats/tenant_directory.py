@@ -21,6 +21,7 @@ from safegene_vllm.formats.file_io import read_json
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 from safegene_vllm.formats.profile import has_profile
 from safegene_vllm.formats.tenant_kind import TenantKind, tenant_kind
+from safegene_vllm.formats.tensor_names import layer_of, spellings
 
 RECORD_FILE = "safegene-export.json"
 """Written by `safegene export` next to weights that already contain a vector."""
@@ -47,11 +48,28 @@ def kind_of(directory: Path, *, new_profile: bool = False) -> Kind:
     return tenant_kind(directory, new_profile=new_profile)
 
 
+def _stack(site: str) -> tuple[str, int | None]:
+    """Name of the list of layers that a site is in, such as `model.layers`, and its layer."""
+    layer = layer_of(site)
+    return ("", None) if layer is None else (site[: site.index(f".{layer}.")], layer)
+
+
 def _adapter_errors(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
     errors: list[SafegeneError] = []
+    stacks = {name for site in header.sites for name in spellings(_stack(site)[0])}
     for site, own in read_adapter_shapes(directory).items():
-        ours = header.sites.get(site)
-        if ours is not None and (own.d_out, own.d_in) != (ours.d_out, ours.d_in):
+        ours = next((header.sites[s] for s in spellings(site) if s in header.sites), None)
+        stack, layer = _stack(site)
+        if layer is not None and (stack not in stacks or layer >= header.num_layers):
+            errors.append(
+                FamilyMismatchError(
+                    f"{directory}: the adapter is for {site!r}, and the base of family "
+                    f"{header.name!r} has layers 0 to {header.num_layers - 1} of "
+                    f"{' and '.join(map(repr, sorted(stacks)))} only; was it trained on another "
+                    "model, or saved from inside a wrapper?"
+                )
+            )
+        elif ours is not None and (own.d_out, own.d_in) != (ours.d_out, ours.d_in):
             errors.append(
                 FamilyMismatchError(
                     f"{directory}, {site}: the weight is {(own.d_out, own.d_in)}, in family "

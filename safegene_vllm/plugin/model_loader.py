@@ -28,6 +28,7 @@ from safegene_vllm.formats.adapter import layer_of
 from safegene_vllm.formats.family import Family, load_family
 from safegene_vllm.formats.profile import Profile
 from safegene_vllm.formats.receipt import Receipt, gain_digest
+from safegene_vllm.formats.tensor_names import spellings
 from safegene_vllm.plugin import compat
 from safegene_vllm.plugin.preflight import read_engine_plan
 
@@ -96,7 +97,11 @@ class SafegeneModelLoader(_Loader):
         if model_config.runner_type == "draft":
             yield from stream
             return
-        by_weight = {merged_weight_name(site): site for site in self._family.lora_weights}
+        by_weight = {
+            merged_weight_name(name): site
+            for site in self._family.lora_weights
+            for name in spellings(site)
+        }
         occurrences: Counter[str | None] = Counter()
         merge_s = 0.0
         pending: deque[tuple[str, Future[tuple[torch.Tensor, float]]]] = deque()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from safegene_vllm.composition import merged_weight_name
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
 from safegene_vllm.evaluation.judges import is_refusal
@@ -154,9 +153,9 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, batch: Batch) ->
 
 def _check_adapter(checkpoint: Path, adapter: Path) -> None:
     """Check that the LoRA fits the checkpoint. Errors: FamilyMismatchError."""
-    infos = read_checkpoint(checkpoint).infos
+    found = read_checkpoint(checkpoint)
     for site, lora in read_adapter_shapes(adapter).items():
-        info = infos.get(merged_weight_name(site))
+        info = found.infos.get(found.weight_name(site))
         if info is None or info.shape != (lora.d_out, lora.d_in):
             raise FamilyMismatchError(
                 f"{adapter} is no LoRA on {checkpoint}: the weight of {site} is "

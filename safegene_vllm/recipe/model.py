@@ -96,9 +96,12 @@ def merge_lora_weights(
 
 
 def layer_modules(model: Any) -> list[torch.nn.Module]:
-    """The decoder layers in order. Errors: ConfigError if the model has no single list of them."""
+    """The decoder layers in order, of a multimodal model those of its language model.
+
+    Errors: ConfigError if the model has no single list of them.
+    """
     found: dict[int, torch.nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in _language_model(model).named_modules():
         number = layer_of(name)
         if number is not None and layer_of(name.rpartition(".")[0]) is None:
             if number in found:
@@ -111,12 +114,21 @@ def layer_modules(model: Any) -> list[torch.nn.Module]:
     return [found[number] for number in range(len(found))]
 
 
+def _language_model(model: Any) -> Any:
+    """The part of a multimodal model with the decoder layers; any other model itself."""
+    inner = getattr(model, "model", model)
+    return getattr(inner, "language_model", None) or getattr(model, "language_model", None) or model
+
+
 def linear_modules(model: Any) -> dict[str, tuple[int, int]]:
-    """(D_out, D_in) of every linear module inside the layers, by name."""
+    """(D_out, D_in) of every linear module inside the decoder layers, by name."""
+    inside = {id(module) for module in _language_model(model).modules()}
     return {
         name: (int(module.out_features), int(module.in_features))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and layer_of(name) is not None
+        if isinstance(module, torch.nn.Linear)
+        and layer_of(name) is not None
+        and id(module) in inside
     }
 
 

@@ -8,7 +8,14 @@ import pytest
 
 from safegene_server.error_responses import status_of
 from safegene_vllm import errors
-from safegene_vllm.errors import HeaderError, SafegeneError, SiteError, raise_errors
+from safegene_vllm.errors import (
+    MAX_CHARS,
+    HeaderError,
+    SafegeneError,
+    SiteError,
+    raise_errors,
+    shorten,
+)
 
 
 def drawn() -> dict[str, tuple[str, int]]:
@@ -52,5 +59,28 @@ def test_several_errors_become_one_of_the_first_class_with_all_messages() -> Non
 
 
 def test_of_thousands_of_errors_the_first_are_named() -> None:
-    with pytest.raises(HeaderError, match=r"(?s)^9000 errors:.*: 0\n.*: 19\n- and 8980 more$"):
-        raise_errors([HeaderError(str(number)) for number in range(9000)])
+    words = [a + b for a in "abcdefghijklmnop" for b in "abcdefghijklmnop"]
+    with pytest.raises(HeaderError, match=r"(?s)^256 errors:.*: aa\n.*: bd\n- and 236 more$"):
+        raise_errors([HeaderError(word) for word in words])
+
+
+def test_errors_of_one_kind_are_named_three_times_and_counted() -> None:
+    alike = [SiteError(f"tensor 'model.layers.{n}.q' has rank {n}") for n in range(400_000)]
+    with pytest.raises(HeaderError) as caught:
+        raise_errors([HeaderError("r is 0"), *alike, HeaderError("bias")])
+    assert str(caught.value).splitlines() == [
+        "400002 errors:",
+        "- HeaderError: r is 0",
+        "- SiteError: tensor 'model.layers.0.q' has rank 0",
+        "- SiteError: tensor 'model.layers.1.q' has rank 1",
+        "- SiteError: tensor 'model.layers.2.q' has rank 2 (and 399997 more like this)",
+        "- HeaderError: bias",
+    ]
+
+
+def test_a_message_has_a_largest_length() -> None:
+    with pytest.raises(SiteError) as caught:
+        raise_errors([SiteError(chr(97 + n) * 5_000) for n in range(20)])
+    assert len(str(caught.value)) <= MAX_CHARS
+    assert str(caught.value).endswith(" more characters)")
+    assert shorten("x" * MAX_CHARS) == "x" * MAX_CHARS

@@ -98,13 +98,36 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SafegeneError], str]] = {
     "rank of rank_pattern": (config(rank_pattern={"up_proj": 8}), ShapeError, "rank 2.*says 8"),
     "one dimension": (put(A_NAME, torch.ones(2)), ShapeError, "one R"),
     "empty": (put(A_NAME, torch.ones(2, 0)), ShapeError, "none of them 0"),
-    "two dtypes": (put(A_NAME, ramp(2, 4, dtype=torch.float16)), HeaderError, "F16 and B F32"),
+    "two adapters": (
+        tensors(lambda v: v.update({"base_model.model.x.lora_A.sales.weight": ramp(1, 1)})),
+        SiteError,
+        r"several adapters \('', 'sales'\)",
+    ),
+    "one weight twice": (
+        put(A_NAME.replace("model.layers", "_orig_mod.model.layers"), ramp(2, 4)),
+        SiteError,
+        "are the same weight",
+    ),
     "float64": (
         tensors(lambda v: v.update({k: t.double() for k, t in v.items()})),
         HeaderError,
         "F64",
     ),
-    "embedding": (put("base_model.model.x.lora_embedding_A", ramp(1, 1)), SiteError, "embedding_A"),
+    "embedding": (
+        put("base_model.model.x.lora_embedding_A", ramp(1, 1)),
+        SiteError,
+        "LoRA on embeddings",
+    ),
+    "embeddings of added tokens": (
+        put("base_model.model.model.embed_tokens.weight", ramp(9, 4)),
+        SiteError,
+        "all of embed_tokens, .* tokens were added",
+    ),
+    "magnitude": (
+        put(f"base_model.model.{SITE}.lora_magnitude_vector", torch.ones(4)),
+        SiteError,
+        "magnitude of DoRA",
+    ),
     "bias": (put(f"base_model.model.{SITE}.lora_B.bias", ramp(1, 1)), SiteError, r"lora_B\.bias"),
     "saved module": (put("base_model.model.lm_head.weight", ramp(1, 1)), SiteError, "lm_head"),
     "other prefix": (put(f"{SITE}.lora_A.weight", ramp(1, 1)), SiteError, "base_model.model"),
@@ -141,6 +164,46 @@ def test_only_loading_sees_values_that_are_not_finite(good: Path, value: float) 
     assert set(read_adapter_shapes(good)) == {SITE}
     with pytest.raises(NonFiniteError, match="lora_A"):
         load_adapter(good)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [
+        ("base_model.model.", ".default.weight"),
+        ("base_model.model.", ".sales.weight"),
+        ("base_model.model._orig_mod.", ".weight"),
+        ("_orig_mod.base_model.model.", ".default.weight"),
+        ("base_model.model._fsdp_wrapped_module.", ".weight"),
+    ],
+)
+def test_names_that_training_scripts_write_are_the_same_weights(
+    good: Path, prefix: str, suffix: str
+) -> None:
+    before, shapes = load_adapter(good), read_adapter_shapes(good)
+
+    def rename(values: dict[str, Any]) -> None:
+        for name in list(values):
+            own = name.removeprefix("base_model.model.").removesuffix(".weight")
+            own = own.replace(".layers.0.", ".layers.0._checkpoint_wrapped_module.")
+            values[f"{prefix}{own}{suffix}"] = values.pop(name)
+
+    tensors(rename)(good)
+    after = load_adapter(good)
+    assert read_adapter_shapes(good) == shapes
+    assert after.lora_weights.keys() == before.lora_weights.keys()
+    for site, lora in before.lora_weights.items():
+        assert torch.equal(after.lora_weights[site].a, lora.a)
+        assert torch.equal(after.lora_weights[site].b, lora.b)
+        assert after.lora_weights[site].scaling == lora.scaling
+
+
+def test_halves_of_two_dtypes_are_both_read_exactly(good: Path) -> None:
+    half = ramp(2, 4, dtype=torch.bfloat16)
+    put(A_NAME, half)(good)
+    (site,) = (site for site, shape in read_adapter_shapes(good).items() if shape.dtype == "F32")
+    lora = load_adapter(good).lora_weights[site]
+    assert (lora.a.dtype, lora.b.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(lora.a, half.float())
 
 
 def test_a_pickle_next_to_safetensors_is_ignored(good: Path) -> None:

@@ -438,6 +438,13 @@ def settings(**fields: Any) -> Callable[[Path], Any]:
     return lambda d: edit_json(d / "config.json", lambda c: c.update(fields))
 
 
+def quantized(directory: Path) -> None:
+    """As AutoAWQ writes it: packed integers in place of each weight."""
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.ones(2, 2, dtype=torch.int32)}
+    safetensors.torch.save_file(packed, directory / "model.safetensors")
+    settings(quantization_config={"quant_method": "awq", "bits": 4})(directory)
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "says"),
     [
@@ -461,6 +468,7 @@ def settings(**fields: Any) -> Callable[[Path], Any]:
             SiteError,
             "no 2-D weight",
         ),
+        (quantized, SiteError, r"is quantized \('awq'\).*unquantized checkpoint"),
     ],
 )
 def test_a_bad_checkpoint_has_a_named_error(

@@ -146,9 +146,9 @@ def test_tensors_and_their_errors_are_counted(tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match="more values than 30 tensors have"):
         read_safetensors_header(path, rules=few)
     path.write_bytes(safetensors_bytes(dict.fromkeys(good, 1)))
-    with pytest.raises(HeaderError, match=r"(?s)30 errors.*- and 10 more$") as caught:
+    with pytest.raises(HeaderError, match=r"(?s)30 errors.*'t02'.*and 27 more like") as caught:
         read_safetensors_header(path, rules=few)
-    assert str(caught.value).count("expected exactly") == 20
+    assert str(caught.value).count("expected exactly") == 3
 
 
 @pytest.mark.parametrize("inside", ["[]", "0", "{}", '"":0'])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from safegene_vllm.errors import (
 )
 from safegene_vllm.formats.adapter import Adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.safetensors_file import read_tensors, serialize
 from safegene_vllm.formats.tenant_directory import RECORD_FILE, check_fits, kind_of, reject_exported
 from safegene_vllm.tiny_model import make_model, random_lora_weights, write_family, write_tenant
 
@@ -53,6 +57,47 @@ def test_a_directory_that_is_nothing_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint", "profile"])
 def test_members_of_the_family_fit(root: Path, header: FamilyHeader, kind: str) -> None:
     check_fits(root / kind, header)
+
+
+def renamed(source: Path, target: Path, change: Callable[[str], str]) -> Path:
+    """A copy of an adapter whose sites have other names."""
+    shutil.copytree(source, target)
+    file = target / "adapter_model.safetensors"
+    file.write_bytes(serialize({change(name): t for name, t in read_tensors(file).items()}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model.layers.", "model.language_model.layers."),
+        ("model.layers.", "inner.layers."),
+        ("layers.1.", "layers.17."),
+    ],
+)
+def test_an_adapter_of_modules_that_the_base_has_not_does_not_fit(
+    root: Path, header: FamilyHeader, tmp_path: Path, old: str, new: str
+) -> None:
+    other = renamed(root / "adapter", tmp_path / "other", lambda name: name.replace(old, new))
+    with pytest.raises(FamilyMismatchError, match=r"layers 0 to 1 of 'model\.layers' only"):
+        check_fits(other, header)
+
+
+def test_both_spellings_of_a_language_model_fit(
+    root: Path, header: FamilyHeader, tmp_path: Path
+) -> None:
+    new, old = "model.language_model.layers.", "language_model.model.layers."
+    sites = {site.replace("model.layers.", new): lora for site, lora in header.sites.items()}
+    inside = replace(header, sites=sites)
+    for prefix in (new, old):
+        adapter = renamed(
+            root / "adapter",
+            tmp_path / prefix,
+            lambda name, prefix=prefix: name.replace("model.model.layers.", f"model.{prefix}"),
+        )
+        check_fits(adapter, inside)
+    with pytest.raises(FamilyMismatchError):
+        check_fits(root / "adapter", inside)
 
 
 def test_others_do_not_and_both_are_named(root: Path, header: FamilyHeader, tmp_path: Path) -> None:
