@@ -161,7 +161,7 @@ def held_without_trials(client: httpx.Client) -> set[str]:
     assert receipts["ready"], receipts["faults"]
     (rank,) = receipts["receipts"]
     names = {adapter["name"] for adapter in rank["adapters"]}
-    assert names and not [name for name in names if name.startswith("trial:")]
+    assert names and not [name for name in names if name.startswith("@candidate/")]
     trials = [number for number in rank["adapters"] if number["lora_int_id"] >= 2**30]
     assert trials == []
     return names
@@ -200,7 +200,7 @@ def test_a_newcomer_without_a_profile_is_calibrated_and_served_in_one_call(
 
 
 def test_a_trial_is_nobodys_model(server: httpx.Client) -> None:
-    for model in ("trial:0", f"trial:{'0' * 32}"):
+    for model in ("@candidate/0", f"@candidate/{'0' * 32}"):
         body = {"model": model, "prompt": [5], "max_tokens": 1}
         answer = server.post(
             "/v1/completions", json=body, headers={"Authorization": f"Bearer {ADMIN}"}

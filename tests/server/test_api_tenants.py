@@ -114,7 +114,7 @@ def test_given_coefficients_need_no_profile_in_the_source(world: World) -> None:
     ("body", "words"),
     [
         ({}, "name"),
-        ({"name": "Acme"}, "name"),
+        ({"name": "Acme Support"}, "name"),
         ({"name": "a/b/c"}, "name"),
         ({"name": NAME}, "neither a source nor a profile"),
         ({"name": NAME, "source": ""}, "source"),

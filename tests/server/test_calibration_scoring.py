@@ -32,7 +32,7 @@ class Says:
         return httpx.Response(self.status, json=told)
 
 
-def scores(*given: Any, model: str = "trial:a") -> dict[str, Any]:
+def scores(*given: Any, model: str = "@candidate/a") -> dict[str, Any]:
     return {"model": model, "choices": [{"prompt_logprobs": list(given)}]}
 
 
@@ -40,7 +40,7 @@ GOOD = (None, {"6": {"logprob": -9.0}}, {"7": {"logprob": -1.0}, "3": {"logprob"
 
 
 def loss(says: Says) -> float:
-    return asyncio.run(mean_loss(says, "trial:a", SHOT, None))  # type: ignore[arg-type]
+    return asyncio.run(mean_loss(says, "@candidate/a", SHOT, None))  # type: ignore[arg-type]
 
 
 def test_the_loss_is_over_the_answers_own_tokens() -> None:
@@ -48,7 +48,7 @@ def test_the_loss_is_over_the_answers_own_tokens() -> None:
     assert loss(says) == 1.5
     (asked,) = says.asked
     assert asked["prompt"] == [5, 6, 7, 8] and asked["prompt_logprobs"] == 0
-    assert asked["model"] == "trial:a" and asked["max_tokens"] == 1
+    assert asked["model"] == "@candidate/a" and asked["max_tokens"] == 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_loss_is_over_the_answers_own_tokens() -> None:
         ([], 200, AdapterRejectedError, "cannot be read"),
         (
             scores(*GOOD, {"8": {"logprob": -2.0}}, model="acme@1"),
-            *(200, ReceiptError, "trial:a was requested, 'acme@1' responded"),
+            *(200, ReceiptError, "@candidate/a was requested, 'acme@1' responded"),
         ),
     ],
 )
@@ -79,7 +79,7 @@ def test_an_invalid_score_is_rejected(
 
 
 def test_a_score_that_is_not_finite_is_rejected() -> None:
-    text = '{"model":"trial:a","choices":[{"prompt_logprobs":[null,{"6":{"logprob":0}},'
+    text = '{"model":"@candidate/a","choices":[{"prompt_logprobs":[null,{"6":{"logprob":0}},'
     text += '{"7":{"logprob":NaN}},{"8":{"logprob":0}}]}]}'
     with pytest.raises(AdapterRejectedError, match="log-probability nan"):
         loss(Says(text.encode()))

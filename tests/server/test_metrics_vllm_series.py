@@ -29,7 +29,7 @@ def test_the_series_is_removed_and_later_values_are_cleared() -> None:
     gauge.labels("2", "", "acme@1").set_to_current_time()
     clear = remove_unbounded_series(registry)
     for number in range(2, 100):
-        gauge.labels("2", "", f"acme@{number},trial:{number}").set_to_current_time()
+        gauge.labels("2", "", f"acme@{number},@candidate/{number}").set_to_current_time()
     asyncio.run(clear())
     assert gauge._metrics == {}
     text = generate_latest(registry).decode()

@@ -64,7 +64,7 @@ class LivelyReplica(FakeReplica):
         self._raise("begin_trial")
         await self._hang("begin_trial")
         assert revision.tenant == NAME and len(coefficients) == self.header.num_layers
-        name = f"trial:{len(self.begun)}"
+        name = f"@candidate/{len(self.begun)}"
         self.trials[name] = tuple(coefficients)
         self.begun.append(tuple(coefficients))
         self.most_trials = max(self.most_trials, len(self.trials))

@@ -7,17 +7,15 @@ never sees half a change.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
+from safegene_server.tenant_names import is_revision_name, tenant_name_error
 from safegene_vllm.errors import ConfigError
 
 SCOPES = frozenset({"serve", "read", "admin"})
 EVERY_TENANT = "*"
-TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?")
-REVISION_NAME = re.compile(rf"({TENANT_NAME.pattern})@[1-9][0-9]*")
 DIGEST_BYTES = 32
 
 
@@ -151,11 +149,10 @@ def _key_problems(digest: bytes, key: Principal) -> list[str]:
 
 def _tenant_problems(tenant: Tenant) -> list[str]:
     problems = _limit_problems(f"tenant {tenant.name!r}", tenant.limits)
-    if not TENANT_NAME.fullmatch(tenant.name):
-        problems.append(f"{tenant.name!r} is not a tenant name ({TENANT_NAME.pattern})")
+    if error := tenant_name_error(tenant.name):
+        problems.append(error)
     for revision in sorted(tenant.also | ({tenant.served} if tenant.served else set())):
-        match = REVISION_NAME.fullmatch(revision)
-        if match is None or match[1] != tenant.name:
+        if not is_revision_name(revision, tenant.name):
             problems.append(f"tenant {tenant.name!r}: {revision!r} is not {tenant.name}@N")
     return problems
 

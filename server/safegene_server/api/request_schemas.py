@@ -12,12 +12,19 @@ from fastapi import Path, Query
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
 from safegene_server.calibration import CalibrationRequest
+from safegene_server.tenant_names import tenant_name_error
 from safegene_server.tenants import Change
 
 MAX_INT = 2**31 - 1
 MAX_EXAMPLES = 1000
 """Maximum of one kind: a search draws tens of them, and all are in memory until the job ends."""
-_NAME = r"^[a-z0-9][a-z0-9._-]{0,62}(/[a-z0-9][a-z0-9._-]{0,62})?$"
+
+
+def _checked_name(name: str) -> str:
+    if error := tenant_name_error(name):
+        raise ValueError(error)
+    return name
+
 
 Number = Annotated[int, Field(ge=1, le=MAX_INT, strict=True)]
 _EXPECTED = "the number that you believe to be published (0: none); 409 if another one is"
@@ -149,7 +156,7 @@ class NewContent(First):
 class Register(NewContent):
     """A new tenant: an adapter with a profile or examples to find one, or a profile on the base."""
 
-    name: str = Field(pattern=_NAME, examples=["acme/support"])
+    name: Annotated[str, AfterValidator(_checked_name)] = Field(examples=["acme/support"])
     source: str | None = Field(
         None,
         min_length=1,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from safegene_server.tenant_names import tenant_name_error
 from safegene_vllm.errors import RegistryError
 
 SCOPES = ("admin", "read", "serve")
@@ -19,7 +20,6 @@ ANY_TENANT = "*"
 BASE = "base"
 """What a key's tenants name for the base model itself; no tenant may have this name."""
 
-_TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?:/[a-z0-9][a-z0-9._-]{0,62})?")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]+")
 _LARGEST = 2**31 - 1
@@ -27,11 +27,8 @@ _LARGEST = 2**31 - 1
 
 def tenant_name(value: str) -> str:
     """`value` if a tenant may have this name. Errors: RegistryError."""
-    if not isinstance(value, str) or not _TENANT.fullmatch(value):
-        raise RegistryError(
-            f"tenant name {value!r:.200}: expected lower-case letters, digits, '.', '_' and '-' "
-            "(63 at most, the first a letter or a digit), with at most one '/' between two parts"
-        )
+    if error := tenant_name_error(value):
+        raise RegistryError(error)
     if value == BASE:
         raise RegistryError(f"tenant name {value!r} is kept for the base model; choose another")
     return value

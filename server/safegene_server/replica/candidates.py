@@ -23,8 +23,8 @@ from safegene_vllm.formats.profile import make_profile
 FIRST_ID = 2**30
 """First id of a candidate. The registry counts revisions from 1 and will not get this far; the
 engine has 32-bit ids, so there are as many ids above as below."""
-PREFIX = "trial:"
-"""A tenant name has no colon, so no client request resolves to a candidate."""
+PREFIX = "@candidate/"
+"""No tenant name begins with an @, so no client request resolves to a candidate."""
 
 
 class Candidates:
