@@ -42,7 +42,9 @@ class Settings(BaseModel):
         "refuse", description="handling of a tenant without a profile"
     )
     adapter_roots: tuple[Path, ...] = Field(
-        (), description="if set, adapters load only from below these, and never through symlinks"
+        (),
+        description="if set, adapters load only from below these, and through no symlink but a "
+        "Hugging Face snapshot's to its blobs",
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         "auto",

@@ -5,7 +5,9 @@ Lists a directory before anything in it is read. Remote directories are listed b
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from safegene_vllm.errors import AdapterRejectedError, MissingFileError
+
+_BLOBS = "../../blobs"
+_BLOB = re.compile(rf"{re.escape(_BLOBS)}/([0-9a-f]{{40}}|[0-9a-f]{{64}})")
+"""Links of a snapshot in the Hugging Face cache: `snapshots/REVISION/NAME` to `blobs/DIGEST`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,45 @@ def list_names(descriptor: int, below: str, limit: int) -> list[Entry]:
             return [_entry(entry, handle, below) for entry in islice(found, limit)]
     finally:
         os.close(handle)
+
+
+def open_file(descriptor: int, name: str, *, cached: bool) -> int:
+    """Open a regular file of an open directory for reading, without following a link.
+
+    `cached`: the directory is a snapshot of a Hugging Face cache (see `is_snapshot`); a link into
+    the blobs of the same repository is followed, which holds no other links.
+    Errors: OSError, ELOOP for any other link, EINVAL if it is not a regular file.
+    """
+    # A FIFO must not block.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        found = os.open(name, flags, dir_fd=descriptor)
+    except OSError as error:
+        blob = _BLOB.fullmatch(_link_of(descriptor, name)) if error.errno == errno.ELOOP else None
+        if blob is None or not cached:
+            raise
+        folder = os.open(_BLOBS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+        try:
+            found = os.open(blob[1], flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.EINVAL, f"{name} is not a plain file")
+    return found
+
+
+def _link_of(descriptor: int, name: str) -> str:
+    try:
+        return os.readlink(name, dir_fd=descriptor)
+    except OSError:
+        return ""
+
+
+def is_snapshot(directory: Path, top: Path) -> bool:
+    """Return whether this is REPOSITORY/snapshots/REVISION, with REPOSITORY `top` or below it."""
+    parts = directory.relative_to(top).parts
+    return len(parts) >= 2 and parts[-2] == "snapshots"
 
 
 def _entry(entry: os.DirEntry[str], handle: int, below: str) -> Entry:

@@ -137,8 +137,12 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` as a whole or not at all: a temporary sibling, fsync, rename."""
-    path = Path(os.path.realpath(path))
+    """Write `path` as a whole or not at all: a temporary sibling, fsync, rename.
+
+    A link is replaced by the file, never written through: it may lead to a file that others share,
+    such as a blob of the Hugging Face cache.
+    """
+    path = Path(os.path.realpath(path.parent)) / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(8)}")
     try:

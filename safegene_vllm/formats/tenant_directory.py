@@ -5,6 +5,7 @@ Reads headers and descriptions only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from safegene_vllm.errors import (
     SafegeneError,
     raise_errors,
 )
-from safegene_vllm.formats.adapter import read_adapter_shapes
+from safegene_vllm.formats.adapter import LoRAShape, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint
 from safegene_vllm.formats.file_io import read_json
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
@@ -54,10 +55,16 @@ def _stack(site: str) -> tuple[str, int | None]:
     return ("", None) if layer is None else (site[: site.index(f".{layer}.")], layer)
 
 
-def _adapter_errors(directory: Path, header: FamilyHeader) -> list[SafegeneError]:
+def site_errors(
+    directory: Path, shapes: Mapping[str, LoRAShape], header: FamilyHeader
+) -> list[SafegeneError]:
+    """Errors of an adapter whose modules are not in the family's base, or have other shapes.
+
+    The family knows where the base's layers are, and the shapes of the modules with a vector.
+    """
     errors: list[SafegeneError] = []
     stacks = {name for site in header.sites for name in spellings(_stack(site)[0])}
-    for site, own in read_adapter_shapes(directory).items():
+    for site, own in shapes.items():
         ours = next((header.sites[s] for s in spellings(site) if s in header.sites), None)
         stack, layer = _stack(site)
         if layer is not None and (stack not in stacks or layer >= header.num_layers):
@@ -88,7 +95,7 @@ def check_fits(directory: Path, header: FamilyHeader, *, new_profile: bool = Fal
     """
     kind = kind_of(directory, new_profile=new_profile)
     if kind == "adapter":
-        raise_errors(_adapter_errors(directory, header))
+        raise_errors(site_errors(directory, read_adapter_shapes(directory), header))
     elif kind == "checkpoint":
         base = base_of_checkpoint(directory)
         if base.fingerprint != header.base.fingerprint:

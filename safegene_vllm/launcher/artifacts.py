@@ -17,9 +17,9 @@ from safegene_vllm.errors import (
 from safegene_vllm.formats.adapter import LoRAShape, layer_of, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_family_header
 from safegene_vllm.formats.profile import check_profile, has_profile, load_profile
-from safegene_vllm.formats.tenant_directory import reject_exported
+from safegene_vllm.formats.tenant_directory import reject_exported, site_errors
 from safegene_vllm.formats.tenant_kind import slot_kind
-from safegene_vllm.plugin.staging import allowed
+from safegene_vllm.plugin.staging import allowed, check_readable
 from safegene_vllm.settings import Settings
 
 
@@ -117,9 +117,9 @@ def _read_tenant(
     name: str, path: Path, settings: Settings, header: FamilyHeader | None
 ) -> Mapping[str, LoRAShape]:
     """A tenant's LoRA shapes by site; empty for a profile alone."""
-    directory = allowed(path, settings.adapter_roots)
-    if not directory.is_dir():
+    if not allowed(path, settings.adapter_roots).is_dir():
         raise AdapterRejectedError(f"tenant {name!r}: {path} is not a directory.")
+    directory = check_readable(path, settings.adapter_roots)
     kind = slot_kind(directory)
     protected = has_profile(directory)
     if protected:
@@ -133,22 +133,21 @@ def _read_tenant(
     if kind == "profile":
         return {}
     shapes = read_adapter_shapes(directory)
-    _check_sites(name, shapes, header)
+    _check_sites(name, directory, shapes, header)
     return shapes
 
 
-def _check_sites(name: str, shapes: Mapping[str, LoRAShape], header: FamilyHeader | None) -> None:
-    """Errors: AdapterRejectedError for sites outside the layers and shapes unlike the base's."""
-    faults = []
-    for site, shape in shapes.items():
-        known = header.sites.get(site) if header else None
-        if layer_of(site) is None:
-            faults.append(f"{site} is in no layer (embeddings and lm_head are not supported)")
-        elif known is not None and (shape.d_out, shape.d_in) != (known.d_out, known.d_in):
-            faults.append(
-                f"{site} is {(shape.d_out, shape.d_in)}, the family's base has "
-                f"{(known.d_out, known.d_in)}"
-            )
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise AdapterRejectedError(f"tenant {name!r}: " + "; ".join(faults[:5]) + more + ".")
+def _check_sites(
+    name: str, directory: Path, shapes: Mapping[str, LoRAShape], header: FamilyHeader | None
+) -> None:
+    """Errors: AdapterRejectedError for sites outside the layers, or unlike the family's base."""
+    problems = [
+        f"{site} is in no layer (embeddings and lm_head are not supported)"
+        for site in shapes
+        if layer_of(site) is None
+    ]
+    if header is not None:
+        problems += map(str, site_errors(directory, shapes, header))
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AdapterRejectedError(f"tenant {name!r}: " + "; ".join(problems[:5]) + more + ".")

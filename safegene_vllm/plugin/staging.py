@@ -15,10 +15,12 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import IO
 
 from safegene_vllm.errors import AdapterRejectedError, SafegeneError
+from safegene_vllm.formats.directory_tree import is_snapshot, open_file
 from safegene_vllm.formats.tenant_directory import reject_exported
 from safegene_vllm.formats.tenant_kind import SlotKind, slot_kind
 
@@ -32,6 +34,14 @@ FILES: Mapping[SlotKind, Sequence[str]] = {
     "profile": REQUIRED_FILES["profile"],
 }
 _PREFIX = "safegene-worker-"
+
+
+class Links(Enum):
+    """Symbolic links that are followed in a tenant's directory."""
+
+    ANY = "any"
+    NONE = "none"
+    CACHED = "into the blobs of its own Hugging Face cache"
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Staging:
         unreadable, exported, changing while it is copied).
         """
         source = allowed(source, roots)
+        links = _links(source, roots)
         try:
             kind = slot_kind(source)
             if (source / PROFILE_FILE).exists():
@@ -85,7 +96,7 @@ class Staging:
             found = {
                 f: digest
                 for f in FILES[kind]
-                if (digest := self._take(source / f, target / f, follow=not roots)) is not None
+                if (digest := self._take(source / f, target / f, links))
             }
         except OSError as error:
             shutil.rmtree(target)
@@ -102,16 +113,14 @@ class Staging:
             )
         return Staged(target, found)
 
-    def _take(self, source: Path, target: Path, *, follow: bool) -> str | None:
-        """Copy or link a file if it exists, a symlink only if `follow`; return its digest."""
+    def _take(self, source: Path, target: Path, links: Links) -> str | None:
+        """Copy or link a file if it exists; return its digest."""
         try:
-            handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+            handle = _open(source, links)
         except FileNotFoundError:
             return None
         with os.fdopen(handle, "rb") as stream:
             about = os.fstat(stream.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise OSError(f"{source.name} is not a plain file")
             digest = self._linked(about, target) or _copied(stream, target)
             if _shared(about):
                 self._known[_file_of(about)] = (target, digest)
@@ -133,6 +142,26 @@ class Staging:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def check_readable(source: Path, roots: Sequence[Path]) -> Path:
+    """Check that a worker will be able to stage a tenant's directory; return its path.
+
+    Errors: those of `slot_kind` and `allowed`; AdapterRejectedError for a file that cannot be read.
+    """
+    source = allowed(source, roots)
+    for file in FILES[slot_kind(source)]:
+        try:
+            os.close(_open(source / file, _links(source, roots)))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise AdapterRejectedError(
+                f"{source / file} cannot be read ({error.strerror or error}); with "
+                "safegene.adapter_roots set, a symbolic link is followed only from a snapshot of a "
+                "Hugging Face cache into its blobs."
+            ) from error
+    return source
+
+
 def allowed(source: Path, roots: Sequence[Path]) -> Path:
     """Return the normalized path of `source`, checked to be below one of `roots` (if any).
 
@@ -141,16 +170,43 @@ def allowed(source: Path, roots: Sequence[Path]) -> Path:
     if not roots:
         return source
     plain = Path(os.path.normpath(source.absolute()))
-    for root in roots:
-        for top in (root.absolute(), root.resolve()):
-            if plain.is_relative_to(top):
-                _no_links(top, plain)
-                return plain
+    for top in _tops(plain, roots):
+        _no_links(top, plain)
+        return plain
     shown = ", ".join(str(r) for r in roots)
     raise AdapterRejectedError(
         f"adapter path {source} is outside safegene.adapter_roots ({shown}); move the adapter "
         "below one of them or add its root."
     )
+
+
+def _tops(plain: Path, roots: Sequence[Path]) -> list[Path]:
+    """Return the roots that `plain` is below, under the name that it has there."""
+    names = [top for root in roots for top in (root.absolute(), root.resolve())]
+    return [top for top in names if plain.is_relative_to(top)]
+
+
+def _links(source: Path, roots: Sequence[Path]) -> Links:
+    """Return the links that may be followed in an allowed directory."""
+    if not roots:
+        return Links.ANY
+    cached = any(is_snapshot(source, top) for top in _tops(source, roots))
+    return Links.CACHED if cached else Links.NONE
+
+
+def _open(path: Path, links: Links) -> int:
+    """Open a plain file for reading; with no roots, through any link. Errors: OSError."""
+    if links is Links.ANY:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+        raise OSError(f"{path.name} is not a plain file")
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        return open_file(directory, path.name, cached=links is Links.CACHED)
+    finally:
+        os.close(directory)
 
 
 def _no_links(top: Path, plain: Path) -> None:

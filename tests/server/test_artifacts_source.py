@@ -158,6 +158,64 @@ def test_links_are_rejected(directory: Path, tmp_path: Path, with_roots: bool) -
         read(tmp_path / "door", rules=rules)
 
 
+BLOB = "c" * 64
+
+
+def snapshot(repository: Path, target: str = f"../../blobs/{BLOB}") -> Path:
+    """As huggingface_hub caches a repository: links from a snapshot into the blobs."""
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / BLOB).write_bytes(b"content")
+    (repository / "snapshots" / "main").mkdir(parents=True)
+    (repository / "snapshots" / "main" / "a").symlink_to(target)
+    return repository / "snapshots" / "main"
+
+
+@pytest.mark.parametrize("root", ["hub", "hub/models--o--n", None])
+def test_a_snapshot_of_the_hugging_face_cache_is_read(tmp_path: Path, root: str | None) -> None:
+    found = snapshot(tmp_path / "hub" / "models--o--n")
+    rules = SourceRules(roots=() if root is None else (tmp_path / root,))
+    assert read(found, rules=rules) == b"content"
+    (found.parents[1] / "blobs" / BLOB).unlink()
+    with pytest.raises(SafegeneError, match="cannot be read"):
+        read(found, rules=rules)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "../../blobs/name",
+        f"../../../blobs/{BLOB}",
+        f"../../blobs/../blobs/{BLOB}",
+        f"../../blobs/{BLOB}/",
+        "/etc/passwd",
+        "../../secret",
+    ],
+)
+def test_any_other_link_of_a_snapshot_is_rejected(tmp_path: Path, target: str) -> None:
+    found = snapshot(tmp_path / "hub" / "models--o--n", target)
+    with pytest.raises(AdapterRejectedError, match="a is a symbolic link"):
+        read(found, rules=SourceRules(roots=(tmp_path / "hub",)))
+
+
+def test_blobs_that_lie_outside_the_root_or_are_links_are_not_read(tmp_path: Path) -> None:
+    found = snapshot(tmp_path / "hub" / "models--o--n")
+    for root in (found, found.parent):
+        with pytest.raises(AdapterRejectedError, match="a is a symbolic link"):
+            read(found, rules=SourceRules(roots=(root,)))
+    rules = SourceRules(roots=(tmp_path / "hub",))
+    blobs, elsewhere = found.parents[1] / "blobs", tmp_path / "elsewhere"
+    (blobs / BLOB).rename(blobs / "real")
+    (blobs / BLOB).symlink_to("real")
+    with pytest.raises(AdapterRejectedError, match="a is a symbolic link"):
+        read(found, rules=rules)
+    (blobs / BLOB).unlink()
+    (blobs / "real").rename(blobs / BLOB)
+    blobs.rename(elsewhere)
+    blobs.symlink_to(elsewhere)
+    with pytest.raises(SafegeneError):
+        read(found, rules=rules)
+
+
 def test_a_link_between_root_and_directory_is_rejected(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "up").symlink_to(directory.parent)
     with pytest.raises(AdapterRejectedError, match="up is a symbolic link"):
@@ -172,7 +230,7 @@ def test_a_link_that_appears_after_the_stat_is_not_followed(
         assert source.stat("a") is not None
         (directory / "a").unlink()
         (directory / "a").symlink_to(tmp_path / "secret")
-        with pytest.raises(SourceError, match="cannot be read"):
+        with pytest.raises(AdapterRejectedError, match="a is a symbolic link"):
             list(source.chunks("a"))
 
 

@@ -110,6 +110,20 @@ def test_a_failed_first_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
+    blob, link = tmp_path / "blobs" / "ab", tmp_path / "snapshot" / "safegene.json"
+    blob.parent.mkdir()
+    link.parent.mkdir()
+    blob.write_bytes(b"shared")
+    link.symlink_to("../blobs/ab")
+    file_io.replace_file(link, b"own")
+    assert blob.read_bytes() == b"shared"
+    assert link.read_bytes() == b"own" and not link.is_symlink()
+    (tmp_path / "door").symlink_to(link.parent)
+    file_io.replace_file(tmp_path / "door" / "safegene.json", b"new")
+    assert link.read_bytes() == b"new" and (tmp_path / "door").is_symlink()
+
+
 def test_a_directory_is_replaced_as_a_whole_through_a_link_too(tmp_path: Path) -> None:
     path, link = tmp_path / "dir", tmp_path / "link"
     file_io.replace_directory(path, {"a": b"1", "b": b"2"}, owned=["a", "b"])

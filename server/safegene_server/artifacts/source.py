@@ -5,6 +5,7 @@ Rejects what may not be read: outside the roots, through a symbolic link, an unk
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -24,7 +25,13 @@ from safegene_vllm.errors import (
     SafegeneError,
     SourceError,
 )
-from safegene_vllm.formats.directory_tree import Entry, list_names
+from safegene_vllm.formats.directory_tree import (
+    Entry,
+    has_name,
+    is_snapshot,
+    list_names,
+    open_file,
+)
 
 CHUNK_BYTES = 1 << 23
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https")
@@ -80,10 +87,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LocalSource:
-    """An open directory: it stays the same one, whatever happens to its path meanwhile."""
+    """An open directory: it stays the same one, whatever happens to its path meanwhile.
+
+    `cached`: it is a snapshot of a Hugging Face cache, whose links lead to blobs beside it.
+    """
 
     shown: str
     descriptor: int
+    cached: bool = False
 
     def has(self, name: str) -> bool:
         return self.stat(name) is not None
@@ -95,30 +106,34 @@ class LocalSource:
             raise _unreadable(f"{self.shown}/{below}", error) from error
 
     def stat(self, name: str) -> Seen | None:
-        try:
-            status = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
+        if not has_name(self.descriptor, name):
             return None
-        except OSError as error:
-            raise _unreadable(f"{self.shown}/{name}", error) from error
-        if stat.S_ISLNK(status.st_mode):
-            raise _is_link(f"{self.shown}/{name}")
-        if not stat.S_ISREG(status.st_mode):
-            raise _not_plain(f"{self.shown}/{name}")
+        handle = self._open(name)
+        try:
+            status = os.fstat(handle)
+        finally:
+            os.close(handle)
         marks = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
         return Seen(status.st_size, tuple(map(str, marks)))
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
-            # O_NONBLOCK: a FIFO put there since `stat` must not hold us.
-            with open(os.open(name, flags, dir_fd=self.descriptor), "rb", buffering=0) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise _not_plain(f"{self.shown}/{name}")
+            with open(self._open(name), "rb", buffering=0) as file:
                 while data := file.read(CHUNK_BYTES):
                     yield data
         except OSError as error:
             raise _unreadable(f"{self.shown}/{name}", error) from error
+
+    def _open(self, name: str) -> int:
+        where = f"{self.shown}/{name}"
+        try:
+            return open_file(self.descriptor, name, cached=self.cached)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _is_link(where) from error
+            if error.errno == errno.EINVAL:
+                raise _not_plain(where) from error
+            raise _unreadable(where, error) from error
 
 
 @dataclass(frozen=True)
@@ -224,7 +239,8 @@ def open_source(given: str | Path, rules: SourceRules) -> Iterator[Source]:
     path = Path(text if match is None else match["rest"])
     descriptor = _open_local(path, rules)
     try:
-        yield LocalSource(str(path), descriptor)
+        top = _top_of(path, rules) if rules.roots else Path(path.anchor)
+        yield LocalSource(str(path), descriptor, is_snapshot(path, top))
     finally:
         os.close(descriptor)
 
