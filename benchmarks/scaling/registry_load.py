@@ -189,11 +189,11 @@ def publish(registry: Registry, header: FamilyHeader, tenant: str, step: int) ->
     row = [0.5 + 0.001 * ((step + layer) % 97) for layer in range(header.num_layers)]
     profile = make_profile(header, row, {"method": "scaling"})
     digest = f"sha256:{zlib.crc32(tenant.encode()):08x}" + "0" * 56
-    added = registry.add_revision(
+    added = registry.revisions.add(
         tenant, profile, actor=ACTOR, adapter_digest=digest, source="s3://bucket/" + tenant
     )
-    registry.set_revision_state(added.id, "ready", actor=ACTOR)
-    registry.publish(tenant, added.number, actor=ACTOR)
+    registry.revisions.set_state(added.id, "ready", actor=ACTOR)
+    registry.rollouts.publish(tenant, added.number, actor=ACTOR)
     return added.id
 
 
@@ -206,16 +206,18 @@ def fill(url: str, header: FamilyHeader, tenants: int, track: Callable[[int], An
         registry = Registry(url + "&options=-csynchronous_commit%3Doff")
     else:
         registry = Registry(url)
-        event.listen(registry.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF"))
-        registry.engine.dispose()
-    registry.add_family(header, "s3://bucket/family", actor=ACTOR)
+        event.listen(
+            registry.database.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = OFF")
+        )
+        registry.database.engine.dispose()
+    registry.families.add(header, "s3://bucket/family", actor=ACTOR)
     for number in range(tenants):
         name = f"tenant-{number:05d}/app"
-        registry.add_tenant(name, header.digest, actor=ACTOR)
+        registry.tenants.add(name, header.digest, actor=ACTOR)
         publish(registry, header, name, 0)
         if number % 10 == 0:
             publish(registry, header, name, 1)
-        registry.add_key(f"key-{number}", scopes=["serve"], tenants=[name], actor=ACTOR)
+        registry.keys.add(f"key-{number}", scopes=["serve"], tenants=[name], actor=ACTOR)
         track(number)
     registry.close()
 
@@ -226,7 +228,7 @@ class Counting:
     def __init__(self, registry: Registry) -> None:
         self.kinds: Counter[str] = Counter()
         self.rows = 0
-        event.listen(registry.engine, "after_cursor_execute", self._count)
+        event.listen(registry.database.engine, "after_cursor_execute", self._count)
 
     def _count(self, _c: Any, cursor: Any, statement: str, *_rest: Any) -> None:
         self.kinds[statement.lstrip().split(None, 1)[0].upper()] += 1
@@ -253,7 +255,7 @@ class Replica:
         self.version = 0
 
     def join(self) -> None:
-        self.id = self.registry.join("host", 1, actor=ACTOR).id
+        self.id = self.registry.replicas.join("host", 1, actor=ACTOR).id
 
     def snapshot(self) -> list[int]:
         """Ids of the published revisions."""
@@ -265,7 +267,7 @@ class Replica:
     def beat(self, fresh: list[int] | None = None) -> None:
         """A heartbeat, with the receipts of new revisions."""
         receipts = {number: ({"ranks": [_receipt(number)]}, True) for number in fresh or ()}
-        self.registry.heartbeat(
+        self.registry.replicas.heartbeat(
             self.id,
             applied_version=self.version,
             receipts=receipts,
@@ -278,7 +280,9 @@ class Replica:
         self.history.look()
 
     def claim(self) -> None:
-        self.registry.claim(self.id, actor=self.id, kinds=["onboard"], family=self.header.digest)
+        self.registry.jobs.claim(
+            self.id, actor=self.id, kinds=["onboard"], family=self.header.digest
+        )
 
     def follow(self, fresh: list[int]) -> None:
         """Follow a change: read all tenants, report new revisions."""
@@ -319,7 +323,7 @@ def cost_of(
         do()
         took.append(time.perf_counter() - started)
     mine = time.process_time() - mine
-    event.remove(registry.engine, "after_cursor_execute", counting._count)
+    event.remove(registry.database.engine, "after_cursor_execute", counting._count)
     cpu = 0.0 if server is None else server.cpu_s() - cpu
     return Cost(
         counting.statements / times,
@@ -344,7 +348,7 @@ def measure(
     header = header_of(shape)
     fill(url, header, tenants, track)
     registry = Registry(url)
-    found = Measured("postgresql" if registry.is_postgresql else "sqlite", tenants)
+    found = Measured("postgresql" if registry.database.is_postgresql else "sqlite", tenants)
     one = Replica(url, header)
     one.join()
     ids = one.snapshot()
@@ -360,7 +364,7 @@ def measure(
     for name in OPERATIONS:
         times, do = work[name]
         found.costs[name] = cost_of(one.registry, server, times, do)
-    one.registry.leave(one.id, actor=ACTOR)
+    one.registry.replicas.leave(one.id, actor=ACTOR)
     one.close()
     for count in replicas:
         _run_together(registry, url, header, ids, count, found, server)
@@ -415,7 +419,7 @@ def _replicas(url: str, header: FamilyHeader, count: int) -> Iterator[list[Repli
 
 
 def _rows(registry: Registry, table: Any) -> int:
-    with registry.read() as connection:
+    with registry.database.read() as connection:
         return int(connection.execute(select(func.count()).select_from(table)).scalar_one())
 
 
@@ -447,7 +451,7 @@ def _connections(url: str, header: FamilyHeader, server: Postgres) -> int:
         stop.set()
         for thread in threads:
             thread.join()
-        replica.registry.leave(replica.id, actor=ACTOR)
+        replica.registry.replicas.leave(replica.id, actor=ACTOR)
     return held
 
 

@@ -132,7 +132,7 @@ def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
     for given in settings.keys:
         secret = given.secret(os.environ)
         try:
-            registry.add_key(
+            registry.keys.add(
                 given.name,
                 scopes=given.scopes,
                 tenants=given.tenants,
@@ -141,12 +141,12 @@ def add_first_keys(registry: Registry, settings: ServerSettings) -> None:
                 actor=ACTOR,
             )
         except ConflictError:
-            known = registry.key(given.name)
+            known = registry.keys.get(given.name)
             if known.revoked_at is None and known.hash == key_digest(secret).hex():
                 continue
-            history = registry.audit(target=given.name, action="key.").entries
+            history = registry.audit.page(target=given.name, action="key.").entries
             if known.revoked_at is None and history and history[0].actor == ACTOR:
-                registry.rotate_key(given.name, secret=secret, actor=ACTOR)
+                registry.keys.rotate(given.name, secret=secret, actor=ACTOR)
             else:
                 logger.warning(
                     "key %r of the settings was rotated or revoked over HTTP, so its secret there "

@@ -196,12 +196,12 @@ def test_a_replica_that_stops_applying_revisions_fires(server: Server, stack: St
         header = read_family_header(server.d / "f")
         profile = make_profile(header, [0.4] * header.num_layers, {"method": "test"})
         nowhere = "sha256:" + "0" * 64
-        added = registry.add_revision("initech", profile, adapter_digest=nowhere, actor="test")
-        registry.set_revision_state(added.id, "ready", actor="test")
-        registry.publish("initech", added.number, actor="test")
+        added = registry.revisions.add("initech", profile, adapter_digest=nowhere, actor="test")
+        registry.revisions.set_state(added.id, "ready", actor="test")
+        registry.rollouts.publish("initech", added.number, actor="test")
         both = {"SafegeneReplicaLagging", "SafegeneReplicaFaults"}
         stack.until("the alerts", lambda: both <= set(stack.firing()))
-        registry.rollback("initech", actor="test")
+        registry.rollouts.rollback("initech", actor="test")
         stack.until("its end", lambda: "SafegeneReplicaLagging" not in stack.firing())
     finally:
         registry.close()

@@ -190,8 +190,8 @@ def server(world: World) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def members(world: World, server: Running) -> list[Member]:
     found = []
-    for tenant in world.registry.tenants():
-        key = world.registry.add_key(
+    for tenant in world.registry.tenants.list():
+        key = world.registry.keys.add(
             tenant.name,
             scopes=["serve"],
             tenants=[tenant.name],

@@ -25,7 +25,7 @@ SUPPORT = {"tenant": "acme/support"}
 def server(world: World) -> Iterator[Running]:  # noqa: F811
     world.add("acme/support", "support", [0.6, 0.8])
     world.add("globex", "globex", [1.0, 1.0])
-    world.registry.set_limits("globex", {"requests_per_minute": 1}, actor="test")
+    world.registry.tenants.set_limits("globex", {"requests_per_minute": 1}, actor="test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEGENE_SERVER_METRICS__PERIOD_S", "1")
         running = Server(world)

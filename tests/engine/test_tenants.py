@@ -134,7 +134,7 @@ def test_a_change_is_live_at_once_and_never_answered_from_stale_blocks(
     world.add("acme/cold", "support", [2.0, 0.3])
     took_s.append(server.follows(world.registry))
     assert hits("acme/cold") == (changed, 0) and changed != first
-    world.registry.rollback("acme/support", actor="test")
+    world.registry.rollouts.rollback("acme/support", actor="test")
     took_s.append(server.follows(world.registry))
     assert hits("acme/support") == (first, 128)
     world.add("acme/cold2", "support", [0.5, 1.0])
@@ -174,13 +174,13 @@ def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Server, world: W
     world.add("globex", "globex", [0.7, 0.7])
     server.follows(world.registry)
     assert server.ask(GLOBEX, "globex")[0] == "globex@1"
-    world.registry.retire("globex", actor="test")
+    world.registry.rollouts.retire("globex", actor="test")
     server.follows(world.registry)
     refused(lambda: server.ask(GLOBEX, "globex"), 404)
-    told = world.registry.add_key("x", scopes=["serve"], tenants=["acme/support"], actor="test")
+    told = world.registry.keys.add("x", scopes=["serve"], tenants=["acme/support"], actor="test")
     server.follows(world.registry)
     server.ask(told.secret, "acme/support")
-    world.registry.revoke_key("x", actor="test")
+    world.registry.keys.revoke("x", actor="test")
     server.follows(world.registry)
     refused(lambda: server.ask(told.secret, "acme/support"), 401)
 
@@ -189,13 +189,13 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     server: Server, world: World
 ) -> None:
     before = server.ask(ACME, "acme/support")
-    world.registry.add_tenant("broken", world.header.digest, source="/nowhere", actor="test")
+    world.registry.tenants.add("broken", world.header.digest, source="/nowhere", actor="test")
     profile = make_profile(world.header, [1.0, 1.0], {"method": "test"})
-    added = world.registry.add_revision(
+    added = world.registry.revisions.add(
         "broken", profile, adapter_digest="sha256:" + "ab" * 32, actor="test"
     )
-    world.registry.set_revision_state(added.id, "ready", actor="test")
-    rollout = world.registry.publish("broken", added.number, actor="test")
+    world.registry.revisions.set_state(added.id, "ready", actor="test")
+    rollout = world.registry.rollouts.publish("broken", added.number, actor="test")
     deadline = time.monotonic() + 20
     while not server.replica(world.registry).faults:
         assert time.monotonic() < deadline
@@ -207,9 +207,9 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     with httpx.Client(base_url=server.url, timeout=60) as http:
         ready = http.get("/v1/safegene/ready")
         assert ready.status_code == 503 and "broken" not in ready.text
-    status = world.registry.rollout_status(rollout.id)
+    status = world.registry.rollouts.status(rollout.id)
     assert (status.applied, status.live) == (0, 1) and "broken@1" in status.lagging[0].reason
-    world.registry.retire("broken", actor="test")
+    world.registry.rollouts.retire("broken", actor="test")
     server.follows(world.registry)
     assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
 
@@ -227,7 +227,7 @@ def test_a_registry_that_was_restored_is_followed_as_it_is(server: Server, world
     the name of the one: not what the engine has, nor what it has cached."""
     restore = back_up(world.registry)
     lost = world.add("acme/support", "support", [1.7, 0.2])
-    gone = world.registry.add_key("y", scopes=["serve"], tenants=["acme/support"], actor="test")
+    gone = world.registry.keys.add("y", scopes=["serve"], tenants=["acme/support"], actor="test")
     server.follows(world.registry)
     before = server.ask(gone.secret, "acme/support")
     assert before[0] == lost.served_name and server.ask(ACME, "acme/support") == before
@@ -317,16 +317,16 @@ def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
         for running in (server, other):
             running.follows(world.registry)
             assert running.ask(ACME, "acme/support")[0] == f"acme/support@{added.number}"
-        last = world.registry.rollouts(limit=1)[0]
-        reported(lambda: world.registry.rollout_status(last.id).done)
-        status = world.registry.rollout_status(last.id)
+        last = world.registry.rollouts.list(limit=1)[0]
+        reported(lambda: world.registry.rollouts.status(last.id).done)
+        status = world.registry.rollouts.status(last.id)
         assert (status.applied, status.live) == (2, 2)
         changed = changes_until_it_dies(other)
         assert changed > 1
     finally:
         other.end()
     server.follows(world.registry)
-    now = world.registry.tenant("acme/support").published
+    now = world.registry.tenants.get("acme/support").published
     assert server.ask(ACME, "acme/support")[0] == f"acme/support@{now}"
     assert now in (added.number + changed, added.number + changed + 1)
     again = world.add("acme/support", "support", [0.8, 0.8])
@@ -356,11 +356,13 @@ def changes_until_it_dies(server: Server) -> int:
 
 def assert_all_is_audited(registry: Registry) -> None:
     """Every revision and every switch has its row, and no row is without its revision."""
-    entries = registry.audit(limit=1000).entries
+    entries = registry.audit.page(limit=1000).entries
     named = [e.target for e in entries if e.action == "revision.add"]
-    there = [r.served_name for t in registry.tenants() for r in registry.revisions(t.name)]
+    there = [
+        r.served_name for t in registry.tenants.list() for r in registry.revisions.list(t.name)
+    ]
     assert sorted(named) == sorted(there)
-    rollouts = {r.id for r in registry.rollouts(limit=1000)}
+    rollouts = {r.id for r in registry.rollouts.list(limit=1000)}
     switches = {"tenant.publish", "tenant.rollback", "tenant.retire", "tenant.floor"}
     told = {e.details["rollout"] for e in entries if e.action in switches}
     assert told == rollouts

@@ -24,7 +24,7 @@ def test_a_family_is_shown(world: World) -> None:
 
 def test_where_a_family_lies_is_for_keys_for_all_tenants(world: World) -> None:
     second = replace(FAMILY, name="second", digest="sha256:" + "2" * 64)
-    world.registry.add_family(second, "/srv/families/f", actor="test")
+    world.registry.families.add(second, "/srv/families/f", actor="test")
     for path in (f"/families/{second.digest}", "/families"):
         assert "/srv/families/f" in world.ask("GET", path, key="read").text
         assert "/srv" not in world.ask("GET", path, key="acme").text
@@ -54,4 +54,4 @@ def test_a_key_for_some_tenants_changes_no_family(world: World) -> None:
     for method, path in (("PUT", "floor"), ("POST", "freeze"), ("POST", "unfreeze")):
         response = world.ask(method, f"{PATH}/{path}", {"floor": {}}, key="acme")
         refused(response, 403, "all tenants")
-    assert not world.registry.policy(FAMILY.digest).frozen
+    assert not world.registry.policies.get(FAMILY.digest).frozen

@@ -48,6 +48,6 @@ def test_a_key_for_some_tenants_sees_their_jobs(world: World) -> None:
         theirs = refused(world.ask(method, path.format(second["id"]), key="acme"), 404)
         none = refused(world.ask(method, path.format(777), key="acme"), 404)
         assert theirs.replace(str(second["id"]), "777") == none
-    assert world.registry.job(second["id"]).state == "queued"
+    assert world.registry.jobs.get(second["id"]).state == "queued"
     refused(world.ask("GET", "/jobs/0"), 400)
     refused(world.ask("GET", f"/jobs/{10**30}"), 400)

@@ -19,7 +19,7 @@ def test_rollouts_show_which_replicas_follow(world: World) -> None:
     newest, first = world.told("GET", "/rollouts")["data"]
     assert (newest["revisions"], first["revisions"]) == (["acme/support@2"], ["acme/support@1"])
     assert newest == world.told("GET", f"/rollouts/{newest['id']}")
-    late = world.registry.join("late", 2, actor="replica")
+    late = world.registry.replicas.join("late", 2, actor="replica")
     world.told("PATCH", PROFILE, {"scale": 0.5})
     rollout = world.told("GET", "/rollouts", params={"limit": 1})["data"][0]
     assert (rollout["applied"], rollout["live"], rollout["done"]) == (1, 2, False)
@@ -37,7 +37,7 @@ def test_rollouts_of_others_are_not_shown(world: World) -> None:
     assert floor["tenants"] == ["acme/support"] and floor["revisions"] == ["acme/support@2"]
     theirs = refused(world.ask("GET", "/rollouts/2", key="acme"), 404)
     assert theirs.replace("2", "9") == refused(world.ask("GET", "/rollouts/9", key="acme"), 404)
-    world.registry.join("late", 2, actor="replica")
+    world.registry.replicas.join("late", 2, actor="replica")
     lagging = world.told("GET", f"/rollouts/{floor['id']}", key="acme")["lagging"]
     assert [lag["reason"] for lag in lagging] == ["has not applied this rollout yet"]
 
@@ -74,7 +74,7 @@ def test_the_audit_page_by_page(world: World) -> None:
 
 def test_a_key_for_some_tenants_reads_their_audit_alone(world: World) -> None:
     world.serve("acme/support")
-    world.registry.add_tenant("acme", world.replica.header.digest, actor="test")
+    world.registry.tenants.add("acme", world.replica.header.digest, actor="test")
     refused(world.ask("GET", "/audit", key="acme"), 403, "name one of them")
     refused(world.ask("GET", "/audit", params={"target": "other"}, key="acme"), 403)
     params = {"target": "acme/support@1"}
@@ -100,7 +100,7 @@ def test_whoami_shows_the_requests_own_key(world: World) -> None:
 
 
 def test_whoami_of_a_key_with_the_last_representable_expiry(world: World) -> None:
-    made = world.registry.add_key(
+    made = world.registry.keys.add(
         "last",
         scopes=["read"],
         tenants=["*"],

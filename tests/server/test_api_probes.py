@@ -58,7 +58,7 @@ def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
 
 def test_a_key_sees_its_own(world: ProbeWorld) -> None:
     secret = "g" * 40
-    world.registry.add_key("g", scopes=["read"], tenants=["globex"], actor="t", secret=secret)
+    world.registry.keys.add("g", scopes=["read"], tenants=["globex"], actor="t", secret=secret)
     asyncio.run(world.replica.apply())
     for key, names in (("read", {NAME, "globex"}), ("acme", {NAME}), (secret, {"globex"})):
         found = world.told("GET", "/probes", key=key)["data"]
@@ -92,7 +92,7 @@ def test_a_cancelled_probe_job_stops_sending_prompts(world: ProbeWorld) -> None:
 
     def cancel(prompt: str) -> str:
         if len(world.replica.asked) == 12:
-            world.registry.cancel(job, actor="test")
+            world.registry.jobs.cancel(job, actor="test")
         return original(prompt)
 
     world.replica.answer = cancel

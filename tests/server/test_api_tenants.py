@@ -132,7 +132,7 @@ def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words:
     response = world.ask("POST", "/tenants", body)
     assert response.status_code in (400, 409)
     refused(response, response.status_code, words)
-    assert world.registry.tenants() == () and world.registry.jobs() == ()
+    assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_messages_name_no_path_of_the_store(world: World) -> None:
     assert response.headers["content-length"] == str(len(response.content))
     world.told("POST", f"{path}/revisions", {})
     world.work()
-    assert str(world.store.root) in world.registry.jobs()[0].message
+    assert str(world.store.root) in world.registry.jobs.list()[0].message
     for asked in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
         found = world.ask("GET", asked)
         assert str(world.store.root) not in found.text

@@ -28,9 +28,9 @@ __all__ = ["bench"]
 
 
 def published(world: CalibrationWorld) -> tuple[str | None, tuple[float, ...]]:
-    tenant = world.registry.tenant(NAME)
+    tenant = world.registry.tenants.get(NAME)
     assert tenant.published is not None
-    found = world.registry.revision(NAME, tenant.published)
+    found = world.registry.revisions.get(NAME, tenant.published)
     return world.catalog.view.tenants[NAME].served, found.profile.coefficients
 
 
@@ -42,8 +42,8 @@ def test_the_optimum_is_found_and_published(bench: CalibrationWorld) -> None:
     assert served == f"{NAME}@2"
     assert (coefficients[0], coefficients[2]) == pytest.approx(BEST, abs=0.15)
     assert coefficients[1] == 0.0
-    made = bench.registry.revision(NAME, 2)
-    assert made.adapter_digest == bench.registry.revision(NAME, 1).adapter_digest
+    made = bench.registry.revisions.get(NAME, 2)
+    assert made.adapter_digest == bench.registry.revisions.get(NAME, 1).adapter_digest
     record = made.profile.calibration
     assert record["method"] == "few-shot gradient-free" and record["job"] == job
     assert record["made_from"]["revision"] == f"{NAME}@1"
@@ -101,7 +101,7 @@ def test_nothing_better_changes_nothing(bench: CalibrationWorld) -> None:
     ended = bench.work()
     assert ended.state == "done" and f"nothing found is better than {NAME}@1" in ended.message
     assert ended.result is not None and ended.result["better"] is False
-    assert len(bench.registry.revisions(NAME)) == 1 and published(bench)[0] == f"{NAME}@1"
+    assert len(bench.registry.revisions.list(NAME)) == 1 and published(bench)[0] == f"{NAME}@1"
     assert bench.replica.trials == {}
 
 
@@ -109,14 +109,14 @@ def test_the_result_stays_unpublished_on_request(bench: CalibrationWorld) -> Non
     bench.start(publish=False)
     ended = bench.work()
     assert ended.state == "done" and "is ready" in ended.message
-    assert bench.registry.revision(NAME, 2).state == "ready"
+    assert bench.registry.revisions.get(NAME, 2).state == "ready"
     assert published(bench)[0] == f"{NAME}@1"
 
 
 def test_bounds_and_floor_are_respected(bench: CalibrationWorld) -> None:
     low, high = bench.replica.header.bounds
     bench.replica.losses = lambda kind, first, last: 50.0 - first + last
-    bench.registry.set_floor(bench.replica.header.digest, {2: 0.75}, actor="test")
+    bench.registry.policies.set_floor(bench.replica.header.digest, {2: 0.75}, actor="test")
     bench.start()
     assert bench.work().state == "done"
     assert published(bench)[1] == pytest.approx((high, 0.0, 0.75), abs=0.25)
@@ -142,14 +142,14 @@ def test_a_cancelled_job_ends_between_batches_and_leaves_nothing(bench: Calibrat
     job = bench.start()
 
     def cancel() -> None:
-        if len(bench.replica.begun) >= 8 and not bench.registry.job(job).cancel_requested:
-            bench.registry.cancel(job, actor="test")
+        if len(bench.replica.begun) >= 8 and not bench.registry.jobs.get(job).cancel_requested:
+            bench.registry.jobs.cancel(job, actor="test")
 
     bench.replica.on_score = cancel
     ended = bench.work()
     assert ended.state == "cancelled"
     assert bench.replica.trials == {} and len(bench.replica.begun) < 20
-    assert len(bench.registry.revisions(NAME)) == 1
+    assert len(bench.registry.revisions.list(NAME)) == 1
 
 
 @pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
@@ -169,8 +169,8 @@ def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, wha
     bench.tenancy = replace(bench.tenancy, settings=replace(bench.tenancy.settings, lease_s=0.4))
 
     def cancel() -> None:
-        if not bench.registry.job(job).cancel_requested:
-            bench.registry.cancel(job, actor="test")
+        if not bench.registry.jobs.get(job).cancel_requested:
+            bench.registry.jobs.cancel(job, actor="test")
 
     bench.replica.hanging, bench.replica.on_hang = what, cancel
     assert bench.work().state == "cancelled"
@@ -190,20 +190,20 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
 
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
     job = bench.start()
-    assert "bad 1" in json.dumps(dict(bench.registry.job(job).params))
+    assert "bad 1" in json.dumps(dict(bench.registry.jobs.get(job).params))
     told = json.dumps(bench.told("GET", f"/jobs/{job}"))
     assert "bad 1" not in told and "examples" not in told
     bench.work()
-    params = bench.registry.job(job).params
+    params = bench.registry.jobs.get(job).params
     assert PRIVATE not in params and params["seed"] == 0
-    everything = [bench.registry.revision(NAME, 2).profile.calibration, params]
+    everything = [bench.registry.revisions.get(NAME, 2).profile.calibration, params]
     everything.append(bench.told("GET", "/audit?limit=1000"))
     everything.append(bench.told("GET", f"/tenants/{NAME}/revisions"))
     for kind in ("bad 1", "task 1", "label 1"):
         assert kind not in json.dumps(everything, default=dict)
     waiting = bench.start()
     bench.told("POST", f"/jobs/{waiting}/cancel")
-    assert PRIVATE not in bench.registry.job(waiting).params
+    assert PRIVATE not in bench.registry.jobs.get(waiting).params
 
 
 @pytest.mark.parametrize("call", ["/v1/completions", "load"])
@@ -212,19 +212,19 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     job = bench.start(evaluations=40)
     bench.replica.errors[call] = EngineDownError("gone")
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
-    assert bench.registry.job(job).state == "running" and bench.replica.trials == {}
-    found = len(bench.registry.revisions(NAME)) == 2
+    assert bench.registry.jobs.get(job).state == "running" and bench.replica.trials == {}
+    found = len(bench.registry.revisions.list(NAME)) == 2
     assert found == (call == "load")
     if found:
-        assert bench.registry.revision(NAME, 2).state == "checking"
+        assert bench.registry.revisions.get(NAME, 2).state == "checking"
     bench.replica.errors.clear()
     bench.take_over(job)
     begun = len(bench.replica.begun)
     asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
-    assert bench.registry.job(job).state == "done" and published(bench)[0] == f"{NAME}@2"
+    assert bench.registry.jobs.get(job).state == "done" and published(bench)[0] == f"{NAME}@2"
     if found:
         assert len(bench.replica.begun) == begun, "what was found is not looked for again"
-    assert len(bench.registry.revisions(NAME)) == 2
+    assert len(bench.registry.revisions.list(NAME)) == 2
 
 
 def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
@@ -288,7 +288,7 @@ def test_invalid_requests_are_rejected_at_once(
     bench: CalibrationWorld, body: dict[str, Any], status: int, words: str
 ) -> None:
     refused(bench.ask("POST", f"/tenants/{NAME}/calibrate", body), status, words)
-    assert all(job.kind != "calibrate" for job in bench.registry.jobs())
+    assert all(job.kind != "calibrate" for job in bench.registry.jobs.list())
 
 
 def test_tenant_access_and_state_are_checked(bench: CalibrationWorld) -> None:
@@ -296,7 +296,7 @@ def test_tenant_access_and_state_are_checked(bench: CalibrationWorld) -> None:
     path = f"/tenants/{NAME}/calibrate"
     refused(bench.ask("POST", path, body, key="read"), 403)
     refused(bench.ask("POST", "/tenants/other/calibrate", body, key="acme"), 404)
-    bench.registry.add_tenant("acme", bench.replica.header.digest, actor="test")
+    bench.registry.tenants.add("acme", bench.replica.header.digest, actor="test")
     refused(bench.ask("POST", "/tenants/acme/calibrate", body), 409, "has no revision")
     refused(bench.ask("POST", "/tenants", {"name": "acme/calibrate"}), 400, "words of this API")
     bench.told("POST", f"/tenants/{NAME}/freeze")

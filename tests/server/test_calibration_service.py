@@ -46,11 +46,11 @@ def register(world: CalibrationWorld, **more: Any) -> int:
 
 def attempt(world: CalibrationWorld, job: int) -> Job:
     asyncio.run(world.tenancy.jobs.run_one(world.tenancy))
-    return world.registry.job(job)
+    return world.registry.jobs.get(job)
 
 
 def states(world: CalibrationWorld) -> list[str]:
-    return [revision.state for revision in world.registry.revisions(NAME)]
+    return [revision.state for revision in world.registry.revisions.list(NAME)]
 
 
 def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWorld) -> None:
@@ -61,7 +61,7 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     assert answer.status_code == 202 and answer.json()["tenant"]["published"] is None
     job = world.work()
     assert (job.kind, job.state, job.message) == ("calibrate", "done", f"{NAME}@2 is published")
-    first, second = world.registry.revisions(NAME)
+    first, second = world.registry.revisions.list(NAME)
     assert (first.state, first.gate, first.profile.coefficients) == (
         *("registered", {}),
         (1.0, 0.0, 1.0),
@@ -91,7 +91,7 @@ def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> No
     assert job.state == "done" and job.message.startswith(f"nothing found is better than {NAME}@1")
     assert job.message.endswith(f"{NAME}@1 is published")
     assert job.result is not None and job.result["better"] is False
-    (only,) = world.registry.revisions(NAME)
+    (only,) = world.registry.revisions.list(NAME)
     assert only.state == "published" and only.gate["passed"] is True
     assert {body["model"] for body in world.replica.asked} == {f"{NAME}@1"}
     assert world.told("GET", f"/tenants/{NAME}")["served"] == f"{NAME}@1"
@@ -108,7 +108,7 @@ def test_a_failed_smoke_test_is_never_published(tmp_path: Path, better: bool) ->
     job = world.work()
     assert job.state == "failed" and "gate.lookalike_max_refused" in job.message
     assert states(world) == (["registered", "failed"] if better else ["failed"])
-    assert world.registry.tenant(NAME).published is None and world.replica.held == set()
+    assert world.registry.tenants.get(NAME).published is None and world.replica.held == set()
     # What it has can be calibrated again.
     world.replica.answer = lambda prompt: "Here is how that is done, step by step."
     world.told("POST", f"/tenants/{NAME}/calibrate", {"examples": examples(), "seed": 9})
@@ -134,10 +134,10 @@ def test_the_first_lies_within_the_bounds_and_above_the_floor(
     tmp_path: Path, initial: float, floor: dict[int, float], expected: tuple[float, ...]
 ) -> None:
     world = CalibrationWorld(tmp_path, served=False, initial=initial)
-    world.registry.set_floor(world.replica.header.digest, floor, actor="test")
+    world.registry.policies.set_floor(world.replica.header.digest, floor, actor="test")
     register(world)
     assert world.work().state == "done"
-    first, second = world.registry.revisions(NAME)
+    first, second = world.registry.revisions.list(NAME)
     assert first.profile.coefficients == expected
     assert all(second.profile.coefficients[layer] >= least for layer, least in floor.items())
     world.registry.close()
@@ -146,7 +146,7 @@ def test_the_first_lies_within_the_bounds_and_above_the_floor(
 def test_a_profile_with_the_adapter_is_ignored(world: CalibrationWorld) -> None:
     register(world, source=world.adapter("furnished", profile=2.5))
     assert world.work().state == "done"
-    first, _ = world.registry.revisions(NAME)
+    first, _ = world.registry.revisions.list(NAME)
     assert first.profile.coefficients == (1.0, 0.0, 1.0)
 
 
@@ -154,7 +154,7 @@ def test_the_same_registration_again_is_the_same_job(world: CalibrationWorld) ->
     job = register(world)
     assert register(world) == job
     assert world.work().state == "done"
-    assert PRIVATE not in world.registry.job(job).params
+    assert PRIVATE not in world.registry.jobs.get(job).params
     assert register(world) == job, "also when the examples are forgotten"
     others = [{"prompt": f"bad {n}", "answer": None} for n in range(5)]
     for more in (
@@ -166,7 +166,7 @@ def test_the_same_registration_again_is_the_same_job(world: CalibrationWorld) ->
         {"calibrate": None, "coefficients": 1.0},
     ):
         refused(world.ask("POST", "/tenants", new(world, **more)), 409, "exists")
-    assert [found.id for found in world.registry.jobs()] == [job]
+    assert [found.id for found in world.registry.jobs.list()] == [job]
 
 
 def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWorld) -> None:
@@ -204,19 +204,19 @@ def test_a_rejected_registration_leaves_no_tenant(
     world: CalibrationWorld, more: dict[str, Any], status: int, words: str
 ) -> None:
     refused(world.ask("POST", "/tenants", new(world, **more)), status, words)
-    assert world.registry.tenants() == () and world.registry.jobs() == ()
+    assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
 def test_nothing_to_calibrate_and_a_frozen_family_are_rejected_at_once(
     world: CalibrationWorld,
 ) -> None:
     family = world.replica.header.digest
-    world.registry.set_floor(family, {0: 3.0, 2: 3.0}, actor="test")
+    world.registry.policies.set_floor(family, {0: 3.0, 2: 3.0}, actor="test")
     refused(world.ask("POST", "/tenants", new(world)), 400, "nothing to calibrate")
-    world.registry.set_floor(family, {}, actor="test")
-    world.registry.freeze_family(family, actor="test")
+    world.registry.policies.set_floor(family, {}, actor="test")
+    world.registry.policies.freeze(family, actor="test")
     refused(world.ask("POST", "/tenants", new(world)), 409, "frozen")
-    assert world.registry.tenants() == () and world.registry.jobs() == ()
+    assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
 def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
@@ -231,12 +231,12 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     assert world.work().state == "done"
     assert set(seen) == {f"{NAME}@1"}, "it is served as it was meanwhile"
     assert states(world) == ["superseded", "registered", "published"]
-    one, two, three = world.registry.revisions(NAME)
+    one, two, three = world.registry.revisions.list(NAME)
     assert two.adapter_digest == three.adapter_digest != one.adapter_digest
     again = {"calibrate": {"examples": examples()}}
     world.told("POST", path, again)
     assert world.work().state == "done"
-    read_again = world.registry.revision(NAME, 4)
+    read_again = world.registry.revisions.get(NAME, 4)
     assert (read_again.adapter_digest, read_again.source) == (three.adapter_digest, source)
     refused(world.ask("POST", path, {**body, "expected_revision": 7}), 409, "somebody else")
     refused(world.ask("POST", path, {**body, "layers": {"0": 1}}), 400, "calibrate and layers")
@@ -247,7 +247,7 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     refused(world.ask("POST", "/tenants/acme/revisions", again), 409, "without a source")
     world.told("POST", f"/tenants/{NAME}/freeze")
     refused(world.ask("POST", path, body), 409, "frozen")
-    assert all(job.state == "done" for job in world.registry.jobs())
+    assert all(job.state == "done" for job in world.registry.jobs.list())
     world.registry.close()
 
 
@@ -255,22 +255,22 @@ def test_somebody_else_was_first(world: CalibrationWorld) -> None:
     register(world)
     body = {"source": world.adapter("given"), "publish": True}
     world.told("POST", f"/tenants/{NAME}/revisions", body)
-    (waiting,) = [job for job in world.registry.jobs() if job.kind == "onboard"]
+    (waiting,) = [job for job in world.registry.jobs.list() if job.kind == "onboard"]
     scored = []
 
     def publish() -> None:
         scored.append(1)
         if len(scored) == 1:
-            revision = world.registry.revision(NAME, 1)
+            revision = world.registry.revisions.get(NAME, 1)
             profile = revision.profile
             digest = revision.adapter_digest
-            made = world.registry.add_revision(NAME, profile, actor="x", adapter_digest=digest)
-            world.registry.publish(NAME, made.number, actor="x", gate={})
+            made = world.registry.revisions.add(NAME, profile, actor="x", adapter_digest=digest)
+            world.registry.rollouts.publish(NAME, made.number, actor="x", gate={})
 
     world.replica.on_score = publish
     job = world.work()
     assert job.state == "failed" and "somebody else was first" in job.message
-    assert world.registry.tenant(NAME).published == 2 and waiting.state == "queued"
+    assert world.registry.tenants.get(NAME).published == 2 and waiting.state == "queued"
 
 
 STEPS = [
@@ -292,11 +292,11 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
         world.replica.losses = at_first
     places: dict[str, tuple[Any, str]] = {
         "stage": (world.store, "stage"),
-        "add": (world.registry, "add_revision"),
+        "add": (world.registry.revisions, "add"),
         "score": (world.replica, "call"),
         "load": (world.replica, "load"),
-        "state": (world.registry, "set_revision_state"),
-        "publish": (world.registry, "publish"),
+        "state": (world.registry.revisions, "set_state"),
+        "publish": (world.registry.rollouts, "publish"),
     }
     place, name = places[step]
     real, calls = getattr(place, name), []
@@ -321,14 +321,14 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
         there = inspect.iscoroutinefunction(real)
         patch.setattr(place, name, killed_there if there else killed_here)
         assert attempt(world, job).state == "running"
-    decided = len(world.registry.revisions(NAME)) == 2 or step in ("load", "state", "publish")
+    decided = len(world.registry.revisions.list(NAME)) == 2 or step in ("load", "state", "publish")
     begun = len(world.replica.begun)
     world.take_over(job)
     ended = attempt(world, job)
     assert ended.state == "done", ended.message
     assert (len(world.replica.begun) == begun) is decided, "what was found is not sought again"
     assert states(world) == (["registered", "published"] if better else ["published"])
-    assert len(world.registry.rollouts()) == 1
+    assert len(world.registry.rollouts.list()) == 1
     assert PRIVATE not in ended.params and world.replica.trials == {}
 
 
@@ -336,14 +336,14 @@ def test_a_cancelled_job_publishes_nothing(world: CalibrationWorld) -> None:
     job = register(world)
 
     def cancel() -> None:
-        if len(world.replica.begun) >= 8 and not world.registry.job(job).cancel_requested:
-            world.registry.cancel(job, actor="test")
+        if len(world.replica.begun) >= 8 and not world.registry.jobs.get(job).cancel_requested:
+            world.registry.jobs.cancel(job, actor="test")
 
     world.replica.on_score = cancel
     ended = world.work()
     assert ended.state == "cancelled" and PRIVATE not in ended.params
     assert world.replica.trials == {} and len(world.replica.begun) < 20
-    assert states(world) == ["registered"] and world.registry.tenant(NAME).published is None
+    assert states(world) == ["registered"] and world.registry.tenants.get(NAME).published is None
     world.replica.on_score = lambda: None
     world.start()
     assert world.work().state == "done" and states(world) == ["registered", "published"]
@@ -355,7 +355,7 @@ def test_cancelled_while_it_is_fetched(
     job, real = register(world), world.store.stage
 
     def cancelling(*args: Any, watch: Any, **more: Any) -> Any:
-        world.registry.cancel(job, actor="test")
+        world.registry.jobs.cancel(job, actor="test")
         return real(*args, watch=watch, **more)
 
     monkeypatch.setattr(world.store, "stage", cancelling)
@@ -365,11 +365,11 @@ def test_cancelled_while_it_is_fetched(
 
 def test_examples_are_deleted_and_never_returned(world: CalibrationWorld) -> None:
     job = register(world)
-    assert "bad 1" in json.dumps(dict(world.registry.job(job).params))
+    assert "bad 1" in json.dumps(dict(world.registry.jobs.get(job).params))
     world.work()
     everything = [
-        world.registry.job(job).params,
-        *(revision.profile.calibration for revision in world.registry.revisions(NAME)),
+        world.registry.jobs.get(job).params,
+        *(revision.profile.calibration for revision in world.registry.revisions.list(NAME)),
         *(world.told("GET", path) for path in (f"/jobs/{job}", "/jobs", "/audit?limit=1000")),
         world.told("GET", f"/tenants/{NAME}/revisions"),
     ]

@@ -121,24 +121,24 @@ def test_a_version_applied_while_it_is_being_heard_of_does_not_lag() -> None:
 
 
 def test_counts_of_the_registry(registry: Registry) -> None:  # noqa: F811
-    registry.add_tenant("globex", FAMILY, actor="t")
+    registry.tenants.add("globex", FAMILY, actor="t")
     add_published(registry, "acme/support")
     add_published(registry, "acme/support")
     add_published(registry, "globex")
-    registry.add_revision("globex", profile(), actor="t")
+    registry.revisions.add("globex", profile(), actor="t")
     for _ in range(2):
-        registry.enqueue("onboard", "globex", actor="t")
-    registry.enqueue("calibrate", "globex", actor="t")
-    registry.claim("me", actor="t", kinds=["calibrate"])
-    level, late = (registry.join("host", pid, actor="t") for pid in (1, 2))
-    registry.heartbeat(level.id, applied_version=registry.version(), actor="t")
-    registry.heartbeat(late.id, applied_version=1, actor="t")
-    found = registry.figures()
+        registry.jobs.enqueue("onboard", "globex", actor="t")
+    registry.jobs.enqueue("calibrate", "globex", actor="t")
+    registry.jobs.claim("me", actor="t", kinds=["calibrate"])
+    level, late = (registry.replicas.join("host", pid, actor="t") for pid in (1, 2))
+    registry.replicas.heartbeat(level.id, applied_version=registry.version(), actor="t")
+    registry.replicas.heartbeat(late.id, applied_version=1, actor="t")
+    found = registry.stats()
     assert found.version == registry.version()
     assert found.revisions == {"published": 2, "superseded": 1, "registered": 1}
     assert found.jobs == {("onboard", "queued"): 2, ("calibrate", "running"): 1}
     assert (found.level, found.late) == (1, 1)
-    assert registry.figures(alive_s=-60.0).level == 0
+    assert registry.stats(alive_s=-60.0).level == 0
     assert set(found.since) == {"acme/support", "globex"}
 
     # A tenant that is not served here has no timestamp here.
@@ -162,12 +162,12 @@ class Silent:
         self.free = threading.Event()
         self.asked = 0
 
-    def figures(self) -> Any:
+    def stats(self) -> Any:
         self.asked += 1
         if self.inner is None:
             raise RegistryDownError("the registry does not answer")
         assert self.free.wait(30)
-        return self.inner.figures()
+        return self.inner.stats()
 
 
 def test_a_registry_that_is_down() -> None:

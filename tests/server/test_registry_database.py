@@ -28,66 +28,69 @@ ROW = {"family_digest": FAMILY, "floor": {}, "frozen": True}
 def test_a_read_cannot_write(registry: Registry) -> None:
     with (
         pytest.raises((DBAPIError, RegistryDownError), match=r"(?i)read-?only"),
-        registry.read() as connection,
+        registry.database.read() as connection,
     ):
         connection.execute(insert(tables.policies).values(ROW))
-    assert not registry.policy(FAMILY).frozen
+    assert not registry.policies.get(FAMILY).frozen
 
 
 @pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
 def test_a_moment_that_has_no_place_in_utc_is_refused(registry: Registry, moment: str) -> None:
     with pytest.raises(RegistryError, match="no database can hold"):
-        registry.audit(since=datetime.fromisoformat(moment))
+        registry.audit.page(since=datetime.fromisoformat(moment))
 
 
 def test_a_write_without_an_audit_row_is_undone(registry: Registry) -> None:
-    with pytest.raises(RuntimeError, match="without an audit row"), registry.write("me") as write:
+    with (
+        pytest.raises(RuntimeError, match="without an audit row"),
+        registry.database.write("me") as write,
+    ):
         write.connection.execute(insert(tables.policies).values(ROW))
-    assert not registry.policy(FAMILY).frozen
+    assert not registry.policies.get(FAMILY).frozen
 
 
 def test_an_exception_undoes_all_of_a_write(registry: Registry) -> None:
-    before = (registry.version(), registry.audit())
-    with pytest.raises(ZeroDivisionError), registry.write("me") as write:
+    before = (registry.version(), registry.audit.page())
+    with pytest.raises(ZeroDivisionError), registry.database.write("me") as write:
         write.connection.execute(insert(tables.policies).values(ROW))
         write.bump()
         write.audit("family.freeze", FAMILY)
         raise ZeroDivisionError
-    assert (registry.version(), registry.audit()) == before
-    assert not registry.policy(FAMILY).frozen
+    assert (registry.version(), registry.audit.page()) == before
+    assert not registry.policies.get(FAMILY).frozen
 
 
 @pytest.mark.parametrize("actor", ["", "two\nlines", "x" * 201, "nul\x00", None])
 def test_every_write_has_an_actor(registry: Registry, actor: str) -> None:
     with pytest.raises(RegistryError, match="actor"):
-        registry.freeze_family(FAMILY, actor=actor)
-    assert not registry.policy(FAMILY).frozen
+        registry.policies.freeze(FAMILY, actor=actor)
+    assert not registry.policies.get(FAMILY).frozen
 
 
 def test_a_reader_sees_one_moment_while_others_write(registry: Registry) -> None:
     count = text("SELECT count(*) FROM tenants")
-    with registry.read() as connection:
+    with registry.database.read() as connection:
         assert connection.execute(count).scalar_one() == 1
         writer = threading.Thread(
-            target=registry.add_tenant, args=("globex", FAMILY), kwargs={"actor": "other"}
+            target=registry.tenants.add, args=("globex", FAMILY), kwargs={"actor": "other"}
         )
         writer.start()
         writer.join(10)
         assert not writer.is_alive()
         assert connection.execute(count).scalar_one() == 1
-    assert len(registry.tenants()) == 2
+    assert len(registry.tenants.list()) == 2
 
 
 def test_a_writer_that_waits_too_long_is_told(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "WAIT_S", 1.0)
-    other = Registry(registry.url)
-    with registry.write("slow") as write:
+    other = Registry(registry.database.url)
+    with registry.database.write("slow") as write:
         with pytest.raises(RegistryDownError, match="busy"):
-            other.freeze_family(FAMILY, actor="hasty")
+            other.policies.freeze(FAMILY, actor="hasty")
         write.unaudited()
-    other.freeze_family(FAMILY, actor="hasty")
+    other.policies.freeze(FAMILY, actor="hasty")
     other.close()
 
 
@@ -95,15 +98,15 @@ def test_a_writer_that_hangs_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> N
     server = postgres()
     name = server.create("migrated")
     opened, other = Registry(server.url(name)), Registry(server.url(name))
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     monkeypatch.setattr(database, "PAUSE_S", 1.0)
-    with pytest.raises(RegistryDownError, match="idle"), opened.write("hung") as write:
+    with pytest.raises(RegistryDownError, match="idle"), opened.database.write("hung") as write:
         write.bump()
         write.audit("family.freeze", FAMILY)
         # Waits for its turn, which comes when the server hangs up.
-        other.freeze_family(FAMILY, actor="other")
+        other.policies.freeze(FAMILY, actor="other")
         write.connection.execute(text("SELECT 1"))
-    assert [entry.actor for entry in other.audit().entries] == ["other", "test"]
+    assert [entry.actor for entry in other.audit.page().entries] == ["other", "test"]
     assert other.version() == opened.version() == 2
     opened.close()
     other.close()
@@ -112,13 +115,18 @@ def test_a_writer_that_hangs_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["nul\x00", "half \ud800", "x" * 10_000])
 def test_odd_names_are_not_found_and_break_nothing(registry: Registry, value: str) -> None:
-    for ask in (registry.tenant, registry.family, registry.key, registry.revisions):
+    for ask in (
+        registry.tenants.get,
+        registry.families.get,
+        registry.keys.get,
+        registry.revisions.list,
+    ):
         with pytest.raises(RegistryError):
             ask(value)
 
 
 def test_huge_numbers_are_not_found_and_break_nothing(registry: Registry) -> None:
-    for ask in (registry.job, registry.revision_by_id, registry.rollout_status):
+    for ask in (registry.jobs.get, registry.revisions.get_by_id, registry.rollouts.status):
         for value in (2**31, 2**63, 10**30, -1, 0):
             with pytest.raises(RegistryError):
                 ask(value)
@@ -135,7 +143,7 @@ def test_the_pool_survives_a_server_that_hangs_up(tmp_path: Path) -> None:
     server = postgres()
     name = server.create("migrated")
     opened = Registry(server.url(name))
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     gone = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
     assert server.execute(gone)
     assert opened.version() == 1
@@ -191,7 +199,7 @@ def test_other_urls_are_refused_without_their_password(given: str, why: str) -> 
 
 def test_a_copied_file_is_the_same_registry(tmp_path: Path) -> None:
     opened = Registry(tmp_path / "one.db")
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     before = opened.snapshot()
     opened.close()
     shutil.copy(tmp_path / "one.db", tmp_path / "two.db")
@@ -210,19 +218,19 @@ def replace_file(path: Path, other: Path) -> None:
 def test_a_file_that_was_replaced_is_the_one_that_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     with (
         closing(sqlite3.connect(path)) as source,
         closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
     ):
         source.backup(copy)
-    opened.add_tenant("lost", FAMILY, actor="test")
+    opened.tenants.add("lost", FAMILY, actor="test")
     seen, _ = opened.position()
     replace_file(path, tmp_path / "copy.db")
-    assert opened.position(seen)[1] and opened.tenants() == ()
-    opened.add_tenant("new", FAMILY, actor="test")
+    assert opened.position(seen)[1] and opened.tenants.list() == ()
+    opened.tenants.add("new", FAMILY, actor="test")
     other = Registry(path)
-    assert [tenant.name for tenant in other.tenants()] == ["new"]
+    assert [tenant.name for tenant in other.tenants.list()] == ["new"]
     other.close()
     opened.close()
 
@@ -230,25 +238,25 @@ def test_a_file_that_was_replaced_is_the_one_that_is_read_and_written(tmp_path: 
 def test_a_file_that_was_taken_away_is_down_and_not_made_again(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     os.rename(path, tmp_path / "elsewhere.db")
-    for call in (opened.version, lambda: opened.add_tenant("acme", FAMILY, actor="test")):
+    for call in (opened.version, lambda: opened.tenants.add("acme", FAMILY, actor="test")):
         with pytest.raises(RegistryDownError, match="unable to open"):
             call()
     assert not path.exists()
     os.rename(tmp_path / "elsewhere.db", path)
-    assert opened.version() == 1 and opened.tenants() == ()
+    assert opened.version() == 1 and opened.tenants.list() == ()
     opened.close()
 
 
 def test_a_write_into_a_file_that_is_replaced_meanwhile_is_no_success(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     Registry(tmp_path / "other.db").close()
     with (
         pytest.raises(RegistryDownError, match="was replaced or deleted while it was written"),
-        opened.write("me") as write,
+        opened.database.write("me") as write,
     ):
         write.bump()
         write.audit("family.freeze", FAMILY)

@@ -35,7 +35,7 @@ TENANT = "acme/support"
 def change(registry: Registry, times: int = 1) -> None:
     """Changes that replicas follow."""
     for step in range(times):
-        registry.set_limits(TENANT, {"concurrent": step + 1}, actor="op")
+        registry.tenants.set_limits(TENANT, {"concurrent": step + 1}, actor="op")
 
 
 def test_a_registry_that_goes_on_has_lost_nothing(registry: Registry) -> None:
@@ -43,7 +43,7 @@ def test_a_registry_that_goes_on_has_lost_nothing(registry: Registry) -> None:
     start = registry.version()
     assert history.look() == history.look() == Seen(start, 0)
     change(registry, 3)
-    registry.join("node", 1, actor="node")
+    registry.replicas.join("node", 1, actor="node")
     assert history.look() == Seen(start + 3, 0)
     snapshot, losses = history.snapshot()
     assert (snapshot.version, snapshot.lost, losses) == (start + 3, False, 0)
@@ -78,7 +78,7 @@ def test_what_replicas_do_not_follow_is_missed_as_well(registry: Registry) -> No
     """A revision that was tried, a job, a receipt: their ids may come again."""
     history = History(registry)
     restore = back_up(registry)
-    registry.add_revision(TENANT, profile(), actor="me")
+    registry.revisions.add(TENANT, profile(), actor="me")
     version = registry.version()
     assert history.look() == Seen(version, 0)
     restore()
@@ -156,12 +156,12 @@ def test_a_listener_outlives_whatever_happens(
 
 
 def test_a_registry_that_is_being_restored_does_not_answer(registry: Registry) -> None:
-    with registry.write("admin") as write:
+    with registry.database.write("admin") as write:
         write.connection.execute(text("DELETE FROM version"))
         write.unaudited()
     with pytest.raises(RegistryDownError, match="being restored"):
         registry.position()
-    with registry.write("admin", exclusive=False) as write:
+    with registry.database.write("admin", exclusive=False) as write:
         write.connection.execute(text("DROP TABLE version"))
         write.unaudited()
     for read in (registry.position, registry.version, registry.snapshot):
@@ -171,22 +171,26 @@ def test_a_registry_that_is_being_restored_does_not_answer(registry: Registry) -
 
 def test_a_replica_of_what_was_lost_cannot_report(registry: Registry) -> None:
     restore = back_up(registry)
-    replica = registry.join("node", 1, actor="node").id
+    replica = registry.replicas.join("node", 1, actor="node").id
     seen, _ = registry.position()
-    told = registry.heartbeat(replica, applied_version=seen.version, seen=seen, actor="node")
+    told = registry.replicas.heartbeat(
+        replica, applied_version=seen.version, seen=seen, actor="node"
+    )
     assert told.applied_version == seen.version
     ahead, _ = registry.position()
     restore()
     with pytest.raises(NotFoundError, match="join again"):
-        registry.heartbeat(replica, applied_version=seen.version, seen=ahead, actor="node")
-    again = registry.join("node", 1, actor="node").id
+        registry.replicas.heartbeat(replica, applied_version=seen.version, seen=ahead, actor="node")
+    again = registry.replicas.join("node", 1, actor="node").id
     for lost in (seen, ahead, replace(seen, version=seen.version + 1, entry=None)):
         with pytest.raises(RestoredError, match="has seen changes that the registry has lost"):
-            registry.heartbeat(again, applied_version=seen.version, seen=lost, actor="node")
-    (row,) = registry.replicas()
+            registry.replicas.heartbeat(
+                again, applied_version=seen.version, seen=lost, actor="node"
+            )
+    (row,) = registry.replicas.list()
     assert (row.id, row.applied_version) == (again, 0)
     now, _ = registry.position()
-    registry.heartbeat(again, applied_version=now.version, seen=now, actor="node")
+    registry.replicas.heartbeat(again, applied_version=now.version, seen=now, actor="node")
 
 
 def test_a_receipt_counts_for_the_content_that_it_is_of(registry: Registry) -> None:
@@ -197,38 +201,38 @@ def test_a_receipt_counts_for_the_content_that_it_is_of(registry: Registry) -> N
     new = add_published(registry, TENANT, 2.0)
     assert (new.id, new.served_name) == (old.id, old.served_name)
     assert new.identity != old.identity
-    replica = registry.join("node", 1, actor="node").id
+    replica = registry.replicas.join("node", 1, actor="node").id
 
     def report(*held: object) -> list[int]:
         contents = [one.identity for one in held]  # type: ignore[attr-defined]
-        registry.heartbeat(
+        registry.replicas.heartbeat(
             replica,
             applied_version=registry.version(),
             receipts={content.id: ({"of": content.profile}, True) for content in contents},
             contents=contents,
             actor="node",
         )
-        return [receipt.revision for receipt in registry.receipts(replica=replica)]
+        return [receipt.revision for receipt in registry.replicas.receipts(replica=replica)]
 
-    rollout = registry.rollouts()[0]
+    rollout = registry.rollouts.list()[0]
     assert report(new) == [new.id]
-    assert registry.rollout_status(rollout.id).done
+    assert registry.rollouts.status(rollout.id).done
     # What it holds now is not what it reported, and the registry does not know the other at all.
     assert report(old, lost) == []
-    (lag,) = registry.rollout_status(rollout.id).lagging
+    (lag,) = registry.rollouts.status(rollout.id).lagging
     assert lag.reason == f"has no receipt for {new.served_name}"
 
 
 def test_a_version_that_the_registry_has_not_reached_is_no_progress(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
-    rollout = registry.rollouts()[0]
-    replica = registry.join("node", 1, actor="node").id
+    rollout = registry.rollouts.list()[0]
+    replica = registry.replicas.join("node", 1, actor="node").id
     ahead = registry.version() + 5
     good = {revision.id: ({}, True)}
-    registry.heartbeat(replica, applied_version=ahead, receipts=good, actor="node")
-    (lag,) = registry.rollout_status(rollout.id).lagging
+    registry.replicas.heartbeat(replica, applied_version=ahead, receipts=good, actor="node")
+    (lag,) = registry.rollouts.status(rollout.id).lagging
     assert f"is at version {ahead} of what the registry was before it was restored" in lag.reason
-    assert (registry.figures().level, registry.figures().late) == (0, 1)
+    assert (registry.stats().level, registry.stats().late) == (0, 1)
 
 
 @pytest.mark.parametrize("step", ["publish", "publish a new one", "ready", "rollback"])
@@ -238,33 +242,35 @@ def test_what_was_checked_is_what_is_published(registry: Registry, step: str) ->
     restore = back_up(registry)
     checked = add_ready(registry, TENANT, 1.0)
     restore()
-    other = registry.add_revision(TENANT, profile(2.0), actor="other")
+    other = registry.revisions.add(TENANT, profile(2.0), actor="other")
     assert (other.id, other.served_name) == (checked.id, checked.served_name)
     if step != "ready":
-        registry.set_revision_state(other.id, "ready", actor="other")
+        registry.revisions.set_state(other.id, "ready", actor="other")
     if step == "rollback":
-        registry.publish(TENANT, other.number, actor="other")
+        registry.rollouts.publish(TENANT, other.number, actor="other")
         third = add_published(registry, TENANT, 2.5)
-        assert registry.snapshot().previous == (registry.revision(TENANT, other.number),)
-    version, serving = registry.version(), registry.serving(TENANT)
+        assert registry.snapshot().previous == (registry.revisions.get(TENANT, other.number),)
+    version, serving = registry.version(), registry.revisions.published(TENANT)
     with pytest.raises(ConflictError, match="the registry was restored meanwhile"):
         if step == "publish":
-            registry.publish(TENANT, checked.number, actor="me", checked=checked.identity)
+            registry.rollouts.publish(TENANT, checked.number, actor="me", checked=checked.identity)
         elif step == "publish a new one":
-            registry.publish(TENANT, other.number, actor="me", gate={}, checked=checked.identity)
+            registry.rollouts.publish(
+                TENANT, other.number, actor="me", gate={}, checked=checked.identity
+            )
         elif step == "rollback":
-            registry.rollback(TENANT, checked.number, actor="me", checked=checked.identity)
+            registry.rollouts.rollback(TENANT, checked.number, actor="me", checked=checked.identity)
         else:
-            registry.set_revision_state(checked.id, "ready", actor="me", checked=checked.identity)
-    assert (registry.version(), registry.serving(TENANT)) == (version, serving)
+            registry.revisions.set_state(checked.id, "ready", actor="me", checked=checked.identity)
+    assert (registry.version(), registry.revisions.published(TENANT)) == (version, serving)
     if step == "publish":
-        registry.publish(TENANT, other.number, actor="me", checked=other.identity)
+        registry.rollouts.publish(TENANT, other.number, actor="me", checked=other.identity)
     elif step == "rollback":
-        registry.rollback(TENANT, actor="me", checked=other.identity)
-        assert third.number != registry.tenant(TENANT).published == other.number
+        registry.rollouts.rollback(TENANT, actor="me", checked=other.identity)
+        assert third.number != registry.tenants.get(TENANT).published == other.number
     elif step == "ready":
-        registry.set_revision_state(other.id, "ready", actor="me", checked=other.identity)
-    assert registry.revision(TENANT, 1).identity == first.identity
+        registry.revisions.set_state(other.id, "ready", actor="me", checked=other.identity)
+    assert registry.revisions.get(TENANT, 1).identity == first.identity
 
 
 def test_a_family_is_part_of_what_a_revision_is(registry: Registry) -> None:
@@ -284,14 +290,14 @@ def test_listening_is_taken_up_again_after_a_restore() -> None:
     thread = threading.Thread(target=listen, args=(history, stop, heard.put))
     thread.start()
     assert heard.get(timeout=20) == Seen(0, 0)
-    opened.add_key("k", scopes=["serve"], tenants=["*"], actor="t")
+    opened.keys.add("k", scopes=["serve"], tenants=["*"], actor="t")
     assert heard.get(timeout=20) == Seen(1, 0)
     restore()
-    opened.add_key("other", scopes=["serve"], tenants=["*"], actor="t")
+    opened.keys.add("other", scopes=["serve"], tenants=["*"], actor="t")
     while (seen := heard.get(timeout=20)) != Seen(1, 1):
         assert seen == Seen(0, 1)
     stop.set()
-    opened.add_key("last", scopes=["serve"], tenants=["*"], actor="t")
+    opened.keys.add("last", scopes=["serve"], tenants=["*"], actor="t")
     thread.join(20)
     assert not thread.is_alive()
     opened.close()

@@ -22,7 +22,7 @@ registry, owner = Registry(sys.argv[1], migrate=False), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
 claimed = []
-while (job := registry.claim(owner, actor=owner)) is not None:
+while (job := registry.jobs.claim(owner, actor=owner)) is not None:
     claimed.append(job.id)
 print(*claimed, flush=True)
 """
@@ -32,64 +32,67 @@ CLAIM_AND_HANG = """
 import sys
 from safegene_server.registry import Registry
 registry, owner = Registry(sys.argv[1], migrate=False), sys.argv[2]
-job = registry.claim(owner, actor=owner, lease_s=0.2)
+job = registry.jobs.claim(owner, actor=owner, lease_s=0.2)
 print("nothing" if job is None else f"job {job.id}", flush=True)
 sys.stdin.readline()
 """
 
 
 def add(registry: Registry, count: int = 1) -> list[int]:
-    return [registry.enqueue("calibrate", TENANT, actor="me").id for _ in range(count)]
+    return [registry.jobs.enqueue("calibrate", TENANT, actor="me").id for _ in range(count)]
 
 
 def test_a_job_from_its_beginning_to_its_end(registry: Registry) -> None:
     revision = add_ready(registry, TENANT)
-    job = registry.enqueue(
+    job = registry.jobs.enqueue(
         "gate", TENANT, actor="me", revision=revision.id, params={"rows": [1, 2.5]}
     )
     assert (job.kind, job.tenant, job.revision) == ("gate", TENANT, revision.id)
     assert (job.params, job.state, job.attempts) == ({"rows": [1, 2.5]}, "queued", 0)
-    claimed = registry.claim("worker", actor="worker")
+    claimed = registry.jobs.claim("worker", actor="worker")
     assert claimed is not None and claimed.id == job.id
     assert (claimed.state, claimed.owner, claimed.attempts) == ("running", "worker", 1)
     assert claimed.lease_until is not None and claimed.lease_until > claimed.updated_at
-    moved = registry.progress(job.id, "worker", 0.5, "half", actor="worker")
+    moved = registry.jobs.progress(job.id, "worker", 0.5, "half", actor="worker")
     assert (moved.progress, moved.message, moved.cancel_requested) == (0.5, "half", False)
-    ended = registry.finish(
+    ended = registry.jobs.finish(
         job.id, "worker", "done", actor="worker", message="nul\x00", result={"loss": 0.1}
     )
     assert (ended.state, ended.progress, ended.result) == ("done", 1.0, {"loss": 0.1})
     assert (ended.message, ended.lease_until) == ("nul?", None)
-    assert registry.claim("worker", actor="worker") is None
-    assert registry.jobs(tenant=TENANT, state="done") == (registry.job(job.id),)
-    assert registry.jobs(state="queued") == registry.jobs(tenant="globex") == ()
+    assert registry.jobs.claim("worker", actor="worker") is None
+    assert registry.jobs.list(tenant=TENANT, state="done") == (registry.jobs.get(job.id),)
+    assert registry.jobs.list(state="queued") == registry.jobs.list(tenant="globex") == ()
 
 
 def test_what_is_private_is_forgotten_however_a_job_ends(registry: Registry) -> None:
     given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
     done, waiting, begun = (
-        registry.enqueue("calibrate", TENANT, actor="me", params=given).id for _ in range(3)
+        registry.jobs.enqueue("calibrate", TENANT, actor="me", params=given).id for _ in range(3)
     )
-    claimed = registry.claim("worker", actor="worker")
+    claimed = registry.jobs.claim("worker", actor="worker")
     assert claimed is not None and claimed.params == given
-    assert registry.progress(done, "worker", 0.5, actor="worker").params == given
-    assert registry.finish(done, "worker", "failed", actor="worker").params == {"seed": 1}
-    assert registry.cancel(waiting, actor="me").params == {"seed": 1}
+    assert registry.jobs.progress(done, "worker", 0.5, actor="worker").params == given
+    assert registry.jobs.finish(done, "worker", "failed", actor="worker").params == {"seed": 1}
+    assert registry.jobs.cancel(waiting, actor="me").params == {"seed": 1}
     for _ in range(MAX_ATTEMPTS):
-        again = registry.claim("worker", actor="worker", lease_s=-1.0)
+        again = registry.jobs.claim("worker", actor="worker", lease_s=-1.0)
         assert again is not None and again.params == given
-    assert registry.claim("worker", actor="worker") is None
-    assert (registry.job(begun).state, registry.job(begun).params) == ("failed", {"seed": 1})
-    assert "secret" not in str(registry.audit(limit=1000))
+    assert registry.jobs.claim("worker", actor="worker") is None
+    assert (registry.jobs.get(begun).state, registry.jobs.get(begun).params) == (
+        "failed",
+        {"seed": 1},
+    )
+    assert "secret" not in str(registry.audit.page(limit=1000))
 
 
 def test_the_oldest_of_the_wanted_kinds_comes_first(registry: Registry) -> None:
     for kind in ("gate", "calibrate", "gate"):
-        registry.enqueue(kind, TENANT, actor="me")
+        registry.jobs.enqueue(kind, TENANT, actor="me")
     order = []
-    while (job := registry.claim("w", actor="w", kinds=["calibrate", "other"])) is not None:
+    while (job := registry.jobs.claim("w", actor="w", kinds=["calibrate", "other"])) is not None:
         order.append(job.id)
-    while (job := registry.claim("w", actor="w")) is not None:
+    while (job := registry.jobs.claim("w", actor="w")) is not None:
         order.append(job.id)
     assert order == [2, 1, 3]
 
@@ -101,7 +104,7 @@ def test_many_threads_claim_every_job_once(registry: Registry) -> None:
 
     def work(owner: str) -> None:
         try:
-            while (job := registry.claim(owner, actor=owner)) is not None:
+            while (job := registry.jobs.claim(owner, actor=owner)) is not None:
                 claimed.append(job.id)
         except BaseException as error:
             failed.append(error)
@@ -117,7 +120,7 @@ def test_many_threads_claim_every_job_once(registry: Registry) -> None:
 
 def test_processes_claim_every_job_once(registry: Registry) -> None:
     ids = add(registry, 40)
-    address = registry.url.render_as_string(hide_password=False)
+    address = registry.database.url.render_as_string(hide_password=False)
     workers = [start_python(CLAIM_ALL, address, f"w{n}") for n in range(2)]
     for worker in workers:
         assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
@@ -131,31 +134,31 @@ def test_processes_claim_every_job_once(registry: Registry) -> None:
         assert worker.returncode == 0
         answers += [int(word) for word in out.split()]
     assert sorted(answers) == ids
-    assert len(registry.audit(action="job.claim").entries) == 40
+    assert len(registry.audit.page(action="job.claim").entries) == 40
 
 
 def test_a_lease_that_ran_out_is_claimed_by_another(registry: Registry) -> None:
     [job] = add(registry)
-    registry.claim("dead", actor="dead")
-    assert registry.claim("heir", actor="heir") is None
-    registry.progress(job, "dead", 0.0, actor="dead", lease_s=-1.0)
-    taken = registry.claim("heir", actor="heir")
+    registry.jobs.claim("dead", actor="dead")
+    assert registry.jobs.claim("heir", actor="heir") is None
+    registry.jobs.progress(job, "dead", 0.0, actor="dead", lease_s=-1.0)
+    taken = registry.jobs.claim("heir", actor="heir")
     assert taken is not None and (taken.id, taken.owner, taken.attempts) == (job, "heir", 2)
     for late in (
-        lambda: registry.progress(job, "dead", 0.9, actor="dead"),
-        lambda: registry.finish(job, "dead", "done", actor="dead"),
+        lambda: registry.jobs.progress(job, "dead", 0.9, actor="dead"),
+        lambda: registry.jobs.finish(job, "dead", "done", actor="dead"),
     ):
         with pytest.raises(ConflictError, match="is running by 'heir', not held by 'dead'; stop"):
             late()
-    assert registry.job(job) == taken
+    assert registry.jobs.get(job) == taken
 
 
 def test_progress_renews_the_lease(registry: Registry) -> None:
     [job] = add(registry)
-    registry.claim("w", actor="w", lease_s=0.3)
-    registry.progress(job, "w", 0.1, actor="w", lease_s=30.0)
+    registry.jobs.claim("w", actor="w", lease_s=0.3)
+    registry.jobs.progress(job, "w", 0.1, actor="w", lease_s=30.0)
     time.sleep(0.35)
-    assert registry.claim("heir", actor="heir") is None
+    assert registry.jobs.claim("heir", actor="heir") is None
 
 
 def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
@@ -163,7 +166,7 @@ def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
 ) -> None:
     """By processes that are killed while they hold it, as a server that hangs is in the end."""
     [job] = add(registry)
-    address = registry.url.render_as_string(hide_password=False)
+    address = registry.database.url.render_as_string(hide_password=False)
     heard = []
     for owner in ("first", "second", "third", "fourth"):
         victim = start_python(CLAIM_AND_HANG, address, owner)
@@ -173,93 +176,93 @@ def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
         victim.communicate(timeout=10)
         time.sleep(0.3)
     assert heard == [f"job {job}", f"job {job}", "nothing", "nothing"]
-    ended = registry.job(job)
+    ended = registry.jobs.get(job)
     assert (ended.state, ended.attempts, ended.owner) == ("failed", 2, "second")
     assert "begun 2 times, and each time its server died" in ended.message
     assert "the log of the last one, second, then" in ended.message
     assert f"`safegene tenant update {TENANT}`" in ended.message
     [after] = add(registry)
-    following = registry.claim("w", actor="w")
+    following = registry.jobs.claim("w", actor="w")
     assert following is not None and following.id == after
 
 
 def test_a_job_that_is_released_was_as_good_as_not_begun(registry: Registry) -> None:
     given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
-    job = registry.enqueue("calibrate", TENANT, actor="me", params=given).id
+    job = registry.jobs.enqueue("calibrate", TENANT, actor="me", params=given).id
     for number in range(2 * MAX_ATTEMPTS):
-        claimed = registry.claim(f"w{number}", actor="w")
+        claimed = registry.jobs.claim(f"w{number}", actor="w")
         assert claimed is not None and (claimed.id, claimed.attempts) == (job, 1)
-        released = registry.release(job, f"w{number}", actor="w")
+        released = registry.jobs.release(job, f"w{number}", actor="w")
         assert (released.state, released.owner, released.lease_until) == ("queued", None, None)
         assert (released.attempts, released.params) == (0, given)
-    assert len(registry.audit(action="job.release").entries) == 2 * MAX_ATTEMPTS
+    assert len(registry.audit.page(action="job.release").entries) == 2 * MAX_ATTEMPTS
     with pytest.raises(ConflictError, match="is queued, not held by 'w0'"):
-        registry.release(job, "w0", actor="w")
-    registry.claim("w", actor="w")
+        registry.jobs.release(job, "w0", actor="w")
+    registry.jobs.claim("w", actor="w")
     with pytest.raises(ConflictError, match="is running by 'w', not held by 'w0'"):
-        registry.release(job, "w0", actor="w")
+        registry.jobs.release(job, "w0", actor="w")
 
 
 def test_a_release_forgets_no_death(registry: Registry) -> None:
     [job] = add(registry)
-    registry.claim("dead", actor="w", lease_s=-1.0)
+    registry.jobs.claim("dead", actor="w", lease_s=-1.0)
     for owner in ("stops", "stops too"):
-        claimed = registry.claim(owner, actor="w")
+        claimed = registry.jobs.claim(owner, actor="w")
         assert claimed is not None and claimed.attempts == 2
-        assert registry.release(job, owner, actor="w").attempts == 1
-    registry.claim("dies", actor="w", lease_s=-1.0)
-    assert registry.claim("w", actor="w") is None
-    assert registry.job(job).state == "failed"
+        assert registry.jobs.release(job, owner, actor="w").attempts == 1
+    registry.jobs.claim("dies", actor="w", lease_s=-1.0)
+    assert registry.jobs.claim("w", actor="w") is None
+    assert registry.jobs.get(job).state == "failed"
 
 
 def test_a_released_job_that_was_to_be_cancelled_is_not_begun_again(registry: Registry) -> None:
     [job] = add(registry)
-    registry.claim("w", actor="w")
-    registry.cancel(job, actor="me")
-    registry.release(job, "w", actor="w")
-    assert registry.claim("w", actor="w") is None
-    assert registry.job(job).state == "cancelled"
+    registry.jobs.claim("w", actor="w")
+    registry.jobs.cancel(job, actor="me")
+    registry.jobs.release(job, "w", actor="w")
+    assert registry.jobs.claim("w", actor="w") is None
+    assert registry.jobs.get(job).state == "cancelled"
 
 
 def test_cancelling(registry: Registry) -> None:
     waiting, running, orphan = add(registry, 3)
-    assert registry.cancel(waiting, actor="me").state == "cancelled"
-    first = registry.claim("w", actor="w")
+    assert registry.jobs.cancel(waiting, actor="me").state == "cancelled"
+    first = registry.jobs.claim("w", actor="w")
     assert first is not None and first.id == running
-    assert registry.cancel(running, actor="me").state == "running"
-    assert registry.progress(running, "w", 0.2, actor="w").cancel_requested
-    assert registry.finish(running, "w", "cancelled", actor="w").state == "cancelled"
-    second = registry.claim("dead", actor="dead", lease_s=0.05)
+    assert registry.jobs.cancel(running, actor="me").state == "running"
+    assert registry.jobs.progress(running, "w", 0.2, actor="w").cancel_requested
+    assert registry.jobs.finish(running, "w", "cancelled", actor="w").state == "cancelled"
+    second = registry.jobs.claim("dead", actor="dead", lease_s=0.05)
     assert second is not None and second.id == orphan
-    registry.cancel(orphan, actor="me")
+    registry.jobs.cancel(orphan, actor="me")
     time.sleep(0.1)
-    assert registry.claim("w", actor="w") is None
-    assert registry.job(orphan).state == "cancelled"
+    assert registry.jobs.claim("w", actor="w") is None
+    assert registry.jobs.get(orphan).state == "cancelled"
     with pytest.raises(ConflictError, match="is cancelled; there is nothing to cancel"):
-        registry.cancel(orphan, actor="me")
+        registry.jobs.cancel(orphan, actor="me")
 
 
 def test_what_a_job_cannot_be(registry: Registry) -> None:
     revision = add_ready(registry, TENANT)
-    registry.add_tenant("globex", revision.profile.family, actor="me")
+    registry.tenants.add("globex", revision.profile.family, actor="me")
     with pytest.raises(NotFoundError, match="acme/support@1 is no revision of tenant 'globex'"):
-        registry.enqueue("gate", "globex", actor="me", revision=revision.id)
+        registry.jobs.enqueue("gate", "globex", actor="me", revision=revision.id)
     with pytest.raises(NotFoundError):
-        registry.enqueue("gate", "initech", actor="me")
+        registry.jobs.enqueue("gate", "initech", actor="me")
     with pytest.raises(RegistryError, match="params is not plain JSON"):
-        registry.enqueue("gate", TENANT, actor="me", params={"x": object()})
+        registry.jobs.enqueue("gate", TENANT, actor="me", params={"x": object()})
     [job] = add(registry)
-    registry.claim("w", actor="w")
+    registry.jobs.claim("w", actor="w")
     for progress in (-0.1, 1.1, float("nan")):
         with pytest.raises(RegistryError, match="from 0 to 1"):
-            registry.progress(job, "w", progress, actor="w")
+            registry.jobs.progress(job, "w", progress, actor="w")
     with pytest.raises(RegistryError, match="expected done, failed or cancelled"):
-        registry.finish(job, "w", "queued", actor="w")  # type: ignore[arg-type]
+        registry.jobs.finish(job, "w", "queued", actor="w")  # type: ignore[arg-type]
 
 
 def test_an_owner_of_one_family_leaves_the_jobs_of_others(registry: Registry) -> None:
     (job,) = add(registry)
     other = header("other", "1")
-    assert registry.claim("a", actor="a", family=other.digest) is None
-    claimed = registry.claim("a", actor="a", family=FAMILY)
+    assert registry.jobs.claim("a", actor="a", family=other.digest) is None
+    claimed = registry.jobs.claim("a", actor="a", family=FAMILY)
     assert claimed is not None and claimed.id == job

@@ -17,7 +17,7 @@ __all__ = ["registry", "url"]
 def three(registry: Registry) -> Registry:
     """acme/support at 0.5, globex at 2.0, initech at 0.75, unborn at nothing."""
     for name in ("globex", "initech", "unborn"):
-        registry.add_tenant(name, FAMILY, actor="test")
+        registry.tenants.add(name, FAMILY, actor="test")
     add_published(registry, "acme/support", 0.5, adapter_digest=ADAPTER)
     add_published(registry, "globex", 2.0)
     add_published(registry, "initech", 0.75)
@@ -32,7 +32,7 @@ def served(registry: Registry) -> dict[str, tuple[int, tuple[float, ...]]]:
 
 def test_everybody_below_is_raised_in_one_version(three: Registry) -> None:
     version = three.version()
-    rollout = three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    rollout = three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     assert rollout is not None
     assert rollout.version == three.version() == version + 1
     assert (rollout.kind, rollout.tenants) == ("floor", ("acme/support", "initech"))
@@ -41,65 +41,65 @@ def test_everybody_below_is_raised_in_one_version(three: Registry) -> None:
         "globex": (1, (2.0, 0.0, 0.5)),
         "initech": (2, (1.0, 0.0, 0.5)),
     }
-    raised = three.revision("acme/support", 2)
+    raised = three.revisions.get("acme/support", 2)
     assert rollout.revisions[0] == raised.id
-    before = three.revision("acme/support", 1)
+    before = three.revisions.get("acme/support", 1)
     assert (before.state, raised.state) == ("superseded", "published")
     assert raised.adapter_digest == ADAPTER
     assert raised.gate == {"raised_from": "acme/support@1"}
     origin = {"raised_from": before.profile.digest, "floor": {"0": 1.0}}
     assert raised.profile.calibration["floor"] == origin
-    assert three.policy(FAMILY).floor == {0: 1.0}
+    assert three.policies.get(FAMILY).floor == {0: 1.0}
 
 
 def test_a_floor_that_raises_nobody_is_a_change_all_the_same(three: Registry) -> None:
     before, version = served(three), three.version()
-    assert three.set_floor(FAMILY, {2: 0.5}, actor="op") is None
+    assert three.policies.set_floor(FAMILY, {2: 0.5}, actor="op") is None
     assert (served(three), three.version()) == (before, version + 1)
-    assert three.set_floor(FAMILY, {2: 0.5}, actor="op") is None
+    assert three.policies.set_floor(FAMILY, {2: 0.5}, actor="op") is None
     assert three.version() == version + 1
 
 
 def test_lifting_the_floor_lowers_nobody(three: Registry) -> None:
-    three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     before = served(three)
-    assert three.set_floor(FAMILY, {}, actor="op") is None
-    assert (served(three), three.policy(FAMILY).floor) == (before, {})
-    three.rollback("acme/support", actor="op")
+    assert three.policies.set_floor(FAMILY, {}, actor="op") is None
+    assert (served(three), three.policies.get(FAMILY).floor) == (before, {})
+    three.rollouts.rollback("acme/support", actor="op")
     assert served(three)["acme/support"] == (1, (0.5, 0.0, 0.5))
 
 
 def test_a_frozen_tenant_in_the_way_stops_all_of_it(three: Registry) -> None:
-    three.freeze_tenant("initech", actor="op")
-    before = three.snapshot(), three.audit()
+    three.tenants.freeze("initech", actor="op")
+    before = three.snapshot(), three.audit.page()
     with pytest.raises(FrozenError, match="below the new floor: initech; unfreeze"):
-        three.set_floor(FAMILY, {0: 1.0}, actor="op")
-    assert (three.snapshot(), three.audit()) == before
-    three.freeze_family(FAMILY, actor="op")
+        three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert (three.snapshot(), three.audit.page()) == before
+    three.policies.freeze(FAMILY, actor="op")
     with pytest.raises(FrozenError, match=r"is frozen and 2 of its tenants"):
-        three.set_floor(FAMILY, {0: 1.0}, actor="op")
-    assert three.set_floor(FAMILY, {0: 0.25}, actor="op") is None
-    assert three.policy(FAMILY).frozen
+        three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
+    assert three.policies.set_floor(FAMILY, {0: 0.25}, actor="op") is None
+    assert three.policies.get(FAMILY).frozen
 
 
 def test_a_frozen_tenant_that_is_high_enough_is_in_nobodys_way(three: Registry) -> None:
-    three.freeze_tenant("globex", actor="op")
-    assert three.set_floor(FAMILY, {0: 1.0}, actor="op") is not None
+    three.tenants.freeze("globex", actor="op")
+    assert three.policies.set_floor(FAMILY, {0: 1.0}, actor="op") is not None
 
 
 def test_retired_tenants_and_other_families_are_left_alone(three: Registry) -> None:
-    three.retire("initech", actor="op")
+    three.rollouts.retire("initech", actor="op")
     other = header("second", "e")
-    three.add_family(other, None, actor="op")
-    rollout = three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    three.families.add(other, None, actor="op")
+    rollout = three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     assert rollout is not None and rollout.tenants == ("acme/support",)
-    assert three.policy(other.digest).floor == {}
+    assert three.policies.get(other.digest).floor == {}
 
 
 def test_the_floor_holds_for_a_tenant_that_comes_later(three: Registry) -> None:
-    three.set_floor(FAMILY, {0: 1.0}, actor="op")
+    three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     with pytest.raises(BoundsError, match=r"layer 0 has 0\.5, the floor is 1\.0"):
-        three.add_revision("unborn", profile(0.5), actor="me")
+        three.revisions.add("unborn", profile(0.5), actor="me")
     add_published(three, "unborn", 1.0)
     assert served(three)["unborn"] == (1, (1.0, 0.0, 0.5))
 
@@ -117,15 +117,15 @@ def test_the_floor_holds_for_a_tenant_that_comes_later(three: Registry) -> None:
 )
 def test_floors_that_make_no_sense(three: Registry, floor: Any, why: str) -> None:
     with pytest.raises(BoundsError, match=why):
-        three.set_floor(FAMILY, floor, actor="op")
-    assert three.policy(FAMILY).floor == {}
+        three.policies.set_floor(FAMILY, floor, actor="op")
+    assert three.policies.get(FAMILY).floor == {}
 
 
 def test_policies_are_of_families_that_exist(registry: Registry) -> None:
     for ask in (
-        lambda: registry.policy("sha256:0"),
-        lambda: registry.set_floor("sha256:0", {}, actor="op"),
-        lambda: registry.freeze_family("sha256:0", actor="op"),
+        lambda: registry.policies.get("sha256:0"),
+        lambda: registry.policies.set_floor("sha256:0", {}, actor="op"),
+        lambda: registry.policies.freeze("sha256:0", actor="op"),
     ):
         with pytest.raises(NotFoundError):
             ask()

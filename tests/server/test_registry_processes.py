@@ -29,7 +29,7 @@ __all__ = ["registry", "url"]
 TENANT = "acme/support"
 BEGIN = """
 import sys
-from registry_setup import add_ready, profile
+from registry_setup import FAMILY, add_ready, profile
 from safegene_server.registry import Registry
 from safegene_vllm.errors import ConflictError
 registry, me = Registry(sys.argv[1], migrate=False), sys.argv[2]
@@ -41,7 +41,7 @@ ADD_MANY = (
     BEGIN
     + """
 for _ in range(25):
-    print(registry.add_revision(TENANT, profile(), actor=me).number)
+    print(registry.revisions.add(TENANT, profile(), actor=me).number)
 """
 )
 SWITCH_MANY = (
@@ -49,9 +49,9 @@ SWITCH_MANY = (
     + """
 won = 0
 while won < 10:
-    seen = registry.tenant(TENANT).published
+    seen = registry.tenants.get(TENANT).published
     try:
-        registry.publish(TENANT, 3 - seen, actor=me, expected=seen)
+        registry.rollouts.publish(TENANT, 3 - seen, actor=me, expected=seen)
     except ConflictError:
         continue
     won += 1
@@ -71,12 +71,12 @@ def hang(write, *args, **details):
         time.sleep(60)
 Write.audit = hang
 {
-    "tenant.publish": lambda: registry.publish(TENANT, 2, actor=me),
-    "tenant.rollback": lambda: registry.rollback(TENANT, actor=me),
-    "tenant.floor": lambda: registry.set_floor(registry.tenant(TENANT).family, {0: 2}, actor=me),
-    "revision.add": lambda: registry.add_revision(TENANT, profile(), actor=me),
-    "key.rotate": lambda: registry.rotate_key("ci", actor=me),
-    "job.claim": lambda: registry.claim(me, actor=me),
+    "tenant.publish": lambda: registry.rollouts.publish(TENANT, 2, actor=me),
+    "tenant.rollback": lambda: registry.rollouts.rollback(TENANT, actor=me),
+    "tenant.floor": lambda: registry.policies.set_floor(FAMILY, {0: 2}, actor=me),
+    "revision.add": lambda: registry.revisions.add(TENANT, profile(), actor=me),
+    "key.rotate": lambda: registry.keys.rotate("ci", actor=me),
+    "job.claim": lambda: registry.jobs.claim(me, actor=me),
 }[sys.argv[3]]()
 """
 )
@@ -85,14 +85,14 @@ WRITE_ON = (
     + """
 while True:
     added = add_ready(registry, TENANT)
-    registry.publish(TENANT, added.number, actor=me)
-    registry.rollback(TENANT, actor=me)
+    registry.rollouts.publish(TENANT, added.number, actor=me)
+    registry.rollouts.rollback(TENANT, actor=me)
 """
 )
 
 
 def start(registry: Registry, code: str, *arguments: str) -> subprocess.Popen[str]:
-    address = registry.url.render_as_string(hide_password=False)
+    address = registry.database.url.render_as_string(hide_password=False)
     return start_python(code, address, *arguments)
 
 
@@ -113,25 +113,25 @@ def answers(process: subprocess.Popen[str]) -> list[list[int]]:
 
 def backends(registry: Registry) -> set[int]:
     """The processes that serve the database's clients; none for a SQLite file."""
-    if not registry.is_postgresql:
+    if not registry.database.is_postgresql:
         return set()
     rows = postgres().execute(
         "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'"
-        f" AND datname = '{registry.url.database}'"
+        f" AND datname = '{registry.database.url.database}'"
     )
     return {row[0] for row in rows}
 
 
 def check_whole(registry: Registry) -> None:
     """What holds after every committed write, whoever died meanwhile."""
-    revisions = registry.revisions(TENANT)
+    revisions = registry.revisions.list(TENANT)
     numbers = [revision.number for revision in revisions]
     assert numbers == list(range(1, len(numbers) + 1))
     published = [revision.number for revision in revisions if revision.state == "published"]
-    assert published == [registry.tenant(TENANT).published]
+    assert published == [registry.tenants.get(TENANT).published]
     entries, cursor = [], None
     while True:
-        page = registry.audit(limit=1000, cursor=cursor)
+        page = registry.audit.page(limit=1000, cursor=cursor)
         entries += page.entries
         cursor = page.cursor
         if cursor is None:
@@ -140,7 +140,7 @@ def check_whole(registry: Registry) -> None:
     assert actions["revision.add"] == len(revisions)
     versions = [e.details["version"] for e in entries if "version" in e.details]
     assert sorted(set(versions)) == list(range(1, registry.version() + 1))
-    rollouts = registry.rollouts(limit=10_000)
+    rollouts = registry.rollouts.list(limit=10_000)
     assert len(rollouts) == actions["tenant.publish"] + actions["tenant.rollback"]
     assert len({rollout.version for rollout in rollouts}) == len(rollouts)
 
@@ -150,7 +150,7 @@ def test_two_processes_never_get_one_number_twice(registry: Registry) -> None:
     go(*processes)
     numbers = [number for process in processes for [number] in answers(process)]
     assert sorted(numbers) == list(range(1, 51))
-    assert [revision.number for revision in registry.revisions(TENANT)] == sorted(numbers)
+    assert [revision.number for revision in registry.revisions.list(TENANT)] == sorted(numbers)
 
 
 def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
@@ -159,7 +159,7 @@ def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
     processes = [start(registry, SWITCH_MANY, f"p{n}") for n in range(2)]
     go(*processes)
     won = [tuple(lora) for process in processes for lora in answers(process)]
-    switches = registry.audit(action="tenant.publish", limit=1000).entries[:-1]
+    switches = registry.audit.page(action="tenant.publish", limit=1000).entries[:-1]
     made = [(e.details["before"], int(e.target.partition("@")[2])) for e in reversed(switches)]
     # One chain: every switch began where the one before it ended.
     assert len(made) == 20 and Counter(made) == Counter(won)
@@ -185,21 +185,31 @@ def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
     add_published(registry, TENANT)
     add_ready(registry, TENANT)
     add_published(registry, TENANT)
-    registry.add_key("ci", scopes=["read"], tenants=[TENANT], actor="me")
-    job = registry.enqueue("gate", TENANT, actor="me")
-    before = (registry.snapshot(), registry.revisions(TENANT), registry.audit(), registry.keys())
+    registry.keys.add("ci", scopes=["read"], tenants=[TENANT], actor="me")
+    job = registry.jobs.enqueue("gate", TENANT, actor="me")
+    before = (
+        registry.snapshot(),
+        registry.revisions.list(TENANT),
+        registry.audit.page(),
+        registry.keys.list(),
+    )
     victim = start(registry, STOP_BEFORE_THE_END, "victim", action)
     go(victim)
     said(victim, "inside")
     victim.kill()
     victim.communicate(timeout=10)
-    after = (registry.snapshot(), registry.revisions(TENANT), registry.audit(), registry.keys())
+    after = (
+        registry.snapshot(),
+        registry.revisions.list(TENANT),
+        registry.audit.page(),
+        registry.keys.list(),
+    )
     assert after == before
-    assert registry.job(job.id) == job
+    assert registry.jobs.get(job.id) == job
     # The next writer is not kept waiting by the dead one.
     began = time.monotonic()
-    registry.publish(TENANT, 2, actor="me", expected=3)
-    while (claimed := registry.claim("heir", actor="heir")) is None:
+    registry.rollouts.publish(TENANT, 2, actor="me", expected=3)
+    while (claimed := registry.jobs.claim("heir", actor="heir")) is None:
         assert time.monotonic() - began < 5
         time.sleep(0.02)
     assert claimed.attempts == 1
@@ -229,14 +239,14 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_registry(registry: Registr
         check_whole(registry)
     assert registry.version() > 10
     survivor = add_published(registry, TENANT)
-    assert registry.tenant(TENANT).published == survivor.number
+    assert registry.tenants.get(TENANT).published == survivor.number
     check_whole(registry)
 
 
 def test_the_reader_of_wholeness_sees_a_hole(registry: Registry) -> None:
     add_published(registry, TENANT)
     check_whole(registry)
-    with registry.write("intruder") as write:
+    with registry.database.write("intruder") as write:
         write.bump()
         write.unaudited()
     with pytest.raises(AssertionError):
@@ -249,7 +259,7 @@ def test_threads_that_share_one_registry_do_not_mix(registry: Registry) -> None:
     with ThreadPoolExecutor(8) as pool:
         numbers = list(
             pool.map(
-                lambda n: registry.add_revision(TENANT, profile(), actor=f"t{n}").number, range(40)
+                lambda n: registry.revisions.add(TENANT, profile(), actor=f"t{n}").number, range(40)
             )
         )
     assert sorted(numbers) == list(range(1, 41))
@@ -257,11 +267,11 @@ def test_threads_that_share_one_registry_do_not_mix(registry: Registry) -> None:
 
     def publish(n: int) -> bool:
         try:
-            registry.publish(TENANT, 41, actor=f"t{n}", expected=0)
+            registry.rollouts.publish(TENANT, 41, actor=f"t{n}", expected=0)
         except ConflictError:
             return False
         return True
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(publish, range(8))) == 1
-    assert registry.policy(FAMILY).floor == {}
+    assert registry.policies.get(FAMILY).floor == {}

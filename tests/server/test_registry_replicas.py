@@ -21,7 +21,7 @@ TENANT = "acme/support"
 
 def last_seen(registry: Registry, replica: str, ago_s: float) -> None:
     """As if a replica had been silent since then."""
-    with registry.write("test") as write:
+    with registry.database.write("test") as write:
         then = write.now - timedelta(seconds=ago_s)
         row = tables.replicas
         write.connection.execute(update(row).where(row.c.id == replica).values(seen_at=then))
@@ -29,7 +29,7 @@ def last_seen(registry: Registry, replica: str, ago_s: float) -> None:
 
 
 def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
-    joined = registry.join("node-1", 4711, actor="node-1")
+    joined = registry.replicas.join("node-1", 4711, actor="node-1")
     assert uuid.UUID(joined.id).version == 4
     assert (joined.host, joined.pid, joined.applied_version, joined.faults) == (
         "node-1",
@@ -37,94 +37,100 @@ def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
         0,
         (),
     )
-    told = registry.heartbeat(joined.id, applied_version=3, faults=["no disk"], actor="node-1")
+    told = registry.replicas.heartbeat(
+        joined.id, applied_version=3, faults=["no disk"], actor="node-1"
+    )
     assert (told.applied_version, told.faults) == (3, ("no disk",))
     assert told.seen_at >= joined.seen_at
-    assert registry.replicas() == (told,)
-    registry.leave(joined.id, actor="node-1")
-    assert registry.replicas() == ()
+    assert registry.replicas.list() == (told,)
+    registry.replicas.leave(joined.id, actor="node-1")
+    assert registry.replicas.list() == ()
     for call in (
-        lambda: registry.heartbeat(joined.id, applied_version=3, actor="node-1"),
-        lambda: registry.leave(joined.id, actor="node-1"),
+        lambda: registry.replicas.heartbeat(joined.id, applied_version=3, actor="node-1"),
+        lambda: registry.replicas.leave(joined.id, actor="node-1"),
     ):
         with pytest.raises(NotFoundError, match="join again"):
             call()
 
 
 def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registry) -> None:
-    replica = registry.join("node-1", 1, actor="node-1").id
+    replica = registry.replicas.join("node-1", 1, actor="node-1").id
     for version in (0, 0, 1, 1, 1, 2):
-        registry.heartbeat(replica, applied_version=version, actor="node-1")
-    registry.heartbeat(replica, applied_version=2, faults=["slow"], actor="node-1")
-    entries = registry.audit(action="replica.state").entries
+        registry.replicas.heartbeat(replica, applied_version=version, actor="node-1")
+    registry.replicas.heartbeat(replica, applied_version=2, faults=["slow"], actor="node-1")
+    entries = registry.audit.page(action="replica.state").entries
     assert [entry.details["version"] for entry in entries] == [2, 2, 1]
     revision = add_published(registry, TENANT)
     told = {revision.id: ({"rank": 0}, True)}
-    registry.heartbeat(replica, applied_version=2, faults=["slow"], receipts=told, actor="node-1")
-    assert [r.revision for r in registry.receipts(replica=replica)] == [revision.id]
-    registry.heartbeat(
+    registry.replicas.heartbeat(
+        replica, applied_version=2, faults=["slow"], receipts=told, actor="node-1"
+    )
+    assert [r.revision for r in registry.replicas.receipts(replica=replica)] == [revision.id]
+    registry.replicas.heartbeat(
         replica, applied_version=2, faults=["slow"], gone=[revision.id], actor="node-1"
     )
-    assert registry.receipts(replica=replica) == ()
-    assert len(registry.audit(action="replica.receipts").entries) == 2
-    assert len(registry.audit(action="replica.state").entries) == 3
+    assert registry.replicas.receipts(replica=replica) == ()
+    assert len(registry.audit.page(action="replica.receipts").entries) == 2
+    assert len(registry.audit.page(action="replica.state").entries) == 3
     with pytest.raises(RegistryError, match="applied_version -1"):
-        registry.heartbeat(replica, applied_version=-1, actor="node-1")
+        registry.replicas.heartbeat(replica, applied_version=-1, actor="node-1")
 
 
 def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: Registry) -> None:
-    silent = registry.join("node-1", 1, actor="node-1").id
-    alive = registry.join("node-2", 2, actor="node-2").id
-    assert [one.id for one in registry.replicas()] == [silent, alive]
+    silent = registry.replicas.join("node-1", 1, actor="node-1").id
+    alive = registry.replicas.join("node-2", 2, actor="node-2").id
+    assert [one.id for one in registry.replicas.list()] == [silent, alive]
     last_seen(registry, silent, replicas.ALIVE_S + 60)
-    assert [one.id for one in registry.replicas()] == [alive]
-    assert [one.id for one in registry.replicas(alive_s=1000)] == [silent, alive]
+    assert [one.id for one in registry.replicas.list()] == [alive]
+    assert [one.id for one in registry.replicas.list(alive_s=1000)] == [silent, alive]
     last_seen(registry, silent, replicas.FORGET_S + 1)
-    registry.join("node-3", 3, actor="node-3")
-    assert registry.audit(action="replica.join").entries[0].details["forgotten"] == [silent]
+    registry.replicas.join("node-3", 3, actor="node-3")
+    assert registry.audit.page(action="replica.join").entries[0].details["forgotten"] == [silent]
     with pytest.raises(NotFoundError):
-        registry.heartbeat(silent, applied_version=0, actor="node-1")
+        registry.replicas.heartbeat(silent, applied_version=0, actor="node-1")
 
 
 def test_receipts_are_replaced_one_by_one(registry: Registry) -> None:
     first, second = add_published(registry, TENANT), add_published(registry, TENANT)
-    one, two = (registry.join(host, 1, actor=host).id for host in ("node-1", "node-2"))
+    one, two = (registry.replicas.join(host, 1, actor=host).id for host in ("node-1", "node-2"))
 
     def put(replica: str, receipts: dict[int, Any], gone: Sequence[int] = ()) -> None:
-        registry.heartbeat(replica, applied_version=0, receipts=receipts, gone=gone, actor="node")
+        registry.replicas.heartbeat(
+            replica, applied_version=0, receipts=receipts, gone=gone, actor="node"
+        )
 
     put(one, {first.id: ({"rank": 0}, False)})
     put(two, {second.id: ({"rank": 7}, True)})
     put(one, {first.id: ({"rank": 1}, True), second.id: ({"rank": 2}, True)})
-    found = [(r.revision, dict(r.receipt), r.ok) for r in registry.receipts(replica=one)]
+    found = [(r.revision, dict(r.receipt), r.ok) for r in registry.replicas.receipts(replica=one)]
     assert found == [(first.id, {"rank": 1}, True), (second.id, {"rank": 2}, True)]
     put(one, {}, gone=[first.id])
-    assert [r.revision for r in registry.receipts(replica=one)] == [second.id]
-    assert {r.replica for r in registry.receipts(revision=second.id)} == {one, two}
+    assert [r.revision for r in registry.replicas.receipts(replica=one)] == [second.id]
+    assert {r.replica for r in registry.replicas.receipts(revision=second.id)} == {one, two}
     with pytest.raises(NotFoundError, match=r"no revisions with ids \[99\]"):
         put(one, {99: ({}, True), second.id: ({}, False)})
     with pytest.raises(RegistryError, match="receipt is not plain JSON"):
         put(one, {second.id: ({"norm": float("inf")}, True)})
-    assert all(r.ok for r in registry.receipts())
-    registry.leave(one, actor="node-1")
-    assert [r.replica for r in registry.receipts()] == [two]
+    assert all(r.ok for r in registry.replicas.receipts())
+    registry.replicas.leave(one, actor="node-1")
+    assert [r.replica for r in registry.replicas.receipts()] == [two]
 
 
 def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
-    rollout = registry.rollouts()[0]
-    assert not registry.rollout_status(rollout.id).done
-    ids = [registry.join(f"node-{n}", n, actor="test").id for n in range(4)]
+    rollout = registry.rollouts.list()[0]
+    assert not registry.rollouts.status(rollout.id).done
+    ids = [registry.replicas.join(f"node-{n}", n, actor="test").id for n in range(4)]
     at = rollout.version
     kept, broken = ({revision.id: ({}, ok)} for ok in (True, False))
-    registry.heartbeat(ids[1], applied_version=at, receipts=kept, actor="test")
-    registry.heartbeat(
+    registry.replicas.heartbeat(ids[1], applied_version=at, receipts=kept, actor="test")
+    registry.replicas.heartbeat(
         ids[2], applied_version=at, faults=["rank 1 is silent"], receipts=broken, actor="test"
     )
-    registry.heartbeat(ids[3], applied_version=at, actor="test")
-    status = registry.rollout_status(rollout.id)
+    registry.replicas.heartbeat(ids[3], applied_version=at, actor="test")
+    status = registry.rollouts.status(rollout.id)
     assert (status.rollout, status.applied, status.live) == (rollout, 1, 4)
-    assert status.revisions == (registry.revision(TENANT, 1),)
+    assert status.revisions == (registry.revisions.get(TENANT, 1),)
     assert {lag.replica.id: lag.reason for lag in status.lagging} == {
         ids[0]: f"is at version 0, needs {rollout.version}; has no receipt for acme/support@1",
         ids[2]: "has a receipt for acme/support@1 that does not keep its promise; rank 1 is silent",
@@ -132,25 +138,25 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     }
     assert not status.done
     for replica in ids:
-        registry.heartbeat(replica, applied_version=at, receipts=kept, actor="test")
-    status = registry.rollout_status(rollout.id)
+        registry.replicas.heartbeat(replica, applied_version=at, receipts=kept, actor="test")
+    status = registry.rollouts.status(rollout.id)
     assert (status.applied, status.live, status.lagging, status.done) == (4, 4, (), True)
 
 
 def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
-    rollout = registry.rollouts()[0]
-    dead = registry.join("dead", 1, actor="test").id
-    alive = registry.join("alive", 2, actor="test").id
-    registry.heartbeat(
+    rollout = registry.rollouts.list()[0]
+    dead = registry.replicas.join("dead", 1, actor="test").id
+    alive = registry.replicas.join("alive", 2, actor="test").id
+    registry.replicas.heartbeat(
         alive,
         applied_version=rollout.version,
         receipts={revision.id: ({}, True)},
         actor="test",
     )
-    assert registry.rollout_status(rollout.id).live == 2
+    assert registry.rollouts.status(rollout.id).live == 2
     last_seen(registry, dead, replicas.ALIVE_S + 60)
-    status = registry.rollout_status(rollout.id)
+    status = registry.rollouts.status(rollout.id)
     assert (status.applied, status.live, status.done) == (1, 1, True)
 
 
@@ -158,23 +164,23 @@ def test_a_rollout_that_another_has_overtaken_needs_no_receipts_of_its_own(
     registry: Registry,
 ) -> None:
     first, second = add_published(registry, TENANT), add_published(registry, TENANT)
-    newer, older = registry.rollouts()
+    newer, older = registry.rollouts.list()
     assert (older.revisions, newer.revisions) == ((first.id,), (second.id,))
-    replica = registry.join("node", 1, actor="test").id
-    registry.heartbeat(replica, applied_version=newer.version, actor="test")
-    assert registry.rollout_status(older.id).done
-    assert not registry.rollout_status(newer.id).done
-    gone = registry.retire(TENANT, actor="test")
-    assert not registry.rollout_status(gone.id).done
-    registry.heartbeat(replica, applied_version=gone.version, actor="test")
-    assert registry.rollout_status(gone.id).done
+    replica = registry.replicas.join("node", 1, actor="test").id
+    registry.replicas.heartbeat(replica, applied_version=newer.version, actor="test")
+    assert registry.rollouts.status(older.id).done
+    assert not registry.rollouts.status(newer.id).done
+    gone = registry.rollouts.retire(TENANT, actor="test")
+    assert not registry.rollouts.status(gone.id).done
+    registry.replicas.heartbeat(replica, applied_version=gone.version, actor="test")
+    assert registry.rollouts.status(gone.id).done
 
 
 def test_rollouts_are_listed_newest_first(registry: Registry) -> None:
     for _ in range(3):
         add_published(registry, TENANT)
-    listed = registry.rollouts(limit=2)
+    listed = registry.rollouts.list(limit=2)
     assert [one.version for one in listed] == sorted((one.version for one in listed), reverse=True)
     assert len(listed) == 2
     with pytest.raises(NotFoundError, match="no rollout 99"):
-        registry.rollout_status(99)
+        registry.rollouts.status(99)

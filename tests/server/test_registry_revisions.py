@@ -38,31 +38,31 @@ TENANT = "acme/support"
 
 def test_a_revision_comes_back_as_it_was(registry: Registry) -> None:
     given = profile(1.1, 1e-300, loss=[0.1, 2.5e17], note="ü", flags={"a": None, "b": True})
-    added = registry.add_revision(TENANT, given, actor="me", adapter_digest=ADAPTER)
-    assert added == registry.revision(TENANT, 1) == registry.revision_by_id(added.id)
+    added = registry.revisions.add(TENANT, given, actor="me", adapter_digest=ADAPTER)
+    assert added == registry.revisions.get(TENANT, 1) == registry.revisions.get_by_id(added.id)
     assert added.profile == given and added.profile.digest == given.digest
     assert (added.id, added.number, added.served_name) == (1, 1, "acme/support@1")
     assert (added.kind, added.adapter_digest, added.state) == ("adapter", ADAPTER, "registered")
     assert (added.reasons, added.gate, added.created_by) == ((), {}, "me")
-    bare = registry.add_revision(TENANT, profile(), actor="me")
+    bare = registry.revisions.add(TENANT, profile(), actor="me")
     assert (bare.kind, bare.adapter_digest) == ("profile", None)
 
 
 def test_what_a_tenant_serves_comes_with_it(registry: Registry) -> None:
     add_ready(registry, TENANT)
-    assert registry.serving(TENANT) == (registry.tenant(TENANT), None)
+    assert registry.revisions.published(TENANT) == (registry.tenants.get(TENANT), None)
     for number in (2, 3):
         published = add_published(registry, TENANT)
-        assert registry.serving(TENANT) == (registry.tenant(TENANT), published)
+        assert registry.revisions.published(TENANT) == (registry.tenants.get(TENANT), published)
         assert published.number == number
     with pytest.raises(NotFoundError):
-        registry.serving("nobody")
+        registry.revisions.published("nobody")
 
 
 def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
-    registry.add_tenant("globex", FAMILY, actor="me")
+    registry.tenants.add("globex", FAMILY, actor="me")
     names = [TENANT, "globex", "globex", TENANT, "globex"]
-    added = [registry.add_revision(name, profile(), actor="me") for name in names]
+    added = [registry.revisions.add(name, profile(), actor="me") for name in names]
     assert [(one.tenant, one.number) for one in added] == [
         (TENANT, 1),
         ("globex", 1),
@@ -71,7 +71,7 @@ def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
         ("globex", 3),
     ]
     assert [one.id for one in added] == sorted({one.id for one in added})
-    assert registry.revisions(TENANT) == (added[0], added[3])
+    assert registry.revisions.list(TENANT) == (added[0], added[3])
 
 
 def test_a_profile_must_fit_the_family(registry: Registry) -> None:
@@ -85,23 +85,23 @@ def test_a_profile_must_fit_the_family(registry: Registry) -> None:
     ]
     for given, error in faults:
         with pytest.raises(error):
-            registry.add_revision(TENANT, given, actor="me")
+            registry.revisions.add(TENANT, given, actor="me")
     with pytest.raises(RegistryError, match="adapter_digest 'abc'"):
-        registry.add_revision(TENANT, profile(), actor="me", adapter_digest="abc")
+        registry.revisions.add(TENANT, profile(), actor="me", adapter_digest="abc")
     with pytest.raises(NotFoundError):
-        registry.add_revision("globex", profile(), actor="me")
-    assert registry.revisions(TENANT) == ()
-    assert registry.audit(action="revision.add").entries == ()
+        registry.revisions.add("globex", profile(), actor="me")
+    assert registry.revisions.list(TENANT) == ()
+    assert registry.audit.page(action="revision.add").entries == ()
 
 
 def test_content_is_added_only_to_what_the_caller_has_seen(registry: Registry) -> None:
-    registry.add_revision(TENANT, profile(), actor="me", expected=0)
+    registry.revisions.add(TENANT, profile(), actor="me", expected=0)
     add_published(registry, TENANT)
     with pytest.raises(ConflictError, match=r"serves acme/support@2, expected nothing"):
-        registry.add_revision(TENANT, profile(), actor="me", expected=0)
+        registry.revisions.add(TENANT, profile(), actor="me", expected=0)
     with pytest.raises(ConflictError, match=r"serves acme/support@2, expected acme/support@1"):
-        registry.add_revision(TENANT, profile(), actor="me", expected=1)
-    assert registry.add_revision(TENANT, profile(), actor="me", expected=2).number == 3
+        registry.revisions.add(TENANT, profile(), actor="me", expected=1)
+    assert registry.revisions.add(TENANT, profile(), actor="me", expected=2).number == 3
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,14 @@ def test_content_is_added_only_to_what_the_caller_has_seen(registry: Registry) -
     ],
 )
 def test_content_never_changes(registry: Registry, column: str, value: Any) -> None:
-    added = registry.add_revision(TENANT, profile(), actor="me")
+    added = registry.revisions.add(TENANT, profile(), actor="me")
     change = update(tables.revisions).values({column: value})
-    with pytest.raises(DBAPIError, match="never changes"), registry.write("intruder") as write:
+    with (
+        pytest.raises(DBAPIError, match="never changes"),
+        registry.database.write("intruder") as write,
+    ):
         write.connection.execute(change)
-    assert registry.revision(TENANT, 1) == added
+    assert registry.revisions.get(TENANT, 1) == added
 
 
 def test_every_column_of_a_revision_is_fixed_or_known_to_move() -> None:
@@ -145,17 +148,20 @@ def test_history_is_never_deleted(registry: Registry, name: str) -> None:
     add_published(registry, TENANT)
     table = tables.metadata.tables[name]
     # What points here goes first, so that only our own guard can refuse.
-    with pytest.raises(DBAPIError, match="never deleted"), registry.write("intruder") as write:
+    with (
+        pytest.raises(DBAPIError, match="never deleted"),
+        registry.database.write("intruder") as write,
+    ):
         write.connection.execute(delete(tables.aliases))
         write.connection.execute(delete(table))
-    assert registry.tenant(TENANT).published == 1
+    assert registry.tenants.get(TENANT).published == 1
 
 
 def test_an_altered_profile_is_noticed(registry: Registry) -> None:
     add_published(registry, TENANT)
     raw = {**profile_json(profile()), "coefficients": [0.0, 0.0, 0.0]}
     drop = "DROP TRIGGER revisions_fixed"
-    with registry.write("intruder") as write:
+    with registry.database.write("intruder") as write:
         sqlite = write.connection.dialect.name == "sqlite"
         write.connection.exec_driver_sql(drop if sqlite else f"{drop} ON revisions")
         write.connection.execute(update(tables.revisions).values(profile=raw))
@@ -168,50 +174,50 @@ def test_checks_move_a_revision_only_along_the_known_steps(registry: Registry) -
     states = ["registered", "checking", "failed", "ready", "published", "superseded", "retired"]
     for start, allowed in STEPS.items():
         for goal in states:
-            added = registry.add_revision(TENANT, profile(), actor="me")
+            added = registry.revisions.add(TENANT, profile(), actor="me")
             for step in {"registered": [], "failed": ["failed"], "ready": ["ready"]}.get(
                 start, ["checking"]
             ):
-                registry.set_revision_state(added.id, step, actor="gate")  # type: ignore[arg-type]
+                registry.revisions.set_state(added.id, step, actor="gate")  # type: ignore[arg-type]
             if goal in allowed:
-                moved = registry.set_revision_state(added.id, goal, actor="gate")  # type: ignore[arg-type]
+                moved = registry.revisions.set_state(added.id, goal, actor="gate")  # type: ignore[arg-type]
                 assert moved.state == goal
             else:
                 with pytest.raises(ConflictError, match=f"is {start} and cannot become {goal}"):
-                    registry.set_revision_state(added.id, goal, actor="gate")  # type: ignore[arg-type]
+                    registry.revisions.set_state(added.id, goal, actor="gate")  # type: ignore[arg-type]
 
 
 def test_a_published_revision_is_not_moved_by_checks(registry: Registry) -> None:
     added = add_published(registry, TENANT)
     with pytest.raises(ConflictError, match="is published and cannot become failed"):
-        registry.set_revision_state(added.id, "failed", actor="gate")
+        registry.revisions.set_state(added.id, "failed", actor="gate")
 
 
 def test_what_the_gate_found_is_kept(registry: Registry) -> None:
-    added = registry.add_revision(TENANT, profile(), actor="me")
+    added = registry.revisions.add(TENANT, profile(), actor="me")
     gate = {"harm": 0.25, "steps": ["ranks", "nan"]}
-    registry.set_revision_state(
+    registry.revisions.set_state(
         added.id, "failed", actor="gate", reasons=["harm 0.25 > 0.1"], gate=gate
     )
-    again = registry.set_revision_state(added.id, "checking", actor="gate")
+    again = registry.revisions.set_state(added.id, "checking", actor="gate")
     assert (again.gate, again.reasons) == (gate, ())
     with pytest.raises(RegistryError, match="gate is not plain JSON"):
-        registry.set_revision_state(added.id, "ready", actor="gate", gate={"x": float("nan")})
+        registry.revisions.set_state(added.id, "ready", actor="gate", gate={"x": float("nan")})
     with pytest.raises(NotFoundError):
-        registry.set_revision_state(99, "ready", actor="gate")
-    assert registry.revision_by_id(added.id) == again
+        registry.revisions.set_state(99, "ready", actor="gate")
+    assert registry.revisions.get_by_id(added.id) == again
     assert add_ready(registry, TENANT).number == 2
 
 
 def test_a_revision_remembers_where_its_adapter_came_from(registry: Registry) -> None:
     """Another replica must fetch just this content, wherever the tenant's newest comes from."""
-    first = registry.add_revision(TENANT, profile(), actor="me", adapter_digest=ADAPTER)
-    moved = registry.add_revision(
+    first = registry.revisions.add(TENANT, profile(), actor="me", adapter_digest=ADAPTER)
+    moved = registry.revisions.add(
         TENANT, profile(2.0), actor="me", adapter_digest=ADAPTER, source="s3://bucket/new"
     )
-    bare = registry.add_revision(TENANT, profile(), actor="me", source="s3://bucket/new")
+    bare = registry.revisions.add(TENANT, profile(), actor="me", source="s3://bucket/new")
     assert (first.source, moved.source, bare.source) == ("/adapters/acme", "s3://bucket/new", None)
     with pytest.raises(RegistryError, match="source"):
-        registry.add_revision(
+        registry.revisions.add(
             TENANT, profile(), actor="me", adapter_digest=ADAPTER, source="two\nlines"
         )

@@ -35,13 +35,13 @@ def execute(url: str, *statements: str) -> None:
 
 def test_an_empty_database_gets_every_table(empty_url: str) -> None:
     registry = Registry(empty_url)
-    names = set(inspect(registry.engine).get_table_names())
+    names = set(inspect(registry.database.engine).get_table_names())
     assert names == {*tables.metadata.tables, schema.SCHEMA_TABLE}
     assert registry.version() == 0
-    registry.add_family(HEADER, None, actor="test")
+    registry.families.add(HEADER, None, actor="test")
     registry.close()
     again = Registry(empty_url)
-    assert again.families()[0].header == HEADER
+    assert again.families.list()[0].header == HEADER
     assert again.version() == 1
     again.close()
 

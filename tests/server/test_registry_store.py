@@ -15,23 +15,23 @@ __all__ = ["registry", "url"]
 
 def test_a_snapshot_holds_what_replicas_follow_and_no_more(registry: Registry) -> None:
     for name in ("globex", "gone"):
-        registry.add_tenant(name, FAMILY, actor="me")
+        registry.tenants.add(name, FAMILY, actor="me")
     first = add_published(registry, "acme/support", 1.0)
     second = add_published(registry, "acme/support", 2.0)
     add_ready(registry, "acme/support", 2.5)
     add_published(registry, "gone")
-    registry.retire("gone", actor="me")
-    registry.add_revision("globex", profile(), actor="me")
-    registry.add_key("kept", scopes=["serve"], tenants=["*"], actor="me")
-    registry.add_key("revoked", scopes=["serve"], tenants=["*"], actor="me")
-    registry.revoke_key("revoked", actor="me")
+    registry.rollouts.retire("gone", actor="me")
+    registry.revisions.add("globex", profile(), actor="me")
+    registry.keys.add("kept", scopes=["serve"], tenants=["*"], actor="me")
+    registry.keys.add("revoked", scopes=["serve"], tenants=["*"], actor="me")
+    registry.keys.revoke("revoked", actor="me")
     snapshot = registry.snapshot()
     parts = {"version", "tenants", "revisions", "previous", "keys", "position", "lost"}
     assert {field.name for field in fields(snapshot)} == parts, "each is read at every change"
     assert snapshot.version == registry.version()
     assert [tenant.name for tenant in snapshot.tenants] == ["acme/support", "globex"]
-    assert snapshot.revisions == (registry.revision_by_id(second.id),)
-    assert snapshot.previous == (registry.revision_by_id(first.id),)
+    assert snapshot.revisions == (registry.revisions.get_by_id(second.id),)
+    assert snapshot.previous == (registry.revisions.get_by_id(first.id),)
     assert snapshot.previous[0].state == "superseded"
     assert [key.name for key in snapshot.keys] == ["kept"]
     assert registry.snapshot() == snapshot
@@ -41,7 +41,7 @@ def test_a_snapshot_holds_what_replicas_follow_and_no_more(registry: Registry) -
 
 def test_a_snapshot_is_one_moment(registry: Registry) -> None:
     """Both tenants are switched by one floor each time, so they are never seen apart."""
-    registry.add_tenant("globex", FAMILY, actor="me")
+    registry.tenants.add("globex", FAMILY, actor="me")
     names = ("acme/support", "globex")
     for name in names:
         add_published(registry, name, 0.0)
@@ -51,7 +51,7 @@ def test_a_snapshot_is_one_moment(registry: Registry) -> None:
     def write() -> None:
         try:
             for step in range(1, 25):
-                registry.set_floor(FAMILY, {0: step / 16}, actor="op")
+                registry.policies.set_floor(FAMILY, {0: step / 16}, actor="op")
         except BaseException as error:
             failed.append(error)
         finally:
@@ -80,5 +80,5 @@ def test_versions_count_what_is_followed(registry: Registry) -> None:
     start = registry.version()
     add_ready(registry, "acme/support")
     assert registry.version() == start
-    registry.publish("acme/support", 1, actor="me")
+    registry.rollouts.publish("acme/support", 1, actor="me")
     assert registry.version() == start + 1

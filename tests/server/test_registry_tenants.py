@@ -17,44 +17,44 @@ __all__ = ["registry", "url"]
 
 
 def test_a_family_comes_back_as_it_was(registry: Registry) -> None:
-    family = registry.family(FAMILY)
+    family = registry.families.get(FAMILY)
     assert family.header == HEADER
     assert (family.name, family.source) == ("tiny", "s3://bucket/family")
     assert family.created_at.utcoffset() is not None
-    assert registry.families() == (family,)
+    assert registry.families.list() == (family,)
     assert parse_header(header_json(HEADER)) == HEADER
 
 
 def test_a_family_may_be_added_again_but_not_changed(registry: Registry) -> None:
     version = registry.version()
-    assert registry.add_family(HEADER, "elsewhere", actor="me") == registry.family(FAMILY)
+    assert registry.families.add(HEADER, "elsewhere", actor="me") == registry.families.get(FAMILY)
     with pytest.raises(ConflictError, match="with another header"):
-        registry.add_family(replace(HEADER, bounds=(0.0, 9.0)), None, actor="me")
+        registry.families.add(replace(HEADER, bounds=(0.0, 9.0)), None, actor="me")
     with pytest.raises(RegistryError, match="digest"):
-        registry.add_family(replace(HEADER, digest="md5:1"), None, actor="me")
+        registry.families.add(replace(HEADER, digest="md5:1"), None, actor="me")
     assert registry.version() == version
-    registry.add_family(header("second", "e"), None, actor="me")
-    assert [family.name for family in registry.families()] == ["tiny", "second"]
+    registry.families.add(header("second", "e"), None, actor="me")
+    assert [family.name for family in registry.families.list()] == ["tiny", "second"]
 
 
 def test_a_tenant_comes_back_as_it_was(registry: Registry) -> None:
-    added = registry.add_tenant("globex", FAMILY, actor="me", limits={"concurrent": 3})
-    assert added == registry.tenant("globex")
+    added = registry.tenants.add("globex", FAMILY, actor="me", limits={"concurrent": 3})
+    assert added == registry.tenants.get("globex")
     assert (added.name, added.family, added.source) == ("globex", FAMILY, None)
     assert (added.state, added.limits, added.published) == ("active", {"concurrent": 3}, None)
-    assert [tenant.name for tenant in registry.tenants()] == ["acme/support", "globex"]
-    assert registry.tenant("acme/support").source == "/adapters/acme"
+    assert [tenant.name for tenant in registry.tenants.list()] == ["acme/support", "globex"]
+    assert registry.tenants.get("acme/support").source == "/adapters/acme"
 
 
 def test_what_a_tenant_cannot_be(registry: Registry) -> None:
     with pytest.raises(ConflictError, match="'acme/support' exists and is active"):
-        registry.add_tenant("acme/support", FAMILY, actor="me")
+        registry.tenants.add("acme/support", FAMILY, actor="me")
     with pytest.raises(NotFoundError, match="add it first"):
-        registry.add_tenant("globex", "sha256:" + "0" * 64, actor="me")
+        registry.tenants.add("globex", "sha256:" + "0" * 64, actor="me")
     with pytest.raises(RegistryError, match="kept for the base model"):
-        registry.add_tenant("base", FAMILY, actor="me")
+        registry.tenants.add("base", FAMILY, actor="me")
     with pytest.raises(NotFoundError, match="no tenant 'globex'"):
-        registry.tenant("globex")
+        registry.tenants.get("globex")
 
 
 @pytest.mark.parametrize(
@@ -86,58 +86,60 @@ def test_names_of_tenants(name: str) -> None:
 
 
 def test_limits_are_replaced_as_a_whole(registry: Registry) -> None:
-    registry.set_limits("acme/support", {"concurrent": 2, "tokens_per_minute": 9}, actor="me")
-    after = registry.set_limits("acme/support", {"requests_per_minute": 5}, actor="me")
-    assert after.limits == registry.tenant("acme/support").limits == {"requests_per_minute": 5}
+    registry.tenants.set_limits(
+        "acme/support", {"concurrent": 2, "tokens_per_minute": 9}, actor="me"
+    )
+    after = registry.tenants.set_limits("acme/support", {"requests_per_minute": 5}, actor="me")
+    assert after.limits == registry.tenants.get("acme/support").limits == {"requests_per_minute": 5}
 
 
 @pytest.mark.parametrize("limits", [{"speed": 1}, {"concurrent": 0}, {"concurrent": True}])
 def test_limits_that_make_no_sense(registry: Registry, limits: dict[str, int]) -> None:
     with pytest.raises(RegistryError, match="expected whole numbers from 1 for concurrent"):
-        registry.set_limits("acme/support", limits, actor="me")
+        registry.tenants.set_limits("acme/support", limits, actor="me")
 
 
 def test_a_frozen_tenant_is_served_and_not_changed(registry: Registry) -> None:
     add_published(registry, "acme/support")
     second = add_ready(registry, "acme/support", 2.0)
-    third = registry.add_revision("acme/support", profile(3.0), actor="me")
-    registry.publish("acme/support", second.number, actor="me")
+    third = registry.revisions.add("acme/support", profile(3.0), actor="me")
+    registry.rollouts.publish("acme/support", second.number, actor="me")
     before = registry.snapshot()
-    assert registry.freeze_tenant("acme/support", actor="op").state == "frozen"
+    assert registry.tenants.freeze("acme/support", actor="op").state == "frozen"
     version = registry.version()
-    registry.freeze_tenant("acme/support", actor="op")
+    registry.tenants.freeze("acme/support", actor="op")
     assert registry.version() == version
     for change in (
-        lambda: registry.add_revision("acme/support", profile(), actor="me"),
-        lambda: registry.publish("acme/support", 1, actor="me"),
-        lambda: registry.rollback("acme/support", actor="me"),
-        lambda: registry.retire("acme/support", actor="me"),
+        lambda: registry.revisions.add("acme/support", profile(), actor="me"),
+        lambda: registry.rollouts.publish("acme/support", 1, actor="me"),
+        lambda: registry.rollouts.rollback("acme/support", actor="me"),
+        lambda: registry.rollouts.retire("acme/support", actor="me"),
     ):
         with pytest.raises(FrozenError, match="'acme/support' is frozen; unfreeze it"):
             change()
     assert registry.snapshot().revisions == before.revisions
     # A check that was under way may still tell what it found.
-    assert registry.set_revision_state(third.id, "ready", actor="gate").state == "ready"
-    registry.unfreeze_tenant("acme/support", actor="op")
-    registry.rollback("acme/support", actor="me")
-    assert registry.tenant("acme/support").published == 1
+    assert registry.revisions.set_state(third.id, "ready", actor="gate").state == "ready"
+    registry.tenants.unfreeze("acme/support", actor="op")
+    registry.rollouts.rollback("acme/support", actor="me")
+    assert registry.tenants.get("acme/support").published == 1
 
 
 def test_a_frozen_family_freezes_all_its_tenants_and_no_other(registry: Registry) -> None:
     other = header("second", "e")
-    registry.add_family(other, None, actor="me")
-    registry.add_tenant("globex", other.digest, actor="me")
+    registry.families.add(other, None, actor="me")
+    registry.tenants.add("globex", other.digest, actor="me")
     add_ready(registry, "acme/support")
-    assert registry.freeze_family(FAMILY, actor="op").frozen
+    assert registry.policies.freeze(FAMILY, actor="op").frozen
     with pytest.raises(FrozenError, match=r"family sha256:f+ is frozen, and tenant 'acme/support'"):
-        registry.publish("acme/support", 1, actor="me")
+        registry.rollouts.publish("acme/support", 1, actor="me")
     with pytest.raises(FrozenError, match="tenant 'initech'"):
-        registry.add_tenant("initech", FAMILY, actor="me")
+        registry.tenants.add("initech", FAMILY, actor="me")
     own = replace(profile(), family=other.digest)
-    assert registry.add_revision("globex", own, actor="me").number == 1
+    assert registry.revisions.add("globex", own, actor="me").number == 1
     # Unfreezing the tenant is not unfreezing the family.
-    registry.unfreeze_tenant("acme/support", actor="op")
+    registry.tenants.unfreeze("acme/support", actor="op")
     with pytest.raises(FrozenError):
-        registry.publish("acme/support", 1, actor="me")
-    assert not registry.unfreeze_family(FAMILY, actor="op").frozen
-    registry.publish("acme/support", 1, actor="me")
+        registry.rollouts.publish("acme/support", 1, actor="me")
+    assert not registry.policies.unfreeze(FAMILY, actor="op").frozen
+    registry.rollouts.publish("acme/support", 1, actor="me")

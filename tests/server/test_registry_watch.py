@@ -57,8 +57,8 @@ def watcher(registry: Registry) -> Iterator[Watcher]:
 
 
 def freeze_and_unfreeze(registry: Registry) -> None:
-    registry.freeze_family(FAMILY, actor="op")
-    registry.unfreeze_family(FAMILY, actor="op")
+    registry.policies.freeze(FAMILY, actor="op")
+    registry.policies.unfreeze(FAMILY, actor="op")
 
 
 def listeners(server: Postgres, database: str) -> list[int]:
@@ -90,9 +90,10 @@ def test_changes_of_another_process_are_told_within_two_seconds(
     code = (
         "import sys; from safegene_server.registry import Registry\n"
         "r = Registry(sys.argv[1], migrate=False); print('ready', flush=True)\n"
-        "for line in sys.stdin: r.set_limits('acme/support', {'concurrent': int(line)}, actor='o')"
+        "for line in sys.stdin:\n"
+        "    r.tenants.set_limits('acme/support', {'concurrent': int(line)}, actor='o')\n"
     )
-    other = start_python(code, registry.url.render_as_string(hide_password=False))
+    other = start_python(code, registry.database.url.render_as_string(hide_password=False))
     assert other.stdin is not None and other.stdout is not None
     assert other.stdout.readline() == "ready\n"
     took_s = []
@@ -121,8 +122,8 @@ def test_versions_only_grow_and_the_last_is_never_missed(
 
 
 def test_a_refused_or_unfollowed_write_tells_nothing(registry: Registry, watcher: Watcher) -> None:
-    registry.enqueue("gate", "acme/support", actor="me")
-    registry.join("node", 1, actor="me")
+    registry.jobs.enqueue("gate", "acme/support", actor="me")
+    registry.replicas.join("node", 1, actor="me")
     with pytest.raises(queue.Empty):
         watcher.told.get(timeout=1.0)
 
@@ -141,7 +142,7 @@ def listening() -> Iterator[tuple[Postgres, str, Registry]]:
     server = postgres()
     name = server.create("migrated")
     opened = Registry(server.url(name))
-    opened.add_family(HEADER, None, actor="test")
+    opened.families.add(HEADER, None, actor="test")
     yield server, name, opened
     opened.close()
     server.drop(name)
@@ -156,14 +157,14 @@ def test_postgresql_notifies_and_does_not_wait_for_the_poll(
     listener(server, name)
     time.sleep(0.2)
     took_s = []
-    for change in (opened.freeze_family, opened.unfreeze_family, opened.freeze_family):
+    for change in (opened.policies.freeze, opened.policies.unfreeze, opened.policies.freeze):
         version, began = opened.version(), time.monotonic()
         change(FAMILY, actor="op")
         took_s.append(started.until(version + 1) - began)
     assert min(took_s) < DEADLINE_S
     # The stop is seen at the next notification.
     started.stop.set()
-    opened.unfreeze_family(FAMILY, actor="op")
+    opened.policies.unfreeze(FAMILY, actor="op")
     started.close()
 
 
@@ -178,9 +179,9 @@ def test_listening_survives_a_terminated_backend(
         version = opened.version()
         assert server.execute(f"SELECT pg_terminate_backend({found})") == [(True,)]
         began = time.monotonic()
-        opened.freeze_family(FAMILY, actor="op")
+        opened.policies.freeze(FAMILY, actor="op")
         took_s.append(started.until(version + 1) - began)
-        opened.unfreeze_family(FAMILY, actor="op")
+        opened.policies.unfreeze(FAMILY, actor="op")
         started.until(version + 2)
         found = listener(server, name, gone=found)
     assert min(took_s) < DEADLINE_S
@@ -205,6 +206,6 @@ def test_a_database_that_is_away_is_waited_for(
     assert caplog.text.count("waiting for the registry") == 1
     assert started.thread.is_alive()
     server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    opened.freeze_family(FAMILY, actor="op")
+    opened.policies.freeze(FAMILY, actor="op")
     started.until(2)
     started.close()

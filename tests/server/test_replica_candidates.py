@@ -27,7 +27,7 @@ def revisions_on_disk(world: World) -> set[str]:
 
 def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> None:
     served = world.publish("acme", 0.5)
-    told = world.registry.add_key("k", scopes=["serve"], tenants=["*"], actor="t")
+    told = world.registry.keys.add("k", scopes=["serve"], tenants=["*"], actor="t")
 
     async def look() -> None:
         kept = revisions_on_disk(world)
@@ -45,7 +45,7 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
         assert len(ids) == 2 and all(FIRST_ID <= number < 2**31 for number in ids)
         assert set(world.models.lora_requests) == {"acme@1", first, second}
         assert find(world.catalog.view, principal_of_key(told.key), first) is None
-        assert [r.revision for r in world.registry.receipts()] == [served.id]
+        assert [r.revision for r in world.registry.replicas.receipts()] == [served.id]
         await world.replica.reconcile()
         assert len(world.engine.loaded) == 3, "following the registry leaves trials alone"
         for name in (first, second, second):

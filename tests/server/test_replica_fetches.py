@@ -64,10 +64,10 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
         former = world.publish("globex", 0.5)
         await until(lambda: world.served("globex") == "globex@1")
         new = world.add("globex", 0.7, source="slow")
-        world.registry.publish("globex", new.number, actor="t")
-        told = world.registry.add_key("k", scopes=["serve"], tenants=["acme"], actor="t")
+        world.registry.rollouts.publish("globex", new.number, actor="t")
+        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         await until(lambda: key_digest(told.secret) in world.catalog.view.keys)
-        world.registry.set_limits("globex", {"concurrent": 3}, actor="t")
+        world.registry.tenants.set_limits("globex", {"concurrent": 3}, actor="t")
         await until(lambda: world.catalog.view.tenants["globex"].limits.concurrent == 3)
         world.publish("acme", 0.6)
         await until(lambda: world.served("acme") == "acme@2")
@@ -75,8 +75,8 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
         assert world.replica.faults() == (), "it serves on as before, and is behind"
         assert world.replica.lag.seconds() > 0.0
         assert world.replica.version < world.registry.version()
-        (seen,) = world.registry.replicas()
-        await until(lambda: world.registry.replicas()[0].seen_at > seen.seen_at)
+        (seen,) = world.registry.replicas.list()
+        await until(lambda: world.registry.replicas.list()[0].seen_at > seen.seen_at)
         await world.replica.load(former)
         slow.go.set()
         await until(lambda: world.served("globex") == "globex@2")
@@ -91,7 +91,7 @@ def test_a_start_waits_for_slow_sources_only_so_long(
     monkeypatch.setattr("safegene_server.replica.reconciler.FETCH_S", 0.05)
     world.publish("acme", 0.5)
     new = world.add("globex", 0.7, source="slow")
-    world.registry.publish("globex", new.number, actor="t")
+    world.registry.rollouts.publish("globex", new.number, actor="t")
 
     async def look() -> None:
         assert "globex@1: its adapter is being downloaded" in world.replica.faults()
@@ -109,7 +109,7 @@ def test_a_fetch_that_failed_is_begun_again_and_named_meanwhile(world: World, sl
     slow.go.set()
     slow.fail.set()
     new = world.add("globex", 0.7, source="slow")
-    world.registry.publish("globex", new.number, actor="t")
+    world.registry.rollouts.publish("globex", new.number, actor="t")
 
     async def look() -> None:
         assert world.replica.faults() == ("globex@1: the slow source is broken",)
@@ -125,9 +125,9 @@ def test_what_nobody_waits_for_any_more_is_not_fetched_on(world: World, slow: Sl
 
     async def change() -> None:
         new = world.add("globex", 0.7, source="slow")
-        world.registry.publish("globex", new.number, actor="t")
+        world.registry.rollouts.publish("globex", new.number, actor="t")
         await until(slow.begun.is_set)
-        world.registry.rollback("globex", actor="t")
+        world.registry.rollouts.rollback("globex", actor="t")
         await until(slow.stopped.is_set)
         await until(lambda: world.replica.lag.seconds() == 0.0)
         assert world.served("globex") == "globex@1" and not world.replica.supply.fetches
@@ -140,7 +140,7 @@ def test_a_stop_ends_what_is_being_fetched(
 ) -> None:
     monkeypatch.setattr("safegene_server.replica.reconciler.FETCH_S", 0.05)
     new = world.add("globex", 0.7, source="slow")
-    world.registry.publish("globex", new.number, actor="t")
+    world.registry.rollouts.publish("globex", new.number, actor="t")
     run(world)
     assert slow.stopped.wait(5.0)
 
@@ -187,7 +187,7 @@ def test_what_was_not_wanted_for_a_day_goes_from_the_disk(
         return {path.name for path in (store / "revisions").iterdir()}
 
     def directory(world: World, number: int) -> Path:
-        known = world.registry.revision("acme", number)
+        known = world.registry.revisions.get("acme", number)
         return world.store.revision(known.adapter_digest, known.profile)
 
     world.publish("acme", 0.5)

@@ -84,19 +84,19 @@ class World:
 
     def add(self, tenant: str, first: float, source: str = "acme") -> Revision:
         path = self.root / source
-        if tenant not in {t.name for t in self.registry.tenants()}:
-            self.registry.add_tenant(tenant, self.header.digest, source=str(path), actor="t")
+        if tenant not in {t.name for t in self.registry.tenants.list()}:
+            self.registry.tenants.add(tenant, self.header.digest, source=str(path), actor="t")
         digest = self.store.stage(path, family=self.header).digest
         profile = make_profile(self.header, [first, 1.0], {"method": "test"})
-        added = self.registry.add_revision(
+        added = self.registry.revisions.add(
             tenant, profile, adapter_digest=digest, source=str(path), actor="t"
         )
-        self.registry.set_revision_state(added.id, "ready", actor="t")
+        self.registry.revisions.set_state(added.id, "ready", actor="t")
         return added
 
     def publish(self, tenant: str, first: float) -> Revision:
         added = self.add(tenant, first)
-        self.registry.publish(tenant, added.number, actor="t")
+        self.registry.rollouts.publish(tenant, added.number, actor="t")
         return added
 
     def served(self, tenant: str) -> str | None:
@@ -127,7 +127,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         inside=InternalClient(),
         make_request=lambda name, number, path: SimpleNamespace(name=name, id=number, path=path),
     )
-    registry.add_family(header, None, actor="t")
+    registry.families.add(header, None, actor="t")
     yield World(registry, store, header, engine, replica, catalog, counters, tmp_path, models)
     registry.close()
 
@@ -177,11 +177,11 @@ def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
         assert world.served("acme") == "acme@1" and world.served("waiting") is None
         assert list(world.models.lora_requests) == ["acme@1"]
         assert world.replica.faults() == () and world.replica.version == world.registry.version()
-        (held,) = world.registry.receipts(revision=first.id)
+        (held,) = world.registry.replicas.receipts(revision=first.id)
         assert held.ok and held.receipt["ranks"][0]["name"] == "acme@1"
 
     run(world, look)
-    assert world.registry.replicas() == ()
+    assert world.registry.replicas.list() == ()
 
 
 def test_signs_of_life_come_between_the_adapters_of_a_long_change(
@@ -198,8 +198,8 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
     add = world.engine.add
 
     async def adding(request: Any) -> list[dict[str, Any]]:
-        receipts = [len(world.registry.receipts(revision=r.id)) for r in (first, second)]
-        told.append((len(world.registry.replicas()), receipts[0]))
+        receipts = [len(world.registry.replicas.receipts(revision=r.id)) for r in (first, second)]
+        told.append((len(world.registry.replicas.list()), receipts[0]))
         assert receipts[1] == 0
         return await add(request)
 
@@ -241,9 +241,9 @@ def test_changes_are_followed_without_being_told(world: World) -> None:
     async def change() -> None:
         world.publish("acme", 0.9)
         took_s = [await until(lambda: world.served("acme") == "acme@2")]
-        world.registry.rollback("acme", actor="t")
+        world.registry.rollouts.rollback("acme", actor="t")
         took_s.append(await until(lambda: world.served("acme") == "acme@1"))
-        world.registry.retire("acme", actor="t")
+        world.registry.rollouts.retire("acme", actor="t")
         took_s.append(await until(lambda: "acme" not in world.catalog.view.tenants))
         # The best of them: the machine may be busy.
         assert min(took_s) < 2.0
@@ -258,7 +258,7 @@ def test_nothing_in_flight_loses_its_revision(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        told = world.registry.add_key("k", scopes=["serve"], tenants=["acme"], actor="t")
+        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         await world.replica.reconcile()
         principal = world.catalog.view.keys[key_digest(told.secret)]
         slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
@@ -284,7 +284,7 @@ def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
         assert world.replica.serving() == {"acme": "acme@1"}
         with world.replica.keeping("acme@1"):
             with world.replica.keeping("acme@1"):
-                world.registry.retire("acme", actor="t")
+                world.registry.rollouts.retire("acme", actor="t")
                 await world.replica.reconcile()
                 assert world.replica.serving() == {} and world.served("acme") is None
             await world.replica.reconcile()
@@ -305,7 +305,7 @@ def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: Wo
         await world.replica.reconcile()
         assert world.served("acme") == "acme@1"
         assert any("acme@2" in fault for fault in world.replica.faults())
-        (seen,) = world.registry.replicas()
+        (seen,) = world.registry.replicas.list()
         assert seen.applied_version < world.registry.version() and seen.faults
         world.engine.refuse.clear()
         await world.replica.reconcile()
@@ -363,7 +363,7 @@ def test_a_trial_is_loaded_and_offered_to_nobody(world: World) -> None:
         assert tried.id not in world.engine.loaded
         again = world.add("acme", 0.95)
         await world.replica.load(again)
-        world.registry.publish("acme", again.number, actor="t")
+        world.registry.rollouts.publish("acme", again.number, actor="t")
         await world.replica.reconcile()
         await world.replica.unload(again)
         assert world.served("acme") == "acme@3" and again.id in world.engine.loaded
@@ -420,7 +420,7 @@ def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: 
         tried = world.add("acme", 0.9)
         await world.replica.load(tried)
         await world.replica.reconcile()
-        assert len(world.registry.receipts()) == 2
+        assert len(world.registry.replicas.receipts()) == 2
         remove = world.engine.remove_lora
 
         async def dead(number: int) -> None:
@@ -432,7 +432,7 @@ def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: 
         world.engine.remove_lora = remove  # type: ignore[method-assign]
         assert set(world.models.lora_requests) == {"acme@1"}
         await world.replica.reconcile()
-        assert [receipt.revision for receipt in world.registry.receipts()] == [1]
+        assert [receipt.revision for receipt in world.registry.replicas.receipts()] == [1]
 
     run(world, change)
 
@@ -446,7 +446,7 @@ def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -
         world.engine.report_faults = ("rank 1 holds gain row x, expected y",)
         await until(lambda: world.replica.faults() == world.engine.report_faults)
         told = world.engine.report_faults
-        await until(lambda: [r.faults for r in world.registry.replicas()] == [told])
+        await until(lambda: [r.faults for r in world.registry.replicas.list()] == [told])
         world.engine.report_faults = ()
         await until(lambda: world.replica.faults() == ())
 
@@ -458,22 +458,22 @@ def test_a_replica_that_was_forgotten_joins_again(world: World) -> None:
 
     async def change() -> None:
         before = world.replica.id
-        world.registry.leave(before, actor="t")
+        world.registry.replicas.leave(before, actor="t")
         await world.replica.reconcile()
-        (seen,) = world.registry.replicas()
+        (seen,) = world.registry.replicas.list()
         assert seen.id == world.replica.id != before
-        assert [r.replica for r in world.registry.receipts(revision=1)] == [seen.id]
+        assert [r.replica for r in world.registry.replicas.receipts(revision=1)] == [seen.id]
 
     run(world, change)
 
 
 def test_the_base_model_is_a_grant_and_never_a_default(world: World) -> None:
     tenants = ["base", "acme"]
-    told = world.registry.add_key("k", scopes=["serve"], tenants=tenants, actor="t")
+    told = world.registry.keys.add("k", scopes=["serve"], tenants=tenants, actor="t")
     principal = principal_of_key(told.key)
     assert principal.base and principal.tenants == {"acme"} and principal.default_tenant is None
     for reach in (tenants, ["*"]):
         with pytest.raises(RegistryError, match="kept for the base model"):
-            world.registry.add_key(
+            world.registry.keys.add(
                 "b", scopes=["serve"], tenants=reach, default_tenant="base", actor="t"
             )

@@ -60,7 +60,7 @@ async def level(world: World) -> None:
     await until(lambda: world.replica.faults() == ())
 
     def reported() -> bool:
-        live = [one for one in world.registry.replicas() if one.id == world.replica.id]
+        live = [one for one in world.registry.replicas.list() if one.id == world.replica.id]
         told = [one.applied_version for one in live] == [world.registry.version()]
         return told and not world.replica._reporter._stale
 
@@ -71,26 +71,26 @@ async def level(world: World) -> None:
 def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more: int) -> None:
     """Whether the version is smaller than before then, the same, or larger."""
     world.publish("acme", 0.5)
-    lost = world.registry.add_key("lost", scopes=["serve"], tenants=["acme"], actor="t")
+    lost = world.registry.keys.add("lost", scopes=["serve"], tenants=["acme"], actor="t")
 
     def keys() -> set[str]:
         return {principal.name for principal in world.catalog.view.keys.values()}
 
     async def change() -> None:
-        kept = world.registry.add_key("kept", scopes=["serve"], tenants=["acme"], actor="t")
+        kept = world.registry.keys.add("kept", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         for value in (0.6, 0.7, 0.8):
             world.publish("acme", value)
-        new = world.registry.add_key("new", scopes=["serve"], tenants=["acme"], actor="t")
+        new = world.registry.keys.add("new", scopes=["serve"], tenants=["acme"], actor="t")
         await level(world)
         assert keys() == {"lost", "kept", "new"}
         ahead = world.replica.version
         restored(
             world,
             restore,
-            lambda: world.registry.revoke_key("kept", actor="t"),
+            lambda: world.registry.keys.revoke("kept", actor="t"),
             *[
-                lambda step=step: world.registry.set_limits(  # type: ignore[misc]
+                lambda step=step: world.registry.tenants.set_limits(  # type: ignore[misc]
                     "acme", {"concurrent": step + 1}, actor="t"
                 )
                 for step in range(more)
@@ -104,7 +104,7 @@ def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more
         assert world.served("acme") == "acme@1" and world.replica.lag.seconds() == 0.0
         assert world.replica.lag.known == world.replica.version
         assert world.catalog.view.tenants["acme"].limits.concurrent == (more or None)
-        world.registry.revoke_key("lost", actor="t")
+        world.registry.keys.revoke("lost", actor="t")
         took_s = min(took_s, await until(lambda: keys() == set()))
         assert took_s < 2.0 and lost.key.name == "lost"
 
@@ -141,9 +141,11 @@ def test_an_id_and_a_name_with_other_content_are_loaded_again(world: World) -> N
         # What is the same content is not touched.
         assert world.engine.log.count("add globex@1") == 1
         assert world.served("globex") == same.served_name
-        receipts = {r.revision: r for r in world.registry.receipts(replica=world.replica.id)}
+        receipts = {
+            r.revision: r for r in world.registry.replicas.receipts(replica=world.replica.id)
+        }
         assert receipts.keys() == world.engine.loaded.keys()
-        assert world.registry.rollout_status(world.registry.rollouts()[0].id).done
+        assert world.registry.rollouts.status(world.registry.rollouts.list()[0].id).done
 
     run(world, change)
 
@@ -178,7 +180,7 @@ def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) ->
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        told = world.registry.add_key("k", scopes=["serve"], tenants=["acme"], actor="t")
+        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         old = world.publish("acme", 0.6)
         await level(world)
@@ -192,9 +194,9 @@ def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) ->
             await asyncio.sleep(0.5)
             assert coefficient(world, old.id) == 0.6 and world.served("acme") is None
             assert world.replica.faults() and world.replica.version == 0
-            (row,) = world.registry.replicas()
+            (row,) = world.registry.replicas.list()
             assert row.applied_version == 0 and row.faults
-            assert world.registry.receipts(replica=row.id, revision=old.id) == ()
+            assert world.registry.replicas.receipts(replica=row.id, revision=old.id) == ()
         await level(world)
         assert world.served("acme") == "acme@2" and coefficient(world, old.id) == 0.9
 
@@ -207,7 +209,7 @@ def test_what_the_registry_does_not_know_is_offered_no_more(
     """Nothing is, rather than that, while what the registry publishes is being fetched."""
     slow = Slow(world, monkeypatch)
     first = world.add("acme", 0.5, source="slow")
-    world.registry.publish("acme", first.number, actor="t")
+    world.registry.rollouts.publish("acme", first.number, actor="t")
     restore = back_up(world.registry)
     for value in (0.6, 0.7, 0.8):
         world.publish("acme", value)
@@ -238,17 +240,17 @@ def test_a_fetch_for_an_id_is_a_fetch_of_its_content(
 
     def publish(source: str) -> None:
         added = world.add("acme", 0.6, source=source)
-        world.registry.publish("acme", added.number, actor="t")
+        world.registry.rollouts.publish("acme", added.number, actor="t")
 
     async def change() -> None:
         restore = back_up(world.registry)
         publish("slow")
-        old = world.registry.revision("acme", 2)
+        old = world.registry.revisions.get("acme", 2)
         await until(slow.begun.is_set)
         restored(world, restore, lambda: publish("third"))
         await level(world)
         assert slow.stopped.is_set() and not world.replica.supply.fetches
-        new = world.registry.revision("acme", 2)
+        new = world.registry.revisions.get("acme", 2)
         assert (new.id, new.profile.digest) == (old.id, old.profile.digest)
         assert new.adapter_digest != old.adapter_digest and world.served("acme") == "acme@2"
         weights = "adapter_model.safetensors"
@@ -304,7 +306,7 @@ def test_it_joins_again_with_all_that_it_holds(world: World) -> None:
     async def change() -> None:
         restore = back_up(world.registry)
         before = world.replica.id
-        assert world.registry.receipts(replica=before)
+        assert world.registry.replicas.receipts(replica=before)
         for value in (0.6, 0.7):
             world.publish("acme", value)
             await level(world)
@@ -312,17 +314,19 @@ def test_it_joins_again_with_all_that_it_holds(world: World) -> None:
         restored(world, restore)
         await level(world)
         assert world.served("acme") == "acme@1" and world.replica.id != before
-        (row,) = world.registry.replicas()
-        assert [r.replica for r in world.registry.receipts()] == [row.id]
+        (row,) = world.registry.replicas.list()
+        assert [r.replica for r in world.registry.replicas.receipts()] == [row.id]
         version, known = world.registry.version(), world.replica.id
         restore = back_up(world.registry)
-        world.registry.enqueue("gate", "acme", actor="t")
+        world.registry.jobs.enqueue("gate", "acme", actor="t")
         await until(lambda: world.replica._history.look().losses == 1)
         restored(world, restore)
         await until(lambda: world.replica.id != known)
         await level(world)
         assert world.registry.version() == version
-        assert [r.revision for r in world.registry.receipts(replica=world.replica.id)] == [first.id]
+        assert [r.revision for r in world.registry.replicas.receipts(replica=world.replica.id)] == [
+            first.id
+        ]
 
     run(world, change)
 
@@ -334,9 +338,9 @@ def test_a_registry_without_its_family_is_given_it_again(world: World) -> None:
 
     async def change() -> None:
         await level(world)
-        restored(world, lambda: copy_sqlite(empty, str(world.registry.url.database)))
+        restored(world, lambda: copy_sqlite(empty, str(world.registry.database.url.database)))
         await level(world)
-        assert [family.digest for family in world.registry.families()] == [world.header.digest]
+        assert [family.digest for family in world.registry.families.list()] == [world.header.digest]
         assert world.catalog.view.tenants == {} and world.catalog.view.keys == {}
         await until(lambda: not world.engine.loaded)
 
@@ -421,7 +425,7 @@ def test_the_engine_is_quiet_before_a_revision_goes(
     ended: list[float] = []
 
     async def change() -> None:
-        told = world.registry.add_key("k", scopes=["serve"], tenants=["acme"], actor="t")
+        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         world.publish("acme", 0.6)
         await level(world)
@@ -477,7 +481,7 @@ def test_content_that_was_changed_behind_the_registry_is_recognized_as_well(worl
     async def change() -> None:
         await level(world)
         views = watched(world)
-        with world.registry.write("somebody") as write:
+        with world.registry.database.write("somebody") as write:
             rows = tables.revisions
             write.connection.exec_driver_sql("DROP TRIGGER revisions_fixed")
             write.connection.execute(
@@ -486,7 +490,7 @@ def test_content_that_was_changed_behind_the_registry_is_recognized_as_well(worl
                 .values(profile=other, profile_digest=other["digest"])
             )
             write.unaudited()
-        world.registry.set_limits("acme", {"concurrent": 1}, actor="t")
+        world.registry.tenants.set_limits("acme", {"concurrent": 1}, actor="t")
         await until(lambda: world.served("acme") is None)
         await until(lambda: world.served("acme") == "acme@1")
         assert coefficient(world, revision.id) == 0.9

@@ -215,14 +215,14 @@ class World:
     def other(self, first: float) -> Revision:
         """Another coefficient for what acme serves, by an operator who works on the registry."""
         registry = Registry(self.file)
-        _, now = registry.serving("acme")
+        _, now = registry.revisions.published("acme")
         assert now is not None
         profile = make_profile(self.header, [first, 1.0], {"method": "test"})
-        added = registry.add_revision(
+        added = registry.revisions.add(
             "acme", profile, adapter_digest=now.adapter_digest, source=now.source, actor="op"
         )
-        registry.set_revision_state(added.id, "ready", actor="op")
-        registry.publish("acme", added.number, actor="op")
+        registry.revisions.set_state(added.id, "ready", actor="op")
+        registry.rollouts.publish("acme", added.number, actor="op")
         registry.close()
         return added
 
@@ -264,7 +264,7 @@ async def onboard(world: World) -> None:
         {"name": "acme", "source": str(world.root / "adapters" / "acme"), "coefficients": 0.5},
     )
     world.call(
-        lambda r: r.add_key("k", scopes=["serve"], tenants=["acme"], secret=SERVE, actor="op")
+        lambda r: r.keys.add("k", scopes=["serve"], tenants=["acme"], secret=SERVE, actor="op")
     )
     async with asyncio.timeout(20):
         while (await world.ask())[0] != 200:
@@ -289,14 +289,16 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
             status, (model, before) = await world.ask()
             assert (status, model) == (200, "acme@3") and before != first[1][1]
             assert await world.ready() == 200
-            lost = world.call(lambda r: r.revision("acme", 3))
+            lost = world.call(lambda r: r.revisions.get("acme", 3))
             assert lost.profile.digest == before
 
             world.restore(replace=replace)
             assert [world.other(value).number for value in (0.7, 0.9)] == [2, 3]
             for step in range(more):
-                world.call(lambda r, n=step + 1: r.set_limits("acme", {"concurrent": n}, actor="o"))
-            now = world.call(lambda r: r.revision("acme", 3))
+                world.call(
+                    lambda r, n=step + 1: r.tenants.set_limits("acme", {"concurrent": n}, actor="o")
+                )
+            now = world.call(lambda r: r.revisions.get("acme", 3))
             assert (now.id, now.served_name) == (lost.id, lost.served_name)
             await world.until_noticed()
             answers = [await world.ask()]
@@ -318,7 +320,7 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
             body = (await world.http.get("/v1/safegene/ready")).json()
             assert body["registry"] == world.call(lambda r: r.version())
 
-            world.call(lambda r: r.revoke_key("k", actor="op"))
+            world.call(lambda r: r.keys.revoke("k", actor="op"))
             async with asyncio.timeout(20):
                 while (await world.ask())[0] != 401:
                     await asyncio.sleep(0.02)
@@ -339,7 +341,7 @@ def test_a_request_in_flight_ends_on_the_content_that_it_began_with(world: World
             await onboard(world)
             world.back_up()
             await world.admin("PATCH", "/tenants/acme/profile", {"scale": 1.5})
-            lost = world.call(lambda r: r.revision("acme", 2))
+            lost = world.call(lambda r: r.revisions.get("acme", 2))
             world.waiting = asyncio.Event()
             world.begun.clear()
             running = asyncio.create_task(world.ask())
@@ -371,7 +373,7 @@ def test_a_change_right_after_a_restore_is_of_the_registry_as_it_is(world: World
     async def scenario() -> None:
         async with world.serving():
             await onboard(world)
-            first = world.call(lambda r: r.revision("acme", 1))
+            first = world.call(lambda r: r.revisions.get("acme", 1))
             world.back_up()
             for scale in (1.5, 2.0):
                 await world.admin("PATCH", "/tenants/acme/profile", {"scale": scale})
@@ -380,7 +382,7 @@ def test_a_change_right_after_a_restore_is_of_the_registry_as_it_is(world: World
                 "PATCH", "/tenants/acme/profile", {"scale": 0.5, "expected_revision": 1}
             )
             assert changed["revision"]["number"] == 2
-            now = world.call(lambda r: r.revision("acme", 2))
+            now = world.call(lambda r: r.revisions.get("acme", 2))
             assert now.profile.coefficients[0] == first.profile.coefficients[0] / 2
             assert await world.ask() == (200, ("acme@2", now.profile.digest))
             await world.until_ready()

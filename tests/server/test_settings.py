@@ -139,8 +139,8 @@ def test_first_keys_are_added_once_and_rotated_with_their_secret(
     for secret in ("sg-" + "a" * 40, "sg-" + "a" * 40, "sg-" + "b" * 40):
         monkeypatch.setenv("A_KEY", secret)
         add_first_keys(registry, found)
-        assert registry.key("admin").hash == key_digest(secret).hex()
-    actions = [entry.action for entry in registry.audit(target="admin").entries]
+        assert registry.keys.get("admin").hash == key_digest(secret).hex()
+    actions = [entry.action for entry in registry.audit.page(target="admin").entries]
     assert actions == ["key.rotate", "key.add"]
     registry.close()
 
@@ -159,14 +159,14 @@ def test_a_revoked_secret_is_not_restored_at_start(
         monkeypatch.setenv("A_KEY", secret)
         add_first_keys(registry, found)
     if taken == "rotated":
-        registry.rotate_key("prometheus", actor="ops")
+        registry.keys.rotate("prometheus", actor="ops")
     else:
-        registry.revoke_key("prometheus", actor="ops")
-    before = registry.key("prometheus")
+        registry.keys.revoke("prometheus", actor="ops")
+    before = registry.keys.get("prometheus")
     for secret in ("sg-" + "b" * 40, "sg-" + "c" * 40):
         monkeypatch.setenv("A_KEY", secret)
         add_first_keys(registry, found)
-        assert registry.key("prometheus") == before
+        assert registry.keys.get("prometheus") == before
         assert "prometheus" in caplog.text and "over HTTP" in caplog.text
         caplog.clear()
     registry.close()

@@ -223,7 +223,7 @@ def test_the_onboarding_job_fails_and_says_why(
     job = world.work()
     assert job.state == "failed"
     check_words(layout, given, job.message or "")
-    assert world.registry.revisions("acme/support") == () and world.replica.held == set()
+    assert world.registry.revisions.list("acme/support") == () and world.replica.held == set()
     assert tree(world.store.root) == []
 
 
@@ -243,7 +243,7 @@ def test_a_declared_folder_is_logged_and_hurts_no_other(
     assert "bad" not in begun and "good" in begun
     (line,) = [r.getMessage() for r in caplog.records if "tenant 'bad' of" in r.getMessage()]
     check_words(layout, place, line)
-    assert "bad" not in {tenant.name for tenant in world.registry.tenants()}
+    assert "bad" not in {tenant.name for tenant in world.registry.tenants.list()}
 
 
 def test_a_repeated_request_is_decided_again(parts: Path, tmp_path: Path) -> None:

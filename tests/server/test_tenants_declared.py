@@ -41,14 +41,14 @@ def test_what_is_new_is_registered_and_what_is_known_is_left_alone(
         return asyncio.run(register_declared(world.tenancy, tmp_path))
 
     assert begin() == ["acme/support", "globex"], "a bad name hurts no other"
-    jobs = world.registry.jobs(tenant="globex")
+    jobs = world.registry.jobs.list(tenant="globex")
     assert [(job.kind, job.params["source"]) for job in jobs] == [
         ("onboard", str(tmp_path / "globex"))
     ]
     assert begin() == []
-    world.registry.retire("globex", actor="test")
+    world.registry.rollouts.retire("globex", actor="test")
     assert begin() == [], "who was retired does not come back"
-    assert len(world.registry.jobs(tenant="globex")) == 1
+    assert len(world.registry.jobs.list(tenant="globex")) == 1
 
 
 def test_a_registry_that_is_away_stops_the_start(
@@ -62,6 +62,6 @@ def test_a_registry_that_is_away_stops_the_start(
     def away(*args: object, **kwargs: object) -> None:
         raise RegistryDownError("away")
 
-    monkeypatch.setattr(world.registry, "add_tenant", away)
+    monkeypatch.setattr(world.registry.tenants, "add", away)
     with pytest.raises(RegistryDownError):
         asyncio.run(register_declared(world.tenancy, tmp_path))

@@ -35,24 +35,24 @@ def tenancy(world: World, handler: Any, **settings: Any) -> TenantContext:
 
 @pytest.fixture(autouse=True)
 def tenant(world: World) -> None:
-    world.registry.add_tenant(TENANT, world.replica.header.digest, actor="test")
+    world.registry.tenants.add(TENANT, world.replica.header.digest, actor="test")
 
 
 def enqueue(world: World, kind: str = "test") -> int:
-    return world.registry.enqueue(kind, TENANT, actor="test").id
+    return world.registry.jobs.enqueue(kind, TENANT, actor="test").id
 
 
 def run_one(world: World, handler: Any, **settings: Any) -> Job:
     number = enqueue(world)
     here = tenancy(world, handler, **settings)
     assert asyncio.run(here.jobs.run_one(here))
-    return world.registry.job(number)
+    return world.registry.jobs.get(number)
 
 
 def test_a_job_that_is_done(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         await work.step(0.5, "half")
-        assert world.registry.job(work.job.id).progress == 0.5
+        assert world.registry.jobs.get(work.job.id).progress == 0.5
         work.result["found"] = 3
         return "well done"
 
@@ -91,7 +91,7 @@ def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error:
     time.sleep(0.15)
     here = tenancy(world, better)
     assert asyncio.run(here.jobs.run_one(here))
-    assert world.registry.job(job.id).message == "attempt 2"
+    assert world.registry.jobs.get(job.id).message == "attempt 2"
 
 
 def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
@@ -102,12 +102,12 @@ def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
 
     here = tenancy(world, handler)
     assert not asyncio.run(here.jobs.run_one(here))
-    assert world.registry.job(number).state == "queued"
+    assert world.registry.jobs.get(number).state == "queued"
 
 
 def test_a_cancel_is_heard_between_steps_and_by_threads(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
-        world.registry.cancel(work.job.id, actor="test")
+        world.registry.jobs.cancel(work.job.id, actor="test")
         assert await asyncio.to_thread(work.cancelled.wait, 5)
         await work.step(0.5, "too late")
         raise AssertionError
@@ -122,7 +122,7 @@ def test_a_long_job_keeps_its_lease(world: World) -> None:
         assert first is not None
         while datetime.now(UTC) < first:
             await asyncio.sleep(0.02)
-        assert world.registry.claim("thief", actor="thief") is None
+        assert world.registry.jobs.claim("thief", actor="thief") is None
         return "kept"
 
     assert run_one(world, handler, lease_s=2.0).message == "kept"
@@ -132,7 +132,7 @@ def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
     stopped = []
 
     async def handler(_: TenantContext, work: Work) -> str:
-        with world.registry.write("test") as write:
+        with world.registry.database.write("test") as write:
             write.connection.exec_driver_sql("UPDATE jobs SET owner = 'thief'")
             write.unaudited()
         try:
@@ -187,9 +187,9 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
     asyncio.run(run())
     assert ended == [True]
     if after == "forgotten":
-        assert world.registry.jobs() == ()
+        assert world.registry.jobs.list() == ()
     else:
-        (job,) = world.registry.jobs()
+        (job,) = world.registry.jobs.list()
         assert (job.state, job.message) == ("done", "of the job that is there now")
         assert told == [number] and job.attempts == 1
 
@@ -215,7 +215,7 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
             await running
 
     asyncio.run(serve())
-    states = [world.registry.job(number).state for number in numbers]
+    states = [world.registry.jobs.get(number).state for number in numbers]
     assert sorted(together) == numbers
     # The last one was under way when the server stopped; it waits for the next one.
     assert states[2] == "queued" and states.count("done") >= 1
@@ -246,7 +246,7 @@ def test_a_server_that_stops_leaves_its_job_to_the_next_at_no_cost(world: World)
             return "never"
 
         stop_in_the_middle(tenancy(world, handler, lease_s=30.0), begun)
-        job = world.registry.job(number)
+        job = world.registry.jobs.get(number)
         assert (job.state, job.attempts, job.owner) == ("queued", 0, None)
 
     async def better(_: TenantContext, work: Work) -> str:
@@ -254,14 +254,14 @@ def test_a_server_that_stops_leaves_its_job_to_the_next_at_no_cost(world: World)
 
     here = tenancy(world, better)
     assert asyncio.run(here.jobs.run_one(here)), "it need not wait for a lease"
-    assert world.registry.job(number).message == "resumed"
+    assert world.registry.jobs.get(number).message == "resumed"
 
 
 def test_a_job_that_is_claimed_while_the_server_stops_is_released(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = enqueue(world)
-    claim, begun = world.registry.claim, asyncio.Event()
+    claim, begun = world.registry.jobs.claim, asyncio.Event()
 
     async def handler(_: TenantContext, work: Work) -> str:
         raise AssertionError
@@ -276,7 +276,7 @@ def test_a_job_that_is_claimed_while_the_server_stops_is_released(
             time.sleep(0.2)
             return claim(*args, **more)
 
-        monkeypatch.setattr(world.registry, "claim", slow)
+        monkeypatch.setattr(world.registry.jobs, "claim", slow)
         running = asyncio.create_task(here.jobs.run(here))
         await begun.wait()
         running.cancel()
@@ -284,7 +284,8 @@ def test_a_job_that_is_claimed_while_the_server_stops_is_released(
             await running
 
     asyncio.run(serve())
-    assert (world.registry.job(number).state, world.registry.job(number).attempts) == ("queued", 0)
+    released = world.registry.jobs.get(number)
+    assert (released.state, released.attempts) == ("queued", 0)
 
 
 def test_a_server_that_stops_without_a_registry_leaves_its_job_to_the_lease(
@@ -300,9 +301,9 @@ def test_a_server_that_stops_without_a_registry_leaves_its_job_to_the_lease(
     def down(*_: Any, **__: Any) -> Job:
         raise RegistryDownError("away")
 
-    monkeypatch.setattr(world.registry, "release", down)
+    monkeypatch.setattr(world.registry.jobs, "release", down)
     stop_in_the_middle(tenancy(world, handler), begun)
-    assert world.registry.job(number).state == "running"
+    assert world.registry.jobs.get(number).state == "running"
 
 
 def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
@@ -334,7 +335,7 @@ def test_a_registry_that_is_away_is_asked_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = enqueue(world)
-    claim, calls = world.registry.claim, []
+    claim, calls = world.registry.jobs.claim, []
 
     def flaky(*args: Any, **more: Any) -> Job | None:
         calls.append(1)
@@ -342,7 +343,7 @@ def test_a_registry_that_is_away_is_asked_again(
             raise RegistryDownError("away")
         return claim(*args, **more)
 
-    monkeypatch.setattr(world.registry, "claim", flaky)
+    monkeypatch.setattr(world.registry.jobs, "claim", flaky)
 
     async def handler(_: TenantContext, work: Work) -> str:
         return "done"
@@ -352,7 +353,7 @@ def test_a_registry_that_is_away_is_asked_again(
     async def serve() -> None:
         running = asyncio.create_task(here.jobs.run(here))
         async with asyncio.timeout(10):
-            while (await asyncio.to_thread(world.registry.job, number)).state != "done":
+            while (await asyncio.to_thread(world.registry.jobs.get, number)).state != "done":
                 await asyncio.sleep(0.01)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -33,7 +33,7 @@ def register(world: World, **more: Any) -> Job:
 
 
 def only_revision(world: World) -> Revision:
-    (revision,) = world.registry.revisions(NAME)
+    (revision,) = world.registry.revisions.list(NAME)
     return revision
 
 
@@ -47,7 +47,7 @@ def test_an_adapter_with_a_profile_beside_it(world: World) -> None:
     assert revision.profile.coefficients == (1.5, 0.0, 1.5)
     assert revision.gate == {"skipped": "the gate is switched off in this server's settings"}
     assert job.result == {"revision": f"{NAME}@1", "rollout": 1}
-    assert world.registry.rollout_status(1).done
+    assert world.registry.rollouts.status(1).done
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@1"
     assert world.replica.held == {f"{NAME}@1"}
 
@@ -72,7 +72,7 @@ def test_no_profile_anywhere_is_told_plainly(world: World) -> None:
     assert job.state == "failed"
     assert "has no profile" in job.message and "safegene calibrate" in job.message
     assert "--calibrate-safety" in job.message
-    assert world.registry.revisions(NAME) == ()
+    assert world.registry.revisions.list(NAME) == ()
 
 
 def test_a_record_out_of_measure_beside_an_adapter_is_refused(world: World) -> None:
@@ -82,14 +82,14 @@ def test_a_record_out_of_measure_beside_an_adapter_is_refused(world: World) -> N
     register(world, source=source)
     job = world.work()
     assert job.state == "failed" and "bytes of JSON" in job.message
-    assert world.registry.revisions(NAME) == ()
+    assert world.registry.revisions.list(NAME) == ()
 
 
 def test_a_bad_source_fails_the_job_and_keeps_the_tenant(world: World) -> None:
     register(world, source=str(world.root / "nowhere"))
     job = world.work()
     assert job.state == "failed" and "nowhere" in job.message
-    assert world.registry.tenant(NAME).published is None
+    assert world.registry.tenants.get(NAME).published is None
 
 
 @pytest.mark.parametrize("kind", [AdapterRejectedError, ReceiptError, RuntimeError])
@@ -132,8 +132,8 @@ def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one
     body = {"source": bad, "expected": 1, "first": Change(), "publish": True, "actor": ACTOR}
     asyncio.run(service.add_revision(world.tenancy, NAME, **body))
     assert world.work().state == "failed"
-    assert world.registry.tenant(NAME).published == 1
-    assert [r.state for r in world.registry.revisions(NAME)] == ["published", "failed"]
+    assert world.registry.tenants.get(NAME).published == 1
+    assert [r.state for r in world.registry.revisions.list(NAME)] == ["published", "failed"]
     assert world.replica.held == {f"{NAME}@1"}
 
 
@@ -176,7 +176,7 @@ def test_ready_without_being_published(world: World) -> None:
     job = world.work()
     assert job.state == "done" and "ready" in job.message
     assert only_revision(world).state == "ready"
-    assert world.registry.tenant(NAME).published is None and world.replica.held == set()
+    assert world.registry.tenants.get(NAME).published is None and world.replica.held == set()
 
 
 def test_a_new_revision_that_somebody_else_overtook(world: World) -> None:
@@ -190,7 +190,7 @@ def test_a_new_revision_that_somebody_else_overtook(world: World) -> None:
     )
     job = world.work()
     assert job.state == "failed" and "somebody else was first" in job.message
-    assert world.registry.tenant(NAME).published == 2
+    assert world.registry.tenants.get(NAME).published == 2
 
 
 def test_cancelled_between_steps(world: World) -> None:
@@ -198,7 +198,7 @@ def test_cancelled_between_steps(world: World) -> None:
     load = world.replica.load
 
     async def cancelling(revision: Revision) -> None:
-        world.registry.cancel(number, actor="test")
+        world.registry.jobs.cancel(number, actor="test")
         await load(revision)
 
     world.replica.load = cancelling  # type: ignore[method-assign]
@@ -206,7 +206,7 @@ def test_cancelled_between_steps(world: World) -> None:
     assert job.state == "cancelled"
     revision = only_revision(world)
     assert (revision.state, revision.reasons) == ("failed", ("the job was cancelled",))
-    assert world.replica.held == set() and world.registry.tenant(NAME).published is None
+    assert world.replica.held == set() and world.registry.tenants.get(NAME).published is None
 
 
 @pytest.mark.parametrize("step", ["stage", "add", "load", "ready", "publish", "finish"])
@@ -218,10 +218,10 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
     world = World(tmp_path, lease_s=0.1)
     places: dict[str, tuple[Any, str]] = {
         "stage": (world.store, "stage"),
-        "add": (world.registry, "add_revision"),
+        "add": (world.registry.revisions, "add"),
         "load": (world.replica, "load"),
-        "ready": (world.registry, "set_revision_state"),
-        "publish": (world.registry, "publish"),
+        "ready": (world.registry.revisions, "set_state"),
+        "publish": (world.registry.rollouts, "publish"),
         "finish": (world.tenancy.replica, "apply"),
     }
     place, name = places[step]
@@ -251,8 +251,8 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
         assert world.work().state == "done"
     revision = only_revision(world)
     assert revision.state == "published"
-    assert world.registry.tenant(NAME).published == 1
-    assert len(world.registry.rollouts()) == 1
+    assert world.registry.tenants.get(NAME).published == 1
+    assert len(world.registry.rollouts.list()) == 1
 
 
 def test_what_takes_two_servers_down_is_not_tried_by_a_third_but_can_be_begun_again(
@@ -263,17 +263,19 @@ def test_what_takes_two_servers_down_is_not_tried_by_a_third_but_can_be_begun_ag
     world.replica.errors["load"] = EngineDownError("killed")
     for attempt in (1, 2):
         assert world.work().state == "running"
-        assert world.registry.job(number).attempts == attempt
+        assert world.registry.jobs.get(number).attempts == attempt
         time.sleep(0.15)
     del world.replica.errors["load"]
     assert not asyncio.run(world.tenancy.jobs.run_one(world.tenancy)), "nothing is claimed"
-    job = world.registry.job(number)
+    job = world.registry.jobs.get(number)
     assert job.state == "failed" and f"`safegene tenant update {NAME}`" in job.message
-    assert world.registry.tenant(NAME).published is None
+    assert world.registry.tenants.get(NAME).published is None
     more = {"source": None, "first": Change(), "publish": True, "expected": None, "actor": ACTOR}
     asyncio.run(service.add_revision(world.tenancy, NAME, **more))
     assert world.work().state == "done"
-    assert world.registry.tenant(NAME).published == world.registry.revisions(NAME)[-1].number
+    assert (
+        world.registry.tenants.get(NAME).published == world.registry.revisions.list(NAME)[-1].number
+    )
 
 
 def test_what_failed_before_the_server_died_stays_failed(world: World) -> None:
@@ -281,7 +283,7 @@ def test_what_failed_before_the_server_died_stays_failed(world: World) -> None:
     register(world, source=world.adapter())
     job = world.work()
     assert job.state == "failed"
-    with world.registry.write("test") as write:
+    with world.registry.database.write("test") as write:
         write.connection.exec_driver_sql("UPDATE jobs SET state = 'queued'")
         write.unaudited()
     del world.replica.errors["load"]
@@ -299,12 +301,12 @@ def test_a_tenant_frozen_meanwhile_stays_as_it_was_and_its_revision_ready(world:
 
     async def freezing(revision: Revision) -> None:
         await load(revision)
-        world.registry.freeze_tenant(NAME, actor="test")
+        world.registry.tenants.freeze(NAME, actor="test")
 
     world.replica.load = freezing  # type: ignore[method-assign]
     job = world.work()
     assert job.state == "failed" and "frozen" in job.message
-    assert [r.state for r in world.registry.revisions(NAME)] == ["published", "ready"]
+    assert [r.state for r in world.registry.revisions.list(NAME)] == ["published", "ready"]
     assert world.replica.held == {f"{NAME}@1"}
 
 
@@ -318,6 +320,6 @@ def test_the_same_content_twice_at_once_is_one_revision(world: World) -> None:
         await asyncio.gather(one(world.tenancy), one(world.tenancy))
 
     asyncio.run(both())
-    assert [job.state for job in world.registry.jobs()] == ["done", "done"]
+    assert [job.state for job in world.registry.jobs.list()] == ["done", "done"]
     assert only_revision(world).state == "published"
-    assert len(world.registry.rollouts()) == 1
+    assert len(world.registry.rollouts.list()) == 1

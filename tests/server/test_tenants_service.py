@@ -49,7 +49,7 @@ def test_a_change_is_a_new_revision_of_the_same_adapter(world: World) -> None:
     world.serve(NAME)
     staged = sorted((world.store.root / "adapters").iterdir())
     done = change(world, Change(scale=2.0), expected=1)
-    first, second = world.registry.revisions(NAME)
+    first, second = world.registry.revisions.list(NAME)
     assert (done.revision, second.state, first.state) == (second, "published", "superseded")
     assert second.adapter_digest == first.adapter_digest and second.source == first.source
     assert second.profile.coefficients == (2.0, 0.0, 2.0)
@@ -58,8 +58,8 @@ def test_a_change_is_a_new_revision_of_the_same_adapter(world: World) -> None:
     assert sorted((world.store.root / "adapters").iterdir()) == staged
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
     assert done.status is not None
-    assert world.registry.rollout_status(done.status.rollout.id).done
-    assert world.registry.jobs()[0].kind == "onboard" and len(world.registry.jobs()) == 1
+    assert world.registry.rollouts.status(done.status.rollout.id).done
+    assert world.registry.jobs.list()[0].kind == "onboard" and len(world.registry.jobs.list()) == 1
 
 
 def test_the_same_change_again_changes_nothing(world: World) -> None:
@@ -67,14 +67,14 @@ def test_the_same_change_again_changes_nothing(world: World) -> None:
     once = change(world, Change(coefficients=2.0))
     again = change(world, Change(coefficients=2.0))
     assert again == once
-    assert len(world.registry.revisions(NAME)) == 2
+    assert len(world.registry.revisions.list(NAME)) == 2
 
 
 def test_a_change_of_what_was_not_seen_is_refused(world: World) -> None:
     world.serve(NAME)
     with pytest.raises(ConflictError, match="somebody else was first"):
         change(world, Change(scale=2.0), expected=7)
-    assert len(world.registry.revisions(NAME)) == 1
+    assert len(world.registry.revisions.list(NAME)) == 1
 
 
 def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
@@ -90,7 +90,7 @@ def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
         await asyncio.gather(*steps)
 
     run(both())
-    served = world.registry.revision(NAME, 6)
+    served = world.registry.revisions.get(NAME, 6)
     assert served.state == "published"
     assert served.profile.coefficients[0] == pytest.approx(1.1**5)
 
@@ -101,8 +101,8 @@ def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Excepti
     world.replica.errors["load"] = error
     with pytest.raises(type(error)):
         change(world, Change(scale=2.0))
-    assert world.registry.tenant(NAME).published == 1
-    failed = world.registry.revision(NAME, 2)
+    assert world.registry.tenants.get(NAME).published == 1
+    failed = world.registry.revisions.get(NAME, 2)
     assert failed.state == "failed" and failed.reasons
     assert world.replica.held == {f"{NAME}@1"}
 
@@ -121,9 +121,9 @@ def test_a_directory_that_cannot_be_made_yet_is_for_the_load_to_tell(
     monkeypatch.setattr(world.tenancy.store, "revision", refuse)
     with pytest.raises(type(error)):
         change(world, Change(scale=1.5))
-    failed = world.registry.revision(NAME, 2)
+    failed = world.registry.revisions.get(NAME, 2)
     assert failed.state == "failed" and failed.reasons and len(asked) == 2
-    assert world.registry.tenant(NAME).published == 1
+    assert world.registry.tenants.get(NAME).published == 1
 
 
 def test_a_change_below_the_floor_or_out_of_bounds(world: World) -> None:
@@ -133,7 +133,7 @@ def test_a_change_below_the_floor_or_out_of_bounds(world: World) -> None:
         change(world, Change(scale=0.1))
     with pytest.raises(BoundsError, match="expected"):
         change(world, Change(scale=100.0))
-    assert world.registry.tenant(NAME).published == 1
+    assert world.registry.tenants.get(NAME).published == 1
 
 
 def test_the_gate_on_a_change(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_the_gate_on_a_change(tmp_path: Path) -> None:
     world.replica.answer = lambda prompt: REFUSAL
     with pytest.raises(AdapterRejectedError, match="lookalike_max_refused"):
         change(world, Change(scale=1.5))
-    assert world.registry.tenant(NAME).published == 2
-    assert world.registry.revision(NAME, 3).gate["passed"] is False
+    assert world.registry.tenants.get(NAME).published == 2
+    assert world.registry.revisions.get(NAME, 3).gate["passed"] is False
     assert world.replica.held >= {f"{NAME}@2"} and f"{NAME}@3" not in world.replica.held
 
 
@@ -155,12 +155,12 @@ def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None
 
     async def overtaken(revision: Any) -> None:
         await load(revision)
-        world.registry.freeze_tenant(NAME, actor="other")
+        world.registry.tenants.freeze(NAME, actor="other")
 
     world.replica.load = overtaken  # type: ignore[method-assign]
     with pytest.raises(FrozenError):
         change(world, Change(scale=2.0))
-    assert world.registry.revision(NAME, 2).state == "ready"
+    assert world.registry.revisions.get(NAME, 2).state == "ready"
     assert world.replica.held == {f"{NAME}@1"}
 
 
@@ -168,16 +168,16 @@ def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) ->
     world.serve(NAME)
     world.replica.errors["apply"] = RegistryDownError("away")
     done = change(world, Change(scale=2.0))
-    assert world.registry.tenant(NAME).published == 2
+    assert world.registry.tenants.get(NAME).published == 2
     assert done.status is not None
-    status = world.registry.rollout_status(done.status.rollout.id)
+    status = world.registry.rollouts.status(done.status.rollout.id)
     assert (status.applied, status.live) == (0, 1) and "needs" in status.lagging[0].reason
 
 
 def test_nothing_to_change(world: World) -> None:
     with pytest.raises(NotFoundError):
         change(world, Change(scale=2.0))
-    world.registry.add_tenant(NAME, world.replica.header.digest, actor=ACTOR)
+    world.registry.tenants.add(NAME, world.replica.header.digest, actor=ACTOR)
     with pytest.raises(ConflictError, match="serves nothing"):
         change(world, Change(scale=2.0))
 
@@ -212,7 +212,7 @@ def test_back_to_what_cannot_be_loaded_changes_nothing(world: World) -> None:
     world.replica.errors["load"] = MissingFileError("gone")
     with pytest.raises(MissingFileError):
         back(world)
-    assert world.registry.tenant(NAME).published == 2
+    assert world.registry.tenants.get(NAME).published == 2
 
 
 def test_publishing_by_hand(world: World) -> None:
@@ -233,15 +233,15 @@ def test_publishing_by_hand(world: World) -> None:
 @pytest.mark.parametrize("state", ["registered", "checking"])
 def test_publishing_what_is_being_tried_out_leaves_it_to_its_job(world: World, state: str) -> None:
     world.serve(NAME)
-    (first,) = world.registry.revisions(NAME)
-    tried = world.registry.add_revision(
+    (first,) = world.registry.revisions.list(NAME)
+    tried = world.registry.revisions.add(
         NAME,
         make_profile(world.replica.header, 2.0),
         actor=ACTOR,
         adapter_digest=first.adapter_digest,
     )
     if state != "registered":
-        world.registry.set_revision_state(tried.id, "checking", actor=ACTOR)
+        world.registry.revisions.set_state(tried.id, "checking", actor=ACTOR)
     run(world.replica.load(tried))
     with pytest.raises(ConflictError, match=f"is {state}"):
         run(service.publish(world.tenancy, NAME, 2, expected=None, actor=ACTOR))
@@ -288,7 +288,7 @@ def test_a_change_that_an_outage_ended_is_condemned_by_nobody(
     world.replica.errors["call"] = away
     with pytest.raises(type(away)):
         change(world, Change(scale=2.0))
-    revision = world.registry.revision(NAME, 2)
+    revision = world.registry.revisions.get(NAME, 2)
     assert (revision.state, revision.reasons) == ("registered", ())
     assert world.replica.held == {f"{NAME}@1"}
     del world.replica.errors["call"]
@@ -303,7 +303,7 @@ def test_what_is_read_again_is_where_the_served_revision_came_from(world: World)
         step = service.add_revision(world.tenancy, NAME, source=source, publish=publish, **again)
         run(step)
         assert world.work().state == "done"
-        return world.registry.revisions(NAME)[-1].source
+        return world.registry.revisions.list(NAME)[-1].source
 
     moved = world.adapter("moved", start=5)
     assert update(moved) == moved
@@ -354,7 +354,7 @@ def test_retiring_ends_the_jobs_and_is_told_twice(world: World) -> None:
     )
     tenant, rollout = run(service.retire(world.tenancy, NAME, expected=1, actor=ACTOR))
     assert tenant.state == "retired" and rollout is not None and rollout.kind == "retire"
-    assert world.registry.job(job.id).state == "cancelled"
+    assert world.registry.jobs.get(job.id).state == "cancelled"
     assert NAME not in world.catalog.view.tenants and world.replica.held == set()
     assert run(service.retire(world.tenancy, NAME, expected=1, actor=ACTOR)) == (tenant, None)
     with pytest.raises(ConflictError, match="retired"):
@@ -371,10 +371,10 @@ def test_a_floor_raises_whoever_is_below(world: World) -> None:
     world.serve(NAME)
     digest = world.replica.header.digest
     rollout = run(set_floor(world.tenancy, digest, {0: 1.5}, actor=ACTOR))
-    assert rollout is not None and world.registry.rollout_status(rollout.id).done
-    raised = world.registry.revision(NAME, 2)
+    assert rollout is not None and world.registry.rollouts.status(rollout.id).done
+    raised = world.registry.revisions.get(NAME, 2)
     assert raised.profile.coefficients == (1.5, 0.0, 1.0)
-    assert raised.source == world.registry.revision(NAME, 1).source
+    assert raised.source == world.registry.revisions.get(NAME, 1).source
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
     assert run(set_floor(world.tenancy, digest, {0: 0.5}, actor=ACTOR)) is None
 
@@ -400,7 +400,7 @@ def test_the_same_registration_again_is_the_same_job(world: World) -> None:
 def test_a_registration_that_stopped_before_its_job_is_completed(world: World) -> None:
     source = world.adapter()
     digest = world.replica.header.digest
-    world.registry.add_tenant(NAME, digest, actor=ACTOR, source=source)
+    world.registry.tenants.add(NAME, digest, actor=ACTOR, source=source)
     given = {"source": source, "first": Change(), "limits": {}, "publish": True}
     run(service.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
     assert world.work().state == "done"
@@ -410,11 +410,11 @@ def test_nothing_is_registered_of_nothing(world: World) -> None:
     given = {"source": None, "first": Change(), "limits": {}, "publish": True}
     with pytest.raises(ConflictError, match="neither a source nor a profile"):
         run(service.register(world.tenancy, NAME, **given, actor=ACTOR))  # type: ignore[arg-type]
-    assert world.registry.tenants() == ()
+    assert world.registry.tenants.list() == ()
 
 
 def test_a_tenant_of_another_family_is_for_another_server(world: World) -> None:
-    world.registry.add_family(HEADER, None, actor=ACTOR)
-    world.registry.add_tenant(NAME, HEADER.digest, actor=ACTOR)
+    world.registry.families.add(HEADER, None, actor=ACTOR)
+    world.registry.tenants.add(NAME, HEADER.digest, actor=ACTOR)
     with pytest.raises(ConflictError, match="ask a server of that family"):
         change(world, Change(scale=1.1))

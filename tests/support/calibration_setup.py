@@ -170,9 +170,9 @@ class CalibrationWorld(World):
 
     def take_over(self, job: int) -> None:
         """The lease of a job runs out."""
-        owner = self.registry.job(job).owner
+        owner = self.registry.jobs.get(job).owner
         assert owner is not None
-        self.registry.progress(job, owner, 0.0, "", actor="test", lease_s=-1.0)
+        self.registry.jobs.progress(job, owner, 0.0, "", actor="test", lease_s=-1.0)
 
 
 @pytest.fixture

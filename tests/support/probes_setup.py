@@ -65,14 +65,14 @@ class ProbeWorld(World):
 
     def publish(self, name: str, first: float = 1.0) -> str:
         """A tenant's new revision, served at once; its name."""
-        if name not in {tenant.name for tenant in self.registry.tenants()}:
-            self.registry.add_tenant(name, FAMILY.digest, actor="test")
+        if name not in {tenant.name for tenant in self.registry.tenants.list()}:
+            self.registry.tenants.add(name, FAMILY.digest, actor="test")
         layers = {entry.layer: first for entry in FAMILY.layers}
-        added = self.registry.add_revision(
+        added = self.registry.revisions.add(
             name, make_profile(FAMILY, layers, {"method": "test"}), actor="test"
         )
-        self.registry.set_revision_state(added.id, "ready", actor="test")
-        self.registry.publish(name, added.number, actor="test")
+        self.registry.revisions.set_state(added.id, "ready", actor="test")
+        self.registry.rollouts.publish(name, added.number, actor="test")
         asyncio.run(self.replica.apply())
         return added.served_name
 

@@ -47,13 +47,13 @@ class World:
     def add(self, tenant: str, source: str, coefficients: list[float]) -> Revision:
         """Register and publish; a tenant that is known gets another revision."""
         path = self.d / "root" / source
-        if tenant not in {t.name for t in self.registry.tenants()}:
-            self.registry.add_tenant(tenant, self.header.digest, source=str(path), actor="test")
+        if tenant not in {t.name for t in self.registry.tenants.list()}:
+            self.registry.tenants.add(tenant, self.header.digest, source=str(path), actor="test")
         digest = self.store.stage(path, family=self.header).digest
         profile = make_profile(self.header, coefficients, {"method": "test"})
-        added = self.registry.add_revision(tenant, profile, adapter_digest=digest, actor="test")
-        self.registry.set_revision_state(added.id, "ready", actor="test")
-        self.registry.publish(tenant, added.number, actor="test")
+        added = self.registry.revisions.add(tenant, profile, adapter_digest=digest, actor="test")
+        self.registry.revisions.set_state(added.id, "ready", actor="test")
+        self.registry.rollouts.publish(tenant, added.number, actor="test")
         return added
 
 
@@ -67,7 +67,7 @@ def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str
     (folder / "safegene.yaml").write_text(config + more)
     registry = Registry(url)
     header = read_family_header(folder / "f")
-    registry.add_family(header, str(folder / "f"), actor="test")
+    registry.families.add(header, str(folder / "f"), actor="test")
     return World(folder, header, registry, Store(folder / "store"))
 
 
@@ -129,12 +129,12 @@ class Running:
         return answer.model, ids
 
     def replica(self, registry: Registry) -> Replica:
-        return next(r for r in registry.replicas(alive_s=3600.0) if r.pid == self.pid)
+        return next(r for r in registry.replicas.list(alive_s=3600.0) if r.pid == self.pid)
 
     def follows(self, registry: Registry) -> float:
         """Wait until this replica has applied the registry's version; how long it took."""
         begun = time.monotonic()
         while self.replica(registry).applied_version < registry.version():
-            assert time.monotonic() - begun < 20, registry.replicas()
+            assert time.monotonic() - begun < 20, registry.replicas.list()
             time.sleep(0.02)
         return time.monotonic() - begun

@@ -59,14 +59,14 @@ def profile(first: float = 1.0, last: float = 0.5, **calibration: Any) -> Profil
 
 def add_ready(registry: Registry, tenant: str, first: float = 1.0, **more: Any) -> Revision:
     """A revision that may be published."""
-    added = registry.add_revision(tenant, profile(first), actor="test", **more)
-    return registry.set_revision_state(added.id, "ready", actor="test")
+    added = registry.revisions.add(tenant, profile(first), actor="test", **more)
+    return registry.revisions.set_state(added.id, "ready", actor="test")
 
 
 def add_published(registry: Registry, tenant: str, first: float = 1.0, **more: Any) -> Revision:
     added = add_ready(registry, tenant, first, **more)
-    registry.publish(tenant, added.number, actor="test")
-    return registry.revision_by_id(added.id)
+    registry.rollouts.publish(tenant, added.number, actor="test")
+    return registry.revisions.get_by_id(added.id)
 
 
 class Postgres:
@@ -208,8 +208,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def registry(url: str) -> Iterator[Registry]:
     """A registry with one family and one tenant, `acme/support`, that has no revision yet."""
     opened = Registry(url)
-    opened.add_family(HEADER, "s3://bucket/family", actor="test")
-    opened.add_tenant("acme/support", FAMILY, actor="test", source="/adapters/acme")
+    opened.families.add(HEADER, "s3://bucket/family", actor="test")
+    opened.tenants.add("acme/support", FAMILY, actor="test", source="/adapters/acme")
     yield opened
     opened.close()
 
@@ -217,8 +217,8 @@ def registry(url: str) -> Iterator[Registry]:
 def back_up(registry: Registry) -> Callable[[], None]:
     """Copy a registry as it is now, as `sqlite3 .backup` or a database template does; what is
     returned restores it, below whoever has it open."""
-    if registry.is_postgresql:
-        server, name, copy = postgres(), str(registry.url.database), f"b{next(_numbers)}"
+    if registry.database.is_postgresql:
+        server, name, copy = postgres(), str(registry.database.url.database), f"b{next(_numbers)}"
         server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         server.hang_up(name)
         server.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
@@ -229,7 +229,7 @@ def back_up(registry: Registry) -> Callable[[], None]:
             server.execute(f"CREATE DATABASE {name} TEMPLATE {copy}")
 
         return restore
-    path = str(registry.url.database)
+    path = str(registry.database.url.database)
     copy = f"{path}.backup{next(_numbers)}"
     copy_sqlite(path, copy)
     return lambda: copy_sqlite(copy, path)

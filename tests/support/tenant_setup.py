@@ -86,7 +86,7 @@ class FakeReplica:
     def __init__(self, registry: Registry, store: Store, catalog: Catalog) -> None:
         self.registry, self.store, self.catalog = registry, store, catalog
         self.header = FAMILY
-        self.id = registry.join("host", 1, actor="replica").id
+        self.id = registry.replicas.join("host", 1, actor="replica").id
         self.held: set[str] = set()
         self.loads: list[str] = []
         self.asked: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ class FakeReplica:
         self.store.revision(revision.adapter_digest, revision.profile)
         self.held.add(revision.served_name)
         self.loads.append(revision.served_name)
-        self.registry.heartbeat(
+        self.registry.replicas.heartbeat(
             self.id,
             applied_version=self.applied_version,
             receipts={revision.id: ({}, True)},
@@ -124,7 +124,7 @@ class FakeReplica:
         published = {revision.id: ({}, True) for revision in snapshot.revisions}
         self.held = {r.served_name for r in (*snapshot.revisions, *snapshot.previous)}
         self.applied_version = snapshot.version
-        self.registry.heartbeat(
+        self.registry.replicas.heartbeat(
             self.id, applied_version=snapshot.version, receipts=published, actor="replica"
         )
         self.catalog.replace(view_of(snapshot))
@@ -176,9 +176,9 @@ def _furnished() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="sgtenancy"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     registry = Registry(folder / "registry.db")
-    registry.add_family(FAMILY, None, actor="test")
+    registry.families.add(FAMILY, None, actor="test")
     for name, (scopes, tenants) in KEYS.items():
-        registry.add_key(name, scopes=scopes, tenants=tenants, secret=SECRETS[name], actor="test")
+        registry.keys.add(name, scopes=scopes, tenants=tenants, secret=SECRETS[name], actor="test")
     registry.close()
     return folder / "registry.db"
 
@@ -203,8 +203,8 @@ class World:
         shutil.copy(_furnished(), root / "registry.db")
         self.root = root
         self.registry = Registry(root / "registry.db", migrate=False)
-        event.listen(self.registry.engine, "connect", _hurry)
-        self.registry.engine.dispose()
+        event.listen(self.registry.database.engine, "connect", _hurry)
+        self.registry.database.engine.dispose()
         self.catalog = Catalog()
         self.store = Store(root / "store")
         self.replica = FakeReplica(self.registry, self.store, self.catalog)
@@ -249,10 +249,10 @@ class World:
 
     def work(self) -> Job:
         """Run the oldest job that waits; it as it is then."""
-        waiting = [j for j in self.registry.jobs() if j.state in ("queued", "running")]
+        waiting = [j for j in self.registry.jobs.list() if j.state in ("queued", "running")]
         assert waiting, "no job waits"
         assert asyncio.run(self.tenancy.jobs.run_one(self.tenancy))
-        return self.registry.job(waiting[-1].id)
+        return self.registry.jobs.get(waiting[-1].id)
 
     def adapter(self, name: str = "adapter", *, start: int = 1, profile: float | None = 1.0) -> str:
         """The directory of a fine-tune, as its owner gives it."""

@@ -31,7 +31,7 @@ async def list_families(
 
     def read() -> list[schemas.Family]:
         registry = tenancy.registry
-        return [_view(registry, family, principal) for family in registry.families()]
+        return [_view(registry, family, principal) for family in registry.families.list()]
 
     return schemas.Page(data=await aside(read))
 
@@ -81,12 +81,12 @@ async def unfreeze(
 
 
 def _read(registry: Registry, digest: str, principal: Principal) -> schemas.Family:
-    return _view(registry, registry.family(digest), principal)
+    return _view(registry, registry.families.get(digest), principal)
 
 
 def _view(registry: Registry, family: Family, principal: Principal) -> schemas.Family:
     """Join a family with its policy; its source is for keys for all tenants."""
-    policy = registry.policy(family.digest)
+    policy = registry.policies.get(family.digest)
     return schemas.Family(
         digest=family.digest,
         name=family.name,

@@ -53,7 +53,7 @@ async def cancel_job(job: Id, tenancy: TenantContextDep, principal: PrincipalDep
     """
     found = await _accessible(tenancy, principal, job)
     if found.state != "cancelled":
-        found = await aside(tenancy.registry.cancel, job, actor=principal.name)
+        found = await aside(tenancy.registry.jobs.cancel, job, actor=principal.name)
     return schemas.Job.model_validate(found)
 
 
@@ -65,15 +65,15 @@ def _jobs(
     limit: int,
 ) -> list[Job]:
     if tenant is not None or principal.whole_server:
-        return list(registry.jobs(tenant=tenant, state=state, limit=limit))
+        return list(registry.jobs.list(tenant=tenant, state=state, limit=limit))
     names = sorted(principal.tenants - {EVERY_TENANT})
-    jobs = [job for n in names for job in registry.jobs(tenant=n, state=state, limit=limit)]
+    jobs = [job for n in names for job in registry.jobs.list(tenant=n, state=state, limit=limit)]
     return sorted(jobs, key=lambda job: -job.id)[:limit]
 
 
 async def _accessible(tenancy: TenantContext, principal: Principal, job: int) -> Job:
     """Errors: NotFoundError, also for a job of another key's tenant."""
-    found = await aside(tenancy.registry.job, job)
+    found = await aside(tenancy.registry.jobs.get, job)
     if not principal.may_use(found.tenant):
         raise NotFoundError(f"no job {job!r:.40} in the registry")
     return found

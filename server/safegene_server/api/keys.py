@@ -35,7 +35,7 @@ async def add_key(
             403, f"the key would reach further than yours: {', '.join(beyond)[:500]}"
         )
     made = await aside(
-        tenancy.registry.add_key,
+        tenancy.registry.keys.add,
         body.name,
         scopes=body.scopes,
         tenants=body.tenants,
@@ -52,7 +52,7 @@ async def list_keys(
     tenancy: TenantContextDep, principal: PrincipalDep
 ) -> schemas.Page[schemas.Key]:
     """By name, revoked ones included, without secrets."""
-    found = await aside(tenancy.registry.keys)
+    found = await aside(tenancy.registry.keys.list)
     visible = [key for key in found if not _beyond(principal, key.tenants)]
     return schemas.Page(data=[schemas.Key.model_validate(key) for key in visible])
 
@@ -63,7 +63,7 @@ async def rotate_key(
 ) -> schemas.NewKey:
     """The old secret is invalid once this responds."""
     await _accessible(tenancy, principal, name)
-    made = await aside(tenancy.registry.rotate_key, name, actor=principal.name)
+    made = await aside(tenancy.registry.keys.rotate, name, actor=principal.name)
     await tenancy.settle()
     return _with_secret(made)
 
@@ -75,7 +75,7 @@ async def revoke_key(
     """It is invalid from now on. Nothing happens if it is revoked already."""
     key = await _accessible(tenancy, principal, name)
     if key.revoked_at is None:
-        key = await aside(tenancy.registry.revoke_key, name, actor=principal.name)
+        key = await aside(tenancy.registry.keys.revoke, name, actor=principal.name)
         await tenancy.settle()
     return schemas.Key.model_validate(key)
 
@@ -87,7 +87,7 @@ def _with_secret(made: NewKey) -> schemas.NewKey:
 
 async def _accessible(tenancy: TenantContext, principal: Principal, name: str) -> Key:
     """Errors: NotFoundError, also for a key that reaches further than the request's own."""
-    key = await aside(tenancy.registry.key, name)
+    key = await aside(tenancy.registry.keys.get, name)
     if _beyond(principal, key.tenants):
         raise NotFoundError(f"no key {name!r:.100} in the registry")
     return key

@@ -39,7 +39,7 @@ async def show_rollout(
     rollout: Id, tenancy: TenantContextDep, principal: PrincipalDep
 ) -> schemas.Rollout:
     """How many of the live replicas follow it, and why the others do not yet."""
-    found = rollout_view(await aside(tenancy.registry.rollout_status, rollout), principal)
+    found = rollout_view(await aside(tenancy.registry.rollouts.status, rollout), principal)
     if not found.tenants:
         raise NotFoundError(f"no rollout {rollout} in the registry")
     return found
@@ -51,7 +51,7 @@ async def list_replicas(
 ) -> schemas.Page[schemas.Replica]:
     """The server processes with a recent heartbeat, and the version each has applied."""
     require_all_tenants(principal)
-    found = await aside(tenancy.registry.replicas)
+    found = await aside(tenancy.registry.replicas.list)
     return schemas.Page(data=[schemas.Replica.model_validate(replica) for replica in found])
 
 
@@ -74,7 +74,7 @@ async def read_audit(
     if narrow and not principal.may_use((target or "").partition("@")[0]):
         raise HTTPException(403, "the key is for some tenants; name one of them as `target`.")
     page = await aside(
-        tenancy.registry.audit,
+        tenancy.registry.audit.page,
         actor=actor,
         action=action,
         target=target,
@@ -108,12 +108,12 @@ async def whoami(principal: PrincipalDep) -> schemas.Whoami:
 
 def _rollouts(registry: Registry, principal: Principal, limit: int) -> list[schemas.Rollout]:
     if principal.whole_server:
-        found = registry.rollouts(limit=limit)
+        found = registry.rollouts.list(limit=limit)
     else:
         own = principal.tenants - {EVERY_TENANT}
-        newest = registry.rollouts(limit=SEARCHED)
+        newest = registry.rollouts.list(limit=SEARCHED)
         found = tuple(r for r in newest if own & set(r.tenants))[:limit]
-    return [rollout_view(registry.rollout_status(rollout.id), principal) for rollout in found]
+    return [rollout_view(registry.rollouts.status(rollout.id), principal) for rollout in found]
 
 
 def _of_a_tenant(entry: AuditEntry) -> bool:

@@ -39,5 +39,5 @@ async def probe(
     """
     name = require_tenant_access(principal, name)
     job = await probes.enqueue_probe(tenancy, name, actor=principal.name)
-    tenant = await aside(tenancy.registry.tenant, name)
+    tenant = await aside(tenancy.registry.tenants.get, name)
     return schemas.Onboarding.model_validate({"tenant": tenant, "job": job})

@@ -40,4 +40,4 @@ async def rollout_view_or_none(
     """Return the view of a rollout as it is now; None for none."""
     if rollout is None:
         return None
-    return rollout_view(await aside(tenancy.registry.rollout_status, rollout.id), principal)
+    return rollout_view(await aside(tenancy.registry.rollouts.status, rollout.id), principal)

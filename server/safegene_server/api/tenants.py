@@ -77,7 +77,7 @@ async def list_tenants(
     tenancy: TenantContextDep, principal: PrincipalDep
 ) -> schemas.Page[schemas.Tenant]:
     """Those of the key, by name, retired ones included."""
-    found = await aside(tenancy.registry.tenants)
+    found = await aside(tenancy.registry.tenants.list)
     return schemas.Page(
         data=[schemas.Tenant.model_validate(t) for t in found if principal.may_use(t.name)]
     )
@@ -108,7 +108,7 @@ async def add_revision(
         job = await service.add_revision(tenancy, name, **given)
     else:
         job = await calibration.add_revision(tenancy, name, body.calibrate.request(), **given)
-    tenant = await aside(tenancy.registry.tenant, name)
+    tenant = await aside(tenancy.registry.tenants.get, name)
     return schemas.Onboarding.model_validate({"tenant": tenant, "job": job})
 
 
@@ -118,7 +118,7 @@ async def list_revisions(
 ) -> schemas.Page[schemas.Revision]:
     """All of them by number, with the result of the smoke test and why some failed."""
     name = require_tenant_access(principal, name)
-    found = await aside(tenancy.registry.revisions, name)
+    found = await aside(tenancy.registry.revisions.list, name)
     return schemas.Page(data=[schemas.Revision.model_validate(revision) for revision in found])
 
 
@@ -144,7 +144,7 @@ async def calibrate(
         expected=body.expected_revision,
         actor=principal.name,
     )
-    tenant = await aside(tenancy.registry.tenant, name)
+    tenant = await aside(tenancy.registry.tenants.get, name)
     return schemas.Onboarding.model_validate({"tenant": tenant, "job": job})
 
 
@@ -246,7 +246,7 @@ async def show_tenant(
 ) -> schemas.Tenant:
     """Its source, state, limits and served revision."""
     name = require_tenant_access(principal, name)
-    return schemas.Tenant.model_validate(await aside(tenancy.registry.tenant, name))
+    return schemas.Tenant.model_validate(await aside(tenancy.registry.tenants.get, name))
 
 
 @router.delete("/tenants/{name:path}", summary="Retire a tenant")
@@ -294,7 +294,7 @@ def _check_source(
 
 async def _check_queue(tenancy: TenantContext, name: str) -> None:
     """Errors: ConflictError while the maximum number of the tenant's jobs is queued."""
-    queued = await aside(tenancy.registry.jobs, tenant=name, state="queued", limit=MAX_QUEUED)
+    queued = await aside(tenancy.registry.jobs.list, tenant=name, state="queued", limit=MAX_QUEUED)
     if len(queued) == MAX_QUEUED:
         raise ConflictError(
             f"{MAX_QUEUED} jobs of tenant {name!r} wait already; try again when one has begun, or "

@@ -46,7 +46,7 @@ async def calibrate(tenancy: TenantContext, work: Work) -> str:
     if made is not None:
         return await bring_in(tenancy, work, made)
     if "revision" in params:
-        current = await aside(tenancy.registry.revision, name, params["revision"])
+        current = await aside(tenancy.registry.revisions.get, name, params["revision"])
     else:
         current = await _first(tenancy, work)
         if current.state != "registered":
@@ -75,7 +75,7 @@ def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
 
 async def _made_before(tenancy: TenantContext, work: Work, method: str) -> Revision | None:
     """The revision with such coefficients that an earlier attempt of this job has added."""
-    for known in reversed(await aside(tenancy.registry.revisions, work.job.tenant)):
+    for known in reversed(await aside(tenancy.registry.revisions.list, work.job.tenant)):
         calibration = known.profile.calibration
         same = (calibration.get("method"), calibration.get("job")) == (method, work.job.id)
         # Ids of jobs come again in a registry that was restored, and owners write what they like.
@@ -93,7 +93,7 @@ async def _first(tenancy: TenantContext, work: Work) -> Revision:
     source, header = work.job.params["source"], tenancy.replica.header
     staged = await stage(tenancy, work, source)
     await work.step(0.0, "checking")
-    policy = await aside(tenancy.registry.policy, header.digest)
+    policy = await aside(tenancy.registry.policies.get, header.digest)
     at = space_of(header, policy.floor).scaled(tenancy.settings.calibration.initial)
     profile = _profile(header, at, {"method": INITIAL, "job": work.job.id})
     digest = None if staged is None else staged.digest
@@ -109,7 +109,7 @@ async def _add(
 ) -> Revision:
     params = work.job.params
     return await aside(
-        tenancy.registry.add_revision,
+        tenancy.registry.revisions.add,
         work.job.tenant,
         profile,
         actor=params["actor"],
@@ -131,7 +131,7 @@ async def _better(tenancy: TenantContext, work: Work, current: Revision) -> Prof
     examples = read_examples(params[PRIVATE]["examples"], settings)
     searched, held = split(examples, settings.held_out, params["seed"])
     header = tenancy.replica.header
-    policy = await aside(tenancy.registry.policy, header.digest)
+    policy = await aside(tenancy.registry.policies.get, header.digest)
     space = space_of(header, policy.floor)
     share = DutyCycleLimiter(settings.share, tenancy.replica.in_flight, lambda: _check(work))
     objective = objective_of(settings, weights_of(settings, list(examples)))

@@ -116,7 +116,7 @@ async def _params(
     if budget < MIN_BUDGET:
         raise ConfigError(f"evaluations = {budget}, expected at least {MIN_BUDGET}")
     data = _data(request.data)
-    space_of(header, (await aside(tenancy.registry.policy, header.digest)).floor)
+    space_of(header, (await aside(tenancy.registry.policies.get, header.digest)).floor)
     return {
         "data": data,
         "seed": request.seed,
@@ -145,8 +145,8 @@ def _searchable(source: str | None, first: Change) -> str:
 
 async def _revision(tenancy: TenantContext, name: str, published: int | None) -> Revision:
     if published is not None:
-        return await aside(tenancy.registry.revision, name, published)
-    revisions = await aside(tenancy.registry.revisions, name)
+        return await aside(tenancy.registry.revisions.get, name, published)
+    revisions = await aside(tenancy.registry.revisions.list, name)
     if not revisions:
         raise ConflictError(
             f"tenant {name!r} has no revision whose coefficients could be calibrated; add one, "

@@ -95,7 +95,7 @@ class RegistryCollector:
     async def export_counts(self) -> None:
         """Export the registry's counts, or that it is down; one query at a time."""
         if self._query is None:
-            self._query = asyncio.ensure_future(asyncio.to_thread(self.registry.figures))
+            self._query = asyncio.ensure_future(asyncio.to_thread(self.registry.stats))
         try:
             figures = await asyncio.wait_for(asyncio.shield(self._query), REGISTRY_TIMEOUT_S)
         except TimeoutError:

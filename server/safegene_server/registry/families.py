@@ -17,10 +17,13 @@ from safegene_vllm.formats.family import FamilyHeader
 _T = tables.families
 
 
-class Families(Database):
-    """add_family, family, families."""
+class Families:
+    """Families of the registry."""
 
-    def add_family(self, header: FamilyHeader, source: str | None, *, actor: str) -> Family:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, header: FamilyHeader, source: str | None, *, actor: str) -> Family:
         """Register a family; nothing happens if it is there already.
 
         Errors: RegistryError; ConflictError if the same digest stands for another header.
@@ -30,7 +33,7 @@ class Families(Database):
         if source is not None:
             validation.line(source, "source", 4000)
         raw = header_json(header)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             known = _find(write.connection, header.digest)
             if known is not None:
                 if header_json(known.header) != raw:
@@ -55,15 +58,15 @@ class Families(Database):
             )
             return find_family(write.connection, header.digest)
 
-    def family(self, digest: str) -> Family:
+    def get(self, digest: str) -> Family:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_family(connection, digest)
 
-    def families(self) -> tuple[Family, ...]:
+    def list(self) -> tuple[Family, ...]:
         """All of them, in the order in which they came."""
         query = select(_T).order_by(_T.c.created_at, _T.c.digest)
-        with self.read() as connection:
+        with self._database.read() as connection:
             return tuple(_family(row) for row in connection.execute(query))
 
 

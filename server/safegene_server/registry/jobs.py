@@ -30,8 +30,11 @@ other; a server that died for another reason costs a job one attempt. A server t
 order releases its jobs, which costs none."""
 
 
-class Jobs(Database):
-    """enqueue, claim, progress, finish, release, cancel, job, jobs."""
+class Jobs:
+    """Queue of jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def enqueue(
         self,
@@ -48,7 +51,7 @@ class Jobs(Database):
         """
         validation.line(kind, "job kind", 64)
         given = validation.plain(params or {}, "params")
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             owner = find_tenant(write.connection, tenant)
             if revision is not None:
                 found = find_revision_by_id(write.connection, revision)
@@ -91,7 +94,7 @@ class Jobs(Database):
         MAX_ATTEMPTS times; then it ends here.
         """
         validation.line(owner, "owner")
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             due = or_(
                 _T.c.state == "queued",
                 and_(_T.c.state == "running", _T.c.lease_until < write.now),
@@ -140,7 +143,7 @@ class Jobs(Database):
         """
         if not 0.0 <= progress <= 1.0:
             raise RegistryError(f"progress {progress!r}: expected a number from 0 to 1")
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             found = _held(write, job, owner)
             message = validation.text(message)
             lease_until = write.now + timedelta(seconds=lease_s)
@@ -169,7 +172,7 @@ class Jobs(Database):
             raise RegistryError(f"job state {state!r}: expected done, failed or cancelled")
         message = validation.text(message)
         given = None if result is None else validation.plain(result, "result")
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             found = _held(write, job, owner)
             values: dict[str, Any] = {"progress": 1.0} if state == "done" else {}
             _set(write, found, state=state, message=message, result=given, **values)
@@ -182,7 +185,7 @@ class Jobs(Database):
 
         Errors: NotFoundError; ConflictError if `owner` does not hold it any more.
         """
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             found = _held(write, job, owner)
             _set(
                 write,
@@ -200,7 +203,7 @@ class Jobs(Database):
 
         Errors: NotFoundError; ConflictError if it has ended.
         """
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             found = find_job(write.connection, job, lock=True)
             if found.state == "queued":
                 _set(write, found, state="cancelled", message="cancelled before it began")
@@ -211,12 +214,12 @@ class Jobs(Database):
             write.audit("job.cancel", _target(job), before=found.state)
             return find_job(write.connection, job)
 
-    def job(self, job: int) -> Job:
+    def get(self, job: int) -> Job:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_job(connection, job)
 
-    def jobs(
+    def list(
         self, *, tenant: str | None = None, state: JobState | None = None, limit: int = 100
     ) -> tuple[Job, ...]:
         """The newest first."""
@@ -225,7 +228,7 @@ class Jobs(Database):
             query = query.where(tables.tenants.c.name == tenant)
         if state is not None:
             query = query.where(_T.c.state == state)
-        with self.read() as connection:
+        with self._database.read() as connection:
             return tuple(_job(row) for row in connection.execute(query))
 
 

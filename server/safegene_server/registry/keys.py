@@ -24,10 +24,13 @@ _PREFIX_CHARACTERS = 8
 _GIVEN = re.compile(r"[\x21-\x7e]{32,200}")
 
 
-class Keys(Database):
-    """add_key, revoke_key, rotate_key, key, keys."""
+class Keys:
+    """API keys of the registry."""
 
-    def add_key(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
         self,
         name: str,
         *,
@@ -50,7 +53,7 @@ class Keys(Database):
         if expires_at is not None and expires_at.tzinfo is None:
             raise RegistryError(f"expires_at {expires_at} has no time zone; give one, such as UTC")
         told = _new_secret() if secret is None else _given_secret(secret)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             if _find(write.connection, name) is not None:
                 raise ConflictError(f"key {name!r} exists; rotate it, or choose another name")
             _refuse_known(write.connection, told)
@@ -77,13 +80,13 @@ class Keys(Database):
             )
             return NewKey(find_key(write.connection, name), told)
 
-    def rotate_key(self, name: str, *, actor: str, secret: str | None = None) -> NewKey:
+    def rotate(self, name: str, *, actor: str, secret: str | None = None) -> NewKey:
         """A new secret for a key; the old one ends with this call.
 
         Errors: NotFoundError; ConflictError if the key is revoked.
         """
         told = _new_secret() if secret is None else _given_secret(secret)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             before = _usable(write.connection, name)
             _refuse_known(write.connection, told)
             prefix = told[:_PREFIX_CHARACTERS]
@@ -94,9 +97,9 @@ class Keys(Database):
             )
             return NewKey(find_key(write.connection, name), told)
 
-    def revoke_key(self, name: str, *, actor: str) -> Key:
+    def revoke(self, name: str, *, actor: str) -> Key:
         """The key lets nobody in any more; its row stays. Errors: NotFoundError, ConflictError."""
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             _usable(write.connection, name)
             write.connection.execute(
                 update(_T).where(_T.c.name == name).values(revoked_at=write.now)
@@ -104,14 +107,14 @@ class Keys(Database):
             write.audit("key.revoke", name, version=write.bump())
             return find_key(write.connection, name)
 
-    def key(self, name: str) -> Key:
+    def get(self, name: str) -> Key:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_key(connection, name)
 
-    def keys(self) -> tuple[Key, ...]:
+    def list(self) -> tuple[Key, ...]:
         """All of them by name, the revoked ones among them."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return tuple(_key(row) for row in connection.execute(select(_T).order_by(_T.c.name)))
 
 

@@ -15,17 +15,20 @@ from sqlalchemy import Connection, delete, insert
 from safegene_server.registry import tables
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.publishing import switch
 from safegene_server.registry.records import Policy, Revision, Rollout, Tenant
 from safegene_server.registry.revisions import find_revision, new_revision
+from safegene_server.registry.rollouts import switch
 from safegene_server.registry.tenants import find_policy, living_tenants
 from safegene_vllm.errors import BoundsError, FrozenError
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile, check_profile
 
 
-class Policies(Database):
-    """set_floor, freeze_family, unfreeze_family, policy."""
+class Policies:
+    """Floor and freeze of a whole family."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def set_floor(self, family: str, floor: Mapping[int, float], *, actor: str) -> Rollout | None:
         """No coefficient of the family is served below `floor` (layer -> least), from now on.
@@ -36,7 +39,7 @@ class Policies(Database):
         be added nor published. Errors: NotFoundError; BoundsError; FrozenError naming every frozen
         tenant that would have to change, and then nothing is changed.
         """
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             header = find_family(write.connection, family).header
             least = _checked_floor(header, floor)
             before = find_policy(write.connection, family)
@@ -63,16 +66,16 @@ class Policies(Database):
             write.bump()
             return None
 
-    def freeze_family(self, family: str, *, actor: str) -> Policy:
+    def freeze(self, family: str, *, actor: str) -> Policy:
         """No tenant of the family may change what it serves; serving goes on."""
         return self._set_frozen(family, True, actor)
 
-    def unfreeze_family(self, family: str, *, actor: str) -> Policy:
+    def unfreeze(self, family: str, *, actor: str) -> Policy:
         """Changes are allowed again, except to tenants that are frozen themselves."""
         return self._set_frozen(family, False, actor)
 
     def _set_frozen(self, family: str, frozen: bool, actor: str) -> Policy:
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             find_family(write.connection, family)
             before = find_policy(write.connection, family)
             if before.frozen == frozen:
@@ -84,9 +87,9 @@ class Policies(Database):
             write.audit(action, family, version=write.bump())
             return after
 
-    def policy(self, family: str) -> Policy:
+    def get(self, family: str) -> Policy:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             find_family(connection, family)
             return find_policy(connection, family)
 

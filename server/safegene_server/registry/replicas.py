@@ -16,17 +16,13 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
 from safegene_server.registry.positions import still_has
-from safegene_server.registry.publishing import find_rollout, rollout_of
 from safegene_server.registry.records import (
     Identity,
-    Lag,
     Position,
     Replica,
     ReplicaReceipt,
-    Rollout,
-    RolloutStatus,
 )
-from safegene_server.registry.revisions import find_identities, find_revisions
+from safegene_server.registry.revisions import find_identities
 from safegene_vllm.errors import NotFoundError, RegistryError, RestoredError
 
 _T = tables.replicas
@@ -36,14 +32,17 @@ FORGET_S = 24 * 3600.0
 """How long a silent replica's row is kept."""
 
 
-class Replicas(Database):
-    """join, heartbeat, leave, replicas, receipts, rollouts, rollout_status."""
+class Replicas:
+    """Replicas of the registry and their receipts."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def join(self, host: str, pid: int, *, actor: str) -> Replica:
         """A new replica, alive and with nothing applied; long silent ones are forgotten."""
         validation.line(host, "host", 255)
         fresh = str(uuid.uuid4())
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             silent = _T.c.seen_at < write.now - timedelta(seconds=FORGET_S)
             gone = write.connection.execute(delete(_T).where(silent).returning(_T.c.id)).scalars()
             forgotten = sorted(gone)
@@ -88,7 +87,7 @@ class Replicas(Database):
         known = {content.id: content for content in contents}
         if type(applied_version) is not int or applied_version < 0:
             raise RegistryError(f"applied_version {applied_version!r}: expected a whole number")
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             before = _find(write.connection, replica, seen)
             write.connection.execute(
                 update(_T)
@@ -105,15 +104,15 @@ class Replicas(Database):
 
     def leave(self, replica: str, *, actor: str) -> None:
         """The replica ends in good order; its receipts go with it. Errors: NotFoundError."""
-        with self.write(actor, exclusive=False) as write:
+        with self._database.write(actor, exclusive=False) as write:
             _find(write.connection, replica)
             write.connection.execute(delete(_T).where(_T.c.id == replica))
             write.audit("replica.leave", replica)
 
-    def replicas(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
+    def list(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
         """Those seen within `alive_s`, the oldest first."""
-        with self.read() as connection:
-            return _alive(connection, clock(connection), alive_s)
+        with self._database.read() as connection:
+            return find_alive(connection, clock(connection), alive_s)
 
     def receipts(
         self, *, replica: str | None = None, revision: int | None = None
@@ -125,40 +124,11 @@ class Replicas(Database):
             query = query.where(rows.c.replica_id == replica)
         if revision is not None:
             query = query.where(rows.c.revision_id == revision)
-        with self.read() as connection:
+        with self._database.read() as connection:
             return tuple(
                 ReplicaReceipt(row.replica_id, row.revision_id, row.receipt, row.ok, row.at)
                 for row in connection.execute(query)
             )
-
-    def rollouts(self, *, limit: int = 50) -> tuple[Rollout, ...]:
-        """The newest first."""
-        rows = tables.rollouts
-        query = select(rows).order_by(rows.c.id.desc()).limit(limit)
-        with self.read() as connection:
-            return tuple(rollout_of(row) for row in connection.execute(query))
-
-    def rollout_status(self, rollout: int, *, alive_s: float = ALIVE_S) -> RolloutStatus:
-        """How many of the live replicas follow a rollout, and why the others do not yet.
-
-        A replica follows once it has applied the rollout's version and has a good receipt for each
-        of its revisions that is still published. Errors: NotFoundError.
-        """
-        with self.read() as connection:
-            found = find_rollout(connection, rollout)
-            version = connection.execute(select(tables.version.c.value)).scalar_one()
-            alive = _alive(connection, clock(connection), alive_s)
-            revisions = find_revisions(connection, found.revisions)
-            # A later rollout speaks for those that are not published now.
-            wanted = {r.id: r.served_name for r in revisions if r.state == "published"}
-            receipts = _receipts_of(connection, list(wanted))
-        lagging = [
-            Lag(replica, reason)
-            for replica in alive
-            if (reason := _reason(replica, found, version, wanted, receipts))
-        ]
-        applied = len(alive) - len(lagging)
-        return RolloutStatus(found, revisions, applied, len(alive), tuple(lagging))
 
 
 @dataclass(frozen=True)
@@ -210,41 +180,14 @@ def _put_receipts(
     )
 
 
-def _reason(
-    replica: Replica,
-    rollout: Rollout,
-    version: int,
-    wanted: Mapping[int, str],
-    receipts: Mapping[tuple[str, int], bool],
-) -> str | None:
-    """Why the replica does not follow; None if it does."""
-    reasons = []
-    if replica.applied_version < rollout.version:
-        reasons.append(f"is at version {replica.applied_version}, needs {rollout.version}")
-    elif replica.applied_version > version:
-        reasons.append(
-            f"is at version {replica.applied_version} of what the registry was before it was "
-            f"restored, which is at {version} now"
-        )
-    for revision, name in wanted.items():
-        ok = receipts.get((replica.id, revision))
-        if ok is None:
-            reasons.append(f"has no receipt for {name}")
-        elif not ok:
-            reasons.append(f"has a receipt for {name} that does not keep its promise")
-    if reasons:
-        reasons += replica.faults
-    return "; ".join(reasons) or None
-
-
-def _receipts_of(connection: Connection, revisions: list[int]) -> dict[tuple[str, int], bool]:
+def find_receipts(connection: Connection, revisions: list[int]) -> dict[tuple[str, int], bool]:
     rows = tables.receipts
     query = select(rows.c.replica_id, rows.c.revision_id, rows.c.ok)
     found = connection.execute(query.where(rows.c.revision_id.in_(revisions)))
     return {(row.replica_id, row.revision_id): row.ok for row in found}
 
 
-def _alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Replica, ...]:
+def find_alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Replica, ...]:
     seen = _T.c.seen_at >= now - timedelta(seconds=alive_s)
     query = select(_T).where(seen).order_by(_T.c.started_at, _T.c.id)
     return tuple(_replica(row) for row in connection.execute(query))

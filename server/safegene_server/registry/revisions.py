@@ -30,10 +30,13 @@ STEPS: Mapping[str, frozenset[str]] = {
 """From which state to which a revision goes before it is published; later ones are publishing's."""
 
 
-class Revisions(Database):
-    """add_revision, set_revision_state, revision, revision_by_id, serving, revisions."""
+class Revisions:
+    """Revisions of tenants."""
 
-    def add_revision(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
         self,
         tenant: str,
         profile: Profile,
@@ -55,7 +58,7 @@ class Revisions(Database):
             validation.digest(adapter_digest, "adapter_digest")
         if source is not None:
             validation.line(source, "source", 4000)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             check_profile(profile, find_family(write.connection, owner.family).header)
@@ -66,7 +69,7 @@ class Revisions(Database):
                 source = owner.source
             return new_revision(write, owner, adapter_digest, profile, source=source)
 
-    def set_revision_state(
+    def set_state(
         self,
         revision: int,
         state: RevisionState,
@@ -81,32 +84,32 @@ class Revisions(Database):
         `checked` is the content that it was found of. Errors: NotFoundError; ConflictError for a
         step that no check may take, or if the revision is not `checked`.
         """
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             found = find_revision_by_id(write.connection, revision)
             check_identity(found, checked)
             return step(write, found, state, reasons=reasons, gate=gate)
 
-    def revision(self, tenant: str, number: int) -> Revision:
+    def get(self, tenant: str, number: int) -> Revision:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_revision(connection, find_tenant(connection, tenant), number)
 
-    def revision_by_id(self, revision: int) -> Revision:
+    def get_by_id(self, revision: int) -> Revision:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_revision_by_id(connection, revision)
 
-    def serving(self, tenant: str) -> tuple[Tenant, Revision | None]:
+    def published(self, tenant: str) -> tuple[Tenant, Revision | None]:
         """A tenant and what it serves, as they are at one moment. Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             owner = find_tenant(connection, tenant)
             if owner.published is None:
                 return owner, None
             return owner, find_revision(connection, owner, owner.published)
 
-    def revisions(self, tenant: str) -> tuple[Revision, ...]:
+    def list(self, tenant: str) -> tuple[Revision, ...]:
         """All of a tenant's revisions by number. Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             owner = find_tenant(connection, tenant)
             query = revision_query().where(_T.c.tenant_id == owner.id).order_by(_T.c.number)
             return tuple(revision_of(row) for row in connection.execute(query))

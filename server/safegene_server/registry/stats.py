@@ -32,30 +32,27 @@ class RegistryStats:
     since: Mapping[str, datetime]
 
 
-class StatsQueries(Database):
-    """figures."""
-
-    def figures(self, *, alive_s: float = ALIVE_S) -> RegistryStats:
-        """The counts as of now. Errors: RegistryDownError."""
-        r, j, p = tables.revisions, tables.jobs, tables.replicas
-        a, t = tables.aliases, tables.tenants
-        with self.read() as connection:
-            version = int(connection.execute(select(tables.version.c.value)).scalar_one())
-            revisions = connection.execute(select(r.c.state, func.count()).group_by(r.c.state))
-            jobs = connection.execute(
-                select(j.c.kind, j.c.state, func.count()).group_by(j.c.kind, j.c.state)
-            )
-            seen = p.c.seen_at >= clock(connection) - timedelta(seconds=alive_s)
-            applied = Counter(
-                at == version
-                for at in connection.execute(select(p.c.applied_version).where(seen)).scalars()
-            )
-            since = connection.execute(select(t.c.name, a.c.since).join(t, t.c.id == a.c.tenant_id))
-            return RegistryStats(
-                version=version,
-                revisions={row[0]: row[1] for row in revisions},
-                jobs={(kind, state): number for kind, state, number in jobs},
-                level=applied[True],
-                late=applied[False],
-                since={row[0]: row[1] for row in since},
-            )
+def read_stats(database: Database, *, alive_s: float = ALIVE_S) -> RegistryStats:
+    """The counts as of now. Errors: RegistryDownError."""
+    r, j, p = tables.revisions, tables.jobs, tables.replicas
+    a, t = tables.aliases, tables.tenants
+    with database.read() as connection:
+        version = int(connection.execute(select(tables.version.c.value)).scalar_one())
+        revisions = connection.execute(select(r.c.state, func.count()).group_by(r.c.state))
+        jobs = connection.execute(
+            select(j.c.kind, j.c.state, func.count()).group_by(j.c.kind, j.c.state)
+        )
+        seen = p.c.seen_at >= clock(connection) - timedelta(seconds=alive_s)
+        applied = Counter(
+            at == version
+            for at in connection.execute(select(p.c.applied_version).where(seen)).scalars()
+        )
+        since = connection.execute(select(t.c.name, a.c.since).join(t, t.c.id == a.c.tenant_id))
+        return RegistryStats(
+            version=version,
+            revisions={row[0]: row[1] for row in revisions},
+            jobs={(kind, state): number for kind, state, number in jobs},
+            level=applied[True],
+            late=applied[False],
+            since={row[0]: row[1] for row in since},
+        )

@@ -1,7 +1,7 @@
-"""The registry's public face: everything it can do, on one database given by URL.
+"""Registry of families, tenants, revisions, keys, replicas and jobs in one database.
 
-For everybody else in the server. Every write takes the `actor`, is one transaction, leaves an audit
-row, and raises the version if replicas must follow. Calls block: from a coroutine, use a thread.
+Every write takes an `actor`, is one transaction, adds an audit entry, and raises the version if
+replicas must follow. Calls block: run them in a thread when called from a coroutine.
 """
 
 from __future__ import annotations
@@ -11,53 +11,69 @@ from pathlib import Path
 from sqlalchemy import URL, select
 
 from safegene_server.registry import tables
-from safegene_server.registry.audit_log import AuditLog
+from safegene_server.registry.audit import AuditLog
+from safegene_server.registry.database import Database
 from safegene_server.registry.families import Families
 from safegene_server.registry.jobs import Jobs
 from safegene_server.registry.keys import Keys, usable_keys
 from safegene_server.registry.policies import Policies
 from safegene_server.registry.positions import find_position
-from safegene_server.registry.publishing import Publishing, previous_ids
 from safegene_server.registry.records import Position, Snapshot
-from safegene_server.registry.replicas import Replicas
+from safegene_server.registry.replicas import ALIVE_S, Replicas
 from safegene_server.registry.revisions import Revisions, revision_of, revision_query
+from safegene_server.registry.rollouts import Rollouts, previous_ids
 from safegene_server.registry.schema import open_schema
-from safegene_server.registry.stats import StatsQueries
+from safegene_server.registry.stats import RegistryStats, read_stats
 from safegene_server.registry.tenants import Tenants, living_tenants
 
 
-class Registry(
-    Families, Tenants, Revisions, Publishing, Policies, Keys, Replicas, Jobs, AuditLog, StatsQueries
-):
-    """One registry; safe to share between threads, opened anew by every process."""
+class Registry:
+    """One open registry, safe to share between threads but not between processes."""
 
     def __init__(self, url: str | Path | URL, *, migrate: bool = True) -> None:
         """Open the database at `url` (a file's path, `sqlite:///FILE`, `postgresql://...`).
 
-        An empty one gets its tables, an older one is brought up to date unless `migrate=False`.
+        An empty one gets its tables, an older one is upgraded unless `migrate=False`.
         Errors: ConfigError (url), SchemaError (newer or foreign), RegistryDownError.
         """
-        super().__init__(url)
+        self.database = Database(url)
+        self.families = Families(self.database)
+        self.tenants = Tenants(self.database)
+        self.revisions = Revisions(self.database)
+        self.rollouts = Rollouts(self.database)
+        self.policies = Policies(self.database)
+        self.keys = Keys(self.database)
+        self.replicas = Replicas(self.database)
+        self.jobs = Jobs(self.database)
+        self.audit = AuditLog(self.database)
         try:
-            open_schema(self, migrate=migrate)
+            open_schema(self.database, migrate=migrate)
         except BaseException:
             self.close()
             raise
 
+    def close(self) -> None:
+        """Close every connection. The registry must not be used afterwards."""
+        self.database.close()
+
     def version(self) -> int:
-        """Grows by one with every change that replicas must follow; cheap to ask."""
-        with self.read() as connection:
+        """Version, which grows by one with every change that replicas must follow. Cheap."""
+        with self.database.read() as connection:
             return int(connection.execute(select(tables.version.c.value)).scalar_one())
 
     def position(self, seen: Position | None = None) -> tuple[Position, bool]:
-        """Read how far the registry is, and whether it has lost what was `seen`; cheap."""
-        with self.read() as connection:
+        """Position of the registry, and whether it has lost what was `seen`. Cheap."""
+        with self.database.read() as connection:
             return find_position(connection, seen)
 
+    def stats(self, *, alive_s: float = ALIVE_S) -> RegistryStats:
+        """Counts for metrics. Errors: RegistryDownError."""
+        return read_stats(self.database, alive_s=alive_s)
+
     def snapshot(self, seen: Position | None = None) -> Snapshot:
-        """What replicas follow, in one consistent read, for a reader that had `seen` so much."""
+        """Everything that replicas follow, in one consistent read, for a reader that has `seen`."""
         revisions = tables.revisions
-        with self.read() as connection:
+        with self.database.read() as connection:
             position, lost = find_position(connection, seen)
             tenants = living_tenants(connection)
             alive = tables.tenants.c.state != "retired"

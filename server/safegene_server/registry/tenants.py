@@ -20,10 +20,13 @@ from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError
 _T = tables.tenants
 
 
-class Tenants(Database):
-    """add_tenant, set_limits, freeze_tenant, unfreeze_tenant, tenant, tenants."""
+class Tenants:
+    """Tenants of the registry."""
 
-    def add_tenant(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
         self,
         name: str,
         family: str,
@@ -41,7 +44,7 @@ class Tenants(Database):
         allowed = validation.limits(limits or {})
         if source is not None:
             validation.line(source, "source", 4000)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             find_family(write.connection, family)
             known = _find(write.connection, name)
             if known is not None:
@@ -67,7 +70,7 @@ class Tenants(Database):
     def set_limits(self, name: str, limits: Mapping[str, int], *, actor: str) -> Tenant:
         """Replace a tenant's limits; what is left out has none. Errors: RegistryError."""
         allowed = validation.limits(limits)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             tenant = _living(write.connection, name)
             _set(write, tenant, limits=allowed)
             version = write.bump()
@@ -75,16 +78,16 @@ class Tenants(Database):
             write.audit("tenant.limits", name, before=before, after=allowed, version=version)
             return find_tenant(write.connection, name)
 
-    def freeze_tenant(self, name: str, *, actor: str) -> Tenant:
+    def freeze(self, name: str, *, actor: str) -> Tenant:
         """Serving goes on; what is served may not change. Nothing happens if it is frozen."""
         return self._set_state(name, "frozen", "tenant.freeze", actor)
 
-    def unfreeze_tenant(self, name: str, *, actor: str) -> Tenant:
+    def unfreeze(self, name: str, *, actor: str) -> Tenant:
         """Changes are allowed again (unless the family is frozen)."""
         return self._set_state(name, "active", "tenant.unfreeze", actor)
 
     def _set_state(self, name: str, state: TenantState, action: str, actor: str) -> Tenant:
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             tenant = _living(write.connection, name)
             if tenant.state == state:
                 write.unaudited()
@@ -93,15 +96,15 @@ class Tenants(Database):
             write.audit(action, name, version=write.bump())
             return find_tenant(write.connection, name)
 
-    def tenant(self, name: str) -> Tenant:
+    def get(self, name: str) -> Tenant:
         """Errors: NotFoundError."""
-        with self.read() as connection:
+        with self._database.read() as connection:
             return find_tenant(connection, name)
 
-    def tenants(self) -> tuple[Tenant, ...]:
+    def list(self) -> tuple[Tenant, ...]:
         """All tenants by name, the retired ones among them."""
         query = _query().order_by(_T.c.name)
-        with self.read() as connection:
+        with self._database.read() as connection:
             return tuple(_tenant(row) for row in connection.execute(query))
 
 

@@ -65,12 +65,12 @@ class _Listener:
 
     def open(self) -> None:
         """Listen, if this is PostgreSQL and it answers; tried again at every turn."""
-        if self.driver is not None or not self.registry.is_postgresql:
+        if self.driver is not None or not self.registry.database.is_postgresql:
             return
         from psycopg import Error
 
         try:
-            pooled = self.registry.engine.raw_connection()
+            pooled = self.registry.database.engine.raw_connection()
             self.driver = pooled.driver_connection
             # Kept for as long as we watch, so it is none of the pool's any more.
             pooled.detach()

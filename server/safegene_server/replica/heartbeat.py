@@ -62,7 +62,7 @@ class StatusReporter:
         """
         if self._stale:
             with suppress(NotFoundError):
-                await asyncio.to_thread(self.registry.leave, self.id, actor=ACTOR)
+                await asyncio.to_thread(self.registry.replicas.leave, self.id, actor=ACTOR)
             await self.join(version, errors, seen)
             return
         try:
@@ -82,7 +82,7 @@ class StatusReporter:
         self._stale = True
         await self.introduce()
         joined = await asyncio.to_thread(
-            self.registry.join, socket.gethostname(), os.getpid(), actor=ACTOR
+            self.registry.replicas.join, socket.gethostname(), os.getpid(), actor=ACTOR
         )
         self.id = joined.id
         self._loaded, self._unloaded = dict(await self.recall()), set()
@@ -95,7 +95,7 @@ class StatusReporter:
         self._reported_s = time.monotonic()
         loaded, unloaded = dict(self._loaded), set(self._unloaded)
         await asyncio.to_thread(
-            self.registry.heartbeat,
+            self.registry.replicas.heartbeat,
             self.id,
             applied_version=version,
             faults=errors,

@@ -138,7 +138,7 @@ class Reconciler:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
-            await asyncio.to_thread(self.registry.leave, self.id, actor=ACTOR)
+            await asyncio.to_thread(self.registry.replicas.leave, self.id, actor=ACTOR)
         except SafegeneError as error:
             logger.warning(
                 "could not deregister from the registry; it will time out there: %s", error
@@ -324,7 +324,7 @@ class Reconciler:
     async def _introduce(self) -> None:
         """Add the family to the registry. Errors: RegistryError and subclasses."""
         source = self._family_source
-        await asyncio.to_thread(self.registry.add_family, self.header, source, actor=ACTOR)
+        await asyncio.to_thread(self.registry.families.add, self.header, source, actor=ACTOR)
 
     async def _report(self) -> None:
         try:

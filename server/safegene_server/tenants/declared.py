@@ -48,7 +48,7 @@ async def register_declared(tenancy: TenantContext, directory: Path) -> list[str
     Errors: ConfigError; RegistryDownError.
     """
     found = await aside(find_declared, directory)
-    known = {tenant.name for tenant in await aside(tenancy.registry.tenants)}
+    known = {tenant.name for tenant in await aside(tenancy.registry.tenants.list)}
     begun = []
     for name in sorted(found.keys() - known):
         try:

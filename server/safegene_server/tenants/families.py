@@ -18,7 +18,7 @@ async def set_floor(
 
     Errors: NotFoundError, BoundsError, FrozenError.
     """
-    rollout = await aside(tenancy.registry.set_floor, family, floor, actor=actor)
+    rollout = await aside(tenancy.registry.policies.set_floor, family, floor, actor=actor)
     await tenancy.settle()
     return rollout
 
@@ -28,6 +28,6 @@ async def set_family_frozen(
 ) -> None:
     """No tenant of the family may change what it serves. Errors: NotFoundError."""
     registry = tenancy.registry
-    step = registry.freeze_family if frozen else registry.unfreeze_family
+    step = registry.policies.freeze if frozen else registry.policies.unfreeze
     await aside(step, family, actor=actor)
     await tenancy.settle()

@@ -85,7 +85,7 @@ class Work:
         """The end, under the turn: no later sign of life speaks of an ended job."""
         async with self._turn:
             await asyncio.to_thread(
-                self.registry.finish,
+                self.registry.jobs.finish,
                 self.job.id,
                 self.owner,
                 state,
@@ -100,7 +100,7 @@ class Work:
         async with self._turn:
             try:
                 await asyncio.to_thread(
-                    self.registry.release, self.job.id, self.owner, actor=self.actor
+                    self.registry.jobs.release, self.job.id, self.owner, actor=self.actor
                 )
             except SafegeneError as error:
                 logger.warning("SafeGene job %d is left to its lease: %s", self.job.id, error)
@@ -108,7 +108,7 @@ class Work:
     async def _tell(self, progress: float, message: str) -> None:
         try:
             self.job = await asyncio.to_thread(
-                self.registry.progress,
+                self.registry.jobs.progress,
                 self.job.id,
                 self.owner,
                 progress,
@@ -177,7 +177,7 @@ class Jobs:
         actor, lease_s = tenancy.replica.id, tenancy.settings.lease_s
         owner = f"{actor}/{uuid.uuid4().hex}"
         job = await asyncio.to_thread(
-            tenancy.registry.claim,
+            tenancy.registry.jobs.claim,
             owner,
             actor=actor,
             kinds=list(self.handlers),

@@ -96,7 +96,7 @@ async def fail(tenancy: TenantContext, revision: Revision, error: Exception, act
     if isinstance(error, SafegeneError):
         reasons = plain(error).splitlines()
     await aside(
-        tenancy.registry.set_revision_state,
+        tenancy.registry.revisions.set_state,
         revision.id,
         "failed",
         actor=actor,
@@ -144,12 +144,12 @@ async def _revision(
     """The revision of this job: the one that an earlier attempt has added, or a new one."""
     registry, job, actor = tenancy.registry, work.job, work.job.params["actor"]
     digest = None if staged is None else staged.digest
-    for known in reversed(await aside(registry.revisions, job.tenant)):
+    for known in reversed(await aside(registry.revisions.list, job.tenant)):
         same = (known.adapter_digest, known.profile.digest) == (digest, profile.digest)
         if same and known.created_by == actor and known.created_at >= job.created_at:
             return known
     return await aside(
-        registry.add_revision,
+        registry.revisions.add,
         job.tenant,
         profile,
         actor=actor,
@@ -162,7 +162,7 @@ async def _revision(
 async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revision:
     """Loaded, receipts verified, tried out. What does not pass is kept as failed."""
     actor, checked = work.job.params["actor"], revision.identity
-    stand = partial(tenancy.registry.set_revision_state, revision.id, actor=actor, checked=checked)
+    stand = partial(tenancy.registry.revisions.set_state, revision.id, actor=actor, checked=checked)
     if revision.state == "registered":
         revision = await aside(stand, "checking")
     try:
@@ -185,7 +185,7 @@ async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> st
     params = work.job.params
     try:
         rollout = await aside(
-            tenancy.registry.publish,
+            tenancy.registry.rollouts.publish,
             revision.tenant,
             revision.number,
             actor=params["actor"],
@@ -194,7 +194,7 @@ async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> st
         )
     except ConflictError:
         # A publication before the last server's death, or one asked for by hand, will do.
-        now = await aside(tenancy.registry.revision_by_id, revision.id)
+        now = await aside(tenancy.registry.revisions.get_by_id, revision.id)
         if now.state != "published" or now.identity != revision.identity:
             # It is ready all the same, and can be published once what forbids it is over.
             raise

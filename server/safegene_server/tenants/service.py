@@ -75,18 +75,18 @@ async def enroll(
     registry, family = tenancy.registry, tenancy.replica.header
     try:
         tenant = await aside(
-            registry.add_tenant, name, family.digest, actor=actor, source=source, limits=limits
+            registry.tenants.add, name, family.digest, actor=actor, source=source, limits=limits
         )
     except ConflictError:
-        tenant = await aside(registry.tenant, name)
+        tenant = await aside(registry.tenants.get, name)
         asked = (family.digest, source, dict(limits), "active")
         if asked != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
             raise
-        for job in (jobs := await aside(registry.jobs, tenant=name)):
+        for job in (jobs := await aside(registry.jobs.list, tenant=name)):
             same = (job.kind, _told(job.params)) == (kind, _told(params))
             if same and job.state in ("queued", "running", "done"):
                 return tenant, job
-        revisions = await aside(registry.revisions, name)
+        revisions = await aside(registry.revisions.list, name)
         if jobs or revisions:
             raise
     return tenant, await enqueue(tenancy, name, kind, params, actor)
@@ -121,7 +121,7 @@ async def change_profile(
     BoundsError; AdapterRejectedError, ReceiptError and EngineDownError of the engine.
     """
     async with tenancy.changing(name):
-        tenant, current = await aside(tenancy.registry.serving, name)
+        tenant, current = await aside(tenancy.registry.revisions.published, name)
         check_ours(tenancy, tenant)
         check_expected(tenant, expected)
         if current is None:
@@ -135,7 +135,7 @@ async def change_profile(
             return Published(current, await _rollout_to(tenancy, current))
         making = ensure_future(aside(_make_directory, tenancy, current.adapter_digest, profile))
         revision = await aside(
-            tenancy.registry.add_revision,
+            tenancy.registry.revisions.add,
             name,
             profile,
             actor=actor,
@@ -157,7 +157,7 @@ async def publish(
     async with tenancy.changing(name):
         tenant = await _known(tenancy, name)
         check_expected(tenant, expected)
-        revision = await aside(tenancy.registry.revision, name, number)
+        revision = await aside(tenancy.registry.revisions.get, name, number)
         if tenant.published == number:
             return Published(revision, await _rollout_to(tenancy, revision))
         async with AsyncExitStack() as stack:
@@ -182,11 +182,11 @@ async def roll_back(
         if number is None:
             snapshot = await aside(tenancy.registry.snapshot)
             number = next((r.number for r in snapshot.previous if r.tenant == name), None)
-        go_back = partial(tenancy.registry.rollback, actor=actor, expected=expected)
+        go_back = partial(tenancy.registry.rollouts.rollback, actor=actor, expected=expected)
         async with AsyncExitStack() as stack:
             if number is not None and _is_ours(tenancy, tenant):
                 await refuse_unchangeable(tenancy, tenant)
-                revision = await aside(tenancy.registry.revision, name, number)
+                revision = await aside(tenancy.registry.revisions.get, name, number)
                 if revision.state in ("superseded", "published"):
                     await stack.enter_async_context(tenancy.trying(revision))
                     await tenancy.replica.load(revision)
@@ -206,11 +206,13 @@ async def retire(
         tenant = await _known(tenancy, name)
         if tenant.state == "retired":
             return tenant, None
-        rollout = await aside(tenancy.registry.retire, name, actor=actor, expected=expected)
-        for job in await aside(tenancy.registry.jobs, tenant=name):
+        rollout = await aside(
+            tenancy.registry.rollouts.retire, name, actor=actor, expected=expected
+        )
+        for job in await aside(tenancy.registry.jobs.list, tenant=name):
             if job.state in ("queued", "running"):
                 with suppress(ConflictError):
-                    await aside(tenancy.registry.cancel, job.id, actor=actor)
+                    await aside(tenancy.registry.jobs.cancel, job.id, actor=actor)
         await tenancy.settle()
         return await _known(tenancy, name), rollout
 
@@ -218,7 +220,7 @@ async def retire(
 async def set_frozen(tenancy: TenantContext, name: str, frozen: bool, *, actor: str) -> Tenant:
     """Serving goes on; what is served may not change. Errors: NotFoundError, ConflictError."""
     registry = tenancy.registry
-    step = registry.freeze_tenant if frozen else registry.unfreeze_tenant
+    step = registry.tenants.freeze if frozen else registry.tenants.unfreeze
     tenant = await aside(step, name, actor=actor)
     await tenancy.settle()
     return tenant
@@ -228,7 +230,7 @@ async def set_limits(
     tenancy: TenantContext, name: str, limits: Mapping[str, int], *, actor: str
 ) -> Tenant:
     """Errors: NotFoundError, ConflictError, RegistryError."""
-    tenant = await aside(tenancy.registry.set_limits, name, limits, actor=actor)
+    tenant = await aside(tenancy.registry.tenants.set_limits, name, limits, actor=actor)
     await tenancy.settle()
     return tenant
 
@@ -260,7 +262,7 @@ async def enqueue(
     tenancy: TenantContext, name: str, kind: str, params: Mapping[str, Any], actor: str
 ) -> Job:
     """A job of the tenant, looked at without delay. Errors: RegistryError, NotFoundError."""
-    job = await aside(tenancy.registry.enqueue, kind, name, actor=actor, params=params)
+    job = await aside(tenancy.registry.jobs.enqueue, kind, name, actor=actor, params=params)
     tenancy.jobs.wake()
     return job
 
@@ -270,7 +272,7 @@ def _told(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _known(tenancy: TenantContext, name: str) -> Tenant:
-    return await aside(tenancy.registry.tenant, name)
+    return await aside(tenancy.registry.tenants.get, name)
 
 
 def _is_ours(tenancy: TenantContext, tenant: Tenant) -> bool:
@@ -306,7 +308,7 @@ async def changeable(tenancy: TenantContext, name: str, expected: int | None) ->
 async def last_source(tenancy: TenantContext, tenant: Tenant) -> str | None:
     """Where the revision that is served came from, or else the newest; before there is one, what
     the tenant was registered with."""
-    revisions = await aside(tenancy.registry.revisions, tenant.name)
+    revisions = await aside(tenancy.registry.revisions.list, tenant.name)
     served = [revision for revision in revisions if revision.number == tenant.published]
     sources = [revision.source for revision in served or revisions]
     return (sources[-1] if sources else None) or tenant.source
@@ -321,7 +323,7 @@ async def refuse_unchangeable(tenancy: TenantContext, tenant: Tenant) -> None:
         )
     if tenant.state == "frozen":
         raise FrozenError(f"tenant {tenant.name!r} is frozen; unfreeze it before it is changed")
-    if (await aside(tenancy.registry.policy, tenant.family)).frozen:
+    if (await aside(tenancy.registry.policies.get, tenant.family)).frozen:
         raise FrozenError(
             f"family {tenant.family} is frozen, and tenant {tenant.name!r} with it; unfreeze the "
             "family first"
@@ -362,7 +364,7 @@ async def _switch(
     """`gate` is what was found of a revision that is new, and so far not ready."""
     try:
         return await aside(
-            tenancy.registry.publish,
+            tenancy.registry.rollouts.publish,
             revision.tenant,
             revision.number,
             actor=actor,
@@ -373,7 +375,7 @@ async def _switch(
     except SafegeneError:
         if gate is not None:
             # It has passed all the same, and may be published later.
-            stand = partial(tenancy.registry.set_revision_state, revision.id, "ready", actor=actor)
+            stand = partial(tenancy.registry.revisions.set_state, revision.id, "ready", actor=actor)
             await aside(stand, gate=gate, checked=revision.identity)
         raise
 
@@ -381,12 +383,12 @@ async def _switch(
 async def _live(tenancy: TenantContext, rollout: Rollout) -> Published:
     """What a switch has led to, followed by this server."""
     await tenancy.settle()
-    status = await aside(tenancy.registry.rollout_status, rollout.id)
+    status = await aside(tenancy.registry.rollouts.status, rollout.id)
     return Published(status.revisions[0], status)
 
 
 async def _rollout_to(tenancy: TenantContext, revision: Revision) -> RolloutStatus | None:
     """The newest rollout that led to this revision."""
-    rollouts = await aside(tenancy.registry.rollouts, limit=ROLLOUTS_SEARCHED)
+    rollouts = await aside(tenancy.registry.rollouts.list, limit=ROLLOUTS_SEARCHED)
     found = next((r.id for r in rollouts if revision.id in r.revisions), None)
-    return None if found is None else await aside(tenancy.registry.rollout_status, found)
+    return None if found is None else await aside(tenancy.registry.rollouts.status, found)

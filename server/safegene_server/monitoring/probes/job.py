@@ -36,9 +36,9 @@ async def enqueue_probe(tenancy: TenantContext, name: str, *, actor: str) -> Job
     if tenant.published is None:
         raise ConflictError(f"tenant {name!r} serves nothing to probe; publish a revision first")
     for state in ("running", "queued"):
-        for job in await aside(tenancy.registry.jobs, tenant=name, state=state):
+        for job in await aside(tenancy.registry.jobs.list, tenant=name, state=state):
             if job.kind == PROBE:
                 return job
-    made = await aside(tenancy.registry.enqueue, PROBE, name, actor=actor)
+    made = await aside(tenancy.registry.jobs.enqueue, PROBE, name, actor=actor)
     tenancy.jobs.wake()
     return made

@@ -18,10 +18,13 @@ _T = tables.audit
 LARGEST_PAGE = 1000
 
 
-class AuditLog(Database):
-    """audit."""
+class AuditLog:
+    """Audit entries of the registry."""
 
-    def audit(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def page(
         self,
         *,
         actor: str | None = None,
@@ -59,7 +62,7 @@ class AuditLog(Database):
             query = query.where(_T.c.at < until)
         if cursor is not None:
             query = query.where(_T.c.id < cursor)
-        with self.read() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(query).all()
         entries = tuple(
             AuditEntry(row.id, row.at, row.actor, row.action, row.target, row.details)

@@ -12,14 +12,24 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
 from safegene_server.registry import tables, validation
-from safegene_server.registry.database import Database, Write
-from safegene_server.registry.records import Identity, Revision, Rollout, Tenant
+from safegene_server.registry.database import Database, Write, clock
+from safegene_server.registry.records import (
+    Identity,
+    Lag,
+    Replica,
+    Revision,
+    Rollout,
+    RolloutStatus,
+    Tenant,
+)
+from safegene_server.registry.replicas import ALIVE_S, find_alive, find_receipts
 from safegene_server.registry.revisions import (
     check_expected,
     check_floor,
     check_identity,
     find_revision,
     find_revision_by_id,
+    find_revisions,
     step,
 )
 from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
@@ -29,8 +39,11 @@ from safegene_vllm.errors import ConflictError, NotFoundError
 _P = tables.publications
 
 
-class Publishing(Database):
-    """publish, rollback, retire."""
+class Rollouts:
+    """Rollouts: publish, roll back and retire, each in one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def publish(
         self,
@@ -49,7 +62,7 @@ class Publishing(Database):
         content that is meant. Errors: RegistryError, NotFoundError, FrozenError; ConflictError (not
         `expected`, not `checked`, or a revision that is not ready); BoundsError (below the floor).
         """
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             revision = find_revision(write.connection, owner, number)
@@ -81,7 +94,7 @@ class Publishing(Database):
         """
         if number is not None:
             validation.revision_number(number)
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             undone, target = _steps_back(write.connection, owner, number)
@@ -96,11 +109,40 @@ class Publishing(Database):
 
         Errors: NotFoundError, FrozenError, ConflictError.
         """
-        with self.write(actor) as write:
+        with self._database.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
             check_expected(owner, expected)
             retire_row(write, owner)
             return switch(write, "retire", [(owner, None)])
+
+    def list(self, *, limit: int = 50) -> tuple[Rollout, ...]:
+        """The newest first."""
+        rows = tables.rollouts
+        query = select(rows).order_by(rows.c.id.desc()).limit(limit)
+        with self._database.read() as connection:
+            return tuple(rollout_of(row) for row in connection.execute(query))
+
+    def status(self, rollout: int, *, alive_s: float = ALIVE_S) -> RolloutStatus:
+        """How many of the live replicas follow a rollout, and why the others do not yet.
+
+        A replica follows once it has applied the rollout's version and has a good receipt for each
+        of its revisions that is still published. Errors: NotFoundError.
+        """
+        with self._database.read() as connection:
+            found = find_rollout(connection, rollout)
+            version = connection.execute(select(tables.version.c.value)).scalar_one()
+            alive = find_alive(connection, clock(connection), alive_s)
+            revisions = find_revisions(connection, found.revisions)
+            # A later rollout speaks for those that are not published now.
+            wanted = {r.id: r.served_name for r in revisions if r.state == "published"}
+            receipts = find_receipts(connection, [*wanted])
+        lagging = [
+            Lag(replica, reason)
+            for replica in alive
+            if (reason := _reason(replica, found, version, wanted, receipts))
+        ]
+        applied = len(alive) - len(lagging)
+        return RolloutStatus(found, revisions, applied, len(alive), tuple(lagging))
 
 
 def switch(
@@ -187,6 +229,33 @@ def _point(write: Write, tenant: Tenant, revision: Revision | None) -> None:
 
 def _check_floor(connection: Connection, tenant: Tenant, revision: Revision) -> None:
     check_floor(revision.profile, find_policy(connection, tenant.family), revision.served_name)
+
+
+def _reason(
+    replica: Replica,
+    rollout: Rollout,
+    version: int,
+    wanted: Mapping[int, str],
+    receipts: Mapping[tuple[str, int], bool],
+) -> str | None:
+    """Why the replica does not follow; None if it does."""
+    reasons = []
+    if replica.applied_version < rollout.version:
+        reasons.append(f"is at version {replica.applied_version}, needs {rollout.version}")
+    elif replica.applied_version > version:
+        reasons.append(
+            f"is at version {replica.applied_version} of what the registry was before it was "
+            f"restored, which is at {version} now"
+        )
+    for revision, name in wanted.items():
+        ok = receipts.get((replica.id, revision))
+        if ok is None:
+            reasons.append(f"has no receipt for {name}")
+        elif not ok:
+            reasons.append(f"has a receipt for {name} that does not keep its promise")
+    if reasons:
+        reasons += replica.faults
+    return "; ".join(reasons) or None
 
 
 def _steps_back(

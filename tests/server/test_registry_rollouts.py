@@ -14,90 +14,93 @@ TENANT = "acme/support"
 
 
 def states(registry: Registry) -> list[str]:
-    return [revision.state for revision in registry.revisions(TENANT)]
+    return [revision.state for revision in registry.revisions.list(TENANT)]
 
 
 def served(registry: Registry) -> int | None:
-    return registry.tenant(TENANT).published
+    return registry.tenants.get(TENANT).published
 
 
 def test_publishing_switches_the_alias_and_tells_the_replicas(registry: Registry) -> None:
     first, second = add_ready(registry, TENANT), add_ready(registry, TENANT)
     assert served(registry) is None
     version = registry.version()
-    rollout = registry.publish(TENANT, 1, actor="me", expected=0)
+    rollout = registry.rollouts.publish(TENANT, 1, actor="me", expected=0)
     assert (rollout.kind, rollout.tenants, rollout.revisions) == ("publish", (TENANT,), (first.id,))
     assert rollout.version == registry.version() == version + 1
     assert (served(registry), states(registry)) == (1, ["published", "ready"])
-    rollout = registry.publish(TENANT, 2, actor="me", expected=1)
+    rollout = registry.rollouts.publish(TENANT, 2, actor="me", expected=1)
     assert rollout.revisions == (second.id,)
     assert (served(registry), states(registry)) == (2, ["superseded", "published"])
-    assert [one.kind for one in registry.rollouts()] == ["publish", "publish"]
+    assert [one.kind for one in registry.rollouts.list()] == ["publish", "publish"]
 
 
 def test_the_second_of_two_who_saw_the_same_is_refused(registry: Registry) -> None:
     for _ in range(3):
         add_ready(registry, TENANT)
-    registry.publish(TENANT, 1, actor="one")
-    registry.publish(TENANT, 2, actor="one", expected=1)
-    before = registry.snapshot(), registry.audit()
+    registry.rollouts.publish(TENANT, 1, actor="one")
+    registry.rollouts.publish(TENANT, 2, actor="one", expected=1)
+    before = registry.snapshot(), registry.audit.page()
     message = r"serves acme/support@2, expected acme/support@1: somebody else was first"
     for change in (
-        lambda: registry.publish(TENANT, 3, actor="two", expected=1),
-        lambda: registry.rollback(TENANT, actor="two", expected=1),
-        lambda: registry.retire(TENANT, actor="two", expected=1),
+        lambda: registry.rollouts.publish(TENANT, 3, actor="two", expected=1),
+        lambda: registry.rollouts.rollback(TENANT, actor="two", expected=1),
+        lambda: registry.rollouts.retire(TENANT, actor="two", expected=1),
     ):
         with pytest.raises(ConflictError, match=message):
             change()
     with pytest.raises(ConflictError, match="expected nothing"):
-        registry.publish(TENANT, 3, actor="two", expected=0)
-    assert (registry.snapshot(), registry.audit()) == before
+        registry.rollouts.publish(TENANT, 3, actor="two", expected=0)
+    assert (registry.snapshot(), registry.audit.page()) == before
 
 
 def test_only_what_is_ready_is_published(registry: Registry) -> None:
-    added = registry.add_revision(TENANT, profile(), actor="me")
+    added = registry.revisions.add(TENANT, profile(), actor="me")
     with pytest.raises(ConflictError, match="acme/support@1 is registered; only a revision that"):
-        registry.publish(TENANT, 1, actor="me")
-    registry.set_revision_state(added.id, "failed", actor="gate", reasons=["NaN in q_proj"])
+        registry.rollouts.publish(TENANT, 1, actor="me")
+    registry.revisions.set_state(added.id, "failed", actor="gate", reasons=["NaN in q_proj"])
     with pytest.raises(ConflictError, match=r"is failed \(NaN in q_proj\)"):
-        registry.publish(TENANT, 1, actor="me")
+        registry.rollouts.publish(TENANT, 1, actor="me")
     with pytest.raises(NotFoundError, match="has no revision 2"):
-        registry.publish(TENANT, 2, actor="me")
+        registry.rollouts.publish(TENANT, 2, actor="me")
     with pytest.raises(RegistryError):
-        registry.publish(TENANT, 0, actor="me")
+        registry.rollouts.publish(TENANT, 0, actor="me")
     add_published(registry, TENANT)
     with pytest.raises(ConflictError, match="acme/support@2 is published"):
-        registry.publish(TENANT, 2, actor="me")
+        registry.rollouts.publish(TENANT, 2, actor="me")
 
 
 def test_what_has_just_been_proven_is_published_in_one_step(registry: Registry) -> None:
-    registry.add_revision(TENANT, profile(), actor="me")
+    registry.revisions.add(TENANT, profile(), actor="me")
     version, found = registry.version(), {"made_from": "acme/support@1"}
     with pytest.raises(ConflictError, match="expected acme/support@7"):
-        registry.publish(TENANT, 1, actor="me", expected=7, gate=found)
+        registry.rollouts.publish(TENANT, 1, actor="me", expected=7, gate=found)
     assert states(registry) == ["registered"]
-    rollout = registry.publish(TENANT, 1, actor="me", gate=found)
+    rollout = registry.rollouts.publish(TENANT, 1, actor="me", gate=found)
     assert rollout.version == registry.version() == version + 1
-    now = registry.revision(TENANT, 1)
+    now = registry.revisions.get(TENANT, 1)
     assert (served(registry), now.state, now.gate) == (1, "published", found)
-    assert [e.action for e in registry.audit().entries[:2]] == ["tenant.publish", "revision.ready"]
+    assert [e.action for e in registry.audit.page().entries[:2]] == [
+        "tenant.publish",
+        "revision.ready",
+    ]
     with pytest.raises(ConflictError, match="is published and cannot become ready"):
-        registry.publish(TENANT, 1, actor="me", gate=found)
+        registry.rollouts.publish(TENANT, 1, actor="me", gate=found)
 
 
 def test_rollbacks_go_back_one_by_one(registry: Registry) -> None:
     for _ in range(3):
         add_published(registry, TENANT)
-    rollout = registry.rollback(TENANT, actor="me", expected=3)
+    rollout = registry.rollouts.rollback(TENANT, actor="me", expected=3)
     assert (rollout.kind, served(registry)) == ("rollback", 2)
     assert states(registry) == ["superseded", "published", "superseded"]
-    registry.rollback(TENANT, actor="me")
+    registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 1
     with pytest.raises(ConflictError, match="nothing to go back to"):
-        registry.rollback(TENANT, actor="me")
+        registry.rollouts.rollback(TENANT, actor="me")
     # Forward again, to the one that was left: it is the newest publication now.
-    registry.publish(TENANT, 3, actor="me")
-    registry.rollback(TENANT, actor="me")
+    registry.rollouts.publish(TENANT, 3, actor="me")
+    registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 1
 
 
@@ -105,11 +108,11 @@ def test_a_rollback_goes_to_what_was_served_not_to_the_number_below(registry: Re
     for _ in range(4):
         add_ready(registry, TENANT)
     for number in (3, 1, 4):
-        registry.publish(TENANT, number, actor="me")
+        registry.rollouts.publish(TENANT, number, actor="me")
     assert [one.number for one in registry.snapshot().previous] == [1]
-    registry.rollback(TENANT, actor="me")
+    registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 1
-    registry.rollback(TENANT, actor="me")
+    registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 3
     assert registry.snapshot().previous == ()
 
@@ -117,41 +120,41 @@ def test_a_rollback_goes_to_what_was_served_not_to_the_number_below(registry: Re
 def test_a_rollback_may_name_how_far(registry: Registry) -> None:
     for _ in range(4):
         add_published(registry, TENANT)
-    registry.rollback(TENANT, 2, actor="me")
+    registry.rollouts.rollback(TENANT, 2, actor="me")
     assert served(registry) == 2
     with pytest.raises(NotFoundError, match=r"acme/support@4 was not published before.*\(1 were\)"):
-        registry.rollback(TENANT, 4, actor="me")
-    registry.rollback(TENANT, actor="me")
+        registry.rollouts.rollback(TENANT, 4, actor="me")
+    registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 1
 
 
 def test_a_tenant_that_serves_nothing_has_nothing_to_go_back_to(registry: Registry) -> None:
     add_ready(registry, TENANT)
     with pytest.raises(ConflictError, match="nothing to go back to"):
-        registry.rollback(TENANT, actor="me")
-    registry.publish(TENANT, 1, actor="me")
+        registry.rollouts.rollback(TENANT, actor="me")
+    registry.rollouts.publish(TENANT, 1, actor="me")
     with pytest.raises(ConflictError, match="nothing to go back to"):
-        registry.rollback(TENANT, actor="me")
+        registry.rollouts.rollback(TENANT, actor="me")
 
 
 def test_a_retired_tenant_keeps_its_name_and_history(registry: Registry) -> None:
     add_published(registry, TENANT)
     add_published(registry, TENANT)
-    rollout = registry.retire(TENANT, actor="me", expected=2)
+    rollout = registry.rollouts.retire(TENANT, actor="me", expected=2)
     assert (rollout.kind, rollout.tenants, rollout.revisions) == ("retire", (TENANT,), ())
-    assert (served(registry), registry.tenant(TENANT).state) == (None, "retired")
+    assert (served(registry), registry.tenants.get(TENANT).state) == (None, "retired")
     assert states(registry) == ["superseded", "retired"]
     snapshot = registry.snapshot()
     assert (snapshot.tenants, snapshot.revisions, snapshot.previous) == ((), (), ())
-    assert len(registry.audit(target=TENANT, action="tenant.publish").entries) == 2
+    assert len(registry.audit.page(target=TENANT, action="tenant.publish").entries) == 2
     for change in (
-        lambda: registry.publish(TENANT, 1, actor="me"),
-        lambda: registry.rollback(TENANT, actor="me"),
-        lambda: registry.add_revision(TENANT, profile(), actor="me"),
-        lambda: registry.freeze_tenant(TENANT, actor="me"),
-        lambda: registry.set_limits(TENANT, {}, actor="me"),
-        lambda: registry.retire(TENANT, actor="me"),
-        lambda: registry.add_tenant(TENANT, FAMILY, actor="me"),
+        lambda: registry.rollouts.publish(TENANT, 1, actor="me"),
+        lambda: registry.rollouts.rollback(TENANT, actor="me"),
+        lambda: registry.revisions.add(TENANT, profile(), actor="me"),
+        lambda: registry.tenants.freeze(TENANT, actor="me"),
+        lambda: registry.tenants.set_limits(TENANT, {}, actor="me"),
+        lambda: registry.rollouts.retire(TENANT, actor="me"),
+        lambda: registry.tenants.add(TENANT, FAMILY, actor="me"),
     ):
         with pytest.raises(ConflictError, match="retired"):
             change()
@@ -161,12 +164,12 @@ def test_what_is_below_the_floor_is_neither_published_nor_gone_back_to(registry:
     add_published(registry, TENANT, 0.5)
     add_ready(registry, TENANT, 0.75)
     add_published(registry, TENANT, 2.0)
-    assert registry.set_floor(HEADER.digest, {0: 1.0}, actor="op") is None
+    assert registry.policies.set_floor(HEADER.digest, {0: 1.0}, actor="op") is None
     below = r"acme/support@2 is below the floor of its family: layer 0 has 0.75, the floor is 1.0"
     with pytest.raises(BoundsError, match=below):
-        registry.publish(TENANT, 2, actor="me")
+        registry.rollouts.publish(TENANT, 2, actor="me")
     with pytest.raises(BoundsError, match="acme/support@1 is below the floor"):
-        registry.rollback(TENANT, actor="me")
+        registry.rollouts.rollback(TENANT, actor="me")
     with pytest.raises(BoundsError, match="tenant 'acme/support' is below the floor"):
-        registry.add_revision(TENANT, profile(0.75), actor="me")
+        registry.revisions.add(TENANT, profile(0.75), actor="me")
     assert (served(registry), states(registry)) == (3, ["superseded", "ready", "published"])
