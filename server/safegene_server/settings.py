@@ -58,6 +58,9 @@ class Access(_Part):
         ("/health", "/ping", "/v1/safegene/ready"), description="paths whose GET needs no key"
     )
     max_body_bytes: int = Field(16 * 2**20, gt=0)
+    response_model: Literal["requested", "revision"] = Field(
+        "requested", description="name in a response's `model`; the revision is in a header too"
+    )
 
 
 class FirstKey(_Part):
@@ -161,6 +164,7 @@ class ServerSettings(BaseSettings):
             public=frozenset(self.access.public),
             max_body_bytes=self.access.max_body_bytes,
             usage_forced=usage_forced,
+            response_model=self.access.response_model,
         )
 
 

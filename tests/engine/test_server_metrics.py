@@ -28,6 +28,7 @@ def server(world: World) -> Iterator[Running]:  # noqa: F811
     world.registry.tenants.set_limits("globex", {"requests_per_minute": 1}, actor="test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEGENE_SERVER_METRICS__PERIOD_S", "1")
+        patch.setenv("SAFEGENE_SERVER_ACCESS__RESPONSE_MODEL", "requested")
         running = Server(world)
     yield running
     running.end()
@@ -144,6 +145,23 @@ def test_requests_are_counted_exactly(server: Running) -> None:
     assert grown("rejected_requests_total", tenant="", reason="unknown_key") == 1
     assert grown("requests_total", tenant="", outcome="client_error") == 2
     assert grown("unprotected_requests_total", **SUPPORT) == 0
+
+
+def test_responses_name_what_was_requested_and_which_revision_it_was(server: Running) -> None:
+    body = {"model": "acme/support", "prompt": LONG[:8], "max_tokens": 4, "temperature": 0}
+    client = server.client(ACME)
+    raw = client.completions.with_raw_response.create(**body)
+    assert raw.headers["x-safegene-revision"] == "acme/support@1"
+    assert raw.headers["x-request-id"]
+    whole = raw.parse()
+    assert whole.model == "acme/support"
+    assert (whole.system_fingerprint or "").endswith(":acme/support@1")
+    chunks = list(client.completions.create(**body, stream=True))
+    assert {chunk.model for chunk in chunks} == {"acme/support"}
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    for headers in ({"Authorization": "Bearer wrong"}, {}):
+        error = httpx.post(f"{server.url}/v1/messages", json={}, headers=headers, timeout=60)
+        assert error.json()["error"]["type"] == "authentication_error"
 
 
 def test_a_client_that_disconnects_is_counted_as_cancelled(server: Running) -> None:

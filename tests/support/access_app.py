@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from safegene_server.access.catalog import Catalog, Limits, Principal, Tenant, key_digest, make_view
-from safegene_server.access.middleware import AccessMiddleware, principal_of
+from safegene_server.access.middleware import AccessMiddleware, AccessSettings, principal_of
 from safegene_server.access.route_permissions import RULES
 
 CHAT = "/v1/chat/completions"
@@ -76,6 +76,8 @@ def echo_app() -> FastAPI:
 def guarded(
     app: Callable[[Scope, Receive, Send], Awaitable[None]] | None = None, **more: Any
 ) -> AccessMiddleware:
+    """The middleware before `app`, whose responses name the revision, as the engine does."""
+    more = {"settings": AccessSettings(response_model="revision"), **more}
     return AccessMiddleware(app or echo_app(), Catalog(VIEW), now=lambda: NOW_S, **more)
 
 
@@ -101,8 +103,11 @@ def chat(access: AccessMiddleware, key: str, **body: Any) -> httpx.Response:
 def refused(response: httpx.Response, status: int, words: str = "") -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
+    if response.request.url.path.startswith("/v1/messages"):
+        assert response.json()["type"] == "error" and set(error) == {"type", "message"}
+    else:
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == status
     assert words in error["message"]
     return str(error["message"])
 

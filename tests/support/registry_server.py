@@ -30,6 +30,7 @@ registry: URL
 store: store
 sources: {roots: [ROOT]}
 tenants: {gate: {enabled: false}}
+access: {response_model: revision}
 keys:
   - {name: admin, secret_env: ADMIN_KEY, scopes: [admin], tenants: ["*"]}
 """

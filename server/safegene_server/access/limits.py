@@ -99,6 +99,28 @@ class Counters:
         """Return the number of running requests of one revision; at 0 it may be unloaded."""
         return self.running[served]
 
+    def headers(self, target: Target) -> dict[bytes, bytes]:
+        """Return OpenAI's `x-ratelimit-*` headers of a tenant, for each limit that it has.
+
+        `reset` is when all of the limit is free again, if nothing is added.
+        """
+        account = self.accounts.get(target.account, Account())
+        now = self.clock()
+        found: dict[bytes, bytes] = {}
+        for kind, limit, window, reserved in (
+            (b"requests", target.limits.requests_per_minute, account.requests, 0),
+            (b"tokens", target.limits.tokens_per_minute, account.tokens, account.reserved),
+        ):
+            if limit is None:
+                continue
+            left = max(0, limit - window.used(now) - reserved)
+            newest = window.entries[-1][0] if window.entries else now - WINDOW_S
+            found[b"x-ratelimit-limit-" + kind] = str(limit).encode()
+            found[b"x-ratelimit-remaining-" + kind] = str(left).encode()
+            reset_s = max(0.0, newest + WINDOW_S - now)
+            found[b"x-ratelimit-reset-" + kind] = f"{math.ceil(1000 * reset_s)}ms".encode()
+        return found
+
     def admit(self, target: Target, estimate_tokens: int, completions: int = 1) -> Reservation:
         """Reserve one request, which counts as often as it requests a completion.
 

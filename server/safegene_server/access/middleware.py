@@ -2,9 +2,10 @@
 
 A request passes by its route's rule, its key and the key's scopes; where it names a model, also by
 the catalog and the limits, and then its body is passed on with the revision's name. Responses pass
-unchanged, chunk by chunk, but for one event: where traffic is counted, usage is requested of every
-stream, and hidden from a client that did not request it. Belongs inside a CORS middleware, which
-responds to preflights without a key, and outside of anything that reads bodies.
+chunk by chunk, with headers of ours and the requested name as their model. Where traffic is
+counted, usage is requested of every stream, and hidden from a client that did not request it.
+Belongs inside a CORS middleware, which responds to preflights without a key, and outside of
+anything that reads bodies.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Router
@@ -22,6 +24,13 @@ from safegene_server.access import body, models
 from safegene_server.access.catalog import Catalog, Principal, View, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.rejection import RequestRejectedError, reject
+from safegene_server.access.response import (
+    REQUEST_ID,
+    REVISION,
+    RequestedName,
+    ResponseHeaders,
+    request_id,
+)
 from safegene_server.access.route_permissions import (
     LIST,
     MODELS,
@@ -49,7 +58,8 @@ class AccessSettings:
     `public`: exact paths whose GET needs no key. `rejected_fields`: fields that no body may set; by
     default those that reach other tenants' data in the engine: responses stored under an id, work
     that outlives its request and limits, and blocks of another engine's cache. `usage_forced`:
-    every stream reports its usage (--enable-force-include-usage).
+    every stream reports its usage (--enable-force-include-usage). `response_model`: whether the
+    `model` of a response is the name that was requested, or the revision that served it.
     """
 
     public: frozenset[str] = frozenset({"/health", "/ping"})
@@ -58,6 +68,7 @@ class AccessSettings:
     max_members: int = body.MAX_MEMBERS
     max_values: int = body.MAX_VALUES
     usage_forced: bool = False
+    response_model: Literal["requested", "revision"] = "requested"
     rejected_fields: frozenset[str] = frozenset(
         {"background", "ec_transfer_params", "kv_transfer_params", "previous_response_id"}
     )
@@ -103,6 +114,13 @@ class AccessMiddleware:
             return
         if scope["type"] not in ("http", "websocket"):
             raise RuntimeError(f"no rule for ASGI connections of type {scope['type']!r}")
+        if scope["type"] == "http":
+            identity = request_id(scope)
+            headers = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID]
+            exposed = any(name == b"origin" for name, _ in headers)
+            scope = {**scope, "headers": [*headers, (REQUEST_ID, identity)]}
+            response = ResponseHeaders(send, {REQUEST_ID: identity}, exposed=exposed)
+            send = response.send
         method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
         path = route_path(scope)
         rule = rule_for(method, path, self.settings.public)
@@ -129,7 +147,7 @@ class AccessMiddleware:
         if models_body is not None:
             await JSONResponse(models_body)(scope, receive, send)
         elif principal is not None and rule.model:
-            await self._serve(rule, view, principal, metrics, scope, receive, send)
+            await self._serve(rule, view, principal, metrics, scope, receive, response)
         else:
             await self.app({**scope, SCOPE_KEY: principal}, receive, send)
 
@@ -141,10 +159,11 @@ class AccessMiddleware:
         metrics: RequestMetrics | None,
         scope: Scope,
         receive: Receive,
-        send: Send,
+        response: ResponseHeaders,
     ) -> None:
         """Serve a request that names a model, from its body to the end of its response."""
         headers = list(scope["headers"])
+        send = response.send
         tenant = NO_TENANT
         if metrics is not None:
             headers = metrics.trace(headers)
@@ -168,17 +187,25 @@ class AccessMiddleware:
             self._check_fields(document, principal)
             # No await from here to the reservation, so a resolved revision is in flight at once.
             target = models.resolve(view, principal, document.get("model"))
-            tenant = NO_TENANT if target.account in view.base_models else target.account
+            requested = document.get("model") or target.account
+            if target.account not in view.base_models:
+                tenant = target.account
+                response.extra[REVISION] = quote(target.served, safe="/@:+").encode()
             document["model"] = target.served
             hide = metrics is not None and self._request_usage(route_path(scope), document)
             payload = body.encode(document)
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
             completions = count_completions(document) if rule.tokens else 1
-            reservation = self.counters.admit(target, estimate, completions)
+            try:
+                reservation = self.counters.admit(target, estimate, completions)
+            finally:
+                response.extra |= self.counters.headers(target)
         except RequestRejectedError as error:
             self._count(error, metrics, tenant)
             await reject(error, scope, receive, send)
             return
+        if requested != target.served and self.settings.response_model == "requested":
+            send = RequestedName(send, requested, target.served).send
         meter = UsageMeter(send, estimate, metrics, hide_usage=hide)
         inner = {**scope, "headers": body.headers_for(headers, payload), SCOPE_KEY: principal}
         replayed = body.replay(payload, receive)
