@@ -27,6 +27,7 @@ COMMANDS = {
     )
 }
 """Modules of the commands, in the order of the help: a function of its own name, or a group."""
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
 def _show_version(wanted: bool) -> None:
@@ -47,6 +48,7 @@ def _options(
 def _group(name: str, help: str | None, *, completion: bool = False) -> typer.Typer:
     return typer.Typer(
         name=name,
+        context_settings=HELP_OPTIONS,
         help=help,
         no_args_is_help=True,
         add_completion=completion,
@@ -73,10 +75,10 @@ def build_app() -> typer.Typer:
         if hasattr(loaded, "COMMANDS"):
             group = _group(name, loaded.HELP)
             for command, function in loaded.COMMANDS.items():
-                group.command(command)(expand_groups(function))
+                group.command(command, context_settings=HELP_OPTIONS)(expand_groups(function))
             app.add_typer(group)
             continue
-        settings = getattr(loaded, "CONTEXT_SETTINGS", None)
+        settings = {**HELP_OPTIONS, **getattr(loaded, "CONTEXT_SETTINGS", {})}
         app.command(name, context_settings=settings)(expand_groups(getattr(loaded, name)))
     return app
 

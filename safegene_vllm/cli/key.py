@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +20,10 @@ from safegene_vllm.cli.client_options import (
     timestamp,
 )
 from safegene_vllm.cli.console import notes, results
-from safegene_vllm.errors import ConfigError
+from safegene_vllm.errors import ApiError, ConfigError
 
 if TYPE_CHECKING:
+    from safegene_vllm.client import Client
     from safegene_vllm.client.schemas import NewKey
 
 HELP = "Manage API keys of a running server: scopes, tenants, expiry."
@@ -87,6 +89,7 @@ def add(
             expires_at=expires_at,
         )
         secret.write(made, as_json)
+        _warn_of_missing(client, tenant)
 
 
 def list_(server: Server, as_json: AsJson = False) -> None:
@@ -120,6 +123,23 @@ def revoke(name: Name, server: Server, as_json: AsJson = False) -> None:
         show_json(response)
     else:
         results().print(f"{cell(name)} is revoked")
+
+
+def _warn_of_missing(client: Client, tenants: list[str]) -> None:
+    """Note the tenants of a new key that the server does not have yet."""
+    named = [name for name in tenants if name not in ("*", "base")]
+    if not named:
+        return
+    try:
+        known = {found.name for found in client.tenants()}
+    except ApiError:
+        # The key exists; that it cannot be compared is no failure of it.
+        return
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            notes().print(f"warning: the server has no tenant {cell(name)} yet{hint}")
 
 
 class _SecretOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,14 @@ from safegene_vllm.cli.extract import parse_layers
 from safegene_vllm.errors import ConfigError
 
 
-def parse_coefficients(text: str, option: str = "--coefficients") -> dict[int, float]:
-    """Parse `0:0.5,3-5:1.0` into coefficients by layer. Errors: ConfigError."""
+def parse_coefficients(
+    text: str, option: str = "--coefficients", carried: Collection[int] | None = None
+) -> dict[int, float]:
+    """Parse `0:0.5,3-5:1.0` into coefficients by layer.
+
+    A range covers the layers of `carried`, those with a vector, in it (None: every layer).
+    Errors: ConfigError, also for a range without any of them.
+    """
     found: dict[int, float] = {}
     for part in text.split(","):
         layers, colon, value = part.partition(":")
@@ -26,11 +33,24 @@ def parse_coefficients(text: str, option: str = "--coefficients") -> dict[int, f
             raise ConfigError(
                 f"{option}: {part!r} is not LAYER:NUMBER; write for example 0:0.5,3-5:1.0"
             )
-        for layer in parse_layers(layers, option):
+        named = parse_layers(layers, option)
+        if has_range(layers) and carried is not None:
+            named = tuple(layer for layer in named if layer in carried)
+            if not named:
+                raise ConfigError(
+                    f"{option}: no layer in {layers} has a vector; expected some of "
+                    f"{', '.join(map(str, sorted(carried)))}"
+                )
+        for layer in named:
             if layer in found:
                 raise ConfigError(f"{option}: layer {layer} is given twice")
             found[layer] = number
     return found
+
+
+def has_range(text: str) -> bool:
+    """Return whether coefficients are given for a range of layers, such as `3-5:1.0`."""
+    return any("-" in part.partition(":")[0] for part in text.split(","))
 
 
 def profile(
@@ -55,8 +75,9 @@ def profile(
         str | None,
         typer.Option(
             metavar="L:X,...",
-            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers have "
-            "--coefficient, else the coefficient of the tenant's profile, else 0.",
+            help="Single layers, or the layers with a vector in a range, e.g. --coefficients "
+            "0:0.5,3-5:1.0. Other layers have --coefficient, else the coefficient of the tenant's "
+            "profile, else 0.",
         ),
     ] = None,
 ) -> None:
@@ -90,7 +111,7 @@ def profile(
         values = dict(enumerate(old.coefficients))
     else:
         values = {}
-    changed = parse_coefficients(coefficients) if coefficients else {}
+    changed = parse_coefficients(coefficients, carried=selected) if coefficients else {}
     made = make_profile(header, {**values, **changed}, {"method": "by hand"})
     save_profile(made, out)
     console = results()

@@ -74,6 +74,7 @@ def add(
     if source is None and not content:
         raise ConfigError("give --source, or --profile or coefficients for a tenant without one")
     with server.connect() as client:
+        content |= change.change(lambda: _carried(client, None))
         started = client.add_tenant(name, source=source, limits=limits, publish=publish, **content)
         _print_started(client, started, waiting, as_json)
 
@@ -124,6 +125,7 @@ def update(
     """
     content = calibration.added_to(change.change())
     with server.connect() as client:
+        content |= change.change(lambda: _carried(client, name))
         started = client.add_revision(
             name, source=source, publish=publish, expected_revision=expect, **content
         )
@@ -162,6 +164,7 @@ def set_(
         if limit:
             _print_tenant(client.set_limits(name, limits), as_json)
         else:
+            content |= change.change(lambda: _carried(client, name))
             changed = client.change_profile(name, expected_revision=expect, **content)
             _print_change(client, changed, waiting, as_json)
 
@@ -272,6 +275,19 @@ def calibrate(
         started = client.calibrate(name, **examples, publish=publish, expected_revision=expect)
         job = waiting.job(client, started.job)
     print_job({"tenant": started.tenant, "job": job}, job, as_json)
+
+
+def _carried(client: Client, name: str | None) -> list[int]:
+    """Return the layers with a vector: of a tenant's family, or of the server's only one."""
+    if name is not None:
+        return client.family(client.tenant(name).family).layers
+    families = client.families()
+    if len(families) != 1:
+        raise ConfigError(
+            f"this server has {len(families)} families, so a range of layers is ambiguous; give "
+            "each layer, or --coefficient"
+        )
+    return families[0].layers
 
 
 def _print_tenant(tenant: Tenant, as_json: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.profile import parse_coefficients
+from safegene_vllm.cli.profile import has_range, parse_coefficients
 from safegene_vllm.errors import ConfigError
 
 LIMITS = ("concurrent", "requests_per_minute", "tokens_per_minute")
@@ -57,17 +57,20 @@ class CoefficientOptions:
         str | None,
         typer.Option(
             metavar="L:X,...",
-            help="Single layers or ranges, e.g. --coefficients 0:0.5,3-5:1.0. Other layers keep "
-            "theirs; a new tenant's have 0.",
+            help="Single layers, or the layers with a vector in a range, e.g. --coefficients "
+            "0:0.5,3-5:1.0. Other layers keep theirs; a new tenant's have 0.",
         ),
     ] = None
 
-    def change(self) -> dict[str, Any]:
+    def change(self, carried: Callable[[], Collection[int]] | None = None) -> dict[str, Any]:
         """Return the client's keyword argument for the option given; at most one.
 
+        `carried` returns the layers with a vector, which a range of layers is narrowed to.
         Errors: ConfigError, and FormatError for the profile.
         """
         text = self.coefficients
+        if carried is not None and text is not None and has_range(text):
+            return {"layers": parse_coefficients(text, carried=carried())}
         given = {
             "coefficients": ("--coefficient", self.coefficient),
             "layers": ("--coefficients", None if text is None else parse_coefficients(text)),

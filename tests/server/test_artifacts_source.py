@@ -128,6 +128,21 @@ def test_a_protocol_without_a_driver_is_a_setting_that_does_not_work() -> None:
         read("nosuch://bucket", rules=SourceRules(protocols=("nosuch",)))
 
 
+@pytest.mark.parametrize(
+    ("protocol", "package"), [("s3", "'safegene-vllm[s3]'"), ("gs", "gcsfs"), ("az", "adlfs")]
+)
+def test_a_missing_driver_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, package: str
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ConfigError) as caught:
+        read(f"{protocol}://bucket/acme")
+    assert f"pip install {package}" in str(caught.value)
+
+
 def test_only_what_is_below_a_root_is_read(directory: Path, tmp_path: Path) -> None:
     rules = SourceRules(roots=(tmp_path / "other", directory.parent))
     assert read(directory, rules=rules) == b"content"

@@ -51,6 +51,11 @@ class World:
     applied: list[int] = field(default_factory=lambda: [1, 2])
     page: int = 2
     url: str = ""
+    family: dict[str, Any] = field(default_factory=dict)
+    more_families: list[str] = field(default_factory=list)
+
+    def families(self) -> list[dict[str, Any]]:
+        return [family(digest=d, **self.family) for d in (FAMILY, *self.more_families)]
 
     def tenant(self, name: str, **more: Any) -> dict[str, Any]:
         made = {
@@ -142,9 +147,9 @@ class World:
             case method, "tenants", *parts:
                 return self.of_tenant(method, parts, asked)
             case "GET", "families":
-                return {"data": [family()], "cursor": None}
+                return {"data": self.families(), "cursor": None}
             case "GET", "families", _:
-                return family()
+                return self.families()[0]
             case "PUT", "families", _, "floor":
                 return {"family": family(floor=asked.body["floor"]), "rollout": self.rollout()}
             case "POST", "families", _, "freeze" | "unfreeze" as word:
@@ -220,7 +225,13 @@ class World:
 
 
 def family(**more: Any) -> dict[str, Any]:
-    made = {"digest": FAMILY, "name": "pico", "source": None, "num_layers": 2, "layers": [0, 1]}
+    made = {
+        "digest": FAMILY,
+        "name": "tiny-family",
+        "source": None,
+        "num_layers": 2,
+        "layers": [0, 1],
+    }
     policy = {"floor": {"1": 0.5}, "frozen": False}
     return made | {"bounds": [0.0, 3.0], "created_at": AT} | policy | more
 

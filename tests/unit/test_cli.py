@@ -491,6 +491,12 @@ def test_parse_layers_and_coefficients() -> None:
             parse_coefficients(text)
 
 
+def test_a_range_of_coefficients_is_of_the_layers_with_a_vector() -> None:
+    assert parse_coefficients("1-6:0.8,9:1", carried=[2, 4, 7]) == {2: 0.8, 4: 0.8, 9: 1.0}
+    with pytest.raises(ConfigError, match="no layer in 5-6 has a vector; expected some of 2, 4, 7"):
+        parse_coefficients("5-6:0.8", carried=[7, 4, 2])
+
+
 def test_bars_are_proportional() -> None:
     assert len(bar(1.0, 1.0, width=8)) == 8 == len(bar(-2.0, 1.0, width=8))
     assert bar(0.0, 1.0) == bar(0.0, 0.0) == ""

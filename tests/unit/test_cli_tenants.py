@@ -321,8 +321,44 @@ def test_family_floor_and_freeze(run: Run, world: World) -> None:
     assert last(world, "PUT").body == {"floor": {"0": 0.25, "1": 0.25}}
     assert run("family", "floor", FAMILY, "none", "--no-wait", "--json").code == 0
     assert last(world, "PUT").body == {"floor": {}}
-    assert "yes" in run("family", "freeze", FAMILY).out
+    for name in ("tiny-family", FAMILY[7:15], FAMILY[:12]):
+        assert "yes" in run("family", "freeze", name).out
     assert json.loads(run("family", "unfreeze", FAMILY, "--json").out)["frozen"] is False
+
+
+def test_a_range_of_layers_is_those_with_a_vector(run: Run, world: World) -> None:
+    world.family = {"num_layers": 9, "layers": [2, 4, 7]}
+    outcome = run("family", "floor", FAMILY, "1-6:0.25,8:0")
+    assert last(world, "PUT").body == {"floor": {"2": 0.25, "4": 0.25, "8": 0.0}}
+    assert "layers with a vector: 2 at least 0.25, 4 at least 0.25" in outcome.err
+    for command, method in (("set", "PATCH"), ("update", "POST")):
+        assert run("tenant", command, NAME, "--coefficients", "4-8:0.8", "--no-wait").code == 0
+        assert last(world, method).body["layers"] == {"4": 0.8, "7": 0.8}
+    assert run("tenant", "add", "b", "--coefficients", "0-3:1", "--no-wait").code == 0
+    assert last(world, "POST").body["layers"] == {"2": 1.0}
+    outcome = run("tenant", "set", NAME, "--coefficients", "5-6:0.8")
+    assert (
+        outcome.code == 1
+        and "no layer in 5-6 has a vector; expected some of 2, 4, 7" in outcome.err
+    )
+
+
+def test_a_family_that_is_not_there_or_not_the_only_one(run: Run, world: World) -> None:
+    outcome = run("family", "freeze", "qwen")
+    assert outcome.code == 1 and "no family is named 'qwen'" in outcome.err
+    assert f"tiny-family  {FAMILY}" in outcome.err and last(world, "GET").path == "/families"
+    world.more_families = [FAMILY[:-1] + "0"]
+    assert "2 families are named 'ff'" in run("family", "freeze", "ff").err
+    assert run("family", "freeze", FAMILY).code == 0
+    outcome = run("tenant", "add", "b", "--coefficients", "0-1:1")
+    assert outcome.code == 1 and "has 2 families, so a range of layers is ambiguous" in outcome.err
+
+
+def test_a_key_for_a_tenant_that_does_not_exist_is_noted(run: Run, world: World) -> None:
+    outcome = run("key", "add", "app", "--tenant", "acme/suport", "--tenant", NAME)
+    assert outcome.code == 0 and outcome.out == f"{SECRET}\n"
+    assert "no tenant acme/suport yet; did you mean 'acme/support'?" in outcome.err
+    assert outcome.err.count("warning") == 1
 
 
 def test_key_add_puts_the_secret_alone_on_stdout(run: Run, world: World) -> None:
@@ -533,6 +569,7 @@ def test_clean_and_cell() -> None:
 
 
 def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Path) -> None:
+    world.family = {"num_layers": 16, "layers": list(range(16))}
     pages = [(GUIDES / f"{name}.md").read_text() for name in ("tenants", "keys", "probes")]
     fences = re.findall(r"^```\w*\n(.*?)^```", "\n".join(pages), re.DOTALL | re.MULTILINE)
     lines = "\n".join(fences).replace("\\\n", " ").splitlines()

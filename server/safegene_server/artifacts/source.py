@@ -37,6 +37,14 @@ CHUNK_BYTES = 1 << 23
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https")
 """Protocols that are read unless a deployment says otherwise; `http` must be asked for."""
 
+_DRIVERS = {
+    **dict.fromkeys(("s3", "s3a"), "'safegene-vllm[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+    "https": "aiohttp",
+}
+"""What pip installs for a protocol."""
 _URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _AT_IS_NO_USER = ("abfs", "abfss", "az")
 _STAMPS = (
@@ -327,6 +335,11 @@ def _open_remote(protocol: str, rest: str, rules: SourceRules) -> RemoteSource:
         fresh = {"skip_instance_cache": True, "use_listings_cache": False}
         system = fsspec.filesystem(protocol, **{**fresh, **options})
         path = str(system._strip_protocol(f"{protocol}://{rest}")).rstrip("/")
+    except ImportError as error:
+        raise ConfigError(
+            f"source {shown}: the driver for {protocol} is not installed ({error}); install it on "
+            f"every server with: pip install {_DRIVERS.get(protocol, 'the one that fsspec names')}"
+        ) from error
     except Exception as error:
         raise ConfigError(
             f"storage options of {protocol!r} (keys: {', '.join(options) or 'none'}) or its driver "
