@@ -569,7 +569,7 @@ def test_clean_and_cell() -> None:
 
 
 def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Path) -> None:
-    world.family = {"num_layers": 16, "layers": list(range(16))}
+    world.family = {"name": "qwen2.5-7b", "num_layers": 16, "layers": list(range(16))}
     pages = [(GUIDES / f"{name}.md").read_text() for name in ("tenants", "keys", "probes")]
     fences = re.findall(r"^```\w*\n(.*?)^```", "\n".join(pages), re.DOTALL | re.MULTILINE)
     lines = "\n".join(fences).replace("\\\n", " ").splitlines()
