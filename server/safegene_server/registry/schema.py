@@ -60,7 +60,7 @@ def _upgrade(database: Database) -> None:
                     f"{_shown(database)} holds tables of something else ({sorted(ours)}); give the "
                     "registry a database of its own"
                 )
-            _run(connection)
+            _run_migrations(connection)
 
 
 def _refuse_newer(database: Database, found: str | None) -> None:
@@ -84,19 +84,14 @@ def _found(connection: Connection) -> str | None:
     return found
 
 
-def _run(connection: Connection) -> None:
+def _run_migrations(connection: Connection) -> None:
+    from alembic import command
     from alembic.config import Config
-    from alembic.runtime.environment import EnvironmentContext
-    from alembic.script import ScriptDirectory
 
-    script = ScriptDirectory(str(MIGRATIONS))
-
-    def steps(found: Any, _context: Any) -> Any:
-        return script._upgrade_revs("head", found)
-
-    with EnvironmentContext(Config(), script, fn=steps) as environment:
-        environment.configure(connection=connection, version_table=SCHEMA_TABLE)
-        environment.run_migrations()
+    config = Config(attributes={"connection": connection})
+    # A ConfigParser interpolates "%".
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    command.upgrade(config, "head")
 
 
 def _shown(database: Database) -> str:
