@@ -277,7 +277,7 @@ class Replica:
         )
 
     def poll(self) -> None:
-        self.history.look()
+        self.history.poll()
 
     def claim(self) -> None:
         self.registry.jobs.claim(

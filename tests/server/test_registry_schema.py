@@ -1,4 +1,4 @@
-"""The schema: made from nothing, as the tables say, and never worked on when it is newer."""
+"""Schema: created, upgraded, and rejected if newer or foreign."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_empty_database_gets_every_table(empty_url: str) -> None:
     again.close()
 
 
-def test_the_migrations_make_what_the_tables_say(url: str) -> None:
+def test_the_migrations_create_the_tables_of_tables_py(url: str) -> None:
     database = Database(url)
     with database.engine.connect() as connection:
         context = MigrationContext.configure(
@@ -146,7 +146,7 @@ def test_several_servers_that_start_at_once_migrate_once(empty_url: str) -> None
         registry.close()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+def test_a_newer_schema_is_rejected_and_unchanged(url: str) -> None:
     execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '0999'")
     for migrate in (True, False):
         with pytest.raises(SchemaError, match=r"schema 0999.*newer.*up to 0001.*newer release"):
@@ -155,7 +155,7 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     Registry(url, migrate=False).close()
 
 
-def test_without_leave_nothing_is_migrated(empty_url: str) -> None:
+def test_without_migrate_nothing_is_migrated(empty_url: str) -> None:
     with pytest.raises(SchemaError, match="has schema none, this release needs 0001"):
         Registry(empty_url, migrate=False)
     database = Database(empty_url)
@@ -163,16 +163,16 @@ def test_without_leave_nothing_is_migrated(empty_url: str) -> None:
     database.close()
 
 
-def test_tables_of_something_else_are_not_taken_for_ours(empty_url: str) -> None:
+def test_tables_of_another_application_are_rejected(empty_url: str) -> None:
     execute(empty_url, "CREATE TABLE tenants (id INTEGER)")
-    with pytest.raises(SchemaError, match=r"something else \(\['tenants'\]\)"):
+    with pytest.raises(SchemaError, match=r"another application \(\['tenants'\]\)"):
         Registry(empty_url)
     database = Database(empty_url)
     assert inspect(database.engine).get_table_names() == ["tenants"]
     database.close()
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 100)
     with pytest.raises(RegistryDownError, match=r"notes\.txt cannot be used.*not a database"):
