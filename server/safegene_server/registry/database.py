@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, select, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -59,12 +70,14 @@ class Write:
 
     def audit(self, action: str, target: str, **details: Any) -> None:
         """Add the audit entry without which this write is rolled back."""
-        self.connection.execute(
-            insert(tables.audit).values(
-                at=self.now, actor=self.actor, action=action, target=target, details=details
-            )
-        )
+        who = {"at": self.now, "actor": self.actor}
+        self.insert(tables.audit, **who, action=action, target=target, details=details)
         self.audited = True
+
+    def insert(self, table: Table, **values: Any) -> Any:
+        """Insert a row; return the first column of its primary key."""
+        key = self.connection.execute(insert(table).values(**values)).inserted_primary_key
+        return None if key is None else key[0]
 
     def skip_audit(self) -> None:
         """Allow this write without an audit entry: it changes nothing but timestamps."""

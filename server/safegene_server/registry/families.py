@@ -5,7 +5,7 @@ Floors and freezes of families are in policies.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, select
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
@@ -43,14 +43,13 @@ class Families:
                     )
                 write.skip_audit()
                 return known
-            write.connection.execute(
-                insert(_T).values(
-                    digest=header.digest,
-                    name=header.name,
-                    header=raw,
-                    source=source,
-                    created_at=write.now,
-                )
+            write.insert(
+                _T,
+                digest=header.digest,
+                name=header.name,
+                header=raw,
+                source=source,
+                created_at=write.now,
             )
             version = write.bump()
             write.audit(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Select, and_, insert, or_, select, update
+from sqlalchemy import Connection, Row, Select, and_, or_, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
@@ -55,23 +55,20 @@ class Jobs:
                     raise NotFoundError(
                         f"{found.served_name} is not a revision of tenant {tenant!r}"
                     )
-            added = write.connection.execute(
-                insert(_T)
-                .values(
-                    kind=kind,
-                    tenant_id=owner.id,
-                    revision_id=revision,
-                    params=given,
-                    state="queued",
-                    progress=0.0,
-                    message="",
-                    attempts=0,
-                    cancel_requested=False,
-                    created_at=write.now,
-                    updated_at=write.now,
-                )
-                .returning(_T.c.id)
-            ).scalar_one()
+            added = write.insert(
+                _T,
+                kind=kind,
+                tenant_id=owner.id,
+                revision_id=revision,
+                params=given,
+                state="queued",
+                progress=0.0,
+                message="",
+                attempts=0,
+                cancel_requested=False,
+                created_at=write.now,
+                updated_at=write.now,
+            )
             write.audit("job.enqueue", _target(added), kind=kind, tenant=tenant, revision=revision)
             return find_job(write.connection, added)
 

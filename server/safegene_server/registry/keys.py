@@ -10,9 +10,8 @@ import re
 import secrets
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
@@ -57,17 +56,16 @@ class Keys:
             if _find(write.connection, name) is not None:
                 raise ConflictError(f"key {name!r} exists; rotate it, or choose another name")
             _check_unused(write.connection, secret)
-            write.connection.execute(
-                insert(_T).values(
-                    name=name,
-                    hash=hash_of(secret),
-                    prefix=secret[:_PREFIX_CHARACTERS],
-                    scopes=allowed,
-                    tenants=reach,
-                    default_tenant=default_tenant,
-                    expires_at=expires_at,
-                    created_at=write.now,
-                )
+            write.insert(
+                _T,
+                name=name,
+                hash=hash_of(secret),
+                prefix=secret[:_PREFIX_CHARACTERS],
+                scopes=allowed,
+                tenants=reach,
+                default_tenant=default_tenant,
+                expires_at=expires_at,
+                created_at=write.now,
             )
             write.audit(
                 "key.add",
@@ -115,7 +113,9 @@ class Keys:
     def list(self) -> tuple[Key, ...]:
         """Return all keys by name, including revoked ones."""
         with self._database.read() as connection:
-            return tuple(_key(row) for row in connection.execute(select(_T).order_by(_T.c.name)))
+            return tuple(
+                from_row(Key, row) for row in connection.execute(select(_T).order_by(_T.c.name))
+            )
 
 
 def hash_of(secret: str) -> str:
@@ -126,7 +126,7 @@ def hash_of(secret: str) -> str:
 def usable_keys(connection: Connection) -> tuple[Key, ...]:
     """Read the keys that are not revoked; expiry is checked with each request."""
     query = select(_T).where(_T.c.revoked_at.is_(None)).order_by(_T.c.name)
-    return tuple(_key(row) for row in connection.execute(query))
+    return tuple(from_row(Key, row) for row in connection.execute(query))
 
 
 def find_key(connection: Connection, name: str) -> Key:
@@ -164,8 +164,4 @@ def _find_usable(connection: Connection, name: str) -> Key:
 
 def _find(connection: Connection, name: str) -> Key | None:
     row = connection.execute(select(_T).where(_T.c.name == name)).one_or_none()
-    return None if row is None else _key(row)
-
-
-def _key(row: Row[tuple[Any, ...]]) -> Key:
-    return from_row(Key, row)
+    return None if row is None else from_row(Key, row)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert
+from sqlalchemy import Connection, delete
 
 from safegene_server.registry import tables
 from safegene_server.registry.database import Database, Write
@@ -172,8 +172,6 @@ def _floor_json(floor: Mapping[int, float]) -> dict[str, Any]:
 def _put(write: Write, policy: Policy) -> None:
     rows = tables.policies
     write.connection.execute(delete(rows).where(rows.c.family_digest == policy.family))
-    write.connection.execute(
-        insert(rows).values(
-            family_digest=policy.family, floor=_floor_json(policy.floor), frozen=policy.frozen
-        )
+    write.insert(
+        rows, family_digest=policy.family, floor=_floor_json(policy.floor), frozen=policy.frozen
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
@@ -46,16 +46,15 @@ class Replicas:
             silent = _T.c.seen_at < write.now - timedelta(seconds=RETENTION_S)
             deleted = write.connection.execute(delete(_T).where(silent).returning(_T.c.id))
             forgotten = sorted(deleted.scalars())
-            write.connection.execute(
-                insert(_T).values(
-                    id=replica,
-                    host=host,
-                    pid=pid,
-                    started_at=write.now,
-                    seen_at=write.now,
-                    applied_version=0,
-                    faults=[],
-                )
+            write.insert(
+                _T,
+                id=replica,
+                host=host,
+                pid=pid,
+                started_at=write.now,
+                seen_at=write.now,
+                applied_version=0,
+                faults=[],
             )
             write.audit("replica.join", replica, host=host, pid=pid, forgotten=forgotten)
             return _find(write.connection, replica)
@@ -156,10 +155,13 @@ def _put_receipts(
         delete(rows).where(rows.c.replica_id == replica, rows.c.revision_id.in_([*receipts, *gone]))
     )
     for revision, (receipt, ok) in accepted.items():
-        write.connection.execute(
-            insert(rows).values(
-                replica_id=replica, revision_id=revision, receipt=receipt, ok=bool(ok), at=write.now
-            )
+        write.insert(
+            rows,
+            replica_id=replica,
+            revision_id=revision,
+            receipt=receipt,
+            ok=bool(ok),
+            at=write.now,
         )
     write.audit(
         "replica.receipts",
@@ -182,7 +184,7 @@ def find_alive(connection: Connection, now: datetime, alive_s: float) -> tuple[R
     """Read the replicas seen within `alive_s` before `now`, oldest first."""
     seen = _T.c.seen_at >= now - timedelta(seconds=alive_s)
     query = select(_T).where(seen).order_by(_T.c.started_at, _T.c.id)
-    return tuple(_replica(row) for row in connection.execute(query))
+    return tuple(from_row(Replica, row) for row in connection.execute(query))
 
 
 def _find(connection: Connection, replica: str, seen: Position | None = None) -> Replica:
@@ -195,8 +197,4 @@ def _find(connection: Connection, replica: str, seen: Position | None = None) ->
             f"replica {replica} has seen changes that the registry has lost; nothing was changed: "
             "reconcile with the registry as it is now, then join again"
         )
-    return _replica(row)
-
-
-def _replica(row: Row[tuple[Any, ...]]) -> Replica:
     return from_row(Replica, row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, func, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
@@ -128,24 +128,21 @@ def new_revision(
     last = select(func.coalesce(func.max(_T.c.number), 0)).where(_T.c.tenant_id == tenant.id)
     number = write.connection.execute(last).scalar_one() + 1
     raw = profile_json(profile)
-    added = write.connection.execute(
-        insert(_T)
-        .values(
-            tenant_id=tenant.id,
-            number=number,
-            kind="profile" if adapter_digest is None else "adapter",
-            adapter_digest=adapter_digest,
-            profile_digest=raw["digest"],
-            profile=raw,
-            source=source,
-            state=state,
-            reasons=[],
-            gate=dict(gate or {}),
-            created_at=write.now,
-            created_by=write.actor,
-        )
-        .returning(_T.c.id)
-    ).scalar_one()
+    added = write.insert(
+        _T,
+        tenant_id=tenant.id,
+        number=number,
+        kind="profile" if adapter_digest is None else "adapter",
+        adapter_digest=adapter_digest,
+        profile_digest=raw["digest"],
+        profile=raw,
+        source=source,
+        state=state,
+        reasons=[],
+        gate=dict(gate or {}),
+        created_at=write.now,
+        created_by=write.actor,
+    )
     write.audit(
         "revision.add",
         validation.served_name(tenant.name, number),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
@@ -121,7 +121,7 @@ class Rollouts:
         rows = tables.rollouts
         query = select(rows).order_by(rows.c.id.desc()).limit(limit)
         with self._database.read() as connection:
-            return tuple(rollout_of(row) for row in connection.execute(query))
+            return tuple(from_row(Rollout, row) for row in connection.execute(query))
 
     def status(self, rollout: int, *, alive_s: float = ALIVE_S) -> RolloutStatus:
         """Count the live replicas that follow a rollout, and say why the others do not.
@@ -151,25 +151,20 @@ def switch(
 ) -> Rollout:
     """Publish each tenant's revision (None: retire it) as one rollout under one version."""
     version = write.bump()
-    rollout = write.connection.execute(
-        insert(tables.rollouts)
-        .values(
-            kind=kind,
-            tenants=[tenant.name for tenant, _ in changes],
-            revisions=[revision.id for _, revision in changes if revision is not None],
-            version=version,
-            created_at=write.now,
-            created_by=write.actor,
-        )
-        .returning(tables.rollouts.c.id)
-    ).scalar_one()
+    rollout = write.insert(
+        tables.rollouts,
+        kind=kind,
+        tenants=[tenant.name for tenant, _ in changes],
+        revisions=[revision.id for _, revision in changes if revision is not None],
+        version=version,
+        created_at=write.now,
+        created_by=write.actor,
+    )
     for tenant, revision in changes:
         _set_alias(write, tenant, revision)
         if revision is not None and kind != "rollback":
-            write.connection.execute(
-                insert(_P).values(
-                    tenant_id=tenant.id, revision_id=revision.id, rollout_id=rollout, undone=False
-                )
+            write.insert(
+                _P, tenant_id=tenant.id, revision_id=revision.id, rollout_id=rollout, undone=False
             )
         write.audit(
             f"tenant.{kind}",
@@ -194,10 +189,6 @@ def find_rollout(connection: Connection, rollout: int) -> Rollout:
     row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(f"no rollout {rollout!r:.40} in the registry")
-    return rollout_of(row)
-
-
-def rollout_of(row: Row[tuple[Any, ...]]) -> Rollout:
     return from_row(Rollout, row)
 
 
@@ -212,9 +203,7 @@ def _set_alias(write: Write, tenant: Tenant, revision: Revision | None) -> None:
     )
     write.connection.execute(delete(alias).where(alias.c.tenant_id == tenant.id))
     if revision is not None:
-        write.connection.execute(
-            insert(alias).values(tenant_id=tenant.id, revision_id=revision.id, since=write.now)
-        )
+        write.insert(alias, tenant_id=tenant.id, revision_id=revision.id, since=write.now)
         write.connection.execute(
             update(states).where(states.c.id == revision.id).values(state="published")
         )

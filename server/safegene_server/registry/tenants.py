@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, insert, select, update
+from sqlalchemy import Connection, Row, Select, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
@@ -51,15 +51,14 @@ class Tenants:
                 hint = "; names of retired tenants cannot be reused" * (known.state == "retired")
                 raise ConflictError(f"tenant {name!r} exists and is {known.state}{hint}")
             _check_family_not_frozen(write.connection, family, name)
-            write.connection.execute(
-                insert(_T).values(
-                    name=name,
-                    family_digest=family,
-                    source=source,
-                    state="active",
-                    limits=allowed,
-                    created_at=write.now,
-                )
+            write.insert(
+                _T,
+                name=name,
+                family_digest=family,
+                source=source,
+                state="active",
+                limits=allowed,
+                created_at=write.now,
             )
             version = write.bump()
             write.audit(
