@@ -277,7 +277,7 @@ class Replica:
         )
 
     def poll(self) -> None:
-        self.history.look()
+        self.history.poll()
 
     def claim(self) -> None:
         self.registry.jobs.claim(
@@ -400,7 +400,7 @@ def _run_together(
         found.change_cpu_s[count] = statistics.median(cpu_s)
         found.statements_per_change[count] = sum(c.statements for c in counts) / 3
         found.audit_per_change[count] = (_rows(registry, tables.audit) - audit) / 3
-        list(pool.map(lambda r: r.registry.leave(r.id, actor=ACTOR), fleet))
+        list(pool.map(lambda r: r.registry.replicas.leave(r.id, actor=ACTOR), fleet))
 
 
 def _cpu_s(server: Postgres | None) -> float:

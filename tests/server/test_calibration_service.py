@@ -269,7 +269,7 @@ def test_somebody_else_was_first(world: CalibrationWorld) -> None:
 
     world.replica.on_score = publish
     job = world.work()
-    assert job.state == "failed" and "somebody else was first" in job.message
+    assert job.state == "failed" and "it was changed meanwhile" in job.message
     assert world.registry.tenants.get(NAME).published == 2 and waiting.state == "queued"
 
 

@@ -130,15 +130,15 @@ def test_counts_of_the_registry(registry: Registry) -> None:  # noqa: F811
         registry.jobs.enqueue("onboard", "globex", actor="t")
     registry.jobs.enqueue("calibrate", "globex", actor="t")
     registry.jobs.claim("me", actor="t", kinds=["calibrate"])
-    level, late = (registry.replicas.join("host", pid, actor="t") for pid in (1, 2))
-    registry.replicas.heartbeat(level.id, applied_version=registry.version(), actor="t")
+    live, late = (registry.replicas.join("host", pid, actor="t") for pid in (1, 2))
+    registry.replicas.heartbeat(live.id, applied_version=registry.version(), actor="t")
     registry.replicas.heartbeat(late.id, applied_version=1, actor="t")
     found = registry.stats()
     assert found.version == registry.version()
     assert found.revisions == {"published": 2, "superseded": 1, "registered": 1}
     assert found.jobs == {("onboard", "queued"): 2, ("calibrate", "running"): 1}
-    assert (found.level, found.late) == (1, 1)
-    assert registry.stats(alive_s=-60.0).level == 0
+    assert (found.live, found.late) == (1, 1)
+    assert registry.stats(alive_s=-60.0).live == 0
     assert set(found.since) == {"acme/support", "globex"}
 
     # A tenant that is not served here has no timestamp here.

@@ -1,4 +1,4 @@
-"""The audit: every public write leaves its row, no row ever changes, and pages miss none."""
+"""Audit log: every public write adds its entry, entries never change, pages miss none."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ NOT_FOLLOWED = {"revisions.add", "revisions.set_state"}
 NOT_FOLLOWED |= {name for name in CASES if name.startswith(("replicas.", "jobs."))}
 
 
-def test_every_public_method_is_known_as_a_read_or_a_write(registry: Registry) -> None:
+def test_every_public_method_is_classified_as_a_read_or_a_write(registry: Registry) -> None:
     parts = {n: type(part) for n, part in vars(registry).items() if n != "database"}
     assert parts == PARTS
     assert set(CASES) == WRITES
@@ -235,7 +235,7 @@ def test_every_public_method_is_known_as_a_read_or_a_write(registry: Registry) -
 
 
 @pytest.mark.parametrize("name", sorted(WRITES))
-def test_every_write_leaves_its_row_and_moves_the_version_if_followed(
+def test_every_write_adds_its_audit_entry_and_raises_the_version_if_followed(
     registry: Registry, name: str
 ) -> None:
     prepare, act, action, target = CASES[name]
@@ -248,7 +248,7 @@ def test_every_write_leaves_its_row_and_moves_the_version_if_followed(
     assert [entry.action for entry in entries] == [action]
     assert not target or entries[0].target == target
     assert entries[0].actor == "auditor" and entries[0].at.utcoffset() == timedelta(0)
-    # Exactly what replicas can see in a snapshot is what they are told of.
+    # Exactly what replicas can see in a snapshot is what raises the version.
     followed = name not in NOT_FOLLOWED
     assert after.version == before.version + followed
     assert (after == before) is not followed
@@ -257,19 +257,19 @@ def test_every_write_leaves_its_row_and_moves_the_version_if_followed(
 
 
 @pytest.mark.parametrize("name", sorted(READS))
-def test_reads_have_no_way_to_write(name: str) -> None:
+def test_reads_use_read_transactions(name: str) -> None:
     source = inspect.getsource(METHODS[name])
     assert "self._database.read()" in source and "_database.write(" not in source
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY_READS))
-def test_reads_of_the_whole_registry_have_no_way_to_write(name: str) -> None:
+def test_reads_of_the_whole_registry_use_read_transactions(name: str) -> None:
     method = read_stats if name == "stats" else getattr(Registry, name)
     source = inspect.getsource(method)
     assert "database.read()" in source and "database.write(" not in source
 
 
-def test_a_refused_write_leaves_no_row(registry: Registry) -> None:
+def test_a_rejected_write_adds_no_audit_entry(registry: Registry) -> None:
     before = registry.audit.page()
     for call in (
         lambda: registry.rollouts.publish(TENANT, 1, actor="auditor"),
@@ -281,15 +281,15 @@ def test_a_refused_write_leaves_no_row(registry: Registry) -> None:
     assert registry.audit.page() == before
 
 
-def test_rows_are_neither_changed_nor_deleted(registry: Registry) -> None:
+def test_audit_entries_cannot_be_changed_or_deleted(registry: Registry) -> None:
     before = registry.audit.page()
-    for statement in (update(tables.audit).values(actor="nobody"), delete(tables.audit)):
+    for statement in (update(tables.audit).values(actor="intruder"), delete(tables.audit)):
         with pytest.raises(DBAPIError, match="never"), registry.database.write("intruder") as write:
             write.connection.execute(statement)
     assert registry.audit.page() == before
 
 
-def test_pages_go_back_through_everything_once(registry: Registry) -> None:
+def test_pages_cover_every_entry_once(registry: Registry) -> None:
     for _ in range(3):
         two_published(registry)
     whole = registry.audit.page(limit=1000)
@@ -308,8 +308,8 @@ def test_pages_go_back_through_everything_once(registry: Registry) -> None:
 
 
 def test_filters(registry: Registry) -> None:
-    registry.tenants.add("acme/support2", FAMILY, actor="somebody")
-    registry.tenants.add("acme_support", FAMILY, actor="somebody")
+    registry.tenants.add("acme/support2", FAMILY, actor="other")
+    registry.tenants.add("acme_support", FAMILY, actor="other")
     two_published(registry)
     add_published(registry, "acme/support2")
     mine = registry.audit.page(target=TENANT).entries
@@ -325,7 +325,7 @@ def test_filters(registry: Registry) -> None:
     assert len(registry.audit.page(action="tenant.publish").entries) == 3
     kinds = {entry.action for entry in registry.audit.page(action="tenant.").entries}
     assert kinds == {"tenant.add", "tenant.publish"}
-    assert len(registry.audit.page(actor="somebody", action="tenant.add").entries) == 2
+    assert len(registry.audit.page(actor="other", action="tenant.add").entries) == 2
     middle = mine[3].at
     early, late = (
         registry.audit.page(until=middle).entries,

@@ -1,4 +1,4 @@
-"""Transactions: reads that cannot write, writes whole or not at all, databases that are down."""
+"""Transactions: read-only reads, atomic writes, and databases that are down."""
 
 from __future__ import annotations
 
@@ -34,22 +34,24 @@ def test_a_read_cannot_write(registry: Registry) -> None:
     assert not registry.policies.get(FAMILY).frozen
 
 
-@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
-def test_a_moment_that_has_no_place_in_utc_is_refused(registry: Registry, moment: str) -> None:
+@pytest.mark.parametrize("timestamp", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_timestamp_without_a_utc_equivalent_is_rejected(
+    registry: Registry, timestamp: str
+) -> None:
     with pytest.raises(RegistryError, match="no database can hold"):
-        registry.audit.page(since=datetime.fromisoformat(moment))
+        registry.audit.page(since=datetime.fromisoformat(timestamp))
 
 
-def test_a_write_without_an_audit_row_is_undone(registry: Registry) -> None:
+def test_a_write_without_an_audit_entry_is_rolled_back(registry: Registry) -> None:
     with (
-        pytest.raises(RuntimeError, match="without an audit row"),
+        pytest.raises(RuntimeError, match="without an audit entry"),
         registry.database.write("me") as write,
     ):
         write.connection.execute(insert(tables.policies).values(ROW))
     assert not registry.policies.get(FAMILY).frozen
 
 
-def test_an_exception_undoes_all_of_a_write(registry: Registry) -> None:
+def test_an_exception_rolls_back_the_whole_write(registry: Registry) -> None:
     before = (registry.version(), registry.audit.page())
     with pytest.raises(ZeroDivisionError), registry.database.write("me") as write:
         write.connection.execute(insert(tables.policies).values(ROW))
@@ -67,7 +69,7 @@ def test_every_write_has_an_actor(registry: Registry, actor: str) -> None:
     assert not registry.policies.get(FAMILY).frozen
 
 
-def test_a_reader_sees_one_moment_while_others_write(registry: Registry) -> None:
+def test_a_read_is_consistent_during_concurrent_writes(registry: Registry) -> None:
     count = text("SELECT count(*) FROM tenants")
     with registry.database.read() as connection:
         assert connection.execute(count).scalar_one() == 1
@@ -81,29 +83,29 @@ def test_a_reader_sees_one_moment_while_others_write(registry: Registry) -> None
     assert len(registry.tenants.list()) == 2
 
 
-def test_a_writer_that_waits_too_long_is_told(
+def test_a_writer_that_waits_too_long_fails(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "WAIT_S", 1.0)
+    monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 1.0)
     other = Registry(registry.database.url)
     with registry.database.write("slow") as write:
         with pytest.raises(RegistryDownError, match="busy"):
             other.policies.freeze(FAMILY, actor="hasty")
-        write.unaudited()
+        write.skip_audit()
     other.policies.freeze(FAMILY, actor="hasty")
     other.close()
 
 
-def test_a_writer_that_hangs_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_hangs_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     server = postgres()
     name = server.create("migrated")
     opened, other = Registry(server.url(name)), Registry(server.url(name))
     opened.families.add(HEADER, None, actor="test")
-    monkeypatch.setattr(database, "PAUSE_S", 1.0)
+    monkeypatch.setattr(database, "IDLE_TIMEOUT_S", 1.0)
     with pytest.raises(RegistryDownError, match="idle"), opened.database.write("hung") as write:
         write.bump()
         write.audit("family.freeze", FAMILY)
-        # Waits for its turn, which comes when the server hangs up.
+        # Waits for its turn, which comes when the server disconnects the other.
         other.policies.freeze(FAMILY, actor="other")
         write.connection.execute(text("SELECT 1"))
     assert [entry.actor for entry in other.audit.page().entries] == ["other", "test"]
@@ -114,44 +116,44 @@ def test_a_writer_that_hangs_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("value", ["nul\x00", "half \ud800", "x" * 10_000])
-def test_odd_names_are_not_found_and_break_nothing(registry: Registry, value: str) -> None:
-    for ask in (
+def test_unusual_names_are_not_found(registry: Registry, value: str) -> None:
+    for read in (
         registry.tenants.get,
         registry.families.get,
         registry.keys.get,
         registry.revisions.list,
     ):
         with pytest.raises(RegistryError):
-            ask(value)
+            read(value)
 
 
-def test_huge_numbers_are_not_found_and_break_nothing(registry: Registry) -> None:
-    for ask in (registry.jobs.get, registry.revisions.get_by_id, registry.rollouts.status):
+def test_huge_numbers_are_not_found(registry: Registry) -> None:
+    for read in (registry.jobs.get, registry.revisions.get_by_id, registry.rollouts.status):
         for value in (2**31, 2**63, 10**30, -1, 0):
             with pytest.raises(RegistryError):
-                ask(value)
+                read(value)
 
 
-def test_a_database_that_is_down_is_told_without_its_password() -> None:
-    address = "postgresql://somebody:s3cret@127.0.0.1:1/registry"
-    with pytest.raises(RegistryDownError, match=r"somebody:\*\*\*@127\.0\.0\.1") as caught:
+def test_the_error_of_an_unreachable_database_hides_the_password() -> None:
+    address = "postgresql://someone:s3cret@127.0.0.1:1/registry"
+    with pytest.raises(RegistryDownError, match=r"someone:\*\*\*@127\.0\.0\.1") as caught:
         Registry(address)
     assert "s3cret" not in str(caught.value)
 
 
-def test_the_pool_survives_a_server_that_hangs_up(tmp_path: Path) -> None:
+def test_the_pool_survives_terminated_connections(tmp_path: Path) -> None:
     server = postgres()
     name = server.create("migrated")
     opened = Registry(server.url(name))
     opened.families.add(HEADER, None, actor="test")
-    gone = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
-    assert server.execute(gone)
+    terminate = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    assert server.execute(terminate)
     assert opened.version() == 1
     opened.close()
     server.drop(name)
 
 
-def test_a_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+def test_only_the_owner_may_read_a_sqlite_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "registry.db"
     old = os.umask(0)
     try:
@@ -161,7 +163,7 @@ def test_a_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_path_that_is_a_directory_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_a_directory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RegistryDownError, match="check path and permissions"):
         Registry(tmp_path)
 
@@ -177,7 +179,7 @@ def test_a_path_that_is_a_directory_is_told(tmp_path: Path) -> None:
         ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
     ],
 )
-def test_urls_are_understood(given: str | Path, expected: str) -> None:
+def test_valid_urls(given: str | Path, expected: str) -> None:
     assert parse_url(given).render_as_string(hide_password=False) == expected
 
 
@@ -191,7 +193,7 @@ def test_urls_are_understood(given: str | Path, expected: str) -> None:
         ("://", "cannot be read"),
     ],
 )
-def test_other_urls_are_refused_without_their_password(given: str, why: str) -> None:
+def test_errors_of_invalid_urls_hide_the_password(given: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
         parse_url(given)
     assert "s3cret" not in str(caught.value)
@@ -209,13 +211,13 @@ def test_a_copied_file_is_the_same_registry(tmp_path: Path) -> None:
 
 
 def replace_file(path: Path, other: Path) -> None:
-    """Another database under the path, as `mv` puts it there; what belonged to the old one goes."""
+    """Move another database to the path, as `mv` does, and delete the files of the old one."""
     for leftover in (f"{path}-wal", f"{path}-shm"):
         Path(leftover).unlink(missing_ok=True)
     os.replace(other, path)
 
 
-def test_a_file_that_was_replaced_is_the_one_that_is_read_and_written(tmp_path: Path) -> None:
+def test_the_new_file_is_used_after_a_replacement(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
     opened.families.add(HEADER, None, actor="test")
@@ -235,7 +237,7 @@ def test_a_file_that_was_replaced_is_the_one_that_is_read_and_written(tmp_path: 
     opened.close()
 
 
-def test_a_file_that_was_taken_away_is_down_and_not_made_again(tmp_path: Path) -> None:
+def test_a_deleted_file_is_an_error_and_is_not_created_again(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
     opened.families.add(HEADER, None, actor="test")
@@ -249,7 +251,7 @@ def test_a_file_that_was_taken_away_is_down_and_not_made_again(tmp_path: Path) -
     opened.close()
 
 
-def test_a_write_into_a_file_that_is_replaced_meanwhile_is_no_success(tmp_path: Path) -> None:
+def test_a_write_into_a_file_that_is_replaced_meanwhile_fails(tmp_path: Path) -> None:
     path = tmp_path / "r.db"
     opened = Registry(path)
     opened.families.add(HEADER, None, actor="test")

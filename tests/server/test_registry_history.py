@@ -1,7 +1,4 @@
-"""A registry that was restored is noticed by whoever reads it next, however far it has come since.
-
-On SQLite restored in place, and on PostgreSQL dropped and made again from a copy.
-"""
+"""Restored registries: the next read detects the restore, whatever was written since."""
 
 from __future__ import annotations
 
@@ -38,54 +35,54 @@ def change(registry: Registry, times: int = 1) -> None:
         registry.tenants.set_limits(TENANT, {"concurrent": step + 1}, actor="op")
 
 
-def test_a_registry_that_goes_on_has_lost_nothing(registry: Registry) -> None:
+def test_a_registry_that_continues_has_lost_nothing(registry: Registry) -> None:
     history = History(registry)
     start = registry.version()
-    assert history.look() == history.look() == Seen(start, 0)
+    assert history.poll() == history.poll() == Seen(start, 0)
     change(registry, 3)
     registry.replicas.join("node", 1, actor="node")
-    assert history.look() == Seen(start + 3, 0)
+    assert history.poll() == Seen(start + 3, 0)
     snapshot, losses = history.snapshot()
     assert (snapshot.version, snapshot.lost, losses) == (start + 3, False, 0)
     assert history.position == snapshot.position == registry.position()[0]
 
 
 @pytest.mark.parametrize("since", [0, 2, 3, 9])
-@pytest.mark.parametrize("by", ["look", "snapshot"])
-def test_a_registry_that_was_restored_is_noticed_once(
+@pytest.mark.parametrize("by", ["poll", "snapshot"])
+def test_a_restored_registry_is_detected_once(
     registry: Registry, since: int, by: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also one that has come as far again, or further, before anybody looks."""
+    """Also if the version is as high as before, or higher, by the next read."""
     history = History(registry)
     restore = back_up(registry)
     start = registry.version()
     change(registry, 3)
-    assert history.look() == Seen(start + 3, 0)
+    assert history.poll() == Seen(start + 3, 0)
     restore()
     change(registry, since)
-    if by == "look":
-        assert history.look() == Seen(start + since, 1)
+    if by == "poll":
+        assert history.poll() == Seen(start + since, 1)
     else:
         snapshot, losses = history.snapshot()
         assert (snapshot.version, snapshot.lost, losses) == (start + since, True, 1)
     assert f"version {start + 3} then, {start + since} now" in caplog.text
     change(registry)
-    assert history.look() == Seen(start + since + 1, 1)
+    assert history.poll() == Seen(start + since + 1, 1)
     assert caplog.text.count("has lost changes") == 1
 
 
-def test_what_replicas_do_not_follow_is_missed_as_well(registry: Registry) -> None:
-    """A revision that was tried, a job, a receipt: their ids may come again."""
+def test_lost_changes_that_replicas_do_not_follow_are_detected_too(registry: Registry) -> None:
+    """Ids of unpublished revisions, jobs and receipts may be assigned again."""
     history = History(registry)
     restore = back_up(registry)
     registry.revisions.add(TENANT, profile(), actor="me")
     version = registry.version()
-    assert history.look() == Seen(version, 0)
+    assert history.poll() == Seen(version, 0)
     restore()
-    assert history.look() == Seen(version, 1)
+    assert history.poll() == Seen(version, 1)
 
 
-def test_another_registry_is_none_of_what_was_seen(registry: Registry) -> None:
+def test_another_registry_does_not_contain_a_position(registry: Registry) -> None:
     seen, _ = registry.position()
     assert registry.position(seen) == (seen, False)
     assert seen.entry is not None
@@ -104,48 +101,48 @@ def test_another_registry_is_none_of_what_was_seen(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("since", [0, 3])
-def test_a_watcher_tells_of_it_within_a_poll(registry: Registry, since: int) -> None:
+def test_a_watcher_reports_a_restore_within_a_poll(registry: Registry, since: int) -> None:
     history, stop = History(registry), threading.Event()
-    told: queue.Queue[Seen] = queue.Queue()
+    reported: queue.Queue[Seen] = queue.Queue()
 
     def run() -> None:
         for seen in watch(history, stop, poll_s=0.05):
-            told.put(seen)
+            reported.put(seen)
 
     restore = back_up(registry)
     change(registry, 3)
     thread = threading.Thread(target=run)
     thread.start()
     version = registry.version()
-    assert told.get(timeout=20) == Seen(version, 0)
+    assert reported.get(timeout=20) == Seen(version, 0)
     # Nothing is read until it is as far again.
     with history._lock:
         restore()
         change(registry, since)
-    assert told.get(timeout=20) == Seen(version - 3 + since, 1)
+    assert reported.get(timeout=20) == Seen(version - 3 + since, 1)
     change(registry)
-    assert told.get(timeout=20) == Seen(version - 2 + since, 1)
+    assert reported.get(timeout=20) == Seen(version - 2 + since, 1)
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_a_listener_outlives_whatever_happens(
+def test_a_watch_survives_unexpected_errors(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A thread that died in silence would follow nothing any more."""
     monkeypatch.setattr("safegene_server.replica.loops.RETRY_S", 0.01)
     stop, heard = threading.Event(), queue.Queue[Seen]()
-    look: Callable[[History], Seen] = History.look
+    poll: Callable[[History], Seen] = History.poll
     failed = threading.Event()
 
     def fail_once(history: History) -> Seen:
         if not failed.is_set():
             failed.set()
-            raise ValueError("a row that nobody can read")
-        return look(history)
+            raise ValueError("a malformed row")
+        return poll(history)
 
-    monkeypatch.setattr(History, "look", fail_once)
+    monkeypatch.setattr(History, "poll", fail_once)
     thread = threading.Thread(target=listen, args=(History(registry), stop, heard.put))
     thread.start()
     assert heard.get(timeout=20) == Seen(registry.version(), 0)
@@ -155,28 +152,28 @@ def test_a_listener_outlives_whatever_happens(
     assert not thread.is_alive()
 
 
-def test_a_registry_that_is_being_restored_does_not_answer(registry: Registry) -> None:
+def test_a_registry_that_is_being_restored_is_down(registry: Registry) -> None:
     with registry.database.write("admin") as write:
         write.connection.execute(text("DELETE FROM version"))
-        write.unaudited()
+        write.skip_audit()
     with pytest.raises(RegistryDownError, match="being restored"):
         registry.position()
     with registry.database.write("admin", exclusive=False) as write:
         write.connection.execute(text("DROP TABLE version"))
-        write.unaudited()
+        write.skip_audit()
     for read in (registry.position, registry.version, registry.snapshot):
-        with pytest.raises(RegistryDownError, match="does not answer"):
+        with pytest.raises(RegistryDownError, match="does not respond"):
             read()
 
 
-def test_a_replica_of_what_was_lost_cannot_report(registry: Registry) -> None:
+def test_a_heartbeat_from_a_lost_position_is_rejected(registry: Registry) -> None:
     restore = back_up(registry)
     replica = registry.replicas.join("node", 1, actor="node").id
     seen, _ = registry.position()
-    told = registry.replicas.heartbeat(
+    reported = registry.replicas.heartbeat(
         replica, applied_version=seen.version, seen=seen, actor="node"
     )
-    assert told.applied_version == seen.version
+    assert reported.applied_version == seen.version
     ahead, _ = registry.position()
     restore()
     with pytest.raises(NotFoundError, match="join again"):
@@ -193,7 +190,7 @@ def test_a_replica_of_what_was_lost_cannot_report(registry: Registry) -> None:
     registry.replicas.heartbeat(again, applied_version=now.version, seen=now, actor="node")
 
 
-def test_a_receipt_counts_for_the_content_that_it_is_of(registry: Registry) -> None:
+def test_a_receipt_of_other_content_is_left_out(registry: Registry) -> None:
     restore = back_up(registry)
     old = add_published(registry, TENANT, 1.0)
     lost = add_published(registry, TENANT, 1.5)
@@ -223,7 +220,7 @@ def test_a_receipt_counts_for_the_content_that_it_is_of(registry: Registry) -> N
     assert lag.reason == f"has no receipt for {new.served_name}"
 
 
-def test_a_version_that_the_registry_has_not_reached_is_no_progress(registry: Registry) -> None:
+def test_a_version_from_before_a_restore_does_not_count_as_applied(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
     rollout = registry.rollouts.list()[0]
     replica = registry.replicas.join("node", 1, actor="node").id
@@ -231,12 +228,12 @@ def test_a_version_that_the_registry_has_not_reached_is_no_progress(registry: Re
     good = {revision.id: ({}, True)}
     registry.replicas.heartbeat(replica, applied_version=ahead, receipts=good, actor="node")
     (lag,) = registry.rollouts.status(rollout.id).lagging
-    assert f"is at version {ahead} of what the registry was before it was restored" in lag.reason
-    assert (registry.stats().level, registry.stats().late) == (0, 1)
+    assert f"is at version {ahead} of the registry before it was restored" in lag.reason
+    assert (registry.stats().live, registry.stats().late) == (0, 1)
 
 
 @pytest.mark.parametrize("step", ["publish", "publish a new one", "ready", "rollback"])
-def test_what_was_checked_is_what_is_published(registry: Registry, step: str) -> None:
+def test_only_the_checked_content_is_published(registry: Registry, step: str) -> None:
     """A check that took minutes says nothing of other content that has the id and the name now."""
     first = add_published(registry, TENANT, 0.5)
     restore = back_up(registry)
@@ -273,7 +270,7 @@ def test_what_was_checked_is_what_is_published(registry: Registry, step: str) ->
     assert registry.revisions.get(TENANT, 1).identity == first.identity
 
 
-def test_a_family_is_part_of_what_a_revision_is(registry: Registry) -> None:
+def test_the_family_is_part_of_a_revisions_identity(registry: Registry) -> None:
     revision = add_ready(registry, TENANT, adapter_digest="sha256:" + "ad" * 32)
     found = revision.identity
     assert (found.id, found.name, found.family) == (revision.id, f"{TENANT}@1", FAMILY)
@@ -282,7 +279,7 @@ def test_a_family_is_part_of_what_a_revision_is(registry: Registry) -> None:
     assert replace(revision, profile=other).identity.profile != found.profile
 
 
-def test_listening_is_taken_up_again_after_a_restore() -> None:
+def test_listening_resumes_after_a_restore() -> None:
     server = postgres()
     opened = Registry(server.url(server.create("migrated")))
     history, stop, heard = History(opened), threading.Event(), queue.Queue[Seen]()

@@ -1,4 +1,4 @@
-"""Jobs: one owner at a time, also when owners die, and never begun for ever."""
+"""Jobs: one owner at a time, also when owners die, and a limited number of attempts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add(registry: Registry, count: int = 1) -> list[int]:
     return [registry.jobs.enqueue("calibrate", TENANT, actor="me").id for _ in range(count)]
 
 
-def test_a_job_from_its_beginning_to_its_end(registry: Registry) -> None:
+def test_the_life_cycle_of_a_job(registry: Registry) -> None:
     revision = add_ready(registry, TENANT)
     job = registry.jobs.enqueue(
         "gate", TENANT, actor="me", revision=revision.id, params={"rows": [1, 2.5]}
@@ -65,7 +65,7 @@ def test_a_job_from_its_beginning_to_its_end(registry: Registry) -> None:
     assert registry.jobs.list(state="queued") == registry.jobs.list(tenant="globex") == ()
 
 
-def test_what_is_private_is_forgotten_however_a_job_ends(registry: Registry) -> None:
+def test_private_parameters_are_deleted_however_a_job_ends(registry: Registry) -> None:
     given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
     done, waiting, begun = (
         registry.jobs.enqueue("calibrate", TENANT, actor="me", params=given).id for _ in range(3)
@@ -86,7 +86,7 @@ def test_what_is_private_is_forgotten_however_a_job_ends(registry: Registry) -> 
     assert "secret" not in str(registry.audit.page(limit=1000))
 
 
-def test_the_oldest_of_the_wanted_kinds_comes_first(registry: Registry) -> None:
+def test_the_oldest_job_of_the_given_kinds_is_claimed_first(registry: Registry) -> None:
     for kind in ("gate", "calibrate", "gate"):
         registry.jobs.enqueue(kind, TENANT, actor="me")
     order = []
@@ -124,7 +124,7 @@ def test_processes_claim_every_job_once(registry: Registry) -> None:
     workers = [start_python(CLAIM_ALL, address, f"w{n}") for n in range(2)]
     for worker in workers:
         assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-    answers = []
+    claimed = []
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
@@ -132,12 +132,12 @@ def test_processes_claim_every_job_once(registry: Registry) -> None:
     for worker in workers:
         out, _ = worker.communicate(timeout=30)
         assert worker.returncode == 0
-        answers += [int(word) for word in out.split()]
-    assert sorted(answers) == ids
+        claimed += [int(word) for word in out.split()]
+    assert sorted(claimed) == ids
     assert len(registry.audit.page(action="job.claim").entries) == 40
 
 
-def test_a_lease_that_ran_out_is_claimed_by_another(registry: Registry) -> None:
+def test_a_job_with_an_expired_lease_is_claimed_again(registry: Registry) -> None:
     [job] = add(registry)
     registry.jobs.claim("dead", actor="dead")
     assert registry.jobs.claim("heir", actor="heir") is None
@@ -161,7 +161,7 @@ def test_progress_renews_the_lease(registry: Registry) -> None:
     assert registry.jobs.claim("heir", actor="heir") is None
 
 
-def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
+def test_a_job_whose_server_died_is_retried_once_and_then_fails(
     registry: Registry,
 ) -> None:
     """By processes that are killed while they hold it, as a server that hangs is in the end."""
@@ -178,7 +178,7 @@ def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
     assert heard == [f"job {job}", f"job {job}", "nothing", "nothing"]
     ended = registry.jobs.get(job)
     assert (ended.state, ended.attempts, ended.owner) == ("failed", 2, "second")
-    assert "begun 2 times, and each time its server died" in ended.message
+    assert "started 2 times, and each time its server died" in ended.message
     assert "the log of the last one, second, then" in ended.message
     assert f"`safegene tenant update {TENANT}`" in ended.message
     [after] = add(registry)
@@ -186,7 +186,7 @@ def test_a_job_whose_server_died_is_tried_once_more_and_then_ends_in_failure(
     assert following is not None and following.id == after
 
 
-def test_a_job_that_is_released_was_as_good_as_not_begun(registry: Registry) -> None:
+def test_a_released_job_does_not_count_an_attempt(registry: Registry) -> None:
     given = {"seed": 1, PRIVATE: {"rows": ["secret"]}}
     job = registry.jobs.enqueue("calibrate", TENANT, actor="me", params=given).id
     for number in range(2 * MAX_ATTEMPTS):
@@ -203,7 +203,7 @@ def test_a_job_that_is_released_was_as_good_as_not_begun(registry: Registry) -> 
         registry.jobs.release(job, "w0", actor="w")
 
 
-def test_a_release_forgets_no_death(registry: Registry) -> None:
+def test_a_release_does_not_reset_earlier_attempts(registry: Registry) -> None:
     [job] = add(registry)
     registry.jobs.claim("dead", actor="w", lease_s=-1.0)
     for owner in ("stops", "stops too"):
@@ -215,7 +215,9 @@ def test_a_release_forgets_no_death(registry: Registry) -> None:
     assert registry.jobs.get(job).state == "failed"
 
 
-def test_a_released_job_that_was_to_be_cancelled_is_not_begun_again(registry: Registry) -> None:
+def test_a_released_job_with_a_requested_cancellation_is_not_started_again(
+    registry: Registry,
+) -> None:
     [job] = add(registry)
     registry.jobs.claim("w", actor="w")
     registry.jobs.cancel(job, actor="me")
@@ -242,10 +244,10 @@ def test_cancelling(registry: Registry) -> None:
         registry.jobs.cancel(orphan, actor="me")
 
 
-def test_what_a_job_cannot_be(registry: Registry) -> None:
+def test_invalid_jobs_are_rejected(registry: Registry) -> None:
     revision = add_ready(registry, TENANT)
     registry.tenants.add("globex", revision.profile.family, actor="me")
-    with pytest.raises(NotFoundError, match="acme/support@1 is no revision of tenant 'globex'"):
+    with pytest.raises(NotFoundError, match="acme/support@1 is not a revision of tenant 'globex'"):
         registry.jobs.enqueue("gate", "globex", actor="me", revision=revision.id)
     with pytest.raises(NotFoundError):
         registry.jobs.enqueue("gate", "initech", actor="me")
@@ -260,7 +262,7 @@ def test_what_a_job_cannot_be(registry: Registry) -> None:
         registry.jobs.finish(job, "w", "queued", actor="w")  # type: ignore[arg-type]
 
 
-def test_an_owner_of_one_family_leaves_the_jobs_of_others(registry: Registry) -> None:
+def test_jobs_are_claimed_by_family(registry: Registry) -> None:
     (job,) = add(registry)
     other = header("other", "1")
     assert registry.jobs.claim("a", actor="a", family=other.digest) is None

@@ -1,4 +1,4 @@
-"""Keys: told once, known by hash, and nowhere in the database's own bytes."""
+"""Keys: secrets are returned once, stored as hashes, and not in the database's files."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def database_bytes(registry: Registry) -> bytes:
     return b"".join(path.read_bytes() for path in paths if path.is_file())
 
 
-def test_a_secret_is_told_once_and_kept_nowhere(registry: Registry) -> None:
+def test_a_secret_is_returned_once_and_not_stored(registry: Registry) -> None:
     first = registry.keys.add("first", scopes=["serve"], tenants=["*"], actor="me")
     second = registry.keys.rotate("first", actor="me")
     third = registry.keys.add("own", scopes=["admin"], tenants=[], actor="me", secret=GIVEN)
     written = database_bytes(registry)
-    for told in (first, second, third):
-        assert told.secret.encode() not in written
-        assert told.secret[8:24].encode() not in written
-        assert told.secret not in repr(told) and told.key.hash not in repr(told)
-    # The search does find what is kept.
+    for new_key in (first, second, third):
+        assert new_key.secret.encode() not in written
+        assert new_key.secret[8:24].encode() not in written
+        assert new_key.secret not in repr(new_key) and new_key.key.hash not in repr(new_key)
+    # The search does find what is stored.
     assert second.key.hash.encode() in written and b"key.rotate" in written
 
 
 def test_secrets_have_256_bits_and_the_usual_shape(registry: Registry) -> None:
-    told = [
+    new_keys = [
         registry.keys.add(f"key {n}", scopes=["serve"], tenants=["a"], actor="me") for n in range(5)
     ]
-    assert len({new.secret for new in told}) == 5
-    for new in told:
+    assert len({new.secret for new in new_keys}) == 5
+    for new in new_keys:
         assert re.fullmatch(r"sg-[A-Za-z0-9_-]{43}", new.secret)
         assert new.key.prefix == new.secret[:8]
         assert new.key.hash == hashlib.sha256(new.secret.encode()).hexdigest()
 
 
-def test_a_key_comes_back_as_it_was(registry: Registry) -> None:
+def test_a_key_is_read_as_it_was_added(registry: Registry) -> None:
     until = datetime(2031, 5, 6, 7, 8, 9, tzinfo=timezone(timedelta(hours=2)))
     new = registry.keys.add(
         "ci",
@@ -80,7 +80,7 @@ def test_a_rotated_key_has_one_secret_and_the_same_rights(registry: Registry) ->
     assert (new.key.scopes, new.key.tenants) == (old.key.scopes, old.key.tenants)
 
 
-def test_a_revoked_key_stays_on_record_and_is_told_to_nobody(registry: Registry) -> None:
+def test_a_revoked_key_is_listed_but_not_in_snapshots(registry: Registry) -> None:
     registry.keys.add("ci", scopes=["read"], tenants=["a"], actor="me")
     version = registry.version()
     revoked = registry.keys.revoke("ci", actor="me")
@@ -96,7 +96,7 @@ def test_a_revoked_key_stays_on_record_and_is_told_to_nobody(registry: Registry)
             change()
 
 
-def test_what_a_key_cannot_be(registry: Registry) -> None:
+def test_invalid_keys_are_rejected(registry: Registry) -> None:
     def add(**changes: object) -> None:
         options = {"scopes": ["serve"], "tenants": ["a"], "actor": "me", **changes}
         registry.keys.add("ci", **options)  # type: ignore[arg-type]

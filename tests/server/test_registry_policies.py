@@ -1,4 +1,4 @@
-"""Floors: one call raises every tenant that is below, all together or none."""
+"""Floors: one call raises every tenant below the floor, all or none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def served(registry: Registry) -> dict[str, tuple[int, tuple[float, ...]]]:
     }
 
 
-def test_everybody_below_is_raised_in_one_version(three: Registry) -> None:
+def test_all_tenants_below_the_floor_are_raised_in_one_version(three: Registry) -> None:
     version = three.version()
     rollout = three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     assert rollout is not None
@@ -52,7 +52,7 @@ def test_everybody_below_is_raised_in_one_version(three: Registry) -> None:
     assert three.policies.get(FAMILY).floor == {0: 1.0}
 
 
-def test_a_floor_that_raises_nobody_is_a_change_all_the_same(three: Registry) -> None:
+def test_a_floor_that_raises_no_tenant_is_a_change(three: Registry) -> None:
     before, version = served(three), three.version()
     assert three.policies.set_floor(FAMILY, {2: 0.5}, actor="op") is None
     assert (served(three), three.version()) == (before, version + 1)
@@ -60,7 +60,7 @@ def test_a_floor_that_raises_nobody_is_a_change_all_the_same(three: Registry) ->
     assert three.version() == version + 1
 
 
-def test_lifting_the_floor_lowers_nobody(three: Registry) -> None:
+def test_removing_the_floor_lowers_no_coefficient(three: Registry) -> None:
     three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     before = served(three)
     assert three.policies.set_floor(FAMILY, {}, actor="op") is None
@@ -69,7 +69,7 @@ def test_lifting_the_floor_lowers_nobody(three: Registry) -> None:
     assert served(three)["acme/support"] == (1, (0.5, 0.0, 0.5))
 
 
-def test_a_frozen_tenant_in_the_way_stops_all_of_it(three: Registry) -> None:
+def test_a_frozen_tenant_below_the_floor_blocks_the_change(three: Registry) -> None:
     three.tenants.freeze("initech", actor="op")
     before = three.snapshot(), three.audit.page()
     with pytest.raises(FrozenError, match="below the new floor: initech; unfreeze"):
@@ -82,12 +82,12 @@ def test_a_frozen_tenant_in_the_way_stops_all_of_it(three: Registry) -> None:
     assert three.policies.get(FAMILY).frozen
 
 
-def test_a_frozen_tenant_that_is_high_enough_is_in_nobodys_way(three: Registry) -> None:
+def test_a_frozen_tenant_above_the_floor_does_not_block(three: Registry) -> None:
     three.tenants.freeze("globex", actor="op")
     assert three.policies.set_floor(FAMILY, {0: 1.0}, actor="op") is not None
 
 
-def test_retired_tenants_and_other_families_are_left_alone(three: Registry) -> None:
+def test_retired_tenants_and_other_families_are_unchanged(three: Registry) -> None:
     three.rollouts.retire("initech", actor="op")
     other = header("second", "e")
     three.families.add(other, None, actor="op")
@@ -96,7 +96,7 @@ def test_retired_tenants_and_other_families_are_left_alone(three: Registry) -> N
     assert three.policies.get(other.digest).floor == {}
 
 
-def test_the_floor_holds_for_a_tenant_that_comes_later(three: Registry) -> None:
+def test_the_floor_applies_to_tenants_added_later(three: Registry) -> None:
     three.policies.set_floor(FAMILY, {0: 1.0}, actor="op")
     with pytest.raises(BoundsError, match=r"layer 0 has 0\.5, the floor is 1\.0"):
         three.revisions.add("unborn", profile(0.5), actor="me")
@@ -107,25 +107,25 @@ def test_the_floor_holds_for_a_tenant_that_comes_later(three: Registry) -> None:
 @pytest.mark.parametrize(
     ("floor", "why"),
     [
-        ({1: 0.5}, "layer 1 carries no vector"),
-        ({7: 0.5}, "layer 7 carries no vector"),
-        ({"0": 0.5}, "layer '0' carries no vector"),
+        ({1: 0.5}, "layer 1 has no vector"),
+        ({7: 0.5}, "layer 7 has no vector"),
+        ({"0": 0.5}, "layer '0' has no vector"),
         ({0: 3.5}, "layer 0 has floor 3.5, expected 0.0 to 3.0"),
         ({0: float("nan")}, "layer 0 has floor nan"),
         ({0: True}, "layer 0 has floor True"),
     ],
 )
-def test_floors_that_make_no_sense(three: Registry, floor: Any, why: str) -> None:
+def test_invalid_floors_are_rejected(three: Registry, floor: Any, why: str) -> None:
     with pytest.raises(BoundsError, match=why):
         three.policies.set_floor(FAMILY, floor, actor="op")
     assert three.policies.get(FAMILY).floor == {}
 
 
-def test_policies_are_of_families_that_exist(registry: Registry) -> None:
-    for ask in (
+def test_policies_need_an_existing_family(registry: Registry) -> None:
+    for call in (
         lambda: registry.policies.get("sha256:0"),
         lambda: registry.policies.set_floor("sha256:0", {}, actor="op"),
         lambda: registry.policies.freeze("sha256:0", actor="op"),
     ):
         with pytest.raises(NotFoundError):
-            ask()
+            call()

@@ -1,5 +1,4 @@
-"""Several processes on one registry: no number twice, no switch lost, and no half-done change of a
-process that was killed in the middle."""
+"""Several processes on one registry: unique numbers, no lost update, atomic writes."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from registry_setup import (
     postgres,
     profile,
     registry,
-    said,
     start_python,
     url,
+    wait_for_line,
 )
 
 from safegene_server.registry import Registry
@@ -98,14 +97,14 @@ def start(registry: Registry, code: str, *arguments: str) -> subprocess.Popen[st
 
 def go(*processes: subprocess.Popen[str]) -> None:
     for process in processes:
-        said(process, "ready")
+        wait_for_line(process, "ready")
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
 
 
-def answers(process: subprocess.Popen[str]) -> list[list[int]]:
+def output(process: subprocess.Popen[str]) -> list[list[int]]:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     return [[int(word) for word in line.split()] for line in out.splitlines()]
@@ -123,7 +122,7 @@ def backends(registry: Registry) -> set[int]:
 
 
 def check_whole(registry: Registry) -> None:
-    """What holds after every committed write, whoever died meanwhile."""
+    """Check what holds after every committed write, whichever process died."""
     revisions = registry.revisions.list(TENANT)
     numbers = [revision.number for revision in revisions]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -145,20 +144,20 @@ def check_whole(registry: Registry) -> None:
     assert len({rollout.version for rollout in rollouts}) == len(rollouts)
 
 
-def test_two_processes_never_get_one_number_twice(registry: Registry) -> None:
+def test_two_processes_never_assign_the_same_number(registry: Registry) -> None:
     processes = [start(registry, ADD_MANY, f"p{n}") for n in range(2)]
     go(*processes)
-    numbers = [number for process in processes for [number] in answers(process)]
+    numbers = [number for process in processes for [number] in output(process)]
     assert sorted(numbers) == list(range(1, 51))
     assert [revision.number for revision in registry.revisions.list(TENANT)] == sorted(numbers)
 
 
-def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
+def test_two_processes_never_lose_a_publication(registry: Registry) -> None:
     add_published(registry, TENANT)
     add_ready(registry, TENANT)
     processes = [start(registry, SWITCH_MANY, f"p{n}") for n in range(2)]
     go(*processes)
-    won = [tuple(lora) for process in processes for lora in answers(process)]
+    won = [tuple(pair) for process in processes for pair in output(process)]
     switches = registry.audit.page(action="tenant.publish", limit=1000).entries[:-1]
     made = [(e.details["before"], int(e.target.partition("@")[2])) for e in reversed(switches)]
     # One chain: every switch began where the one before it ended.
@@ -179,9 +178,7 @@ def test_two_processes_never_lose_a_switch(registry: Registry) -> None:
         "job.claim",
     ],
 )
-def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
-    registry: Registry, action: str
-) -> None:
+def test_a_write_of_a_killed_process_is_rolled_back(registry: Registry, action: str) -> None:
     add_published(registry, TENANT)
     add_ready(registry, TENANT)
     add_published(registry, TENANT)
@@ -195,7 +192,7 @@ def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
     )
     victim = start(registry, STOP_BEFORE_THE_END, "victim", action)
     go(victim)
-    said(victim, "inside")
+    wait_for_line(victim, "inside")
     victim.kill()
     victim.communicate(timeout=10)
     after = (
@@ -206,7 +203,7 @@ def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
     )
     assert after == before
     assert registry.jobs.get(job.id) == job
-    # The next writer is not kept waiting by the dead one.
+    # The next writer does not wait for the dead one.
     began = time.monotonic()
     registry.rollouts.publish(TENANT, 2, actor="me", expected=3)
     while (claimed := registry.jobs.claim("heir", actor="heir")) is None:
@@ -217,7 +214,7 @@ def test_a_process_killed_inside_a_write_leaves_nothing_of_it(
     check_whole(registry)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_registry(registry: Registry) -> None:
+def test_a_writer_killed_at_any_time_leaves_a_consistent_registry(registry: Registry) -> None:
     add_published(registry, TENANT)
     chance, ours = random.Random(4), backends(registry)
     for round_number in range(2):
@@ -243,17 +240,17 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_registry(registry: Registr
     check_whole(registry)
 
 
-def test_the_reader_of_wholeness_sees_a_hole(registry: Registry) -> None:
+def test_the_consistency_check_detects_a_gap(registry: Registry) -> None:
     add_published(registry, TENANT)
     check_whole(registry)
     with registry.database.write("intruder") as write:
         write.bump()
-        write.unaudited()
+        write.skip_audit()
     with pytest.raises(AssertionError):
         check_whole(registry)
 
 
-def test_threads_that_share_one_registry_do_not_mix(registry: Registry) -> None:
+def test_threads_share_one_registry(registry: Registry) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""Replicas: who lives, what each has applied, and how far a rollout is, with the reasons."""
+"""Replicas: which are alive, what each has applied, and the progress of rollouts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def last_seen(registry: Registry, replica: str, ago_s: float) -> None:
         then = write.now - timedelta(seconds=ago_s)
         row = tables.replicas
         write.connection.execute(update(row).where(row.c.id == replica).values(seen_at=then))
-        write.unaudited()
+        write.skip_audit()
 
 
-def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
+def test_the_life_cycle_of_a_replica(registry: Registry) -> None:
     joined = registry.replicas.join("node-1", 4711, actor="node-1")
     assert uuid.UUID(joined.id).version == 4
     assert (joined.host, joined.pid, joined.applied_version, joined.faults) == (
@@ -37,12 +37,12 @@ def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
         0,
         (),
     )
-    told = registry.replicas.heartbeat(
+    reported = registry.replicas.heartbeat(
         joined.id, applied_version=3, faults=["no disk"], actor="node-1"
     )
-    assert (told.applied_version, told.faults) == (3, ("no disk",))
-    assert told.seen_at >= joined.seen_at
-    assert registry.replicas.list() == (told,)
+    assert (reported.applied_version, reported.faults) == (3, ("no disk",))
+    assert reported.seen_at >= joined.seen_at
+    assert registry.replicas.list() == (reported,)
     registry.replicas.leave(joined.id, actor="node-1")
     assert registry.replicas.list() == ()
     for call in (
@@ -53,7 +53,7 @@ def test_a_replica_joins_tells_and_leaves(registry: Registry) -> None:
             call()
 
 
-def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registry) -> None:
+def test_heartbeats_are_audited_when_their_content_changed(registry: Registry) -> None:
     replica = registry.replicas.join("node-1", 1, actor="node-1").id
     for version in (0, 0, 1, 1, 1, 2):
         registry.replicas.heartbeat(replica, applied_version=version, actor="node-1")
@@ -61,9 +61,9 @@ def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registr
     entries = registry.audit.page(action="replica.state").entries
     assert [entry.details["version"] for entry in entries] == [2, 2, 1]
     revision = add_published(registry, TENANT)
-    told = {revision.id: ({"rank": 0}, True)}
+    reported = {revision.id: ({"rank": 0}, True)}
     registry.replicas.heartbeat(
-        replica, applied_version=2, faults=["slow"], receipts=told, actor="node-1"
+        replica, applied_version=2, faults=["slow"], receipts=reported, actor="node-1"
     )
     assert [r.revision for r in registry.replicas.receipts(replica=replica)] == [revision.id]
     registry.replicas.heartbeat(
@@ -76,14 +76,14 @@ def test_signs_of_life_are_audited_when_they_say_something_new(registry: Registr
         registry.replicas.heartbeat(replica, applied_version=-1, actor="node-1")
 
 
-def test_a_silent_replica_does_not_count_and_is_forgotten_in_the_end(registry: Registry) -> None:
+def test_a_silent_replica_does_not_count_and_is_deleted_later(registry: Registry) -> None:
     silent = registry.replicas.join("node-1", 1, actor="node-1").id
     alive = registry.replicas.join("node-2", 2, actor="node-2").id
     assert [one.id for one in registry.replicas.list()] == [silent, alive]
     last_seen(registry, silent, replicas.ALIVE_S + 60)
     assert [one.id for one in registry.replicas.list()] == [alive]
     assert [one.id for one in registry.replicas.list(alive_s=1000)] == [silent, alive]
-    last_seen(registry, silent, replicas.FORGET_S + 1)
+    last_seen(registry, silent, replicas.RETENTION_S + 1)
     registry.replicas.join("node-3", 3, actor="node-3")
     assert registry.audit.page(action="replica.join").entries[0].details["forgotten"] == [silent]
     with pytest.raises(NotFoundError):
@@ -122,10 +122,10 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     assert not registry.rollouts.status(rollout.id).done
     ids = [registry.replicas.join(f"node-{n}", n, actor="test").id for n in range(4)]
     at = rollout.version
-    kept, broken = ({revision.id: ({}, ok)} for ok in (True, False))
-    registry.replicas.heartbeat(ids[1], applied_version=at, receipts=kept, actor="test")
+    good, bad = ({revision.id: ({}, ok)} for ok in (True, False))
+    registry.replicas.heartbeat(ids[1], applied_version=at, receipts=good, actor="test")
     registry.replicas.heartbeat(
-        ids[2], applied_version=at, faults=["rank 1 is silent"], receipts=broken, actor="test"
+        ids[2], applied_version=at, faults=["rank 1 is silent"], receipts=bad, actor="test"
     )
     registry.replicas.heartbeat(ids[3], applied_version=at, actor="test")
     status = registry.rollouts.status(rollout.id)
@@ -133,17 +133,17 @@ def test_a_rollout_is_followed_by_k_of_n(registry: Registry) -> None:
     assert status.revisions == (registry.revisions.get(TENANT, 1),)
     assert {lag.replica.id: lag.reason for lag in status.lagging} == {
         ids[0]: f"is at version 0, needs {rollout.version}; has no receipt for acme/support@1",
-        ids[2]: "has a receipt for acme/support@1 that does not keep its promise; rank 1 is silent",
+        ids[2]: "has a receipt for acme/support@1 that differs from its files; rank 1 is silent",
         ids[3]: "has no receipt for acme/support@1",
     }
     assert not status.done
     for replica in ids:
-        registry.replicas.heartbeat(replica, applied_version=at, receipts=kept, actor="test")
+        registry.replicas.heartbeat(replica, applied_version=at, receipts=good, actor="test")
     status = registry.rollouts.status(rollout.id)
     assert (status.applied, status.live, status.lagging, status.done) == (4, 4, (), True)
 
 
-def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
+def test_a_dead_replica_does_not_block_a_rollout(registry: Registry) -> None:
     revision = add_published(registry, TENANT)
     rollout = registry.rollouts.list()[0]
     dead = registry.replicas.join("dead", 1, actor="test").id
@@ -160,7 +160,7 @@ def test_a_dead_replica_holds_up_no_rollout(registry: Registry) -> None:
     assert (status.applied, status.live, status.done) == (1, 1, True)
 
 
-def test_a_rollout_that_another_has_overtaken_needs_no_receipts_of_its_own(
+def test_a_superseded_rollout_needs_no_receipts(
     registry: Registry,
 ) -> None:
     first, second = add_published(registry, TENANT), add_published(registry, TENANT)
@@ -170,10 +170,10 @@ def test_a_rollout_that_another_has_overtaken_needs_no_receipts_of_its_own(
     registry.replicas.heartbeat(replica, applied_version=newer.version, actor="test")
     assert registry.rollouts.status(older.id).done
     assert not registry.rollouts.status(newer.id).done
-    gone = registry.rollouts.retire(TENANT, actor="test")
-    assert not registry.rollouts.status(gone.id).done
-    registry.replicas.heartbeat(replica, applied_version=gone.version, actor="test")
-    assert registry.rollouts.status(gone.id).done
+    retired = registry.rollouts.retire(TENANT, actor="test")
+    assert not registry.rollouts.status(retired.id).done
+    registry.replicas.heartbeat(replica, applied_version=retired.version, actor="test")
+    assert registry.rollouts.status(retired.id).done
 
 
 def test_rollouts_are_listed_newest_first(registry: Registry) -> None:

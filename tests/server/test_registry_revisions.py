@@ -1,4 +1,4 @@
-"""Revisions: numbered without gaps, checked against their family, and never changed afterwards."""
+"""Revisions: numbered without gaps, checked against their family, and immutable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sqlalchemy import delete, update
 from sqlalchemy.exc import DBAPIError
 
 from safegene_server.registry import Registry, tables
-from safegene_server.registry.revisions import STEPS
+from safegene_server.registry.revisions import TRANSITIONS
 from safegene_vllm.errors import (
     BoundsError,
     ConflictError,
@@ -36,7 +36,7 @@ __all__ = ["registry", "url"]
 TENANT = "acme/support"
 
 
-def test_a_revision_comes_back_as_it_was(registry: Registry) -> None:
+def test_a_revision_is_read_as_it_was_added(registry: Registry) -> None:
     given = profile(1.1, 1e-300, loss=[0.1, 2.5e17], note="ü", flags={"a": None, "b": True})
     added = registry.revisions.add(TENANT, given, actor="me", adapter_digest=ADAPTER)
     assert added == registry.revisions.get(TENANT, 1) == registry.revisions.get_by_id(added.id)
@@ -48,7 +48,7 @@ def test_a_revision_comes_back_as_it_was(registry: Registry) -> None:
     assert (bare.kind, bare.adapter_digest) == ("profile", None)
 
 
-def test_what_a_tenant_serves_comes_with_it(registry: Registry) -> None:
+def test_a_tenant_is_read_with_its_published_revision(registry: Registry) -> None:
     add_ready(registry, TENANT)
     assert registry.revisions.published(TENANT) == (registry.tenants.get(TENANT), None)
     for number in (2, 3):
@@ -56,7 +56,7 @@ def test_what_a_tenant_serves_comes_with_it(registry: Registry) -> None:
         assert registry.revisions.published(TENANT) == (registry.tenants.get(TENANT), published)
         assert published.number == number
     with pytest.raises(NotFoundError):
-        registry.revisions.published("nobody")
+        registry.revisions.published("unknown")
 
 
 def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
@@ -94,7 +94,7 @@ def test_a_profile_must_fit_the_family(registry: Registry) -> None:
     assert registry.audit.page(action="revision.add").entries == ()
 
 
-def test_content_is_added_only_to_what_the_caller_has_seen(registry: Registry) -> None:
+def test_content_is_added_only_if_the_expected_revision_is_published(registry: Registry) -> None:
     registry.revisions.add(TENANT, profile(), actor="me", expected=0)
     add_published(registry, TENANT)
     with pytest.raises(ConflictError, match=r"serves acme/support@2, expected nothing"):
@@ -113,7 +113,7 @@ def test_content_is_added_only_to_what_the_caller_has_seen(registry: Registry) -
         ("adapter_digest", ADAPTER),
         ("profile_digest", "sha256:" + "0" * 64),
         ("profile", {}),
-        ("created_by", "nobody"),
+        ("created_by", "unknown"),
     ],
 )
 def test_content_never_changes(registry: Registry, column: str, value: Any) -> None:
@@ -127,8 +127,8 @@ def test_content_never_changes(registry: Registry, column: str, value: Any) -> N
     assert registry.revisions.get(TENANT, 1) == added
 
 
-def test_every_column_of_a_revision_is_fixed_or_known_to_move() -> None:
-    from safegene_server.registry.migrations.versions.v0001_first import FIXED, KEPT
+def test_every_column_of_a_revision_is_fixed_or_known_to_change() -> None:
+    from safegene_server.registry.migrations.versions.v0001_first import FIXED, PERMANENT
 
     moving = {
         "tenants": {"source", "state", "limits"},
@@ -138,7 +138,7 @@ def test_every_column_of_a_revision_is_fixed_or_known_to_move() -> None:
     for name, columns in FIXED.items():
         every = {column.name for column in tables.metadata.tables[name].columns}
         assert every - set(columns.split(", ")) == moving.get(name, set()), name
-    assert set(KEPT) == set(FIXED)
+    assert set(PERMANENT) == set(FIXED)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_every_column_of_a_revision_is_fixed_or_known_to_move() -> None:
 def test_history_is_never_deleted(registry: Registry, name: str) -> None:
     add_published(registry, TENANT)
     table = tables.metadata.tables[name]
-    # What points here goes first, so that only our own guard can refuse.
+    # Without the references only the registry's own trigger can reject the deletion.
     with (
         pytest.raises(DBAPIError, match="never deleted"),
         registry.database.write("intruder") as write,
@@ -157,7 +157,7 @@ def test_history_is_never_deleted(registry: Registry, name: str) -> None:
     assert registry.tenants.get(TENANT).published == 1
 
 
-def test_an_altered_profile_is_noticed(registry: Registry) -> None:
+def test_an_altered_profile_is_detected(registry: Registry) -> None:
     add_published(registry, TENANT)
     raw = {**profile_json(profile()), "coefficients": [0.0, 0.0, 0.0]}
     drop = "DROP TRIGGER revisions_fixed"
@@ -165,14 +165,14 @@ def test_an_altered_profile_is_noticed(registry: Registry) -> None:
         sqlite = write.connection.dialect.name == "sqlite"
         write.connection.exec_driver_sql(drop if sqlite else f"{drop} ON revisions")
         write.connection.execute(update(tables.revisions).values(profile=raw))
-        write.unaudited()
+        write.skip_audit()
     with pytest.raises(DigestError, match=r"registry, revision acme/support@1"):
         registry.snapshot()
 
 
-def test_checks_move_a_revision_only_along_the_known_steps(registry: Registry) -> None:
+def test_checks_make_only_the_known_transitions(registry: Registry) -> None:
     states = ["registered", "checking", "failed", "ready", "published", "superseded", "retired"]
-    for start, allowed in STEPS.items():
+    for start, allowed in TRANSITIONS.items():
         for goal in states:
             added = registry.revisions.add(TENANT, profile(), actor="me")
             for step in {"registered": [], "failed": ["failed"], "ready": ["ready"]}.get(
@@ -187,13 +187,13 @@ def test_checks_move_a_revision_only_along_the_known_steps(registry: Registry) -
                     registry.revisions.set_state(added.id, goal, actor="gate")  # type: ignore[arg-type]
 
 
-def test_a_published_revision_is_not_moved_by_checks(registry: Registry) -> None:
+def test_checks_do_not_change_a_published_revision(registry: Registry) -> None:
     added = add_published(registry, TENANT)
     with pytest.raises(ConflictError, match="is published and cannot become failed"):
         registry.revisions.set_state(added.id, "failed", actor="gate")
 
 
-def test_what_the_gate_found_is_kept(registry: Registry) -> None:
+def test_the_gate_result_is_stored(registry: Registry) -> None:
     added = registry.revisions.add(TENANT, profile(), actor="me")
     gate = {"harm": 0.25, "steps": ["ranks", "nan"]}
     registry.revisions.set_state(
@@ -209,8 +209,8 @@ def test_what_the_gate_found_is_kept(registry: Registry) -> None:
     assert add_ready(registry, TENANT).number == 2
 
 
-def test_a_revision_remembers_where_its_adapter_came_from(registry: Registry) -> None:
-    """Another replica must fetch just this content, wherever the tenant's newest comes from."""
+def test_a_revision_records_the_source_of_its_adapter(registry: Registry) -> None:
+    """Other replicas fetch exactly this content, whatever the source of the newest revision."""
     first = registry.revisions.add(TENANT, profile(), actor="me", adapter_digest=ADAPTER)
     moved = registry.revisions.add(
         TENANT, profile(2.0), actor="me", adapter_digest=ADAPTER, source="s3://bucket/new"

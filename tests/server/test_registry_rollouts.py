@@ -1,4 +1,4 @@
-"""Publishing: an alias is switched forward, back and away, and never lost on the way."""
+"""Rollouts: publication, rollback and retirement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def served(registry: Registry) -> int | None:
     return registry.tenants.get(TENANT).published
 
 
-def test_publishing_switches_the_alias_and_tells_the_replicas(registry: Registry) -> None:
+def test_publishing_switches_the_alias_and_raises_the_version(registry: Registry) -> None:
     first, second = add_ready(registry, TENANT), add_ready(registry, TENANT)
     assert served(registry) is None
     version = registry.version()
@@ -35,13 +35,13 @@ def test_publishing_switches_the_alias_and_tells_the_replicas(registry: Registry
     assert [one.kind for one in registry.rollouts.list()] == ["publish", "publish"]
 
 
-def test_the_second_of_two_who_saw_the_same_is_refused(registry: Registry) -> None:
+def test_the_second_of_two_concurrent_publications_is_rejected(registry: Registry) -> None:
     for _ in range(3):
         add_ready(registry, TENANT)
     registry.rollouts.publish(TENANT, 1, actor="one")
     registry.rollouts.publish(TENANT, 2, actor="one", expected=1)
     before = registry.snapshot(), registry.audit.page()
-    message = r"serves acme/support@2, expected acme/support@1: somebody else was first"
+    message = r"serves acme/support@2, expected acme/support@1: it was changed meanwhile"
     for change in (
         lambda: registry.rollouts.publish(TENANT, 3, actor="two", expected=1),
         lambda: registry.rollouts.rollback(TENANT, actor="two", expected=1),
@@ -54,7 +54,7 @@ def test_the_second_of_two_who_saw_the_same_is_refused(registry: Registry) -> No
     assert (registry.snapshot(), registry.audit.page()) == before
 
 
-def test_only_what_is_ready_is_published(registry: Registry) -> None:
+def test_only_ready_revisions_are_published(registry: Registry) -> None:
     added = registry.revisions.add(TENANT, profile(), actor="me")
     with pytest.raises(ConflictError, match="acme/support@1 is registered; only a revision that"):
         registry.rollouts.publish(TENANT, 1, actor="me")
@@ -70,7 +70,9 @@ def test_only_what_is_ready_is_published(registry: Registry) -> None:
         registry.rollouts.publish(TENANT, 2, actor="me")
 
 
-def test_what_has_just_been_proven_is_published_in_one_step(registry: Registry) -> None:
+def test_a_checked_revision_becomes_ready_and_published_in_one_transaction(
+    registry: Registry,
+) -> None:
     registry.revisions.add(TENANT, profile(), actor="me")
     version, found = registry.version(), {"made_from": "acme/support@1"}
     with pytest.raises(ConflictError, match="expected acme/support@7"):
@@ -88,7 +90,7 @@ def test_what_has_just_been_proven_is_published_in_one_step(registry: Registry) 
         registry.rollouts.publish(TENANT, 1, actor="me", gate=found)
 
 
-def test_rollbacks_go_back_one_by_one(registry: Registry) -> None:
+def test_each_rollback_publishes_the_previous_revision(registry: Registry) -> None:
     for _ in range(3):
         add_published(registry, TENANT)
     rollout = registry.rollouts.rollback(TENANT, actor="me", expected=3)
@@ -96,7 +98,7 @@ def test_rollbacks_go_back_one_by_one(registry: Registry) -> None:
     assert states(registry) == ["superseded", "published", "superseded"]
     registry.rollouts.rollback(TENANT, actor="me")
     assert served(registry) == 1
-    with pytest.raises(ConflictError, match="nothing to go back to"):
+    with pytest.raises(ConflictError, match="nothing to roll back to"):
         registry.rollouts.rollback(TENANT, actor="me")
     # Forward again, to the one that was left: it is the newest publication now.
     registry.rollouts.publish(TENANT, 3, actor="me")
@@ -104,7 +106,7 @@ def test_rollbacks_go_back_one_by_one(registry: Registry) -> None:
     assert served(registry) == 1
 
 
-def test_a_rollback_goes_to_what_was_served_not_to_the_number_below(registry: Registry) -> None:
+def test_a_rollback_follows_the_publications_not_the_numbers(registry: Registry) -> None:
     for _ in range(4):
         add_ready(registry, TENANT)
     for number in (3, 1, 4):
@@ -117,7 +119,7 @@ def test_a_rollback_goes_to_what_was_served_not_to_the_number_below(registry: Re
     assert registry.snapshot().previous == ()
 
 
-def test_a_rollback_may_name_how_far(registry: Registry) -> None:
+def test_a_rollback_to_a_given_number(registry: Registry) -> None:
     for _ in range(4):
         add_published(registry, TENANT)
     registry.rollouts.rollback(TENANT, 2, actor="me")
@@ -128,16 +130,16 @@ def test_a_rollback_may_name_how_far(registry: Registry) -> None:
     assert served(registry) == 1
 
 
-def test_a_tenant_that_serves_nothing_has_nothing_to_go_back_to(registry: Registry) -> None:
+def test_a_tenant_without_earlier_publications_cannot_be_rolled_back(registry: Registry) -> None:
     add_ready(registry, TENANT)
-    with pytest.raises(ConflictError, match="nothing to go back to"):
+    with pytest.raises(ConflictError, match="nothing to roll back to"):
         registry.rollouts.rollback(TENANT, actor="me")
     registry.rollouts.publish(TENANT, 1, actor="me")
-    with pytest.raises(ConflictError, match="nothing to go back to"):
+    with pytest.raises(ConflictError, match="nothing to roll back to"):
         registry.rollouts.rollback(TENANT, actor="me")
 
 
-def test_a_retired_tenant_keeps_its_name_and_history(registry: Registry) -> None:
+def test_the_name_and_history_of_a_retired_tenant_remain(registry: Registry) -> None:
     add_published(registry, TENANT)
     add_published(registry, TENANT)
     rollout = registry.rollouts.retire(TENANT, actor="me", expected=2)
@@ -160,7 +162,9 @@ def test_a_retired_tenant_keeps_its_name_and_history(registry: Registry) -> None
             change()
 
 
-def test_what_is_below_the_floor_is_neither_published_nor_gone_back_to(registry: Registry) -> None:
+def test_revisions_below_the_floor_are_neither_published_nor_rolled_back_to(
+    registry: Registry,
+) -> None:
     add_published(registry, TENANT, 0.5)
     add_ready(registry, TENANT, 0.75)
     add_published(registry, TENANT, 2.0)

@@ -1,4 +1,4 @@
-"""The schema: made from nothing, as the tables say, and never worked on when it is newer."""
+"""Schema: created, upgraded, and rejected if newer or foreign."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_empty_database_gets_every_table(empty_url: str) -> None:
     again.close()
 
 
-def test_the_migrations_make_what_the_tables_say(url: str) -> None:
+def test_the_migrations_create_the_tables_of_tables_py(url: str) -> None:
     database = Database(url)
     with database.engine.connect() as connection:
         context = MigrationContext.configure(
@@ -71,6 +71,60 @@ def test_head_is_the_newest_migration() -> None:
     assert ScriptDirectory(str(schema.MIGRATIONS)).get_heads() == [schema.HEAD]
 
 
+def add_migration(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Migration 0002 after those of the release, in a script directory below `folder`."""
+    scripts = folder / "100% of them"
+    shutil.copytree(schema.MIGRATIONS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    (scripts / "versions" / "v0002_extra.py").write_text(
+        "from alembic import op\n"
+        "revision, down_revision, branch_labels, depends_on = '0002', '0001', None, None\n"
+        f"def upgrade():\n    op.execute('ALTER TABLE keys ADD COLUMN extra INTEGER')\n    {body}\n"
+    )
+    monkeypatch.setattr(schema, "MIGRATIONS", scripts)
+    monkeypatch.setattr(schema, "HEAD", "0002")
+
+
+def schema_of(url: str) -> tuple[str, bool]:
+    """Version of the schema, and whether the column of `add_migration` exists."""
+    database = Database(url)
+    with database.read() as connection:
+        query = text(f"SELECT version_num FROM {schema.SCHEMA_TABLE}")
+        number = connection.execute(query).scalar_one()
+        columns = {column["name"] for column in inspect(connection).get_columns("keys")}
+    database.close()
+    return number, "extra" in columns
+
+
+def test_an_older_database_is_upgraded_with_its_rows(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(url)
+    registry.families.add(HEADER, None, actor="test")
+    before = registry.families.list(), registry.audit.page(), registry.version()
+    registry.close()
+    add_migration(tmp_path, monkeypatch, "op.execute('UPDATE version SET value = value + 1')")
+    with pytest.raises(SchemaError, match="has schema 0001, this release needs 0002"):
+        Registry(url, migrate=False)
+    assert schema_of(url) == ("0001", False)
+    for _ in range(2):
+        registry = Registry(url)
+        assert schema_of(url) == ("0002", True)
+        after = registry.families.list(), registry.audit.page(), registry.version()
+        assert after == (*before[:2], before[2] + 1)
+        registry.close()
+
+
+def test_a_migration_that_fails_leaves_the_older_schema(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        add_migration(tmp_path, patch, "raise RuntimeError('half way')")
+        with pytest.raises(RuntimeError, match="half way"):
+            Registry(url)
+        assert schema_of(url) == ("0001", False)
+    Registry(url, migrate=False).close()
+
+
 def test_several_servers_that_start_at_once_migrate_once(empty_url: str) -> None:
     opened: list[Registry] = []
     failed: list[BaseException] = []
@@ -92,7 +146,7 @@ def test_several_servers_that_start_at_once_migrate_once(empty_url: str) -> None
         registry.close()
 
 
-def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+def test_a_newer_schema_is_rejected_and_unchanged(url: str) -> None:
     execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '0999'")
     for migrate in (True, False):
         with pytest.raises(SchemaError, match=r"schema 0999.*newer.*up to 0001.*newer release"):
@@ -101,7 +155,7 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     Registry(url, migrate=False).close()
 
 
-def test_without_leave_nothing_is_migrated(empty_url: str) -> None:
+def test_without_migrate_nothing_is_migrated(empty_url: str) -> None:
     with pytest.raises(SchemaError, match="has schema none, this release needs 0001"):
         Registry(empty_url, migrate=False)
     database = Database(empty_url)
@@ -109,16 +163,16 @@ def test_without_leave_nothing_is_migrated(empty_url: str) -> None:
     database.close()
 
 
-def test_tables_of_something_else_are_not_taken_for_ours(empty_url: str) -> None:
+def test_tables_of_another_application_are_rejected(empty_url: str) -> None:
     execute(empty_url, "CREATE TABLE tenants (id INTEGER)")
-    with pytest.raises(SchemaError, match=r"something else \(\['tenants'\]\)"):
+    with pytest.raises(SchemaError, match=r"another application \(\['tenants'\]\)"):
         Registry(empty_url)
     database = Database(empty_url)
     assert inspect(database.engine).get_table_names() == ["tenants"]
     database.close()
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 100)
     with pytest.raises(RegistryDownError, match=r"notes\.txt cannot be used.*not a database"):

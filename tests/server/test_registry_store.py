@@ -1,4 +1,4 @@
-"""The registry as a whole: one snapshot is one moment, whoever writes meanwhile."""
+"""Snapshots: consistent during concurrent writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from safegene_server.registry import Registry
 __all__ = ["registry", "url"]
 
 
-def test_a_snapshot_holds_what_replicas_follow_and_no_more(registry: Registry) -> None:
-    for name in ("globex", "gone"):
+def test_a_snapshot_contains_exactly_what_replicas_follow(registry: Registry) -> None:
+    for name in ("globex", "retired"):
         registry.tenants.add(name, FAMILY, actor="me")
     first = add_published(registry, "acme/support", 1.0)
     second = add_published(registry, "acme/support", 2.0)
     add_ready(registry, "acme/support", 2.5)
-    add_published(registry, "gone")
-    registry.rollouts.retire("gone", actor="me")
+    add_published(registry, "retired")
+    registry.rollouts.retire("retired", actor="me")
     registry.revisions.add("globex", profile(), actor="me")
-    registry.keys.add("kept", scopes=["serve"], tenants=["*"], actor="me")
+    registry.keys.add("valid", scopes=["serve"], tenants=["*"], actor="me")
     registry.keys.add("revoked", scopes=["serve"], tenants=["*"], actor="me")
     registry.keys.revoke("revoked", actor="me")
     snapshot = registry.snapshot()
@@ -33,13 +33,13 @@ def test_a_snapshot_holds_what_replicas_follow_and_no_more(registry: Registry) -
     assert snapshot.revisions == (registry.revisions.get_by_id(second.id),)
     assert snapshot.previous == (registry.revisions.get_by_id(first.id),)
     assert snapshot.previous[0].state == "superseded"
-    assert [key.name for key in snapshot.keys] == ["kept"]
+    assert [key.name for key in snapshot.keys] == ["valid"]
     assert registry.snapshot() == snapshot
     with pytest.raises(FrozenInstanceError):
         snapshot.version = 0  # type: ignore[misc]
 
 
-def test_a_snapshot_is_one_moment(registry: Registry) -> None:
+def test_a_snapshot_is_consistent(registry: Registry) -> None:
     """Both tenants are switched by one floor each time, so they are never seen apart."""
     registry.tenants.add("globex", FAMILY, actor="me")
     names = ("acme/support", "globex")
@@ -76,7 +76,7 @@ def test_a_snapshot_is_one_moment(registry: Registry) -> None:
     assert registry.snapshot().revisions[0].profile.coefficients[0] == 24 / 16
 
 
-def test_versions_count_what_is_followed(registry: Registry) -> None:
+def test_the_version_counts_followed_changes(registry: Registry) -> None:
     start = registry.version()
     add_ready(registry, "acme/support")
     assert registry.version() == start

@@ -1,4 +1,4 @@
-"""Families and tenants: added once, limited, frozen, and never under two names."""
+"""Families and tenants: adding, limits and freezes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError, Regi
 __all__ = ["registry", "url"]
 
 
-def test_a_family_comes_back_as_it_was(registry: Registry) -> None:
+def test_a_family_is_read_as_it_was_added(registry: Registry) -> None:
     family = registry.families.get(FAMILY)
     assert family.header == HEADER
     assert (family.name, family.source) == ("tiny", "s3://bucket/family")
@@ -37,7 +37,7 @@ def test_a_family_may_be_added_again_but_not_changed(registry: Registry) -> None
     assert [family.name for family in registry.families.list()] == ["tiny", "second"]
 
 
-def test_a_tenant_comes_back_as_it_was(registry: Registry) -> None:
+def test_a_tenant_is_read_as_it_was_added(registry: Registry) -> None:
     added = registry.tenants.add("globex", FAMILY, actor="me", limits={"concurrent": 3})
     assert added == registry.tenants.get("globex")
     assert (added.name, added.family, added.source) == ("globex", FAMILY, None)
@@ -46,12 +46,12 @@ def test_a_tenant_comes_back_as_it_was(registry: Registry) -> None:
     assert registry.tenants.get("acme/support").source == "/adapters/acme"
 
 
-def test_what_a_tenant_cannot_be(registry: Registry) -> None:
+def test_invalid_tenants_are_rejected(registry: Registry) -> None:
     with pytest.raises(ConflictError, match="'acme/support' exists and is active"):
         registry.tenants.add("acme/support", FAMILY, actor="me")
     with pytest.raises(NotFoundError, match="add it first"):
         registry.tenants.add("globex", "sha256:" + "0" * 64, actor="me")
-    with pytest.raises(RegistryError, match="kept for the base model"):
+    with pytest.raises(RegistryError, match="reserved for the base model"):
         registry.tenants.add("base", FAMILY, actor="me")
     with pytest.raises(NotFoundError, match="no tenant 'globex'"):
         registry.tenants.get("globex")
@@ -64,7 +64,7 @@ def test_what_a_tenant_cannot_be(registry: Registry) -> None:
         *("a\n", "a" * 97, "a" * 64 + "/" + "b" * 63, "a/../b", "a\u202eb", "a\u0301", "*", None),
     ],
 )
-def test_names_that_no_tenant_has(name: str) -> None:
+def test_invalid_tenant_names(name: str) -> None:
     with pytest.raises(RegistryError, match="tenant name"):
         validation.tenant_name(name)
 
@@ -94,12 +94,12 @@ def test_limits_are_replaced_as_a_whole(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"speed": 1}, {"concurrent": 0}, {"concurrent": True}])
-def test_limits_that_make_no_sense(registry: Registry, limits: dict[str, int]) -> None:
+def test_invalid_limits_are_rejected(registry: Registry, limits: dict[str, int]) -> None:
     with pytest.raises(RegistryError, match="expected whole numbers from 1 for concurrent"):
         registry.tenants.set_limits("acme/support", limits, actor="me")
 
 
-def test_a_frozen_tenant_is_served_and_not_changed(registry: Registry) -> None:
+def test_a_frozen_tenant_is_served_but_cannot_be_changed(registry: Registry) -> None:
     add_published(registry, "acme/support")
     second = add_ready(registry, "acme/support", 2.0)
     third = registry.revisions.add("acme/support", profile(3.0), actor="me")
@@ -118,14 +118,14 @@ def test_a_frozen_tenant_is_served_and_not_changed(registry: Registry) -> None:
         with pytest.raises(FrozenError, match="'acme/support' is frozen; unfreeze it"):
             change()
     assert registry.snapshot().revisions == before.revisions
-    # A check that was under way may still tell what it found.
+    # A running check may still report its result.
     assert registry.revisions.set_state(third.id, "ready", actor="gate").state == "ready"
     registry.tenants.unfreeze("acme/support", actor="op")
     registry.rollouts.rollback("acme/support", actor="me")
     assert registry.tenants.get("acme/support").published == 1
 
 
-def test_a_frozen_family_freezes_all_its_tenants_and_no_other(registry: Registry) -> None:
+def test_a_frozen_family_freezes_exactly_its_tenants(registry: Registry) -> None:
     other = header("second", "e")
     registry.families.add(other, None, actor="me")
     registry.tenants.add("globex", other.digest, actor="me")

@@ -1,4 +1,4 @@
-"""Watching: every new version is told within two seconds, also after the connection broke."""
+"""Watch: every new version is reported within two seconds, also after a broken connection."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DEADLINE_S = 2.0
 
 @dataclass
 class Watcher:
-    """`watch` in a thread of its own; `told` holds the versions and when they came."""
+    """`watch` in a thread of its own; `reported` holds the versions and when they were reported."""
 
     registry: Registry
     poll_s: float = 0.5
     stop: threading.Event = field(default_factory=threading.Event)
-    told: queue.Queue[tuple[int, float]] = field(default_factory=queue.Queue)
+    reported: queue.Queue[tuple[int, float]] = field(default_factory=queue.Queue)
 
     def __post_init__(self) -> None:
         self.thread = threading.Thread(target=self._run)
@@ -33,12 +33,12 @@ class Watcher:
 
     def _run(self) -> None:
         for seen in watch(History(self.registry), self.stop, poll_s=self.poll_s):
-            self.told.put((seen.version, time.monotonic()))
+            self.reported.put((seen.version, time.monotonic()))
 
     def until(self, version: int, timeout_s: float = 20.0) -> float:
-        """When `version` or a newer one was told."""
+        """When `version` or a newer one was reported."""
         while True:
-            found, at = self.told.get(timeout=timeout_s)
+            found, at = self.reported.get(timeout=timeout_s)
             if found >= version:
                 return at
 
@@ -68,23 +68,23 @@ def listeners(server: Postgres, database: str) -> list[int]:
     return [row[0] for row in rows]
 
 
-def listener(server: Postgres, database: str, gone: int | None = None) -> int:
-    """The one backend that listens, once it is not `gone`."""
+def listener(server: Postgres, database: str, ended: int | None = None) -> int:
+    """The only backend that listens, once it is not `ended`."""
     deadline = time.monotonic() + 20
-    while len(found := listeners(server, database)) != 1 or found == [gone]:
+    while len(found := listeners(server, database)) != 1 or found == [ended]:
         assert time.monotonic() < deadline, found
         time.sleep(0.02)
     return found[0]
 
 
-def test_the_version_now_is_told_first(registry: Registry) -> None:
+def test_the_current_version_is_reported_first(registry: Registry) -> None:
     started = Watcher(registry)
-    version, _ = started.told.get(timeout=20)
+    version, _ = started.reported.get(timeout=20)
     assert version == registry.version() > 0
     started.close()
 
 
-def test_changes_of_another_process_are_told_within_two_seconds(
+def test_changes_of_another_process_are_reported_within_two_seconds(
     registry: Registry, watcher: Watcher
 ) -> None:
     code = (
@@ -112,23 +112,25 @@ def test_changes_of_another_process_are_told_within_two_seconds(
 def test_versions_only_grow_and_the_last_is_never_missed(
     registry: Registry, watcher: Watcher
 ) -> None:
-    told = []
+    reported = []
     for _ in range(10):
         freeze_and_unfreeze(registry)
     final = registry.version()
-    while not told or told[-1] < final:
-        told.append(watcher.told.get(timeout=20)[0])
-    assert told == sorted(set(told)) and told[-1] == final
+    while not reported or reported[-1] < final:
+        reported.append(watcher.reported.get(timeout=20)[0])
+    assert reported == sorted(set(reported)) and reported[-1] == final
 
 
-def test_a_refused_or_unfollowed_write_tells_nothing(registry: Registry, watcher: Watcher) -> None:
+def test_rejected_and_unfollowed_writes_are_not_reported(
+    registry: Registry, watcher: Watcher
+) -> None:
     registry.jobs.enqueue("gate", "acme/support", actor="me")
     registry.replicas.join("node", 1, actor="me")
     with pytest.raises(queue.Empty):
-        watcher.told.get(timeout=1.0)
+        watcher.reported.get(timeout=1.0)
 
 
-def test_it_ends_when_it_is_told_to(registry: Registry) -> None:
+def test_a_watch_ends_when_stopped(registry: Registry) -> None:
     started = Watcher(registry)
     started.until(1)
     began = time.monotonic()
@@ -183,13 +185,13 @@ def test_listening_survives_a_terminated_backend(
         took_s.append(started.until(version + 1) - began)
         opened.policies.unfreeze(FAMILY, actor="op")
         started.until(version + 2)
-        found = listener(server, name, gone=found)
+        found = listener(server, name, ended=found)
     assert min(took_s) < DEADLINE_S
-    assert "listening anew" in caplog.text
+    assert "broke, reconnecting" in caplog.text
     started.close()
 
 
-def test_a_database_that_is_away_is_waited_for(
+def test_an_unreachable_database_is_waited_for(
     listening: tuple[Postgres, str, Registry], caplog: pytest.LogCaptureFixture
 ) -> None:
     server, name, opened = listening

@@ -319,7 +319,7 @@ def test_it_joins_again_with_all_that_it_holds(world: World) -> None:
         version, known = world.registry.version(), world.replica.id
         restore = back_up(world.registry)
         world.registry.jobs.enqueue("gate", "acme", actor="t")
-        await until(lambda: world.replica._history.look().losses == 1)
+        await until(lambda: world.replica._history.poll().losses == 1)
         restored(world, restore)
         await until(lambda: world.replica.id != known)
         await level(world)
@@ -386,7 +386,7 @@ def test_content_of_a_lost_registry_does_not_drive_out_what_is_published(world: 
     async def change() -> None:
         restore = back_up(world.registry)
         old = world.add("acme", 0.6)
-        world.replica._history.look()
+        world.replica._history.poll()
         restored(world, restore, lambda: world.publish("acme", 0.9))
         await level(world)
         with pytest.raises(RestoredError, match=r"acme@2 .* cannot be loaded while the engine"):
@@ -489,7 +489,7 @@ def test_content_that_was_changed_behind_the_registry_is_recognized_as_well(worl
                 .where(rows.c.id == revision.id)
                 .values(profile=other, profile_digest=other["digest"])
             )
-            write.unaudited()
+            write.skip_audit()
         world.registry.tenants.set_limits("acme", {"concurrent": 1}, actor="t")
         await until(lambda: world.served("acme") is None)
         await until(lambda: world.served("acme") == "acme@1")

@@ -134,7 +134,7 @@ def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         with world.registry.database.write("test") as write:
             write.connection.exec_driver_sql("UPDATE jobs SET owner = 'thief'")
-            write.unaudited()
+            write.skip_audit()
         try:
             await asyncio.sleep(30)
         finally:

@@ -189,7 +189,7 @@ def test_a_new_revision_that_somebody_else_overtook(world: World) -> None:
         service.change_profile(world.tenancy, NAME, Change(scale=2.0), expected=None, actor=ACTOR)
     )
     job = world.work()
-    assert job.state == "failed" and "somebody else was first" in job.message
+    assert job.state == "failed" and "it was changed meanwhile" in job.message
     assert world.registry.tenants.get(NAME).published == 2
 
 
@@ -285,7 +285,7 @@ def test_what_failed_before_the_server_died_stays_failed(world: World) -> None:
     assert job.state == "failed"
     with world.registry.database.write("test") as write:
         write.connection.exec_driver_sql("UPDATE jobs SET state = 'queued'")
-        write.unaudited()
+        write.skip_audit()
     del world.replica.errors["load"]
     again = world.work()
     assert (again.state, again.message) == ("failed", "rank")

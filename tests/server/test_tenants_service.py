@@ -72,7 +72,7 @@ def test_the_same_change_again_changes_nothing(world: World) -> None:
 
 def test_a_change_of_what_was_not_seen_is_refused(world: World) -> None:
     world.serve(NAME)
-    with pytest.raises(ConflictError, match="somebody else was first"):
+    with pytest.raises(ConflictError, match="it was changed meanwhile"):
         change(world, Change(scale=2.0), expected=7)
     assert len(world.registry.revisions.list(NAME)) == 1
 
@@ -193,7 +193,7 @@ def test_back_and_further_back(world: World) -> None:
         back(world, expected=3)
     assert back(world).revision.number == 1
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@1"
-    with pytest.raises(ConflictError, match="nothing to go back to"):
+    with pytest.raises(ConflictError, match="nothing to roll back to"):
         back(world)
 
 

@@ -1,6 +1,6 @@
-"""A real server on a registry, with adapters on disk, as owners and operators have them.
+"""A real server on a registry, with adapters on disk, for tests over HTTP.
 
-For tests that ask it as a stranger would; each module makes its own world and server.
+Each test module makes its own world and server.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ keys:
 
 @dataclass
 class World:
-    """What owners and operators have at hand: adapters on disk, the registry, the store."""
+    """Adapters on disk, the registry and the store."""
 
     d: Path
     header: FamilyHeader
@@ -46,7 +46,7 @@ class World:
     store: Store
 
     def add(self, tenant: str, source: str, coefficients: list[float]) -> Revision:
-        """Register and publish; a tenant that is known gets another revision."""
+        """Register and publish; a registered tenant gets another revision."""
         path = self.d / "root" / source
         if tenant not in {t.name for t in self.registry.tenants.list()}:
             self.registry.tenants.add(tenant, self.header.digest, source=str(path), actor="test")
@@ -59,7 +59,7 @@ class World:
 
 
 def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "") -> World:
-    """A pico model, its family, and adapters by name and seed; `more` goes to the settings."""
+    """A tiny model, its family, and adapters by name and seed; `more` goes to the settings."""
     tiny_model.make_model("llama", folder / "m")
     family = tiny_model.write_family(folder / "m", folder / "f")
     for name, seed in adapters.items():
@@ -105,7 +105,7 @@ class Running:
         return self._clients[key]
 
     def kill(self) -> None:
-        """-9 to every process of it, as when a machine dies."""
+        """Send SIGKILL to every process, as when a machine dies."""
         everything = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
         for process in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -118,22 +118,22 @@ class Running:
         end(self.process, self.drain)
 
     def ask(self, key: str, model: str, prompt: list[int], **more: Any) -> tuple[str, list[int]]:
-        """(the answer's model, its tokens)."""
-        answer = self.client(key).completions.create(
+        """Complete a prompt; return the model of the completion and its tokens."""
+        completion = self.client(key).completions.create(
             model=model,
             prompt=prompt,
             max_tokens=8,
             temperature=0,
             extra_body={"return_token_ids": True, **more},
         )
-        ids: list[int] = answer.choices[0].token_ids  # type: ignore[attr-defined]
-        return answer.model, ids
+        ids: list[int] = completion.choices[0].token_ids  # type: ignore[attr-defined]
+        return completion.model, ids
 
     def replica(self, registry: Registry) -> Replica:
         return next(r for r in registry.replicas.list(alive_s=3600.0) if r.pid == self.pid)
 
     def follows(self, registry: Registry) -> float:
-        """Wait until this replica has applied the registry's version; how long it took."""
+        """Wait until this replica has applied the registry's version; return the time it took."""
         begun = time.monotonic()
         while self.replica(registry).applied_version < registry.version():
             assert time.monotonic() - begun < 20, registry.replicas.list()

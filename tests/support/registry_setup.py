@@ -1,7 +1,7 @@
-"""Registries for tests: one on a SQLite file, one on a real PostgreSQL, by the same fixture.
+"""Registries for tests on a SQLite file and on PostgreSQL, by the same fixture.
 
-PostgreSQL is started once per session, on a socket in a temporary directory, from the binaries of
-the machine. Not a conftest: tests import what they use by name.
+PostgreSQL is started once per session, on a socket in a temporary directory, from the machine's
+binaries. Not a conftest: tests import what they use by name.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def add_published(registry: Registry, tenant: str, first: float = 1.0, **more: A
 
 
 class Postgres:
-    """A server of our own; `user` is who it runs as when we are root, which it refuses."""
+    """A PostgreSQL server; it runs as `user` when the tests run as root, which it rejects."""
 
     def __init__(self, binaries: Path) -> None:
         self.binaries = binaries
@@ -137,8 +137,8 @@ class Postgres:
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
-    def hang_up(self, name: str) -> None:
-        """Every connection to a database ends."""
+    def disconnect(self, name: str) -> None:
+        """Terminate every connection to a database."""
         self.execute(
             f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
         )
@@ -148,13 +148,13 @@ class Postgres:
 
 
 def _account() -> str:
-    """Who the server runs as when we are root: its own account, or nobody."""
+    """Account of the server when the tests run as root: postgres or nobody."""
     names = {account.pw_name for account in pwd.getpwall()}
     return "postgres" if "postgres" in names else "nobody"
 
 
 def _initdb() -> Path | None:
-    """The newest PostgreSQL of this machine."""
+    """Path to initdb of the newest PostgreSQL of this machine."""
     found = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     where = found[-1] if found else shutil.which("initdb")
     return None if where is None else Path(where)
@@ -215,12 +215,14 @@ def registry(url: str) -> Iterator[Registry]:
 
 
 def back_up(registry: Registry) -> Callable[[], None]:
-    """Copy a registry as it is now, as `sqlite3 .backup` or a database template does; what is
-    returned restores it, below whoever has it open."""
+    """Back up a registry as `sqlite3 .backup` or a database template does; return the restore.
+
+    It restores the database while others have it open.
+    """
     if registry.database.is_postgresql:
         server, name, copy = postgres(), str(registry.database.url.database), f"b{next(_numbers)}"
         server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        server.hang_up(name)
+        server.disconnect(name)
         server.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
         server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
@@ -236,13 +238,13 @@ def back_up(registry: Registry) -> Callable[[], None]:
 
 
 def copy_sqlite(source: str | Path, target: str | Path) -> None:
-    """Below whoever has them open."""
+    """Copy a database that others may have open."""
     with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as write:
         read.backup(write)
 
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A fresh interpreter that runs `code`; its answers are read from stdout."""
+    """Start an interpreter that runs `code`; its output is read from stdout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "server"), str(ROOT / "tests" / "support")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -253,7 +255,7 @@ def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def said(process: subprocess.Popen[str], word: str) -> None:
+def wait_for_line(process: subprocess.Popen[str], word: str) -> None:
     """Wait for a line of the process's stdout."""
     assert process.stdout is not None
     assert process.stdout.readline().strip() == word

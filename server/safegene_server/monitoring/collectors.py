@@ -113,7 +113,7 @@ class RegistryCollector:
         self._gauges.registry_up.set(1)
         for state in STATES:
             definitions.REVISIONS.labels(state).set(figures.revisions.get(state, 0))
-        definitions.REPLICAS.labels("live").set(figures.level)
+        definitions.REPLICAS.labels("live").set(figures.live)
         definitions.REPLICAS.labels("late").set(figures.late)
         self._jobs.replace({(kind, state): n for (kind, state), n in figures.jobs.items()})
         since: dict[Labels, float] = {

@@ -1,6 +1,6 @@
-"""The registry: families, tenants, revisions, keys, replicas, jobs and audit, in one database.
+"""Registry of families, tenants, revisions, keys, replicas, jobs and audit, in one database.
 
-The only state that replicas share. Knows no engine, no HTTP and no files of tenants.
+The only state that replicas share. Knows neither the engine nor HTTP nor tenants' files.
 """
 
 from safegene_server.registry.history import History, Seen

@@ -1,6 +1,6 @@
-"""Reads the audit: who did what to what, when. Rows are written by the writes themselves.
+"""Reading of the audit log: who did what to which object, and when.
 
-There is no way to change or delete a row: the database refuses it.
+Entries are added by the writes themselves; the database rejects changing or deleting one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from sqlalchemy import or_, select
 
 from safegene_server.registry import tables
 from safegene_server.registry.database import Database
-from safegene_server.registry.records import AuditEntry, AuditPage
+from safegene_server.registry.records import AuditEntry, AuditPage, from_row
 from safegene_vllm.errors import RegistryError
 
 _T = tables.audit
-LARGEST_PAGE = 1000
+MAX_PAGE = 1000
 
 
 class AuditLog:
@@ -35,24 +35,21 @@ class AuditLog:
         cursor: int | None = None,
         limit: int = 100,
     ) -> AuditPage:
-        """A page, the newest first; `cursor` of one page asks for the next.
+        """Return a page of entries, newest first; its `cursor` requests the next page.
 
-        `target` is a family's digest, a key's or a tenant's name (its revisions with it), a
-        served name, a replica's id or `job:ID`. `action` may end in `.`: `tenant.` is all of a
-        kind. `since` is part of the time asked for, `until` is not. Errors: RegistryError.
+        `target` is a family's digest, the name of a key or of a tenant (including its revisions), a
+        served name, a replica's id or `job:ID`. An `action` that ends in `.` is a prefix:
+        `tenant.`. `since` is inclusive, `until` exclusive. Errors: RegistryError.
         """
-        if not 1 <= limit <= LARGEST_PAGE:
-            raise RegistryError(f"limit {limit!r}: expected 1 to {LARGEST_PAGE}")
+        if not 1 <= limit <= MAX_PAGE:
+            raise RegistryError(f"limit {limit!r}: expected 1 to {MAX_PAGE}")
         query = select(_T).order_by(_T.c.id.desc()).limit(limit + 1)
         if actor is not None:
             query = query.where(_T.c.actor == actor)
         if action is not None:
-            of_kind = action.endswith(".")
-            query = query.where(
-                _T.c.action.startswith(action, autoescape=True)
-                if of_kind
-                else _T.c.action == action
-            )
+            is_prefix = action.endswith(".")
+            matches = _T.c.action.startswith(action, autoescape=True)
+            query = query.where(matches if is_prefix else _T.c.action == action)
         if target is not None:
             of_tenant = _T.c.target.startswith(f"{target}@", autoescape=True)
             query = query.where(or_(_T.c.target == target, of_tenant))
@@ -64,8 +61,5 @@ class AuditLog:
             query = query.where(_T.c.id < cursor)
         with self._database.read() as connection:
             rows = connection.execute(query).all()
-        entries = tuple(
-            AuditEntry(row.id, row.at, row.actor, row.action, row.target, row.details)
-            for row in rows[:limit]
-        )
+        entries = tuple(from_row(AuditEntry, row) for row in rows[:limit])
         return AuditPage(entries, entries[-1].id if len(rows) > limit else None)

@@ -1,8 +1,7 @@
-"""Opens the registry's database, and gives the two kinds of transaction there are.
+"""Registry database: connections, and the two kinds of transaction.
 
 `read` is one consistent view that cannot write. `write` is all or nothing, by a named actor, and
-refuses to end without an audit row. SQLite (a file) and PostgreSQL behave alike; what is read or
-written is decided elsewhere in this room.
+fails without an audit entry. SQLite (a file) and PostgreSQL behave alike.
 """
 
 from __future__ import annotations
@@ -19,7 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, select, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -35,44 +45,46 @@ from safegene_server.registry import tables, validation
 from safegene_vllm.errors import ConfigError, RegistryDownError, RegistryError
 
 CHANNEL = "safegene_version"
-"""Where PostgreSQL tells listeners of a new version."""
+"""PostgreSQL channel on which new versions are announced."""
 
-WAIT_S = 10.0
-"""How long a writer waits for another one before it is refused."""
+LOCK_TIMEOUT_S = 10.0
+"""A writer that waits longer for another one fails."""
 
-PAUSE_S = 30.0
-"""How long a writer may hold others up without a word before PostgreSQL hangs up on it."""
+IDLE_TIMEOUT_S = 30.0
+"""PostgreSQL disconnects a writer that is idle in its transaction for longer."""
 
 _UNWRITABLE = (UnicodeEncodeError, OverflowError)
 _NO_TABLE = "42P01"
-"""PostgreSQL's code for a table that is not there, as while a registry is being restored."""
+"""PostgreSQL's code for a missing table, as while a registry is being restored."""
 _INSTALL = "install the server's dependencies: pip install 'safegene-vllm[server]'"
 
 
 @dataclass
 class Write:
-    """One open write: its connection, who writes, and when. Ends with what was audited."""
+    """An open write transaction: its connection, actor and time."""
 
     connection: Connection
     actor: str
     now: datetime
-    accounted: bool = False
+    audited: bool = False
 
     def audit(self, action: str, target: str, **details: Any) -> None:
-        """The row without which this write is not kept."""
-        self.connection.execute(
-            insert(tables.audit).values(
-                at=self.now, actor=self.actor, action=action, target=target, details=details
-            )
-        )
-        self.accounted = True
+        """Add the audit entry without which this write is rolled back."""
+        who = {"at": self.now, "actor": self.actor}
+        self.insert(tables.audit, **who, action=action, target=target, details=details)
+        self.audited = True
 
-    def unaudited(self) -> None:
-        """Nothing changed but a sign of life: no audit row is owed."""
-        self.accounted = True
+    def insert(self, table: Table, **values: Any) -> Any:
+        """Insert a row; return the first column of its primary key."""
+        key = self.connection.execute(insert(table).values(**values)).inserted_primary_key
+        return None if key is None else key[0]
+
+    def skip_audit(self) -> None:
+        """Allow this write without an audit entry: it changes nothing but timestamps."""
+        self.audited = True
 
     def bump(self) -> int:
-        """The next version, for changes that replicas must follow; they hear of it on commit."""
+        """Raise the version, which replicas must follow; they are notified on commit."""
         row = tables.version
         value = self.connection.execute(
             update(row).values(value=row.c.value + 1).returning(row.c.value)
@@ -83,7 +95,7 @@ class Write:
 
 
 class Database:
-    """The engine behind the registry; everything public is added by the classes built on it."""
+    """Connection pool of the registry, with its transactions."""
 
     def __init__(self, url: str | Path | URL) -> None:
         self.url = parse_url(url)
@@ -93,94 +105,96 @@ class Database:
         self.engine = _engine(self.url)
 
     def close(self) -> None:
-        """Give every connection back; the object is not used afterwards."""
+        """Close every connection. The database must not be used afterwards."""
         self.engine.dispose()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One consistent view of everything; writing in it is an error.
+        """Begin a transaction with one consistent view, in which writing is an error.
 
         Errors: RegistryDownError.
         """
         options: Mapping[str, Any] = {"safegene": "read"}
         if self.is_postgresql:
             options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        with self.answering(), self.engine.connect() as connection:
+        with self.translate_errors(), self.engine.connect() as connection:
             connection.execution_options(**options)
             with connection.begin():
                 yield connection
 
     @contextmanager
     def write(self, actor: str, *, exclusive: bool = True) -> Iterator[Write]:
-        """One transaction by `actor`; an exception undoes all of it.
+        """Begin a transaction by `actor`; an exception rolls it back.
 
-        Exclusive writers, which are all that replicas follow or that allot numbers, run one after
-        the other, so what they read stays true until they commit. The others touch rows of their
-        own only. Errors: RegistryError (actor), RegistryDownError.
+        Exclusive writers run one after the other, so that what they read stays true until they
+        commit: all that change what replicas follow or assign numbers. The others change only rows
+        that they own. Errors: RegistryError (actor), RegistryDownError.
         """
         validation.line(actor, "actor")
-        with self.answering(), self.engine.connect() as connection:
+        with self.translate_errors(), self.engine.connect() as connection:
             connection.execution_options(safegene="write")
             with connection.begin():
-                now = self._enter(connection, exclusive)
+                now = self._lock(connection, exclusive)
                 write = Write(connection, actor, now)
                 yield write
-                if not write.accounted:
-                    raise RuntimeError("a write ended without an audit row; it is undone")
-                self._check_place(connection)
+                if not write.audited:
+                    raise RuntimeError("a write ended without an audit entry; it is rolled back")
+                self._check_not_replaced(connection)
 
-    def _enter(self, connection: Connection, exclusive: bool) -> datetime:
-        """The clock that all replicas share, once it is this writer's turn."""
+    def _lock(self, connection: Connection, exclusive: bool) -> datetime:
+        """Wait for this writer's turn; return the time then, by the shared clock."""
         if not self.is_postgresql:
             return clock(connection)
         connection.execute(
             select(
-                func.set_config("lock_timeout", f"{WAIT_S:.0f}s", True),
-                func.set_config("idle_in_transaction_session_timeout", f"{PAUSE_S:.0f}s", True),
+                func.set_config("lock_timeout", f"{LOCK_TIMEOUT_S:.0f}s", True),
+                func.set_config(
+                    "idle_in_transaction_session_timeout", f"{IDLE_TIMEOUT_S:.0f}s", True
+                ),
             )
         )
         if exclusive:
             connection.execute(select(tables.version.c.value).with_for_update())
         return clock(connection)
 
-    def _check_place(self, connection: Connection) -> None:
-        """Errors: RegistryDownError for a SQLite file that was replaced since the write began."""
+    def _check_not_replaced(self, connection: Connection) -> None:
+        """Check the SQLite file. Errors: RegistryDownError if replaced since the write began."""
         opened = connection.connection.dbapi_connection
-        if isinstance(opened, _SqliteConnection) and _is_elsewhere(self.url, opened):
+        if isinstance(opened, _SqliteConnection) and _is_replaced(self.url, opened):
             raise RegistryDownError(
                 f"registry file {self.url.database} was replaced or deleted while it was written; "
                 "nothing was changed, try again"
             )
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """A database that does not answer, in our words and without its password."""
+    def translate_errors(self) -> Iterator[None]:
+        """Translate errors of the database, without its password in the message."""
         try:
             yield
         except (DataError, *_UNWRITABLE) as error:
             raise RegistryError(f"a value that no database can hold: {_cause(error)}") from error
         except (StatementError, PoolTimeoutError) as error:
             if isinstance(getattr(error, "orig", None), _UNWRITABLE):
-                # A parameter's own type could not write it, before the driver was asked.
-                told = f"a value that no database can hold: {_cause(error)}"
-                raise RegistryError(told) from error
+                # The parameter's type failed to bind it, before the driver was called.
+                message = f"a value that no database can hold: {_cause(error)}"
+                raise RegistryError(message) from error
             down = isinstance(error, OperationalError | InterfaceError | PoolTimeoutError)
             down = down or getattr(error, "connection_invalidated", False)
             if not down and getattr(error.__cause__, "sqlstate", None) != _NO_TABLE:
                 raise
             raise RegistryDownError(
-                f"the registry at {self.url.render_as_string(hide_password=True)} does not answer "
+                f"the registry at {self.url.render_as_string(hide_password=True)} does not respond "
                 f"or is busy ({_cause(error)}); nothing was changed, try again"
             ) from error
 
 
 def _cause(error: Exception) -> str:
-    """The driver's own first line."""
+    """First line of the driver's message."""
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
 
 def clock(connection: Connection) -> datetime:
-    """Now, by the one clock that all replicas share: PostgreSQL's, or this machine's."""
+    """Read the clock that all replicas share: PostgreSQL's, or this machine's for a file."""
     if connection.dialect.name != "postgresql":
         return datetime.now(UTC)
     now: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
@@ -188,7 +202,7 @@ def clock(connection: Connection) -> datetime:
 
 
 def parse_url(url: str | Path | URL) -> URL:
-    """A file's path, `sqlite:///FILE` or `postgresql://...`, as SQLAlchemy wants it.
+    """Parse a file's path, `sqlite:///FILE` or `postgresql://...` for SQLAlchemy.
 
     Errors: ConfigError (its message shows no password).
     """
@@ -212,7 +226,7 @@ def parse_url(url: str | Path | URL) -> URL:
 
 
 def _make_private_file(path: Path) -> None:
-    """An empty file that only we may read, if there is none. Errors: RegistryDownError."""
+    """Create an empty file that only its owner may read, if missing. Errors: RegistryDownError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -242,7 +256,7 @@ def _engine(url: URL) -> Engine:
 
 
 class _SqliteConnection(sqlite3.Connection):
-    """Connection with the identity of the file that it has open, whatever the path names by now."""
+    """Connection with the identity of its open file, which the path may no longer name."""
 
     file: tuple[int, int] | None = None
 
@@ -250,46 +264,46 @@ class _SqliteConnection(sqlite3.Connection):
 def _open_sqlite(url: URL) -> sqlite3.Connection:
     path = os.path.abspath(str(url.database))
     while True:
-        before = _file_at(path)
-        # Never made here: a file that was taken away is an error, and not an empty registry.
+        before = _file_identity(path)
+        # Mode rw does not create the file: a missing one is an error, not an empty registry.
         connection = sqlite3.connect(
             f"file:{quote(path)}?mode=rw",
             uri=True,
-            timeout=WAIT_S,
+            timeout=LOCK_TIMEOUT_S,
             check_same_thread=False,
             factory=_SqliteConnection,
         )
-        connection.file = _file_at(path)
+        connection.file = _file_identity(path)
         if connection.file == before:
             return connection
         connection.close()
 
 
 def _check_file(url: URL, connection: Any, _record: Any, _proxy: Any) -> None:
-    """Reject a connection to a file that was replaced or deleted: no other process sees what is
-    written there.
+    """Reject a connection to a file that was replaced or deleted.
 
-    Errors: InvalidatePoolError, upon which the pool opens the file that is there now.
+    No other process would see what is written there. Errors: InvalidatePoolError, after which the
+    pool opens the file that the path names now.
     """
-    if _is_elsewhere(url, connection):
+    if _is_replaced(url, connection):
         raise InvalidatePoolError(f"registry file {url.database} was replaced or deleted")
 
 
-def _is_elsewhere(url: URL, connection: _SqliteConnection) -> bool:
-    return _file_at(str(url.database)) != connection.file
+def _is_replaced(url: URL, connection: _SqliteConnection) -> bool:
+    return _file_identity(str(url.database)) != connection.file
 
 
-def _file_at(path: str) -> tuple[int, int] | None:
-    """Device and inode; None where no file is."""
+def _file_identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file, None if missing."""
     try:
-        about = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return None
-    return about.st_dev, about.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    # Transactions are begun by us: the driver would begin them late, and never for reads.
+    # _begin_sqlite begins transactions: the driver would begin them late, and never for reads.
     connection.isolation_level = None
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")

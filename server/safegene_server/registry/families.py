@@ -1,11 +1,11 @@
-"""Families in the registry: added once, then only read.
+"""Families in the registry. A family is added once and never changed.
 
-What their tenants may do (floor, freeze) is policies' business.
+Floors and freezes of families are in policies.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, select
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database
@@ -24,9 +24,9 @@ class Families:
         self._database = database
 
     def add(self, header: FamilyHeader, source: str | None, *, actor: str) -> Family:
-        """Register a family; nothing happens if it is there already.
+        """Register a family. A family that is registered already is returned unchanged.
 
-        Errors: RegistryError; ConflictError if the same digest stands for another header.
+        Errors: RegistryError; ConflictError if the digest is registered with another header.
         """
         validation.digest(header.digest, f"family {header.name!r}: digest")
         validation.line(header.name, "family name")
@@ -41,16 +41,15 @@ class Families:
                         f"family {header.digest} is registered as {known.name!r} with another "
                         f"header than this {header.name!r}; fetch both again, one is damaged"
                     )
-                write.unaudited()
+                write.skip_audit()
                 return known
-            write.connection.execute(
-                insert(_T).values(
-                    digest=header.digest,
-                    name=header.name,
-                    header=raw,
-                    source=source,
-                    created_at=write.now,
-                )
+            write.insert(
+                _T,
+                digest=header.digest,
+                name=header.name,
+                header=raw,
+                source=source,
+                created_at=write.now,
             )
             version = write.bump()
             write.audit(
@@ -59,19 +58,19 @@ class Families:
             return find_family(write.connection, header.digest)
 
     def get(self, digest: str) -> Family:
-        """Errors: NotFoundError."""
+        """Return the family with this digest. Errors: NotFoundError."""
         with self._database.read() as connection:
             return find_family(connection, digest)
 
     def list(self) -> tuple[Family, ...]:
-        """All of them, in the order in which they came."""
+        """Return all families in the order in which they were added."""
         query = select(_T).order_by(_T.c.created_at, _T.c.digest)
         with self._database.read() as connection:
             return tuple(_family(row) for row in connection.execute(query))
 
 
 def find_family(connection: Connection, digest: str) -> Family:
-    """Errors: NotFoundError."""
+    """Read the family with this digest. Errors: NotFoundError."""
     found = _find(connection, digest)
     if found is None:
         raise NotFoundError(f"no family {digest!r:.100} in the registry; add it first")

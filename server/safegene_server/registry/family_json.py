@@ -1,7 +1,7 @@
-"""A family's header as JSON and back, for the registry's `families` table. Torch-free.
+"""Family header as JSON and back, for the `families` table. Torch-free.
 
-Not a format for disks: docs/reference/format.md has that. The digest covers the family's
-tensors, which are not here, so it is taken from whoever has read them.
+Not a file format; see docs/reference/format.md for that. The digest covers the family's tensors,
+which are not part of the header, so it is stored with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safegene_vllm.formats.family import Base, FamilyHeader, SelectedLayer
 
 
 def header_json(header: FamilyHeader) -> dict[str, Any]:
-    """Everything of `header` but its path."""
+    """Convert a header, without its path, to JSON."""
     return {
         "name": header.name,
         "digest": header.digest,
@@ -34,7 +34,7 @@ def header_json(header: FamilyHeader) -> dict[str, Any]:
 
 
 def parse_header(raw: Mapping[str, Any]) -> FamilyHeader:
-    """The header that `header_json` wrote."""
+    """Parse the result of `header_json`."""
     low, high = raw["coefficient_bounds"]
     return FamilyHeader(
         base=Base(**raw["base"]),

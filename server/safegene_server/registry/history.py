@@ -1,7 +1,7 @@
-"""Position of one process in a registry's history, shared by its threads.
+"""Position of this process in a registry's history, shared by its threads.
 
-Every read is compared with the newest position that any read before has found, so a registry that
-was restored is noticed by the first read after it. What follows from that is decided elsewhere.
+Every read is compared with the newest position read before, so that the first read after a restore
+detects it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ logger = logging.getLogger("vllm.safegene_server")
 
 @dataclass(frozen=True)
 class Seen:
-    """A version, and how often the registry had lost changes until it was read."""
+    """A version, and how often the registry had lost changes before it was read."""
 
     version: int
     losses: int
 
 
 class History:
-    """For several threads: one read at a time, so that positions are compared in their order.
+    """Newest `position` read from a registry, and how often the registry had lost it (`losses`).
 
-    `position` is the newest one read. `losses` counts how often the registry was found without it.
+    Thread-safe: reads are made one at a time, so that positions are compared in their order.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -36,21 +36,18 @@ class History:
         self.losses = 0
         self._lock = threading.Lock()
 
-    def look(self) -> Seen:
-        """Read how far the registry is. Blocks. Errors: RegistryDownError."""
+    def poll(self) -> Seen:
+        """Read the registry's version. Blocks. Errors: RegistryDownError."""
         with self._lock:
-            return self._take(*self.registry.position(self.position))
+            return self._update(*self.registry.position(self.position))
 
     def snapshot(self) -> tuple[Snapshot, int]:
-        """Read what replicas follow, with the losses until then. Blocks.
-
-        Errors: RegistryDownError.
-        """
+        """Read a snapshot, and the losses so far. Blocks. Errors: RegistryDownError."""
         with self._lock:
             snapshot = self.registry.snapshot(self.position)
-            return snapshot, self._take(snapshot.position, snapshot.lost).losses
+            return snapshot, self._update(snapshot.position, snapshot.lost).losses
 
-    def _take(self, found: Position, lost: bool) -> Seen:
+    def _update(self, found: Position, lost: bool) -> Seen:
         if lost:
             self.losses += 1
             before = 0 if self.position is None else self.position.version

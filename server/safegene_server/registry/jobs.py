@@ -1,7 +1,7 @@
-"""Long steps that survive a restart: queued, claimed by one owner at a time, watched, ended.
+"""Jobs: long tasks that survive a restart, queued and claimed by one owner at a time.
 
-An owner holds a job by a lease that its progress renews; when it dies, the lease runs out and
-another owner claims the job, once. What a job does is its handler's business.
+An owner holds a job by a lease that its progress renews. When it dies, the lease expires and
+another owner claims the job. What a job does is up to its handler.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Select, and_, insert, or_, select, update
+from sqlalchemy import Connection, Row, Select, and_, or_, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
-from safegene_server.registry.records import Job
+from safegene_server.registry.records import Job, from_row
 from safegene_server.registry.revisions import find_revision_by_id
 from safegene_server.registry.tenants import find_tenant
 from safegene_vllm.client.schemas import JobState
@@ -23,11 +23,10 @@ from safegene_vllm.errors import ConflictError, NotFoundError, RegistryError
 _T = tables.jobs
 LEASE_S = 30.0
 PRIVATE = "private"
-"""A key of `params` for what nobody may find later: the row forgets it when the job ends."""
+"""Key of `params` for confidential data, which is deleted from the row when the job ends."""
 MAX_ATTEMPTS = 2
-"""How often a job is begun. One that takes its owner down would take down one server after the
-other; a server that died for another reason costs a job one attempt. A server that stops in good
-order releases its jobs, which costs none."""
+"""A job that crashes its server is not retried on every other one. A server that shuts down
+releases its jobs, which does not count as an attempt."""
 
 
 class Jobs:
@@ -45,10 +44,7 @@ class Jobs:
         revision: int | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Job:
-        """A job that waits for an owner; `revision` is an id.
-
-        Errors: RegistryError, NotFoundError.
-        """
+        """Add a job to the queue. `revision` is an id. Errors: RegistryError, NotFoundError."""
         validation.line(kind, "job kind", 64)
         given = validation.plain(params or {}, "params")
         with self._database.write(actor, exclusive=False) as write:
@@ -56,24 +52,23 @@ class Jobs:
             if revision is not None:
                 found = find_revision_by_id(write.connection, revision)
                 if found.tenant != tenant:
-                    raise NotFoundError(f"{found.served_name} is no revision of tenant {tenant!r}")
-            added = write.connection.execute(
-                insert(_T)
-                .values(
-                    kind=kind,
-                    tenant_id=owner.id,
-                    revision_id=revision,
-                    params=given,
-                    state="queued",
-                    progress=0.0,
-                    message="",
-                    attempts=0,
-                    cancel_requested=False,
-                    created_at=write.now,
-                    updated_at=write.now,
-                )
-                .returning(_T.c.id)
-            ).scalar_one()
+                    raise NotFoundError(
+                        f"{found.served_name} is not a revision of tenant {tenant!r}"
+                    )
+            added = write.insert(
+                _T,
+                kind=kind,
+                tenant_id=owner.id,
+                revision_id=revision,
+                params=given,
+                state="queued",
+                progress=0.0,
+                message="",
+                attempts=0,
+                cancel_requested=False,
+                created_at=write.now,
+                updated_at=write.now,
+            )
             write.audit("job.enqueue", _target(added), kind=kind, tenant=tenant, revision=revision)
             return find_job(write.connection, added)
 
@@ -86,12 +81,11 @@ class Jobs:
         family: str | None = None,
         lease_s: float = LEASE_S,
     ) -> Job | None:
-        """The oldest job that nobody holds, now held by `owner`; None if there is none.
+        """Claim the oldest job without an owner; None if there is none.
 
-        `family`: only jobs of its tenants, for an owner that serves no other.
-
-        A job whose lease ran out is claimed again, unless it was to be cancelled or has been begun
-        MAX_ATTEMPTS times; then it ends here.
+        `family` limits it to jobs of that family's tenants. A job whose lease has expired is
+        claimed again, unless its cancellation was requested or it has been started MAX_ATTEMPTS
+        times; then it ends.
         """
         validation.line(owner, "owner")
         with self._database.write(actor, exclusive=False) as write:
@@ -109,10 +103,10 @@ class Jobs:
             while True:
                 row = write.connection.execute(query.with_for_update(skip_locked=True)).first()
                 if row is None:
-                    write.unaudited()
+                    write.skip_audit()
                     return None
                 found = find_job(write.connection, row.id)
-                if not _ended_here(write, found):
+                if not _end_expired(write, found):
                     break
             attempt = found.attempts + 1
             _set(
@@ -136,20 +130,20 @@ class Jobs:
         actor: str,
         lease_s: float = LEASE_S,
     ) -> Job:
-        """How far it is (0 to 1), and a new lease; look at `cancel_requested` of the answer.
+        """Record progress (0 to 1) and renew the lease; check the job's `cancel_requested`.
 
         Audited when the message changes. Errors: RegistryError, NotFoundError; ConflictError if
-        `owner` does not hold the job any more: stop working on it.
+        `owner` no longer holds the job: stop working on it.
         """
         if not 0.0 <= progress <= 1.0:
             raise RegistryError(f"progress {progress!r}: expected a number from 0 to 1")
         with self._database.write(actor, exclusive=False) as write:
-            found = _held(write, job, owner)
+            found = _find_held(write, job, owner)
             message = validation.text(message)
             lease_until = write.now + timedelta(seconds=lease_s)
             _set(write, found, progress=float(progress), message=message, lease_until=lease_until)
             if message == found.message:
-                write.unaudited()
+                write.skip_audit()
             else:
                 write.audit("job.progress", _target(job), progress=progress, message=message)
             return find_job(write.connection, job)
@@ -164,29 +158,28 @@ class Jobs:
         message: str = "",
         result: Mapping[str, Any] | None = None,
     ) -> Job:
-        """The end of a job, by the owner that holds it.
+        """End a job as its owner.
 
-        Errors: RegistryError, NotFoundError; ConflictError if `owner` does not hold it any more.
+        Errors: RegistryError, NotFoundError; ConflictError if `owner` no longer holds it.
         """
         if state not in ("done", "failed", "cancelled"):
             raise RegistryError(f"job state {state!r}: expected done, failed or cancelled")
         message = validation.text(message)
         given = None if result is None else validation.plain(result, "result")
         with self._database.write(actor, exclusive=False) as write:
-            found = _held(write, job, owner)
+            found = _find_held(write, job, owner)
             values: dict[str, Any] = {"progress": 1.0} if state == "done" else {}
             _set(write, found, state=state, message=message, result=given, **values)
             write.audit(f"job.{state}", _target(job), owner=owner, message=message)
             return find_job(write.connection, job)
 
     def release(self, job: int, owner: str, *, actor: str) -> Job:
-        """Back into the queue, unfinished, by an owner that stops in good order: as if it had not
-        been begun.
+        """Return an unfinished job to the queue, without counting the attempt.
 
-        Errors: NotFoundError; ConflictError if `owner` does not hold it any more.
+        Errors: NotFoundError; ConflictError if `owner` no longer holds it.
         """
         with self._database.write(actor, exclusive=False) as write:
-            found = _held(write, job, owner)
+            found = _find_held(write, job, owner)
             _set(
                 write,
                 found,
@@ -199,14 +192,14 @@ class Jobs:
             return find_job(write.connection, job)
 
     def cancel(self, job: int, *, actor: str) -> Job:
-        """A waiting job ends at once; of a running one it is asked, and its owner ends it.
+        """End a queued job at once, or request that the owner of a running one end it.
 
         Errors: NotFoundError; ConflictError if it has ended.
         """
         with self._database.write(actor, exclusive=False) as write:
             found = find_job(write.connection, job, lock=True)
             if found.state == "queued":
-                _set(write, found, state="cancelled", message="cancelled before it began")
+                _set(write, found, state="cancelled", message="cancelled before it started")
             elif found.state == "running":
                 _set(write, found, cancel_requested=True)
             else:
@@ -215,14 +208,14 @@ class Jobs:
             return find_job(write.connection, job)
 
     def get(self, job: int) -> Job:
-        """Errors: NotFoundError."""
+        """Return a job. Errors: NotFoundError."""
         with self._database.read() as connection:
             return find_job(connection, job)
 
     def list(
         self, *, tenant: str | None = None, state: JobState | None = None, limit: int = 100
     ) -> tuple[Job, ...]:
-        """The newest first."""
+        """Return jobs, newest first."""
         query = _query().order_by(_T.c.id.desc()).limit(limit)
         if tenant is not None:
             query = query.where(tables.tenants.c.name == tenant)
@@ -233,7 +226,7 @@ class Jobs:
 
 
 def find_job(connection: Connection, job: int, *, lock: bool = False) -> Job:
-    """The job; with `lock` nobody else changes it until this write ends. Errors: NotFoundError."""
+    """Read a job, with `lock` until the end of the transaction. Errors: NotFoundError."""
     query = _query().where(_T.c.id == job)
     if lock:
         query = query.with_for_update(of=_T)
@@ -243,7 +236,7 @@ def find_job(connection: Connection, job: int, *, lock: bool = False) -> Job:
     return _job(row)
 
 
-def _held(write: Write, job: int, owner: str) -> Job:
+def _find_held(write: Write, job: int, owner: str) -> Job:
     found = find_job(write.connection, job, lock=True)
     if found.state != "running" or found.owner != owner:
         held = f" by {found.owner!r}" if found.state == "running" else ""
@@ -251,18 +244,18 @@ def _held(write: Write, job: int, owner: str) -> Job:
     return found
 
 
-def _ended_here(write: Write, job: Job) -> bool:
-    """Whether a job that nobody holds ends instead of being begun again."""
+def _end_expired(write: Write, job: Job) -> bool:
+    """End a job whose lease has expired if it must not be started again."""
     if job.cancel_requested:
-        _set(write, job, state="cancelled", message="cancelled; its owner was gone")
+        _set(write, job, state="cancelled", message="cancelled after its owner was lost")
         write.audit("job.cancelled", _target(job.id), owner=job.owner)
         return True
     if job.attempts >= MAX_ATTEMPTS:
         message = (
-            f"begun {job.attempts} times, and each time its server died, or lost its engine or the "
-            "registry; it is not begun again, for it may be what takes servers down. Read the log "
-            f"of the last one, {job.owner}, then send the request again; the content of a new "
-            f"tenant by `safegene tenant update {job.tenant}`"
+            f"started {job.attempts} times, and each time its server died, or lost its engine or "
+            "the registry; it is not started again because it may crash servers. Read the log of "
+            f"the last one, {job.owner}, then send the request again; the content of a new tenant "
+            f"by `safegene tenant update {job.tenant}`"
         )
         _set(write, job, state="failed", message=message)
         write.audit("job.failed", _target(job.id), owner=job.owner, message=message)
@@ -289,20 +282,4 @@ def _query() -> Select[tuple[Any, ...]]:
 
 
 def _job(row: Row[tuple[Any, ...]]) -> Job:
-    return Job(
-        id=row.id,
-        kind=row.kind,
-        tenant=row.tenant,
-        revision=row.revision_id,
-        params=row.params,
-        state=row.state,
-        progress=row.progress,
-        message=row.message,
-        result=row.result,
-        attempts=row.attempts,
-        owner=row.owner,
-        lease_until=row.lease_until,
-        cancel_requested=row.cancel_requested,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-    )
+    return from_row(Job, row, revision=row.revision_id)

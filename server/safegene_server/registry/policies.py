@@ -1,6 +1,6 @@
-"""What holds for a whole family, in one call each: a floor under its coefficients, and a freeze.
+"""Policies of families: a floor under the coefficients of all tenants, and a freeze.
 
-For an operator who must act on all tenants at once. One tenant is frozen in tenants.
+For an operator who must act on all tenants at once. A single tenant is frozen in tenants.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert
+from sqlalchemy import Connection, delete
 
 from safegene_server.registry import tables
 from safegene_server.registry.database import Database, Write
@@ -18,7 +18,7 @@ from safegene_server.registry.families import find_family
 from safegene_server.registry.records import Policy, Revision, Rollout, Tenant
 from safegene_server.registry.revisions import find_revision, new_revision
 from safegene_server.registry.rollouts import switch
-from safegene_server.registry.tenants import find_policy, living_tenants
+from safegene_server.registry.tenants import current_tenants, find_policy
 from safegene_vllm.errors import BoundsError, FrozenError
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile, check_profile
@@ -31,47 +31,47 @@ class Policies:
         self._database = database
 
     def set_floor(self, family: str, floor: Mapping[int, float], *, actor: str) -> Rollout | None:
-        """No coefficient of the family is served below `floor` (layer -> least), from now on.
+        """Set the least coefficient per layer for all tenants of a family.
 
-        Every published revision that is below gets a successor with the same adapter and raised
-        coefficients, published at once and all together; None if there was none to raise. `{}`
-        lifts the floor, which lowers nobody's coefficients. Revisions below the floor can neither
-        be added nor published. Errors: NotFoundError; BoundsError; FrozenError naming every frozen
-        tenant that would have to change, and then nothing is changed.
+        Every published revision below `floor` gets a successor with the same adapter and raised
+        coefficients, all published in one rollout; None if no revision was below. `{}` removes the
+        floor and lowers no coefficient. Revisions below the floor can neither be added nor
+        published. Errors: NotFoundError; BoundsError; FrozenError naming every frozen tenant that
+        would have to change, without changing any.
         """
         with self._database.write(actor) as write:
             header = find_family(write.connection, family).header
-            least = _checked_floor(header, floor)
+            minimums = _checked_floor(header, floor)
             before = find_policy(write.connection, family)
-            if before.floor == least:
-                write.unaudited()
+            if before.floor == minimums:
+                write.skip_audit()
                 return None
-            raised = _below(write.connection, family, least)
-            if raised:
-                _refuse_frozen(before, [tenant for tenant, _ in raised])
-            _put(write, replace(before, floor=least))
-            lora_weights = [
-                (tenant, _raise(write, header, tenant, revision, least))
-                for tenant, revision in raised
+            below = _find_below(write.connection, family, minimums)
+            if below:
+                _check_not_frozen(before, [tenant for tenant, _ in below])
+            _put(write, replace(before, floor=minimums))
+            raised = [
+                (tenant, _raise(write, header, tenant, revision, minimums))
+                for tenant, revision in below
             ]
             write.audit(
                 "family.floor",
                 family,
                 before=_floor_json(before.floor),
-                after=_floor_json(least),
-                raised=[revision.served_name for _, revision in lora_weights],
+                after=_floor_json(minimums),
+                raised=[revision.served_name for _, revision in raised],
             )
-            if lora_weights:
-                return switch(write, "floor", lora_weights)
+            if raised:
+                return switch(write, "floor", raised)
             write.bump()
             return None
 
     def freeze(self, family: str, *, actor: str) -> Policy:
-        """No tenant of the family may change what it serves; serving goes on."""
+        """Reject changes of all tenants of a family, while they are served as before."""
         return self._set_frozen(family, True, actor)
 
     def unfreeze(self, family: str, *, actor: str) -> Policy:
-        """Changes are allowed again, except to tenants that are frozen themselves."""
+        """Allow changes again, except of tenants that are frozen themselves."""
         return self._set_frozen(family, False, actor)
 
     def _set_frozen(self, family: str, frozen: bool, actor: str) -> Policy:
@@ -79,7 +79,7 @@ class Policies:
             find_family(write.connection, family)
             before = find_policy(write.connection, family)
             if before.frozen == frozen:
-                write.unaudited()
+                write.skip_audit()
                 return before
             after = replace(before, frozen=frozen)
             _put(write, after)
@@ -88,37 +88,39 @@ class Policies:
             return after
 
     def get(self, family: str) -> Policy:
-        """Errors: NotFoundError."""
+        """Return the policy of a family. Errors: NotFoundError."""
         with self._database.read() as connection:
             find_family(connection, family)
             return find_policy(connection, family)
 
 
 def _checked_floor(header: FamilyHeader, floor: Mapping[int, float]) -> dict[int, float]:
-    """Errors: BoundsError naming every layer that can have no such floor."""
+    """Check and sort a floor. Errors: BoundsError naming every invalid layer."""
     low, high = header.bounds
     selected = {entry.layer for entry in header.layers}
-    faults = []
-    for layer, least in floor.items():
+    errors = []
+    for layer, minimum in floor.items():
         if type(layer) is not int or layer not in selected:
-            faults.append(f"layer {layer!r} carries no vector, only {sorted(selected)} do")
-        elif type(least) not in (int, float) or not isfinite(least) or not low <= least <= high:
-            faults.append(f"layer {layer} has floor {least!r}, expected {low} to {high}")
-    if faults:
-        raise BoundsError(f"floor of family {header.name!r}: " + "; ".join(faults))
+            errors.append(f"layer {layer!r} has no vector, only {sorted(selected)} do")
+        elif (
+            type(minimum) not in (int, float) or not isfinite(minimum) or not low <= minimum <= high
+        ):
+            errors.append(f"layer {layer} has floor {minimum!r}, expected {low} to {high}")
+    if errors:
+        raise BoundsError(f"floor of family {header.name!r}: " + "; ".join(errors))
     return {layer: float(floor[layer]) for layer in sorted(floor)}
 
 
-def _below(
+def _find_below(
     connection: Connection, family: str, floor: Mapping[int, float]
 ) -> list[tuple[Tenant, Revision]]:
-    """Tenants of the family whose published revision has a coefficient below the floor."""
+    """Find the tenants of a family whose published revision is below the floor somewhere."""
     found = []
-    for tenant in living_tenants(connection):
+    for tenant in current_tenants(connection):
         if tenant.family == family and tenant.published is not None:
             revision = find_revision(connection, tenant, tenant.published)
             coefficients = revision.profile.coefficients
-            if any(coefficients[layer] < least for layer, least in floor.items()):
+            if any(coefficients[layer] < minimum for layer, minimum in floor.items()):
                 found.append((tenant, revision))
     return found
 
@@ -130,7 +132,7 @@ def _raise(
     revision: Revision,
     floor: Mapping[int, float],
 ) -> Revision:
-    """The successor of `revision` with no coefficient below the floor."""
+    """Add the successor of `revision`, with its coefficients raised to the floor."""
     old = revision.profile
     raised = tuple(
         max(value, floor.get(layer, value)) for layer, value in enumerate(old.coefficients)
@@ -150,7 +152,7 @@ def _raise(
     )
 
 
-def _refuse_frozen(policy: Policy, tenants: list[Tenant]) -> None:
+def _check_not_frozen(policy: Policy, tenants: list[Tenant]) -> None:
     if policy.frozen:
         raise FrozenError(
             f"family {policy.family} is frozen and {len(tenants)} of its tenants are below the new "
@@ -164,14 +166,12 @@ def _refuse_frozen(policy: Policy, tenants: list[Tenant]) -> None:
 
 
 def _floor_json(floor: Mapping[int, float]) -> dict[str, Any]:
-    return {str(layer): least for layer, least in floor.items()}
+    return {str(layer): minimum for layer, minimum in floor.items()}
 
 
 def _put(write: Write, policy: Policy) -> None:
     rows = tables.policies
     write.connection.execute(delete(rows).where(rows.c.family_digest == policy.family))
-    write.connection.execute(
-        insert(rows).values(
-            family_digest=policy.family, floor=_floor_json(policy.floor), frozen=policy.frozen
-        )
+    write.insert(
+        rows, family_digest=policy.family, floor=_floor_json(policy.floor), frozen=policy.frozen
     )

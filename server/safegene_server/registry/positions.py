@@ -1,8 +1,8 @@
-"""Positions in a registry's history, and whether the registry still has one that was seen.
+"""Positions in a registry's history, and whether the registry has lost one that was seen.
 
 Every write adds an audit entry, and no entry is ever changed or deleted. So a registry without the
 newest entry that was seen has lost it: it was restored from a backup, failed over to a standby that
-lagged, or replaced by another. Versions alone do not show that: one may be as high again already.
+lagged, or was replaced. Versions alone do not show that: a restored registry may reach them again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _ENTRY = (_A.c.id, _A.c.at, _A.c.actor, _A.c.action, _A.c.target)
 
 
 def find_position(connection: Connection, seen: Position | None) -> tuple[Position, bool]:
-    """Read where the registry is, and whether it has lost what was `seen`; one statement.
+    """Read the registry's position, and whether it has lost `seen`, in one statement.
 
-    Errors: RegistryDownError for a database that is being filled.
+    Errors: RegistryDownError for a database that is being restored.
     """
     newest = select(func.max(_A.c.id)).scalar_subquery()
     wanted = _A.c.id == newest
@@ -36,8 +36,8 @@ def find_position(connection: Connection, seen: Position | None) -> tuple[Positi
     return found, _is_lost(found.version, [_entry_of(row) for row in rows], seen)
 
 
-def still_has(seen: Position | None) -> ColumnElement[bool]:
-    """Condition that the registry still has what was `seen`, for a statement that reads more."""
+def still_contains(seen: Position | None) -> ColumnElement[bool]:
+    """Condition that the registry still contains the position `seen`, to be part of a query."""
     if seen is None:
         return true()
     version = select(_V.c.value).scalar_subquery() >= seen.version

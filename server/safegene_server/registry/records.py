@@ -1,16 +1,17 @@
-"""What the registry answers with: frozen dataclasses, moments in UTC.
+"""Records of the registry: frozen dataclasses, timestamps in UTC.
 
-For everybody who asks the registry. A record is what was true when it was read; changing one
-changes nothing.
+A record is a copy of what was true when it was read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Row
 
 from safegene_server.registry.validation import served_name
 from safegene_vllm.client.schemas import (
@@ -23,10 +24,15 @@ from safegene_vllm.client.schemas import (
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
+
 
 @dataclass(frozen=True)
 class Family:
-    """A family as it was registered; `source` is what the owner gave, a path or a URL."""
+    """A registered family; `source` is the path or URL that it was registered with."""
 
     digest: str
     name: str
@@ -37,7 +43,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A tenant; `published` is the number its alias leads to, None while nothing is published."""
+    """A tenant; `published` is the revision number that its alias names, None for none."""
 
     id: int
     name: str
@@ -55,10 +61,10 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Identity:
-    """One revision: the registry's id and name for it, and the digests of its content.
+    """Identity of a revision: its id, its name and the digests of its content.
 
-    A registry that was restored may give an id or a name to other content, so neither is enough to
-    recognize a revision.
+    A restored registry may assign an id or a name to other content, so neither identifies a
+    revision.
     """
 
     id: int
@@ -70,9 +76,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Revision:
-    """One immutable content of a tenant; `id` is its lora_int_id. State and gate may change.
+    """Immutable content of a tenant, with its state; `id` is its lora_int_id.
 
-    `source` is where its adapter can be fetched again, None for a profile on the base.
+    `source` is where its adapter can be fetched, None for a profile on the base.
     """
 
     id: int
@@ -94,7 +100,7 @@ class Revision:
 
     @cached_property
     def identity(self) -> Identity:
-        """Key by which the revision is recognized wherever it may be loaded already."""
+        """Identity by which a loaded revision is recognized."""
         return Identity(
             id=self.id,
             name=self.served_name,
@@ -106,7 +112,7 @@ class Revision:
 
 @dataclass(frozen=True)
 class Policy:
-    """What holds for a whole family: the least coefficient per layer, and whether it is frozen."""
+    """Policy of a family: the least coefficient per layer, and whether the family is frozen."""
 
     family: str
     floor: Mapping[int, float]
@@ -130,7 +136,7 @@ class Key:
 
 @dataclass(frozen=True)
 class NewKey:
-    """A key and its secret, which is told this once."""
+    """A key with its secret, which is not stored."""
 
     key: Key
     secret: str = field(repr=False)
@@ -138,7 +144,7 @@ class NewKey:
 
 @dataclass(frozen=True)
 class Replica:
-    """One server process; it is alive while it was seen lately."""
+    """A server process; it is alive while its last heartbeat is recent."""
 
     id: str
     host: str
@@ -151,7 +157,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class ReplicaReceipt:
-    """What one replica reports of one revision; `ok` says that every rank keeps the promise."""
+    """Receipt of a revision from a replica; `ok` if every rank applies it as its files say."""
 
     replica: str
     revision: int
@@ -175,7 +181,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Lag:
-    """A live replica that has not applied a rollout, and why."""
+    """A live replica that has not applied a rollout, with the reason."""
 
     replica: Replica
     reason: str
@@ -183,8 +189,10 @@ class Lag:
 
 @dataclass(frozen=True)
 class RolloutStatus:
-    """`applied` of `live` replicas follow the rollout; `lagging` are the others. `revisions` are
-    those it led to, as they are now."""
+    """Progress of a rollout: `applied` of `live` replicas follow it, `lagging` are the others.
+
+    `revisions` are those of the rollout in their current state.
+    """
 
     rollout: Rollout
     revisions: tuple[Revision, ...]
@@ -199,9 +207,9 @@ class RolloutStatus:
 
 @dataclass(frozen=True)
 class Job:
-    """A long step. Its owner holds it until `lease_until`; then another may claim it.
+    """A long task. Its owner holds it until `lease_until`; then another may claim it.
 
-    `attempts`: how often it was begun, without those that were released in good order.
+    `attempts` counts its starts, without those that ended in a release.
     """
 
     id: int
@@ -223,7 +231,7 @@ class Job:
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """Who did what to what, when."""
+    """Entry of the audit log."""
 
     id: int
     at: datetime
@@ -235,7 +243,7 @@ class AuditEntry:
 
 @dataclass(frozen=True)
 class AuditPage:
-    """Entries, the newest first; `cursor` (None: no more) continues with older ones."""
+    """Entries, newest first; `cursor` (None: no more) continues with older ones."""
 
     entries: tuple[AuditEntry, ...]
     cursor: int | None
@@ -243,8 +251,9 @@ class AuditPage:
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a registry when it was read: its version, and its newest audit entry by id,
-    timestamp, actor, action and target (None: there was none).
+    """Position of a registry when it was read: its version and its newest audit entry.
+
+    `entry` is the entry's id, timestamp, actor, action and target; None without entries.
     """
 
     version: int
@@ -253,11 +262,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What replicas follow, all of it as of one version; equal content is an equal snapshot.
+    """Everything that replicas follow, as of one version; equal content is an equal snapshot.
 
-    `tenants` are those not retired, `revisions` the published ones, `previous` what a rollback
-    would publish (worth keeping warm, not to be offered), `keys` those not revoked. `lost`: the
-    registry no longer has what the reader had seen of it.
+    `tenants` are those not retired, `revisions` the published ones, `previous` those that a
+    rollback would publish (to be loaded ahead, but not served), `keys` those not revoked. `lost`:
+    the registry no longer contains the position that the reader has seen.
     """
 
     version: int
@@ -267,3 +276,12 @@ class Snapshot:
     keys: tuple[Key, ...]
     position: Position = field(compare=False)
     lost: bool = field(compare=False)
+
+
+def from_row(cls: type[R], row: Row[Any], **values: Any) -> R:
+    """Make a record of the row's columns with the names of its fields, or of `values`."""
+    columns = row._mapping
+    for name in {f.name for f in fields(cls)} - values.keys():
+        value = columns[name]
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

@@ -1,35 +1,35 @@
-"""Replicas: which server processes there are, what each has applied, and how far a rollout is.
+"""Replicas: running server processes, the version each has applied, and their receipts.
 
-For reporting only: no replica is told anything here, each follows the version by itself.
+Replicas follow the version by themselves; what they report here is for observers.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
-from safegene_server.registry.positions import still_has
+from safegene_server.registry.positions import still_contains
 from safegene_server.registry.records import (
     Identity,
     Position,
     Replica,
     ReplicaReceipt,
+    from_row,
 )
 from safegene_server.registry.revisions import find_identities
 from safegene_vllm.errors import NotFoundError, RegistryError, RestoredError
 
 _T = tables.replicas
 ALIVE_S = 10.0
-"""How long after its last sign of life a replica still counts."""
-FORGET_S = 24 * 3600.0
-"""How long a silent replica's row is kept."""
+"""A replica without a heartbeat for this long no longer counts as alive."""
+RETENTION_S = 24 * 3600.0
+"""Rows of silent replicas are deleted after this time."""
 
 
 class Replicas:
@@ -39,26 +39,25 @@ class Replicas:
         self._database = database
 
     def join(self, host: str, pid: int, *, actor: str) -> Replica:
-        """A new replica, alive and with nothing applied; long silent ones are forgotten."""
+        """Register a new replica with nothing applied, and delete long silent ones."""
         validation.line(host, "host", 255)
-        fresh = str(uuid.uuid4())
+        replica = str(uuid.uuid4())
         with self._database.write(actor, exclusive=False) as write:
-            silent = _T.c.seen_at < write.now - timedelta(seconds=FORGET_S)
-            gone = write.connection.execute(delete(_T).where(silent).returning(_T.c.id)).scalars()
-            forgotten = sorted(gone)
-            write.connection.execute(
-                insert(_T).values(
-                    id=fresh,
-                    host=host,
-                    pid=pid,
-                    started_at=write.now,
-                    seen_at=write.now,
-                    applied_version=0,
-                    faults=[],
-                )
+            silent = _T.c.seen_at < write.now - timedelta(seconds=RETENTION_S)
+            deleted = write.connection.execute(delete(_T).where(silent).returning(_T.c.id))
+            forgotten = sorted(deleted.scalars())
+            write.insert(
+                _T,
+                id=replica,
+                host=host,
+                pid=pid,
+                started_at=write.now,
+                seen_at=write.now,
+                applied_version=0,
+                faults=[],
             )
-            write.audit("replica.join", fresh, host=host, pid=pid, forgotten=forgotten)
-            return _find(write.connection, fresh)
+            write.audit("replica.join", replica, host=host, pid=pid, forgotten=forgotten)
+            return _find(write.connection, replica)
 
     def heartbeat(
         self,
@@ -72,18 +71,22 @@ class Replicas:
         seen: Position | None = None,
         actor: str,
     ) -> Replica:
-        """A sign of life, audited when it says something new, with the receipts it brings.
+        """Record a heartbeat with its receipts; it is audited when its content changed.
 
-        `receipts` by revision id, each with whether it keeps its promise, replace older ones;
-        `gone` are revisions that the replica holds no more. A receipt of one of `contents` that the
-        registry knows as other content, or not at all, is left out. `seen` is how far the replica
-        follows.
+        `receipts` by revision id, each with whether it matches its files, replace older ones;
+        `gone` are revisions that the replica has unloaded. A receipt of one of `contents` that the
+        registry has as other content, or not at all, is left out. `seen` is the position that the
+        replica follows.
 
-        Errors: NotFoundError for a replica that left or was forgotten: join again; RestoredError
-        for one that has `seen` what the registry has lost; RegistryError.
+        Errors: NotFoundError for a replica that left or was deleted: join again; RestoredError
+        for one that has `seen` a position that the registry has lost; RegistryError.
         """
-        told = [str(fault) for fault in faults]
-        fresh = _receipts_to_put(receipts or {}, gone)
+        reported = [str(fault) for fault in faults]
+        new = {
+            revision: (validation.plain(receipt, "receipt"), ok)
+            for revision, (receipt, ok) in (receipts or {}).items()
+        }
+        unloaded = sorted(set(gone) - new.keys())
         known = {content.id: content for content in contents}
         if type(applied_version) is not int or applied_version < 0:
             raise RegistryError(f"applied_version {applied_version!r}: expected a whole number")
@@ -92,32 +95,32 @@ class Replicas:
             write.connection.execute(
                 update(_T)
                 .where(_T.c.id == replica)
-                .values(seen_at=write.now, applied_version=applied_version, faults=told)
+                .values(seen_at=write.now, applied_version=applied_version, faults=reported)
             )
-            if fresh.kept or fresh.gone:
-                _put_receipts(write, replica, fresh, known)
-            if (before.applied_version, list(before.faults)) == (applied_version, told):
-                write.unaudited()
+            if new or unloaded:
+                _put_receipts(write, replica, new, unloaded, known)
+            if (before.applied_version, list(before.faults)) == (applied_version, reported):
+                write.skip_audit()
             else:
-                write.audit("replica.state", replica, version=applied_version, faults=told)
+                write.audit("replica.state", replica, version=applied_version, faults=reported)
             return _find(write.connection, replica)
 
     def leave(self, replica: str, *, actor: str) -> None:
-        """The replica ends in good order; its receipts go with it. Errors: NotFoundError."""
+        """Delete a replica that stops, with its receipts. Errors: NotFoundError."""
         with self._database.write(actor, exclusive=False) as write:
             _find(write.connection, replica)
             write.connection.execute(delete(_T).where(_T.c.id == replica))
             write.audit("replica.leave", replica)
 
     def list(self, *, alive_s: float = ALIVE_S) -> tuple[Replica, ...]:
-        """Those seen within `alive_s`, the oldest first."""
+        """Return the replicas seen within `alive_s`, oldest first."""
         with self._database.read() as connection:
             return find_alive(connection, clock(connection), alive_s)
 
     def receipts(
         self, *, replica: str | None = None, revision: int | None = None
     ) -> tuple[ReplicaReceipt, ...]:
-        """The receipts of one replica, of one revision, or all."""
+        """Return the receipts of one replica, of one revision, or all."""
         rows = tables.receipts
         query = select(rows).order_by(rows.c.replica_id, rows.c.revision_id)
         if replica is not None:
@@ -126,61 +129,51 @@ class Replicas:
             query = query.where(rows.c.revision_id == revision)
         with self._database.read() as connection:
             return tuple(
-                ReplicaReceipt(row.replica_id, row.revision_id, row.receipt, row.ok, row.at)
+                from_row(ReplicaReceipt, row, replica=row.replica_id, revision=row.revision_id)
                 for row in connection.execute(query)
             )
 
 
-@dataclass(frozen=True)
-class _Fresh:
-    """Receipts by revision id, and the revisions that have none any more."""
-
-    kept: Mapping[int, tuple[Mapping[str, Any], bool]]
-    gone: Sequence[int]
-
-
-def _receipts_to_put(
-    receipts: Mapping[int, tuple[Mapping[str, Any], bool]], gone: Iterable[int]
-) -> _Fresh:
-    """Errors: RegistryError."""
-    kept = {key: (validation.plain(value, "receipt"), ok) for key, (value, ok) in receipts.items()}
-    return _Fresh(kept, sorted(set(gone) - set(kept)))
-
-
 def _put_receipts(
-    write: Write, replica: str, fresh: _Fresh, contents: Mapping[int, Identity]
+    write: Write,
+    replica: str,
+    receipts: Mapping[int, tuple[Mapping[str, Any], bool]],
+    gone: list[int],
+    contents: Mapping[int, Identity],
 ) -> None:
-    """Errors: NotFoundError."""
+    """Replace receipts of a replica. Errors: NotFoundError."""
     rows = tables.receipts
-    known = find_identities(write.connection, list(fresh.kept))
-    kept = {
-        revision: told
-        for revision, told in fresh.kept.items()
+    known = find_identities(write.connection, [*receipts])
+    accepted = {
+        revision: receipt
+        for revision, receipt in receipts.items()
         if revision not in contents or known.get(revision) == contents[revision]
     }
-    if unknown := sorted(kept.keys() - known.keys()):
+    if unknown := sorted(accepted.keys() - known.keys()):
         raise NotFoundError(f"no revisions with ids {unknown}")
     write.connection.execute(
-        delete(rows).where(
-            rows.c.replica_id == replica, rows.c.revision_id.in_([*fresh.kept, *fresh.gone])
-        )
+        delete(rows).where(rows.c.replica_id == replica, rows.c.revision_id.in_([*receipts, *gone]))
     )
-    for revision, (receipt, ok) in kept.items():
-        write.connection.execute(
-            insert(rows).values(
-                replica_id=replica, revision_id=revision, receipt=receipt, ok=bool(ok), at=write.now
-            )
+    for revision, (receipt, ok) in accepted.items():
+        write.insert(
+            rows,
+            replica_id=replica,
+            revision_id=revision,
+            receipt=receipt,
+            ok=bool(ok),
+            at=write.now,
         )
     write.audit(
         "replica.receipts",
         replica,
-        ok=sorted(key for key, (_, ok) in kept.items() if ok),
-        failed=sorted(key for key, (_, ok) in kept.items() if not ok),
-        gone=list(fresh.gone),
+        ok=sorted(key for key, (_, ok) in accepted.items() if ok),
+        failed=sorted(key for key, (_, ok) in accepted.items() if not ok),
+        gone=gone,
     )
 
 
 def find_receipts(connection: Connection, revisions: list[int]) -> dict[tuple[str, int], bool]:
+    """Read whether each receipt of `revisions` is good, by replica and revision id."""
     rows = tables.receipts
     query = select(rows.c.replica_id, rows.c.revision_id, rows.c.ok)
     found = connection.execute(query.where(rows.c.revision_id.in_(revisions)))
@@ -188,31 +181,20 @@ def find_receipts(connection: Connection, revisions: list[int]) -> dict[tuple[st
 
 
 def find_alive(connection: Connection, now: datetime, alive_s: float) -> tuple[Replica, ...]:
+    """Read the replicas seen within `alive_s` before `now`, oldest first."""
     seen = _T.c.seen_at >= now - timedelta(seconds=alive_s)
     query = select(_T).where(seen).order_by(_T.c.started_at, _T.c.id)
-    return tuple(_replica(row) for row in connection.execute(query))
+    return tuple(from_row(Replica, row) for row in connection.execute(query))
 
 
 def _find(connection: Connection, replica: str, seen: Position | None = None) -> Replica:
-    query = select(_T, still_has(seen).label("follows")).where(_T.c.id == replica)
+    query = select(_T, still_contains(seen).label("follows")).where(_T.c.id == replica)
     row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(f"no replica {replica!r:.100} in the registry; join again")
     if not row.follows:
         raise RestoredError(
             f"replica {replica} has seen changes that the registry has lost; nothing was changed: "
-            "follow it as it is now, then join again"
+            "reconcile with the registry as it is now, then join again"
         )
-    return _replica(row)
-
-
-def _replica(row: Row[tuple[Any, ...]]) -> Replica:
-    return Replica(
-        id=row.id,
-        host=row.host,
-        pid=row.pid,
-        started_at=row.started_at,
-        seen_at=row.seen_at,
-        applied_version=row.applied_version,
-        faults=tuple(row.faults),
-    )
+    return from_row(Replica, row)

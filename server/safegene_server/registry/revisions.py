@@ -1,6 +1,6 @@
-"""Revisions: a tenant's immutable contents, numbered from 1, and how far each has come.
+"""Revisions: immutable content of tenants, numbered from 1, and its state before publication.
 
-For adding content and for what the gate found. Which revision is served is publishing's business.
+Publication is in rollouts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, func, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.records import Identity, Policy, Revision, Tenant
+from safegene_server.registry.records import Identity, Policy, Revision, Tenant, from_row
 from safegene_server.registry.tenants import changeable_tenant, find_policy, find_tenant
 from safegene_vllm.client.schemas import RevisionState
 from safegene_vllm.errors import BoundsError, ConflictError, NotFoundError
@@ -21,13 +21,13 @@ from safegene_vllm.formats.profile import Profile, check_profile, parse_profile,
 
 _T = tables.revisions
 
-STEPS: Mapping[str, frozenset[str]] = {
+TRANSITIONS: Mapping[str, frozenset[str]] = {
     "registered": frozenset({"checking", "failed", "ready"}),
     "checking": frozenset({"registered", "failed", "ready"}),
     "failed": frozenset({"checking"}),
     "ready": frozenset({"checking", "failed"}),
 }
-"""From which state to which a revision goes before it is published; later ones are publishing's."""
+"""Allowed changes of a revision's state before publication; rollouts makes those after it."""
 
 
 class Revisions:
@@ -46,13 +46,12 @@ class Revisions:
         source: str | None = None,
         expected: int | None = None,
     ) -> Revision:
-        """New content for a tenant, under the next number; not served yet.
+        """Add content of a tenant under the next number, without publishing it.
 
         `adapter_digest=None` is a profile on the base. `source` is where other replicas fetch the
-        adapter (None: the tenant's own source). `expected` is the number that the caller
-        believes to be published (0: none); if another one is, nothing happens.
-        Errors: RegistryError, NotFoundError, FrozenError; ConflictError naming both numbers;
-        FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
+        adapter (None: the tenant's own source). `expected` is the number that must be published
+        now (0: none). Errors: RegistryError, NotFoundError, FrozenError; ConflictError naming both
+        numbers; FamilyMismatchError, BoundsError (the family's own bounds, or below the floor).
         """
         if adapter_digest is not None:
             validation.digest(adapter_digest, "adapter_digest")
@@ -79,28 +78,28 @@ class Revisions:
         gate: Mapping[str, Any] | None = None,
         checked: Identity | None = None,
     ) -> Revision:
-        """What a check found: `state` with its reasons; `gate=None` keeps what the gate had said.
+        """Record the result of a check: `state` and its reasons; `gate=None` leaves the gate's.
 
-        `checked` is the content that it was found of. Errors: NotFoundError; ConflictError for a
-        step that no check may take, or if the revision is not `checked`.
+        `checked` is the content that was checked. Errors: NotFoundError; ConflictError for a change
+        of state that a check may not make, or if the revision's content is not `checked`.
         """
         with self._database.write(actor) as write:
             found = find_revision_by_id(write.connection, revision)
             check_identity(found, checked)
-            return step(write, found, state, reasons=reasons, gate=gate)
+            return change_state(write, found, state, reasons=reasons, gate=gate)
 
     def get(self, tenant: str, number: int) -> Revision:
-        """Errors: NotFoundError."""
+        """Return `tenant@number`. Errors: NotFoundError."""
         with self._database.read() as connection:
             return find_revision(connection, find_tenant(connection, tenant), number)
 
     def get_by_id(self, revision: int) -> Revision:
-        """Errors: NotFoundError."""
+        """Return the revision with this id. Errors: NotFoundError."""
         with self._database.read() as connection:
             return find_revision_by_id(connection, revision)
 
     def published(self, tenant: str) -> tuple[Tenant, Revision | None]:
-        """A tenant and what it serves, as they are at one moment. Errors: NotFoundError."""
+        """Return a tenant and its published revision in one read. Errors: NotFoundError."""
         with self._database.read() as connection:
             owner = find_tenant(connection, tenant)
             if owner.published is None:
@@ -108,7 +107,7 @@ class Revisions:
             return owner, find_revision(connection, owner, owner.published)
 
     def list(self, tenant: str) -> tuple[Revision, ...]:
-        """All of a tenant's revisions by number. Errors: NotFoundError."""
+        """Return all revisions of a tenant by number. Errors: NotFoundError."""
         with self._database.read() as connection:
             owner = find_tenant(connection, tenant)
             query = revision_query().where(_T.c.tenant_id == owner.id).order_by(_T.c.number)
@@ -125,28 +124,25 @@ def new_revision(
     state: RevisionState = "registered",
     gate: Mapping[str, Any] | None = None,
 ) -> Revision:
-    """The row under the next number. The write is exclusive, so nobody else counts meanwhile."""
+    """Insert a revision under the next number. `write` must be exclusive."""
     last = select(func.coalesce(func.max(_T.c.number), 0)).where(_T.c.tenant_id == tenant.id)
     number = write.connection.execute(last).scalar_one() + 1
     raw = profile_json(profile)
-    added = write.connection.execute(
-        insert(_T)
-        .values(
-            tenant_id=tenant.id,
-            number=number,
-            kind="profile" if adapter_digest is None else "adapter",
-            adapter_digest=adapter_digest,
-            profile_digest=raw["digest"],
-            profile=raw,
-            source=source,
-            state=state,
-            reasons=[],
-            gate=dict(gate or {}),
-            created_at=write.now,
-            created_by=write.actor,
-        )
-        .returning(_T.c.id)
-    ).scalar_one()
+    added = write.insert(
+        _T,
+        tenant_id=tenant.id,
+        number=number,
+        kind="profile" if adapter_digest is None else "adapter",
+        adapter_digest=adapter_digest,
+        profile_digest=raw["digest"],
+        profile=raw,
+        source=source,
+        state=state,
+        reasons=[],
+        gate=dict(gate or {}),
+        created_at=write.now,
+        created_by=write.actor,
+    )
     write.audit(
         "revision.add",
         validation.served_name(tenant.name, number),
@@ -158,7 +154,7 @@ def new_revision(
     return find_revision_by_id(write.connection, added)
 
 
-def step(
+def change_state(
     write: Write,
     found: Revision,
     state: RevisionState,
@@ -166,9 +162,9 @@ def step(
     reasons: Iterable[str] = (),
     gate: Mapping[str, Any] | None = None,
 ) -> Revision:
-    """One step before publication. Errors: ConflictError, RegistryError."""
-    if state not in STEPS.get(found.state, ()):
-        allowed = ", ".join(sorted(STEPS.get(found.state, ()))) or "no other state"
+    """Change a revision's state before publication. Errors: ConflictError, RegistryError."""
+    if state not in TRANSITIONS.get(found.state, ()):
+        allowed = ", ".join(sorted(TRANSITIONS.get(found.state, ()))) or "no other state"
         raise ConflictError(
             f"{found.served_name} is {found.state} and cannot become {state}; from there "
             f"a check leads to {allowed}"
@@ -184,20 +180,18 @@ def step(
 
 
 def check_expected(tenant: Tenant, expected: int | None) -> None:
-    """Errors: ConflictError if not `expected` (0: none, None: whatever) is published."""
+    """Check that `expected` is published (0: none, None: any). Errors: ConflictError."""
     if expected is not None and expected != (tenant.published or 0):
-        there = (
-            validation.served_name(tenant.name, tenant.published) if tenant.published else "nothing"
-        )
-        hoped = validation.served_name(tenant.name, expected) if expected else "nothing"
+        published = tenant.served or "nothing"
+        wanted = validation.served_name(tenant.name, expected) if expected else "nothing"
         raise ConflictError(
-            f"tenant {tenant.name!r} serves {there}, expected {hoped}: somebody else was first; "
-            "look again and repeat"
+            f"tenant {tenant.name!r} serves {published}, expected {wanted}: it was changed "
+            "meanwhile; read it again and retry"
         )
 
 
 def check_identity(found: Revision, checked: Identity | None) -> None:
-    """Errors: ConflictError if the registry was restored, and this is not what was `checked`."""
+    """Check that a restored registry has not replaced `checked`. Errors: ConflictError."""
     if checked is not None and found.identity != checked:
         raise ConflictError(
             f"{checked.name} (id {checked.id}, adapter {checked.adapter}, profile "
@@ -208,11 +202,11 @@ def check_identity(found: Revision, checked: Identity | None) -> None:
 
 
 def check_floor(profile: Profile, policy: Policy, what: str) -> None:
-    """Errors: BoundsError naming every layer below the family's floor."""
+    """Check coefficients against the family's floor. Errors: BoundsError naming every layer."""
     below = [
-        f"layer {layer} has {profile.coefficients[layer]}, the floor is {least}"
-        for layer, least in sorted(policy.floor.items())
-        if profile.coefficients[layer] < least
+        f"layer {layer} has {profile.coefficients[layer]}, the floor is {minimum}"
+        for layer, minimum in sorted(policy.floor.items())
+        if profile.coefficients[layer] < minimum
     ]
     if below:
         raise BoundsError(
@@ -222,7 +216,7 @@ def check_floor(profile: Profile, policy: Policy, what: str) -> None:
 
 
 def find_revision(connection: Connection, tenant: Tenant, number: int) -> Revision:
-    """Errors: NotFoundError."""
+    """Read a revision by tenant and number. Errors: NotFoundError."""
     validation.revision_number(number)
     query = revision_query().where(_T.c.tenant_id == tenant.id, _T.c.number == number)
     row = connection.execute(query).one_or_none()
@@ -232,7 +226,7 @@ def find_revision(connection: Connection, tenant: Tenant, number: int) -> Revisi
 
 
 def find_revision_by_id(connection: Connection, revision: int) -> Revision:
-    """Errors: NotFoundError."""
+    """Read a revision by id. Errors: NotFoundError."""
     row = connection.execute(revision_query().where(_T.c.id == revision)).one_or_none()
     if row is None:
         raise NotFoundError(f"no revision with id {revision!r:.40} in the registry")
@@ -240,14 +234,14 @@ def find_revision_by_id(connection: Connection, revision: int) -> Revision:
 
 
 def find_revisions(connection: Connection, revisions: Sequence[int]) -> tuple[Revision, ...]:
-    """Those of them that are known, in their order."""
+    """Read revisions by id, in the given order; unknown ids are left out."""
     rows = connection.execute(revision_query().where(_T.c.id.in_(revisions)))
     found = {row.id: revision_of(row) for row in rows}
     return tuple(found[number] for number in revisions if number in found)
 
 
 def find_identities(connection: Connection, revisions: Sequence[int]) -> dict[int, Identity]:
-    """Identities by id, of those that are known, without reading their profiles."""
+    """Read identities by id without their profiles; unknown ids are left out."""
     owner = tables.tenants
     query = select(
         _T.c.id,
@@ -275,19 +269,6 @@ def revision_query() -> Select[tuple[Any, ...]]:
 
 
 def revision_of(row: Row[tuple[Any, ...]]) -> Revision:
-    """Errors: FormatError if the profile was altered behind the registry's back."""
+    """Make the record of a row. Errors: FormatError if the profile was altered in the database."""
     where = f"registry, revision {validation.served_name(row.tenant, row.number)}"
-    return Revision(
-        id=row.id,
-        tenant=row.tenant,
-        number=row.number,
-        kind=row.kind,
-        adapter_digest=row.adapter_digest,
-        profile=parse_profile(row.profile, where),
-        source=row.source,
-        state=row.state,
-        reasons=tuple(row.reasons),
-        gate=row.gate,
-        created_at=row.created_at,
-        created_by=row.created_by,
-    )
+    return from_row(Revision, row, profile=parse_profile(row.profile, where))

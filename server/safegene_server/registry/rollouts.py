@@ -1,7 +1,7 @@
-"""What is served: switching a tenant's alias forward, back and away, one transaction each.
+"""Rollouts: publication, rollback and retirement of tenants, one transaction each.
 
-Every switch is a rollout that replicas follow. The order in which revisions were published is kept,
-so that a rollback goes to the one before, and the next rollback to the one before that.
+Replicas follow every rollout. The order of publications is recorded: a rollback publishes the one
+before the current one, the next rollback the one before that.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write, clock
@@ -21,16 +21,17 @@ from safegene_server.registry.records import (
     Rollout,
     RolloutStatus,
     Tenant,
+    from_row,
 )
 from safegene_server.registry.replicas import ALIVE_S, find_alive, find_receipts
 from safegene_server.registry.revisions import (
+    change_state,
     check_expected,
     check_floor,
     check_identity,
     find_revision,
     find_revision_by_id,
     find_revisions,
-    step,
 )
 from safegene_server.registry.tenants import changeable_tenant, find_policy, retire_row
 from safegene_vllm.client.schemas import RolloutKind
@@ -40,7 +41,7 @@ _P = tables.publications
 
 
 class Rollouts:
-    """Rollouts: publish, roll back and retire, each in one transaction."""
+    """Rollouts of the registry."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -55,12 +56,12 @@ class Rollouts:
         gate: Mapping[str, Any] | None = None,
         checked: Identity | None = None,
     ) -> Rollout:
-        """Serve `tenant@number` under the alias `tenant`; what was served is superseded.
+        """Point the alias `tenant` to `tenant@number`; the revision before it is superseded.
 
-        `expected` is the number that the caller believes to be published (0: none). With `gate`,
-        what was found of a new revision, it becomes ready in the same transaction. `checked` is the
-        content that is meant. Errors: RegistryError, NotFoundError, FrozenError; ConflictError (not
-        `expected`, not `checked`, or a revision that is not ready); BoundsError (below the floor).
+        `expected` is the number that must be published now (0: none). With `gate`, the result of
+        a new revision's smoke test, the revision becomes ready in the same transaction. `checked`
+        is the content that must be published. Errors: RegistryError, NotFoundError, FrozenError;
+        ConflictError (not `expected`, not `checked`, or not ready); BoundsError (below the floor).
         """
         with self._database.write(actor) as write:
             owner = changeable_tenant(write.connection, tenant)
@@ -68,7 +69,7 @@ class Rollouts:
             revision = find_revision(write.connection, owner, number)
             check_identity(revision, checked)
             if gate is not None:
-                revision = step(write, revision, "ready", gate=gate)
+                revision = change_state(write, revision, "ready", gate=gate)
             if revision.state not in ("ready", "superseded"):
                 why = f" ({'; '.join(revision.reasons)})" if revision.reasons else ""
                 raise ConflictError(
@@ -87,10 +88,10 @@ class Rollouts:
         expected: int | None = None,
         checked: Identity | None = None,
     ) -> Rollout:
-        """Serve again what was published before the current revision, or before that, `number`.
+        """Publish the revision before the current one again, or an earlier one by `number`.
 
-        `checked` is the content that is meant. Errors: as for `publish`; ConflictError if there is
-        nothing to go back to.
+        `checked` is the content that must be published. Errors: as for `publish`; ConflictError if
+        nothing was published before.
         """
         if number is not None:
             validation.revision_number(number)
@@ -105,7 +106,7 @@ class Rollouts:
             return switch(write, "rollback", [(owner, revision)])
 
     def retire(self, tenant: str, *, actor: str, expected: int | None = None) -> Rollout:
-        """Serve a tenant no more, ever; its history and its name stay.
+        """Stop serving a tenant for good; its history and its name stay.
 
         Errors: NotFoundError, FrozenError, ConflictError.
         """
@@ -116,14 +117,14 @@ class Rollouts:
             return switch(write, "retire", [(owner, None)])
 
     def list(self, *, limit: int = 50) -> tuple[Rollout, ...]:
-        """The newest first."""
+        """Return rollouts, newest first."""
         rows = tables.rollouts
         query = select(rows).order_by(rows.c.id.desc()).limit(limit)
         with self._database.read() as connection:
-            return tuple(rollout_of(row) for row in connection.execute(query))
+            return tuple(from_row(Rollout, row) for row in connection.execute(query))
 
     def status(self, rollout: int, *, alive_s: float = ALIVE_S) -> RolloutStatus:
-        """How many of the live replicas follow a rollout, and why the others do not yet.
+        """Count the live replicas that follow a rollout, and say why the others do not.
 
         A replica follows once it has applied the rollout's version and has a good receipt for each
         of its revisions that is still published. Errors: NotFoundError.
@@ -133,42 +134,37 @@ class Rollouts:
             version = connection.execute(select(tables.version.c.value)).scalar_one()
             alive = find_alive(connection, clock(connection), alive_s)
             revisions = find_revisions(connection, found.revisions)
-            # A later rollout speaks for those that are not published now.
+            # Revisions that are not published now belong to a later rollout.
             wanted = {r.id: r.served_name for r in revisions if r.state == "published"}
             receipts = find_receipts(connection, [*wanted])
         lagging = [
             Lag(replica, reason)
             for replica in alive
-            if (reason := _reason(replica, found, version, wanted, receipts))
+            if (reason := _lag_reason(replica, found, version, wanted, receipts))
         ]
         applied = len(alive) - len(lagging)
         return RolloutStatus(found, revisions, applied, len(alive), tuple(lagging))
 
 
 def switch(
-    write: Write, kind: RolloutKind, lora_weights: Sequence[tuple[Tenant, Revision | None]]
+    write: Write, kind: RolloutKind, changes: Sequence[tuple[Tenant, Revision | None]]
 ) -> Rollout:
-    """Serve each tenant's revision (None: nothing any more), as one rollout under one version."""
+    """Publish each tenant's revision (None: retire it) as one rollout under one version."""
     version = write.bump()
-    rollout = write.connection.execute(
-        insert(tables.rollouts)
-        .values(
-            kind=kind,
-            tenants=[tenant.name for tenant, _ in lora_weights],
-            revisions=[revision.id for _, revision in lora_weights if revision is not None],
-            version=version,
-            created_at=write.now,
-            created_by=write.actor,
-        )
-        .returning(tables.rollouts.c.id)
-    ).scalar_one()
-    for tenant, revision in lora_weights:
-        _point(write, tenant, revision)
+    rollout = write.insert(
+        tables.rollouts,
+        kind=kind,
+        tenants=[tenant.name for tenant, _ in changes],
+        revisions=[revision.id for _, revision in changes if revision is not None],
+        version=version,
+        created_at=write.now,
+        created_by=write.actor,
+    )
+    for tenant, revision in changes:
+        _set_alias(write, tenant, revision)
         if revision is not None and kind != "rollback":
-            write.connection.execute(
-                insert(_P).values(
-                    tenant_id=tenant.id, revision_id=revision.id, rollout_id=rollout, undone=False
-                )
+            write.insert(
+                _P, tenant_id=tenant.id, revision_id=revision.id, rollout_id=rollout, undone=False
             )
         write.audit(
             f"tenant.{kind}",
@@ -181,35 +177,23 @@ def switch(
 
 
 def previous_ids() -> Select[tuple[int]]:
-    """The revision that a rollback would publish, for every tenant that has one."""
-    place = func.row_number().over(partition_by=_P.c.tenant_id, order_by=_P.c.id.desc())
-    ranked = select(_P.c.revision_id, place.label("place")).where(_P.c.undone.is_(False)).subquery()
-    return select(ranked.c.revision_id).where(ranked.c.place == 2)
+    """Select the revision that a rollback would publish, for every tenant that has one."""
+    rank = func.row_number().over(partition_by=_P.c.tenant_id, order_by=_P.c.id.desc())
+    ranked = select(_P.c.revision_id, rank.label("rank")).where(_P.c.undone.is_(False)).subquery()
+    return select(ranked.c.revision_id).where(ranked.c.rank == 2)
 
 
 def find_rollout(connection: Connection, rollout: int) -> Rollout:
-    """Errors: NotFoundError."""
+    """Read a rollout. Errors: NotFoundError."""
     query = select(tables.rollouts).where(tables.rollouts.c.id == rollout)
     row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(f"no rollout {rollout!r:.40} in the registry")
-    return rollout_of(row)
+    return from_row(Rollout, row)
 
 
-def rollout_of(row: Row[tuple[Any, ...]]) -> Rollout:
-    return Rollout(
-        id=row.id,
-        kind=row.kind,
-        tenants=tuple(row.tenants),
-        revisions=tuple(row.revisions),
-        version=row.version,
-        created_at=row.created_at,
-        created_by=row.created_by,
-    )
-
-
-def _point(write: Write, tenant: Tenant, revision: Revision | None) -> None:
-    """The alias and the states of both revisions."""
+def _set_alias(write: Write, tenant: Tenant, revision: Revision | None) -> None:
+    """Set the alias and the states of both revisions."""
     alias, states = tables.aliases, tables.revisions
     leaving = "retired" if revision is None else "superseded"
     write.connection.execute(
@@ -219,9 +203,7 @@ def _point(write: Write, tenant: Tenant, revision: Revision | None) -> None:
     )
     write.connection.execute(delete(alias).where(alias.c.tenant_id == tenant.id))
     if revision is not None:
-        write.connection.execute(
-            insert(alias).values(tenant_id=tenant.id, revision_id=revision.id, since=write.now)
-        )
+        write.insert(alias, tenant_id=tenant.id, revision_id=revision.id, since=write.now)
         write.connection.execute(
             update(states).where(states.c.id == revision.id).values(state="published")
         )
@@ -231,28 +213,28 @@ def _check_floor(connection: Connection, tenant: Tenant, revision: Revision) -> 
     check_floor(revision.profile, find_policy(connection, tenant.family), revision.served_name)
 
 
-def _reason(
+def _lag_reason(
     replica: Replica,
     rollout: Rollout,
     version: int,
     wanted: Mapping[int, str],
     receipts: Mapping[tuple[str, int], bool],
 ) -> str | None:
-    """Why the replica does not follow; None if it does."""
+    """Return why the replica does not follow, None if it does."""
     reasons = []
     if replica.applied_version < rollout.version:
         reasons.append(f"is at version {replica.applied_version}, needs {rollout.version}")
     elif replica.applied_version > version:
         reasons.append(
-            f"is at version {replica.applied_version} of what the registry was before it was "
-            f"restored, which is at {version} now"
+            f"is at version {replica.applied_version} of the registry before it was restored, "
+            f"which is at {version} now"
         )
     for revision, name in wanted.items():
         ok = receipts.get((replica.id, revision))
         if ok is None:
             reasons.append(f"has no receipt for {name}")
         elif not ok:
-            reasons.append(f"has a receipt for {name} that does not keep its promise")
+            reasons.append(f"has a receipt for {name} that differs from its files")
     if reasons:
         reasons += replica.faults
     return "; ".join(reasons) or None
@@ -261,7 +243,7 @@ def _reason(
 def _steps_back(
     connection: Connection, tenant: Tenant, number: int | None
 ) -> tuple[list[int], int]:
-    """The publications to undo, and the revision that is then the newest."""
+    """Return the publications to undo, and the revision that is the newest without them."""
     numbers = tables.revisions
     rows = connection.execute(
         select(_P.c.id, _P.c.revision_id, numbers.c.number)
@@ -272,7 +254,7 @@ def _steps_back(
     if tenant.published is None or len(rows) < 2:
         raise ConflictError(
             f"tenant {tenant.name!r} has no publication before the current one; there is nothing "
-            "to go back to"
+            "to roll back to"
         )
     undone = [rows[0].id]
     for row in rows[1:]:

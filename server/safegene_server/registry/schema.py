@@ -1,7 +1,7 @@
-"""Brings a database to the schema that this release works on, or refuses it.
+"""Upgrade of a database to this release's schema, or its rejection.
 
-Runs the migrations in migrations/versions with Alembic, in one transaction, while other replicas
-that start wait. There is no env.py and no ini file: a new migration is one more module there.
+Runs the migrations in migrations/versions with Alembic in one transaction, while other replicas
+that start wait. A new migration is one more module there, and HEAD.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safegene_server.registry.database import Database
 from safegene_vllm.errors import RegistryDownError, SchemaError
 
 HEAD = "0001"
-"""The newest migration; what this release works on."""
+"""The newest migration, which this release needs."""
 
 SCHEMA_TABLE = "safegene_schema"
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -25,7 +25,7 @@ _LOCK = 0x5AFE6E4E
 
 
 def open_schema(database: Database, *, migrate: bool) -> None:
-    """Make the schema HEAD. With `migrate=False` anything else is refused.
+    """Upgrade the schema to HEAD. With `migrate=False` any other schema is rejected.
 
     Errors: SchemaError, RegistryDownError.
     """
@@ -34,7 +34,7 @@ def open_schema(database: Database, *, migrate: bool) -> None:
             found = _found(connection)
         if found == HEAD:
             return
-        _refuse_newer(database, found)
+        _check_not_newer(database, found)
         if not migrate:
             raise SchemaError(
                 f"{_shown(database)} has schema {found or 'none'}, this release needs {HEAD}; let "
@@ -48,22 +48,22 @@ def open_schema(database: Database, *, migrate: bool) -> None:
 
 
 def _upgrade(database: Database) -> None:
-    with database.answering(), database.engine.connect() as connection:
+    with database.translate_errors(), database.engine.connect() as connection:
         connection.execution_options(safegene="write")
         with connection.begin():
             if database.is_postgresql:
                 connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
             found = _found(connection)
-            _refuse_newer(database, found)
-            if found is None and (ours := _names(connection) & set(tables.metadata.tables)):
+            _check_not_newer(database, found)
+            if found is None and (foreign := _names(connection) & set(tables.metadata.tables)):
                 raise SchemaError(
-                    f"{_shown(database)} holds tables of something else ({sorted(ours)}); give the "
-                    "registry a database of its own"
+                    f"{_shown(database)} holds tables of another application ({sorted(foreign)}); "
+                    "give the registry a database of its own"
                 )
-            _run(connection)
+            _run_migrations(connection)
 
 
-def _refuse_newer(database: Database, found: str | None) -> None:
+def _check_not_newer(database: Database, found: str | None) -> None:
     if found is not None and found > HEAD:
         raise SchemaError(
             f"{_shown(database)} has schema {found}, which is newer than this release knows (up to "
@@ -76,7 +76,7 @@ def _names(connection: Connection) -> set[str]:
 
 
 def _found(connection: Connection) -> str | None:
-    """The schema that the database says it has; None for an empty one."""
+    """Read the schema's version; None for a database without one."""
     if not inspect(connection).has_table(SCHEMA_TABLE):
         return None
     number: Select[Any] = select(column("version_num")).select_from(table(SCHEMA_TABLE))
@@ -84,19 +84,14 @@ def _found(connection: Connection) -> str | None:
     return found
 
 
-def _run(connection: Connection) -> None:
+def _run_migrations(connection: Connection) -> None:
+    from alembic import command
     from alembic.config import Config
-    from alembic.runtime.environment import EnvironmentContext
-    from alembic.script import ScriptDirectory
 
-    script = ScriptDirectory(str(MIGRATIONS))
-
-    def steps(found: Any, _context: Any) -> Any:
-        return script._upgrade_revs("head", found)
-
-    with EnvironmentContext(Config(), script, fn=steps) as environment:
-        environment.configure(connection=connection, version_table=SCHEMA_TABLE)
-        environment.run_migrations()
+    config = Config(attributes={"connection": connection})
+    # A ConfigParser interpolates "%".
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    command.upgrade(config, "head")
 
 
 def _shown(database: Database) -> str:

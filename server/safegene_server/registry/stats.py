@@ -1,6 +1,6 @@
-"""How many there are of what, and since when names lead where they do: for metrics alone.
+"""Counts of revisions, jobs and replicas, and publication times, for metrics.
 
-One short read, whatever the number of tenants; nothing here names a reason or a content.
+One short read, whatever the number of tenants.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from safegene_server.registry.replicas import ALIVE_S
 
 @dataclass(frozen=True)
 class RegistryStats:
-    """`revisions` by state, `jobs` by (kind, state); `since` has a moment per published tenant.
+    """Counts of `revisions` by state and `jobs` by (kind, state), of one version.
 
-    `level` replicas have applied `version`, `late` ones have not; only those seen lately count.
+    `since` has the time of publication per tenant. Of the replicas that are alive, `live` have
+    applied `version` and `late` have not.
     """
 
     version: int
     revisions: Mapping[str, int]
     jobs: Mapping[tuple[str, str], int]
-    level: int
+    live: int
     late: int
     since: Mapping[str, datetime]
 
 
 def read_stats(database: Database, *, alive_s: float = ALIVE_S) -> RegistryStats:
-    """The counts as of now. Errors: RegistryDownError."""
+    """Read the counts. Errors: RegistryDownError."""
     r, j, p = tables.revisions, tables.jobs, tables.replicas
     a, t = tables.aliases, tables.tenants
     with database.read() as connection:
@@ -52,7 +53,7 @@ def read_stats(database: Database, *, alive_s: float = ALIVE_S) -> RegistryStats
             version=version,
             revisions={row[0]: row[1] for row in revisions},
             jobs={(kind, state): number for kind, state, number in jobs},
-            level=applied[True],
+            live=applied[True],
             late=applied[False],
             since={row[0]: row[1] for row in since},
         )

@@ -24,7 +24,7 @@ from safegene_server.registry.revisions import Revisions, revision_of, revision_
 from safegene_server.registry.rollouts import Rollouts, previous_ids
 from safegene_server.registry.schema import open_schema
 from safegene_server.registry.stats import RegistryStats, read_stats
-from safegene_server.registry.tenants import Tenants, living_tenants
+from safegene_server.registry.tenants import Tenants, current_tenants
 
 
 class Registry:
@@ -75,7 +75,7 @@ class Registry:
         revisions = tables.revisions
         with self.database.read() as connection:
             position, lost = find_position(connection, seen)
-            tenants = living_tenants(connection)
+            tenants = current_tenants(connection)
             alive = tables.tenants.c.state != "retired"
             query = revision_query().where(alive).order_by(revisions.c.id)
             published = connection.execute(query.where(revisions.c.state == "published"))

@@ -1,7 +1,7 @@
-"""The tables of the registry. What they look like in a database is written by the migrations.
+"""Tables of the registry, as SQLAlchemy queries them. Migrations create them.
 
-For SQL built elsewhere in this room. Content that may never change, and rows that may never go, are
-guarded by triggers in the database itself (migrations/versions), whoever writes.
+Content that may never change, and rows that may never be deleted, are guarded by triggers in the
+database itself (migrations/versions).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sqlalchemy import (
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment in UTC; SQLite, which has no time zones, keeps it without one."""
+    """Timestamp in UTC; SQLite, which has no time zones, stores it without one."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -37,8 +37,8 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:
             return None
-        moment = value.astimezone(UTC)
-        return moment.replace(tzinfo=None) if dialect.name == "sqlite" else moment
+        timestamp = value.astimezone(UTC)
+        return timestamp.replace(tzinfo=None) if dialect.name == "sqlite" else timestamp
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:
@@ -58,7 +58,7 @@ metadata = MetaData(
 
 
 def _json() -> JSON:
-    # Kept as text on PostgreSQL too: JSONB rewrites numbers, and digests are over the numbers.
+    # Stored as text on PostgreSQL too: JSONB rewrites numbers, and digests are over the numbers.
     return JSON(none_as_null=True)
 
 

@@ -1,6 +1,6 @@
-"""Tenants in the registry: who they are, what limits they have, and whether they may be changed.
+"""Tenants in the registry: name, family, limits and state.
 
-Their content is revisions' business, what is served of it publishing's.
+Content of tenants is in revisions, what is served of it in rollouts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, insert, select, update
+from sqlalchemy import Connection, Row, Select, select, update
 
 from safegene_server.registry import tables, validation
 from safegene_server.registry.database import Database, Write
 from safegene_server.registry.families import find_family
-from safegene_server.registry.records import Policy, Tenant
+from safegene_server.registry.records import Policy, Tenant, from_row
 from safegene_vllm.client.schemas import TenantState
 from safegene_vllm.errors import ConflictError, FrozenError, NotFoundError
 
@@ -35,7 +35,7 @@ class Tenants:
         source: str | None = None,
         limits: Mapping[str, int] | None = None,
     ) -> Tenant:
-        """A tenant of the family with digest `family`, with no revision yet.
+        """Add a tenant of the family with digest `family`, without a revision.
 
         Errors: RegistryError, NotFoundError; ConflictError if the name is or was in use;
         FrozenError if the family is frozen.
@@ -48,18 +48,17 @@ class Tenants:
             find_family(write.connection, family)
             known = _find(write.connection, name)
             if known is not None:
-                hint = "; the names of retired tenants stay theirs" * (known.state == "retired")
+                hint = "; names of retired tenants cannot be reused" * (known.state == "retired")
                 raise ConflictError(f"tenant {name!r} exists and is {known.state}{hint}")
-            _refuse_frozen_family(write.connection, family, name)
-            write.connection.execute(
-                insert(_T).values(
-                    name=name,
-                    family_digest=family,
-                    source=source,
-                    state="active",
-                    limits=allowed,
-                    created_at=write.now,
-                )
+            _check_family_not_frozen(write.connection, family, name)
+            write.insert(
+                _T,
+                name=name,
+                family_digest=family,
+                source=source,
+                state="active",
+                limits=allowed,
+                created_at=write.now,
             )
             version = write.bump()
             write.audit(
@@ -68,10 +67,10 @@ class Tenants:
             return find_tenant(write.connection, name)
 
     def set_limits(self, name: str, limits: Mapping[str, int], *, actor: str) -> Tenant:
-        """Replace a tenant's limits; what is left out has none. Errors: RegistryError."""
+        """Replace all limits of a tenant; one left out is unlimited. Errors: RegistryError."""
         allowed = validation.limits(limits)
         with self._database.write(actor) as write:
-            tenant = _living(write.connection, name)
+            tenant = _find_current(write.connection, name)
             _set(write, tenant, limits=allowed)
             version = write.bump()
             before = dict(tenant.limits)
@@ -79,43 +78,43 @@ class Tenants:
             return find_tenant(write.connection, name)
 
     def freeze(self, name: str, *, actor: str) -> Tenant:
-        """Serving goes on; what is served may not change. Nothing happens if it is frozen."""
+        """Reject changes of a tenant's content, while it is served as before. Idempotent."""
         return self._set_state(name, "frozen", "tenant.freeze", actor)
 
     def unfreeze(self, name: str, *, actor: str) -> Tenant:
-        """Changes are allowed again (unless the family is frozen)."""
+        """Allow changes again, unless the family is frozen. Idempotent."""
         return self._set_state(name, "active", "tenant.unfreeze", actor)
 
     def _set_state(self, name: str, state: TenantState, action: str, actor: str) -> Tenant:
         with self._database.write(actor) as write:
-            tenant = _living(write.connection, name)
+            tenant = _find_current(write.connection, name)
             if tenant.state == state:
-                write.unaudited()
+                write.skip_audit()
                 return tenant
             _set(write, tenant, state=state)
             write.audit(action, name, version=write.bump())
             return find_tenant(write.connection, name)
 
     def get(self, name: str) -> Tenant:
-        """Errors: NotFoundError."""
+        """Return a tenant. Errors: NotFoundError."""
         with self._database.read() as connection:
             return find_tenant(connection, name)
 
     def list(self) -> tuple[Tenant, ...]:
-        """All tenants by name, the retired ones among them."""
+        """Return all tenants by name, including retired ones."""
         query = _query().order_by(_T.c.name)
         with self._database.read() as connection:
             return tuple(_tenant(row) for row in connection.execute(query))
 
 
-def living_tenants(connection: Connection) -> tuple[Tenant, ...]:
-    """Those not retired, by id."""
+def current_tenants(connection: Connection) -> tuple[Tenant, ...]:
+    """Read the tenants that are not retired, by id."""
     query = _query().where(_T.c.state != "retired").order_by(_T.c.id)
     return tuple(_tenant(row) for row in connection.execute(query))
 
 
 def find_tenant(connection: Connection, name: str) -> Tenant:
-    """Errors: NotFoundError."""
+    """Read a tenant. Errors: NotFoundError."""
     found = _find(connection, name)
     if found is None:
         raise NotFoundError(f"no tenant {name!r:.200} in the registry")
@@ -123,45 +122,43 @@ def find_tenant(connection: Connection, name: str) -> Tenant:
 
 
 def changeable_tenant(connection: Connection, name: str) -> Tenant:
-    """A tenant whose revision or profile may change now.
+    """Read a tenant, if its content may be changed now.
 
     Errors: NotFoundError, ConflictError (retired), FrozenError.
     """
-    tenant = _living(connection, name)
+    tenant = _find_current(connection, name)
     if tenant.state == "frozen":
-        raise FrozenError(f"tenant {name!r} is frozen; unfreeze it before it is changed")
-    _refuse_frozen_family(connection, tenant.family, name)
+        raise FrozenError(f"tenant {name!r} is frozen; unfreeze it before you change it")
+    _check_family_not_frozen(connection, tenant.family, name)
     return tenant
 
 
 def find_policy(connection: Connection, family: str) -> Policy:
-    """The policy of a family; without a row there is no floor, and it is not frozen."""
+    """Read a family's policy; without a row it has no floor and is not frozen."""
     query = select(tables.policies).where(tables.policies.c.family_digest == family)
     row = connection.execute(query).one_or_none()
-    return Policy(family, {}, False) if row is None else policy_of(row)
-
-
-def policy_of(row: Row[tuple[Any, ...]]) -> Policy:
-    floor = {int(layer): float(least) for layer, least in row.floor.items()}
-    return Policy(row.family_digest, floor, row.frozen)
+    if row is None:
+        return Policy(family, {}, False)
+    floor = {int(layer): float(minimum) for layer, minimum in row.floor.items()}
+    return Policy(family, floor, row.frozen)
 
 
 def retire_row(write: Write, tenant: Tenant) -> None:
-    """The last state of a tenant; its name and history stay."""
+    """Set the final state of a tenant; its name and history stay."""
     _set(write, tenant, state="retired")
 
 
-def _refuse_frozen_family(connection: Connection, family: str, name: str) -> None:
+def _check_family_not_frozen(connection: Connection, family: str, name: str) -> None:
     if find_policy(connection, family).frozen:
         raise FrozenError(
             f"family {family} is frozen, and tenant {name!r} with it; unfreeze the family first"
         )
 
 
-def _living(connection: Connection, name: str) -> Tenant:
+def _find_current(connection: Connection, name: str) -> Tenant:
     tenant = find_tenant(connection, name)
     if tenant.state == "retired":
-        raise ConflictError(f"tenant {name!r} is retired and changes no more; add another tenant")
+        raise ConflictError(f"tenant {name!r} is retired and cannot be changed; add another tenant")
     return tenant
 
 
@@ -184,13 +181,4 @@ def _find(connection: Connection, name: str) -> Tenant | None:
 
 
 def _tenant(row: Row[tuple[Any, ...]]) -> Tenant:
-    return Tenant(
-        id=row.id,
-        name=row.name,
-        family=row.family_digest,
-        source=row.source,
-        state=row.state,
-        limits=row.limits,
-        published=row.published,
-        created_at=row.created_at,
-    )
+    return from_row(Tenant, row, family=row.family_digest)

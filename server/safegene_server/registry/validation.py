@@ -1,7 +1,6 @@
-"""The words of the registry and what they may look like: names, digests, scopes, limits.
+"""Validation of names, digests, scopes and limits before they reach the database.
 
-For checking what a caller gives before it reaches the database. Every refusal is a RegistryError
-that says what was found and what is expected.
+Every error is a RegistryError that says what was found and what is expected.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ SCOPES = ("admin", "read", "serve")
 LIMITS = ("concurrent", "requests_per_minute", "tokens_per_minute")
 ANY_TENANT = "*"
 BASE = "base"
-"""What a key's tenants name for the base model itself; no tenant may have this name."""
+"""Entry of a key's tenants for the base model itself; no tenant may have this name."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LINE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]+")
-_LARGEST = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
 def tenant_name(value: str) -> str:
@@ -30,7 +29,7 @@ def tenant_name(value: str) -> str:
     if error := tenant_name_error(value):
         raise RegistryError(error)
     if value == BASE:
-        raise RegistryError(f"tenant name {value!r} is kept for the base model; choose another")
+        raise RegistryError(f"tenant name {value!r} is reserved for the base model; choose another")
     return value
 
 
@@ -40,30 +39,30 @@ def served_name(tenant: str, number: int) -> str:
 
 
 def revision_number(value: int) -> int:
-    """Errors: RegistryError."""
-    if type(value) is not int or not 1 <= value <= _LARGEST:
+    """Check a revision number. Errors: RegistryError."""
+    if type(value) is not int or not 1 <= value <= _MAX_INT:
         raise RegistryError(f"revision number {value!r}: expected a whole number from 1")
     return value
 
 
 def digest(value: str, what: str) -> str:
-    """Errors: RegistryError."""
+    """Check a SHA-256 digest. Errors: RegistryError."""
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
         raise RegistryError(f"{what} {value!r:.200} is not sha256:<64 hex digits>")
     return value
 
 
-def line(value: str, what: str, longest: int = 200) -> str:
-    """One line of text that people read. Errors: RegistryError."""
-    if not isinstance(value, str) or len(value) > longest or not _LINE.fullmatch(value):
+def line(value: str, what: str, max_length: int = 200) -> str:
+    """Check one line of text. Errors: RegistryError."""
+    if not isinstance(value, str) or len(value) > max_length or not _LINE.fullmatch(value):
         raise RegistryError(
-            f"{what} {value!r:.200}: expected one line of 1 to {longest} characters"
+            f"{what} {value!r:.200}: expected one line of 1 to {max_length} characters"
         )
     return value
 
 
 def scopes(values: Iterable[str]) -> list[str]:
-    """Errors: RegistryError."""
+    """Check and sort the scopes of a key. Errors: RegistryError."""
     found = sorted(set(values))
     unknown = [value for value in found if value not in SCOPES]
     if unknown or not found:
@@ -72,7 +71,7 @@ def scopes(values: Iterable[str]) -> list[str]:
 
 
 def key_tenants(values: Iterable[str], default: str | None) -> list[str]:
-    """The tenants a key may use, `default` among them. Errors: RegistryError."""
+    """Check and sort the tenants of a key, which include `default`. Errors: RegistryError."""
     found = sorted(set(values))
     for value in found:
         if value not in (ANY_TENANT, BASE):
@@ -85,27 +84,27 @@ def key_tenants(values: Iterable[str], default: str | None) -> list[str]:
 
 
 def limits(values: Mapping[str, Any]) -> dict[str, int]:
-    """Errors: RegistryError naming every bad one."""
-    faults = [
+    """Check the limits of a tenant. Errors: RegistryError naming every invalid one."""
+    invalid = [
         f"{name} = {value!r}"
         for name, value in values.items()
-        if name not in LIMITS or type(value) is not int or not 1 <= value <= _LARGEST
+        if name not in LIMITS or type(value) is not int or not 1 <= value <= _MAX_INT
     ]
-    if faults:
+    if invalid:
         raise RegistryError(
-            f"limits {', '.join(faults)}: expected whole numbers from 1 for {', '.join(LIMITS)}; "
-            "leave out what has no limit"
+            f"limits {', '.join(invalid)}: expected whole numbers from 1 for {', '.join(LIMITS)}; "
+            "leave out the unlimited ones"
         )
     return dict(values)
 
 
 def text(value: str) -> str:
-    """`value` without what a database cannot hold: for messages that others have written."""
+    """Replace characters that a database cannot store, in a message from elsewhere."""
     return value.encode("utf-8", "replace").decode("utf-8").replace("\x00", "?")
 
 
 def plain(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """A copy of `value` as a reader of its JSON will see it. Errors: RegistryError."""
+    """Copy `value` through JSON. Errors: RegistryError if it is not plain JSON."""
     try:
         copy = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,8 +1,7 @@
-"""Reports new versions of the registry, and a registry that was restored, within a fraction of a
-second.
+"""Watch for new versions of the registry and for a restored registry.
 
-PostgreSQL notifies (LISTEN); SQLite is asked. Either way the registry itself is read, so a lost
-notification or connection delays the news and never loses it. What follows from it is not here.
+PostgreSQL notifies (LISTEN), SQLite is polled. Either way the version is read from the registry, so
+a lost notification or connection delays a change but never loses it.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ POLL_S = 0.5
 
 
 def watch(history: History, stop: threading.Event, *, poll_s: float = POLL_S) -> Iterator[Seen]:
-    """The version now, then each time that there is another one or that the registry has lost
-    changes, until `stop` is set.
+    """Yield the current version, then each new one and each loss of changes, until `stop` is set.
 
-    Versions in between may be passed over. After a loss the version may be smaller, or the same.
-    Blocks: give it a thread. A database that does not answer is waited for, and logged once.
+    Versions in between may be skipped. After a loss the version may be smaller, or the same.
+    Blocks: run it in a thread. A database that does not respond is logged once and retried.
     """
     last: Seen | None = None
     down = False
@@ -38,14 +36,14 @@ def watch(history: History, stop: threading.Event, *, poll_s: float = POLL_S) ->
         while not stop.is_set():
             listener.open()
             try:
-                found = history.look()
+                found = history.poll()
             except RegistryDownError as error:
                 if not down:
                     logger.warning("waiting for the registry: %s", error)
                 down = True
             else:
                 if down:
-                    logger.info("the registry answers again")
+                    logger.info("the registry responds again")
                 down = False
                 if found != last:
                     last = found
@@ -57,14 +55,14 @@ def watch(history: History, stop: threading.Event, *, poll_s: float = POLL_S) ->
 
 
 class _Listener:
-    """A connection that hears of new versions; without one (SQLite, or it broke) it only waits."""
+    """LISTEN connection for new versions; without one (SQLite, or it broke) it only waits."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.driver: Any = None
 
     def open(self) -> None:
-        """Listen, if this is PostgreSQL and it answers; tried again at every turn."""
+        """Open the connection if the registry is a PostgreSQL that responds."""
         if self.driver is not None or not self.registry.database.is_postgresql:
             return
         from psycopg import Error
@@ -72,7 +70,7 @@ class _Listener:
         try:
             pooled = self.registry.database.engine.raw_connection()
             self.driver = pooled.driver_connection
-            # Kept for as long as we watch, so it is none of the pool's any more.
+            # Open for as long as the watch, so it must not count against the pool.
             pooled.detach()
             self.driver.rollback()
             self.driver.autocommit = True
@@ -82,7 +80,7 @@ class _Listener:
             self.close()
 
     def wait(self, stop: threading.Event, poll_s: float) -> None:
-        """Until something is heard, the connection breaks, or `poll_s` is over."""
+        """Wait for a notification, a broken connection, or `poll_s`."""
         if self.driver is None:
             stop.wait(poll_s)
             return
@@ -92,7 +90,9 @@ class _Listener:
             for _ in self.driver.notifies(timeout=poll_s, stop_after=1):
                 pass
         except Error as error:
-            logger.warning("the registry's listener broke, listening anew: %s", error)
+            logger.warning(
+                "the connection that listens to the registry broke, reconnecting: %s", error
+            )
             self.close()
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""How the registry's tables came to be: Alembic's script directory, run by schema.py."""
+"""Migrations of the registry's tables: Alembic's script directory, run by schema.py."""

@@ -1,4 +1,4 @@
-"""The first schema: every table, and the triggers that keep content and history as they are.
+"""First schema: every table, and the triggers that protect content and history.
 
 Final once released: a change is a module of its own, after this one.
 """
@@ -14,10 +14,10 @@ branch_labels = None
 depends_on = None
 
 DIGEST = sa.String(length=71)
-MOMENT = sa.DateTime(timezone=True)
+TIMESTAMP = sa.DateTime(timezone=True)
 
-KEPT = ("audit", "families", "publications", "revisions", "rollouts", "tenants")
-"""Tables whose rows never go."""
+PERMANENT = ("audit", "families", "publications", "revisions", "rollouts", "tenants")
+"""Tables whose rows are never deleted."""
 
 FIXED = {
     "audit": "id, at, actor, action, target, details",
@@ -39,11 +39,11 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    raise NotImplementedError("the registry's history is not thrown away; restore a backup")
+    raise NotImplementedError("the registry cannot be downgraded; restore a backup")
 
 
 def _guard_sqlite() -> None:
-    for table in KEPT:
+    for table in PERMANENT:
         op.execute(
             f"CREATE TRIGGER {table}_kept BEFORE DELETE ON {table} "
             f"BEGIN SELECT RAISE(ABORT, 'rows of {table} are never deleted'); END"
@@ -60,7 +60,7 @@ def _guard_postgresql() -> None:
         "CREATE FUNCTION safegene_refuse() RETURNS trigger LANGUAGE plpgsql AS "
         "$$ BEGIN RAISE EXCEPTION '%', TG_ARGV[0]; END $$"
     )
-    for table in KEPT:
+    for table in PERMANENT:
         op.execute(
             f"CREATE TRIGGER {table}_kept BEFORE DELETE OR TRUNCATE ON {table} FOR EACH STATEMENT "
             f"EXECUTE FUNCTION safegene_refuse('rows of {table} are never deleted')"
@@ -77,7 +77,7 @@ def _tables() -> None:
     op.create_table(
         "audit",
         sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("at", MOMENT, nullable=False),
+        sa.Column("at", TIMESTAMP, nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("action", sa.Text(), nullable=False),
         sa.Column("target", sa.Text(), nullable=False),
@@ -93,7 +93,7 @@ def _tables() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("header", sa.JSON(), nullable=False),
         sa.Column("source", sa.Text(), nullable=True),
-        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
         sa.PrimaryKeyConstraint("digest", name="pk_families"),
     )
     op.create_table(
@@ -105,9 +105,9 @@ def _tables() -> None:
         sa.Column("scopes", sa.JSON(), nullable=False),
         sa.Column("tenants", sa.JSON(), nullable=False),
         sa.Column("default_tenant", sa.String(length=127), nullable=True),
-        sa.Column("expires_at", MOMENT, nullable=True),
-        sa.Column("revoked_at", MOMENT, nullable=True),
-        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("expires_at", TIMESTAMP, nullable=True),
+        sa.Column("revoked_at", TIMESTAMP, nullable=True),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_keys"),
         sa.UniqueConstraint("hash", name="uq_keys_hash"),
         sa.UniqueConstraint("name", name="uq_keys_name"),
@@ -118,8 +118,8 @@ def _tables() -> None:
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.Column("host", sa.Text(), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
-        sa.Column("started_at", MOMENT, nullable=False),
-        sa.Column("seen_at", MOMENT, nullable=False),
+        sa.Column("started_at", TIMESTAMP, nullable=False),
+        sa.Column("seen_at", TIMESTAMP, nullable=False),
         sa.Column("applied_version", sa.Integer(), nullable=False),
         sa.Column("faults", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_replicas"),
@@ -131,7 +131,7 @@ def _tables() -> None:
         sa.Column("tenants", sa.JSON(), nullable=False),
         sa.Column("revisions", sa.JSON(), nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
         sa.Column("created_by", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_rollouts"),
         sqlite_autoincrement=True,
@@ -161,7 +161,7 @@ def _tables() -> None:
         sa.Column("source", sa.Text(), nullable=True),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("limits", sa.JSON(), nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
         sa.ForeignKeyConstraint(
             ["family_digest"], ["families.digest"], name="fk_tenants_family_digest"
         ),
@@ -182,7 +182,7 @@ def _tables() -> None:
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("gate", sa.JSON(), nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
         sa.Column("created_by", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_revisions_tenant_id"),
         sa.PrimaryKeyConstraint("id", name="pk_revisions"),
@@ -193,7 +193,7 @@ def _tables() -> None:
         "aliases",
         sa.Column("tenant_id", sa.Integer(), nullable=False),
         sa.Column("revision_id", sa.Integer(), nullable=False),
-        sa.Column("since", MOMENT, nullable=False),
+        sa.Column("since", TIMESTAMP, nullable=False),
         sa.ForeignKeyConstraint(["revision_id"], ["revisions.id"], name="fk_aliases_revision_id"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_aliases_tenant_id"),
         sa.PrimaryKeyConstraint("tenant_id", name="pk_aliases"),
@@ -212,10 +212,10 @@ def _tables() -> None:
         sa.Column("result", sa.JSON(), nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("owner", sa.Text(), nullable=True),
-        sa.Column("lease_until", MOMENT, nullable=True),
+        sa.Column("lease_until", TIMESTAMP, nullable=True),
         sa.Column("cancel_requested", sa.Boolean(), nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.Column("updated_at", MOMENT, nullable=False),
+        sa.Column("created_at", TIMESTAMP, nullable=False),
+        sa.Column("updated_at", TIMESTAMP, nullable=False),
         sa.ForeignKeyConstraint(["revision_id"], ["revisions.id"], name="fk_jobs_revision_id"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_jobs_tenant_id"),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
@@ -244,7 +244,7 @@ def _tables() -> None:
         sa.Column("revision_id", sa.Integer(), nullable=False),
         sa.Column("receipt", sa.JSON(), nullable=False),
         sa.Column("ok", sa.Boolean(), nullable=False),
-        sa.Column("at", MOMENT, nullable=False),
+        sa.Column("at", TIMESTAMP, nullable=False),
         sa.ForeignKeyConstraint(
             ["replica_id"], ["replicas.id"], name="fk_receipts_replica_id", ondelete="CASCADE"
         ),
