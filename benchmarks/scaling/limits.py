@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.scaling.registry_load import Cost, Measured
 from safegene_server.registry.watch import POLL_S
 from safegene_server.replica.heartbeat import BEAT_S
 from safegene_server.tenants.settings import TenantSettings
-from safegene_vllm.formats.adapter import Adapter, LoRAWeights, layer_of, load_adapter, save_adapter
+from safegene_vllm.formats.adapter import Adapter, layer_of, load_adapter, save_adapter
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import make_profile
 from safegene_vllm.planner import ModelShape
@@ -30,6 +30,7 @@ from safegene_vllm.plugin.ops.gain_table import GainTable
 from safegene_vllm.plugin.ops.step_state import StepState
 from safegene_vllm.plugin.validation import Tenant
 from safegene_vllm.plugin.worker_runtime import WorkerRuntime
+from safegene_vllm.tiny_model import random_lora_weights
 
 FOLLOW_S = 2.0
 """Replicas follow a change within this time."""
@@ -74,82 +75,63 @@ class Limit:
         return self.load / self.capacity
 
 
-def steady(measured: Measured) -> dict[str, float]:
-    """Operations of one replica per second while nothing changes."""
-    jobs = TenantSettings()
-    return {"beat": 1 / BEAT_S, "poll": 1 / POLL_S, "claim": jobs.jobs_at_once / jobs.poll_s}
-
-
-def grown(measured: Sequence[Measured], tenants: int) -> Measured:
+def extrapolate(measured: Sequence[Measured], tenants: int) -> Measured:
     """Extrapolate one database to `tenants` tenants from runs with fewer.
 
     What reads or writes a row per tenant lies on the line through the first and the last run.
     """
     few, many = measured[0], measured[-1]
+    run = many.tenants - few.tenants
+    more = (tenants - many.tenants) / run if run else tenants / many.tenants - 1
 
     def line(name: str) -> Cost:
         one, two = asdict(few.costs[name]), asdict(many.costs[name])
-        run = many.tenants - few.tenants
-        more = (tenants - many.tenants) / run if run else tenants / many.tenants - 1
         base = one if run else dict.fromkeys(one, 0.0)
         return Cost(**{key: max(two[key] + more * (two[key] - base[key]), 0.0) for key in two})
 
-    every = {name: line(name) for name in ("snapshot", "receipts_all")}
-    return replace(many, tenants=tenants, costs={**many.costs, **every})
+    each = {name: line(name) for name in ("snapshot", "receipts_all")}
+    return replace(many, tenants=tenants, costs={**many.costs, **each})
 
 
-def follow(costs: dict[str, Cost]) -> Cost:
+def follow(costs: Mapping[str, Cost]) -> Cost:
     """One replica's cost of a change: a snapshot, and a heartbeat with the new receipt.
 
     The heartbeat then reports a new version: one more audit row than the measured one.
     """
-    parts = [costs["snapshot"], costs["receipts_one"]]
-    total = Cost(**{f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Cost)})
-    return replace(total, statements=total.statements + 1, writes=total.writes + 1)
+    one, two = asdict(costs["snapshot"]), asdict(costs["receipts_one"])
+    extra = {"statements": 1, "writes": 1}
+    return Cost(**{key: one[key] + two[key] + extra.get(key, 0) for key in one})
 
 
 def limits(measured: Measured, replicas: int, changes_per_day: float) -> list[Limit]:
     """Limits of the registry's parts."""
-    rates, costs = steady(measured), measured.costs
-    change, per_s = follow(costs), changes_per_day / 86400
-    found = []
-    if measured.backend == "sqlite":
+    jobs, costs, change = TenantSettings(), measured.costs, follow(measured.costs)
+    per_s = {"beat": 1 / BEAT_S, "poll": 1 / POLL_S, "claim": jobs.jobs_at_once / jobs.poll_s}
+    changes_per_s = changes_per_day / 86400
+    sqlite = measured.backend == "sqlite"
+    name = "SQLite" if sqlite else "PostgreSQL"
+    if sqlite:
         # One writer at a time; claims take the lock too. Disk time comes on top.
-        burst = costs["receipts_one"].caller_cpu_s
-        held = sum(rates[name] * costs[name].caller_cpu_s for name in ("beat", "claim"))
-        held += per_s * burst
-        found.append(_limit("SQLite: its one writer", held, replicas, 1.0, "of its time"))
-        found.append(_limit("SQLite: all replicas follow a change", burst, replicas, FOLLOW_S, "s"))
+        burst_s = costs["receipts_one"].caller_cpu_s
+        busy = sum(per_s[n] * costs[n].caller_cpu_s for n in ("beat", "claim"))
     else:
-        cpu = sum(rates[name] * costs[name].server_cpu_s for name in rates)
-        cpu += per_s * change.server_cpu_s
-        found.append(_limit("PostgreSQL: one core", cpu, replicas, 1.0, "of its time"))
-        burst = change.server_cpu_s
-        found.append(
-            _limit("PostgreSQL: all replicas follow a change", burst, replicas, FOLLOW_S, "s")
-        )
-        if measured.connections and measured.connections_allowed:
-            found.append(
-                _limit(
-                    "PostgreSQL: connections",
-                    measured.connections,
-                    replicas,
-                    measured.connections_allowed,
-                    "",
-                )
-            )
+        burst_s = change.server_cpu_s
+        busy = sum(each * costs[n].server_cpu_s for n, each in per_s.items())
+    parts = [
+        ("its one writer" if sqlite else "one core", busy + changes_per_s * burst_s, 1.0, ""),
+        ("all replicas follow a change", burst_s, FOLLOW_S, "s"),
+    ]
+    if measured.connections and measured.connections_allowed:
+        parts.append(("connections", measured.connections, measured.connections_allowed, ""))
+    found = [
+        Limit(f"{name}: {part}", each * replicas, has, unit, has / each or None, "replicas")
+        for part, each, has, unit in parts
+        if each
+    ]
     follow_s = change.caller_cpu_s + change.server_cpu_s
-    found.append(
-        Limit(
-            f"{_name(measured)}: one replica follows",
-            follow_s,
-            FOLLOW_S,
-            "s",
-            measured.tenants * FOLLOW_S / follow_s,
-            "tenants",
-        )
-    )
-    return found
+    tenants = measured.tenants * FOLLOW_S / follow_s
+    part = f"{name}: one replica follows"
+    return [*found, Limit(part, follow_s, FOLLOW_S, "s", tenants, "tenants")]
 
 
 def engine_limits(receipts: Sequence[ReceiptCost], tenants: int, load_s: float) -> list[Limit]:
@@ -157,65 +139,35 @@ def engine_limits(receipts: Sequence[ReceiptCost], tenants: int, load_s: float) 
 
     A starting replica loads its tenants one by one: it reads each adapter and reports it alone.
     """
-    slope = (receipts[-1].receipt_s - receipts[0].receipt_s) / (
-        receipts[-1].tenants - receipts[0].tenants
-    )
-    base = max(receipts[-1].receipt_s - slope * receipts[-1].tenants, 0.0)
-    stall = base + slope * tenants
-    each = load_s + base + slope
+    first, last = receipts[0], receipts[-1]
+    slope = (last.receipt_s - first.receipt_s) / (last.tenants - first.tenants)
+    base = max(last.receipt_s - slope * last.tenants, 0.0)
     most = (STALL_S - base) / slope if slope > 0 else None
-    start = "engine: start of a replica"
+    each = load_s + base + slope
+    pause, start = "engine: pause for a receipt", "engine: start of a replica"
     return [
-        Limit("engine: pause for a receipt", stall, STALL_S, "s", most, "tenants"),
+        Limit(pause, base + slope * tenants, STALL_S, "s", most, "tenants"),
         Limit(start, tenants * each, START_S, "s", START_S / each, "tenants"),
     ]
 
 
-def rows(measured: Measured, replicas: int, changes_per_day: float) -> dict[str, float]:
-    """Rows in the registry: receipts, audit rows per change and per day."""
-    counts = sorted(measured.audit_per_change)
-    few, many = counts[0], counts[-1]
-    each = measured.audit_per_change[many] - measured.audit_per_change[few]
-    each /= max(many - few, 1)
-    once = measured.audit_per_change[few] - each * few
-    per_change = once + each * replicas
-    return {
-        "receipt_rows": float(replicas * measured.tenants),
-        "audit_rows_per_change": per_change,
-        "audit_rows_per_day": per_change * changes_per_day,
-    }
-
-
-def _name(measured: Measured) -> str:
-    return "SQLite" if measured.backend == "sqlite" else "PostgreSQL"
-
-
-def _limit(part: str, each: float, replicas: int, has: float, unit: str) -> Limit:
-    return Limit(part, each * replicas, has, unit, has / each if each else None, "replicas")
-
-
 def read_adapter(work: Path, shape: ModelShape, rank: int) -> AdapterRead:
     """Write a random adapter on every target module of the model and read it five times."""
-    make = torch.Generator().manual_seed(1)
-
-    def lora(d_out: int, d_in: int) -> LoRAWeights:
-        halves = (torch.randn(n, generator=make).bfloat16() for n in (rank * d_in, d_out * rank))
-        a, b = halves
-        return LoRAWeights(a.view(rank, d_in), b.view(d_out, rank))
-
-    lora_weights = {
-        f"model.layers.{layer}.{linear.name}.{site}": lora(width, linear.d_in)
+    shapes = {
+        f"model.layers.{layer}.{linear.name}.{site}": (width, linear.d_in)
         for layer in range(shape.layers)
         for linear in shape.linears
         for site, width in zip(linear.sites, linear.widths, strict=True)
     }
-    save_adapter(Adapter(lora_weights, None, {}), work / "adapter", base_model=shape.name)
+    lora_weights = random_lora_weights(shapes, rank, 1)
+    adapter = Adapter(lora_weights, None, {})
+    save_adapter(adapter, work / "adapter", base_model=shape.name, dtype=torch.bfloat16)
     seconds = []
     for _ in range(5):
         started = time.process_time()
         load_adapter(work / "adapter")
         seconds.append(time.process_time() - started)
-    size = sum(p.a.nbytes + p.b.nbytes for p in lora_weights.values())
+    size = sum(rank * sum(dims) * 2 for dims in shapes.values())
     return AdapterRead(size, statistics.median(seconds))
 
 
