@@ -58,7 +58,9 @@ def onboard(client: Client, name: str, **options: Any) -> dict[str, Any]:
     return {"seconds": seconds, "message": job.message, **(job.result or {})}
 
 
-def register(client: Client, tenant: str, folder: Path, examples: int) -> dict[str, Any]:
+def register(
+    client: Client, tenant: str, folder: Path, examples: int, evaluations: int | None
+) -> dict[str, Any]:
     """Onboard all three; return what is known of the live calibration."""
     adapter = folder / "adapter"
     shutil.copytree(TENANTS / tenant, adapter)
@@ -71,7 +73,8 @@ def register(client: Client, tenant: str, folder: Path, examples: int) -> dict[s
     }
     onboard(client, "without", source=str(adapter), coefficients=0.0)
     onboard(client, "gradient", source=str(TENANTS / tenant))
-    return onboard(client, "live", source=str(adapter), calibrate={"examples": given})
+    calibrate = {"examples": given} | ({"evaluations": evaluations} if evaluations else {})
+    return onboard(client, "live", source=str(adapter), calibrate=calibrate)
 
 
 def evaluate(url: str, name: str, held: EvaluationPrompts) -> dict[str, Rate]:
@@ -102,6 +105,7 @@ def main() -> None:
     parser.add_argument("--tenant", default="topic", choices=["sentiment", "topic", "writer"])
     parser.add_argument("--rows", type=int, default=60, help="prompts a set")
     parser.add_argument("--examples", type=int, default=mixes.EXAMPLES, help="of each kind")
+    parser.add_argument("--evaluations", type=int, help="of the search (default: the server's)")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     options = parser.parse_args()
     held = held_out(
@@ -117,7 +121,8 @@ def main() -> None:
         with Server(files.parent, FAMILY, {}, log, extra=extra, env=env) as server:
             with Client(server.url.removesuffix("/v1"), KEY) as client:
                 with CONSOLE.status("calibrating on the running engine ..."):
-                    search = register(client, options.tenant, Path(folder), options.examples)
+                    counts = (options.examples, options.evaluations)
+                    search = register(client, options.tenant, Path(folder), *counts)
                 served = {
                     name: client.revisions(name)[-1].coefficients for name in ("live", "gradient")
                 }

@@ -32,7 +32,7 @@ NO_REPAIR, OURS, OURS_AT_1 = "no repair", "SafeGene", "SafeGene, all 1"
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Inputs of repairs: the tenant's LoRA on the parent, and what a method needs besides.
+    """Inputs of repairs: the tenant's LoRA on the parent, and what else a method needs.
 
     `alignment`: V = W_parent - W_base. `safety`: a LoRA on the parent, trained on refusals.
     `vector`: W_parent - W_unaligned, the exact difference to the degraded copy.

@@ -1,6 +1,6 @@
 """Cost of replicas for a registry: the real one, under simulated replicas.
 
-Counts statements, rows and seconds of everything a replica does, by the same calls as
+Counts statements and seconds of everything a replica does, by the same calls as
 server/safegene_server/replica. No engine runs.
 """
 
@@ -46,14 +46,13 @@ CHANGES = 3
 
 @dataclass
 class Cost:
-    """Cost of one operation: statements, rows, median seconds, and CPU seconds.
+    """Cost of one operation: statements, those that write, median seconds, and CPU seconds.
 
     The caller's CPU time includes the database for SQLite; `server_cpu_s` is PostgreSQL's.
     """
 
     statements: float = 0.0
     writes: float = 0.0
-    rows: float = 0.0
     seconds: float = 0.0
     caller_cpu_s: float = 0.0
     server_cpu_s: float = 0.0
@@ -173,20 +172,14 @@ def fill(
 
 
 class Counting:
-    """Counter of statements and rows of one registry's connections."""
+    """Counter of statements by kind on one registry's connections."""
 
     def __init__(self, registry: Registry) -> None:
         self.kinds: Counter[str] = Counter()
-        self.rows = 0
         event.listen(registry.database.engine, "after_cursor_execute", self.count)
 
-    def count(self, _c: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+    def count(self, _c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         self.kinds[statement.lstrip().split(None, 1)[0].upper()] += 1
-        self.rows += max(getattr(cursor, "rowcount", 0) or 0, 0)
-
-    @property
-    def writes(self) -> int:
-        return sum(self.kinds[kind] for kind in ("INSERT", "UPDATE", "DELETE"))
 
 
 class Replica:
@@ -264,8 +257,7 @@ def cost_of(
     event.remove(registry.database.engine, "after_cursor_execute", counting.count)
     return Cost(
         counting.kinds.total() / times,
-        counting.writes / times,
-        counting.rows / times,
+        sum(counting.kinds[kind] for kind in ("INSERT", "UPDATE", "DELETE")) / times,
         statistics.median(seconds),
         own / times,
         (_server_cpu_s(server) - before) / times,

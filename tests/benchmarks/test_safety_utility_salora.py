@@ -118,7 +118,7 @@ def test_the_exported_lora_on_w_is_the_trained_module(model_dir: Path, tmp_path:
         )
         other = LoadedModel(served, model.tokenizer, model.device)
         torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
-    merge_lora_weights(model.model, lora_weights, "the exported pairs")
+    merge_lora_weights(model.model, lora_weights, "the exported LoRA")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
