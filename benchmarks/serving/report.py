@@ -114,42 +114,38 @@ def judge(ratios: Mapping[str, Any], *, on_cpu: bool) -> list[Result]:
 # The result
 
 
-def cell_result(cell: Cell, cache: ResultCache) -> Result | None:
-    """Settings and, by arm, spreads of rounds and starts and what was measured after them.
-
-    None if no round is complete.
-    """
-    rounds, starts = list(cache.read(cell).values()), list(cache.read(cell, "start").values())
-    if not rounds:
-        return None
-    after = cache.read(cell, "after").get(0, {})
-    arms = {
-        arm.name: {
-            "title": arm.title,
-            "rounds": spreads(rounds, arm.name),
-            "starts": spreads(starts, arm.name),
-            "after": dict(after.get(arm.name, {})),
-        }
-        for arm in cell.arms
-    }
-    commit = cache.provenance["commit"]
-    return {"commit": commit, "settings": cell.settings(), "rounds": len(rounds), "arms": arms}
-
-
 def make_result(cells: Sequence[Cell], cache: ResultCache, *, on_cpu: bool, short: bool) -> Result:
-    """The result of all `cells` as one JSON value; unmeasured ones are listed under `missing`."""
-    found = {cell.name: cell_result(cell, cache) for cell in cells}
+    """The result of all `cells` as one JSON value; those without a complete round are `missing`.
+
+    Settings and, by arm, spreads of rounds and starts and what was measured after them.
+    """
+    found: Result = {}
     ratios: Result = {}
     for cell in cells:
         rounds, starts = list(cache.read(cell).values()), list(cache.read(cell, "start").values())
+        if not rounds:
+            continue
+        after = cache.read(cell, "after").get(0, {})
+        arms = {
+            arm.name: {
+                "title": arm.title,
+                "rounds": spreads(rounds, arm.name),
+                "starts": spreads(starts, arm.name),
+                "after": dict(after.get(arm.name, {})),
+            }
+            for arm in cell.arms
+        }
+        commit, settings = cache.provenance["commit"], cell.settings()
+        numbers = {"commit": commit, "settings": settings, "rounds": len(rounds), "arms": arms}
+        found[cell.name] = numbers
         ratios |= named_ratios(cell.name, cell.arms, rounds, starts, on_cpu=on_cpu)
     return {
         **cache.provenance,
         "short": short,
-        "cells": {name: result for name, result in found.items() if result is not None},
+        "cells": found,
         "ratios": ratios,
         "aims": judge(ratios, on_cpu=on_cpu),
-        "missing": [name for name, result in found.items() if result is None],
+        "missing": [cell.name for cell in cells if cell.name not in found],
     }
 
 
