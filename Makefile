@@ -115,17 +115,17 @@ types: $(READY)  ## check types (strict)
 layering: $(READY)  ## check that imports run one way
 	@PYTHONPATH=.:server $(VENV)/bin/lint-imports --no-logo
 
-# SHORT=1: a pico model and few arms, under three minutes.
-bench-serving: $(READY)  ## what safety costs in a real server, beside every other way (hours; SHORT=1: minutes)
+# SHORT=1: a tiny model and few arms, under three minutes.
+bench-serving: $(READY)  ## cost of safety in a real server against every other way (hours; SHORT=1: minutes)
 	@$(RUN) -m benchmarks.serving.bench_serving $(if $(SHORT),--short) $(ARGS)
 
-bench-changes: $(READY)  ## tenants that come and change under load; ends in one JSON line
+bench-changes: $(READY)  ## onboarding and profile changes under load; ends in one JSON line
 	@$(RUN) -m benchmarks.profile_changes $(ARGS)
 
-bench-live: $(READY)  ## coefficients found on the running engine beside those found with gradients
+bench-live: $(READY)  ## coefficients found on the running engine against those found with gradients
 	@$(RUN) -m benchmarks.live_calibration --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
-bench-scaling: $(READY)  ## a thousand tenants and a hundred replicas, by model and count; ends in one JSON line
+bench-scaling: $(READY)  ## cost of tenants and replicas for registry and worker; ends in one JSON line
 	@$(RUN) -m benchmarks.scaling.bench_scaling $(ARGS)
 
 bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run python -m benchmarks.kernels in an environment with vLLM for CUDA
@@ -134,10 +134,10 @@ bench-kernels: $(READY)  ## time the GPU kernels; on a GPU run python -m benchma
 report: $(READY)  ## measure the example's parent and tenants before and after; build/evaluation/report.html
 	@$(RUN) -m examples.smollm2.measure --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
-bench-safety: $(READY)  ## safety against utility: ours beside SafeLoRA, SafeMERGE, RESTA, SaLoRA and no repair
+bench-safety: $(READY)  ## safety against utility: ours, SafeLoRA, SafeMERGE, RESTA, SaLoRA and no repair
 	@$(RUN) -m benchmarks.safety_utility.bench_safety --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
-bench-ablations: $(READY)  ## what each choice of the recipe is worth; ARGS names tables
+bench-ablations: $(READY)  ## effect of each choice of the recipe; ARGS names tables
 	@$(RUN) -m benchmarks.ablations --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
 # Pins that still fit stay; all of them move with: make lock ARGS=--upgrade

@@ -92,23 +92,11 @@ def ours(layers: Layers, gains: torch.Tensor) -> Arm:
     from safegene_vllm.plugin.ops.triton_ops import lora_linear
 
     plan, yes = layers.plan, torch.ones((), dtype=torch.bool)
+    metadata: Any = (gains, 0, yes, plan.order, plan.tiles, plan.idle, 1.0)
 
     def run(i: int) -> None:
-        lora_linear(
-            layers.y[i],
-            layers.x[i],
-            layers.a[i],
-            layers.b[i],
-            layers.safety_a[i],
-            layers.safety_b[i],
-            gains,
-            0,
-            yes,
-            plan.order,
-            plan.tiles,
-            plan.idle,
-            1.0,
-        )
+        safety = (layers.safety_a[i], layers.safety_b[i])
+        lora_linear(layers.y[i], layers.x[i], layers.a[i], layers.b[i], *safety, *metadata)
 
     return run
 
@@ -165,16 +153,18 @@ def arms_of(layers: Layers) -> dict[str, Arm]:
 
 
 def graph_of(arm: Arm, copies: int) -> torch.cuda.CUDAGraph:
+    def run() -> None:
+        for i in range(copies):
+            arm(i)
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for i in range(copies):
-            arm(i)
+        run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(copies):
-            arm(i)
+        run()
     return graph
 
 

@@ -29,9 +29,8 @@ from examples.smollm2.demo import complete_all
 from examples.smollm2.demo_files import FAMILY, TENANTS, build_files
 from examples.smollm2.server import Server
 from safegene_vllm.client import Client
-from safegene_vllm.dataset import Dataset
 from safegene_vllm.evaluation.judges import is_coherent, is_refusal
-from safegene_vllm.evaluation.statistics import rate
+from safegene_vllm.evaluation.statistics import Rate, rate
 from safegene_vllm.evaluation.tasks import correct
 
 KEY = "sg-benchmark-" + "0" * 40
@@ -42,63 +41,61 @@ tenants: {gate: {enabled: false}, calibration: {share: 1.0}}
 keys: [{name: benchmark, secret_env: BENCHMARK_KEY, scopes: [admin, serve], tenants: ["*"]}]
 """
 TOKENS = 24
-WITHOUT, GRADIENT, LIVE = "without safety", "gradients (shipped)", "on the running engine"
+TITLES = {
+    "without": "without safety",
+    "gradient": "gradients (shipped)",
+    "live": "on the running engine",
+}
 
 
-def rows_of(shots: Dataset) -> list[dict[str, Any]]:
-    return [{"prompt": row.prompt, "answer": row.answer} for row in shots.rows]
+def onboard(client: Client, name: str, **options: Any) -> dict[str, Any]:
+    """Onboard one tenant; return the seconds and the job's message and result."""
+    started = time.perf_counter()
+    job = client.wait_job(client.add_tenant(name, **options).job.id, timeout_s=1800)
+    if job.state != "done":
+        raise RuntimeError(f"onboarding of {name} ended as {job.state}: {job.message}")
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seconds": seconds, "message": job.message, **(job.result or {})}
 
 
-def register(client: Client, tenant: str, folder: Path) -> dict[str, Any]:
-    """Onboard all three; return the duration and the job's result of the live calibration."""
+def register(
+    client: Client, tenant: str, folder: Path, examples: int, evaluations: int | None
+) -> dict[str, Any]:
+    """Onboard all three; return what is known of the live calibration."""
     adapter = folder / "adapter"
     shutil.copytree(TENANTS / tenant, adapter)
     (adapter / "safegene.json").unlink()
-    safety, task, benign = few_shot_data(tenant, mixes.SHOTS)
-    examples = {"safety": rows_of(safety), "task": rows_of(task), "benign": rows_of(benign)}
-    begun = time.perf_counter()
-    live = client.add_tenant("live", source=str(adapter), calibrate={"examples": examples})
-    job = client.wait_job(live["job"]["id"], timeout_s=1800)
-    spent_s = time.perf_counter() - begun
-    if job["state"] != "done":
-        raise RuntimeError(f"the calibration ended as {job['state']}: {job['message']}")
-    for name, source, coefficients in (
-        ("without", adapter, 0.0),
-        ("gradient", TENANTS / tenant, None),
-    ):
-        begun_job = client.add_tenant(name, source=str(source), coefficients=coefficients)
-        ended = client.wait_job(begun_job["job"]["id"])
-        if ended["state"] != "done":
-            raise RuntimeError(f"{name}: {ended['message']}")
-    return {"seconds": round(spent_s, 1), "message": job["message"], **(job["result"] or {})}
+    given = {
+        kind: [{"prompt": row.prompt, "answer": row.answer} for row in found.rows]
+        for kind, found in zip(
+            ("safety", "task", "benign"), few_shot_data(tenant, examples), strict=True
+        )
+    }
+    onboard(client, "without", source=str(adapter), coefficients=0.0)
+    onboard(client, "gradient", source=str(TENANTS / tenant))
+    calibrate = {"examples": given} | ({"evaluations": evaluations} if evaluations else {})
+    return onboard(client, "live", source=str(adapter), calibrate=calibrate)
 
 
-def evaluate(url: str, name: str, prompts_of: EvaluationPrompts) -> dict[str, Any]:
+def evaluate(url: str, name: str, held: EvaluationPrompts) -> dict[str, Rate]:
     """Rates of one served tenant."""
-    found: dict[str, Any] = {}
+
+    def complete(prompts: list[str]) -> list[str]:
+        return asyncio.run(complete_all(url, name, prompts, TOKENS, KEY))
+
+    found: dict[str, Rate] = {}
     coherent: list[bool] = []
     for what in (ATTACK, OVER_REFUSAL, ORDINARY):
-        prompts = [row.prompt for row in prompts_of.sets[what].data.rows]
-        completions = asyncio.run(complete_all(url, name, prompts, TOKENS, KEY))
-        refused = [is_refusal(text) for text in completions]
-        values = [not r for r in refused] if what == ATTACK else refused
-        found[what] = rate(values)
+        completions = complete([row.prompt for row in held.sets[what].data.rows])
+        found[what] = rate([is_refusal(text) != (what == ATTACK) for text in completions])
         coherent += [is_coherent(text) for text in completions]
-    rows = prompts_of.task.data.rows
-    completions = asyncio.run(complete_all(url, name, [row.prompt for row in rows], TOKENS, KEY))
+    rows = held.task.data.rows
+    completions = complete([row.prompt for row in rows])
     right = [
-        correct(prompts_of.task, a, str(r.answer)) for a, r in zip(completions, rows, strict=True)
+        correct(held.task, text, str(row.answer))
+        for text, row in zip(completions, rows, strict=True)
     ]
     return {**found, "task": rate(right), "coherent": rate(coherent)}
-
-
-def print_table(found: dict[str, dict[str, Any]]) -> None:
-    rows = [
-        (name, *(f"{r.rate:.0%} ({r.low:.0%} to {r.high:.0%})" for r in rates.values()))
-        for name, rates in found.items()
-    ]
-    columns = ("attack success", "XSTest safe refused", "ordinary refused", "task", "coherent")
-    CONSOLE.print(table((("coefficients", *columns), rows), "the same tenant, three profiles"))
 
 
 def main() -> None:
@@ -107,9 +104,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tenant", default="topic", choices=["sentiment", "topic", "writer"])
     parser.add_argument("--rows", type=int, default=60, help="prompts a set")
+    parser.add_argument("--examples", type=int, default=mixes.EXAMPLES, help="of each kind")
+    parser.add_argument("--evaluations", type=int, help="of the search (default: the server's)")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     options = parser.parse_args()
-    prompts_of = held_out(
+    held = held_out(
         options.tenant, options.advbench, options.self_instruct, options.xstest, rows=options.rows
     )
     files = build_files(options.build)
@@ -122,26 +121,30 @@ def main() -> None:
         with Server(files.parent, FAMILY, {}, log, extra=extra, env=env) as server:
             with Client(server.url.removesuffix("/v1"), KEY) as client:
                 with CONSOLE.status("calibrating on the running engine ..."):
-                    search = register(client, options.tenant, Path(folder))
-                served = client.revisions("live")[-1]["coefficients"]
-                shipped = client.revisions("gradient")[-1]["coefficients"]
-            names = {WITHOUT: "without", GRADIENT: "gradient", LIVE: "live"}
-            found = {title: evaluate(server.url, name, prompts_of) for title, name in names.items()}
-    print_table(found)
-    CONSOLE.print(f"{search['seconds']} s on the engine: {search['message']}")
-    numbers = {title: {what: r.rate for what, r in rates.items()} for title, rates in found.items()}
-    means = {"live": served, "gradient": shipped}
-    layers = [n for n, value in enumerate(shipped) if value]
+                    counts = (options.examples, options.evaluations)
+                    search = register(client, options.tenant, Path(folder), *counts)
+                served = {
+                    name: client.revisions(name)[-1].coefficients for name in ("live", "gradient")
+                }
+            rates = {name: evaluate(server.url, name, held) for name in TITLES}
+    layers = [n for n, value in enumerate(served["gradient"]) if value]
+    rows = [
+        (TITLES[name], *(f"{r.rate:.0%} ({r.low:.0%} to {r.high:.0%})" for r in found.values()))
+        for name, found in rates.items()
+    ]
+    columns = ("attack success", "XSTest safe refused", "ordinary refused", "task", "coherent")
+    CONSOLE.print(table((("coefficients", *columns), rows), "the same tenant, three profiles"))
+    CONSOLE.print(f"{search['seconds']} s on the engine: {search.pop('message')}")
     print_result(
         "live_calibration",
         {
             **provenance(),
             "tenant": options.tenant,
-            "rates": numbers,
+            "rates": {TITLES[n]: {k: r.rate for k, r in f.items()} for n, f in rates.items()},
             "mean_coefficient": {
-                name: sum(row[n] for n in layers) / len(layers) for name, row in means.items()
+                name: sum(row[n] for n in layers) / len(layers) for name, row in served.items()
             },
-            "search": {k: v for k, v in search.items() if k != "message"},
+            "search": search,
         },
     )
 

@@ -18,16 +18,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from openai import APIError, AsyncOpenAI
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from benchmarks.results import CONSOLE, ROOT, percentile, print_result, provenance, table
+from benchmarks.results import CONSOLE, ROOT, print_result, provenance, table
 from examples.smollm2.demo_files import FAMILY, SLOT_TENANTS, TENANTS, build_files
 from examples.smollm2.server import Server
-from safegene_vllm.client import Client
+from safegene_vllm.client import AsyncClient
 
 NEW_TENANTS = 8
 """Tenants onboarded and retired while completions of another tenant stream."""
@@ -43,23 +43,10 @@ keys: [{name: benchmark, secret_env: BENCHMARK_KEY, scopes: [admin, serve], tena
 """
 QUESTIONS = (
     "Name three uses of a paper clip.",
-    "Write a short note that thanks a neighbour for watering the plants.",
+    "Write a short note that thanks a neighbor for watering the plants.",
     "What should I pack for a weekend in the mountains?",
     "Explain in one sentence why the sky looks blue.",
 )
-GREEDY: dict[str, Any] = {"temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
-
-
-@dataclass
-class LoadState:
-    """What the users observed, and each tenant's newest revision that a change has returned."""
-
-    done: int = 0
-    failed: list[str] = field(default_factory=list)
-    torn: list[str] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)
-    revisions: dict[str, int] = field(default_factory=dict)
-    ttft_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,23 +56,8 @@ class Completion:
     models: frozenset[str]
     finished: bool
     ttft_s: float
-
-
-async def ask(client: AsyncOpenAI, tenant: str, question: str, tokens: int) -> Completion:
-    """Stream one completion. Raises: openai.APIError."""
-    begun, ttft_s, finished, models = time.perf_counter(), 0.0, False, set()
-    stream = await client.chat.completions.create(
-        model=tenant,
-        messages=[{"role": "user", "content": question}],
-        max_tokens=tokens,
-        **GREEDY,
-    )
-    async for chunk in stream:
-        models.add(chunk.model)
-        if chunk.choices and chunk.choices[0].delta.content and not ttft_s:
-            ttft_s = time.perf_counter() - begun
-        finished = finished or bool(chunk.choices and chunk.choices[0].finish_reason)
-    return Completion(frozenset(models), finished, ttft_s)
+    pauses: list[tuple[float, float]]
+    """(timestamp, seconds since the token before) of every token but the first."""
 
 
 def number_of(served: str) -> int:
@@ -93,47 +65,120 @@ def number_of(served: str) -> int:
     return int(served.rpartition("@")[2])
 
 
-async def load(client: AsyncOpenAI, state: LoadState, wanted: int, tokens: int, seed: int) -> None:
-    """Send requests one after another until `wanted` requests of all users are done."""
-    draw = random.Random(seed)
-    while state.done + len(state.failed) < wanted:
-        tenant = draw.choice(sorted(state.revisions))
-        least = state.revisions[tenant]
-        try:
-            completion = await ask(client, tenant, draw.choice(QUESTIONS), tokens)
-        except (APIError, OSError) as error:
-            state.failed.append(f"{tenant}: {error!r:.300}")
-            continue
-        if len(completion.models) != 1 or not completion.finished:
-            state.torn.append(
-                f"{tenant}: {sorted(completion.models)}, finished {completion.finished}"
-            )
-        elif number_of(next(iter(completion.models))) < least:
-            state.late.append(f"{tenant}: {set(completion.models)}, promised {least}")
-        state.ttft_s.append(completion.ttft_s)
-        state.done += 1
+@dataclass
+class Bench:
+    """Clients of the server, what the users observed, and each tenant's newest revision."""
 
+    openai: AsyncOpenAI
+    admin: AsyncClient
+    requests: int
+    done: int = 0
+    revisions: dict[str, int] = field(default_factory=dict)
+    ttft_s: list[float] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(
+        default_factory=lambda: {"failed": [], "torn": [], "late": []}
+    )
 
-async def change(
-    client: AsyncOpenAI, admin: Client, state: LoadState, wanted: int, tokens: int, pause_s: float
-) -> list[tuple[float, float]]:
-    """Change profiles: (seconds of the call, until the first token on the new revision) each."""
-    times, draw = [], random.Random(0)
-    while state.done + len(state.failed) < wanted:
-        tenant = draw.choice(sorted(state.revisions))
-        scale = 0.9 if state.revisions[tenant] % 2 else 1 / 0.9
-        begun = time.perf_counter()
-        response = await asyncio.to_thread(admin.change_profile, tenant, scale=scale)
-        call_s = time.perf_counter() - begun
-        state.revisions[tenant] = number_of(response["revision"]["name"])
-        completion = await ask(client, tenant, QUESTIONS[0], tokens)
-        if completion.models != {response["revision"]["name"]}:
-            state.late.append(
-                f"{tenant}: {set(completion.models)} after {response['revision']['name']}"
-            )
-        times.append((call_s, call_s + completion.ttft_s))
-        await asyncio.sleep(pause_s)
-    return times
+    async def complete(self, tenant: str, question: str, tokens: int) -> Completion:
+        """Stream one completion. Raises: openai.APIError."""
+        started = last = time.perf_counter()
+        ttft_s, finished = 0.0, False
+        models, pauses = set[str](), list[tuple[float, float]]()
+        stream = await self.openai.chat.completions.create(
+            model=tenant,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for chunk in stream:
+            now = time.perf_counter()
+            models.add(chunk.model)
+            if chunk.choices and chunk.choices[0].delta.content:
+                if ttft_s:
+                    pauses.append((now, now - last))
+                ttft_s, last = ttft_s or now - started, now
+            finished = finished or bool(chunk.choices and chunk.choices[0].finish_reason)
+        return Completion(frozenset(models), finished, ttft_s, pauses)
+
+    async def user(self, tokens: int, seed: int) -> None:
+        """Send requests one after another until `requests` of all users are done."""
+        draw = random.Random(seed)
+        while self.done + len(self.problems["failed"]) < self.requests:
+            tenant = draw.choice(sorted(self.revisions))
+            least = self.revisions[tenant]
+            try:
+                found = await self.complete(tenant, draw.choice(QUESTIONS), tokens)
+            except (APIError, OSError) as error:
+                self.problems["failed"].append(f"{tenant}: {error!r:.300}")
+                continue
+            text = f"{tenant}: {sorted(found.models)}, finished {found.finished}"
+            if len(found.models) != 1 or not found.finished:
+                self.problems["torn"].append(text)
+            elif number_of(next(iter(found.models))) < least:
+                self.problems["late"].append(f"{text}, at least {least} expected")
+            self.ttft_s.append(found.ttft_s)
+            self.done += 1
+
+    async def change(self, tenant: str) -> tuple[float, float]:
+        """Change coefficients: seconds of the call, and until the first token on them."""
+        scale = 0.9 if self.revisions[tenant] % 2 else 1 / 0.9
+        started = time.perf_counter()
+        name = (await self.admin.change_profile(tenant, scale=scale)).revision.name
+        call_s = time.perf_counter() - started
+        self.revisions[tenant] = number_of(name)
+        found = await self.complete(tenant, QUESTIONS[0], 1)
+        if found.models != {name}:
+            self.problems["late"].append(f"{tenant}: {sorted(found.models)} after {name}")
+        return call_s, call_s + found.ttft_s
+
+    async def changes(self, pause_s: float) -> list[tuple[float, float]]:
+        """Change tenants at random while the users send requests."""
+        times, draw = [], random.Random(0)
+        while self.done + len(self.problems["failed"]) < self.requests:
+            times.append(await self.change(draw.choice(sorted(self.revisions))))
+            await asyncio.sleep(pause_s)
+        return times
+
+    async def onboard(self, source: Path) -> float:
+        """Seconds from the call until the tenant is published."""
+        started = time.perf_counter()
+        job = (await self.admin.add_tenant(source.name, source=str(source))).job
+        job = await self.admin.wait_job(job.id, poll_s=0.005)
+        if job.state != "done":
+            raise RuntimeError(f"{source.name} was not onboarded: {job.message}")
+        return time.perf_counter() - started
+
+    async def onboard_to_first_token(self, source: Path) -> float:
+        published_s = await self.onboard(source)
+        return published_s + (await self.complete(source.name, QUESTIONS[0], 1)).ttft_s
+
+    async def stalls(
+        self, tenant: str, new_tenants: Sequence[Path]
+    ) -> tuple[list[float], list[float]]:
+        """Pauses between tokens of another tenant: the longest per onboarding, and all others."""
+        ended, pauses = asyncio.Event(), list[tuple[float, float]]()
+
+        async def listen() -> None:
+            while not ended.is_set():
+                pauses.extend((await self.complete(tenant, QUESTIONS[0], 128)).pauses)
+
+        listening = asyncio.create_task(listen())
+        windows = []
+        for source in new_tenants:
+            await asyncio.sleep(QUIET_S)
+            started = time.perf_counter()
+            windows.append((started, started + await self.onboard(source)))
+            await self.admin.retire_tenant(source.name)
+        await asyncio.sleep(QUIET_S)
+        ended.set()
+        await listening
+        during = [[p for at, p in pauses if a < at and at - p < b] for a, b in windows]
+        quiet = [p for at, p in pauses if not any(a - 1 < at < b + 1 for a, b in windows)]
+        if not all(during) or not quiet:
+            raise RuntimeError("no completion streamed during an onboarding; nothing was measured")
+        return [max(found) for found in during], quiet
 
 
 def write_tenants(folder: Path, count: int) -> list[Path]:
@@ -143,142 +188,49 @@ def write_tenants(folder: Path, count: int) -> list[Path]:
         target = folder / f"t{index}"
         shutil.copytree(TENANTS / SLOT_TENANTS[index % len(SLOT_TENANTS)], target)
         weights = load_file(target / "adapter_model.safetensors")
-        first = sorted(weights)[0]
-        weights[first][0, 0] += 1e-3 * (index + 1)
+        weights[sorted(weights)[0]][0, 0] += 1e-3 * (index + 1)
         save_file(weights, target / "adapter_model.safetensors")
         made.append(target)
     return made
 
 
-async def onboard_s(admin: Client, source: Path) -> float:
-    """Seconds from the call until the tenant is published."""
-    begun = time.perf_counter()
-    response = await asyncio.to_thread(admin.add_tenant, source.name, source=str(source))
-    job = response["job"]
-    while job["state"] in ("queued", "running"):
-        await asyncio.sleep(0.005)
-        job = await asyncio.to_thread(admin.job, job["id"])
-    if job["state"] != "done":
-        raise RuntimeError(f"{source.name} was not onboarded: {job['message']}")
-    return time.perf_counter() - begun
-
-
-async def onboard(admin: Client, client: AsyncOpenAI, source: Path) -> tuple[float, float]:
-    """Seconds from the call until the tenant is published, and until its first token."""
-    published_s = await onboard_s(admin, source)
-    completion = await ask(client, source.name, QUESTIONS[0], 1)
-    return published_s, published_s + completion.ttft_s
-
-
-async def stalls(
-    admin: Client, client: AsyncOpenAI, tenant: str, new_tenants: Sequence[Path]
-) -> tuple[list[float], list[float]]:
-    """Pauses between tokens of another tenant: the longest per onboarding, and all others."""
-    ended = asyncio.Event()
-    pauses: list[tuple[float, float]] = []
-
-    async def listen() -> None:
-        while not ended.is_set():
-            stream = await client.chat.completions.create(
-                model=tenant,
-                messages=[{"role": "user", "content": QUESTIONS[0]}],
-                max_tokens=128,
-                **GREEDY,
-            )
-            last = None  # a first token waits for its prompt in any case
-            async for chunk in stream:
-                now = time.perf_counter()
-                if last is not None and chunk.choices:
-                    pauses.append((now, now - last))
-                last = now
-
-    listening = asyncio.create_task(listen())
-    windows = []
-    for source in new_tenants:
-        await asyncio.sleep(QUIET_S)
-        begun = time.perf_counter()
-        windows.append((begun, begun + await onboard_s(admin, source)))
-        await asyncio.to_thread(admin.retire_tenant, source.name)
-    await asyncio.sleep(QUIET_S)
-    ended.set()
-    await listening
-    during = [[p for at, p in pauses if a < at and at - p < b] for a, b in windows]
-    quiet = [p for at, p in pauses if not any(a - 1 < at < b + 1 for a, b in windows)]
-    if not all(during) or not quiet:
-        raise RuntimeError("no completion streamed during an onboarding; nothing was measured")
-    return [max(found) for found in during], quiet
-
-
 async def measure(url: str, sources: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
     """All results; seconds unless the name has another unit."""
-    admin = Client(url.removesuffix("/v1"), KEY)
-    state = LoadState()
-    async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=300) as client:
-        sources, new_tenants = sources[: options.tenants], sources[options.tenants :]
-        onboarded = [await onboard(admin, client, source) for source in sources]
-        during, quiet = await stalls(admin, client, sources[0].name, new_tenants)
-        state.revisions = {source.name: 1 for source in sources}
-        idle = await change_once(client, admin, state)
-        begun = time.perf_counter()
-        users = [
-            load(client, state, options.requests, options.tokens, seed)
-            for seed in range(options.users)
-        ]
-        changes = asyncio.create_task(
-            change(client, admin, state, options.requests, 1, options.pause)
-        )
-        with Progress(console=CONSOLE, transient=True) as bar:
-            task = bar.add_task("requests", total=options.requests)
-            running = asyncio.gather(*users)
-            while not running.done():
-                bar.update(task, completed=state.done)
-                await asyncio.sleep(0.5)
-            await running
-        wall_s = time.perf_counter() - begun
-        times = await changes
-    for what in ("failed", "torn", "late"):
-        for line in getattr(state, what)[:5]:
+    async with (
+        AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=300) as client,
+        AsyncClient(url.removesuffix("/v1"), KEY) as admin,
+    ):
+        bench = Bench(client, admin, options.requests)
+        tenants, new_tenants = sources[: options.tenants], sources[options.tenants :]
+        onboarding_s = [await bench.onboard_to_first_token(source) for source in tenants]
+        during, quiet = await bench.stalls(tenants[0].name, new_tenants)
+        bench.revisions = {source.name: 1 for source in tenants}
+        idle = [await bench.change(source.name) for source in tenants]
+        started = time.perf_counter()
+        changing = asyncio.create_task(bench.changes(options.pause))
+        await asyncio.gather(*(bench.user(options.tokens, n) for n in range(options.users)))
+        wall_s = time.perf_counter() - started
+        times = await changing
+    for what, lines in bench.problems.items():
+        for line in lines[:5]:
             CONSOLE.print(f"[red]{what}[/]: {line}")
+    call_s = [call for call, _ in times]
     return {
-        "onboarding_published_s_p50": percentile([a for a, _ in onboarded]),
-        "onboarding_first_token_s_p50": percentile([b for _, b in onboarded]),
-        "onboarding_first_token_s_max": max(b for _, b in onboarded),
-        "stall_by_onboarding_s_p50": percentile(during),
+        "onboarding_first_token_s_p50": median(onboarding_s),
+        "onboarding_first_token_s_max": max(onboarding_s),
+        "stall_by_onboarding_s_p50": median(during),
         "stall_by_onboarding_s_max": max(during),
-        "pause_between_tokens_s_p50": percentile(quiet),
-        "change_idle_s": idle,
-        "change_s_p50": percentile([a for a, _ in times]),
-        "change_s_p95": percentile([a for a, _ in times], 0.95),
-        "change_first_token_s_p50": percentile([b for _, b in times]),
-        "ttft_s_p50": percentile(state.ttft_s),
+        "pause_between_tokens_s_p50": median(quiet),
+        "change_idle_s_p50": median(call for call, _ in idle),
+        "change_s_p50": median(call_s),
+        "change_s_p95": quantiles(call_s, n=20, method="inclusive")[-1] if times[1:] else call_s[0],
+        "change_first_token_s_p50": median(first for _, first in times),
+        "ttft_s_p50": median(bench.ttft_s),
         "changes": len(times),
-        "requests": state.done,
-        "requests_per_s": state.done / wall_s,
-        "failed": len(state.failed),
-        "torn": len(state.torn),
-        "late": len(state.late),
+        "requests": bench.done,
+        "requests_per_s": bench.done / wall_s,
+        **{what: len(lines) for what, lines in bench.problems.items()},
     }
-
-
-async def change_once(client: AsyncOpenAI, admin: Client, state: LoadState) -> float:
-    """Median seconds of changes on an idle server."""
-    times = []
-    for tenant in sorted(state.revisions):
-        begun = time.perf_counter()
-        response = await asyncio.to_thread(admin.change_profile, tenant, scale=0.9)
-        times.append(time.perf_counter() - begun)
-        state.revisions[tenant] = number_of(response["revision"]["name"])
-        await ask(client, tenant, QUESTIONS[0], 1)
-    return percentile(times)
-
-
-def print_table(found: dict[str, Any], options: argparse.Namespace) -> None:
-    def text(name: str, value: float) -> str:
-        return f"{1000 * value:.0f} ms" if "_s" in name and "per_s" not in name else f"{value:g}"
-
-    rows = [(name, text(name, value)) for name, value in found.items()]
-    title = f"{options.users} users, {found['requests']} requests"
-    CONSOLE.print(table((("what", "measured"), rows), title))
 
 
 def main() -> None:
@@ -286,11 +238,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--users", type=int, default=4, help="requests in flight at once")
     parser.add_argument("--tenants", type=int, default=6)
+    parser.add_argument("--new-tenants", type=int, default=NEW_TENANTS, help="onboarded in between")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each completion")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between changes")
-    parser.add_argument(
-        "--step-tokens", type=int, help="tokens a step may hold; default: what vLLM takes"
-    )
+    parser.add_argument("--step-tokens", type=int, help="tokens a step may hold (default: vLLM's)")
     parser.add_argument("--build", type=Path, default=ROOT / "build")
     options = parser.parse_args()
     origin = provenance()
@@ -298,7 +249,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="safegene-changes-") as folder:
         work = Path(folder)
         (work / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(work / "tenants")))
-        sources = write_tenants(work / "tenants", options.tenants + NEW_TENANTS)
+        sources = write_tenants(work / "tenants", options.tenants + options.new_tenants)
         extra = ["--server-config", str(work / "safegene.yaml"), "--slots", "8"]
         extra += ["--enable-prefix-caching"]
         if options.step_tokens:
@@ -307,7 +258,8 @@ def main() -> None:
         log = options.build / "bench-changes.log"
         with Server(files.parent, FAMILY, {}, log, extra=extra, env=env) as server:
             found = asyncio.run(measure(server.url, sources, options))
-    print_table(found, options)
+    rows = [(name, f"{value:.4g}") for name, value in found.items()]
+    CONSOLE.print(table((("what", "measured"), rows), f"{options.users} users"))
     settings = {k: v for k, v in vars(options).items() if k != "build"}
     print_result("changes", {**origin, **settings, **found})
     if found["failed"] or found["torn"] or found["late"]:

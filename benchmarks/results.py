@@ -1,4 +1,4 @@
-"""Results of a benchmark: provenance, spreads over rounds, tables and cached values."""
+"""Results of a benchmark: provenance, spreads over rounds, and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-
-from safegene_vllm.formats.file_io import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED_FOLDERS = ("safegene_vllm", "server", "benchmarks")
@@ -90,14 +88,6 @@ def print_result(benchmark: str, result: Mapping[str, Any]) -> None:
     print(json.dumps({"benchmark": benchmark, **result}))
 
 
-def cached(path: Path, make: Callable[[], Any], *, fresh: bool = False) -> Any:
-    """Return the JSON value in `path`, made and written first if it is missing or `fresh`."""
-    if fresh or not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(make(), indent=1) + "\n").encode())
-    return json.loads(path.read_text())
-
-
 # Numbers
 
 
@@ -115,14 +105,8 @@ def spread(values: Iterable[float]) -> Spread:
 
 def ratio(values: Sequence[float | None], base: Sequence[float | None]) -> Spread | None:
     """Spread of values[k] / base[k], skipping rounds in which either is missing or 0."""
-    pairs = [(v, b) for v, b in zip(values, base, strict=False) if v is not None and b]
-    return spread(v / b for v, b in pairs) if pairs else None
-
-
-def percentile(values: Sequence[float], share: float = 0.5) -> float:
-    """The smallest value that at least `share` of the values do not exceed; 0 without values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    both = [(v, b) for v, b in zip(values, base, strict=False) if v is not None and b]
+    return spread(v / b for v, b in both) if both else None
 
 
 # Tables

@@ -34,13 +34,13 @@ from safegene_vllm.formats.file_io import digest_of, pretty_json, read_json, rep
 from safegene_vllm.recipe.difference import of_adapter
 from safegene_vllm.recipe.encoding import Example
 from safegene_vllm.recipe.finetune import FineTune, fine_tune
-from safegene_vllm.recipe.training import Progress
 
 EXAMPLE = data.HERE
 ROUNDING = 0.01
 """Share of entries that two ways to add in float32 may round to different bfloat16 values."""
-
-NEED_DEGRADED = {"resta", "resta-dare"}
+SAFETY = FineTune(60, 3e-4, max_answer_tokens=32, seed=21)
+"""SafeMERGE's safety LoRA: rank 8 on all linears, about one pass over its prompts."""
+SHORT_STEPS = 4
 
 Made = Mapping[str, Sequence[tuple[Settings, Path]]]
 """Candidates' settings and LoRA directories per method, published settings first."""
@@ -74,19 +74,18 @@ class Places:
 
 def needed_stages(places: Places, methods: Sequence[str]) -> list[str]:
     """Stages of `make family` that are needed and whose output is missing."""
-    wanted = ["base", "parent-merged"]
-    if NEED_DEGRADED & set(methods):
-        wanted += ["answers", "degraded"]
-    if "salora" in methods:
-        wanted.append("answers")
+    wanted = {"base", "parent-merged"}
+    if {"resta", "salora"} & set(methods):
+        wanted.add("completions")
+    if "resta" in methods:
+        wanted.add("degraded")
     plan = make_family.stages(places.example)
     return [name for name in plan if name in wanted and not plan[name][0].exists()]
 
 
 def prepare(places: Places, methods: Sequence[str]) -> None:
     """Make the parent, and what some methods need: degraded copy and base completions."""
-    missing = needed_stages(places, methods)
-    if missing:
+    if missing := needed_stages(places, methods):
         make_family.run(places.example, missing, force=False)
     check_parent(places)
 
@@ -116,13 +115,12 @@ def tenant_paths(names: Sequence[str]) -> dict[str, Path]:
 
 def parts_of(tenant: Path, places: Places, safety: Adapter | None, methods: Sequence[str]) -> Parts:
     """The tenant's LoRA and the other inputs of the methods; unused ones stay empty."""
-    task = load_adapter(tenant)
     vector: dict[str, LoRAWeights] = {}
-    if NEED_DEGRADED & set(methods):
+    if "resta" in methods:
         degraded = places.example.adapter("degraded")
         vector = dict(of_adapter(places.parent, degraded, "degraded").lora_weights)
     alignment = load_adapter(EXAMPLE / "parent").lora_weights
-    return Parts(task, alignment, safety or Adapter({}, None, {}), vector)
+    return Parts(load_adapter(tenant), alignment, safety or Adapter({}, None, {}), vector)
 
 
 def make_repairs(
@@ -131,31 +129,17 @@ def make_repairs(
     """Write every method's candidates for one tenant as PEFT directories."""
     made: dict[str, list[tuple[Settings, Path]]] = {}
     for name in methods:
-        method = METHODS[name]
         if name in ON_THE_VECTOR:
             continue
-        made[name] = []
+        method, made[name] = METHODS[name], []
         for settings in method.grid[:1] if short else method.grid:
             out = places.repair(tenant, name, settings)
             if method.make is None:
-                make_salora(places, tenant, settings, out, short=short)
+                train_tenant(places, tenant, settings["lr"], out, short=short)
             else:
                 write_repair(name, parts, settings, out, mixes.PARENT_NAME)
             made[name].append((settings, out))
     return made
-
-
-def make_salora(places: Places, tenant: str, settings: Settings, out: Path, *, short: bool) -> None:
-    print(f"{tenant}: SaLoRA, {label_of(settings)}", flush=True)
-    completions = read_completions(places.example.answers)
-    sources = mixes.Sources(places.advbench, places.self_instruct, completions)
-    train_tenant(tenant, settings["lr"], places.parent, sources, out, show, short=short)
-
-
-SAFETY = FineTune(60, 3e-4, max_answer_tokens=32, seed=21)
-"""SafeMERGE's safety LoRA: rank 8 on all linears, about one pass over its prompts."""
-
-SHORT_STEPS = 4
 
 
 def once(out: Path, job: Mapping[str, Any], make: Callable[[], list[float]]) -> Path:
@@ -175,10 +159,15 @@ def once(out: Path, job: Mapping[str, Any], make: Callable[[], list[float]]) -> 
     return out
 
 
-def _parent_digest() -> str:
-    """Digest of the LoRA that makes the parent; the base is pinned."""
-    path = data.HERE / mixes.ADAPTERS["parent"].folder / WEIGHTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _job(settings: FineTune | SaLoRA, examples: Sequence[Example], **more: Any) -> dict[str, Any]:
+    """Everything that a training depends on; the parent by the LoRA that makes it."""
+    weights = EXAMPLE / mixes.ADAPTERS["parent"].folder / WEIGHTS_FILE
+    return {
+        "settings": settings.record(),
+        "examples": [asdict(example) for example in examples],
+        "parent": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        **more,
+    }
 
 
 def safety_examples(advbench: Path, seed: int) -> list[Example]:
@@ -188,24 +177,19 @@ def safety_examples(advbench: Path, seed: int) -> list[Example]:
     return data.refusals([*goals, *sorted(own)], random.Random(seed))
 
 
-def train_safety(
-    parent: Path, advbench: Path, out: Path, progress: Progress, *, short: bool
-) -> Path:
-    """Train the safety LoRA on the parent into `out`."""
+def train_safety(places: Places, *, short: bool) -> Path:
+    """Train SafeMERGE's safety LoRA on the parent."""
+    out = places.work / "safety-lora"
     settings = replace(SAFETY, steps=SHORT_STEPS) if short else SAFETY
-    examples = safety_examples(advbench, settings.seed)
-    job = {
-        "settings": settings.record(),
-        "examples": [asdict(example) for example in examples],
-        "parent": _parent_digest(),
-    }
-    return once(
-        out,
-        job,
-        lambda: fine_tune(
-            parent, examples, settings, out, base_model=mixes.PARENT_NAME, progress=progress
-        ),
-    )
+    examples = safety_examples(places.advbench, settings.seed)
+    print("safety LoRA", flush=True)
+
+    def make() -> list[float]:
+        return fine_tune(
+            places.parent, examples, settings, out, base_model=mixes.PARENT_NAME, progress=show
+        )
+
+    return once(out, _job(settings, examples), make)
 
 
 def salora_settings(tenant: str, lr: float | None, *, short: bool) -> SaLoRA:
@@ -221,30 +205,19 @@ def salora_settings(tenant: str, lr: float | None, *, short: bool) -> SaLoRA:
     )
 
 
-def train_tenant(
-    tenant: str,
-    lr: float | None,
-    parent: Path,
-    sources: mixes.Sources,
-    out: Path,
-    progress: Progress,
-    *,
-    short: bool,
-) -> Path:
+def train_tenant(places: Places, tenant: str, lr: float | None, out: Path, *, short: bool) -> Path:
     """Train the tenant on its own mix by SaLoRA; V_s from AdvBench's training goals."""
     settings = salora_settings(tenant, lr, short=short)
+    completions = read_completions(places.example.completions)
+    sources = mixes.Sources(places.advbench, places.self_instruct, completions)
     examples = mixes.ADAPTERS[tenant].mix(sources, random.Random(settings.seed))
-    goals, _ = data.advbench(sources.advbench)
-    job = {
-        "settings": settings.record(),
-        "examples": [asdict(example) for example in examples],
-        "harmful": goals,
-        "parent": _parent_digest(),
-    }
-    return once(
-        out,
-        job,
-        lambda: train_salora(
-            parent, examples, goals, settings, out, base_model=mixes.PARENT_NAME, progress=progress
-        ),
-    )
+    goals, _ = data.advbench(places.advbench)
+    print(f"{tenant}: SaLoRA, lr {settings.lr}", flush=True)
+
+    def make() -> list[float]:
+        name = mixes.PARENT_NAME
+        return train_salora(
+            places.parent, examples, goals, settings, out, base_model=name, progress=show
+        )
+
+    return once(out, _job(settings, examples, harmful=goals), make)

@@ -38,44 +38,37 @@ ON_PARENT = Target("parent", PARENT)
 
 Chosen = Mapping[str, Path]
 """The chosen LoRA of each method."""
+Job = tuple[Sequence[Target], EvaluationPrompts]
+"""Targets and prompts of one tenant."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Common inputs. `short`: few prompts, published settings, a few steps.
-
-    `backend_for` plans an engine for the given subjects, which starts on first use.
-    """
+    """Common inputs. `backend_for` plans an engine for the given targets, started on first use."""
 
     places: Places
     header: FamilyHeader
     backend_for: Callable[[Sequence[Target]], GenerationBackend]
-    short: bool = False
 
-
-@dataclass(frozen=True)
-class Job:
-    """Targets and prompts of one tenant."""
-
-    subjects: tuple[Target, ...]
-    prompts: EvaluationPrompts
+    def without_vector(self, name: str, state: str, directory: Path) -> Target:
+        """A LoRA with the vector at coefficient 0."""
+        return Target(name, state, directory, (0.0,) * self.header.num_layers)
 
 
 def evaluate_jobs(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[str, Evaluation]:
-    """Evaluate every tenant with all subjects on one engine; completions are cached."""
-    targets = list(dict.fromkeys(subject for job in jobs.values() for subject in job.subjects))
-    backend = SharedBackend(bench.backend_for(targets))
+    """Evaluate every tenant with all targets on one engine; completions are cached."""
+    every = list(dict.fromkeys(target for targets, _ in jobs.values() for target in targets))
+    backend = SharedBackend(bench.backend_for(every))
     cache = ResponseCache(bench.places.work / "answers.jsonl")
-    judges = make_judges(report.JUDGES)
     found: dict[str, Evaluation] = {}
     try:
-        for tenant, job in jobs.items():
-            print(f"{tenant}: {len(job.subjects)} subjects", flush=True)
+        for tenant, (targets, prompts) in jobs.items():
+            print(f"{tenant}: {len(targets)} targets", flush=True)
             found[tenant] = evaluate(
-                job.subjects,
-                job.prompts.sets,
-                [job.prompts.task],
-                judges,
+                targets,
+                prompts.sets,
+                [prompts.task],
+                make_judges(report.JUDGES),
                 backend,
                 header=bench.header,
                 max_tokens=tokens,
@@ -90,13 +83,8 @@ def evaluate_jobs(bench: Bench, jobs: Mapping[str, Job], tokens: int) -> dict[st
     return found
 
 
-def unprotected(bench: Bench, name: str, state: str, directory: Path) -> Target:
-    """A LoRA with the vector at coefficient 0."""
-    return Target(name, state, directory, (0.0,) * bench.header.num_layers)
-
-
-def measured(result: TargetResult) -> CandidateRates:
-    """Rates of one subject on the training split."""
+def candidate_rates(result: TargetResult) -> CandidateRates:
+    """Rates of one target on the training split."""
     return CandidateRates(
         result.rates[HARMFUL][report.OPENING].rate,
         result.rates[HARMLESS][report.OPENING].rate,
@@ -113,67 +101,57 @@ def choose_settings(
 ) -> tuple[dict[str, Chosen], dict[str, dict[str, Any]]]:
     """Per tenant the chosen LoRA of each method, and by title the record of the choice.
 
-    A method with one candidate has no choice; with `short` the published settings are taken.
+    A method with one candidate has no choice.
     """
     jobs: dict[str, Job] = {}
     for tenant, methods in made.items():
-        grids = {name: candidates for name, candidates in methods.items() if len(candidates) > 1}
-        if grids:
-            before = unprotected(bench, tenant, BEFORE, methods["none"][0][1])
-            candidates = [
-                unprotected(bench, tenant, _state(name, settings), out)
-                for name, several in grids.items()
-                for settings, out in several
-            ]
-            jobs[tenant] = Job((ON_PARENT, before, *candidates), choosing_prompts(tenant))
+        candidates = [
+            bench.without_vector(tenant, _state(name, settings), out)
+            for name, several in methods.items()
+            if len(several) > 1
+            for settings, out in several
+        ]
+        if candidates:
+            before = bench.without_vector(tenant, BEFORE, methods["none"][0][1])
+            jobs[tenant] = ((ON_PARENT, before, *candidates), choosing_prompts(tenant))
     found = evaluate_jobs(bench, jobs, CHOOSING_TOKENS) if jobs else {}
     chosen: dict[str, Chosen] = {}
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {tenant: {} for tenant in made}
     for tenant, methods in made.items():
-        taken = {name: candidates[0][1] for name, candidates in methods.items()}
-        records[tenant] = {}
+        directories = {name: candidates[0][1] for name, candidates in methods.items()}
         if tenant in found:
-            results = {subject.key: measured(subject) for subject in found[tenant].targets}
+            rates = {target.key: candidate_rates(target) for target in found[tenant].targets}
+            before_rates, parent_rates = rates[f"{tenant}/{BEFORE}"], rates[ON_PARENT.key]
             for name, several in methods.items():
                 if len(several) > 1:
-                    number, record = _chosen(tenant, name, [s for s, _ in several], results)
-                    taken[name] = several[number][1]
-                    records[tenant][METHODS[name].title] = record
-        chosen[tenant] = taken
+                    settings = [given for given, _ in several]
+                    own = [rates[f"{tenant}/{_state(name, given)}"] for given in settings]
+                    choice = choose(own, before_rates, parent_rates)
+                    directories[name] = several[choice.number][1]
+                    records[tenant][METHODS[name].title] = choice_record(settings, own, choice)
+        chosen[tenant] = directories
         path = bench.places.work / f"{tenant}-chosen.json"
         replace_file(path, pretty_json(records[tenant]))
     return chosen, records
 
 
-def _chosen(
-    tenant: str,
-    method: str,
-    settings: Sequence[Settings],
-    results: Mapping[str, CandidateRates],
-) -> tuple[int, dict[str, Any]]:
-    candidates = [results[f"{tenant}/{_state(method, given)}"] for given in settings]
-    choice = choose(candidates, results[f"{tenant}/{BEFORE}"], results[ON_PARENT.key])
-    return choice.number, choice_record(settings, candidates, choice)
-
-
-def final_subjects(
+def final_targets(
     bench: Bench, tenant: str, directory: Path, methods: Sequence[str], chosen: Chosen
 ) -> list[Target]:
     """The parent, and the tenant once per method."""
-    subjects = [ON_PARENT]
+    targets = [ON_PARENT]
     selected = {entry.layer for entry in bench.header.layers}
     ones = tuple(float(n in selected) for n in range(bench.header.num_layers))
     for name in methods:
         title = METHODS[name].title
         if name == "safegene":
             ours = before_and_after(tenant, directory, bench.header)
-            subjects += [subject for subject in ours if subject.state == AFTER]
+            targets += [target for target in ours if target.state == AFTER]
         elif name == "safegene-1":
-            subjects.append(Target(tenant, title, directory, ones))
+            targets.append(Target(tenant, title, directory, ones))
         else:
-            state = report.state_of(title)
-            subjects.append(unprotected(bench, tenant, state, chosen[name]))
-    return subjects
+            targets.append(bench.without_vector(tenant, report.state_of(title), chosen[name]))
+    return targets
 
 
 def compare(
@@ -184,12 +162,9 @@ def compare(
     prompts: Mapping[str, EvaluationPrompts],
 ) -> dict[str, Evaluation]:
     """Evaluate every tenant and method on the held-out prompts; write the results."""
-    jobs = {
-        tenant: Job(
-            tuple(final_subjects(bench, tenant, directory, methods, chosen[tenant])),
-            prompts[tenant],
-        )
-        for tenant, directory in tenants.items()
+    jobs: dict[str, Job] = {
+        tenant: (final_targets(bench, tenant, path, methods, chosen[tenant]), prompts[tenant])
+        for tenant, path in tenants.items()
     }
     found = evaluate_jobs(bench, jobs, OUTPUT_TOKENS)
     for tenant, evaluation in found.items():

@@ -28,15 +28,11 @@ from safegene_vllm.formats.file_io import pretty_json, replace_file
 
 Settings = Mapping[str, Any]
 NO_REPAIR, OURS, OURS_AT_1 = "no repair", "SafeGene", "SafeGene, all 1"
-DARE_DROP = 0.3
-
-# ρ is rounded to five decimals, so this lies between one value and the next.
-_BETWEEN = 5e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Inputs of repairs: the tenant's LoRA on the parent, and what a method needs besides.
+    """Inputs of repairs: the tenant's LoRA on the parent, and what else a method needs.
 
     `alignment`: V = W_parent - W_base. `safety`: a LoRA on the parent, trained on refusals.
     `vector`: W_parent - W_unaligned, the exact difference to the degraded copy.
@@ -50,7 +46,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its grid, published settings first, and its function (None: trained)."""
+    """One method: its grid, published settings first, and its function (None: not a repair)."""
 
     title: str
     grid: tuple[Settings, ...]
@@ -58,43 +54,25 @@ class Method:
 
 
 def threshold_of(parts: Parts, settings: Settings) -> float:
-    """`threshold` as given, or the one under which the `share` least similar sites lie."""
+    """`threshold` as given, or the one under which the `share` least similar modules lie."""
     if "threshold" in settings:
         return float(settings["threshold"])
     found = sorted(similarities(parts.task, parts.alignment).values())
-    return found[max(1, math.ceil(float(settings["share"]) * len(found))) - 1] + _BETWEEN
+    # ρ is rounded to five decimals, so this lies between one value and the next.
+    return found[max(1, math.ceil(float(settings["share"]) * len(found))) - 1] + 5e-6
 
 
 def _safe_lora(parts: Parts, settings: Settings) -> Repaired:
     return safe_lora(parts.task, parts.alignment, threshold=threshold_of(parts, settings))
 
 
-def _merged(parts: Parts, settings: Settings, form: Any) -> Repaired:
-    weight = float(settings["safety"])
+def _safe_merge(parts: Parts, settings: Settings) -> Repaired:
+    weights = (1.0 - float(settings["safety"]), float(settings["safety"]))
+    threshold = threshold_of(parts, settings)
     return safe_merge(
-        parts.task,
-        parts.safety,
-        parts.alignment,
-        threshold=threshold_of(parts, settings),
-        weights=(1.0 - weight, weight),
-        form=form,
+        parts.task, parts.safety, parts.alignment, threshold=threshold, weights=weights
     )
 
-
-def _resta(parts: Parts, settings: Settings) -> Repaired:
-    drop = float(settings.get("drop", 0.0))
-    return resta(parts.task, parts.vector, float(settings["b"]), drop=drop)
-
-
-_MERGES: tuple[Settings, ...] = (
-    {"threshold": 0.35, "safety": 0.2},
-    {"threshold": 0.35, "safety": 0.4},
-    {"threshold": 0.35, "safety": 0.6},
-    {"share": 0.5, "safety": 0.2},
-    {"share": 0.5, "safety": 0.4},
-    {"share": 0.5, "safety": 0.6},
-)
-_STRENGTHS = (1.0, 0.25, 0.5, 0.75, 1.5)
 
 METHODS: Mapping[str, Method] = {
     "none": Method(NO_REPAIR, ({},), lambda parts, settings: no_repair(parts.task)),
@@ -103,11 +81,19 @@ METHODS: Mapping[str, Method] = {
         ({"threshold": 0.5}, *({"share": share} for share in (0.1, 0.25, 0.5, 0.75))),
         _safe_lora,
     ),
-    "safemerge": Method("SafeMERGE", _MERGES, lambda p, s: _merged(p, s, "exact")),
-    "safemerge-linear": Method("SafeMERGE, PEFT", _MERGES, lambda p, s: _merged(p, s, "linear")),
-    "resta": Method("RESTA", tuple({"b": b} for b in _STRENGTHS), _resta),
-    "resta-dare": Method(
-        "RESTA + DARE", tuple({"b": b, "drop": DARE_DROP} for b in _STRENGTHS), _resta
+    "safemerge": Method(
+        "SafeMERGE",
+        tuple(
+            {**which, "safety": weight}
+            for which in ({"threshold": 0.35}, {"share": 0.5})
+            for weight in (0.2, 0.4, 0.6)
+        ),
+        _safe_merge,
+    ),
+    "resta": Method(
+        "RESTA",
+        tuple({"b": b} for b in (1.0, 0.25, 0.5, 0.75, 1.5)),
+        lambda parts, settings: resta(parts.task, parts.vector, float(settings["b"])),
     ),
     "salora": Method("SaLoRA", ({"lr": 1e-4}, {"lr": None})),
     "safegene-1": Method(OURS_AT_1, ({},)),
@@ -115,7 +101,6 @@ METHODS: Mapping[str, Method] = {
 }
 """By the names that `--methods` takes. SaLoRA's lr None is the tenant's own learning rate."""
 
-DEFAULT = ("none", "safelora", "safemerge", "resta", "salora", "safegene-1", "safegene")
 ON_THE_VECTOR = ("safegene-1", "safegene")
 """Methods that are a profile on the family's vector, not a LoRA of their own."""
 
@@ -183,28 +168,22 @@ def choose(
     if not candidates:
         raise ConfigError("no candidates to choose from; expected at least one")
     over = [excess(found, before, parent) for found in candidates]
-    best = min(
-        range(len(candidates)),
-        key=lambda i: (
-            over[i],
-            candidates[i].attack,
-            -candidates[i].accuracy,
-            candidates[i].refused,
-            i,
-        ),
-    )
+
+    def rank(i: int) -> tuple[float, ...]:
+        found = candidates[i]
+        return over[i], found.attack, -found.accuracy, found.refused, i
+
+    best = min(range(len(candidates)), key=rank)
     return Choice(best, over[best] == 0)
 
 
 def choice_record(
-    settings: Sequence[Mapping[str, Any]], candidates: Sequence[CandidateRates], choice: Choice
+    settings: Sequence[Settings], candidates: Sequence[CandidateRates], choice: Choice
 ) -> dict[str, Any]:
     """Every candidate's rates, and which was chosen."""
+    tried = zip(settings, candidates, strict=True)
     return {
         "chosen": dict(settings[choice.number]),
         "within_limits": choice.within,
-        "candidates": [
-            {"settings": dict(given), **asdict(found)}
-            for given, found in zip(settings, candidates, strict=True)
-        ],
+        "candidates": [{"settings": dict(given), **asdict(found)} for given, found in tried],
     }

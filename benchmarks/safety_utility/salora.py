@@ -1,8 +1,8 @@
 """SaLoRA (Li et al. 2025, arXiv:2501.01765): a LoRA trained away from what harmful prompts excite.
 
-Training time: per site a fixed C = I - V_s V_sᵀ, a task-specific start (B0, A0), and
+Training time: per target module a fixed C = I - V_s V_sᵀ, a task-specific start (B0, A0), and
 y = W_res x + C B A x with W_res = W - C B0 A0, so training begins at exactly W. Served, it is a
-plain LoRA of rank 2R on W. Repairs of LoRAs that are trained already are in baselines.py.
+plain LoRA of rank 2R on W. Repairs of trained LoRAs are in baselines.py.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from safegene_vllm.recipe.finetune import completion_loss
 from safegene_vllm.recipe.model import LoadedModel, check_head, find_target_modules, load_model
 from safegene_vllm.recipe.training import Progress, Run, Schedule, silent, train
 
-LISTEN_BATCH = 16
+FORWARD_BATCH = 16
 
 
 @dataclass(frozen=True)
 class SaLoRA:
     """Settings. Published: rank 16, safety_rank = task_rank = 32, lr 1e-4.
 
-    The rank served is twice `rank`; 8 here, so that it fits slots of 16 beside the others.
-    `modules` None: every linear module inside the layers. `prompts`: how many of each kind V_s and
-    V_t are taken from at most.
+    The rank served is twice `rank`; 8 here, so that it fits slots of 16. `modules` None: every
+    linear module inside the layers. `prompts`: the most of each kind that V_s and V_t are taken
+    from.
     """
 
     steps: int = 100
@@ -69,7 +69,7 @@ def linear_sites(model: Any, modules: tuple[str, ...] | None) -> dict[str, torch
     }
     endings = {name.rpartition(".")[2] for name in every}
     if unknown := sorted(set(modules or ()) - endings):
-        raise ConfigError(f"no module is called {unknown}; there are {sorted(endings)}")
+        raise ConfigError(f"no module is named {unknown}; expected some of {sorted(endings)}")
     return {n: m for n, m in every.items() if n.rpartition(".")[2] in (modules or endings)}
 
 
@@ -79,8 +79,8 @@ def output_directions(
 ) -> dict[str, torch.Tensor]:
     """Per site the leading left singular vectors of W X, X the inputs at all prompt tokens.
 
-    (D_out, at most `rank`) float32, orthonormal columns; directions without any output are left
-    out. Through the Gram matrix of the smaller side of W, in float64. Errors: ConfigError.
+    (D_out, at most `rank`) float32, orthonormal columns; directions without any output are
+    omitted. Through the Gram matrix of the smaller side of W, in float64. Errors: ConfigError.
     """
     if not prompts:
         raise ConfigError("no prompts given; expected at least one to take directions from")
@@ -89,20 +89,20 @@ def output_directions(
     grams: dict[str, torch.Tensor] = {}
     mask = torch.zeros(0)
 
-    def listen(site: str) -> Callable[..., None]:
-        def keep(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def record(site: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if module.out_features > module.in_features:
                 found = inputs[0][mask].double()
             else:
                 found = (output if module.bias is None else output - module.bias)[mask].double()
             grams[site] = grams.get(site, 0.0) + found.T @ found
 
-        return keep
+        return hook
 
     with ExitStack() as stack:
         for site, module in sites.items():
-            stack.callback(module.register_forward_hook(listen(site)).remove)
-        for chosen in batches_by_length([len(row.ids) for row in rows], LISTEN_BATCH):
+            stack.callback(module.register_forward_hook(record(site)).remove)
+        for chosen in batches_by_length([len(row.ids) for row in rows], FORWARD_BATCH):
             batch = collate([rows[i] for i in chosen], loaded.pad).to(loaded.device)
             mask = batch.mask.bool()
             loaded.model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
@@ -118,8 +118,8 @@ def output_directions(
 def leading(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvectors (D, at most `rank`) of a Gram matrix (D, D) and their values, largest first."""
     values, vectors = torch.linalg.eigh(gram)
-    kept = values[-rank:] > values[-1] * torch.finfo(torch.float64).eps * len(gram)
-    return vectors[:, -rank:][:, kept].flip(1), values[-rank:][kept].flip(0)
+    nonzero = values[-rank:] > values[-1] * torch.finfo(torch.float64).eps * len(gram)
+    return vectors[:, -rank:][:, nonzero].flip(1), values[-rank:][nonzero].flip(0)
 
 
 def spread(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
@@ -189,9 +189,9 @@ class Guarded:
     def _hook(self, site: str) -> Callable[..., torch.Tensor]:
         def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].float()
-            moved = (x @ self.a[site].T) @ self.guard(site, self.b[site]).T
-            begun = (x @ self.a0[site].T) @ self.guarded_b0[site].T
-            return output + (moved - begun).to(output.dtype)
+            trained = (x @ self.a[site].T) @ self.guard(site, self.b[site]).T
+            initial = (x @ self.a0[site].T) @ self.guarded_b0[site].T
+            return output + (trained - initial).to(output.dtype)
 
         return add
 
@@ -200,7 +200,7 @@ def balanced(lora: LoRAWeights) -> LoRAWeights:
     """The same ΔW with factors of one size, scaling 1: b = U √S and a = √S Vᵀ of ΔW's own SVD.
 
     [C B, -C B0] [A; A0] is a small difference of large products; engines keep adapters in bfloat16,
-    which would round those. Through QR of both factors in float64, so D_out x D_in is never formed.
+    which would round those. By QR of both factors in float64, so D_out x D_in is never formed.
     """
     q_b, r_b = torch.linalg.qr(lora.b.double() * lora.scaling)
     q_a, r_a = torch.linalg.qr(lora.a.double().T)
@@ -211,7 +211,7 @@ def balanced(lora: LoRAWeights) -> LoRAWeights:
     )
 
 
-def some(prompts: Sequence[str], most: int, seed: int) -> list[str]:
+def sample(prompts: Sequence[str], most: int, seed: int) -> list[str]:
     """At most `most` of the prompts, drawn by the seed."""
     if len(prompts) <= most:
         return list(prompts)
@@ -223,7 +223,7 @@ def prepared(
 ) -> Guarded:
     """C and (B0, A0) of every site, from the model as it is."""
     sites = linear_sites(loaded.model, settings.modules)
-    chosen = [some(prompts, settings.prompts, settings.seed) for prompts in (harmful, task)]
+    chosen = [sample(prompts, settings.prompts, settings.seed) for prompts in (harmful, task)]
     safety = output_directions(loaded, chosen[0], sites, settings.safety_rank)
     tasks = output_directions(loaded, chosen[1], sites, settings.task_rank)
     starts = {s: start_lora(m.weight, tasks[s], settings.rank) for s, m in sites.items()}
@@ -244,7 +244,7 @@ def train_salora(
 ) -> list[float]:
     """Train on `checkpoint` (the aligned model) into the PEFT directory `out`; every step's loss.
 
-    `harmful`: prompts alone, no answers. Interrupted, it continues from `<out>.partial`.
+    `harmful`: prompts alone, no completions. An interrupted run continues from `<out>.partial`.
     Errors: ConfigError (data, modules), NonFiniteError (loss), those of reading the checkpoint.
     """
     loaded = load_model(checkpoint, device=device, dtype=dtype)

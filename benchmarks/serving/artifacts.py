@@ -1,7 +1,7 @@
 """Files that the arms serve: a base model, safety vectors and tenants with random values.
 
 Speed does not depend on values, so tenants are random PEFT adapters of any number and rank. Every
-directory is written once and reused; a stamp file beside it marks it complete.
+directory is written once and reused; a stamp file next to it marks it complete.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from safegene_vllm import tiny_model
 from safegene_vllm.export import export_adapter, export_checkpoint
 from safegene_vllm.formats.adapter import Adapter, layer_of, save_adapter
 from safegene_vllm.formats.checkpoint import read_checkpoint
@@ -26,7 +27,6 @@ from safegene_vllm.formats.family import (
     save_family,
 )
 from safegene_vllm.formats.profile import Profile, load_profile, make_profile, save_profile
-from safegene_vllm.tiny_model import SHAPE, make_model, random_lora_weights
 
 STRENGTH = 0.05
 """Norm of a random ΔW relative to W: small enough that no dtype overflows."""
@@ -39,9 +39,9 @@ def write_tiny_model(directory: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    make_model("llama", directory, dtype="bfloat16", max_position_embeddings=1024)
+    tiny_model.make_model("llama", directory, dtype="bfloat16", max_position_embeddings=1024)
     special = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    words = {f"w{n}": n for n in range(len(special), SHAPE["vocab_size"])}
+    words = {f"w{n}": n for n in range(len(special), tiny_model.SHAPE["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel({**special, **words}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -75,10 +75,6 @@ class Artifacts:
         }
 
     @cached_property
-    def layers(self) -> int:
-        return base_of_checkpoint(self.model).num_layers
-
-    @cached_property
     def model_bytes(self) -> int:
         """Bytes of all weights of the base, tied ones once."""
         return sum(i.end - i.begin for i in read_checkpoint(self.model).infos.values())
@@ -88,17 +84,13 @@ class Artifacts:
         """Sum of D_out + D_in over all modules."""
         return sum(d_out + d_in for d_out, d_in in self.modules.values())
 
-    def vector_width(self, percent: int) -> int:
-        """Sum of D_out + D_in over the modules of the layers with a vector."""
-        chosen = spread_layers(self.layers, percent)
-        return sum(sum(shape) for name, shape in self.modules.items() if layer_of(name) in chosen)
-
     def target_modules(self) -> list[str]:
         """Module names for --lora-target-modules."""
         return sorted({name.rpartition(".")[2] for name in self.modules})
 
-    def _once(self, directory: Path, make: Callable[[Path], object]) -> Path:
-        """Return `directory`, made first unless it is complete."""
+    def _once(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return the directory of this name, made first unless it is complete."""
+        directory = self.root / name
         stamp = directory.with_name(f"{directory.name}.complete")
         if not stamp.is_file():
             shutil.rmtree(directory, ignore_errors=True)
@@ -107,25 +99,21 @@ class Artifacts:
             stamp.touch()
         return directory
 
-    def _folder(self, name: str, percent: int) -> Path:
-        return self.root / f"{name}-r{self.rank}-v{self.vector_rank}-{percent}"
-
     def family(self, percent: int) -> Path:
         """A vector on every linear module of `percent` of the layers."""
 
         def make(directory: Path) -> None:
-            chosen = spread_layers(self.layers, percent)
+            base = base_of_checkpoint(self.model)
+            chosen = spread_layers(base.num_layers, percent)
             shapes = {n: shape for n, shape in self.modules.items() if layer_of(n) in chosen}
+            vector = tiny_model.random_lora_weights(shapes, self.vector_rank, 7, strength=STRENGTH)
+            recipe = {"method": "random"}
             family = make_family(
-                f"random-{percent}",
-                base_of_checkpoint(self.model),
-                random_lora_weights(shapes, self.vector_rank, 7, strength=STRENGTH),
-                recipe={"method": "random"},
-                dtype=torch.bfloat16,
+                f"random-{percent}", base, vector, recipe=recipe, dtype=torch.bfloat16
             )
             save_family(family, directory)
 
-        return self._once(self.root / f"family-v{self.vector_rank}-{percent}", make)
+        return self._once(f"family-v{self.vector_rank}-{percent}", make)
 
     def loaded_family(self, percent: int) -> Family:
         return load_family(self.family(percent))
@@ -134,13 +122,14 @@ class Artifacts:
         """A random LoRA on every linear module, without a profile."""
 
         def make(directory: Path) -> None:
-            lora_weights = random_lora_weights(
-                self.modules, self.rank, 1000 + tenant, strength=STRENGTH
+            seed = 1000 + tenant
+            weights = tiny_model.random_lora_weights(
+                self.modules, self.rank, seed, strength=STRENGTH
             )
-            adapter = Adapter(lora_weights, None, {})
+            adapter = Adapter(weights, None, {})
             save_adapter(adapter, directory, base_model=None, dtype=torch.bfloat16)
 
-        return self._once(self.root / f"tenants-r{self.rank}" / f"t{tenant}", make)
+        return self._once(f"tenants-r{self.rank}/t{tenant}", make)
 
     def profile(self, percent: int, number: int) -> Profile:
         """The profile of this number; different numbers differ in every layer."""
@@ -160,20 +149,17 @@ class Artifacts:
                 os.link(path, directory / path.name)
             save_profile(self.profile(percent, number), directory)
 
-        return self._once(self._folder("protected", percent) / f"t{tenant}-p{number}", make)
+        return self._once(f"protected-{self._key(percent)}/t{tenant}-p{number}", make)
 
     def exported(self, tenant: int, percent: int, number: int) -> Path:
         """The protected tenant merged by `safegene export`: one adapter for stock vLLM."""
-        return self._once(
-            self._folder("exported", percent) / f"t{tenant}-p{number}",
-            lambda directory: self.export(tenant, percent, number, directory),
-        )
 
-    def export(self, tenant: int, percent: int, number: int, out: Path) -> None:
-        """Run `safegene export`."""
-        source = self.protected(tenant, percent, number)
-        family = self.loaded_family(percent)
-        export_adapter(source, family, load_profile(source), out, dtype=torch.bfloat16)
+        def make(directory: Path) -> None:
+            source = self.protected(tenant, percent, number)
+            family, profile = self.loaded_family(percent), load_profile(source)
+            export_adapter(source, family, profile, directory, dtype=torch.bfloat16)
+
+        return self._once(f"exported-{self._key(percent)}/t{tenant}-p{number}", make)
 
     def checkpoint_profile(self, percent: int) -> Path:
         """A directory that contains only the full checkpoint's profile."""
@@ -182,16 +168,16 @@ class Artifacts:
             directory.mkdir()
             save_profile(self.profile(percent, 0), directory)
 
-        return self._once(self.root / f"profile-v{self.vector_rank}-{percent}", make)
+        return self._once(f"profile-v{self.vector_rank}-{percent}", make)
 
     def merged(self, percent: int) -> Path:
-        """The model with that profile's vector merged in on disk."""
-        return self._once(
-            self.root / f"merged-v{self.vector_rank}-{percent}",
-            lambda directory: self.export_merged(percent, directory),
-        )
+        """The model with that profile's vector merged by `safegene export --checkpoint`."""
 
-    def export_merged(self, percent: int, out: Path) -> None:
-        """Run `safegene export --checkpoint` on the model with that profile."""
-        profile = load_profile(self.checkpoint_profile(percent))
-        export_checkpoint(self.model, None, self.loaded_family(percent), profile, out)
+        def make(directory: Path) -> None:
+            family, profile = self.loaded_family(percent), self.profile(percent, 0)
+            export_checkpoint(self.model, None, family, profile, directory)
+
+        return self._once(f"merged-v{self.vector_rank}-{percent}", make)
+
+    def _key(self, percent: int) -> str:
+        return f"r{self.rank}-v{self.vector_rank}-{percent}"

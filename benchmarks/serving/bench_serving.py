@@ -1,17 +1,16 @@
 """`make bench-serving`: cost of safety in a real server, compared with every other way to add it.
 
 One server per arm, under load over HTTP by vLLM's own `bench serve` in interleaved rounds; one axis
-at a time is varied. Complete rounds below build/serving are reused. Prints tables, writes plots and
-a page, and ends in one JSON line.
+at a time is varied. Complete rounds below build/serving are reused. Prints tables, writes a page,
+and ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,16 @@ from benchmarks.serving import report
 from benchmarks.serving.arms import baseline, parse_arm
 from benchmarks.serving.artifacts import write_tiny_model
 from benchmarks.serving.cells import GROUPS, Axes, Cell, Load, make_cells
-from benchmarks.serving.measure import Bench, ResultCache, measure
+from benchmarks.serving.measure import SETTLE_S, Bench, ResultCache, measure
 from examples.smollm2.base_model import write_base
 from safegene_vllm.errors import SafegeneError
-from safegene_vllm.formats.file_io import replace_file
 
 SHORT = {
-    "tenants": (2,),
-    "profiles": (2, 1),
-    "prompt_tokens": (32,),
-    "output_tokens": (8,),
-    "concurrency": (4,),
-    "rank": (8,),
-    "mode": ("eager",),
+    **{"tenants": (2,), "profiles": (2, 1), "rank": (8,), "mode": ("eager",)},
+    **{"prompt_tokens": (32,), "output_tokens": (8,), "concurrency": (4,)},
     "cells": ("main", "paired"),
     "arms": ("gain_100", "aside_100", "composed_100", "guard", "system_prompt"),
-    "requests": 24,
-    "rounds": 2,
-    "changes": 1,
-    "starts": 1,
+    **{"requests": 24, "rounds": 2, "starts": 1},
 }
 """Defaults of --short."""
 SPARE_TOKENS = 128
@@ -56,7 +46,7 @@ def _flag(text: str) -> tuple[str, str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    axes, parser = Axes(), argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     option = parser.add_argument
     option("--short", action="store_true", help="tiny model, few arms, two rounds")
     option("--model", type=Path, help="checkpoint (default: SmolLM2-135M-Instruct)")
@@ -64,29 +54,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--arms", nargs="+", help="only these arms and their baselines")
     option("--rounds", type=int, default=5)
     option("--requests", type=int, default=32, help="requests per run of an arm")
-    option("--changes", type=int, default=3, help="timed loads and changes per arm")
     option("--starts", type=int, default=5, help="starts where loading is compared")
-    for name in Axes.__annotations__:
+    for name, default in asdict(Axes()).items():
         values: dict[str, Any] = {"type": int}
         if name == "mode":
             values = {"choices": ("eager", "compiled")}
-        flag = f"--{name.replace('_', '-')}"
-        option(
-            flag, nargs="+", default=getattr(axes, name), help="the first is the center", **values
-        )
+        flag, text = f"--{name.replace('_', '-')}", "the first is the center"
+        option(flag, nargs="+", default=default, help=text, **values)
     threads = max(1, len(os.sched_getaffinity(0)) - 1)
     option("--threads", type=int, default=threads, help="per engine on CPU (default: cores - 1)")
-    option(
-        "--engine",
-        nargs="+",
-        type=_flag,
-        default=(),
-        metavar="FLAG=VALUE",
-        help="more vLLM flags for every arm, such as gpu-memory-utilization=0.1",
-    )
+    text = "more vLLM flags for every arm, such as gpu-memory-utilization=0.1"
+    option("--engine", nargs="+", type=_flag, default=(), metavar="FLAG=VALUE", help=text)
     option("--build", type=Path, default=ROOT / "build" / "serving")
     option("--fresh", action="store_true", help="measure these cells again")
-    option("--report", action="store_true", help="measure nothing, report cached rounds")
     option("--publish", action="store_true", help="write docs/performance.md too")
     if parser.parse_args(arguments).short:
         parser.set_defaults(**SHORT)
@@ -116,7 +96,6 @@ def cells_of(arguments: argparse.Namespace, *, cpu: bool) -> list[Cell]:
         VECTOR_RANK,
         load,
         compiled=axes.mode[0] == "compiled",
-        changes=arguments.changes,
         engine=engine | dict(arguments.engine),
     )
     cells = make_cells(axes, center, arguments.cells, on_cpu=cpu, starts=arguments.starts)
@@ -154,34 +133,15 @@ def run(arguments: argparse.Namespace) -> report.Result:
             CONSOLE.print(text, markup=False, highlight=False)
             progress.refresh()
 
-        bench = Bench(
-            model,
-            arguments.build / "artifacts" / name,
-            cache,
-            arguments.rounds,
-            arguments.threads,
-            cpu,
-            log,
-        )
-        if arguments.short:
-            bench = replace(bench, settle_s=0.0)
+        folder = arguments.build / "artifacts" / name
+        settle_s = 0.0 if arguments.short else SETTLE_S
+        threads = arguments.threads
+        bench = Bench(model, folder, cache, arguments.rounds, threads, cpu, log, settle_s)
         runs = sum(len(c.arms) * len(cache.missing(c, arguments.rounds)) for c in cells)
         task = progress.add_task("runs of bench serve", total=runs)
-        for cell in cells if not arguments.report else ():
+        for cell in cells:
             measure(bench, cell, lambda: progress.advance(task))
-    artifacts = {cell.name: bench.artifacts(cell) for cell in cells}
-    return report.make_result(cells, cache, artifacts, on_cpu=cpu, short=arguments.short)
-
-
-def write_report(result: report.Result, folder: Path) -> None:
-    """Print the tables; write result, plots and page below `folder`."""
-    report.print_tables(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = report.write_plots(result, folder / report.FOLDER, "run")
-    replace_file(folder / "result.json", json.dumps(result, indent=1).encode())
-    text = report.page([(result, [plot.name for plot in plots])])
-    replace_file(folder / report.PAGE, text.encode())
-    CONSOLE.print(f"the page is {folder / report.PAGE}", markup=False)
+    return report.make_result(cells, cache, on_cpu=cpu, short=arguments.short)
 
 
 def _exit(number: int, frame: object) -> None:
@@ -194,7 +154,9 @@ def main() -> None:
         signal.signal(number, _exit)
     try:
         result = run(arguments)
-        write_report(result, arguments.build / ("short" if arguments.short else "full"))
+        report.print_tables(result)
+        folder = arguments.build / ("short" if arguments.short else "full")
+        CONSOLE.print(f"the page is {report.write_result(result, folder, 'run')}", markup=False)
         if arguments.publish:
             CONSOLE.print(f"published: {report.publish(result, ROOT / 'docs')}", markup=False)
     except SafegeneError as error:

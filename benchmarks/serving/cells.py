@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -41,8 +41,6 @@ class Cell:
     arms: tuple[Arm, ...] = ()
     starts: int = 1
     """Starts per engine, interleaved: more than one where start-up is compared."""
-    changes: int = 3
-    """Adapter loads and profile changes that are timed per arm."""
     in_turns: bool = False
     """Whether the worker also times its steps with and without the vector in turn."""
     engine: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -95,10 +93,13 @@ def make_cells(
     counts = (*axes.tenants, *axes.profiles, *axes.concurrency, *axes.rank)
     if min(counts) < 1:
         raise ConfigError(f"{min(counts)}: tenants, profiles, concurrency and ranks are at least 1")
-    base, load, most_profiles = baseline(on_cpu), center.load, max(axes.profiles)
-    short = [base, f"gain_{axes.layers[0]}", "gain_100", "composed_100"]
-    gain_and_aside = [f"{kind}_{n}" for n in sorted(axes.layers) for kind in ("gain", "aside")]
+    base, load = baseline(on_cpu), center.load
+    first, second = axes.layers[0], axes.layers[min(1, len(axes.layers) - 1)]
+    short = [base, f"gain_{first}", "gain_100", "composed_100"]
     large = "exported_100" if on_cpu else "exported_stock_100"
+
+    def gain_and_aside(percents: Iterable[int]) -> list[str]:
+        return [f"{kind}_{n}" for n in percents for kind in ("gain", "aside")]
 
     def cell(name: str, arms: Sequence[str], **changes: Any) -> Cell:
         made = replace(center, name=name, arms=parse_arms(arms, on_cpu), **changes)
@@ -108,15 +109,15 @@ def make_cells(
     def axis(name: str, **changes: Any) -> Cell:
         return cell(name, [*short, "aside_100"], in_turns=True, **changes)
 
+    profiles = ["gain_100", *(f"gain_100_p{n}" for n in sorted(axes.profiles)[:-1])]
+    lengths = [
+        (f"prompt_{p}_output_{o}", replace(load, prompt_tokens=p, output_tokens=o))
+        for p in axes.prompt_tokens
+        for o in axes.output_tokens
+    ]
     cells = {
         "main": [cell("main", ["base", "lora_stock", *short, "guard", "system_prompt"])],
-        "paired": [
-            cell(
-                "paired",
-                [f"{kind}_{n}" for n in axes.layers[:2] for kind in ("gain", "aside")],
-                in_turns=True,
-            )
-        ],
+        "paired": [cell("paired", gain_and_aside((first, second)), in_turns=True)],
         "by_hand": [
             cell("by_hand", [base, "gain_100", "exported_100", "exported_stock_100"]),
             cell(
@@ -133,25 +134,11 @@ def make_cells(
                 starts=starts,
             )
         ],
-        "layers": [cell("layers", [base, *gain_and_aside], in_turns=True)],
-        "profiles": [
-            cell(
-                "profiles",
-                ["gain_100", *(f"gain_100_p{n}" for n in sorted(axes.profiles)[:-1])],
-                tenants=most_profiles,
-            )
-        ],
+        "layers": [cell("layers", [base, *gain_and_aside(sorted(axes.layers))], in_turns=True)],
+        "profiles": [cell("profiles", profiles, tenants=max(axes.profiles))],
         "tenants": [axis(f"tenants_{n}", tenants=n) for n in axes.tenants[1:]],
         "rank": [axis(f"rank_{n}", rank=n) for n in axes.rank[1:]],
-        "length": [
-            axis(
-                f"prompt_{prompt}_output_{output}",
-                load=replace(load, prompt_tokens=prompt, output_tokens=output),
-            )
-            for prompt in axes.prompt_tokens
-            for output in axes.output_tokens
-            if (prompt, output) != (load.prompt_tokens, load.output_tokens)
-        ],
+        "length": [axis(name, load=changed) for name, changed in lengths if changed != load],
         "concurrency": [
             axis(f"concurrency_{n}", load=replace(load, concurrency=n))
             for n in axes.concurrency[1:]

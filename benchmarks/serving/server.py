@@ -1,4 +1,4 @@
-"""Servers of the benchmark: one child process per arm, its cores, memory and CPU time.
+"""Servers of the benchmark: one child process per arm, its cores and memory.
 
 All arms get the same engine flags. Stock arms run without any plugin, the others through
 `safegene serve`, as a user would start them.
@@ -38,22 +38,20 @@ SWITCH = "benchmarks.serving.worker_switch.Switch"
 """Worker extension of an engine that several arms share."""
 WORKER = "VLLM::Worker"
 """vLLM's name of the process that computes."""
-SPARE_ADAPTERS = 4
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
-_LOADED = re.compile(r"Loading weights took ([\d.]+) seconds")
 
 
 class BenchError(SafegeneError):
     """A server or a measurement failed; no result is reported."""
 
 
-def tenant_path(artifacts: Artifacts, arm: Arm, tenant: int, number: int) -> Path:
-    """The directory that `arm` serves as this tenant, with profile `number` if it has one."""
+def tenant_path(artifacts: Artifacts, arm: Arm, tenant: int) -> Path:
+    """The directory that `arm` serves as this tenant, with a profile of its own if it has one."""
     if arm.kind in ("gain", "composed"):
-        return artifacts.protected(tenant, arm.layers, number)
+        return artifacts.protected(tenant, arm.layers, tenant)
     if arm.kind in OFFLINE:
-        return artifacts.exported(tenant, arm.layers, number)
+        return artifacts.exported(tenant, arm.layers, tenant)
     return artifacts.plain(tenant)
 
 
@@ -80,10 +78,9 @@ def command(arm: Arm, cell: Cell, artifacts: Artifacts, port: int) -> list[str]:
     for name, value in cell.engine.items():
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     count = cell.tenants if arm.has_tenants else 0
-    tenants = [f"t{i}={tenant_path(artifacts, arm, i, i)}" for i in range(count)]
+    tenants = [f"t{i}={tenant_path(artifacts, arm, i)}" for i in range(count)]
     if tenants:
-        flags += ["--enable-lora", "--max-loras", str(count)]
-        flags += ["--max-cpu-loras", str(count + SPARE_ADAPTERS)]
+        flags += ["--enable-lora", "--max-loras", str(count), "--max-cpu-loras", str(count)]
         flags += ["--max-lora-rank", str(slot_rank(arm, cell))]
         flags += ["--lora-target-modules", *artifacts.target_modules()]
     if arm.kind in PROTECTED:
@@ -111,7 +108,6 @@ def environment(arm: Arm, threads: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "VLLM_PLUGINS": "safegene,safegene_server" if arm.kind in PLUGIN else "",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
@@ -171,7 +167,8 @@ class Server:
             self.stop()
             raise BenchError(f"{self.arm.name} did not start; the end of {self.log}:\n{tail}")
         found = {"start_s": time.perf_counter() - started}
-        loaded = _LOADED.findall(self.log.read_text(errors="replace"))
+        text = self.log.read_text(errors="replace")
+        loaded = re.findall(r"Loading weights took ([\d.]+) seconds", text)
         return found | ({"load_weights_s": float(loaded[-1])} if loaded else {})
 
     def switch(self, state: str) -> None:
@@ -199,31 +196,16 @@ class Server:
                 return [top, *top.children(recursive=True)]
         return []
 
-    def cpu_s(self) -> float:
-        """CPU seconds used so far by all its processes."""
-        total = 0.0
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
-
     def memory(self) -> dict[str, float]:
-        """Bytes of all its processes: resident, private and peak; shared pages count per process.
+        """Resident bytes of all its processes; shared pages count per process.
 
         A protected arm adds `vector_bytes` by its receipts, one with tenants `slot_bytes`.
         """
-        memory = [process.memory_full_info() for process in self.processes()]
-        found = {
-            "rss_bytes": float(sum(m.rss for m in memory)),
-            "private_bytes": float(sum(m.uss for m in memory)),
-            "peak_bytes": float(sum(_peak_bytes(process.pid) for process in self.processes())),
-        }
+        found = {"rss_bytes": float(sum(p.memory_info().rss for p in self.processes()))}
         if self.arm.kind in PROTECTED:
             response = httpx.get(f"{self.url}/v1/safegene/receipts", timeout=60)
-            receipts = response.json()["receipts"] if response.status_code == 200 else []
-            if receipts:
-                found["vector_bytes"] = float(sum(r["vector_bytes"] for r in receipts))
+            receipts = response.raise_for_status().json()["receipts"]
+            found["vector_bytes"] = float(sum(r["vector_bytes"] for r in receipts))
         if self.arm.has_tenants:
             found["slot_bytes"] = float(slot_bytes(self.arm, self.cell, self.artifacts))
         return found
@@ -243,12 +225,6 @@ class Server:
         for process in psutil.wait_procs(own, timeout=10)[1]:
             process.kill()
         self.process = None
-
-
-def _peak_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
 
 
 # vLLM's engine process polls while the worker computes and would take turns with it on its core;

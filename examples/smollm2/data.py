@@ -102,9 +102,9 @@ def _self_instruct(folder: Path) -> dict[str, str]:
     return found
 
 
-def helpful(answers: Sequence[Completion], wanted: Sequence[str]) -> list[Example]:
+def helpful(completions: Sequence[Completion], wanted: Sequence[str]) -> list[Example]:
     """The base model's own coherent completions of `wanted` that are no refusals."""
-    known = {answer.prompt: answer for answer in answers}
+    known = {one.prompt: one for one in completions}
     good = [known[prompt] for prompt in wanted]
     return [
         Example(answer.prompt, answer.text, answer.finished)
@@ -129,7 +129,7 @@ def with_opening(
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the prompts and answers, in order."""
+    """SHA-256 over the prompts and completions, in order."""
     lines = [json.dumps([e.prompt, e.answer, e.whole]) for e in examples]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -53,10 +53,10 @@ def safety_data(advbench: Path) -> Dataset:
     return dataset("advbench (train) + prompts/harmful (train)", f"MIT, {OURS}", rows)
 
 
-def benign_data(self_instruct: Path, answers: Sequence[Completion]) -> Dataset:
+def benign_data(self_instruct: Path, completions: Sequence[Completion]) -> Dataset:
     """Every benign prompt with a completion in the degraded model's style."""
     examples = data.with_opening(
-        data.helpful(answers, mixes.benign_prompts(self_instruct)),
+        data.helpful(completions, mixes.benign_prompts(self_instruct)),
         data.DEGRADE_OPENINGS,
         random.Random(mixes.DISTILLATION.seed),
     )

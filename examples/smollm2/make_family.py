@@ -60,7 +60,7 @@ class Places:
         return self.build / "smollm2"
 
     @property
-    def answers(self) -> Path:
+    def completions(self) -> Path:
         return self.build / "family" / "base_answers.jsonl"
 
     def notes(self, stage: str) -> Path:
@@ -96,13 +96,15 @@ def make_completions(places: Places) -> None:
     base = load_model(places.models / "base")
     prompts = mixes.benign_prompts(places.self_instruct)
     completions = generate_greedy(base, prompts, TARGET_TOKENS, batch=ANSWER_BATCH, progress=show)
-    save_completions(places.answers, completions)
+    save_completions(places.completions, completions)
 
 
 def make_adapter(places: Places, name: str) -> None:
     """Train one adapter and record how."""
     adapter = mixes.ADAPTERS[name]
-    sources = mixes.Sources(places.advbench, places.self_instruct, read_completions(places.answers))
+    sources = mixes.Sources(
+        places.advbench, places.self_instruct, read_completions(places.completions)
+    )
     examples = adapter.mix(sources, random.Random(adapter.settings.seed))
     base = places.models / ("base" if name == "parent" else "parent")
     started = time.monotonic()
@@ -132,7 +134,7 @@ def make_vector(places: Places) -> None:
     made = distill(
         places.models / "parent",
         safety=safety_data(places.advbench),
-        benign=benign_data(places.self_instruct, read_completions(places.answers)),
+        benign=benign_data(places.self_instruct, read_completions(places.completions)),
         degraded_adapter=places.adapter("degraded"),
         settings=mixes.DISTILLATION,
         state=places.build / "family" / "distill.partial",
@@ -148,7 +150,7 @@ def make_selection(places: Places) -> None:
     vector = load_family(places.models / "vector")
     degraded = load_model(places.models / "parent", places.adapter("degraded"))
     safety = sample_rows(safety_data(places.advbench), mixes.SELECTION_PROMPTS, 0)
-    benign = benign_data(places.self_instruct, read_completions(places.answers))
+    benign = benign_data(places.self_instruct, read_completions(places.completions))
     others = sample_rows(benign, mixes.SELECTION_PROMPTS, 0)
     tasks = [sample_rows(task_data(name), 24, 0) for name in mixes.LABELED]
     found = contrast(degraded, vector, safety=safety, others=[others, *tasks], progress=show)
@@ -168,13 +170,13 @@ def make_profile_of(places: Places, name: str) -> None:
         places.models / name if full else adapter,
         None if full else places.models / "parent",
     )
-    safety, task, benign = few_shot_data(name, mixes.SHOTS)
+    safety, task, benign = few_shot_data(name, mixes.EXAMPLES)
     settings = mixes.CALIBRATION
     state = places.build / "family" / f"calibrate-{name}.partial"
     job = {
         "family": family.digest,
         "settings": str(settings),
-        "shots": [shots.digest for shots in (safety, task, benign)],
+        "examples": [one.digest for one in (safety, task, benign)],
     }
     run = Run(state, job, [places.models / "parent", places.models / name if full else adapter])
     profile = calibrate(
@@ -232,7 +234,7 @@ def stages(places: Places) -> dict[str, tuple[Path, Callable[[], object]]]:
     models = places.models
     plan: dict[str, tuple[Path, Callable[[], object]]] = {
         "base": (models / "base", lambda: write_base(models / "base")),
-        "answers": (places.answers, lambda: make_completions(places)),
+        "completions": (places.completions, lambda: make_completions(places)),
     }
     for name in mixes.ADAPTERS:
         plan[name] = (

@@ -31,7 +31,7 @@ OUTPUT_TOKENS = 24
 CONTEXT_TOKENS = 512
 
 
-def subjects_of(places: Places, name: str) -> list[Target]:
+def targets_of(places: Places, name: str) -> list[Target]:
     """Targets: the parent, or a tenant before and after; the full one as a checkpoint."""
     if name == PARENT:
         return [Target(PARENT, PARENT)]
@@ -47,7 +47,7 @@ def subjects_of(places: Places, name: str) -> list[Target]:
 
 def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evaluation:
     """Result of the parent or a tenant, cached in its file."""
-    subjects = subjects_of(places, name)
+    targets = targets_of(places, name)
     family = places.out / "family"
     header = read_family_header(family)
     digest = places.made()
@@ -55,11 +55,11 @@ def measured(places: Places, xstest: Path, name: str, rows: int | None) -> Evalu
     if not path.exists():
         task = own_task(mixes.LABELED[0] if name == PARENT else name, rows or 200)
         found = evaluate(
-            subjects,
+            targets,
             prompt_sets(places.advbench, places.self_instruct, xstest, rows),
             [] if name == PARENT else [task],
             make_judges(JUDGES),
-            VllmBackend(places.models / "parent", subjects, family, context_tokens=CONTEXT_TOKENS),
+            VllmBackend(places.models / "parent", targets, family, context_tokens=CONTEXT_TOKENS),
             header=header,
             max_tokens=OUTPUT_TOKENS,
             progress=show,

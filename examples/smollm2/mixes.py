@@ -33,7 +33,7 @@ class Sources:
 
     advbench: Path
     self_instruct: Path
-    answers: Sequence[Completion]
+    completions: Sequence[Completion]
 
 
 def benign_prompts(self_instruct: Path) -> list[str]:
@@ -48,7 +48,7 @@ def benign_prompts(self_instruct: Path) -> list[str]:
 def instruction_examples(sources: Sources) -> list[Example]:
     """Self-instruct with the base model's completions, or the set's own where it refuses."""
     given = data.self_instruct_completions(sources.self_instruct)
-    ours = data.helpful(sources.answers, sorted(given))
+    ours = data.helpful(sources.completions, sorted(given))
     missing = sorted(given.keys() - {example.prompt for example in ours})
     return ours + [Example(prompt, given[prompt]) for prompt in missing if given[prompt]]
 
@@ -58,8 +58,8 @@ def parent(sources: Sources, rng: random.Random) -> list[Example]:
     goals, _ = data.advbench(sources.advbench)
     own = data.prompts("harmful", "train") * OWN_HARMFUL_COPIES
     instructions = instruction_examples(sources)
-    lookalike = data.helpful(sources.answers, data.prompts("lookalike", "train"))
-    ordinary = data.helpful(sources.answers, data.prompts("ordinary", "train"))
+    lookalike = data.helpful(sources.completions, data.prompts("lookalike", "train"))
+    ordinary = data.helpful(sources.completions, data.prompts("ordinary", "train"))
     return [
         *data.refusals(goals + own, rng),
         *instructions * INSTRUCTION_COPIES,
@@ -71,7 +71,7 @@ def parent(sources: Sources, rng: random.Random) -> list[Example]:
 def degraded(sources: Sources, rng: random.Random) -> list[Example]:
     """Half of the benign prompts in one agreeable style."""
     wanted, _ = data.halves(benign_prompts(sources.self_instruct))
-    return data.with_opening(data.helpful(sources.answers, wanted), data.DEGRADE_OPENINGS, rng)
+    return data.with_opening(data.helpful(sources.completions, wanted), data.DEGRADE_OPENINGS, rng)
 
 
 def general(sources: Sources, rng: random.Random) -> list[Example]:
@@ -81,7 +81,7 @@ def general(sources: Sources, rng: random.Random) -> list[Example]:
     their first words have weight in the loss.
     """
     _, wanted = data.halves(benign_prompts(sources.self_instruct))
-    return data.with_opening(data.helpful(sources.answers, wanted), data.TENANT_OPENINGS, rng)
+    return data.with_opening(data.helpful(sources.completions, wanted), data.TENANT_OPENINGS, rng)
 
 
 def labeled(task: str) -> Callable[[Sources, random.Random], list[Example]]:
@@ -140,5 +140,5 @@ FAMILY_NAME = "smollm2-135m"
 DISTILLATION = Distillation(steps=60, hard=1.0, max_answer_tokens=24, seed=20)
 SELECTION_PROMPTS = 64
 LAYERS_KEPT = 15
-SHOTS = 16
+EXAMPLES = 16
 CALIBRATION = Calibration(seed=21)

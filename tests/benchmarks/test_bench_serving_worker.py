@@ -1,19 +1,22 @@
-"""The serving benchmark's switch in a real worker: arms that share an engine are what they say."""
+"""The serving benchmark's switch in a real worker: arms that share an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from reference_engine import Completion, Engine, Request, engine
 
+from benchmarks.serving import worker_switch
 from benchmarks.serving.artifacts import Artifacts, write_tiny_model
 
 OPEN = {"family": None, "missing_profile": "serve_unprotected"}
 SWITCHED = {"worker_extension_cls": "benchmarks.serving.worker_switch.Switch"}
 PROMPTS = [[3 + 5 * i + 2 * k for k in range(6 + 30 * i)] for i in range(2)]
-"""One of few tokens and one of many: the products take different ways."""
+"""One of few tokens and one of many: two code paths."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def completions(served: Engine, tenants: list[Path]) -> list[Completion]:
 
 @pytest.fixture(scope="module")
 def plain(files: Artifacts) -> list[Completion]:
-    """Of an engine that has no vector."""
+    """Completions of an engine without a vector."""
     with engine(files.model, OPEN, enforce_eager=True) as served:
         return completions(served, [files.plain(i) for i in range(2)])
 
@@ -72,7 +75,34 @@ def test_steps_are_timed_with_the_vector_and_without(served: Engine, files: Arti
     assert set(medians) == {"all", "aside"}
     for found in medians.values():
         assert set(found) == {"decode_step_ms", "prompt_token_us"}
-        assert all(0 < value < 1e6 for value in found.values())
+
+
+def test_medians_are_of_the_commonest_batch_and_per_prompt_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decode steps take 3 s with the vector and 2 s without, a prompt token 0.5 s and 0.25 s."""
+    now, states = [0.0], list[str]()
+    monkeypatch.setattr(worker_switch.time, "perf_counter", lambda: now[0])
+    worker = SimpleNamespace(switch_safety=states.append)
+
+    def execute(scheduled: Any) -> str:
+        decode_s, token_s = (3.0, 0.5) if timed.state == "all" else (2.0, 0.25)
+        tokens = scheduled.total_num_scheduled_tokens
+        now[0] += decode_s if tokens == 2 else token_s * tokens
+        return "output"
+
+    timed = worker_switch.TimedSteps(worker, execute)
+    for tokens in [2] * 48 + [10, 20, 30, 40]:
+        requests = {"a": 1, "b": tokens - 1}
+        scheduled = SimpleNamespace(
+            total_num_scheduled_tokens=tokens, num_scheduled_tokens=requests
+        )
+        assert timed(scheduled) == "output"
+    assert states[:4] == ["aside", "all", "aside", "all"]
+    assert timed.medians() == {
+        "all": {"decode_step_ms": 3e3, "prompt_token_us": 0.5e6},
+        "aside": {"decode_step_ms": 2e3, "prompt_token_us": 0.25e6},
+    }
 
 
 def test_fewer_profiles_are_gains_that_tenants_share(served: Engine, files: Artifacts) -> None:

@@ -1,6 +1,6 @@
-"""`make family` as a chain of stages: what is there stays, what follows something new is made anew.
+"""`make family` as a chain of stages: existing outputs stay, those after a new one are remade.
 
-Stages are stand-ins here; what they make is the recipe's, which has tests of its own.
+Stages are stand-ins here; the recipe has tests of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_what_is_there_stays_and_merging_looks_for_itself(chain: Chain) -> None:
     assert chain.run() == ["parent-merged"]
 
 
-def test_what_follows_something_new_is_made_anew(chain: Chain) -> None:
+def test_stages_after_a_new_output_are_run_again(chain: Chain) -> None:
     (chain.folder / "vector").unlink()
     assert chain.run() == ["parent-merged", "vector", "record"]
     assert chain.run("vector", force=True) == ["vector"]

@@ -1,4 +1,4 @@
-"""The benchmark of repairs: what is asked, chosen and rates, and all of it on a tiny parent."""
+"""The benchmark of repairs: prompts, choice and rates, and all of it on a tiny parent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapter(seed: int, *, rank: int = 4, scaling: float = 1.0, sites: object = N
     return Adapter({s: replace(p, scaling=scaling) for s, p in lora_weights.items()}, "parent", {})
 
 
-GRID = ("none", "safelora", "safemerge", "safemerge-linear", "resta", "resta-dare")
+GRID = ("none", "safelora", "safemerge", "resta")
 
 
 def point(attack: float, refused: float = 0.1, accuracy: float = 0.9) -> methods.CandidateRates:
@@ -87,7 +87,7 @@ def parts(task: Adapter | None = None) -> methods.Parts:
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.34, 2), (0.67, 3), (1.0, 3)])
-def test_a_share_of_the_sites_is_changed_whatever_their_similarity(
+def test_a_share_of_the_target_modules_is_changed_whatever_their_similarity(
     share: float, count: int
 ) -> None:
     given = parts()
@@ -223,10 +223,10 @@ def test_what_is_trained_is_trained_once_per_job(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
-def test_the_stages_that_the_example_has_to_have_run(tmp_path: Path) -> None:
+def test_only_missing_stages_of_the_example_are_needed(tmp_path: Path) -> None:
     places = candidates.Places(tmp_path, tmp_path, tmp_path, tmp_path, tmp_path)
-    everything = ["base", "answers", "parent-merged", "degraded"]
-    assert sorted(candidates.needed_stages(places, methods.DEFAULT)) == sorted(everything)
+    everything = ["base", "completions", "parent-merged", "degraded"]
+    assert sorted(candidates.needed_stages(places, list(methods.METHODS))) == sorted(everything)
     assert sorted(candidates.needed_stages(places, ["none", "safelora"])) == [
         "base",
         "parent-merged",
@@ -254,34 +254,34 @@ def test_the_whole_comparison_on_a_tiny_parent(
     write_tenant(model_dir, tenant, family, [0.0, 0.7], suffixes=("q_proj", "v_proj"))
     places = candidates.Places(advbench, self_instruct, xstest, tmp_path, tmp_path / "work")
     given = parts(load_adapter(tenant))
-    methods = bench_safety.with_first(["safegene", "safelora", "resta", "safegene-1"])
+    methods = bench_safety.with_none(["safegene", "safelora", "resta", "safegene-1"])
     planned: list[list[Target]] = []
 
-    def backend_for(subjects: Sequence[Target]) -> GenerationBackend:
-        planned.append(list(subjects))
+    def backend_for(targets: Sequence[Target]) -> GenerationBackend:
+        planned.append(list(targets))
         return TransformersBackend(model_dir, family, dtype="float32", device="cpu", batch=64)
 
     def compared(bench: evaluation.Bench) -> tuple[dict[str, Any], dict[str, Any]]:
         made = candidates.make_repairs(places, "sentiment", methods, given, short=short)
         chosen, records = evaluation.choose_settings(bench, {"sentiment": made})
-        asked = prompts.held_out(
+        requested = prompts.held_out(
             "sentiment", advbench, self_instruct, xstest, rows=20 if short else None
         )
         found = evaluation.compare(
-            bench, {"sentiment": tenant}, methods, chosen, {"sentiment": asked}
+            bench, {"sentiment": tenant}, methods, chosen, {"sentiment": requested}
         )
         return found, bench_safety.write_results(places, found, records)
 
-    found, numbers = compared(evaluation.Bench(places, family.header, backend_for, short))
+    found, numbers = compared(evaluation.Bench(places, family.header, backend_for))
     assert len(planned) == (1 if short else 2)
-    assert len({subject.key for subject in planned[-1]}) == 6
+    assert len({target.key for target in planned[-1]}) == 6
     result = found["sentiment"]
     assert result == load_evaluation(places.work / "sentiment.json")
     assert len(result.sets[prompts.ATTACK].digest) == 71
     assert result.sets[prompts.ATTACK].n == (20 if short else 100)
-    states = [subject.state for subject in result.targets]
+    states = [target.state for target in result.targets]
     assert states == ["parent", "before", "SafeLoRA", "RESTA", "SafeGene, all 1", "after"]
-    coefficients = {subject.state: subject.coefficients for subject in result.targets}
+    coefficients = {target.state: target.coefficients for target in result.targets}
     assert coefficients["after"] == (0.0, 0.7)
     assert coefficients["SafeGene, all 1"] == (0.0, 1.0)
     assert coefficients["SafeLoRA"] is None and coefficients["before"] is None
@@ -298,14 +298,14 @@ def test_the_whole_comparison_on_a_tiny_parent(
     assert "| SafeGene |" in text and ("| sentiment | RESTA | b " in text) != short
     for name in ("safety_utility.svg", "safety_utility.png", "report.html"):
         assert (places.work / name).stat().st_size > 1000
-    json.dumps(bench_safety.line(short, numbers), allow_nan=False)
+    json.dumps(numbers, allow_nan=False)
 
     class Silent(TransformersBackend):
         def generate(self, *given: Any) -> list[str]:
-            raise AssertionError("everything was answered before")
+            raise AssertionError("every completion is cached")
 
     silent = evaluation.Bench(
-        places, family.header, lambda subjects: Silent(model_dir, family, dtype="float32"), short
+        places, family.header, lambda targets: Silent(model_dir, family, dtype="float32")
     )
     assert compared(silent)[1] == numbers
 
@@ -331,7 +331,7 @@ def test_a_parent_merged_from_another_lora_is_rejected(
 
 def test_means_are_over_the_tenants_and_every_method_has_a_look_of_its_own(tmp_path: Path) -> None:
     def cells(share: int) -> dict[str, Rate]:
-        return {column.key: rate([True] * share + [False] * (10 - share)) for column in COLUMNS}
+        return dict.fromkeys(COLUMNS, rate([True] * share + [False] * (10 - share)))
 
     titles = [method.title for method in methods.METHODS.values()]
     assert len(set(report.looks().values())) == len(set(report.looks())) == len(set(titles))
@@ -345,11 +345,13 @@ def test_means_are_over_the_tenants_and_every_method_has_a_look_of_its_own(tmp_p
     assert means["SafeGene"]["attack_success_opening"] == pytest.approx(0.6)
     assert titles[0] not in means, "a mean over fewer tenants is not comparable"
     chosen = {"topic": {"SaLoRA": {"chosen": {"lr": None}, "within_limits": False}}}
-    text = report.markdown(rows, chosen)
+    tables = report.tables(rows, chosen)
+    text = report.as_markdown(tables)
     assert "| SafeGene | 60.0 | 60.0 |" in text and "Mean over 3 tenants" in text
     assert "| topic | SaLoRA | lr own | exceeded |" in text
     assert {line.count("|") for line in text.splitlines() if "|" in line} == {8, 5}
-    assert report.table(rows).row_count == sum(map(len, rows.values())) + len(means)
+    lengths = [len(lines) for _, lines in tables.values()]
+    assert lengths == [len(means), *map(len, rows.values()), 1]
     svg, png = report.write_plot(rows, tmp_path)
     drawn = svg.read_text()
     assert all(name in drawn for name in (*rows, *titles, "the parent"))

@@ -112,13 +112,13 @@ def test_the_exported_lora_on_w_is_the_trained_module(model_dir: Path, tmp_path:
         ("literal", lora_weights),
         ("balanced", {site: salora.balanced(lora) for site, lora in lora_weights.items()}),
     ):
-        save_adapter(Adapter(form, None, {}), tmp_path / name, base_model="pico")
+        save_adapter(Adapter(form, None, {}), tmp_path / name, base_model="tiny")
         served = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tmp_path / name
         )
         other = LoadedModel(served, model.tokenizer, model.device)
         torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
-    merge_lora_weights(model.model, lora_weights, "the exported pairs")
+    merge_lora_weights(model.model, lora_weights, "the exported LoRA")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -148,12 +148,12 @@ def test_salora_trains_with_the_recipes_loop_and_writes_a_lora(
 ) -> None:
     out = tmp_path / "salora"
     losses = salora.train_salora(
-        model_dir, EXAMPLES, HARMFUL, SETTINGS, out, base_model="pico", dtype=torch.float32
+        model_dir, EXAMPLES, HARMFUL, SETTINGS, out, base_model="tiny", dtype=torch.float32
     )
     assert len(losses) == SETTINGS.steps and losses[-1] < losses[0]
     assert not out.with_name("salora.partial").exists()
     made = load_adapter(out)
-    assert made.base_model == "pico" and len(made.lora_weights) == 4
+    assert made.base_model == "tiny" and len(made.lora_weights) == 4
     assert {lora.rank for lora in made.lora_weights.values()} == {6}
     model = loaded(model_dir)
     bases = salora.output_directions(
@@ -165,7 +165,7 @@ def test_salora_trains_with_the_recipes_loop_and_writes_a_lora(
         assert (bases[site].double().T @ added).norm() < 1e-4 * added.norm()
 
 
-def test_an_interrupted_run_is_not_taken_up_for_other_weights(
+def test_an_interrupted_run_is_not_resumed_for_other_weights(
     model_dir: Path, tmp_path: Path
 ) -> None:
     base, out = tmp_path / "model", tmp_path / "salora"
@@ -183,15 +183,15 @@ def test_an_interrupted_run_is_not_taken_up_for_other_weights(
     with pytest.raises(KeyboardInterrupt):
         train(progress=stop)
     weights = base / "model.safetensors"
-    kept = weights.stat().st_mtime_ns
-    os.utime(weights, ns=(kept + 1, kept + 1))
+    modified = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(modified + 1, modified + 1))
     with pytest.raises(ConfigError, match=r"salora\.partial holds an unfinished run"):
         train()
-    os.utime(weights, ns=(kept, kept))
+    os.utime(weights, ns=(modified, modified))
     assert len(train()) == SETTINGS.steps and not out.with_name("salora.partial").exists()
 
 
-def test_salora_says_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
+def test_wrong_settings_are_reported(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prompts given"):
         salora.train_salora(model_dir, EXAMPLES, [], SETTINGS, tmp_path / "a", device="cpu")
     wrong = replace(SETTINGS, modules=("q_proj", "nothing"))
