@@ -110,14 +110,14 @@ async def start_tenants(
         registry.close()
         raise
     prober = Prober(replica, settings.probes, prompts, state.metrics.labels)
-    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
-    tenants = TenantContext(replica, registry, store, settings.tenants, jobs)
+    tenants = TenantContext(replica, registry, store, settings.tenants)
+    jobs = Jobs(tenants, {ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
     # Set before anything else can fail, so that the end of the app leaves the registry.
     state.replica, state.prober = replica, prober
     if settings.tenants.directory is not None:
         await register_declared(tenants, settings.tenants.directory)
     state.tasks = [
-        asyncio.create_task(jobs.run(tenants)),
+        asyncio.create_task(jobs.run()),
         asyncio.create_task(prober.run()),
     ]
     state.tenants = tenants

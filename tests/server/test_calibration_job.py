@@ -211,7 +211,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     """From the start if nothing came of it; from its revision if one was made."""
     job = bench.start(evaluations=40)
     bench.replica.errors[call] = EngineDownError("gone")
-    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    asyncio.run(bench.jobs.run_one())
     assert bench.registry.jobs.get(job).state == "running" and bench.replica.trials == {}
     found = len(bench.registry.revisions.list(NAME)) == 2
     assert found == (call == "load")
@@ -220,7 +220,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     bench.replica.errors.clear()
     bench.take_over(job)
     begun = len(bench.replica.begun)
-    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    asyncio.run(bench.jobs.run_one())
     assert bench.registry.jobs.get(job).state == "done" and published(bench)[0] == f"{NAME}@2"
     if found:
         assert len(bench.replica.begun) == begun, "what was found is not looked for again"

@@ -45,7 +45,7 @@ def register(world: CalibrationWorld, **more: Any) -> int:
 
 
 def attempt(world: CalibrationWorld, job: int) -> Job:
-    asyncio.run(world.tenancy.jobs.run_one(world.tenancy))
+    asyncio.run(world.jobs.run_one())
     return world.registry.jobs.get(job)
 
 

@@ -154,8 +154,8 @@ class CalibrationWorld(World):
         chosen = CalibrationSettings(**settings)
         super().__init__(root, calibration=chosen, gate=GateSettings(enabled=gate))
         self.replica = LivelyReplica(self.registry, self.store, self.catalog)
-        jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
-        self.tenancy = replace(self.tenancy, replica=self.replica, jobs=jobs)
+        self.tenancy = replace(self.tenancy, replica=self.replica)
+        self.jobs = Jobs(self.tenancy, {ONBOARD: onboard, CALIBRATE: calibrate})
         self.app.state.safegene.tenants = self.tenancy
         asyncio.run(self.replica.apply())
         if served:

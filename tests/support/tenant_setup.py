@@ -214,8 +214,8 @@ class World:
             self.registry,
             self.store,
             TenantSettings(**{"gate": GateSettings(enabled=False), **settings}),
-            Jobs({ONBOARD: onboard, PROBE: probe_handler(self.prober)}),
         )
+        self.jobs = Jobs(self.tenancy, {ONBOARD: onboard, PROBE: probe_handler(self.prober)})
         self.app = _app()
         self.app.state.safegene = ServerState(
             settings=None,
@@ -251,7 +251,7 @@ class World:
         """Run the oldest job that waits; it as it is then."""
         waiting = [j for j in self.registry.jobs.list() if j.state in ("queued", "running")]
         assert waiting, "no job waits"
-        assert asyncio.run(self.tenancy.jobs.run_one(self.tenancy))
+        assert asyncio.run(self.jobs.run_one())
         return self.registry.jobs.get(waiting[-1].id)
 
     def adapter(self, name: str = "adapter", *, start: int = 1, profile: float | None = 1.0) -> str:

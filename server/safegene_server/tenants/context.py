@@ -18,7 +18,6 @@ import httpx
 from safegene_server.artifacts import Store
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.registry import Registry, Revision
-from safegene_server.tenants.jobs import Jobs
 from safegene_server.tenants.settings import TenantSettings
 from safegene_vllm.errors import SafegeneError
 from safegene_vllm.formats.family import FamilyHeader
@@ -81,7 +80,7 @@ class TenantContext:
     registry: Registry
     store: Store
     settings: TenantSettings
-    jobs: Jobs
+    job_added: asyncio.Event = field(default_factory=asyncio.Event, repr=False, compare=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
     )

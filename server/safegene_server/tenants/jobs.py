@@ -14,21 +14,19 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from safegene_server.error_responses import EngineDownError, plain
 from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS
+from safegene_server.tenants.context import TenantContext
 from safegene_vllm.errors import (
     ConflictError,
     NotFoundError,
     RegistryDownError,
     SafegeneError,
 )
-
-if TYPE_CHECKING:
-    from safegene_server.tenants.context import TenantContext
 
 logger = logging.getLogger("vllm.safegene_server")
 PULSE_S = 2.0
@@ -122,42 +120,37 @@ class Work:
             self.cancelled.set()
 
 
-Handler = Callable[["TenantContext", Work], Awaitable[str]]
+Handler = Callable[[TenantContext, Work], Awaitable[str]]
 """Does a job; answers with the message of its success. Errors: SafegeneError, EngineDownError."""
 
 
 class Jobs:
     """Runs jobs of the kinds that have a handler here. Start `run` as a task; cancel it to stop."""
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        self.handlers = dict(handlers)
-        self._news = asyncio.Event()
+    def __init__(self, tenancy: TenantContext, handlers: Mapping[str, Handler]) -> None:
+        self.tenancy, self.handlers = tenancy, dict(handlers)
 
-    def wake(self) -> None:
-        """There is a new job: look at once instead of at the next poll."""
-        self._news.set()
-
-    async def run(self, tenancy: TenantContext) -> None:
+    async def run(self) -> None:
         """Until cancelled. What was running then is released, for this server or another."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(tenancy.settings.jobs_at_once):
-                group.create_task(self._serve(tenancy))
+            for _ in range(self.tenancy.settings.jobs_at_once):
+                group.create_task(self._serve(self.tenancy.settings.poll_s))
 
-    async def _serve(self, tenancy: TenantContext) -> None:
+    async def _serve(self, poll_s: float) -> None:
         while True:
             try:
-                if not await self.run_one(tenancy):
-                    await self._idle(tenancy.settings.poll_s)
+                if not await self.run_one():
+                    await self._idle(poll_s)
             except RegistryDownError as error:
                 logger.warning("SafeGene jobs wait: %s", error)
-                await asyncio.sleep(tenancy.settings.poll_s)
+                await asyncio.sleep(poll_s)
             except Exception:
                 logger.exception("SafeGene jobs: a job could not be brought to its end")
-                await asyncio.sleep(tenancy.settings.poll_s)
+                await asyncio.sleep(poll_s)
 
-    async def run_one(self, tenancy: TenantContext) -> bool:
+    async def run_one(self) -> bool:
         """Claim the oldest job that waits and do it; False if there was none."""
-        claiming = asyncio.create_task(self._claim(tenancy))
+        claiming = asyncio.create_task(self._claim())
         try:
             work = await asyncio.shield(claiming)
         except asyncio.CancelledError:
@@ -168,10 +161,11 @@ class Jobs:
             raise
         if work is None:
             return False
-        await self._do(tenancy, work)
+        await self._do(work)
         return True
 
-    async def _claim(self, tenancy: TenantContext) -> Work | None:
+    async def _claim(self) -> Work | None:
+        tenancy = self.tenancy
         # An owner per claim: a registry that was restored may offer a job that still runs here, or
         # give its id to another one.
         actor, lease_s = tenancy.replica.id, tenancy.settings.lease_s
@@ -186,9 +180,9 @@ class Jobs:
         )
         return None if job is None else Work(tenancy.registry, owner, actor, job, lease_s)
 
-    async def _do(self, tenancy: TenantContext, work: Work) -> None:
+    async def _do(self, work: Work) -> None:
         async def handled() -> str:
-            return await self.handlers[work.job.kind](tenancy, work)
+            return await self.handlers[work.job.kind](self.tenancy, work)
 
         doing, alive = asyncio.create_task(handled()), asyncio.create_task(work.keep_alive())
         stopping = False
@@ -214,8 +208,8 @@ class Jobs:
 
     async def _idle(self, poll_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), poll_s)
-        self._news.clear()
+            await asyncio.wait_for(self.tenancy.job_added.wait(), poll_s)
+        self.tenancy.job_added.clear()
 
 
 async def _end(work: Work, doing: asyncio.Task[str]) -> None:

@@ -263,7 +263,7 @@ async def enqueue(
 ) -> Job:
     """A job of the tenant, looked at without delay. Errors: RegistryError, NotFoundError."""
     job = await aside(tenancy.registry.jobs.enqueue, kind, name, actor=actor, params=params)
-    tenancy.jobs.wake()
+    tenancy.job_added.set()
     return job
 
 
