@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, set_public_name
 from safegene_server.metrics import definitions
 from safegene_server.verifier import Verifier, out_of_step
 from safegene_vllm.errors import AdapterRejectedError, MissingFileError
@@ -54,6 +54,7 @@ class EngineClient:
             self.verifier.verify(request, receipts)
         except Exception as error:
             load_error.set(error)
+            set_public_name(error, request.lora_path, request.lora_name)
             if not self.verifier.published(request.lora_int_id):
                 await self._remove_quietly(request.lora_int_id)
             raise

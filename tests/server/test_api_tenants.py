@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,14 @@ from safegene_server.access.middleware import AccessMiddleware, AccessSettings
 from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import RESERVED
 from safegene_server.artifacts import SourceRules
-from safegene_server.error_responses import EngineDownError
-from safegene_vllm.errors import AdapterRejectedError, ReceiptError, StoreError
+from safegene_server.error_responses import HIDDEN, EngineDownError
+from safegene_vllm.errors import (
+    AdapterRejectedError,
+    HeaderError,
+    ReceiptError,
+    SafegeneError,
+    StoreError,
+)
 from safegene_vllm.formats.profile import profile_json
 
 __all__ = ["world"]
@@ -315,23 +323,52 @@ def test_no_response_names_a_path_of_the_store(world: World) -> None:
         assert store not in json.dumps(world.told("GET", path)), OURS + path
 
 
-def test_messages_name_no_path_of_the_store(world: World) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (StoreError("PATH is full", public="the store is full"), 507, "the store is full"),
+        (StoreError("PATH cannot be written.\nPATH: it is\u00a0full"), 507, HIDDEN),
+        (AdapterRejectedError("acme@2: PATH/x has rank 64"), 400, HIDDEN),
+        (HeaderError("PATH: no JSON"), 400, HIDDEN),
+        (ReceiptError("PATH was not applied"), 500, HIDDEN),
+        (EngineDownError("the engine is down: PATH"), 503, HIDDEN),
+        (RuntimeError("PATH"), 500, "the server's log says why"),
+    ],
+)
+def test_messages_name_no_path_of_the_store(
+    world: World, caplog: pytest.LogCaptureFixture, error: Exception, status: int, shown: str
+) -> None:
     world.serve(NAME)
-    inside = f"{world.store.root}/revisions/ab-cd"
-    error = StoreError(f"{inside} cannot be written.\n{inside}: it is\u00a0full")
+    store = str(world.store.root)
+    error.args = (str(error).replace("PATH", f"{store}/revisions/ab-cd"),)
     world.replica.errors["load"] = error
     path = "/tenants/acme/support"
     response = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
-    message = refused(response, 507)
-    assert message == str(error).replace(str(world.store.root), "STORE")
-    assert response.headers["content-length"] == str(len(response.content))
+    refused(response, status, shown)
+    assert store not in response.text and store in caplog.text
+    caplog.clear()
     world.told("POST", f"{path}/revisions", {})
-    world.work()
-    assert str(world.store.root) in world.registry.jobs.list()[0].message
-    for asked in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
-        found = world.ask("GET", asked)
-        assert str(world.store.root) not in found.text
-        assert "STORE/revisions/ab-cd cannot be written" in found.text, asked
+    job = world.work()
+    assert store in caplog.text
+    if isinstance(error, SafegeneError):
+        assert job.message == shown
+        assert world.told("GET", f"{path}/revisions")["data"][-1]["reasons"] == [shown]
+    for route in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
+        assert store not in world.ask("GET", route).text, route
+
+
+def test_a_full_disk_is_reported_without_the_path_of_the_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.serve(NAME)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    response = world.ask("PATCH", "/tenants/acme/support/profile", {"scale": 1.5})
+    assert "No space left" in refused(response, 507, "this server's store cannot be written")
+    assert str(world.store.root) not in response.text
 
 
 def test_paths_that_only_begin_like_the_store_are_unchanged(world: World) -> None:
@@ -363,12 +400,14 @@ def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: Worl
     assert world.told("POST", "/tenants/acme/support/revisions", {}, key="acme")
 
 
-def test_only_keys_for_all_tenants_see_the_roots_of_sources(world: World) -> None:
+def test_only_the_log_names_the_roots_of_sources(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     roots = (world.root / "one", world.root / "two")
     world.store.rules = SourceRules(roots=roots)
     world.told("POST", "/tenants", {"name": NAME, "source": "/no/where"})
     assert world.work().state == "failed"
-    whole = world.told("GET", "/jobs")["data"][0]["message"]
-    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in whole
-    narrow = world.told("GET", "/jobs", key="acme")["data"][0]["message"]
-    assert "/no/where is outside the allowed roots; move" in narrow
+    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in caplog.text
+    for key in ("admin", "acme"):
+        message = world.told("GET", "/jobs", key=key)["data"][0]["message"]
+        assert "/no/where is outside the allowed roots; move" in message

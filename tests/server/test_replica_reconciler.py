@@ -21,7 +21,7 @@ from safegene_server.access.catalog import Catalog, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.models import resolve
 from safegene_server.artifacts import Store
-from safegene_server.error_responses import EngineDownError
+from safegene_server.error_responses import HIDDEN, EngineDownError
 from safegene_server.registry import Position, Registry, Revision, Snapshot
 from safegene_server.replica import InternalClient, Reconciler
 from safegene_server.replica.view import principal_of_key
@@ -182,6 +182,29 @@ def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
 
     run(world, look)
     assert world.registry.replicas.list() == ()
+
+
+def test_errors_reported_to_the_registry_name_no_path(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.publish("acme", 0.5)
+
+    async def rejecting(request: Any) -> Any:
+        raise ReceiptError(f"{request.path} holds another row")
+
+    world.engine.add = rejecting  # type: ignore[method-assign]
+    world.engine.report_faults = (f"{world.store.root} has drifted",)
+
+    async def look() -> None:
+        await world.replica._check_drift()
+        (reported,) = world.registry.replicas()
+        assert reported.faults == world.replica.faults() == (f"acme@1: {HIDDEN}", HIDDEN)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safegene_server.replica.reconciler.DRIFT_S", 0.0)
+        run(world, look)
+    assert f"{world.store.root}/revisions" in caplog.text
+    assert f"{world.store.root} has drifted" in caplog.text
 
 
 def test_signs_of_life_come_between_the_adapters_of_a_long_change(

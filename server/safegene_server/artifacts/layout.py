@@ -56,8 +56,9 @@ def keeping(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "check the disk and its rights"
+        why = f"cannot be written or read ({error.strerror or type(error).__name__}); {hint}"
         raise StoreError(
-            f"{place} cannot be written or read ({error.strerror or error}); {hint} and try again."
+            f"{place} {why} and try again.", public=f"this server's store {why} and try again."
         ) from error
 
 

@@ -29,7 +29,7 @@ from safegene_server.artifacts.layout import (
     revision_name,
     workspace,
 )
-from safegene_server.artifacts.source import SourceRules
+from safegene_server.artifacts.source import SourceRules, naming_source
 from safegene_vllm.errors import DigestError, MissingFileError, raise_errors
 from safegene_vllm.formats.adapter import WEIGHTS_FILE
 from safegene_vllm.formats.family import FamilyHeader
@@ -84,7 +84,7 @@ class Store:
         for fetching a registered source again on another replica.
         Errors: those of `fetch` and `check_tenant_files`; DigestError.
         """
-        with workspace(self.root) as work:
+        with workspace(self.root) as work, naming_source():
             content = work / "content"
             with keeping(content):
                 content.mkdir()
@@ -156,7 +156,7 @@ class Store:
         for name in ADAPTER_FILES:
             if not (adapter / name).is_file():
                 raise MissingFileError(
-                    f"adapter {digest} is not in {self.root}; stage its source again."
+                    f"adapter {digest} is not in this server's store; stage its source again."
                 )
             layout.link(adapter / name, fresh / name)
         os.utime(adapter)

@@ -21,7 +21,7 @@ from safegene_server.access.catalog import Catalog
 from safegene_server.access.limits import Counters
 from safegene_server.artifacts import Store
 from safegene_server.engine_client import EngineClient
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics import definitions
 from safegene_server.registry import History, Identity, Position, Registry, Revision, Seen, Snapshot
 from safegene_server.replica.aliases import Aliases
@@ -147,7 +147,7 @@ class Reconciler:
     def faults(self) -> tuple[str, ...]:
         """Reasons why this replica is not ready; empty if it serves all that is published."""
         restored = () if self._losses == self._history.losses else (RESTORED,)
-        return restored + self._errors + self._drift
+        return restored + self._errors + tuple(map(public_message, self._drift))
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
@@ -227,9 +227,11 @@ class Reconciler:
                     await self._loaded.add(revision, path)
                     await self._reporter.heartbeat(*self._state())
             except (SafegeneError, EngineDownError) as error:
-                errors.append(f"{revision.served_name}: {plain(error)}")
+                errors.append(f"{revision.served_name}: {public_message(error)}")
                 logger.error(
-                    "could not load %s; its tenant stays as it is, trying again", errors[-1]
+                    "could not load %s, so its tenant stays as it is; trying again: %s",
+                    revision.served_name,
+                    plain(error),
                 )
         return errors, pending
 

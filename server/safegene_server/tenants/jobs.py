@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS
@@ -230,7 +230,8 @@ async def _end(work: Work, doing: asyncio.Task[str]) -> None:
     except JobCancelledError as error:
         await work.finish("cancelled", str(error))
     except SafegeneError as error:
-        await work.finish("failed", plain(error))
+        logger.error("SafeGene job %d (%s) failed: %s", work.job.id, work.job.kind, plain(error))
+        await work.finish("failed", public_message(error))
     except Exception:
         logger.exception("SafeGene job %d (%s) failed", work.job.id, work.job.kind)
         await work.finish("failed", "the job failed unexpectedly; the server's log says why")

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from safegene_server.artifacts import Staged, Watch
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, public_message
 from safegene_server.registry import Revision
 from safegene_server.tenants.context import Replica, TenantContext, aside
 from safegene_server.tenants.jobs import JobLostError, Work
@@ -56,7 +56,8 @@ async def bring_in(tenancy: TenantContext, work: Work, revision: Revision) -> st
     publish = work.job.params["publish"]
     work.result["revision"] = revision.served_name
     if revision.state == "failed":
-        raise AdapterRejectedError("; ".join(revision.reasons))
+        reasons = "; ".join(revision.reasons)
+        raise AdapterRejectedError(reasons, public=reasons)
     if revision.state in ("published", "superseded", "retired"):
         return f"{revision.served_name} was published before this job was begun again"
     async with tenancy.trying(revision):
@@ -94,7 +95,7 @@ async def fail(tenancy: TenantContext, revision: Revision, error: Exception, act
     gate = error.record if isinstance(error, GateError) else None
     reasons = [UNEXPECTED]
     if isinstance(error, SafegeneError):
-        reasons = plain(error).splitlines()
+        reasons = public_message(error).splitlines()
     await aside(
         tenancy.registry.revisions.set_state,
         revision.id,

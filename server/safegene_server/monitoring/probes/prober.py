@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.monitoring.probes import gauges
 from safegene_server.monitoring.probes.gauges import Outcome
@@ -169,7 +169,7 @@ class Prober:
         except Exception as error:
             known = isinstance(error, (SafegeneError, EngineDownError))
             outcome: Outcome = "skipped" if isinstance(error, SKIPPED) else "failed"
-            self._ended(status, outcome, plain(error) if known else UNEXPECTED)
+            self._ended(status, outcome, public_message(error) if known else UNEXPECTED)
             raise
         self._ended(status, "ok", "", result)
         return result
