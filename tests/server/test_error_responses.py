@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from safegene_server.artifacts.layout import keeping
 from safegene_server.artifacts.source import _unreadable, naming_source
-from safegene_server.engine_client import EngineClient
 from safegene_server.error_responses import (
     HIDDEN,
     EngineDownError,
@@ -93,24 +88,6 @@ def test_an_adapter_is_named_in_place_of_its_directory() -> None:
     other = AdapterRejectedError(f"{PATH} is a link to /srv/else")
     set_public_name(other, PATH, "acme@2")
     assert public_message(other) == HIDDEN
-
-
-def test_a_rejection_of_the_workers_names_the_adapter(tmp_path: Path) -> None:
-    path = str(tmp_path)
-    replies = [{"rejected": f"{path}/adapter_config.json: rank 64", "receipt": None}]
-
-    async def collective_rpc(method: str, args: object) -> object:
-        return replies
-
-    settings = SimpleNamespace(adapter_roots=(), apply="composed")
-    verifier: Any = SimpleNamespace(
-        plan=SimpleNamespace(settings=settings), published=lambda number: True
-    )
-    client = EngineClient(SimpleNamespace(collective_rpc=collective_rpc), verifier)
-    request = SimpleNamespace(lora_name="acme@2", lora_int_id=2, lora_path=path, load_inplace=False)
-    with pytest.raises(AdapterRejectedError, match=re.escape(path)) as caught:
-        asyncio.run(client.add(request))
-    assert public_message(caught.value) == "acme@2/adapter_config.json: rank 64"
 
 
 def test_errors_of_the_store_name_no_path_in_public() -> None:

@@ -66,7 +66,7 @@ def test_what_no_rank_accepts_leaves_nothing_behind(
     async def look() -> None:
         kept = revisions_on_disk(world)
 
-        async def refuse(request: Any) -> None:
+        async def refuse(request: Any, profile: Any) -> None:
             raise ReceiptError("rank 0 holds another row")
 
         with monkeypatch.context() as patch:
@@ -89,8 +89,8 @@ def test_one_that_is_given_up_while_it_loads_is_taken_out(
     async def look() -> None:
         loading, add = asyncio.Event(), world.engine.add
 
-        async def slow(request: Any) -> None:
-            await add(request)
+        async def slow(request: Any, profile: Any) -> None:
+            await add(request, profile)
             loading.set()
             await asyncio.sleep(60)
 

@@ -28,7 +28,7 @@ from safegene_server.replica.view import principal_of_key
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import ConfigError, ReceiptError, RegistryDownError, RegistryError
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
-from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.formats.profile import load_profile, make_profile
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Engine:
         adapters = [{"lora_int_id": i, "name": r.name} for i, r in self.loaded.items()]
         return [{"rank": 0, "adapters": adapters}]
 
-    async def add(self, request: Any) -> list[dict[str, Any]]:
-        assert (request.path / "safegene.json").exists()
+    async def add(self, request: Any, profile: Any = None) -> list[dict[str, Any]]:
+        assert profile == load_profile(request.path)
         if request.name in self.refuse:
             raise ReceiptError(f"{request.name}: rank 0 holds another row")
         self.log.append(f"add {request.name}")
@@ -189,7 +189,7 @@ def test_errors_reported_to_the_registry_name_no_path(
 ) -> None:
     world.publish("acme", 0.5)
 
-    async def rejecting(request: Any) -> Any:
+    async def rejecting(request: Any, profile: Any) -> Any:
         raise ReceiptError(f"{request.path} holds another row")
 
     world.engine.add = rejecting  # type: ignore[method-assign]
@@ -197,7 +197,7 @@ def test_errors_reported_to_the_registry_name_no_path(
 
     async def look() -> None:
         await world.replica._check_drift()
-        (reported,) = world.registry.replicas()
+        (reported,) = world.registry.replicas.list()
         assert reported.faults == world.replica.faults() == (f"acme@1: {HIDDEN}", HIDDEN)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -220,11 +220,11 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
 
     add = world.engine.add
 
-    async def adding(request: Any) -> list[dict[str, Any]]:
+    async def adding(request: Any, profile: Any) -> list[dict[str, Any]]:
         receipts = [len(world.registry.replicas.receipts(revision=r.id)) for r in (first, second)]
         told.append((len(world.registry.replicas.list()), receipts[0]))
         assert receipts[1] == 0
-        return await add(request)
+        return await add(request, profile)
 
     world.engine.add = adding  # type: ignore[method-assign]
     run(world, look)

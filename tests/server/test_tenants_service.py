@@ -12,6 +12,7 @@ from registry_setup import HEADER
 from tenant_setup import ACTOR, REFUSAL, World, world
 
 from safegene_server.error_responses import EngineDownError
+from safegene_server.registry import Revision
 from safegene_server.tenants import Change, GateSettings, service
 from safegene_server.tenants.families import set_family_frozen, set_floor
 from safegene_server.tenants.service import Published
@@ -25,7 +26,7 @@ from safegene_vllm.errors import (
     RegistryDownError,
     StoreError,
 )
-from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.formats.profile import Profile, make_profile
 
 __all__ = ["world"]
 
@@ -153,8 +154,8 @@ def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None
     world.serve(NAME)
     load = world.replica.load
 
-    async def overtaken(revision: Any) -> None:
-        await load(revision)
+    async def overtaken(revision: Any, path: Path) -> None:
+        await load(revision, path)
         world.registry.tenants.freeze(NAME, actor="other")
 
     world.replica.load = overtaken  # type: ignore[method-assign]
@@ -418,3 +419,29 @@ def test_a_tenant_of_another_family_is_for_another_server(world: World) -> None:
     world.registry.tenants.add(NAME, HEADER.digest, actor=ACTOR)
     with pytest.raises(ConflictError, match="ask a server of that family"):
         change(world, Change(scale=1.1))
+
+
+def test_a_change_writes_its_profile_once_and_does_not_read_it_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.serve(NAME)
+    made: list[Path] = []
+    loaded: list[Path | None] = []
+    directory, load = world.store.revision, world.replica.load
+
+    def revision(adapter_digest: str | None, profile: Profile) -> Path:
+        made.append(directory(adapter_digest, profile))
+        return made[-1]
+
+    async def loading(revision: Revision, path: Path | None = None) -> None:
+        loaded.append(path)
+        await load(revision, path)
+
+    def read(path: Path) -> Profile:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(world.store, "revision", revision)
+    monkeypatch.setattr(world.replica, "load", loading)
+    monkeypatch.setattr("safegene_server.artifacts.damage.load_profile", read)
+    world.told("PATCH", f"/tenants/{NAME}/profile", {"scale": 2})
+    assert len(made) == 1 and loaded == made

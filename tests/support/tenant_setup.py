@@ -100,9 +100,10 @@ class FakeReplica:
         self.others = 0
         self.applied_version = 0
 
-    async def load(self, revision: Revision) -> None:
+    async def load(self, revision: Revision, path: Path | None = None) -> None:
         self._raise("load")
-        self.store.revision(revision.adapter_digest, revision.profile)
+        found = path or self.store.revision(revision.adapter_digest, revision.profile)
+        assert (found / "safegene.json").exists()
         self.held.add(revision.served_name)
         self.loads.append(revision.served_name)
         self.registry.replicas.heartbeat(

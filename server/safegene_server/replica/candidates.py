@@ -68,7 +68,7 @@ class Candidates:
         request = self.make_request(name, number, path)
         self._running[name] = (number, request, clear)
         try:
-            await self.gate.add(request)
+            await self.gate.add(request, profile)
         except BaseException:
             with contextlib.suppress(Exception):
                 await asyncio.shield(asyncio.ensure_future(self.end(name)))

@@ -41,7 +41,7 @@ class LoadedRevisions:
         if found := self.in_the_way([revision]):
             raise RestoredError(_conflict(revision, found))
         request = self.make_request(revision.served_name, revision.id, path)
-        ranks = await self.gate.add(request)
+        ranks = await self.gate.add(request, revision.profile)
         self.revisions[identity], self._requests[identity] = revision, request
         self.reporter.record_loaded(identity, receipt_of(ranks, revision.id))
         self.models.lora_requests[revision.served_name] = request

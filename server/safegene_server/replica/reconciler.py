@@ -49,8 +49,9 @@ AFTER_S = 0.05
 """Delay of the report of a change, so that the response to its request goes first."""
 DRIFT_S, CLEAN_S, FETCH_S = 30.0, 600.0, 30.0
 """FETCH_S: how long the start waits for missing adapters; later ones load in the background."""
-DRAIN_S = 30.0
-"""How long a load waits for requests on other content under the same id or name."""
+DRAIN_S, MAX_PAUSE_S = 30.0, 2.0
+"""How long a load waits for requests on other content under the same id or name, and the longest
+pause between two looks at them."""
 
 
 class Reconciler:
@@ -235,9 +236,9 @@ class Reconciler:
                 )
         return errors, pending
 
-    async def load(self, revision: Revision) -> None:
+    async def load(self, revision: Revision, path: Path | None = None) -> None:
         """Load and verify a revision without serving it; it stays until `unload`, or until it has
-        been published and superseded.
+        been published and superseded. `path` is its directory in the store, if it is known.
 
         Errors: those of staging, AdapterRejectedError, ReceiptError, EngineDownError; RestoredError
         while other content, of a registry that was restored, is in use under its id or name.
@@ -247,8 +248,9 @@ class Reconciler:
             async with self._lock:
                 if revision.identity in self._loaded.revisions:
                     return
-            path = await asyncio.to_thread(self.supply.directory, revision)
-            until_s = self.lag.clock() + DRAIN_S
+            if path is None:
+                path = await asyncio.to_thread(self.supply.directory, revision)
+            until_s, pause_s = self.lag.clock() + DRAIN_S, QUIET_S
             while True:
                 async with self._lock:
                     blocking = await self._retention.unload_conflicting([revision])
@@ -259,7 +261,8 @@ class Reconciler:
                 await self.apply()
                 if blocking & self._retention.warm:
                     until_s = self.lag.clock()
-                await asyncio.sleep(QUIET_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
         except BaseException:
             self._retention.under_test.discard(revision.identity)
             raise

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -47,7 +48,7 @@ class Replica(Protocol):
 
     async def apply(self) -> None: ...
 
-    async def load(self, revision: Revision) -> None: ...
+    async def load(self, revision: Revision, path: Path | None = None) -> None: ...
 
     async def unload(self, revision: Revision) -> None: ...
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safegene_server.error_responses import EngineDownError
@@ -143,9 +144,9 @@ async def change_profile(
             source=current.source,
             expected=current.number,
         )
-        await making
+        path = await making
         async with tenancy.trying(revision):
-            gate = await _prove(tenancy, revision, current, actor)
+            gate = await _prove(tenancy, revision, path, current, actor)
             rollout = await _switch(tenancy, revision, current.number, actor, gate)
         return await _live(tenancy, rollout)
 
@@ -330,20 +331,26 @@ async def refuse_unchangeable(tenancy: TenantContext, tenant: Tenant) -> None:
         )
 
 
-def _make_directory(tenancy: TenantContext, adapter_digest: str | None, profile: Profile) -> None:
-    """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
-    stands in the way is met again, and told, when it is loaded."""
-    with suppress(Exception):
-        tenancy.store.revision(adapter_digest, profile)
+def _make_directory(
+    tenancy: TenantContext, adapter_digest: str | None, profile: Profile
+) -> Path | None:
+    """Make the directory that the engine loads a revision from, while the registry adds it. Blocks.
+
+    None on an error: loading the revision tries again, and raises it.
+    """
+    try:
+        return tenancy.store.revision(adapter_digest, profile)
+    except Exception:
+        return None
 
 
 async def _prove(
-    tenancy: TenantContext, revision: Revision, current: Revision, actor: str
+    tenancy: TenantContext, revision: Revision, path: Path | None, current: Revision, actor: str
 ) -> dict[str, Any]:
     """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
     gate: dict[str, Any] = {"made_from": current.served_name}
     try:
-        await tenancy.replica.load(revision)
+        await tenancy.replica.load(revision, path)
         if tenancy.settings.gate_on_change:
             gate |= await gated(tenancy.replica, revision, tenancy.settings)
     except (RegistryDownError, EngineDownError):
