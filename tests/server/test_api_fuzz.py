@@ -50,7 +50,7 @@ def test_no_request_breaks_a_route(world: World) -> None:
     for label in ("GET /v1/safegene/tenants/{name}", "PATCH /v1/safegene/tenants/{name}/profile"):
         assert answers[f"{label} -> 2xx"] and answers[f"{label} -> 4xx"], label
     # It is the same server as before.
-    assert world.told("GET", "/whoami")["name"] == "admin"
+    assert world.json("GET", "/whoami")["name"] == "admin"
 
 
 def _try(label: str, cases: Any, answers: Counter[str]) -> None:

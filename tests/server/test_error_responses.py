@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_server.artifacts.layout import keeping
+from safegene_server.artifacts.layout import store_errors
 from safegene_server.artifacts.source import _unreadable, naming_source
 from safegene_server.error_responses import (
     HIDDEN,
@@ -91,7 +91,7 @@ def test_an_adapter_is_named_in_place_of_its_directory() -> None:
 
 
 def test_errors_of_the_store_name_no_path_in_public() -> None:
-    with pytest.raises(StoreError) as caught, keeping(Path(PATH)):
+    with pytest.raises(StoreError) as caught, store_errors(Path(PATH)):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), PATH)
     assert PATH in str(caught.value)
     message = public_message(caught.value)

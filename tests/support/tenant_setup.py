@@ -146,16 +146,16 @@ class FakeReplica:
         message = {"role": "assistant", "content": self.answer(body["messages"][0]["content"])}
         return httpx.Response(200, json={"model": body["model"], "choices": [{"message": message}]})
 
-    def faults(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[str, ...]:
         return ()
 
-    def offered(self) -> list[tuple[str, Revision]]:
+    def served(self) -> list[tuple[str, Revision]]:
         served = {t.served for t in self.catalog.view.tenants.values()} & self.held
         snapshot = self.registry.snapshot()
         return [(r.tenant, r) for r in snapshot.revisions if r.served_name in served]
 
     @contextmanager
-    def keeping(self, served: str) -> Iterator[None]:
+    def in_use(self, served: str) -> Iterator[None]:
         assert served in self.held
         self.kept.append(served)
         yield
@@ -227,7 +227,7 @@ class World:
         self.access = AccessMiddleware(self.app, self.catalog)
         asyncio.run(self.replica.apply())
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, *, key: str = "admin", **more: Any
     ) -> httpx.Response:
         if body is not None:
@@ -242,9 +242,9 @@ class World:
 
         return asyncio.run(once())
 
-    def told(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
+    def json(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
         """The JSON of an answer that must be a success."""
-        answer = self.ask(method, path, body, **more)
+        answer = self.request(method, path, body, **more)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -262,7 +262,7 @@ class World:
     def serve(self, name: str = "acme/support", **more: Any) -> None:
         """A tenant that is onboarded and published."""
         source = self.adapter(name.replace("/", "-"), **more)
-        self.told("POST", "/tenants", {"name": name, "source": source})
+        self.json("POST", "/tenants", {"name": name, "source": source})
         job = self.work()
         assert job.state == "done", job.message
 
@@ -274,7 +274,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.registry.close()
 
 
-def refused(answer: httpx.Response, status: int, words: str = "") -> str:
+def rejected(answer: httpx.Response, status: int, words: str = "") -> str:
     """The message of a refusal, which must have OpenAI's shape."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]

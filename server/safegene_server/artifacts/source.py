@@ -36,7 +36,7 @@ from safegene_vllm.formats.directory_tree import (
 
 CHUNK_BYTES = 1 << 23
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https")
-"""Protocols that are read unless a deployment says otherwise; `http` must be asked for."""
+"""Protocols that are read unless a deployment says otherwise; `http` must be allowed explicitly."""
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _AT_IS_NO_USER = ("abfs", "abfss", "az")
@@ -90,7 +90,7 @@ class Source(Protocol):
 class LocalSource:
     """An open directory: it stays the same one, whatever happens to its path meanwhile.
 
-    `cached`: it is a snapshot of a Hugging Face cache, whose links lead to blobs beside it.
+    `cached`: it is a snapshot of a Hugging Face cache, whose links lead to its blobs.
     """
 
     shown: str

@@ -27,7 +27,7 @@ from safegene_server.registry import Identity
 from safegene_server.tenants import Prompt, Replica
 from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError, JobLostError
-from safegene_server.tenants.smoke_prompts import ask_all, digest, tally
+from safegene_server.tenants.smoke_prompts import digest, generate_all, tally
 from safegene_vllm.errors import (
     AdapterRejectedError,
     ConflictError,
@@ -210,9 +210,9 @@ class Prober:
             raise ConflictError(f"{served} was replaced or retired while it was probed")
         by_priority = self.replica.schedules_by_priority()
         try:
-            with self.replica.keeping(served):
+            with self.replica.in_use(served):
                 async with asyncio.timeout(settings.timeout_s):
-                    return await ask_all(
+                    return await generate_all(
                         self.replica,
                         served,
                         batch,
@@ -241,7 +241,7 @@ class Prober:
         self.refresh()
 
     def _offered(self) -> dict[str, Identity]:
-        return {tenant: revision.identity for tenant, revision in self.replica.offered()}
+        return {tenant: revision.identity for tenant, revision in self.replica.served()}
 
     def _selected(self, tenant: str) -> bool:
         return not self.settings.tenants or tenant in self.settings.tenants
