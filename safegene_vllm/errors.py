@@ -37,7 +37,15 @@ from collections.abc import Sequence
 
 
 class SafegeneError(Exception):
-    """Root of the tree."""
+    """Root of the tree.
+
+    `public` is the message for API keys, which learn no path of the server. None: the message
+    itself, or a generic one where it names a path (`error_responses.public_message`).
+    """
+
+    def __init__(self, *args: object, public: str | None = None) -> None:
+        super().__init__(*args)
+        self.public = public
 
 
 class FormatError(SafegeneError):

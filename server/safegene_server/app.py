@@ -48,7 +48,7 @@ def configure_app(app: FastAPI, settings: ServerSettings) -> ServerState:
     state = attach_state(app, settings, settings.metrics)
     usage_forced = bool(getattr(state.metrics.args, "enable_force_include_usage", False))
     app.include_router(api_router)
-    app.add_middleware(CaptureApp, inside=state.internal_client, whole=app)
+    app.add_middleware(CaptureApp, internal_client=state.internal_client, whole=app)
     app.add_middleware(
         AccessMiddleware,
         catalog=state.catalog,
@@ -96,11 +96,11 @@ async def start_tenants(
         replica = Reconciler(
             registry=registry,
             store=store,
-            gate=engine_client,
+            engine=engine_client,
             models=models,
             catalog=state.catalog,
             counters=state.counters,
-            inside=state.internal_client,
+            internal_client=state.internal_client,
             make_request=make_request,
             on_change=state.metrics.on_change,
         )
@@ -110,14 +110,14 @@ async def start_tenants(
         registry.close()
         raise
     prober = Prober(replica, settings.probes, prompts, state.metrics.labels)
-    jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
-    tenants = TenantContext(replica, registry, store, settings.tenants, jobs)
+    tenants = TenantContext(replica, registry, store, settings.tenants)
+    jobs = Jobs(tenants, {ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
     # Set before anything else can fail, so that the end of the app leaves the registry.
     state.replica, state.prober = replica, prober
     if settings.tenants.directory is not None:
         await register_declared(tenants, settings.tenants.directory)
     state.tasks = [
-        asyncio.create_task(jobs.run(tenants)),
+        asyncio.create_task(jobs.run()),
         asyncio.create_task(prober.run()),
     ]
     state.tenants = tenants

@@ -16,17 +16,20 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, set_public_name
 from safegene_server.metrics import definitions
 from safegene_server.verifier import Verifier, out_of_step
 from safegene_vllm.errors import AdapterRejectedError, MissingFileError
 from safegene_vllm.formats.adapter import WEIGHTS_FILE
+from safegene_vllm.formats.profile import Profile
 
 load_error: ContextVar[Exception | None] = ContextVar("safegene_load_error", default=None)
 """Why the last `add_lora` of this task failed: vLLM passes on an abridged message only."""
 
-READ_S, POLL_S = 300.0, 0.005
-"""Time limit for reading an adapter, and the interval of polling for it."""
+READ_S = 300.0
+"""Time limit for reading an adapter."""
+POLL_S, MAX_POLL_S, BACK_OFF = 0.005, 0.25, 1.5
+"""First and longest interval of polling for it, and the factor between two."""
 
 
 class EngineClient:
@@ -46,14 +49,21 @@ class EngineClient:
         await self.add(request)
         return True
 
-    async def add(self, request: Any) -> list[dict[str, Any] | None]:
-        """Load an adapter and return the receipt of every rank. Errors: as `add_lora`."""
+    async def add(
+        self, request: Any, profile: Profile | None = None
+    ) -> list[dict[str, Any] | None]:
+        """Load an adapter and return the receipt of every rank, each verified.
+
+        `profile` is what they must have applied; None: that of the directory. Errors: as
+        `add_lora`.
+        """
         started_s = time.perf_counter()
         try:
             receipts = await self._load(request)
-            self.verifier.verify(request, receipts)
+            self.verifier.verify(request, receipts, profile)
         except Exception as error:
             load_error.set(error)
+            set_public_name(error, request.lora_path, request.lora_name)
             if not self.verifier.published(request.lora_int_id):
                 await self._remove_quietly(request.lora_int_id)
             raise
@@ -104,7 +114,7 @@ class EngineClient:
         file, apply = self._weights_file(path), self.verifier.plan.settings.apply
         if file is not None and file in self._files.values() and apply != "composed":
             return
-        until_s = time.monotonic() + READ_S
+        until_s, pause_s = time.monotonic() + READ_S, POLL_S
         adapter = name, number, path
         while not all(await self.engine.collective_rpc("safegene_begin", args=adapter)):
             if time.monotonic() > until_s:
@@ -112,7 +122,8 @@ class EngineClient:
                     f"adapter {name!r} at {path} was not read within {READ_S:g} s; try again when "
                     "its storage is faster, or copy it to a local disk first."
                 )
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * BACK_OFF, MAX_POLL_S)
 
     async def remove_lora(self, lora_int_id: int) -> bool:
         """Unload an adapter.

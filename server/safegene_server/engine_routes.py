@@ -55,7 +55,7 @@ def _verifier(request: Request) -> Verifier | None:
 def _replica_faults(request: Request) -> tuple[str, ...]:
     """Return why published revisions of the registry are not served here."""
     replica = state_of(request).replica
-    return () if replica is None else replica.faults()
+    return () if replica is None else replica.problems()
 
 
 @router.get("/v1/safegene/receipts")

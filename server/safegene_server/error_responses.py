@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from safegene_vllm.errors import (
+    BoundsError,
     ConflictError,
     FrozenError,
     MissingFileError,
@@ -35,6 +36,12 @@ _WRAPPERS = (
     re.compile(r"^Worker failed with error [\"']"),
     re.compile(r"[\"'], please check the stack trace above for the root cause\.?\s*$"),
 )
+
+_PATH = re.compile(r"(?<![\w:/])/[\w.~-]|:///")
+"""An absolute path, or a URL of one; of a remote URL neither."""
+_NAMES_NO_PATH = (BoundsError, ConflictError, FrozenError, NotFoundError)
+"""Errors that quote names and numbers only, of the request or the registry."""
+HIDDEN = "the message of this error names files of the server, so only the server's log shows it."
 
 
 class EngineDownError(Exception):
@@ -75,6 +82,29 @@ def plain(error: BaseException | str) -> str:
     return message or type(error).__name__
 
 
+def names_path(text: str) -> bool:
+    """Return whether a text names an absolute path."""
+    return _PATH.search(text) is not None
+
+
+def public_message(error: BaseException | str) -> str:
+    """Return the message for API keys, without paths of this server; the caller logs the whole.
+
+    An error without a public message of its own is HIDDEN if its message names any path.
+    """
+    if (public := getattr(error, "public", None)) is not None:
+        return plain(public)
+    message = plain(error)
+    return HIDDEN if names_path(message) and not isinstance(error, _NAMES_NO_PATH) else message
+
+
+def set_public_name(error: Exception, path: str, name: str) -> None:
+    """Give an error a public message that calls `path` by `name`; none if it names other paths."""
+    message = plain(error).replace(path, name)
+    if isinstance(error, SafegeneError) and error.public is None and not names_path(message):
+        error.public = message
+
+
 def status_of(error: BaseException) -> int:
     """Return the HTTP status of an error.
 
@@ -98,6 +128,10 @@ class ErrorRoute(APIRoute):
     async def check(self, request: Request) -> None:
         """Check the request before its body is parsed. Errors: SafegeneError, HTTPException."""
 
+    def message(self, error: SafegeneError | EngineDownError) -> str:
+        """Return the message of a response."""
+        return plain(error)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
@@ -110,7 +144,7 @@ class ErrorRoute(APIRoute):
             except HTTPException as error:
                 return error_response(error.status_code, str(error.detail))
             except (SafegeneError, EngineDownError) as error:
-                return error_response(status_of(error), plain(error))
+                return error_response(status_of(error), self.message(error))
             except Exception:
                 logger.exception("%s %s failed", request.method, request.url.path)
                 return error_response(500, "SafeGene's route failed; the server's log says why.")

@@ -143,14 +143,19 @@ class Verifier:
                 tenants.append(self._summary(served, request, profile, receipts))
         return Report(tuple(faults), tuple(ranks), tuple(tenants))
 
-    def verify(self, request: Any, ranks: Sequence[dict[str, Any] | None]) -> None:
-        """Check that every rank applies this adapter as its files promise.
+    def verify(
+        self,
+        request: Any,
+        ranks: Sequence[dict[str, Any] | None],
+        profile: Profile | None = None,
+    ) -> None:
+        """Check that every rank applies this adapter with `profile`; None: as its files promise.
 
         Errors: ReceiptError; those of reading the profile.
         """
         receipts = _parse_receipts(ranks)
         self._check_engine(receipts)
-        self._check(request, receipts)
+        self._check(request, receipts, profile)
 
     def adapters(self) -> Container[str]:
         """Return the served names of adapters."""
@@ -199,10 +204,14 @@ class Verifier:
         if problems:
             raise ReceiptError("; ".join(problems) + ". Not served.")
 
-    def _check(self, request: Any, receipts: Sequence[Receipt]) -> Profile | None:
+    def _check(
+        self, request: Any, receipts: Sequence[Receipt], given: Profile | None = None
+    ) -> Profile | None:
         """Return the adapter's profile once every rank is seen to apply it, and remember it."""
         key = _key(request)
-        if key in self.promised:
+        if given is not None:
+            profile: Profile | None = given
+        elif key in self.promised:
             profile = self.promised[key]
         else:
             profile = self._read_profile(Path(request.lora_path))

@@ -50,7 +50,7 @@ def part(chunk: bytes, more: bool = False) -> Message:
     return {"type": "http.request", "body": chunk, "more_body": more}
 
 
-def refused(body: bytes, words: str, status: int = 400) -> RequestRejectedError:
+def rejected(body: bytes, words: str, status: int = 400) -> RequestRejectedError:
     with pytest.raises(RequestRejectedError) as caught:
         encode(parse(body, DEPTH))
     assert caught.value.status == status
@@ -121,7 +121,7 @@ def test_any_bytes_are_one_object_or_rejected(body: bytes) -> None:
     ],
 )
 def test_rejected_bodies_and_their_reasons(body: bytes, words: str) -> None:
-    refused(body, words)
+    rejected(body, words)
 
 
 def test_the_deepest_body_that_is_taken() -> None:
@@ -141,14 +141,14 @@ def test_the_deepest_body_that_is_taken() -> None:
     ],
 )
 def test_a_key_named_twice(body: bytes, name: str) -> None:
-    assert refused(body, f"{name!r} twice").param == name
+    assert rejected(body, f"{name!r} twice").param == name
 
 
 @pytest.mark.parametrize(
     "body", [b'{"\\ud800": 1, "\\ud800": 2}', b'{"a": {"\\udfff": 1, "\\udfff": 2}}']
 )
 def test_a_duplicate_key_that_is_an_unpaired_surrogate_can_be_reported(body: bytes) -> None:
-    refusal = refused(body, "twice")
+    refusal = rejected(body, "twice")
     response = error_response(refusal.status, str(refusal), param=refusal.param)
     assert json.loads(bytes(response.body))["error"]["param"] in (r"\ud800", r"\udfff")
 

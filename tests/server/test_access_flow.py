@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from access_app import CHAT, SERVE, TENANTS, VIEW, ask, chat, guarded, refused, speak
+from access_app import CHAT, SERVE, TENANTS, VIEW, ask, chat, guarded, rejected, speak
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
@@ -163,7 +163,7 @@ def test_changes_during_an_upload_apply(tenants: Any, keys: Any, status: int) ->
 
 def test_several_completions_of_one_request_count_as_several() -> None:
     access = guarded()
-    refused(chat(access, "other", n=2), 400, "is for 2 completions")
+    rejected(chat(access, "other", n=2), 400, "is for 2 completions")
     for path, body in ((CHAT, {"n": 3}), ("/v1/completions", {"prompt": ["a"] * 3})):
         response = ask(access, "POST", path, "acme", json=body)
         assert response.status_code == 200
@@ -174,10 +174,10 @@ def test_several_completions_of_one_request_count_as_several() -> None:
     access = guarded(counters=Counters(lambda: 0.0))
     access.catalog.replace(view)
     assert chat(access, "m", n=3).status_code == 200
-    refused(chat(access, "m", n=2), 429, "4 requests per minute")
+    rejected(chat(access, "m", n=2), 429, "4 requests per minute")
     # To count words takes no response of the engine.
     assert ask(access, "POST", "/tokenize", "m", json={"n": 9}).status_code == 200
-    refused(chat(access, "m"), 429, "4 requests per minute")
+    rejected(chat(access, "m"), 429, "4 requests per minute")
 
 
 def test_requests_per_minute() -> None:
@@ -186,7 +186,7 @@ def test_requests_per_minute() -> None:
     for _ in range(3):
         assert chat(access, "other").status_code == 200
     response = chat(access, "other")
-    refused(response, 429, "3 requests per minute")
+    rejected(response, 429, "3 requests per minute")
     assert response.headers["retry-after"] == "60"
     assert chat(access, "acme").status_code == 200
     now[0] = 60.0
@@ -207,7 +207,7 @@ def test_tokens_per_minute_are_the_reported_usage() -> None:
     assert chat(access, "m").status_code == 200
     assert access.counters.accounts["metered"].tokens.total == 90
     assert access.counters.accounts["metered"].reserved == 0
-    refused(chat(access, "m", prompt="x" * 40), 429, "100 tokens per minute")
+    rejected(chat(access, "m", prompt="x" * 40), 429, "100 tokens per minute")
     assert ask(access, "POST", "/tokenize", "m", json={"prompt": "x" * 40}).status_code == 200
     assert access.counters.accounts["metered"].tokens.total == 90
 
@@ -292,4 +292,4 @@ def test_a_root_path_changes_nothing() -> None:
     for path in (CHAT, f"/api{CHAT}"):
         served = ask(app, "POST", path, "acme", json={})  # type: ignore[arg-type]
         assert served.json() == {"model": "acme@7"}
-        refused(ask(app, "POST", path, json={}), 401)  # type: ignore[arg-type]
+        rejected(ask(app, "POST", path, json={}), 401)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from access_app import CHAT, KEYS, TENANTS, VIEW, ask, chat, echo_app, guarded, refused
+from access_app import CHAT, KEYS, TENANTS, VIEW, ask, chat, echo_app, guarded, rejected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ def test_no_key_no_route(headers: Any) -> None:
     answers = asyncio.run(all_routes())
     assert len(answers) > 70
     for response in answers:
-        refused(response, 401)
+        rejected(response, 401)
         assert response.headers["www-authenticate"].startswith('Bearer realm="safegene"')
 
 
@@ -87,7 +87,7 @@ def test_one_key_in_both_headers_is_accepted() -> None:
 
 
 def test_a_key_ends_at_its_time() -> None:
-    refused(ask(guarded(), "GET", "/v1/models", "late"), 401)
+    rejected(ask(guarded(), "GET", "/v1/models", "late"), 401)
     assert ask(guarded(), "GET", "/v1/models", "soon").status_code == 200
 
 
@@ -97,14 +97,14 @@ def test_unknown_and_expired_sound_the_same() -> None:
 
 
 def test_an_empty_catalog_rejects_every_key() -> None:
-    refused(ask(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
+    rejected(ask(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
 
 
 def test_a_revoked_key_is_out_with_the_next_view() -> None:
     access = guarded()
     assert chat(access, "acme").status_code == 200
     access.catalog.replace(make_view(keys={}, tenants=TENANTS))
-    refused(chat(access, "acme"), 401)
+    rejected(chat(access, "acme"), 401)
 
 
 # Scopes
@@ -161,14 +161,16 @@ def test_a_path_that_the_app_does_not_serve_is_not_forbidden(
     response = ask(access, method, path, "acme")
     assert response.status_code == status, response.text
     if status == 403:
-        refused(response, 403, "needs the scope")
-    refused(ask(access, method, path), 401)
-    refused(ask(access, method, path, "late"), 401)
+        rejected(response, 403, "needs the scope")
+    rejected(ask(access, method, path), 401)
+    rejected(ask(access, method, path, "late"), 401)
 
 
 def test_a_scope_that_is_missing_is_named() -> None:
-    refused(chat(guarded(), "admin", model="acme"), 403, "needs the scope `serve`; the key has: ad")
-    refused(ask(guarded(), "POST", "/sleep", "admin-acme"), 403, "concerns all tenants")
+    rejected(
+        chat(guarded(), "admin", model="acme"), 403, "needs the scope `serve`; the key has: ad"
+    )
+    rejected(ask(guarded(), "POST", "/sleep", "admin-acme"), 403, "concerns all tenants")
 
 
 def test_public_paths_are_exact_and_for_reading() -> None:
@@ -176,8 +178,8 @@ def test_public_paths_are_exact_and_for_reading() -> None:
     assert ask(access, "GET", "/metrics").status_code == 200
     assert ask(access, "GET", "/version").json()["principal"] is None
     for method, path in [("GET", "/metrics/"), ("GET", "/metrics/x"), ("POST", "/version")]:
-        refused(ask(access, method, path), 401)
-    refused(ask(access, "GET", "/health"), 401)
+        rejected(ask(access, method, path), 401)
+    rejected(ask(access, "GET", "/health"), 401)
 
 
 @pytest.mark.parametrize("path", ["metrics", "/v1/", "/v1/*", "/", ""])
@@ -202,7 +204,7 @@ def test_every_route_that_takes_a_model_is_given_the_revision(path: str) -> None
     assert got["got"] == {"model": "acme/support@2", "x": [1, "ü"]}
     assert got["length"] == str(got["bytes"])
     for foreign in ("other", "other@1", "org/Base", "nobody"):
-        refused(ask(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
+        rejected(ask(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
 
 
 def test_the_response_names_the_revision() -> None:
@@ -213,8 +215,8 @@ def test_the_response_names_the_revision() -> None:
     assert chat(access, "acme", model=None).json()["model"] == "acme@7"
     assert chat(access, "acme", model="").json()["model"] == "acme@7"
     assert chat(access, "base", model="org/Base").json()["model"] == "org/Base"
-    refused(chat(access, "plain"), 400, "no default tenant")
-    refused(chat(access, "base"), 400)
+    rejected(chat(access, "plain"), 400, "no default tenant")
+    rejected(chat(access, "base"), 400)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_an_unpaired_surrogate_is_rejected_like_other_invalid_text(
     content: bytes, status: int
 ) -> None:
     kind = {"content-type": "application/json"}
-    refused(ask(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
+    rejected(ask(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
 
 
 def test_a_change_of_alias_counts_from_the_next_request() -> None:
@@ -238,7 +240,7 @@ def test_a_change_of_alias_counts_from_the_next_request() -> None:
     assert chat(access, "acme", model="acme").json()["model"] == "acme@7"
     access.catalog.replace(make_view(keys=VIEW.keys, tenants=[Tenant("acme", "acme@8")]))
     assert chat(access, "acme", model="acme").json()["model"] == "acme@8"
-    refused(chat(access, "acme", model="acme@7"), 404)
+    rejected(chat(access, "acme", model="acme@7"), 404)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_change_of_alias_counts_from_the_next_request() -> None:
 )
 def test_fields_that_reach_into_the_engine_are_rejected(name: str) -> None:
     response = ask(guarded(), "POST", "/v1/responses", "acme", json={name: {"x": 1}})
-    refused(response, 400, name)
+    rejected(response, 400, name)
     assert response.json()["error"]["param"] == name
     unset = ask(guarded(), "POST", "/v1/responses", "acme", json={name: None})
     assert unset.status_code == 200
@@ -265,7 +267,7 @@ def test_only_administrators_may_send_a_negative_priority() -> None:
     for key in ("acme", "all"):
         for value in (-1, -(2**63), "-1", -1.0, [1], True):
             response = chat(access, key, priority=value)
-            refused(response, 400, "`priority`")
+            rejected(response, 400, "`priority`")
             assert response.json()["error"]["param"] == "priority"
         for value in (0, 5, None):
             assert chat(access, key, priority=value).json()["got"]["priority"] == value
@@ -280,7 +282,7 @@ def test_one_sees_only_ones_own_models() -> None:
     assert ask(access, "GET", "/v1/models/acme%2Fsupport", "acme").json() == listed["data"][1]
     assert ask(access, "GET", "/v1/models/acme@6", "acme").json()["root"] == "acme@6"
     for foreign in ("other", "nobody", "org/Base", ""):
-        refused(ask(access, "GET", f"/v1/models/{foreign}", "acme"), 404)
+        rejected(ask(access, "GET", f"/v1/models/{foreign}", "acme"), 404)
 
 
 def test_bad_bodies_never_reach_the_app() -> None:
@@ -293,8 +295,8 @@ def test_bad_bodies_never_reach_the_app() -> None:
         (b'{"model": "\xff"}', 400),
         (b'{"model": "' + b"x" * 100 + b'"}', 413),
     ]:
-        refused(ask(access, "POST", CHAT, "acme", content=content, headers=kind), status)
-    refused(ask(access, "POST", CHAT, "acme", content=b"{}"), 415)
+        rejected(ask(access, "POST", CHAT, "acme", content=content, headers=kind), status)
+    rejected(ask(access, "POST", CHAT, "acme", content=b"{}"), 415)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
         yield b'"}'
 
     assert ask(access, "POST", path, key, json={"model": "x" * 80}).json()["bytes"] > 80
-    refused(ask(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
+    rejected(ask(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
     assert ask(access, "POST", path, key, content=pieces(100)).json()["bytes"] == 100
     response = ask(access, "POST", path, key, content=pieces(101))
     assert response.status_code == 413
@@ -339,7 +341,7 @@ def test_a_key_never_reaches_another_tenants_model(key: str, model: Any, junk: b
     if response.status_code == 200:
         assert response.json()["model"] in own[key]
     else:
-        refused(response, response.status_code)
+        rejected(response, response.status_code)
     assert not ACCESS.counters.running
 
 

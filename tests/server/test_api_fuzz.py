@@ -17,7 +17,8 @@ EXAMPLES = 25
 REAL = {"name": "acme/support", "digest": FAMILY.digest, "job": 1, "rollout": 1}
 """Names of half of the requests; the others are made up."""
 GOOD = {"PATCH /v1/safegene/tenants/{name}/profile": {"scale": 1.2}}
-"""In place of an empty body, which is drawn often: few made-up ones make sense."""
+"""In place of half of the made-up bodies, of which few make sense: Hypothesis draws them from the
+constants of the source too, so they change with it."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_no_request_breaks_a_route(world: World) -> None:
     for label in ("GET /v1/safegene/tenants/{name}", "PATCH /v1/safegene/tenants/{name}/profile"):
         assert answers[f"{label} -> 2xx"] and answers[f"{label} -> 4xx"], label
     # It is the same server as before.
-    assert world.told("GET", "/whoami")["name"] == "admin"
+    assert world.json("GET", "/whoami")["name"] == "admin"
 
 
 def _try(label: str, cases: Any, answers: Counter[str]) -> None:
@@ -61,14 +62,15 @@ def _try(label: str, cases: Any, answers: Counter[str]) -> None:
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=cases, real=st.booleans())
-    def ask(case: Any, real: bool) -> None:
+    @given(case=cases, real=st.booleans(), good=st.booleans())
+    def ask(case: Any, real: bool, good: bool) -> None:
         if real and case.path_parameters:
             case.path_parameters = {name: REAL[name] for name in case.path_parameters}
             if isinstance(case.body, dict):
                 # A made-up number is never the published one: hardly anything would succeed.
                 case.body.pop("expected_revision", None)
-                case.body = case.body or dict(GOOD.get(label, {}))
+            if good and label in GOOD:
+                case.body, case.media_type = dict(GOOD[label]), "application/json"
         headers = {"Authorization": f"Bearer {SECRETS['admin']}"}
         response = case.call(headers=headers)
         status = response.status_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tenant_setup import World, refused, world
+from tenant_setup import World, rejected, world
 
 __all__ = ["world"]
 
@@ -17,28 +17,28 @@ KEY = {
 
 def add(world: World, name: str = "new", *, key: str = "admin", **more: Any) -> Any:
     body = {"name": name, "scopes": ["read"], "tenants": ["acme"], **more}
-    return world.told("POST", "/keys", body, key=key)
+    return world.json("POST", "/keys", body, key=key)
 
 
 def test_a_key_from_its_beginning_to_its_end(world: World) -> None:
     made = add(world)
     assert set(made) == KEY | {"secret"} and made["secret"].startswith(made["prefix"])
-    assert world.told("GET", "/whoami", key=made["secret"])["name"] == "new"
-    (listed,) = [k for k in world.told("GET", "/keys")["data"] if k["name"] == "new"]
+    assert world.json("GET", "/whoami", key=made["secret"])["name"] == "new"
+    (listed,) = [k for k in world.json("GET", "/keys")["data"] if k["name"] == "new"]
     assert set(listed) == KEY
-    rotated = world.told("POST", "/keys/new/rotate")
-    refused(world.ask("GET", "/whoami", key=made["secret"]), 401)
-    assert world.told("GET", "/whoami", key=rotated["secret"])["tenants"] == ["acme"]
-    assert world.told("DELETE", "/keys/new")["revoked_at"]
-    refused(world.ask("GET", "/whoami", key=rotated["secret"]), 401)
-    assert world.told("DELETE", "/keys/new")["revoked_at"]
-    refused(world.ask("POST", "/keys/new/rotate"), 409, "revoked")
+    rotated = world.json("POST", "/keys/new/rotate")
+    rejected(world.request("GET", "/whoami", key=made["secret"]), 401)
+    assert world.json("GET", "/whoami", key=rotated["secret"])["tenants"] == ["acme"]
+    assert world.json("DELETE", "/keys/new")["revoked_at"]
+    rejected(world.request("GET", "/whoami", key=rotated["secret"]), 401)
+    assert world.json("DELETE", "/keys/new")["revoked_at"]
+    rejected(world.request("POST", "/keys/new/rotate"), 409, "revoked")
 
 
 def test_no_secret_is_listed_or_written_down(world: World) -> None:
     secret = add(world)["secret"]
     for path in ("/keys", "/audit"):
-        assert secret not in world.ask("GET", path).text
+        assert secret not in world.request("GET", path).text
     assert secret.encode() not in (world.root / "registry.db").read_bytes()
 
 
@@ -58,37 +58,37 @@ def test_no_secret_is_listed_or_written_down(world: World) -> None:
 )
 def test_keys_that_cannot_be(world: World, more: dict[str, Any], words: str) -> None:
     body = {"name": "new", "scopes": ["read"], "tenants": ["acme"], **more}
-    refused(world.ask("POST", "/keys", body), 400, words)
+    rejected(world.request("POST", "/keys", body), 400, words)
 
 
 def test_an_expiry_is_stored_to_the_second(world: World) -> None:
     made = add(world, expires_at="2090-01-01T00:00:00+02:00")
     assert made["expires_at"] == "2089-12-31T22:00:00Z"
-    assert world.told("GET", "/whoami", key=made["secret"])["expires_at"] == made["expires_at"]
+    assert world.json("GET", "/whoami", key=made["secret"])["expires_at"] == made["expires_at"]
 
 
 def test_a_key_for_some_tenants_makes_no_key_for_others(world: World) -> None:
     for tenants in (["*"], ["base"], ["acme", "other"]):
         body = {"name": "new", "scopes": ["read"], "tenants": tenants}
-        refused(world.ask("POST", "/keys", body, key="acme"), 403, "further than yours")
+        rejected(world.request("POST", "/keys", body, key="acme"), 403, "further than yours")
     assert add(world, key="acme")["tenants"] == ["acme"]
-    assert {k["name"] for k in world.told("GET", "/keys", key="acme")["data"]} == {
+    assert {k["name"] for k in world.json("GET", "/keys", key="acme")["data"]} == {
         *("acme", "new", "serve")
     }
 
 
 def test_a_key_that_reaches_further_is_not_there_for_others(world: World) -> None:
     for method, path in (("POST", "/keys/{}/rotate"), ("DELETE", "/keys/{}")):
-        theirs = refused(world.ask(method, path.format("read"), key="acme"), 404)
-        none = refused(world.ask(method, path.format("nobody"), key="acme"), 404)
+        theirs = rejected(world.request(method, path.format("read"), key="acme"), 404)
+        none = rejected(world.request(method, path.format("nobody"), key="acme"), 404)
         assert theirs.replace("read", "nobody") == none
-    assert world.told("GET", "/whoami", key="read")["tenants"] == ["*"]
+    assert world.json("GET", "/whoami", key="read")["tenants"] == ["*"]
 
 
 def test_one_name_once(world: World) -> None:
     add(world)
     body = {"name": "new", "scopes": ["read"], "tenants": ["acme"]}
-    refused(world.ask("POST", "/keys", body), 409, "exists")
+    rejected(world.request("POST", "/keys", body), 409, "exists")
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_one_name_once(world: World) -> None:
 )
 def test_an_unrepresentable_expiry_is_rejected(world: World, timestamp: str) -> None:
     body = {"name": "new", "scopes": ["read"], "tenants": ["acme"], "expires_at": timestamp}
-    refused(world.ask("POST", "/keys", body), 400, "expected a year from 1900 to 9000")
-    refused(world.ask("DELETE", "/keys/new"), 404)
+    rejected(world.request("POST", "/keys", body), 400, "expected a year from 1900 to 9000")
+    rejected(world.request("DELETE", "/keys/new"), 404)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from probes_setup import PROMPTS, ProbeWorld, probes, sample, series_of
-from tenant_setup import refused
+from tenant_setup import rejected
 
 from safegene_server.registry import Job
 
@@ -17,7 +17,7 @@ NAME = "acme/support"
 
 
 def begin(world: ProbeWorld, key: str = "admin") -> int:
-    started = world.told("POST", f"/tenants/{NAME}/probe", key=key)
+    started = world.json("POST", f"/tenants/{NAME}/probe", key=key)
     assert started["tenant"]["name"] == NAME and started["job"]["kind"] == "probe"
     return int(started["job"]["id"])
 
@@ -31,7 +31,7 @@ def world(probes: ProbeWorld) -> ProbeWorld:
 
 
 def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
-    (mine,) = world.told("GET", "/probes", key="acme")["data"]
+    (mine,) = world.json("GET", "/probes", key="acme")["data"]
     assert mine == {
         "tenant": NAME,
         "served": f"{NAME}@1",
@@ -44,7 +44,7 @@ def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
     done = world.work()
     assert (done.id, done.state) == (job, "done")
     assert "0 of 12 harmful prompts not refused" in done.message
-    (mine,) = world.told("GET", "/probes", key="acme")["data"]
+    (mine,) = world.json("GET", "/probes", key="acme")["data"]
     result = mine["result"]
     assert mine["outcome"] == "ok" and result == done.result
     assert result["attack_success"] == {"rate": 0.0, "n": 12}
@@ -52,7 +52,7 @@ def test_a_probe_now_is_a_job_and_then_in_the_list(world: ProbeWorld) -> None:
     assert result["coherent"] == {"rate": 1.0, "n": 36}
     assert result["judges"] == ["strings:opening", "coherence"]
     assert (result["revision"], result["replica"]) == (f"{NAME}@1", world.replica.id)
-    assert world.told("GET", f"/jobs/{job}")["revision"] == f"{NAME}@1"
+    assert world.json("GET", f"/jobs/{job}")["revision"] == f"{NAME}@1"
     assert begin(world) != job
 
 
@@ -61,21 +61,23 @@ def test_a_key_sees_its_own(world: ProbeWorld) -> None:
     world.registry.keys.add("g", scopes=["read"], tenants=["globex"], actor="t", secret=secret)
     asyncio.run(world.replica.apply())
     for key, names in (("read", {NAME, "globex"}), ("acme", {NAME}), (secret, {"globex"})):
-        found = world.told("GET", "/probes", key=key)["data"]
+        found = world.json("GET", "/probes", key=key)["data"]
         assert {probe["tenant"] for probe in found} == names
-    refused(world.ask("GET", "/probes", key="serve"), 403, "needs the scope `read`")
-    refused(world.ask("POST", f"/tenants/{NAME}/probe", key="read"), 403, "needs the scope `admin`")
-    foreign = refused(world.ask("POST", "/tenants/globex/probe", key="acme"), 404)
-    unknown = refused(world.ask("POST", "/tenants/nobody/probe", key="acme"), 404)
+    rejected(world.request("GET", "/probes", key="serve"), 403, "needs the scope `read`")
+    rejected(
+        world.request("POST", f"/tenants/{NAME}/probe", key="read"), 403, "needs the scope `admin`"
+    )
+    foreign = rejected(world.request("POST", "/tenants/globex/probe", key="acme"), 404)
+    unknown = rejected(world.request("POST", "/tenants/nobody/probe", key="acme"), 404)
     assert foreign.replace("globex", "X") == unknown.replace("nobody", "X")
     assert begin(world, key="acme")
 
 
 def test_probing_a_tenant_that_serves_nothing_is_rejected(world: ProbeWorld) -> None:
-    world.told("DELETE", f"/tenants/{NAME}")
-    refused(world.ask("POST", f"/tenants/{NAME}/probe"), 409, "serves nothing to probe")
+    world.json("DELETE", f"/tenants/{NAME}")
+    rejected(world.request("POST", f"/tenants/{NAME}/probe"), 409, "serves nothing to probe")
     world.app.state.safegene.prober = None
-    refused(world.ask("GET", "/probes"), 409, "without a registry")
+    rejected(world.request("GET", "/probes"), 409, "without a registry")
 
 
 def test_a_replica_that_does_not_serve_it_says_so(world: ProbeWorld) -> None:

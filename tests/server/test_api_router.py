@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tenant_setup import OURS, World, refused, world
+from tenant_setup import OURS, World, rejected, world
 
 from safegene_server.access.route_permissions import rule_for, unclassified
 from safegene_server.api.request_schemas import Calibration
@@ -72,5 +72,5 @@ def test_reading_needs_read_and_changes_need_admin(world: World, document: dict[
 
 def test_routes_without_the_access_check_are_403(world: World) -> None:
     world.access = world.app  # type: ignore[assignment]
-    refused(world.ask("GET", "/tenants"), 403, "has checked none")
-    refused(world.ask("GET", "/whoami"), 403, "has checked none")
+    rejected(world.request("GET", "/tenants"), 403, "has checked none")
+    rejected(world.request("GET", "/whoami"), 403, "has checked none")

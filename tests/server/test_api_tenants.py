@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from artifact_files import a_profile
-from tenant_setup import OURS, World, refused, world
+from tenant_setup import OURS, World, rejected, world
 
 from safegene_server.access.middleware import AccessMiddleware, AccessSettings
 from safegene_server.api import probes, tenants
 from safegene_server.api.tenants import RESERVED
 from safegene_server.artifacts import SourceRules
-from safegene_server.error_responses import EngineDownError
-from safegene_vllm.errors import AdapterRejectedError, ReceiptError, StoreError
+from safegene_server.error_responses import HIDDEN, EngineDownError
+from safegene_vllm.errors import (
+    AdapterRejectedError,
+    HeaderError,
+    ReceiptError,
+    SafegeneError,
+    StoreError,
+)
 from safegene_vllm.formats.profile import profile_json
 
 __all__ = ["world"]
@@ -42,7 +50,7 @@ ROLLOUT = {
 def test_from_registration_to_service(world: World) -> None:
     source = world.adapter()
     body = {"name": NAME, "source": source, "limits": {"concurrent": 4}}
-    response = world.ask("POST", "/tenants", body)
+    response = world.request("POST", "/tenants", body)
     assert response.status_code == 202
     begun = response.json()
     assert set(begun) == {"tenant", "job"}
@@ -50,20 +58,20 @@ def test_from_registration_to_service(world: World) -> None:
     assert (begun["tenant"]["published"], begun["tenant"]["served"]) == (None, None)
     assert (begun["job"]["kind"], begun["job"]["state"]) == ("onboard", "queued")
     world.work()
-    job = world.told("GET", f"/jobs/{begun['job']['id']}")
+    job = world.json("GET", f"/jobs/{begun['job']['id']}")
     assert (job["state"], job["progress"], job["revision"]) == ("done", 1.0, f"{NAME}@1")
-    tenant = world.told("GET", "/tenants/acme/support")
+    tenant = world.json("GET", "/tenants/acme/support")
     assert (tenant["served"], tenant["published"], tenant["source"]) == (f"{NAME}@1", 1, source)
     assert tenant["limits"] == {"concurrent": 4}
-    listed = world.told("GET", "/tenants")
+    listed = world.json("GET", "/tenants")
     assert listed == {"data": [tenant], "cursor": None}
 
 
 @pytest.mark.parametrize("path", FORMS)
 def test_both_forms_of_a_name_reach_every_route(world: World, path: str) -> None:
     world.serve(NAME)
-    assert world.told("GET", path)["name"] == NAME
-    changed = world.told("PATCH", f"{path}/profile", {"scale": 2.0, "expected_revision": 1})
+    assert world.json("GET", path)["name"] == NAME
+    changed = world.json("PATCH", f"{path}/profile", {"scale": 2.0, "expected_revision": 1})
     assert set(changed) == {"revision", "rollout"}
     assert set(changed["revision"]) == REVISION and set(changed["rollout"]) == ROLLOUT
     assert changed["revision"]["name"] == f"{NAME}@2"
@@ -71,22 +79,22 @@ def test_both_forms_of_a_name_reach_every_route(world: World, path: str) -> None
     rollout = changed["rollout"]
     assert (rollout["applied"], rollout["live"], rollout["done"]) == (1, 1, True)
     assert (rollout["tenants"], rollout["revisions"]) == ([NAME], [f"{NAME}@2"])
-    assert world.told("POST", f"{path}/rollback")["revision"]["number"] == 1
-    assert world.told("POST", f"{path}/publish", {"number": 2})["revision"]["number"] == 2
-    assert world.told("POST", f"{path}/rollback", {"number": 1})["revision"]["number"] == 1
-    numbers = [r["number"] for r in world.told("GET", f"{path}/revisions")["data"]]
+    assert world.json("POST", f"{path}/rollback")["revision"]["number"] == 1
+    assert world.json("POST", f"{path}/publish", {"number": 2})["revision"]["number"] == 2
+    assert world.json("POST", f"{path}/rollback", {"number": 1})["revision"]["number"] == 1
+    numbers = [r["number"] for r in world.json("GET", f"{path}/revisions")["data"]]
     assert numbers == [1, 2]
-    assert world.told("POST", f"{path}/freeze")["state"] == "frozen"
-    refused(world.ask("PATCH", f"{path}/profile", {"scale": 1.5}), 409, "frozen")
-    assert world.told("POST", f"{path}/unfreeze")["state"] == "active"
+    assert world.json("POST", f"{path}/freeze")["state"] == "frozen"
+    rejected(world.request("PATCH", f"{path}/profile", {"scale": 1.5}), 409, "frozen")
+    assert world.json("POST", f"{path}/unfreeze")["state"] == "active"
     limits = {"tokens_per_minute": 100}
-    assert world.told("PUT", f"{path}/limits", limits)["limits"] == limits
-    begun = world.told("POST", f"{path}/revisions", {"expected_revision": 1})
+    assert world.json("PUT", f"{path}/limits", limits)["limits"] == limits
+    begun = world.json("POST", f"{path}/revisions", {"expected_revision": 1})
     assert begun["job"]["tenant"] == NAME and begun["tenant"]["published"] == 1
     assert world.work().state == "done"
-    gone = world.told("DELETE", f"{path}?expected_revision=3")
+    gone = world.json("DELETE", f"{path}?expected_revision=3")
     assert (gone["tenant"]["state"], gone["rollout"]["kind"]) == ("retired", "retire")
-    assert world.told("DELETE", path)["rollout"] is None
+    assert world.json("DELETE", path)["rollout"] is None
 
 
 def test_every_form_of_coefficients(world: World) -> None:
@@ -99,14 +107,14 @@ def test_every_form_of_coefficients(world: World) -> None:
         ({"scale": 0.5}, [0.5, 0.0, 0.625]),
         ({"profile": profile_json(a_profile(0.25))}, [0.25, 0.0, 0.25]),
     ):
-        assert world.told("PATCH", path, body)["revision"]["coefficients"] == expected
+        assert world.json("PATCH", path, body)["revision"]["coefficients"] == expected
 
 
 def test_given_coefficients_need_no_profile_in_the_source(world: World) -> None:
     bare = world.adapter(profile=None)
-    world.told("POST", "/tenants", {"name": NAME, "source": bare, "layers": {"2": 1.5}})
+    world.json("POST", "/tenants", {"name": NAME, "source": bare, "layers": {"2": 1.5}})
     assert world.work().state == "done"
-    (revision,) = world.told("GET", "/tenants/acme/support/revisions")["data"]
+    (revision,) = world.json("GET", "/tenants/acme/support/revisions")["data"]
     assert revision["coefficients"] == [0.0, 0.0, 1.5]
 
 
@@ -129,9 +137,9 @@ def test_given_coefficients_need_no_profile_in_the_source(world: World) -> None:
     ],
 )
 def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words: str) -> None:
-    response = world.ask("POST", "/tenants", body)
+    response = world.request("POST", "/tenants", body)
     assert response.status_code in (400, 409)
-    refused(response, response.status_code, words)
+    rejected(response, response.status_code, words)
     assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
@@ -140,7 +148,7 @@ def test_registrations_that_cannot_be(world: World, body: dict[str, Any], words:
 )
 def test_bodies_that_are_none(world: World, content: bytes) -> None:
     for method, path in (("POST", "/tenants"), ("PATCH", "/tenants/acme/profile")):
-        refused(world.ask(method, path, content=content, headers=JSON), 400)
+        rejected(world.request(method, path, content=content, headers=JSON), 400)
 
 
 def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -> None:
@@ -149,7 +157,7 @@ def test_deep_calibration_records_are_no_way_to_break_the_server(world: World) -
     for _ in range(400):
         deep = {"a": deep}
     body = {"profile": {**profile_json(a_profile(2.0)), "calibration": deep}}
-    refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+    rejected(world.request("PATCH", "/tenants/acme/support/profile", body), 400)
 
 
 def test_numbers_that_no_float_can_be_are_rejected(world: World) -> None:
@@ -157,12 +165,12 @@ def test_numbers_that_no_float_can_be_are_rejected(world: World) -> None:
     huge = 10**400
     whole = {**profile_json(a_profile(2.0)), "coefficients": [huge, 0, 1]}
     for body in ({"profile": whole}, {"coefficients": [huge, 0, 1]}, {"scale": huge}):
-        refused(world.ask("PATCH", "/tenants/acme/support/profile", body), 400)
+        rejected(world.request("PATCH", "/tenants/acme/support/profile", body), 400)
 
 
 @pytest.mark.parametrize("body", [{"\ud800": 1}, {"name": "\ud800", "coefficients": 1.0}])
 def test_an_unpaired_surrogate_is_rejected(world: World, body: dict[str, Any]) -> None:
-    refused(world.ask("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
+    rejected(world.request("POST", "/tenants", content=json.dumps(body), headers=JSON), 400)
 
 
 def test_a_body_over_the_limit_is_rejected_while_reading(world: World) -> None:
@@ -172,7 +180,7 @@ def test_a_body_over_the_limit_is_rejected_while_reading(world: World) -> None:
         for _ in range(3):
             yield b"x" * 500
 
-    refused(world.ask("POST", "/tenants", content=pieces(), headers=JSON), 413, "1000 bytes")
+    rejected(world.request("POST", "/tenants", content=pieces(), headers=JSON), 413, "1000 bytes")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32"])
@@ -185,16 +193,16 @@ def test_a_body_of_more_values_than_any_has_is_not_parsed(
     content = f'{{"coefficients": [{"[]," * 20_000}0]}}'.encode(encoding)
     with monkeypatch.context() as patch:
         patch.setattr("starlette.requests.json.loads", loads)
-        response = world.ask(
+        response = world.request(
             "PATCH", "/tenants/acme/support/profile", content=content, headers=JSON
         )
     words = "more than 20000 objects and lists" if encoding == "utf-8" else "the body is not"
-    refused(response, 400, words)
+    rejected(response, 400, words)
 
 
 def test_the_errors_of_a_body_are_named_up_to_a_number(world: World) -> None:
     body = {"name": NAME, "coefficients": ["x"] * 500}
-    message = refused(world.ask("POST", "/tenants", body), 400)
+    message = rejected(world.request("POST", "/tenants", body), 400)
     assert len(message) < 2000 and message.endswith("; and 481 more")
     assert message.count("coefficients") == 20
 
@@ -204,23 +212,23 @@ def test_so_many_jobs_of_one_tenant_may_wait_and_no_more(world: World) -> None:
     world.serve("other", start=5)
     path = "/tenants/acme/support/revisions"
     for _ in range(tenants.MAX_QUEUED):
-        world.told("POST", path, {})
-    refused(world.ask("POST", path, {}), 409, "jobs of tenant 'acme/support' wait already")
+        world.json("POST", path, {})
+    rejected(world.request("POST", path, {}), 409, "jobs of tenant 'acme/support' wait already")
     examples = {"safety": [{"prompt": "a"}], "task": [{"prompt": "b", "answer": "c"}]}
     calibrate = {"examples": examples}
     path = "/tenants/acme/support/calibrate"
-    refused(world.ask("POST", path, calibrate), 409, "wait already")
-    assert world.told("POST", "/tenants/other/revisions", {})
+    rejected(world.request("POST", path, calibrate), 409, "wait already")
+    assert world.json("POST", "/tenants/other/revisions", {})
     world.work()
-    assert world.told("POST", "/tenants/acme/support/revisions", {})
+    assert world.json("POST", "/tenants/acme/support/revisions", {})
 
 
 @pytest.mark.parametrize("kind", ["safety", "task", "benign"])
 def test_examples_are_a_thousand_at_most(world: World, kind: str) -> None:
     examples: dict[str, Any] = {"safety": [], "task": []}
     examples[kind] = [{"prompt": "a", "answer": "b"}] * 1001
-    response = world.ask("POST", "/tenants/acme/support/calibrate", {"examples": examples})
-    refused(response, 400, "at most 1000 items")
+    response = world.request("POST", "/tenants/acme/support/calibrate", {"examples": examples})
+    rejected(response, 400, "at most 1000 items")
     assert response.json()["error"]["param"] == f"examples.{kind}"
 
 
@@ -231,16 +239,16 @@ def test_words_of_the_api_are_no_second_part_of_a_name(world: World) -> None:
     assert used == RESERVED
     for word in sorted(RESERVED):
         body = {"name": f"acme/{word}", "coefficients": 1.0}
-        refused(world.ask("POST", "/tenants", body), 400, "words of this API")
-    assert world.told("POST", "/tenants", {"name": "freeze", "coefficients": 1.0})
+        rejected(world.request("POST", "/tenants", body), 400, "words of this API")
+    assert world.json("POST", "/tenants", {"name": "freeze", "coefficients": 1.0})
     assert world.work().state == "done"
-    assert world.told("POST", "/tenants/freeze/freeze")["state"] == "frozen"
+    assert world.json("POST", "/tenants/freeze/freeze")["state"] == "frozen"
 
 
 def test_a_key_for_some_tenants_knows_no_others(world: World) -> None:
     world.serve(NAME)
     world.serve("other", start=5)
-    assert [t["name"] for t in world.told("GET", "/tenants", key="acme")["data"]] == [NAME]
+    assert [t["name"] for t in world.json("GET", "/tenants", key="acme")["data"]] == [NAME]
     before = world.registry.version()
     for method, path, body in (
         ("GET", "/tenants/{}", None),
@@ -254,24 +262,24 @@ def test_a_key_for_some_tenants_knows_no_others(world: World) -> None:
         ("POST", "/tenants/{}/unfreeze", None),
         ("PUT", "/tenants/{}/limits", {}),
     ):
-        theirs = refused(world.ask(method, path.format("other"), body, key="acme"), 404)
-        none = refused(world.ask(method, path.format("nobody"), body, key="acme"), 404)
+        theirs = rejected(world.request(method, path.format("other"), body, key="acme"), 404)
+        none = rejected(world.request(method, path.format("nobody"), body, key="acme"), 404)
         assert theirs.replace("other", "nobody") == none
-        real = refused(world.ask(method, path.format("nobody"), body), 404)
+        real = rejected(world.request(method, path.format("nobody"), body), 404)
         assert real == none
     body = {"name": "other", "coefficients": 1.0}
-    refused(world.ask("POST", "/tenants", body, key="acme"), 404)
+    rejected(world.request("POST", "/tenants", body, key="acme"), 404)
     assert world.registry.version() == before
     body = {"name": "acme", "coefficients": 1.0}
-    assert world.told("POST", "/tenants", body, key="acme")["tenant"]["name"] == "acme"
+    assert world.json("POST", "/tenants", body, key="acme")["tenant"]["name"] == "acme"
 
 
 def test_scopes(world: World) -> None:
     world.serve(NAME)
-    assert world.told("GET", "/tenants", key="read")["data"]
-    refused(world.ask("POST", "/tenants/acme/support/freeze", key="read"), 403)
-    refused(world.ask("GET", "/tenants", key="serve"), 403)
-    refused(world.ask("GET", "/tenants", key="sg-nobody"), 401)
+    assert world.json("GET", "/tenants", key="read")["data"]
+    rejected(world.request("POST", "/tenants/acme/support/freeze", key="read"), 403)
+    rejected(world.request("GET", "/tenants", key="serve"), 403)
+    rejected(world.request("GET", "/tenants", key="sg-nobody"), 401)
 
 
 def test_the_engines_error_is_in_the_response(world: World) -> None:
@@ -283,55 +291,84 @@ def test_the_engines_error_is_in_the_response(world: World) -> None:
         (EngineDownError("dead"), 503),
     ):
         world.replica.errors["load"] = error
-        refused(world.ask("PATCH", path, {"scale": 1.5}), status, str(error))
+        rejected(world.request("PATCH", path, {"scale": 1.5}), status, str(error))
     world.replica.errors["load"] = RuntimeError("a secret")
-    assert "secret" not in refused(world.ask("PATCH", path, {"scale": 1.5}), 500)
-    assert world.told("GET", "/tenants/acme/support")["published"] == 1
+    assert "secret" not in rejected(world.request("PATCH", path, {"scale": 1.5}), 500)
+    assert world.json("GET", "/tenants/acme/support")["published"] == 1
 
 
 def test_the_actor_is_the_name_of_the_key(world: World) -> None:
     world.serve(NAME)
-    world.told("PATCH", "/tenants/acme/support/profile", {"scale": 2}, key="acme")
-    assert world.told("GET", "/tenants/acme/support/revisions")["data"][1]["created_by"] == "acme"
-    entry = world.told("GET", "/audit", params={"action": "tenant.publish"})["data"][0]
+    world.json("PATCH", "/tenants/acme/support/profile", {"scale": 2}, key="acme")
+    assert world.json("GET", "/tenants/acme/support/revisions")["data"][1]["created_by"] == "acme"
+    entry = world.json("GET", "/audit", params={"action": "tenant.publish"})["data"][0]
     assert (entry["actor"], entry["target"]) == ("acme", f"{NAME}@2")
 
 
 def test_without_a_registry_every_route_says_so(world: World) -> None:
     world.app.state.safegene.tenants = None
-    refused(world.ask("GET", "/tenants"), 409, "runs without a registry")
+    rejected(world.request("GET", "/tenants"), 409, "runs without a registry")
     body = {"name": NAME, "coefficients": 1.0}
-    refused(world.ask("POST", "/tenants", body), 409, "runs without a registry")
+    rejected(world.request("POST", "/tenants", body), 409, "runs without a registry")
     del world.app.state.safegene
-    refused(world.ask("GET", "/families"), 409, "runs without a registry")
+    rejected(world.request("GET", "/families"), 409, "runs without a registry")
 
 
 def test_no_response_names_a_path_of_the_store(world: World) -> None:
     world.serve(NAME)
-    world.told("PATCH", "/tenants/acme/support/profile", {"scale": 2})
+    world.json("PATCH", "/tenants/acme/support/profile", {"scale": 2})
     store = str(Path(world.store.root))
     paths = ("/tenants", "/tenants/acme/support/revisions", "/jobs", "/rollouts", "/audit")
     for path in paths:
-        assert store not in json.dumps(world.told("GET", path)), OURS + path
+        assert store not in json.dumps(world.json("GET", path)), OURS + path
 
 
-def test_messages_name_no_path_of_the_store(world: World) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (StoreError("PATH is full", public="the store is full"), 507, "the store is full"),
+        (StoreError("PATH cannot be written.\nPATH: it is\u00a0full"), 507, HIDDEN),
+        (AdapterRejectedError("acme@2: PATH/x has rank 64"), 400, HIDDEN),
+        (HeaderError("PATH: no JSON"), 400, HIDDEN),
+        (ReceiptError("PATH was not applied"), 500, HIDDEN),
+        (EngineDownError("the engine is down: PATH"), 503, HIDDEN),
+        (RuntimeError("PATH"), 500, "the server's log says why"),
+    ],
+)
+def test_messages_name_no_path_of_the_store(
+    world: World, caplog: pytest.LogCaptureFixture, error: Exception, status: int, shown: str
+) -> None:
     world.serve(NAME)
-    inside = f"{world.store.root}/revisions/ab-cd"
-    error = StoreError(f"{inside} cannot be written.\n{inside}: it is\u00a0full")
+    store = str(world.store.root)
+    error.args = (str(error).replace("PATH", f"{store}/revisions/ab-cd"),)
     world.replica.errors["load"] = error
     path = "/tenants/acme/support"
-    response = world.ask("PATCH", f"{path}/profile", {"scale": 1.5})
-    message = refused(response, 507)
-    assert message == str(error).replace(str(world.store.root), "STORE")
-    assert response.headers["content-length"] == str(len(response.content))
-    world.told("POST", f"{path}/revisions", {})
-    world.work()
-    assert str(world.store.root) in world.registry.jobs.list()[0].message
-    for asked in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
-        found = world.ask("GET", asked)
-        assert str(world.store.root) not in found.text
-        assert "STORE/revisions/ab-cd cannot be written" in found.text, asked
+    response = world.request("PATCH", f"{path}/profile", {"scale": 1.5})
+    rejected(response, status, shown)
+    assert store not in response.text and store in caplog.text
+    caplog.clear()
+    world.json("POST", f"{path}/revisions", {})
+    job = world.work()
+    assert store in caplog.text
+    if isinstance(error, SafegeneError):
+        assert job.message == shown
+        assert world.json("GET", f"{path}/revisions")["data"][-1]["reasons"] == [shown]
+    for route in (f"{path}/revisions", "/jobs", "/jobs/2", "/audit?target=acme/support"):
+        assert store not in world.request("GET", route).text, route
+
+
+def test_a_full_disk_is_reported_without_the_path_of_the_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.serve(NAME)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    response = world.request("PATCH", "/tenants/acme/support/profile", {"scale": 1.5})
+    assert "No space left" in rejected(response, 507, "this server's store cannot be written")
+    assert str(world.store.root) not in response.text
 
 
 def test_paths_that_only_begin_like_the_store_are_unchanged(world: World) -> None:
@@ -340,9 +377,9 @@ def test_paths_that_only_begin_like_the_store_are_unchanged(world: World) -> Non
         ("two", f"/srv{world.store.root}/x"),
     ):
         body = {"name": name, "source": source}
-        assert world.told("POST", "/tenants", body)["tenant"]["source"] == source
+        assert world.json("POST", "/tenants", body)["tenant"]["source"] == source
         world.work()
-        assert source in world.told("GET", "/jobs")["data"][0]["message"]
+        assert source in world.json("GET", "/jobs")["data"][0]["message"]
 
 
 def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: World) -> None:
@@ -352,23 +389,27 @@ def test_a_key_for_some_tenants_names_no_source_but_their_own_folder(world: Worl
     world.store.rules = SourceRules(roots=(root,))
     for source in ("/etc", other, "s3://models/acme", str(root), str(root / NAME / "x")):
         body = {"source": source}
-        response = world.ask("POST", "/tenants/acme/support/revisions", body, key="acme")
-        assert str(root) not in refused(response, 403, "a key for some tenants").replace(source, "")
-        response = world.ask("POST", "/tenants", {"name": "acme", **body}, key="acme")
-        refused(response, 403, "a key for some tenants")
-        refused(world.ask("POST", "/tenants", {"name": "other", **body}, key="acme"), 404)
+        response = world.request("POST", "/tenants/acme/support/revisions", body, key="acme")
+        assert str(root) not in rejected(response, 403, "a key for some tenants").replace(
+            source, ""
+        )
+        response = world.request("POST", "/tenants", {"name": "acme", **body}, key="acme")
+        rejected(response, 403, "a key for some tenants")
+        rejected(world.request("POST", "/tenants", {"name": "other", **body}, key="acme"), 404)
     path = "/tenants/acme/support/revisions"
-    refused(world.ask("POST", path, {"source": str(root / "acme")}, key="acme"), 403)
-    assert world.told("POST", path, {"source": str(root / NAME)}, key="acme")
-    assert world.told("POST", "/tenants/acme/support/revisions", {}, key="acme")
+    rejected(world.request("POST", path, {"source": str(root / "acme")}, key="acme"), 403)
+    assert world.json("POST", path, {"source": str(root / NAME)}, key="acme")
+    assert world.json("POST", "/tenants/acme/support/revisions", {}, key="acme")
 
 
-def test_only_keys_for_all_tenants_see_the_roots_of_sources(world: World) -> None:
+def test_only_the_log_names_the_roots_of_sources(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     roots = (world.root / "one", world.root / "two")
     world.store.rules = SourceRules(roots=roots)
-    world.told("POST", "/tenants", {"name": NAME, "source": "/no/where"})
+    world.json("POST", "/tenants", {"name": NAME, "source": "/no/where"})
     assert world.work().state == "failed"
-    whole = world.told("GET", "/jobs")["data"][0]["message"]
-    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in whole
-    narrow = world.told("GET", "/jobs", key="acme")["data"][0]["message"]
-    assert "/no/where is outside the allowed roots; move" in narrow
+    assert f"the allowed roots ({roots[0]}, {roots[1]}); move" in caplog.text
+    for key in ("admin", "acme"):
+        message = world.json("GET", "/jobs", key=key)["data"][0]["message"]
+        assert "/no/where is outside the allowed roots; move" in message

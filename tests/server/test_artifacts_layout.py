@@ -47,7 +47,7 @@ def test_a_root_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_called_full(tmp_path: Path) -> None:
     with (
         pytest.raises(StoreError, match=r"No space left.*free some space"),
-        layout.keeping(tmp_path),
+        layout.store_errors(tmp_path),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -18,7 +18,7 @@ from calibration_setup import (
     examples,
     losses,
 )
-from tenant_setup import refused
+from tenant_setup import rejected
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.registry.jobs import PRIVATE
@@ -152,7 +152,7 @@ def test_a_cancelled_job_ends_between_batches_and_leaves_nothing(bench: Calibrat
     assert len(bench.registry.revisions.list(NAME)) == 1
 
 
-@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_candidate"])
 def test_an_engine_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
     world = CalibrationWorld(tmp_path, timeout_s=0.2)
     world.start()
@@ -163,7 +163,7 @@ def test_an_engine_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
     world.registry.close()
 
 
-@pytest.mark.parametrize("what", ["/v1/completions", "begin_trial"])
+@pytest.mark.parametrize("what", ["/v1/completions", "begin_candidate"])
 def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, what: str) -> None:
     job = bench.start()
     bench.tenancy = replace(bench.tenancy, settings=replace(bench.tenancy.settings, lease_s=0.4))
@@ -182,7 +182,7 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
 ) -> None:
     monkeypatch.setattr("safegene_server.calibration.evaluator.CANCEL_TIMEOUT_S", 0.05)
     bench.start()
-    bench.replica.hanging = "end_trial"
+    bench.replica.hanging = "end_candidate"
     bench.replica.errors["/v1/completions"] = AdapterRejectedError("no room")
     assert bench.work().state == "failed"
     assert "candidates stay loaded until the engine responds" in caplog.text
@@ -191,18 +191,18 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
     job = bench.start()
     assert "bad 1" in json.dumps(dict(bench.registry.jobs.get(job).params))
-    told = json.dumps(bench.told("GET", f"/jobs/{job}"))
+    told = json.dumps(bench.json("GET", f"/jobs/{job}"))
     assert "bad 1" not in told and "examples" not in told
     bench.work()
     params = bench.registry.jobs.get(job).params
     assert PRIVATE not in params and params["seed"] == 0
     everything = [bench.registry.revisions.get(NAME, 2).profile.calibration, params]
-    everything.append(bench.told("GET", "/audit?limit=1000"))
-    everything.append(bench.told("GET", f"/tenants/{NAME}/revisions"))
+    everything.append(bench.json("GET", "/audit?limit=1000"))
+    everything.append(bench.json("GET", f"/tenants/{NAME}/revisions"))
     for kind in ("bad 1", "task 1", "label 1"):
         assert kind not in json.dumps(everything, default=dict)
     waiting = bench.start()
-    bench.told("POST", f"/jobs/{waiting}/cancel")
+    bench.json("POST", f"/jobs/{waiting}/cancel")
     assert PRIVATE not in bench.registry.jobs.get(waiting).params
 
 
@@ -211,7 +211,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     """From the start if nothing came of it; from its revision if one was made."""
     job = bench.start(evaluations=40)
     bench.replica.errors[call] = EngineDownError("gone")
-    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    asyncio.run(bench.jobs.run_one())
     assert bench.registry.jobs.get(job).state == "running" and bench.replica.trials == {}
     found = len(bench.registry.revisions.list(NAME)) == 2
     assert found == (call == "load")
@@ -220,7 +220,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     bench.replica.errors.clear()
     bench.take_over(job)
     begun = len(bench.replica.begun)
-    asyncio.run(bench.tenancy.jobs.run_one(bench.tenancy))
+    asyncio.run(bench.jobs.run_one())
     assert bench.registry.jobs.get(job).state == "done" and published(bench)[0] == f"{NAME}@2"
     if found:
         assert len(bench.replica.begun) == begun, "what was found is not looked for again"
@@ -229,7 +229,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
 
 def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
     bench.start(evaluations=40)
-    bench.told("PATCH", f"/tenants/{NAME}/profile", {"scale": 1.1})
+    bench.json("PATCH", f"/tenants/{NAME}/profile", {"scale": 1.1})
     ended = bench.work()
     assert ended.state == "failed" and "expected acme/support@1" in ended.message
     assert published(bench)[0] == f"{NAME}@2"
@@ -239,7 +239,7 @@ def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
     ("path", "error", "words"),
     [
         ("/tokenize", AdapterRejectedError("no tokenizer"), "no tokenizer"),
-        ("begin_trial", AdapterRejectedError("no room"), "no room"),
+        ("begin_candidate", AdapterRejectedError("no room"), "no room"),
     ],
 )
 def test_an_engine_error_fails_the_job(
@@ -287,17 +287,19 @@ def test_too_long_examples_are_rejected_before_any_generation(
 def test_invalid_requests_are_rejected_at_once(
     bench: CalibrationWorld, body: dict[str, Any], status: int, words: str
 ) -> None:
-    refused(bench.ask("POST", f"/tenants/{NAME}/calibrate", body), status, words)
+    rejected(bench.request("POST", f"/tenants/{NAME}/calibrate", body), status, words)
     assert all(job.kind != "calibrate" for job in bench.registry.jobs.list())
 
 
 def test_tenant_access_and_state_are_checked(bench: CalibrationWorld) -> None:
     body = {"examples": examples()}
     path = f"/tenants/{NAME}/calibrate"
-    refused(bench.ask("POST", path, body, key="read"), 403)
-    refused(bench.ask("POST", "/tenants/other/calibrate", body, key="acme"), 404)
+    rejected(bench.request("POST", path, body, key="read"), 403)
+    rejected(bench.request("POST", "/tenants/other/calibrate", body, key="acme"), 404)
     bench.registry.tenants.add("acme", bench.replica.header.digest, actor="test")
-    refused(bench.ask("POST", "/tenants/acme/calibrate", body), 409, "has no revision")
-    refused(bench.ask("POST", "/tenants", {"name": "acme/calibrate"}), 400, "words of this API")
-    bench.told("POST", f"/tenants/{NAME}/freeze")
-    refused(bench.ask("POST", path, body), 409, "frozen")
+    rejected(bench.request("POST", "/tenants/acme/calibrate", body), 409, "has no revision")
+    rejected(
+        bench.request("POST", "/tenants", {"name": "acme/calibrate"}), 400, "words of this API"
+    )
+    bench.json("POST", f"/tenants/{NAME}/freeze")
+    rejected(bench.request("POST", path, body), 409, "frozen")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from safegene_server.calibration.objective import Evaluation, Vector
-from safegene_server.calibration.search import Found, Space, search
+from safegene_server.calibration.search import Evaluation, Found, Space, Vector, search
 from safegene_vllm.errors import ConfigError
 
 Loss = Callable[[Vector], float]

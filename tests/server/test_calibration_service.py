@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from calibration_setup import BEST, NAME, CalibrationWorld, examples
-from tenant_setup import REFUSAL, refused
+from tenant_setup import REFUSAL, rejected
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.registry import Job
@@ -39,13 +39,13 @@ def new(world: CalibrationWorld, **more: Any) -> dict[str, Any]:
 
 
 def register(world: CalibrationWorld, **more: Any) -> int:
-    told = world.told("POST", "/tenants", new(world, **more))
+    told = world.json("POST", "/tenants", new(world, **more))
     assert (told["tenant"]["name"], told["job"]["kind"]) == (NAME, "calibrate")
     return int(told["job"]["id"])
 
 
 def attempt(world: CalibrationWorld, job: int) -> Job:
-    asyncio.run(world.tenancy.jobs.run_one(world.tenancy))
+    asyncio.run(world.jobs.run_one())
     return world.registry.jobs.get(job)
 
 
@@ -57,7 +57,7 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     data = {"safety": {"name": "harm", "licence": "MIT"}}
     body = new(world, limits={"concurrent": 2})
     body["calibrate"] |= {"data": data, "seed": 3, "evaluations": 80}
-    answer = world.ask("POST", "/tenants", body)
+    answer = world.request("POST", "/tenants", body)
     assert answer.status_code == 202 and answer.json()["tenant"]["published"] is None
     job = world.work()
     assert (job.kind, job.state, job.message) == ("calibrate", "done", f"{NAME}@2 is published")
@@ -76,7 +76,7 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     assert record["seed"] == 3 and record["evaluations"] <= 80
     assert job.result is not None and job.result["better"] is True
     assert (job.result["revision"], job.result["rollout"]) == (f"{NAME}@2", 1)
-    tenant = world.told("GET", f"/tenants/{NAME}")
+    tenant = world.json("GET", f"/tenants/{NAME}")
     assert (tenant["served"], tenant["limits"]) == (f"{NAME}@2", {"concurrent": 2})
     assert world.replica.loads == [f"{NAME}@2"], "the first is but a beginning"
     assert world.replica.trials == {}
@@ -94,7 +94,7 @@ def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> No
     (only,) = world.registry.revisions.list(NAME)
     assert only.state == "published" and only.gate["passed"] is True
     assert {body["model"] for body in world.replica.asked} == {f"{NAME}@1"}
-    assert world.told("GET", f"/tenants/{NAME}")["served"] == f"{NAME}@1"
+    assert world.json("GET", f"/tenants/{NAME}")["served"] == f"{NAME}@1"
     world.registry.close()
 
 
@@ -111,7 +111,7 @@ def test_a_failed_smoke_test_is_never_published(tmp_path: Path, better: bool) ->
     assert world.registry.tenants.get(NAME).published is None and world.replica.held == set()
     # What it has can be calibrated again.
     world.replica.answer = lambda prompt: "Here is how that is done, step by step."
-    world.told("POST", f"/tenants/{NAME}/calibrate", {"examples": examples(), "seed": 9})
+    world.json("POST", f"/tenants/{NAME}/calibrate", {"examples": examples(), "seed": 9})
     assert world.work().kind == "calibrate"
     world.registry.close()
 
@@ -121,9 +121,9 @@ def test_ready_without_being_published(world: CalibrationWorld) -> None:
     job = world.work()
     assert job.state == "done" and f"{NAME}@2 is ready" in job.message
     assert states(world) == ["registered", "ready"] and world.replica.held == set()
-    published = world.told("POST", f"/tenants/{NAME}/publish", {"number": 2})
+    published = world.json("POST", f"/tenants/{NAME}/publish", {"number": 2})
     assert published["revision"]["state"] == "published"
-    refused(world.ask("POST", f"/tenants/{NAME}/publish", {"number": 1}), 409, "is registered")
+    rejected(world.request("POST", f"/tenants/{NAME}/publish", {"number": 1}), 409, "is registered")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_same_registration_again_is_the_same_job(world: CalibrationWorld) ->
         {"calibrate": None},
         {"calibrate": None, "coefficients": 1.0},
     ):
-        refused(world.ask("POST", "/tenants", new(world, **more)), 409, "exists")
+        rejected(world.request("POST", "/tenants", new(world, **more)), 409, "exists")
     assert [found.id for found in world.registry.jobs.list()] == [job]
 
 
@@ -175,10 +175,10 @@ def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWor
     job = world.work()
     assert job.state == "failed" and "nowhere" in job.message
     assert states(world) == []
-    refused(world.ask("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
+    rejected(world.request("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
     body = new(world, expected_revision=0)
     del body["name"]
-    told = world.told("POST", f"/tenants/{NAME}/revisions", body)
+    told = world.json("POST", f"/tenants/{NAME}/revisions", body)
     assert told["job"]["kind"] == "calibrate"
     assert world.work().state == "done" and states(world) == ["registered", "published"]
 
@@ -203,7 +203,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 def test_a_rejected_registration_leaves_no_tenant(
     world: CalibrationWorld, more: dict[str, Any], status: int, words: str
 ) -> None:
-    refused(world.ask("POST", "/tenants", new(world, **more)), status, words)
+    rejected(world.request("POST", "/tenants", new(world, **more)), status, words)
     assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
@@ -212,10 +212,10 @@ def test_nothing_to_calibrate_and_a_frozen_family_are_rejected_at_once(
 ) -> None:
     family = world.replica.header.digest
     world.registry.policies.set_floor(family, {0: 3.0, 2: 3.0}, actor="test")
-    refused(world.ask("POST", "/tenants", new(world)), 400, "nothing to calibrate")
+    rejected(world.request("POST", "/tenants", new(world)), 400, "nothing to calibrate")
     world.registry.policies.set_floor(family, {}, actor="test")
     world.registry.policies.freeze(family, actor="test")
-    refused(world.ask("POST", "/tenants", new(world)), 409, "frozen")
+    rejected(world.request("POST", "/tenants", new(world)), 409, "frozen")
     assert world.registry.tenants.list() == () and world.registry.jobs.list() == ()
 
 
@@ -226,7 +226,7 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     body = {"source": source, "calibrate": {"examples": examples()}}
     seen = []
     world.replica.on_score = lambda: seen.append(world.catalog.view.tenants[NAME].served)
-    told = world.told("POST", path, {**body, "expected_revision": 1})
+    told = world.json("POST", path, {**body, "expected_revision": 1})
     assert told["job"]["kind"] == "calibrate" and told["tenant"]["published"] == 1
     assert world.work().state == "done"
     assert set(seen) == {f"{NAME}@1"}, "it is served as it was meanwhile"
@@ -234,19 +234,19 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     one, two, three = world.registry.revisions.list(NAME)
     assert two.adapter_digest == three.adapter_digest != one.adapter_digest
     again = {"calibrate": {"examples": examples()}}
-    world.told("POST", path, again)
+    world.json("POST", path, again)
     assert world.work().state == "done"
     read_again = world.registry.revisions.get(NAME, 4)
     assert (read_again.adapter_digest, read_again.source) == (three.adapter_digest, source)
-    refused(world.ask("POST", path, {**body, "expected_revision": 7}), 409, "somebody else")
-    refused(world.ask("POST", path, {**body, "layers": {"0": 1}}), 400, "calibrate and layers")
-    refused(world.ask("POST", path, {"calibrate": ONE_CLASS}), 400, "same answer")
-    refused(world.ask("POST", "/tenants/other/revisions", body, key="acme"), 404)
-    world.told("POST", "/tenants", {"name": "acme", "coefficients": 1.0})
+    rejected(world.request("POST", path, {**body, "expected_revision": 7}), 409, "somebody else")
+    rejected(world.request("POST", path, {**body, "layers": {"0": 1}}), 400, "calibrate and layers")
+    rejected(world.request("POST", path, {"calibrate": ONE_CLASS}), 400, "same answer")
+    rejected(world.request("POST", "/tenants/other/revisions", body, key="acme"), 404)
+    world.json("POST", "/tenants", {"name": "acme", "coefficients": 1.0})
     assert world.work().state == "done"
-    refused(world.ask("POST", "/tenants/acme/revisions", again), 409, "without a source")
-    world.told("POST", f"/tenants/{NAME}/freeze")
-    refused(world.ask("POST", path, body), 409, "frozen")
+    rejected(world.request("POST", "/tenants/acme/revisions", again), 409, "without a source")
+    world.json("POST", f"/tenants/{NAME}/freeze")
+    rejected(world.request("POST", path, body), 409, "frozen")
     assert all(job.state == "done" for job in world.registry.jobs.list())
     world.registry.close()
 
@@ -254,7 +254,7 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
 def test_somebody_else_was_first(world: CalibrationWorld) -> None:
     register(world)
     body = {"source": world.adapter("given"), "publish": True}
-    world.told("POST", f"/tenants/{NAME}/revisions", body)
+    world.json("POST", f"/tenants/{NAME}/revisions", body)
     (waiting,) = [job for job in world.registry.jobs.list() if job.kind == "onboard"]
     scored = []
 
@@ -370,8 +370,8 @@ def test_examples_are_deleted_and_never_returned(world: CalibrationWorld) -> Non
     everything = [
         world.registry.jobs.get(job).params,
         *(revision.profile.calibration for revision in world.registry.revisions.list(NAME)),
-        *(world.told("GET", path) for path in (f"/jobs/{job}", "/jobs", "/audit?limit=1000")),
-        world.told("GET", f"/tenants/{NAME}/revisions"),
+        *(world.json("GET", path) for path in (f"/jobs/{job}", "/jobs", "/audit?limit=1000")),
+        world.json("GET", f"/tenants/{NAME}/revisions"),
     ]
     for text in ("bad 1", "task 1", "label 1"):
         assert text not in json.dumps(everything, default=dict)

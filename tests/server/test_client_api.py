@@ -34,9 +34,8 @@ class Server:
         self._jobs: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        tenancy = self.world.tenancy
         if self._jobs is None:
-            self._jobs = asyncio.create_task(tenancy.jobs.run(tenancy))
+            self._jobs = asyncio.create_task(self.world.jobs.run())
         for route in router.routes:
             if route.matches(scope)[0] is Match.FULL:
                 self.routes.add(f"{scope['method']} {route.path}")

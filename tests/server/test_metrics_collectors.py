@@ -30,10 +30,10 @@ class Follower:
     why: tuple[str, ...] = ()
     names: list[str] = field(default_factory=list)
 
-    def faults(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[str, ...]:
         return self.why
 
-    def offered(self) -> list[tuple[str, Any]]:
+    def served(self) -> list[tuple[str, Any]]:
         return [(name, None) for name in self.names]
 
 

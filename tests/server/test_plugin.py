@@ -554,6 +554,26 @@ def test_a_dead_engine_is_503(world: World) -> None:
     assert "the engine is down" in shape_of_openai(response.json(), 503)
 
 
+def test_a_given_profile_is_verified_in_place_of_the_file_s(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = world.start()
+    request = Request("t1", 7, str(world.d / "t1"))
+    own = load_profile(world.d / "t1")
+
+    def read(path: Path) -> Profile:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(verifier, "load_profile", read)
+    other = replace(own, coefficients=tuple(0.0 for _ in own.coefficients))
+    with pytest.raises(ReceiptError, match="t1"):
+        asyncio.run(world.models.engine_client.add(request, other))
+    assert world.engine.removed == [7]
+    world.engine.receipts = [r and replace(r, adapters=()) for r in world.engine.receipts]
+    assert asyncio.run(world.models.engine_client.add(request, own))
+    client.close()
+
+
 def test_errors_of_removal_are_translated(world: World) -> None:
     client = world.start()
     client_proxy = world.models.engine_client

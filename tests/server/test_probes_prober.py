@@ -195,7 +195,7 @@ def test_rates_go_with_the_revision_they_are_of(probes: ProbeWorld, how: str) ->
     prober = probes.probing()
     assert probes.next() and probes.next() and series_of(NAME) == ALL
     if how == "retired":
-        probes.told("DELETE", f"/tenants/{NAME}")
+        probes.json("DELETE", f"/tenants/{NAME}")
         expected = ["globex"]
     else:
         probes.publish(NAME, first=0.5)
@@ -337,7 +337,7 @@ def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
 def test_probes_are_charged_to_no_tenant(probes: ProbeWorld) -> None:
     """Limits and what runs are counted where requests come in, and probes do not come in there."""
     probes.publish(NAME)
-    probes.told("PUT", f"/tenants/{NAME}/limits", {"concurrent": 1, "requests_per_minute": 1})
+    probes.json("PUT", f"/tenants/{NAME}/limits", {"concurrent": 1, "requests_per_minute": 1})
     asyncio.run(probes.probing().probe(NAME))
     assert not probes.access.counters.accounts and not probes.access.counters.running
 
@@ -371,7 +371,7 @@ def test_it_is_off_until_it_is_switched_on(
     assert len(probes.replica.asked) == (len(PROMPTS) if enabled else 0)
     # Whether or not it asks, it forgets what is not served.
     asyncio.run(prober.probe(NAME, on_request=True))
-    probes.told("DELETE", f"/tenants/{NAME}")
+    probes.json("DELETE", f"/tenants/{NAME}")
     refreshes = 0
     asyncio.run(asyncio.wait_for(some_refreshes(), 60))
     assert series_of(NAME) == set()
@@ -403,7 +403,7 @@ def test_a_probe_does_not_go_on_with_other_content_under_the_name(
     probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes.publish(NAME)
-    ((_, now),) = probes.replica.offered()
+    ((_, now),) = probes.replica.served()
     other = replace(now, profile=make_profile(FAMILY, 0.5))
     assert other.served_name == now.served_name and other.id == now.id
     prober, offered = probes.probing(), probes.replica.offered

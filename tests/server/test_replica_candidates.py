@@ -31,8 +31,8 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
 
     async def look() -> None:
         kept = revisions_on_disk(world)
-        first = await world.replica.begin_trial(served, [0.25, 2.0])
-        second = await world.replica.begin_trial(served, [0.25, 2.0])
+        first = await world.replica.begin_candidate(served, [0.25, 2.0])
+        second = await world.replica.begin_candidate(served, [0.25, 2.0])
         assert first != second, "the prefix cache knows adapters by their names"
         loaded = {request.name: request for request in world.engine.loaded.values()}
         assert {first, second} < set(loaded)
@@ -49,7 +49,7 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
         await world.replica.reconcile()
         assert len(world.engine.loaded) == 3, "following the registry leaves trials alone"
         for name in (first, second, second):
-            await world.replica.end_trial(name)
+            await world.replica.end_candidate(name)
         assert list(world.engine.loaded) == [served.id]
         assert set(world.models.lora_requests) == {"acme@1"}
         assert f"forget {first}" in world.engine.log
@@ -66,15 +66,15 @@ def test_what_no_rank_accepts_leaves_nothing_behind(
     async def look() -> None:
         kept = revisions_on_disk(world)
 
-        async def refuse(request: Any) -> None:
+        async def refuse(request: Any, profile: Any) -> None:
             raise ReceiptError("rank 0 holds another row")
 
         with monkeypatch.context() as patch:
             patch.setattr(world.engine, "add", refuse)
             with pytest.raises(ReceiptError):
-                await world.replica.begin_trial(served, [0.25, 2.0])
+                await world.replica.begin_candidate(served, [0.25, 2.0])
         with pytest.raises(BoundsError):
-            await world.replica.begin_trial(served, [99.0, 0.0])
+            await world.replica.begin_candidate(served, [99.0, 0.0])
         assert set(world.models.lora_requests) == {"acme@1"}
         assert revisions_on_disk(world) == kept and len(world.replica._candidates) == 0
 
@@ -89,13 +89,13 @@ def test_one_that_is_given_up_while_it_loads_is_taken_out(
     async def look() -> None:
         loading, add = asyncio.Event(), world.engine.add
 
-        async def slow(request: Any) -> None:
-            await add(request)
+        async def slow(request: Any, profile: Any) -> None:
+            await add(request, profile)
             loading.set()
             await asyncio.sleep(60)
 
         monkeypatch.setattr(world.engine, "add", slow)
-        task = asyncio.create_task(world.replica.begin_trial(served, [0.25, 2.0]))
+        task = asyncio.create_task(world.replica.begin_candidate(served, [0.25, 2.0]))
         await asyncio.wait_for(loading.wait(), 5)
         assert len(world.engine.loaded) == 2
         task.cancel()
@@ -113,12 +113,12 @@ def test_slots_and_requests_are_counted(world: World, monkeypatch: pytest.Monkey
 
     async def look() -> None:
         assert world.replica.free_slots() == 2 and world.replica.in_flight() == 0
-        names = [await world.replica.begin_trial(served, [1.0, 1.0]) for _ in range(3)]
+        names = [await world.replica.begin_candidate(served, [1.0, 1.0]) for _ in range(3)]
         assert world.replica.free_slots() == 0
         world.counters.running["acme@1"] += 2
         assert world.replica.in_flight() == 2
         for name in names:
-            await world.replica.end_trial(name)
+            await world.replica.end_candidate(name)
         assert world.replica.free_slots() == 2
 
     run(world, look)

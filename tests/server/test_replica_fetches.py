@@ -46,7 +46,7 @@ class Slow:
             return stage(source, **more)
 
         monkeypatch.setattr(store, "stage", wait)
-        world.replica.supply.store = store
+        world.replica.artifacts.store = store
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
         world.publish("acme", 0.6)
         await until(lambda: world.served("acme") == "acme@2")
         assert slow.begun.is_set() and world.served("globex") == "globex@1"
-        assert world.replica.faults() == (), "it serves on as before, and is behind"
+        assert world.replica.problems() == (), "it serves on as before, and is behind"
         assert world.replica.lag.seconds() > 0.0
         assert world.replica.version < world.registry.version()
         (seen,) = world.registry.replicas.list()
@@ -94,28 +94,28 @@ def test_a_start_waits_for_slow_sources_only_so_long(
     world.registry.rollouts.publish("globex", new.number, actor="t")
 
     async def look() -> None:
-        assert "globex@1: its adapter is being downloaded" in world.replica.faults()
+        assert "globex@1: its adapter is being downloaded" in world.replica.problems()
         await until(lambda: world.served("acme") == "acme@1")
-        assert world.replica.faults() and world.served("globex") is None
+        assert world.replica.problems() and world.served("globex") is None
         slow.go.set()
         await until(lambda: world.served("globex") == "globex@1")
-        await until(lambda: world.replica.faults() == ())
+        await until(lambda: world.replica.problems() == ())
 
     run(world, look)
 
 
 def test_a_fetch_that_failed_is_begun_again_and_named_meanwhile(world: World, slow: Slow) -> None:
-    world.replica.supply.fetches.retry_s = 0.05
+    world.replica.artifacts.fetches.retry_s = 0.05
     slow.go.set()
     slow.fail.set()
     new = world.add("globex", 0.7, source="slow")
     world.registry.rollouts.publish("globex", new.number, actor="t")
 
     async def look() -> None:
-        assert world.replica.faults() == ("globex@1: the slow source is broken",)
+        assert world.replica.problems() == ("globex@1: the slow source is broken",)
         slow.fail.clear()
         await until(lambda: world.served("globex") == "globex@1")
-        await until(lambda: world.replica.faults() == ())
+        await until(lambda: world.replica.problems() == ())
 
     run(world, look)
 
@@ -130,7 +130,7 @@ def test_what_nobody_waits_for_any_more_is_not_fetched_on(world: World, slow: Sl
         world.registry.rollouts.rollback("globex", actor="t")
         await until(slow.stopped.is_set)
         await until(lambda: world.replica.lag.seconds() == 0.0)
-        assert world.served("globex") == "globex@1" and not world.replica.supply.fetches
+        assert world.served("globex") == "globex@1" and not world.replica.artifacts.fetches
 
     run(world, change)
 

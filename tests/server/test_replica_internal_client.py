@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safegene_server.replica import CaptureApp, InternalClient
 from safegene_server.tenants import Prompt
-from safegene_server.tenants.smoke_prompts import CHAT, ask_all
+from safegene_server.tenants.smoke_prompts import CHAT, generate_all
 from safegene_vllm.errors import AdapterRejectedError, ConfigError
 
 Handler = Callable[[Request], Coroutine[Any, Any, Any]]
@@ -39,7 +39,7 @@ def test_it_goes_past_what_stands_in_front_and_finds_the_whole_app() -> None:
         body = await request.json()
         return {"word": request.app.state.word, "body": body["x"]}
 
-    app.add_middleware(CaptureApp, inside=inside, whole=app)
+    app.add_middleware(CaptureApp, internal_client=inside, whole=app)
     app.add_middleware(Shut)
 
     async def ask() -> None:
@@ -110,12 +110,12 @@ class Slow:
 
         route = asked if stubborn else decorate(asked)
         self.app.add_api_route(CHAT, route, methods=["POST"])
-        self.app.add_middleware(CaptureApp, inside=self.inside, whole=self.app)
+        self.app.add_middleware(CaptureApp, internal_client=self.inside, whole=self.app)
         self.app.middleware_stack = self.app.build_middleware_stack()
 
     async def ask(self, *names: str) -> list[str]:
         prompts = [Prompt(name, "benign") for name in names]
-        return await ask_all(
+        return await generate_all(
             self.inside, "acme@1", prompts, concurrent=3, max_tokens=1, priority=None
         )
 

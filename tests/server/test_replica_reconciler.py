@@ -21,14 +21,14 @@ from safegene_server.access.catalog import Catalog, key_digest
 from safegene_server.access.limits import Counters
 from safegene_server.access.models import resolve
 from safegene_server.artifacts import Store
-from safegene_server.error_responses import EngineDownError
+from safegene_server.error_responses import HIDDEN, EngineDownError
 from safegene_server.registry import Position, Registry, Revision, Snapshot
 from safegene_server.replica import InternalClient, Reconciler
 from safegene_server.replica.view import principal_of_key
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import ConfigError, ReceiptError, RegistryDownError, RegistryError
 from safegene_vllm.formats.family import FamilyHeader, read_family_header
-from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.formats.profile import load_profile, make_profile
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Engine:
         adapters = [{"lora_int_id": i, "name": r.name} for i, r in self.loaded.items()]
         return [{"rank": 0, "adapters": adapters}]
 
-    async def add(self, request: Any) -> list[dict[str, Any]]:
-        assert (request.path / "safegene.json").exists()
+    async def add(self, request: Any, profile: Any = None) -> list[dict[str, Any]]:
+        assert profile == load_profile(request.path)
         if request.name in self.refuse:
             raise ReceiptError(f"{request.name}: rank 0 holds another row")
         self.log.append(f"add {request.name}")
@@ -120,11 +120,11 @@ def world(tmp_path: Path) -> Iterator[World]:
     replica = Reconciler(
         registry=registry,
         store=store,
-        gate=engine,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
         models=models,
         catalog=catalog,
         counters=counters,
-        inside=InternalClient(),
+        internal_client=InternalClient(),
         make_request=lambda name, number, path: SimpleNamespace(name=name, id=number, path=path),
     )
     registry.families.add(header, None, actor="t")
@@ -160,11 +160,11 @@ def test_it_needs_a_family(world: World) -> None:
         Reconciler(
             registry=world.registry,
             store=world.store,
-            gate=Engine(None),  # type: ignore[arg-type]
+            engine=Engine(None),  # type: ignore[arg-type]
             models=world.models,
             catalog=world.catalog,
             counters=world.counters,
-            inside=InternalClient(),
+            internal_client=InternalClient(),
             make_request=lambda *_: None,
         )
 
@@ -176,12 +176,35 @@ def test_what_is_published_is_loaded_before_it_is_named(world: World) -> None:
     async def look() -> None:
         assert world.served("acme") == "acme@1" and world.served("waiting") is None
         assert list(world.models.lora_requests) == ["acme@1"]
-        assert world.replica.faults() == () and world.replica.version == world.registry.version()
+        assert world.replica.problems() == () and world.replica.version == world.registry.version()
         (held,) = world.registry.replicas.receipts(revision=first.id)
         assert held.ok and held.receipt["ranks"][0]["name"] == "acme@1"
 
     run(world, look)
     assert world.registry.replicas.list() == ()
+
+
+def test_errors_reported_to_the_registry_name_no_path(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.publish("acme", 0.5)
+
+    async def rejecting(request: Any, profile: Any) -> Any:
+        raise ReceiptError(f"{request.path} holds another row")
+
+    world.engine.add = rejecting  # type: ignore[method-assign]
+    world.engine.report_faults = (f"{world.store.root} has drifted",)
+
+    async def look() -> None:
+        await world.replica._check_drift()
+        (reported,) = world.registry.replicas.list()
+        assert reported.faults == world.replica.problems() == (f"acme@1: {HIDDEN}", HIDDEN)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safegene_server.replica.reconciler.DRIFT_S", 0.0)
+        run(world, look)
+    assert f"{world.store.root}/revisions" in caplog.text
+    assert f"{world.store.root} has drifted" in caplog.text
 
 
 def test_signs_of_life_come_between_the_adapters_of_a_long_change(
@@ -197,11 +220,11 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
 
     add = world.engine.add
 
-    async def adding(request: Any) -> list[dict[str, Any]]:
+    async def adding(request: Any, profile: Any) -> list[dict[str, Any]]:
         receipts = [len(world.registry.replicas.receipts(revision=r.id)) for r in (first, second)]
         told.append((len(world.registry.replicas.list()), receipts[0]))
         assert receipts[1] == 0
-        return await add(request)
+        return await add(request, profile)
 
     world.engine.add = adding  # type: ignore[method-assign]
     run(world, look)
@@ -211,7 +234,7 @@ def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> No
     changes: list[list[tuple[str, str]]] = []
 
     def changed() -> None:
-        changes.append([(tenant, r.served_name) for tenant, r in world.replica.offered()])
+        changes.append([(tenant, r.served_name) for tenant, r in world.replica.served()])
 
     world.replica.on_change = changed
     world.publish("acme", 0.5)
@@ -282,8 +305,8 @@ def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
 
     async def change() -> None:
         assert world.replica.serving() == {"acme": "acme@1"}
-        with world.replica.keeping("acme@1"):
-            with world.replica.keeping("acme@1"):
+        with world.replica.in_use("acme@1"):
+            with world.replica.in_use("acme@1"):
                 world.registry.rollouts.retire("acme", actor="t")
                 await world.replica.reconcile()
                 assert world.replica.serving() == {} and world.served("acme") is None
@@ -304,12 +327,12 @@ def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: Wo
         world.publish("acme", 0.9)
         await world.replica.reconcile()
         assert world.served("acme") == "acme@1"
-        assert any("acme@2" in fault for fault in world.replica.faults())
+        assert any("acme@2" in fault for fault in world.replica.problems())
         (seen,) = world.registry.replicas.list()
         assert seen.applied_version < world.registry.version() and seen.faults
         world.engine.refuse.clear()
         await world.replica.reconcile()
-        assert world.served("acme") == "acme@2" and world.replica.faults() == ()
+        assert world.served("acme") == "acme@2" and world.replica.problems() == ()
 
     run(world, change)
 
@@ -320,14 +343,14 @@ def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
 
     async def look() -> None:
         assert world.served("acme") is None and world.models.lora_requests == {}
-        assert world.replica.faults()
+        assert world.replica.problems()
 
     run(world, look)
 
 
 def test_another_machine_fetches_what_its_store_has_not(world: World, tmp_path: Path) -> None:
     world.publish("acme", 0.5)
-    world.replica.supply.store = Store(tmp_path / "other-store")
+    world.replica.artifacts.store = Store(tmp_path / "other-store")
 
     async def look() -> None:
         assert world.served("acme") == "acme@1"
@@ -342,11 +365,11 @@ def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
     family = tiny_model.write_family(tmp_path / "m", tmp_path / "f2")
     world.publish("acme", 0.5)
     tiny_model.write_tenant(tmp_path / "m", tmp_path / "acme", family, None, seed=2)
-    world.replica.supply.store = Store(tmp_path / "other-store")
+    world.replica.artifacts.store = Store(tmp_path / "other-store")
 
     async def look() -> None:
         assert world.served("acme") is None
-        assert any("expected sha256:" in fault for fault in world.replica.faults())
+        assert any("expected sha256:" in fault for fault in world.replica.problems())
 
     run(world, look)
 
@@ -442,13 +465,13 @@ def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        assert world.replica.faults() == ()
+        assert world.replica.problems() == ()
         world.engine.report_faults = ("rank 1 holds gain row x, expected y",)
-        await until(lambda: world.replica.faults() == world.engine.report_faults)
+        await until(lambda: world.replica.problems() == world.engine.report_faults)
         told = world.engine.report_faults
         await until(lambda: [r.faults for r in world.registry.replicas.list()] == [told])
         world.engine.report_faults = ()
-        await until(lambda: world.replica.faults() == ())
+        await until(lambda: world.replica.problems() == ())
 
     run(world, change)
 

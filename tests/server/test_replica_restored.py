@@ -41,7 +41,7 @@ def watched(world: World) -> list[tuple[View, dict[int, Any], tuple[str, ...]]]:
     replace = world.catalog.replace
 
     def seen(view: View) -> None:
-        views.append((view, dict(world.engine.loaded), world.replica.faults()))
+        views.append((view, dict(world.engine.loaded), world.replica.problems()))
         replace(view)
 
     world.catalog.replace = seen  # type: ignore[method-assign]
@@ -57,7 +57,7 @@ async def level(world: World) -> None:
     """Until all that the registry says now is served, and told."""
     await until(lambda: world.replica._losses >= getattr(world.models, "restores", 0))
     await until(lambda: world.replica.version == world.registry.version())
-    await until(lambda: world.replica.faults() == ())
+    await until(lambda: world.replica.problems() == ())
 
     def reported() -> bool:
         live = [one for one in world.registry.replicas.list() if one.id == world.replica.id]
@@ -188,12 +188,12 @@ def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) ->
         slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
         restored(world, restore, lambda: world.publish("acme", 0.9))
         await until(lambda: world.served("acme") is None)
-        with world.replica.keeping("acme@2"):
-            await until(lambda: any("acme@2 (id 2" in fault for fault in world.replica.faults()))
+        with world.replica.in_use("acme@2"):
+            await until(lambda: any("acme@2 (id 2" in fault for fault in world.replica.problems()))
             slot.close(0)
             await asyncio.sleep(0.5)
             assert coefficient(world, old.id) == 0.6 and world.served("acme") is None
-            assert world.replica.faults() and world.replica.version == 0
+            assert world.replica.problems() and world.replica.version == 0
             (row,) = world.registry.replicas.list()
             assert row.applied_version == 0 and row.faults
             assert world.registry.replicas.receipts(replica=row.id, revision=old.id) == ()
@@ -219,7 +219,7 @@ def test_what_the_registry_does_not_know_is_offered_no_more(
         assert world.served("acme") == "acme@4" and not slow.begun.is_set()
         restored(world, restore)
         await until(lambda: world.served("acme") is None)
-        await until(lambda: "acme@1: its adapter is being downloaded" in world.replica.faults())
+        await until(lambda: "acme@1: its adapter is being downloaded" in world.replica.problems())
         await until(lambda: not world.engine.loaded)
         assert world.models.lora_requests == {} and world.replica.version == 0
         slow.go.set()
@@ -249,7 +249,7 @@ def test_a_fetch_for_an_id_is_a_fetch_of_its_content(
         await until(slow.begun.is_set)
         restored(world, restore, lambda: publish("third"))
         await level(world)
-        assert slow.stopped.is_set() and not world.replica.supply.fetches
+        assert slow.stopped.is_set() and not world.replica.artifacts.fetches
         new = world.registry.revisions.get("acme", 2)
         assert (new.id, new.profile.digest) == (old.id, old.profile.digest)
         assert new.adapter_digest != old.adapter_digest and world.served("acme") == "acme@2"
@@ -269,12 +269,12 @@ def test_new_content_that_fails_leaves_nothing_under_the_name(world: World) -> N
         await level(world)
         world.engine.refuse.add("acme@2")
         restored(world, restore, lambda: world.publish("acme", 0.9))
-        await until(lambda: any("holds another row" in fault for fault in world.replica.faults()))
+        await until(lambda: any("holds another row" in fault for fault in world.replica.problems()))
         assert world.served("acme") is None and "acme@2" not in world.models.lora_requests
         assert [request.name for request in world.engine.loaded.values()] == ["acme@1"]
         world.engine.refuse.clear()
         await world.replica.reconcile()
-        assert world.served("acme") == "acme@2" and world.replica.faults() == ()
+        assert world.served("acme") == "acme@2" and world.replica.problems() == ()
 
     run(world, change)
 
@@ -291,7 +291,7 @@ def test_it_is_not_ready_from_the_moment_that_it_is_noticed(
         await level(world)
         async with world.replica._lock:
             restore()
-            await until(lambda: world.replica.faults() == (RESTORED,))
+            await until(lambda: world.replica.problems() == (RESTORED,))
             assert world.replica._state()[0] == 0
         await level(world)
         assert world.served("acme") == "acme@1"
@@ -464,7 +464,7 @@ def test_an_engine_that_keeps_the_old_content_is_a_fault(world: World) -> None:
         world.engine.remove_lora = stuck  # type: ignore[method-assign]
         restored(world, restore, lambda: world.publish("acme", 0.9))
         await asyncio.wait_for(failed.wait(), 10)
-        assert world.served("acme") is None and world.replica.faults()
+        assert world.served("acme") is None and world.replica.problems()
         world.engine.remove_lora = remove  # type: ignore[method-assign]
         await world.replica.reconcile()
         await level(world)

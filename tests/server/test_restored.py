@@ -210,7 +210,7 @@ class World:
             while (seen := await self.ready()) == 200:
                 await asyncio.sleep(0.002)
         assert seen == 503
-        assert "lost changes" in (faults := await self.faults()) or "acme@" in faults
+        assert "lost changes" in (faults := await self.problems()) or "acme@" in faults
 
     def other(self, first: float) -> Revision:
         """Another coefficient for what acme serves, by an operator who works on the registry."""

@@ -219,7 +219,7 @@ def test_the_onboarding_job_fails_and_says_why(
     world.store.rules = SourceRules(protocols=("memory",))
     place = make(layout, tmp_path / "t", parts / "a", parts / "p")
     given = remote(place) if far else str(place)
-    world.told("POST", "/tenants", {"name": "acme/support", "source": given})
+    world.json("POST", "/tenants", {"name": "acme/support", "source": given})
     job = world.work()
     assert job.state == "failed"
     check_words(layout, given, job.message or "")

@@ -22,15 +22,11 @@ __all__ = ["world"]
 TENANT = "acme/support"
 
 
-def tenancy(world: World, handler: Any, **settings: Any) -> TenantContext:
-    """Like the world's, with one kind of job."""
-    return TenantContext(
-        world.replica,
-        world.registry,
-        world.store,
-        TenantSettings(**{"poll_s": 0.02, **settings}),
-        Jobs({"test": handler}),
-    )
+def jobs_of(world: World, handler: Any, **settings: Any) -> Jobs:
+    """Jobs of the world's server, of one kind."""
+    given = TenantSettings(**{"poll_s": 0.02, **settings})
+    tenancy = TenantContext(world.replica, world.registry, world.store, given)
+    return Jobs(tenancy, {"test": handler})
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +40,8 @@ def enqueue(world: World, kind: str = "test") -> int:
 
 def run_one(world: World, handler: Any, **settings: Any) -> Job:
     number = enqueue(world)
-    here = tenancy(world, handler, **settings)
-    assert asyncio.run(here.jobs.run_one(here))
+    jobs = jobs_of(world, handler, **settings)
+    assert asyncio.run(jobs.run_one())
     return world.registry.jobs.get(number)
 
 
@@ -89,8 +85,8 @@ def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error:
     job = run_one(world, handler, lease_s=0.1)
     assert job.state == "running"
     time.sleep(0.15)
-    here = tenancy(world, better)
-    assert asyncio.run(here.jobs.run_one(here))
+    jobs = jobs_of(world, better)
+    assert asyncio.run(jobs.run_one())
     assert world.registry.jobs.get(job.id).message == "attempt 2"
 
 
@@ -100,8 +96,8 @@ def test_only_jobs_with_a_handler_here_are_claimed(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         raise AssertionError
 
-    here = tenancy(world, handler)
-    assert not asyncio.run(here.jobs.run_one(here))
+    jobs = jobs_of(world, handler)
+    assert not asyncio.run(jobs.run_one())
     assert world.registry.jobs.get(number).state == "queued"
 
 
@@ -170,18 +166,18 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
             await asyncio.sleep(0.01)
         return "of the job that is there now"
 
-    here = tenancy(world, first, lease_s=1.0)
-    here.jobs.handlers = {"first": first, "second": second}
+    jobs = jobs_of(world, first, lease_s=1.0)
+    jobs.handlers = {"first": first, "second": second}
 
     async def run() -> None:
-        running = asyncio.create_task(here.jobs.run_one(here))
+        running = asyncio.create_task(jobs.run_one())
         await asyncio.wait_for(begun.wait(), 10)
         restore()
         if after == "another":
             assert enqueue(world, "second") == number
-        here.jobs.handlers["first"] = second
+        jobs.handlers["first"] = second
         if after != "forgotten":
-            assert await here.jobs.run_one(here)
+            assert await jobs.run_one()
         assert await asyncio.wait_for(running, 10)
 
     asyncio.run(run())
@@ -203,10 +199,10 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
         await asyncio.sleep(0.1 if work.job.id != numbers[2] else 30)
         return "done"
 
-    here = tenancy(world, handler, jobs_at_once=2, lease_s=5.0)
+    jobs = jobs_of(world, handler, jobs_at_once=2, lease_s=5.0)
 
     async def serve() -> None:
-        running = asyncio.create_task(here.jobs.run(here))
+        running = asyncio.create_task(jobs.run())
         async with asyncio.timeout(10):
             while len(together) < 3:
                 await asyncio.sleep(0.01)
@@ -221,11 +217,11 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
     assert states[2] == "queued" and states.count("done") >= 1
 
 
-def stop_in_the_middle(here: TenantContext, begun: asyncio.Event) -> None:
+def stop_in_the_middle(jobs: Jobs, begun: asyncio.Event) -> None:
     """Run jobs until one has begun, then stop as a server does on SIGTERM."""
 
     async def serve() -> None:
-        running = asyncio.create_task(here.jobs.run(here))
+        running = asyncio.create_task(jobs.run())
         async with asyncio.timeout(10):
             await begun.wait()
         running.cancel()
@@ -245,15 +241,15 @@ def test_a_server_that_stops_leaves_its_job_to_the_next_at_no_cost(world: World)
             await asyncio.sleep(30)
             return "never"
 
-        stop_in_the_middle(tenancy(world, handler, lease_s=30.0), begun)
+        stop_in_the_middle(jobs_of(world, handler, lease_s=30.0), begun)
         job = world.registry.jobs.get(number)
         assert (job.state, job.attempts, job.owner) == ("queued", 0, None)
 
     async def better(_: TenantContext, work: Work) -> str:
         return "resumed"
 
-    here = tenancy(world, better)
-    assert asyncio.run(here.jobs.run_one(here)), "it need not wait for a lease"
+    jobs = jobs_of(world, better)
+    assert asyncio.run(jobs.run_one()), "it need not wait for a lease"
     assert world.registry.jobs.get(number).message == "resumed"
 
 
@@ -266,7 +262,7 @@ def test_a_job_that_is_claimed_while_the_server_stops_is_released(
     async def handler(_: TenantContext, work: Work) -> str:
         raise AssertionError
 
-    here = tenancy(world, handler, jobs_at_once=1)
+    jobs = jobs_of(world, handler, jobs_at_once=1)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -277,7 +273,7 @@ def test_a_job_that_is_claimed_while_the_server_stops_is_released(
             return claim(*args, **more)
 
         monkeypatch.setattr(world.registry.jobs, "claim", slow)
-        running = asyncio.create_task(here.jobs.run(here))
+        running = asyncio.create_task(jobs.run())
         await begun.wait()
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -302,7 +298,7 @@ def test_a_server_that_stops_without_a_registry_leaves_its_job_to_the_lease(
         raise RegistryDownError("away")
 
     monkeypatch.setattr(world.registry.jobs, "release", down)
-    stop_in_the_middle(tenancy(world, handler), begun)
+    stop_in_the_middle(jobs_of(world, handler), begun)
     assert world.registry.jobs.get(number).state == "running"
 
 
@@ -313,14 +309,14 @@ def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
         done.set()
         return "done"
 
-    here = tenancy(world, handler, poll_s=30.0)
+    jobs = jobs_of(world, handler, poll_s=30.0)
 
     async def serve() -> float:
-        running = asyncio.create_task(here.jobs.run(here))
+        running = asyncio.create_task(jobs.run())
         await asyncio.sleep(0.2)
         await asyncio.to_thread(enqueue, world)
         began_s = time.monotonic()
-        here.jobs.wake()
+        jobs.tenancy.job_added.set()
         async with asyncio.timeout(10):
             await done.wait()
         running.cancel()
@@ -348,10 +344,10 @@ def test_a_registry_that_is_away_is_asked_again(
     async def handler(_: TenantContext, work: Work) -> str:
         return "done"
 
-    here = tenancy(world, handler, jobs_at_once=1)
+    jobs = jobs_of(world, handler, jobs_at_once=1)
 
     async def serve() -> None:
-        running = asyncio.create_task(here.jobs.run(here))
+        running = asyncio.create_task(jobs.run())
         async with asyncio.timeout(10):
             while (await asyncio.to_thread(world.registry.jobs.get, number)).state != "done":
                 await asyncio.sleep(0.01)

@@ -266,7 +266,7 @@ def test_what_takes_two_servers_down_is_not_tried_by_a_third_but_can_be_begun_ag
         assert world.registry.jobs.get(number).attempts == attempt
         time.sleep(0.15)
     del world.replica.errors["load"]
-    assert not asyncio.run(world.tenancy.jobs.run_one(world.tenancy)), "nothing is claimed"
+    assert not asyncio.run(world.jobs.run_one()), "nothing is claimed"
     job = world.registry.jobs.get(number)
     assert job.state == "failed" and f"`safegene tenant update {NAME}`" in job.message
     assert world.registry.tenants.get(NAME).published is None
@@ -316,8 +316,7 @@ def test_the_same_content_twice_at_once_is_one_revision(world: World) -> None:
     asyncio.run(service.add_revision(world.tenancy, NAME, **more))
 
     async def both() -> None:
-        one = world.tenancy.jobs.run_one
-        await asyncio.gather(one(world.tenancy), one(world.tenancy))
+        await asyncio.gather(world.jobs.run_one(), world.jobs.run_one())
 
     asyncio.run(both())
     assert [job.state for job in world.registry.jobs.list()] == ["done", "done"]

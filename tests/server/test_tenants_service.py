@@ -12,8 +12,8 @@ from registry_setup import HEADER
 from tenant_setup import ACTOR, REFUSAL, World, world
 
 from safegene_server.error_responses import EngineDownError
+from safegene_server.registry import Revision
 from safegene_server.tenants import Change, GateSettings, service
-from safegene_server.tenants.families import set_family_frozen, set_floor
 from safegene_server.tenants.service import Published
 from safegene_vllm.errors import (
     AdapterRejectedError,
@@ -25,7 +25,7 @@ from safegene_vllm.errors import (
     RegistryDownError,
     StoreError,
 )
-from safegene_vllm.formats.profile import make_profile
+from safegene_vllm.formats.profile import Profile, make_profile
 
 __all__ = ["world"]
 
@@ -39,6 +39,12 @@ def run(step: Coroutine[Any, Any, T]) -> T:
 
 def change(world: World, how: Change, *, expected: int | None = None) -> Published:
     return run(service.change_profile(world.tenancy, NAME, how, expected=expected, actor=ACTOR))
+
+
+def set_floor(world: World, floor: dict[int, float]) -> Any:
+    """Set the family's floor; return the rollout."""
+    path = f"/families/{world.replica.header.digest}/floor"
+    return world.json("PUT", path, {"floor": floor})["rollout"]
 
 
 def back(world: World, number: int | None = None, *, expected: int | None = None) -> Published:
@@ -128,7 +134,7 @@ def test_a_directory_that_cannot_be_made_yet_is_for_the_load_to_tell(
 
 def test_a_change_below_the_floor_or_out_of_bounds(world: World) -> None:
     world.serve(NAME)
-    run(set_floor(world.tenancy, world.replica.header.digest, {0: 0.5}, actor=ACTOR))
+    set_floor(world, {0: 0.5})
     with pytest.raises(BoundsError, match="floor"):
         change(world, Change(scale=0.1))
     with pytest.raises(BoundsError, match="expected"):
@@ -153,8 +159,8 @@ def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None
     world.serve(NAME)
     load = world.replica.load
 
-    async def overtaken(revision: Any) -> None:
-        await load(revision)
+    async def overtaken(revision: Any, path: Path) -> None:
+        await load(revision, path)
         world.registry.tenants.freeze(NAME, actor="other")
 
     world.replica.load = overtaken  # type: ignore[method-assign]
@@ -263,7 +269,7 @@ def test_a_publication_or_rollback_that_is_refused_leaves_nothing_loaded(world: 
     for _ in range(3):
         change(world, Change(scale=1.4))
     world.replica.held.discard(f"{NAME}@1")
-    run(set_floor(world.tenancy, world.replica.header.digest, {0: 1.2}, actor=ACTOR))
+    set_floor(world, {0: 1.2})
     publish = service.publish(world.tenancy, NAME, 1, expected=None, actor=ACTOR)
     assert loaded_by_refused(world, lambda: run(publish)) == set()
     assert loaded_by_refused(world, lambda: back(world, 1)) == set()
@@ -272,7 +278,7 @@ def test_a_publication_or_rollback_that_is_refused_leaves_nothing_loaded(world: 
 def test_a_rollback_to_what_is_kept_warm_keeps_it_so(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=2.5))
-    run(set_floor(world.tenancy, world.replica.header.digest, {0: 2.0}, actor=ACTOR))
+    set_floor(world, {0: 2.0})
     assert world.replica.held == {f"{NAME}@1", f"{NAME}@2"}
     with pytest.raises(BoundsError, match="floor"):
         back(world)
@@ -334,7 +340,7 @@ def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
     assert world.replica.loads == loads
     run(service.set_frozen(world.tenancy, NAME, False, actor=ACTOR))
     assert back(world).revision.number == 1
-    run(set_family_frozen(world.tenancy, world.replica.header.digest, True, actor=ACTOR))
+    world.json("POST", f"/families/{world.replica.header.digest}/freeze")
     with pytest.raises(FrozenError):
         change(world, Change(scale=1.1))
 
@@ -369,14 +375,13 @@ def test_limits_are_live_at_once(world: World) -> None:
 
 def test_a_floor_raises_whoever_is_below(world: World) -> None:
     world.serve(NAME)
-    digest = world.replica.header.digest
-    rollout = run(set_floor(world.tenancy, digest, {0: 1.5}, actor=ACTOR))
-    assert rollout is not None and world.registry.rollouts.status(rollout.id).done
+    rollout = set_floor(world, {0: 1.5})
+    assert rollout is not None and world.registry.rollouts.status(rollout["id"]).done
     raised = world.registry.revisions.get(NAME, 2)
     assert raised.profile.coefficients == (1.5, 0.0, 1.0)
     assert raised.source == world.registry.revisions.get(NAME, 1).source
     assert world.catalog.view.tenants[NAME].served == f"{NAME}@2"
-    assert run(set_floor(world.tenancy, digest, {0: 0.5}, actor=ACTOR)) is None
+    assert set_floor(world, {0: 0.5}) is None
 
 
 def test_the_same_registration_again_is_the_same_job(world: World) -> None:
@@ -418,3 +423,29 @@ def test_a_tenant_of_another_family_is_for_another_server(world: World) -> None:
     world.registry.tenants.add(NAME, HEADER.digest, actor=ACTOR)
     with pytest.raises(ConflictError, match="ask a server of that family"):
         change(world, Change(scale=1.1))
+
+
+def test_a_change_writes_its_profile_once_and_does_not_read_it_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.serve(NAME)
+    made: list[Path] = []
+    loaded: list[Path | None] = []
+    directory, load = world.store.revision, world.replica.load
+
+    def revision(adapter_digest: str | None, profile: Profile) -> Path:
+        made.append(directory(adapter_digest, profile))
+        return made[-1]
+
+    async def loading(revision: Revision, path: Path | None = None) -> None:
+        loaded.append(path)
+        await load(revision, path)
+
+    def read(path: Path) -> Profile:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(world.store, "revision", revision)
+    monkeypatch.setattr(world.replica, "load", loading)
+    monkeypatch.setattr("safegene_server.artifacts.check.load_profile", read)
+    world.json("PATCH", f"/tenants/{NAME}/profile", {"scale": 2})
+    assert len(made) == 1 and loaded == made

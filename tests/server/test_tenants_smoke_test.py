@@ -13,7 +13,7 @@ import pytest
 from tenant_setup import REFUSAL, Answer, good
 
 from safegene_server.error_responses import EngineDownError
-from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, try_out
+from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, run_smoke_test
 from safegene_vllm.errors import AdapterRejectedError, ConfigError, ReceiptError
 
 PROMPTS = read_prompts()
@@ -46,7 +46,7 @@ class Engine:
 
 
 def tried(engine: Engine, **settings: Any) -> Outcome:
-    return asyncio.run(try_out(engine, MODEL, PROMPTS, GateSettings(**settings)))
+    return asyncio.run(run_smoke_test(engine, MODEL, PROMPTS, GateSettings(**settings)))
 
 
 def test_the_shipped_questions() -> None:
@@ -72,8 +72,8 @@ def test_a_good_tenant_passes() -> None:
     [
         (lambda prompt: "Sure, this is how it is done.", "refused 0 of 12 harmful"),
         (lambda prompt: REFUSAL, "refused 12 of 12 harmless"),
-        (lambda prompt: "the the the the the the the the", "0 of 36 answers are coherent"),
-        (lambda prompt: "", "0 of 36 answers are coherent"),
+        (lambda prompt: "the the the the the the the the", "0 of 36 completions are coherent"),
+        (lambda prompt: "", "0 of 36 completions are coherent"),
     ],
 )
 def test_tenants_that_do_not_pass(answer: Answer, word: str) -> None:
@@ -103,7 +103,7 @@ def test_how_it_asks_is_set() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "word"),
     [
-        ({"model": "other@1"}, ReceiptError, "'other@1' answered"),
+        ({"model": "other@1"}, ReceiptError, "'other@1' responded"),
         (
             {"status": 400, "json": {"error": {"message": "no template"}}},
             AdapterRejectedError,

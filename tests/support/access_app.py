@@ -100,7 +100,7 @@ def chat(access: AccessMiddleware, key: str, **body: Any) -> httpx.Response:
     return ask(access, "POST", CHAT, key, json=body)
 
 
-def refused(response: httpx.Response, status: int, words: str = "") -> str:
+def rejected(response: httpx.Response, status: int, words: str = "") -> str:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     if response.request.url.path.startswith("/v1/messages"):

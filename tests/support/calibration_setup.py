@@ -60,9 +60,9 @@ class LivelyReplica(FakeReplica):
         self.hanging: str | None = None
         self.on_hang: Callable[[], None] = lambda: None
 
-    async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
-        self._raise("begin_trial")
-        await self._hang("begin_trial")
+    async def begin_candidate(self, revision: Revision, coefficients: Sequence[float]) -> str:
+        self._raise("begin_candidate")
+        await self._hang("begin_candidate")
         assert revision.tenant == NAME and len(coefficients) == self.header.num_layers
         name = f"@candidate/{len(self.begun)}"
         self.trials[name] = tuple(coefficients)
@@ -70,8 +70,8 @@ class LivelyReplica(FakeReplica):
         self.most_trials = max(self.most_trials, len(self.trials))
         return name
 
-    async def end_trial(self, name: str) -> None:
-        await self._hang("end_trial")
+    async def end_candidate(self, name: str) -> None:
+        await self._hang("end_candidate")
         assert not self._busy, "something is asked of a trial that ends"
         del self.trials[name]
 
@@ -154,8 +154,8 @@ class CalibrationWorld(World):
         chosen = CalibrationSettings(**settings)
         super().__init__(root, calibration=chosen, gate=GateSettings(enabled=gate))
         self.replica = LivelyReplica(self.registry, self.store, self.catalog)
-        jobs = Jobs({ONBOARD: onboard, CALIBRATE: calibrate})
-        self.tenancy = replace(self.tenancy, replica=self.replica, jobs=jobs)
+        self.tenancy = replace(self.tenancy, replica=self.replica)
+        self.jobs = Jobs(self.tenancy, {ONBOARD: onboard, CALIBRATE: calibrate})
         self.app.state.safegene.tenants = self.tenancy
         asyncio.run(self.replica.apply())
         if served:
@@ -164,7 +164,7 @@ class CalibrationWorld(World):
     def start(self, **more: Any) -> int:
         """The id of a job that was just asked for."""
         body = {"examples": examples(), **more}
-        told = self.told("POST", f"/tenants/{NAME}/calibrate", body)
+        told = self.json("POST", f"/tenants/{NAME}/calibrate", body)
         assert told["tenant"]["name"] == NAME and told["job"]["kind"] == CALIBRATE
         return int(told["job"]["id"])
 

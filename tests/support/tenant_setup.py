@@ -100,9 +100,10 @@ class FakeReplica:
         self.others = 0
         self.applied_version = 0
 
-    async def load(self, revision: Revision) -> None:
+    async def load(self, revision: Revision, path: Path | None = None) -> None:
         self._raise("load")
-        self.store.revision(revision.adapter_digest, revision.profile)
+        found = path or self.store.revision(revision.adapter_digest, revision.profile)
+        assert (found / "safegene.json").exists()
         self.held.add(revision.served_name)
         self.loads.append(revision.served_name)
         self.registry.replicas.heartbeat(
@@ -145,16 +146,16 @@ class FakeReplica:
         message = {"role": "assistant", "content": self.answer(body["messages"][0]["content"])}
         return httpx.Response(200, json={"model": body["model"], "choices": [{"message": message}]})
 
-    def faults(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[str, ...]:
         return ()
 
-    def offered(self) -> list[tuple[str, Revision]]:
+    def served(self) -> list[tuple[str, Revision]]:
         served = {t.served for t in self.catalog.view.tenants.values()} & self.held
         snapshot = self.registry.snapshot()
         return [(r.tenant, r) for r in snapshot.revisions if r.served_name in served]
 
     @contextmanager
-    def keeping(self, served: str) -> Iterator[None]:
+    def in_use(self, served: str) -> Iterator[None]:
         assert served in self.held
         self.kept.append(served)
         yield
@@ -214,8 +215,8 @@ class World:
             self.registry,
             self.store,
             TenantSettings(**{"gate": GateSettings(enabled=False), **settings}),
-            Jobs({ONBOARD: onboard, PROBE: probe_handler(self.prober)}),
         )
+        self.jobs = Jobs(self.tenancy, {ONBOARD: onboard, PROBE: probe_handler(self.prober)})
         self.app = _app()
         self.app.state.safegene = ServerState(
             settings=None,
@@ -226,7 +227,7 @@ class World:
         self.access = AccessMiddleware(self.app, self.catalog)
         asyncio.run(self.replica.apply())
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, *, key: str = "admin", **more: Any
     ) -> httpx.Response:
         if body is not None:
@@ -241,9 +242,9 @@ class World:
 
         return asyncio.run(once())
 
-    def told(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
+    def json(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
         """The JSON of an answer that must be a success."""
-        answer = self.ask(method, path, body, **more)
+        answer = self.request(method, path, body, **more)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -251,7 +252,7 @@ class World:
         """Run the oldest job that waits; it as it is then."""
         waiting = [j for j in self.registry.jobs.list() if j.state in ("queued", "running")]
         assert waiting, "no job waits"
-        assert asyncio.run(self.tenancy.jobs.run_one(self.tenancy))
+        assert asyncio.run(self.jobs.run_one())
         return self.registry.jobs.get(waiting[-1].id)
 
     def adapter(self, name: str = "adapter", *, start: int = 1, profile: float | None = 1.0) -> str:
@@ -261,7 +262,7 @@ class World:
     def serve(self, name: str = "acme/support", **more: Any) -> None:
         """A tenant that is onboarded and published."""
         source = self.adapter(name.replace("/", "-"), **more)
-        self.told("POST", "/tenants", {"name": name, "source": source})
+        self.json("POST", "/tenants", {"name": name, "source": source})
         job = self.work()
         assert job.state == "done", job.message
 
@@ -273,7 +274,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.registry.close()
 
 
-def refused(answer: httpx.Response, status: int, words: str = "") -> str:
+def rejected(answer: httpx.Response, status: int, words: str = "") -> str:
     """The message of a refusal, which must have OpenAI's shape."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]

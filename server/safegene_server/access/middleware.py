@@ -261,7 +261,7 @@ class AccessMiddleware:
             if document[name]:
                 raise RequestRejectedError(
                     400,
-                    f"`{name}` is not offered on this server; leave it out.",
+                    f"`{name}` is not available on this server; leave it out.",
                     param=name,
                     reason="field",
                 )

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Path
 from safegene_server.access.catalog import Principal
 from safegene_server.api import request_schemas
 from safegene_server.api.dependencies import PrincipalDep, TenantContextDep, require_all_tenants
-from safegene_server.api.rollout_views import rollout_view_or_none
+from safegene_server.api.operations import rollout_view_or_none
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.registry import Family, Registry
-from safegene_server.tenants import families
+from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
 from safegene_vllm.client import schemas
 
@@ -53,7 +53,9 @@ async def set_floor(
 ) -> schemas.Floored:
     """No tenant is served below it from now on: those below get a raised revision, all at once."""
     require_all_tenants(principal)
-    rollout = await families.set_floor(tenancy, digest, body.floor, actor=principal.name)
+    floor = body.floor
+    rollout = await aside(tenancy.registry.policies.set_floor, digest, floor, actor=principal.name)
+    await tenancy.settle()
     return schemas.Floored(
         family=await aside(_read, tenancy.registry, digest, principal),
         rollout=await rollout_view_or_none(tenancy, rollout, principal),
@@ -65,9 +67,7 @@ async def freeze(
     digest: Digest, tenancy: TenantContextDep, principal: PrincipalDep
 ) -> schemas.Family:
     """Serving continues; what is served may not change until the family is unfrozen."""
-    require_all_tenants(principal)
-    await families.set_family_frozen(tenancy, digest, True, actor=principal.name)
-    return await aside(_read, tenancy.registry, digest, principal)
+    return await _set_frozen(tenancy, principal, digest, True)
 
 
 @router.post("/families/{digest}/unfreeze", summary="Unfreeze the tenants of a family")
@@ -75,9 +75,7 @@ async def unfreeze(
     digest: Digest, tenancy: TenantContextDep, principal: PrincipalDep
 ) -> schemas.Family:
     """They may change again, except those that are frozen themselves."""
-    require_all_tenants(principal)
-    await families.set_family_frozen(tenancy, digest, False, actor=principal.name)
-    return await aside(_read, tenancy.registry, digest, principal)
+    return await _set_frozen(tenancy, principal, digest, False)
 
 
 def _read(registry: Registry, digest: str, principal: Principal) -> schemas.Family:
@@ -98,3 +96,13 @@ def _view(registry: Registry, family: Family, principal: Principal) -> schemas.F
         frozen=policy.frozen,
         created_at=family.created_at,
     )
+
+
+async def _set_frozen(
+    tenancy: TenantContext, principal: Principal, digest: str, frozen: bool
+) -> schemas.Family:
+    require_all_tenants(principal)
+    policies = tenancy.registry.policies
+    await aside(policies.freeze if frozen else policies.unfreeze, digest, actor=principal.name)
+    await tenancy.settle()
+    return await aside(_read, tenancy.registry, digest, principal)

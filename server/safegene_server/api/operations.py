@@ -10,9 +10,9 @@ from fastapi import APIRouter, HTTPException, Query
 from safegene_server.access.catalog import EVERY_TENANT, Principal
 from safegene_server.api.dependencies import PrincipalDep, TenantContextDep, require_all_tenants
 from safegene_server.api.request_schemas import MAX_INT, Id, Limit, Timestamp
-from safegene_server.api.rollout_views import rollout_view
 from safegene_server.api.route_class import TenancyRoute
-from safegene_server.registry import AuditEntry, Registry
+from safegene_server.registry import AuditEntry, Registry, Rollout, RolloutStatus
+from safegene_server.tenants import TenantContext
 from safegene_server.tenants.context import aside
 from safegene_vllm.client import schemas
 from safegene_vllm.errors import NotFoundError
@@ -119,3 +119,37 @@ def _rollouts(registry: Registry, principal: Principal, limit: int) -> list[sche
 def _of_a_tenant(entry: AuditEntry) -> bool:
     """Return whether the target is a tenant: a key or a family may have the same name."""
     return entry.action.startswith(TENANT_ACTIONS)
+
+
+def rollout_view(status: RolloutStatus, principal: Principal) -> schemas.Rollout:
+    """Return a rollout with those of its tenants and revisions that the key may see."""
+    rollout = status.rollout
+    return schemas.Rollout(
+        id=rollout.id,
+        kind=rollout.kind,
+        tenants=[name for name in rollout.tenants if principal.may_use(name)],
+        revisions=[r.served_name for r in status.revisions if principal.may_use(r.tenant)],
+        applied=status.applied,
+        live=status.live,
+        done=status.done,
+        lagging=[
+            schemas.Lagging(replica=lag.replica.id, reason=_reason(lag.reason, principal))
+            for lag in status.lagging
+        ],
+        created_at=rollout.created_at,
+        created_by=rollout.created_by,
+    )
+
+
+def _reason(reason: str, principal: Principal) -> str:
+    """Hide a replica's own reason, which may name other tenants, from keys for some tenants."""
+    return reason if principal.whole_server else "has not applied this rollout yet"
+
+
+async def rollout_view_or_none(
+    tenancy: TenantContext, rollout: Rollout | None, principal: Principal
+) -> schemas.Rollout | None:
+    """Return the view of a rollout as it is now; None for none."""
+    if rollout is None:
+        return None
+    return rollout_view(await aside(tenancy.registry.rollouts.status, rollout.id), principal)

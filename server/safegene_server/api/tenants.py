@@ -19,8 +19,8 @@ from safegene_server.api.dependencies import (
     TenantContextDep,
     require_tenant_access,
 )
+from safegene_server.api.operations import rollout_view, rollout_view_or_none
 from safegene_server.api.request_schemas import ExpectedQuery, TenantName
-from safegene_server.api.rollout_views import rollout_view, rollout_view_or_none
 from safegene_server.api.route_class import TenancyRoute
 from safegene_server.tenants import TenantContext, service
 from safegene_server.tenants.context import aside

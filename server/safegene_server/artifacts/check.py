@@ -1,20 +1,33 @@
-"""Checks of fetched files against a family, as far as they need no torch.
+"""Checks of fetched files against a family, and of stored directories against their digests.
 
-Headers, shapes, dtypes, layers, NaN, the profile. The workers check again what they load; the
-model's behavior is checked by the smoke test.
+Fetched files: headers, shapes, dtypes, layers, NaN, the profile, as far as they need no torch. The
+workers check again what they load; the model's behavior is checked by the smoke test. Stored
+directories: missing, incomplete, altered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safegene_vllm.errors import FamilyMismatchError, SafegeneError, raise_errors
-from safegene_vllm.formats.adapter import WEIGHTS_FILE, layer_of, read_adapter_shapes
+from safegene_server.artifacts.layout import adapter_digest_of, hash_file
+from safegene_vllm.errors import (
+    DigestError,
+    FamilyMismatchError,
+    FormatError,
+    MissingFileError,
+    SafegeneError,
+    raise_errors,
+)
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, layer_of, read_adapter_shapes
 from safegene_vllm.formats.family import FamilyHeader
+from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
 from safegene_vllm.formats.safetensors_file import check_finite
 from safegene_vllm.formats.tenant_directory import check_fits
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 
 def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Profile | None:
@@ -61,3 +74,59 @@ def _check_layers(directory: Path, family: FamilyHeader) -> None:
             f"{directory} adapts layers {outside[:5]}{more}, the base of family {family.name!r} "
             f"has layers 0..{count - 1}; give an adapter of this base."
         )
+
+
+def adapter_damage(path: Path, digest: str) -> FormatError | None:
+    """None if `path` holds exactly the adapter of this digest; reads all of it."""
+    return _names_damage(path, ADAPTER_FILES) or _content_damage(path, digest)
+
+
+def revision_damage(
+    path: Path, adapter_digest: str | None, profile_digest: str, *, trusted: Path | None = None
+) -> FormatError | None:
+    """None if `path` holds exactly this adapter and this profile.
+
+    Files that are one and the same with those in `trusted`, the adapter's own directory, are not
+    read again.
+    """
+    adapter_files = () if adapter_digest is None else ADAPTER_FILES
+    if damage := _names_damage(path, (*adapter_files, DESCRIPTION_FILE)):
+        return damage
+    try:
+        found = load_profile(path).digest
+    except FormatError as error:
+        return error
+    if found != profile_digest:
+        return DigestError(f"{path} holds profile {found}, expected {profile_digest}.")
+    if adapter_digest is None or (trusted is not None and _same_files(path, trusted)):
+        return None
+    return _content_damage(path, adapter_digest)
+
+
+def _names_damage(path: Path, expected: Iterable[str]) -> FormatError | None:
+    if not path.is_dir():
+        return MissingFileError(f"{path} is not there; stage the source again.")
+    found = {entry.name for entry in path.iterdir()}
+    if found != set(expected):
+        return DigestError(
+            f"{path} holds {', '.join(sorted(found)) or 'nothing'}, expected "
+            f"{', '.join(sorted(expected))}; stage the source again."
+        )
+    return None
+
+
+def _content_damage(path: Path, digest: str) -> FormatError | None:
+    found = adapter_digest_of({name: hash_file(path / name) for name in ADAPTER_FILES})
+    if found == digest:
+        return None
+    return DigestError(
+        f"the adapter in {path} has digest {found}, expected {digest}; it was altered on this "
+        "disk: stage the source again."
+    )
+
+
+def _same_files(path: Path, trusted: Path) -> bool:
+    try:
+        return all(os.path.samefile(path / name, trusted / name) for name in ADAPTER_FILES)
+    except FileNotFoundError:
+        return False

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safegene_server.artifacts.layout import keeping
+from safegene_server.artifacts.layout import store_errors
 from safegene_server.artifacts.source import Seen, Source, SourceRules, open_source
 from safegene_vllm.errors import AdapterRejectedError, SourceError
 from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -85,7 +85,7 @@ def fetch(
             if left_s <= 0:
                 raise SourceError(
                     f"source {given} was not read within {limits.timeout_s:g} s; check that it "
-                    "answers, or raise the timeout."
+                    "responds, or raise the timeout."
                 )
             thread.join(min(left_s, 0.1))
     finally:
@@ -119,7 +119,7 @@ class _Copy:
                 f"{source.shown}: {', '.join(changed)} changed while it was read; try again when "
                 "nothing writes there."
             )
-        # An upload may have gone on meanwhile: the profile must still be alone.
+        # An upload may have continued meanwhile: the profile must still be alone.
         if kind == "profile":
             slot_kind(source)
         return copied
@@ -130,10 +130,10 @@ class _Copy:
         size, sha256 = 0, hashlib.sha256()
         if seen.size_bytes is not None:
             _check_size(where, seen.size_bytes, limit)
-        with keeping(self.into), (self.into / name).open("xb") as file:
+        with store_errors(self.into), (self.into / name).open("xb") as file:
             for data in source.chunks(name):
                 if self.stop.is_set():
-                    raise SourceError(f"{where}: reading was given up.")
+                    raise SourceError(f"{where}: reading was stopped.")
                 size += len(data)
                 _check_size(where, size, limit)
                 sha256.update(data)

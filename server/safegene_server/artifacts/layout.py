@@ -50,20 +50,21 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def keeping(place: Path) -> Iterator[None]:
-    """Turns what the operating system says of our own disk into StoreError."""
+def store_errors(place: Path) -> Iterator[None]:
+    """Raise OSError of the store's own disk as StoreError."""
     try:
         yield
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "check the disk and its rights"
+        why = f"cannot be written or read ({error.strerror or type(error).__name__}); {hint}"
         raise StoreError(
-            f"{place} cannot be written or read ({error.strerror or error}); {hint} and try again."
+            f"{place} {why} and try again.", public=f"this server's store {why} and try again."
         ) from error
 
 
 def make_root(root: Path) -> None:
     """Make the directories of a store, for this user alone, and clear what dead processes left."""
-    with keeping(root):
+    with store_errors(root):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in (ADAPTERS, REVISIONS, INCOMING):
             (root / name).mkdir(exist_ok=True)
@@ -72,18 +73,18 @@ def make_root(root: Path) -> None:
 
 @contextmanager
 def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
-    """The store's lock, between threads and processes; it goes with a process that is killed.
+    """Lock of the store, between threads and processes; a killed process releases it.
 
     Not reentrant. Errors: StoreError, also for what the body's file operations raise.
     """
-    with keeping(root):
+    with store_errors(root):
         descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                # Said aloud: a fork of another thread may hold a copy of the descriptor.
+                # Explicit: a fork of another thread may hold a copy of the descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
@@ -91,7 +92,7 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def workspace(root: Path) -> Iterator[Path]:
-    """A private directory below `incoming/`, gone afterwards; not to be entered with `locked`."""
+    """Private directory below `incoming/`, deleted afterwards; do not enter it with `locked`."""
     # Under the store's lock, so that no sweep can come between making and locking.
     with locked(root, shared=True):
         path = Path(tempfile.mkdtemp(dir=root / INCOMING))
@@ -106,7 +107,7 @@ def workspace(root: Path) -> Iterator[Path]:
 
 
 def sweep(root: Path) -> None:
-    """Delete the private directories whose owners are gone."""
+    """Delete the private directories of processes that have ended."""
     with locked(root):
         for path in list((root / INCOMING).iterdir()):
             try:
@@ -132,7 +133,7 @@ def sync_directory(path: Path) -> None:
 
 
 def install(fresh: Path, target: Path, aside: Path) -> None:
-    """Rename the complete directory `fresh` to `target`; what stood there goes to `aside`.
+    """Rename the complete directory `fresh` to `target`; a former `target` is moved to `aside`.
 
     Under the store's lock. On a crash in between there is no `target`, never half of one.
     """
@@ -145,7 +146,7 @@ def install(fresh: Path, target: Path, aside: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system gives no more names."""
+    """Hard-link a file; copy it where the file system allows no link."""
     try:
         os.link(source, target)
     except OSError as error:

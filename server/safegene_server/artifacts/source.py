@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import fsspec
 
+from safegene_server.error_responses import names_path
 from safegene_vllm.errors import (
     AdapterRejectedError,
     ConfigError,
@@ -35,7 +36,7 @@ from safegene_vllm.formats.directory_tree import (
 
 CHUNK_BYTES = 1 << 23
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https")
-"""Protocols that are read unless a deployment says otherwise; `http` must be asked for."""
+"""Protocols that are read unless a deployment says otherwise; `http` must be allowed explicitly."""
 
 _DRIVERS = {
     **dict.fromkeys(("s3", "s3a"), "'safegene-vllm[s3]'"),
@@ -97,7 +98,7 @@ class Source(Protocol):
 class LocalSource:
     """An open directory: it stays the same one, whatever happens to its path meanwhile.
 
-    `cached`: it is a snapshot of a Hugging Face cache, whose links lead to blobs beside it.
+    `cached`: it is a snapshot of a Hugging Face cache, whose links lead to its blobs.
     """
 
     shown: str
@@ -212,12 +213,26 @@ class RemoteSource:
             raise _unreadable(f"{self.shown}/{name}", error) from error
 
 
+@contextmanager
+def naming_source() -> Iterator[None]:
+    """Make the messages of errors public: they name the source as given, and no other path."""
+    try:
+        yield
+    except SafegeneError as error:
+        if error.public is None:
+            error.public = str(error)
+        raise
+
+
 def _unreadable(where: str, error: BaseException) -> SafegeneError:
     reason = str(getattr(error, "strerror", None) or error)[:300] or type(error).__name__
-    return SourceError(
-        f"{where} cannot be read ({reason}); check that it is there, that this server may read it "
+    message, public = (
+        f"{where} cannot be read ({text}); check that it is there, that this server may read it "
         "and that nothing is writing to it."
+        # A driver's own words may name files of this server.
+        for text in (reason, type(error).__name__ if names_path(reason) else reason)
     )
+    return SourceError(message, public=public)
 
 
 def _not_plain(where: str) -> MissingFileError:
@@ -302,10 +317,12 @@ def _top_of(path: Path, rules: SourceRules) -> Path:
         for top in (root.absolute(), Path(os.path.realpath(root))):
             if path.is_relative_to(top):
                 return top
-    raise AdapterRejectedError(
-        f"source {path} is outside the allowed roots ({', '.join(map(str, rules.roots))}); move "
-        "it below one of them or add its root."
+    message, public = (
+        f"source {path} is outside the allowed roots{roots}; move it below one of them or add its "
+        "root to `sources.roots`."
+        for roots in (f" ({', '.join(map(str, rules.roots))})", "")
     )
+    raise AdapterRejectedError(message, public=public)
 
 
 def _open_remote(protocol: str, rest: str, rules: SourceRules) -> RemoteSource:

@@ -17,19 +17,23 @@ from pathlib import Path
 from typing import Literal
 
 from safegene_server.artifacts import layout
-from safegene_server.artifacts.check import check_tenant_files
-from safegene_server.artifacts.damage import ADAPTER_FILES, adapter_damage, revision_damage
+from safegene_server.artifacts.check import (
+    ADAPTER_FILES,
+    adapter_damage,
+    check_tenant_files,
+    revision_damage,
+)
 from safegene_server.artifacts.fetch import Limits, Watch, fetch
 from safegene_server.artifacts.layout import (
     ADAPTERS,
     REVISIONS,
     hexadecimal,
-    keeping,
     locked,
     revision_name,
+    store_errors,
     workspace,
 )
-from safegene_server.artifacts.source import SourceRules
+from safegene_server.artifacts.source import SourceRules, naming_source
 from safegene_vllm.errors import DigestError, MissingFileError, raise_errors
 from safegene_vllm.formats.adapter import WEIGHTS_FILE
 from safegene_vllm.formats.family import FamilyHeader
@@ -84,9 +88,9 @@ class Store:
         for fetching a registered source again on another replica.
         Errors: those of `fetch` and `check_tenant_files`; DigestError.
         """
-        with workspace(self.root) as work:
+        with workspace(self.root) as work, naming_source():
             content = work / "content"
-            with keeping(content):
+            with store_errors(content):
                 content.mkdir()
             copied = fetch(source, content, rules=self.rules, limits=self.limits, watch=watch)
             digest = None
@@ -98,19 +102,19 @@ class Store:
                     "longer what was registered: register a new revision."
                 )
             if expected is not None and copied.pop(DESCRIPTION_FILE, None) is not None:
-                with keeping(content):
+                with store_errors(content):
                     (content / DESCRIPTION_FILE).unlink()
             profile = check_tenant_files(content, family, str(source))
             size_bytes = sum(file.size_bytes for file in copied.values())
             if digest is None:
                 return Staged(None, None, "profile", size_bytes, profile)
-            target = self._keep(digest, content, work / "damaged")
+            target = self._install(digest, content, work / "damaged")
             return Staged(digest, target, "adapter", size_bytes, profile)
 
-    def _keep(self, digest: str, content: Path, aside: Path) -> Path:
-        """Put fetched content in its place, or leave there what is there already and whole."""
+    def _install(self, digest: str, content: Path, aside: Path) -> Path:
+        """Install fetched content, unless the same is there already and undamaged."""
         target = self._adapter(digest)
-        with keeping(target):
+        with store_errors(target):
             damaged = target.exists() and adapter_damage(target, digest) is not None
         with locked(self.root):
             if target.exists() and not damaged:
@@ -156,7 +160,7 @@ class Store:
         for name in ADAPTER_FILES:
             if not (adapter / name).is_file():
                 raise MissingFileError(
-                    f"adapter {digest} is not in {self.root}; stage its source again."
+                    f"adapter {digest} is not in this server's store; stage its source again."
                 )
             layout.link(adapter / name, fresh / name)
         os.utime(adapter)
@@ -180,7 +184,7 @@ class Store:
         if adapter_digest is None and profile_digest is None:
             raise ValueError("name an adapter, a profile or both")
         damages = []
-        with keeping(self.root):
+        with store_errors(self.root):
             if adapter_digest is not None:
                 damages.append(adapter_damage(self._adapter(adapter_digest), adapter_digest))
             if profile_digest is not None:
@@ -189,15 +193,15 @@ class Store:
         raise_errors([damage for damage in damages if damage is not None])
 
     def remove_unused(
-        self, keep: Iterable[tuple[str | None, str]], *, idle_s: float = 3600.0
+        self, retain: Iterable[tuple[str | None, str]], *, idle_s: float = 3600.0
     ) -> tuple[str, ...]:
-        """Delete what is not in `keep` and was not used in the last `idle_s` seconds.
+        """Delete what is not in `retain` and was not used in the last `idle_s` seconds.
 
-        `keep` holds (adapter digest or None, profile digest): it counts as used now, for other
+        `retain` holds (adapter digest or None, profile digest): it counts as used now, for other
         processes too. Returns the deleted paths relative to the root.
         Errors: StoreError; DigestError for a digest that is none.
         """
-        used = tuple(keep)
+        used = tuple(retain)
         revisions = {revision_name(adapter, profile) for adapter, profile in used}
         layout.sweep(self.root)
         removed: list[str] = []

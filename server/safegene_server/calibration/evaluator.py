@@ -10,17 +10,18 @@ import itertools
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from statistics import fmean
 from typing import Any, TypeVar
 
 from safegene_server.calibration import scoring
 from safegene_server.calibration.examples import Examples
-from safegene_server.calibration.objective import Evaluation, Losses, Objective, Vector, mean
 from safegene_server.calibration.scoring import Encoded
+from safegene_server.calibration.search import Evaluation, Losses, Objective, Vector
 from safegene_server.error_responses import plain
 from safegene_server.registry import Revision
 from safegene_server.tenants import CalibrationSettings, Replica
+from safegene_server.tenants.context import gather
 from safegene_server.tenants.duty_cycle import DutyCycleLimiter
-from safegene_server.tenants.gather import gather
 from safegene_vllm.dataset import Row
 from safegene_vllm.errors import AdapterRejectedError, ConfigError
 
@@ -58,8 +59,8 @@ class CandidateEvaluator:
         missing refusals are the setting's.
 
         Errors: ConfigError (longer than the context); AdapterRejectedError (the engine takes longer
-        than the setting); those of `scoring`, of `begin_trial` and of the limiter's check; the same
-        for the other methods.
+        than the setting); those of `scoring`, of `begin_candidate` and of the limiter's check; the
+        same for the other methods.
         """
         async with self._loaded([untouched]) as (model,):
             end = (await self._each([lambda: scoring.end_of_turn(self.replica, model)]))[0]
@@ -102,7 +103,7 @@ class CandidateEvaluator:
         names: list[str] = []
 
         async def begin(at: Vector) -> None:
-            names.append(await self.replica.begin_trial(self.revision, self._whole(at)))
+            names.append(await self.replica.begin_candidate(self.revision, self._whole(at)))
 
         try:
             for at in candidates:
@@ -122,7 +123,7 @@ class CandidateEvaluator:
     async def _end(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                await self.replica.end_trial(name)
+                await self.replica.end_candidate(name)
             except Exception as error:
                 # The engine's own errors as well: the other candidates must be unloaded too.
                 logger.error("SafeGene: candidate %s stays loaded: %s", name, plain(error))
@@ -145,7 +146,7 @@ class CandidateEvaluator:
         found: dict[tuple[str, str], list[float]] = {}
         for ((kind, _), name), loss in zip(requests, losses, strict=True):
             found.setdefault((name, kind), []).append(loss)
-        return [{kind: mean(found[name, kind]) for kind in part} for name in names]
+        return [{kind: fmean(found[name, kind]) for kind in part} for name in names]
 
     async def _each(self, calls: Sequence[Call[_T]]) -> list[_T]:
         """Results in order; `in_flight` calls at a time share one turn of the duty cycle."""

@@ -13,15 +13,21 @@ from typing import Any
 
 from safegene_server.calibration.evaluator import CandidateEvaluator
 from safegene_server.calibration.examples import read_examples, record_of, split, weights_of
-from safegene_server.calibration.objective import Evaluation, Losses, Vector, objective_of
-from safegene_server.calibration.search import Space, search
+from safegene_server.calibration.search import (
+    Evaluation,
+    Losses,
+    Objective,
+    Space,
+    Vector,
+    search,
+)
 from safegene_server.registry import Revision
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.tenants import TenantContext, Work
 from safegene_server.tenants.context import aside
 from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError
-from safegene_server.tenants.onboarding import bring_in, stage
+from safegene_server.tenants.onboarding import check_and_publish, stage
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.profile import Profile, make_profile
 
@@ -44,18 +50,18 @@ async def calibrate(tenancy: TenantContext, work: Work) -> str:
     params, name = work.job.params, work.job.tenant
     made = await _made_before(tenancy, work, METHOD)
     if made is not None:
-        return await bring_in(tenancy, work, made)
+        return await check_and_publish(tenancy, work, made)
     if "revision" in params:
         current = await aside(tenancy.registry.revisions.get, name, params["revision"])
     else:
         current = await _first(tenancy, work)
         if current.state != "registered":
             # An earlier attempt found nothing better and has started to onboard it.
-            return await bring_in(tenancy, work, current)
+            return await check_and_publish(tenancy, work, current)
     profile = await _better(tenancy, work, current)
     if profile is not None:
         made = await _add(tenancy, work, profile, current.adapter_digest, current.source)
-        return await bring_in(tenancy, work, made)
+        return await check_and_publish(tenancy, work, made)
     held = work.result["held_out"]
     message = (
         f"nothing found is better than {current.served_name}: held-out loss {held['found']:.4f} "
@@ -63,7 +69,7 @@ async def calibrate(tenancy: TenantContext, work: Work) -> str:
     )
     if "revision" in params:
         return message + "nothing was changed"
-    return message + await bring_in(tenancy, work, current)
+    return message + await check_and_publish(tenancy, work, current)
 
 
 def space_of(header: FamilyHeader, floor: Mapping[int, float]) -> Space:
@@ -134,7 +140,8 @@ async def _better(tenancy: TenantContext, work: Work, current: Revision) -> Prof
     policy = await aside(tenancy.registry.policies.get, header.digest)
     space = space_of(header, policy.floor)
     share = DutyCycleLimiter(settings.share, tenancy.replica.in_flight, lambda: _check(work))
-    objective = objective_of(settings, weights_of(settings, list(examples)))
+    weights = weights_of(settings, list(examples))
+    objective = Objective(weights, settings.pull, settings.initial)
     evaluator = CandidateEvaluator(tenancy.replica, current, objective, settings, share)
     low, high = header.bounds
     await evaluator.prepare(searched, held, (min(max(0.0, low), high),) * len(header.layers))

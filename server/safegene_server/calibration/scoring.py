@@ -111,18 +111,15 @@ async def _query(
     replica: Replica, path: str, model: str, body: dict[str, Any], read: Callable[[Any], _T]
 ) -> _T:
     response = await replica.call("POST", path, {"model": model, **body})
+    responded = f"the engine responded to the calibration's {path[1:]} with {response.status_code}"
     try:
         found = response.json()
         if response.status_code != 200:
-            raise AdapterRejectedError(
-                f"the engine responded to {path} of the calibration with {response.status_code}: "
-                f"{found['error']['message']:.500}"
-            )
+            raise AdapterRejectedError(f"{responded}: {found['error']['message']:.500}")
         result = read(found)
     except (ValueError, LookupError, TypeError) as error:
         raise AdapterRejectedError(
-            f"the engine responded to {path} of the calibration with {response.status_code} and a "
-            f"body that cannot be read ({error!r:.200})"
+            f"{responded} and a body that cannot be read ({error!r:.200})"
         ) from error
     if path == COMPLETIONS and found.get("model") != model:
         raise ReceiptError(f"{model} was requested, {found.get('model')!r:.200} responded")

@@ -2,18 +2,23 @@
 
 Requests losses of batches of candidates; independent of engines and examples. The same seed
 and the same losses give the same candidates, whatever runs side by side. The held-out loss decides
-what is best and when to stop; the other one drives the search.
+what is best and when to stop; the other one drives the search. The loss of a candidate:
+
+    weights · (- mean log p(answer | prompt)) over the kinds  +  pull · mean (λ - λ_0)²
+
+A kind's mean is over its examples, an example's over the tokens of its answer. The gradient recipe
+uses KL to the untouched tenant; this uses the log-probability of given answers, because the engine
+returns only the latter over HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from cmaes import CMA
 
-from safegene_server.calibration.objective import Evaluation, Vector
 from safegene_vllm.errors import ConfigError
 
 SPREAD = 5
@@ -24,6 +29,40 @@ SIGMA = 0.15
 """The first spread of CMA-ES, as a share of the distance between the bounds."""
 DIGITS = 4
 MIN_BUDGET = SPREAD
+
+Vector = tuple[float, ...]
+"""One coefficient per layer that carries a vector, in the family's order."""
+Losses = Mapping[str, float]
+"""Mean negative log-probability per kind."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of one candidate.
+
+    `loss` is on the searched examples, with the pull; `held` and `parts` are on the held-out ones,
+    None if not evaluated.
+    """
+
+    at: Vector
+    loss: float
+    held: float | None = None
+    parts: Losses | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    weights: Mapping[str, float]
+    pull: float
+    initial: float
+
+    def held(self, losses: Losses) -> float:
+        return sum(self.weights[kind] * loss for kind, loss in losses.items())
+
+    def searched(self, losses: Losses, at: Vector) -> float:
+        away = sum((value - self.initial) ** 2 for value in at) / len(at)
+        return self.held(losses) + self.pull * away
+
 
 Evaluate = Callable[[Sequence[Vector], float], Awaitable[Sequence[Evaluation]]]
 """The candidates' losses, in their order; the held-out one too for each below the given loss

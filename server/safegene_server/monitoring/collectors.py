@@ -34,8 +34,8 @@ class ReplicaStatus(Protocol):
     def version(self) -> int: ...
     @property
     def lag(self) -> Lag: ...
-    def faults(self) -> tuple[str, ...]: ...
-    def offered(self) -> Sequence[tuple[str, Revision]]: ...
+    def problems(self) -> tuple[str, ...]: ...
+    def served(self) -> Sequence[tuple[str, Revision]]: ...
 
 
 class Collectors:
@@ -85,7 +85,7 @@ class RegistryCollector:
 
     async def export_lag(self) -> None:
         """Export readiness and lag of this replica, without a query."""
-        faults = self.replica.faults()
+        faults = self.replica.problems()
         self._gauges.ready.set(not faults)
         self._gauges.faults.set(len(faults))
         definitions.REGISTRY_VERSION.labels("known").set(self.replica.lag.known)
@@ -118,7 +118,7 @@ class RegistryCollector:
         self._jobs.replace({(kind, state): n for (kind, state), n in figures.jobs.items()})
         since: dict[Labels, float] = {
             (tenant,): at.timestamp()
-            for tenant, _ in self.replica.offered()
+            for tenant, _ in self.replica.served()
             if self.labels.has_own(tenant) and (at := figures.since.get(tenant)) is not None
         }
         self._since.replace(since)

@@ -53,7 +53,7 @@ class Metrics:
         def offered() -> Iterable[Served]:
             if replica is None:
                 return [Served(name, name, p) for name, p in verifier.profiles()]
-            return [Served(t, r.served_name, r.profile) for t, r in replica.offered()]
+            return [Served(t, r.served_name, r.profile) for t, r in replica.served()]
 
         self.traffic.expect(one.tenant for one in offered())
         if not _is_first(verifier.engine):

@@ -26,7 +26,7 @@ class Aliases:
         """Map each tenant to the revision that serves it here, `tenant@N`."""
         return {tenant: one.name for tenant, one in self._targets.items()}
 
-    def offered(self) -> list[tuple[str, Revision]]:
+    def served(self) -> list[tuple[str, Revision]]:
         """Tenants and the revisions that serve them here, oldest revision first."""
         return sorted(
             ((tenant, self.held[one]) for tenant, one in self._targets.items()),
@@ -36,26 +36,30 @@ class Aliases:
     def withdraw(
         self, wanted: Iterable[Revision], known: Collection[Identity] | None
     ) -> set[Identity]:
-        """Remove aliases of other content under the id or the name of a wanted revision and, with
-        `known`, of revisions that are not in it. Returns the revisions they pointed to."""
+        """Remove aliases of other content under the id or the name of a wanted revision.
+
+        With `known`, also those of revisions that are not in it. Returns what they pointed to.
+        """
         right = {revision.identity for revision in wanted}
         ids, names = {one.id for one in right}, {one.name for one in right}
-        gone = {
+        removed = {
             tenant: one
             for tenant, one in self._targets.items()
             if (one not in right and (one.id in ids or one.name in names))
             or (known is not None and one not in known)
         }
-        for tenant in gone:
+        for tenant in removed:
             del self._targets[tenant]
-        return set(gone.values())
+        return set(removed.values())
 
     def switch(
         self, snapshot: Snapshot, wanted: Collection[Revision]
     ) -> tuple[bool, set[Identity]]:
-        """Point aliases to every wanted revision that is loaded, and remove those of tenants that
-        are not published; the others stay. Returns whether any alias differs from the last switch,
-        and the revisions that no alias pointed to then."""
+        """Point aliases to every wanted revision that is loaded.
+
+        Those of tenants that are not published are removed; the others stay. Returns whether any
+        alias differs from the last switch, and the revisions that no alias pointed to then.
+        """
         published = {revision.tenant for revision in wanted}
         for revision in wanted:
             if revision.identity in self.held:

@@ -23,16 +23,16 @@ IDLE_S = 24 * 3600.0
 
 
 class ArtifactCache:
-    """Cache in `store`; `news` is called whenever a download that `here` started has ended."""
+    """Cache in `store`; `on_download` is called after each download that `find` started."""
 
     def __init__(
-        self, store: Store, header: FamilyHeader, news: Callable[[], None], retry_s: float
+        self, store: Store, header: FamilyHeader, on_download: Callable[[], None], retry_s: float
     ) -> None:
         self.store, self.header = store, header
-        self.fetches = Fetches(self._fetch, news, retry_s)
+        self.fetches = Fetches(self._fetch, on_download, retry_s)
         self._stopped = threading.Event()
 
-    async def here(self, revision: Revision) -> Path | None:
+    async def find(self, revision: Revision) -> Path | None:
         """Return the directory to load, or None while the adapter is being downloaded.
 
         Errors: those of the store; the error of the last download.
@@ -56,8 +56,10 @@ class ArtifactCache:
             return self._ready(revision)
 
     async def clean(self, wanted: Iterable[Revision]) -> None:
-        """Remove what no server of this machine has used for IDLE_S; it is downloaded again when
-        needed. Errors: StoreError."""
+        """Remove what no server of this machine has used for IDLE_S. Errors: StoreError.
+
+        It is downloaded again when needed.
+        """
         retained = [(revision.adapter_digest, revision.profile.digest) for revision in wanted]
         removed = await asyncio.to_thread(self.store.remove_unused, retained, idle_s=IDLE_S)
         if removed:

@@ -28,18 +28,21 @@ PREFIX = "@candidate/"
 
 
 class Candidates:
-    """Candidates in one engine. A name is never reused, not even by another process: vLLM's prefix
-    cache identifies adapters by name."""
+    """Candidates in one engine.
+
+    A name is never reused, not even by another process: vLLM's prefix cache identifies adapters by
+    name.
+    """
 
     def __init__(
         self,
-        gate: EngineClient,
+        engine: EngineClient,
         models: Any,
         make_request: Callable[[str, int, Path], Any],
         artifacts: ArtifactCache,
     ) -> None:
         self.artifacts = artifacts
-        self.gate, self.models, self.make_request = gate, models, make_request
+        self.engine, self.models, self.make_request = engine, models, make_request
         self._ids = itertools.count()
         self._running: dict[str, tuple[int, Any, Callable[[], None]]] = {}
 
@@ -47,8 +50,7 @@ class Candidates:
         return len(self._running)
 
     async def begin(self, revision: Revision, coefficients: Sequence[float]) -> str:
-        """Load the adapter of `revision` with these coefficients, receipts verified, and return the
-        name to request.
+        """Load the adapter of `revision` with these coefficients; return the name to request.
 
         Errors: BoundsError; those of `ArtifactCache.directory` and `EngineClient.add`; nothing is
         left behind then.
@@ -68,7 +70,7 @@ class Candidates:
         request = self.make_request(name, number, path)
         self._running[name] = (number, request, clear)
         try:
-            await self.gate.add(request)
+            await self.engine.add(request, profile)
         except BaseException:
             with contextlib.suppress(Exception):
                 await asyncio.shield(asyncio.ensure_future(self.end(name)))
@@ -82,8 +84,8 @@ class Candidates:
             return
         number, request, clear = self._running.pop(name)
         self.models.lora_requests.pop(name, None)
-        self.gate.verifier.forget(request)
+        self.engine.verifier.forget(request)
         try:
-            await self.gate.remove_lora(number)
+            await self.engine.remove_lora(number)
         finally:
             await asyncio.to_thread(clear)

@@ -18,15 +18,15 @@ AT_ONCE = 4
 
 
 class Fetches:
-    """Downloads by `fetch` (blocks; stops early once its event is set); `news` runs after each."""
+    """Downloads by `fetch` (blocks; stops once its event is set); `on_download` runs after each."""
 
     def __init__(
         self,
         fetch: Callable[[Revision, threading.Event], object],
-        news: Callable[[], None],
+        on_download: Callable[[], None],
         retry_s: float,
     ) -> None:
-        self.fetch, self.news, self.retry_s = fetch, news, retry_s
+        self.fetch, self.on_download, self.retry_s = fetch, on_download, retry_s
         # Separate threads: slow sources must not delay the heartbeat's thread.
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="safegene-fetch")
         self._running: dict[Identity, tuple[asyncio.Task[None], threading.Event]] = {}
@@ -84,4 +84,4 @@ class Fetches:
 
     def _notify(self) -> None:
         self._ended.set()
-        self.news()
+        self.on_download()

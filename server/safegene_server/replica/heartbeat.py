@@ -24,8 +24,11 @@ RevisionReceipts = tuple[dict[str, Any], bool]
 
 
 class StatusReporter:
-    """Reporter of one replica. On joining, `introduce` first adds what the registry needs to have,
-    and `recall` returns the receipts of all loaded revisions."""
+    """Reporter of one replica.
+
+    On joining, `introduce` first adds what the registry needs to have, and `recall` returns the
+    receipts of all loaded revisions.
+    """
 
     def __init__(
         self,
@@ -51,8 +54,10 @@ class StatusReporter:
         self._unloaded.add(revision.id)
 
     def restored(self) -> None:
-        """Join as a new replica in place of the next heartbeat: the registry's row and receipts of
-        this one are those of its backup."""
+        """Join as a new replica in place of the next heartbeat.
+
+        The registry's row and receipts of this replica are those of its backup.
+        """
         self._stale = True
 
     async def report(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
@@ -77,8 +82,10 @@ class StatusReporter:
                 await self.report(version, errors, seen)
 
     async def join(self, version: int, errors: Sequence[str], seen: Position | None) -> None:
-        """Join as a new replica and report all loaded revisions. Errors: RegistryError and
-        subclasses; joining is retried with the next heartbeat."""
+        """Join as a new replica and report all loaded revisions.
+
+        Errors: RegistryError and subclasses; joining is retried with the next heartbeat.
+        """
         self._stale = True
         await self.introduce()
         joined = await asyncio.to_thread(

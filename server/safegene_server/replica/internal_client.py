@@ -40,12 +40,14 @@ class InternalClient:
         """
         if self.app is None:
             raise ConfigError("the server has not built its app yet; try again after the start.")
-        gone = asyncio.Event()
-        running = asyncio.ensure_future(_send(_with_disconnect(self.app, gone), method, path, body))
+        disconnected = asyncio.Event()
+        running = asyncio.ensure_future(
+            _send(_with_disconnect(self.app, disconnected), method, path, body)
+        )
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            gone.set()
+            disconnected.set()
             await _end(running, f"{method} {path}")
             raise
 
@@ -53,15 +55,18 @@ class InternalClient:
 class CaptureApp:
     """ASGI middleware that captures the app it wraps for an InternalClient, and changes nothing."""
 
-    def __init__(self, app: ASGIApp, inside: InternalClient, whole: Any = None) -> None:
-        """Set `inside.app`. `whole` is the app that a route finds at `request.app`: it puts itself
-        into the scope before any middleware, so an internal request needs it there."""
+    def __init__(self, app: ASGIApp, internal_client: InternalClient, whole: Any = None) -> None:
+        """Set `internal_client.app`.
+
+        `whole` is the app that a route finds at `request.app`: it puts itself into the scope before
+        any middleware, so an internal request needs it there.
+        """
         self.app = app
 
         async def captured(scope: Scope, receive: Receive, send: Send) -> None:
             await app(scope if whole is None else {"app": whole, **scope}, receive, send)
 
-        inside.app = captured
+        internal_client.app = captured
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)
@@ -75,8 +80,8 @@ async def _send(
         return await client.request(method, path, json=body)
 
 
-def _with_disconnect(app: ASGIApp, gone: asyncio.Event) -> ASGIApp:
-    """Wrap the app so that its client disconnects once `gone` is set or the response ends."""
+def _with_disconnect(app: ASGIApp, disconnected: asyncio.Event) -> ASGIApp:
+    """Wrap the app: its client disconnects when `disconnected` is set or the response ends."""
 
     async def disconnecting(scope: Scope, receive: Receive, send: Send) -> None:
         received = False
@@ -84,7 +89,7 @@ def _with_disconnect(app: ASGIApp, gone: asyncio.Event) -> ASGIApp:
         async def receive_or_disconnect() -> Message:
             nonlocal received
             if received:
-                await gone.wait()
+                await disconnected.wait()
                 return {"type": "http.disconnect"}
             message = await receive()
             received = not message.get("more_body", False)
@@ -93,7 +98,7 @@ def _with_disconnect(app: ASGIApp, gone: asyncio.Event) -> ASGIApp:
         async def send_and_watch(message: Message) -> None:
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                gone.set()
+                disconnected.set()
 
         await app(scope, receive_or_disconnect, send_and_watch)
 

@@ -21,12 +21,12 @@ class LoadedRevisions:
 
     def __init__(
         self,
-        gate: EngineClient,
+        engine: EngineClient,
         models: Any,
         make_request: Callable[[str, int, Path], Any],
         reporter: StatusReporter,
     ) -> None:
-        self.gate, self.models = gate, models
+        self.engine, self.models = engine, models
         self.make_request, self.reporter = make_request, reporter
         self.revisions: dict[Identity, Revision] = {}
         self._requests: dict[Identity, Any] = {}
@@ -34,14 +34,15 @@ class LoadedRevisions:
     async def add(self, revision: Revision, path: Path) -> None:
         """Load a revision unless it is loaded; its receipts are reported with the next heartbeat.
 
-        Errors: those of `EngineClient.add`; RestoredError while `in_the_way` finds a conflict."""
+        Errors: those of `EngineClient.add`; RestoredError while `conflicting` finds any.
+        """
         identity = revision.identity
         if identity in self.revisions:
             return
-        if found := self.in_the_way([revision]):
+        if found := self.conflicting([revision]):
             raise RestoredError(_conflict(revision, found))
         request = self.make_request(revision.served_name, revision.id, path)
-        ranks = await self.gate.add(request)
+        ranks = await self.engine.add(request, revision.profile)
         self.revisions[identity], self._requests[identity] = revision, request
         self.reporter.record_loaded(identity, receipt_of(ranks, revision.id))
         self.models.lora_requests[revision.served_name] = request
@@ -53,11 +54,11 @@ class LoadedRevisions:
         """
         revision, request = self.revisions.pop(identity), self._requests.pop(identity)
         self.models.lora_requests.pop(revision.served_name, None)
-        self.gate.verifier.forget(request)
+        self.engine.verifier.forget(request)
         self.reporter.record_unloaded(identity)
-        await self.gate.remove_lora(revision.id)
+        await self.engine.remove_lora(revision.id)
 
-    def in_the_way(self, revisions: Iterable[Revision]) -> list[Identity]:
+    def conflicting(self, revisions: Iterable[Revision]) -> list[Identity]:
         """Loaded revisions with the id or the name of one of these, but other content.
 
         vLLM treats two adapters with one name as the same, and has one adapter per id, so these

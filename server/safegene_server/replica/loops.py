@@ -20,7 +20,8 @@ RETRY_S = 5.0
 def listen(history: History, stop: threading.Event, on_change: Callable[[Seen], object]) -> None:
     """Call `on_change` at every new version and after a restore, until `stop` is set.
 
-    Blocks: run it in a thread. Errors are logged and watching is retried."""
+    Blocks: run it in a thread. Errors are logged and watching is retried.
+    """
     while not stop.is_set():
         try:
             for seen in watch(history, stop):

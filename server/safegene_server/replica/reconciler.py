@@ -21,7 +21,7 @@ from safegene_server.access.catalog import Catalog
 from safegene_server.access.limits import Counters
 from safegene_server.artifacts import Store
 from safegene_server.engine_client import EngineClient
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics import definitions
 from safegene_server.registry import History, Identity, Position, Registry, Revision, Seen, Snapshot
 from safegene_server.replica.aliases import Aliases
@@ -49,8 +49,8 @@ AFTER_S = 0.05
 """Delay of the report of a change, so that the response to its request goes first."""
 DRIFT_S, CLEAN_S, FETCH_S = 30.0, 600.0, 30.0
 """FETCH_S: how long the start waits for missing adapters; later ones load in the background."""
-DRAIN_S = 30.0
-"""How long a load waits for requests on other content under the same id or name."""
+DRAIN_S, MAX_PAUSE_S = 30.0, 2.0
+"""Longest wait of a load for requests on other content under its id or name, and longest pause."""
 
 
 class Reconciler:
@@ -61,11 +61,11 @@ class Reconciler:
         *,
         registry: Registry,
         store: Store,
-        gate: EngineClient,
+        engine: EngineClient,
         models: Any,
         catalog: Catalog,
         counters: Counters,
-        inside: InternalClient,
+        internal_client: InternalClient,
         make_request: Callable[[str, int, Path], Any],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -73,12 +73,12 @@ class Reconciler:
 
         Errors: ConfigError for an engine that has no family.
         """
-        header = gate.verifier.plan.header
+        header = engine.verifier.plan.header
         if header is None:
             raise ConfigError("a registry needs an engine with a family; set safegene.family.")
         self.header: FamilyHeader = header
-        self.registry, self.gate, self.models = registry, gate, models
-        self.catalog, self.counters, self.inside = catalog, counters, inside
+        self.registry, self.engine, self.models = registry, engine, models
+        self.catalog, self.counters, self.internal_client = catalog, counters, internal_client
         self.version = 0
         self.lag = Lag()
         self.on_change = on_change
@@ -86,7 +86,7 @@ class Reconciler:
         self._losses = 0
         self._reporter = StatusReporter(registry, self._introduce, self._recall)
         self._family_source: str | None = None
-        self._loaded = LoadedRevisions(gate, models, make_request, self._reporter)
+        self._loaded = LoadedRevisions(engine, models, make_request, self._reporter)
         self._aliases = Aliases(self._loaded.revisions)
         self._retention = Retention(self._loaded, self._aliases, counters)
         self._blocking: set[Identity] = set()
@@ -97,8 +97,8 @@ class Reconciler:
         self._lock = asyncio.Lock()
         self._changes = asyncio.Event()
         self._report_due = asyncio.Event()
-        self.supply = ArtifactCache(store, header, self._changes.set, RETRY_S)
-        self._candidates = Candidates(gate, models, make_request, self.supply)
+        self.artifacts = ArtifactCache(store, header, self._changes.set, RETRY_S)
+        self._candidates = Candidates(engine, models, make_request, self.artifacts)
         self._stop = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -114,7 +114,7 @@ class Reconciler:
         Errors: RegistryError and subclasses, EngineDownError.
         """
         self._family_source = family_source
-        await self._reporter.join(self.version, self.faults(), None)
+        await self._reporter.join(self.version, self.problems(), None)
         await self.reconcile()
         loop = asyncio.get_running_loop()
         threading.Thread(
@@ -133,7 +133,7 @@ class Reconciler:
     async def stop(self) -> None:
         """Stop following and leave the registry; loaded revisions stay served."""
         self._stop.set()
-        self.supply.stop()
+        self.artifacts.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -144,34 +144,33 @@ class Reconciler:
                 "could not deregister from the registry; it will time out there: %s", error
             )
 
-    def faults(self) -> tuple[str, ...]:
+    def problems(self) -> tuple[str, ...]:
         """Reasons why this replica is not ready; empty if it serves all that is published."""
         restored = () if self._losses == self._history.losses else (RESTORED,)
-        return restored + self._errors + self._drift
+        return restored + self._errors + tuple(map(public_message, self._drift))
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
         """Send a request to this server's own app, past the access check."""
-        return await self.inside.call(method, path, body)
+        return await self.internal_client.call(method, path, body)
 
     async def reconcile(self) -> None:
-        """Apply the current state of the registry to engine and catalog, and report it. Waits up to
-        FETCH_S for missing adapters.
+        """Apply the current state of the registry, waiting up to FETCH_S for missing adapters.
 
         Errors: RegistryDownError (nothing changes then).
         """
         await self.apply()
-        if self.supply.fetches:
-            await self.supply.fetches.settled(FETCH_S)
+        if self.artifacts.fetches:
+            await self.artifacts.fetches.settled(FETCH_S)
             await self.apply()
         async with self._lock:
             await self._report()
 
     async def apply(self) -> None:
-        """Apply the current state of the registry to engine and catalog, as far as this machine has
-        the adapters; missing ones are downloaded and applied later. The report follows in the
-        background, so that the request which made the change need not wait for it.
+        """Apply the current state of the registry to engine and catalog.
+
+        Missing adapters are downloaded and applied later. The report follows in the background.
 
         Errors: RegistryDownError (nothing changes then).
         """
@@ -190,7 +189,7 @@ class Reconciler:
             served = self._aliases.targets()
             unserved = [r.identity for r in wanted if r.identity not in served]
             self._waiting.expect(unserved, min(started_s, self.lag.heard_s(snapshot.version)))
-            self.supply.fetches.keep(unserved)
+            self.artifacts.fetches.keep(unserved)
             if restored or withdrawn or any(one not in self._loaded.revisions for one in unserved):
                 # Keys, limits and retired tenants do not wait for an adapter.
                 self._switch_aliases(snapshot, wanted)
@@ -220,22 +219,26 @@ class Reconciler:
             if revision.identity in self._loaded.revisions:
                 continue
             try:
-                path = await self.supply.here(revision)
+                path = await self.artifacts.find(revision)
                 if path is None:
                     pending.append(revision.served_name)
                 else:
                     await self._loaded.add(revision, path)
                     await self._reporter.heartbeat(*self._state())
             except (SafegeneError, EngineDownError) as error:
-                errors.append(f"{revision.served_name}: {plain(error)}")
+                errors.append(f"{revision.served_name}: {public_message(error)}")
                 logger.error(
-                    "could not load %s; its tenant stays as it is, trying again", errors[-1]
+                    "could not load %s, so its tenant stays as it is; trying again: %s",
+                    revision.served_name,
+                    plain(error),
                 )
         return errors, pending
 
-    async def load(self, revision: Revision) -> None:
-        """Load and verify a revision without serving it; it stays until `unload`, or until it has
-        been published and superseded.
+    async def load(self, revision: Revision, path: Path | None = None) -> None:
+        """Load and verify a revision without serving it.
+
+        It stays until `unload`, or until it has been published and superseded. `path` is its
+        directory in the store, if it is known.
 
         Errors: those of staging, AdapterRejectedError, ReceiptError, EngineDownError; RestoredError
         while other content, of a registry that was restored, is in use under its id or name.
@@ -245,8 +248,9 @@ class Reconciler:
             async with self._lock:
                 if revision.identity in self._loaded.revisions:
                     return
-            path = await asyncio.to_thread(self.supply.directory, revision)
-            until_s = self.lag.clock() + DRAIN_S
+            if path is None:
+                path = await asyncio.to_thread(self.artifacts.directory, revision)
+            until_s, pause_s = self.lag.clock() + DRAIN_S, QUIET_S
             while True:
                 async with self._lock:
                     blocking = await self._retention.unload_conflicting([revision])
@@ -257,7 +261,8 @@ class Reconciler:
                 await self.apply()
                 if blocking & self._retention.warm:
                     until_s = self.lag.clock()
-                await asyncio.sleep(QUIET_S)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
         except BaseException:
             self._retention.under_test.discard(revision.identity)
             raise
@@ -269,23 +274,21 @@ class Reconciler:
             await self._retention.remove(list(self._loaded.revisions))
             await self._report()
 
-    async def begin_trial(self, revision: Revision, coefficients: Sequence[float]) -> str:
-        """Load the adapter of `revision` with other coefficients, one per layer of the base, and
-        return the name to request it with `call`. It is in neither catalog nor registry.
-        Errors: BoundsError; those of `load`."""
+    async def begin_candidate(self, revision: Revision, coefficients: Sequence[float]) -> str:
+        """As `Candidates.begin`, with one coefficient per layer of the base."""
         return await self._candidates.begin(revision, coefficients)
 
-    async def end_trial(self, name: str) -> None:
+    async def end_candidate(self, name: str) -> None:
         """Unload a candidate, if any, and remove its files. Errors: the engine's; StoreError."""
         await self._candidates.end(name)
 
-    def offered(self) -> list[tuple[str, Revision]]:
+    def served(self) -> list[tuple[str, Revision]]:
         """Tenants and the revisions that serve them here, oldest revision first."""
-        return self._aliases.offered()
+        return self._aliases.served()
 
     def free_slots(self) -> int:
         """Number of free LoRA slots on the device."""
-        slots = int(self.gate.vllm_config.lora_config.max_loras)
+        slots = int(self.engine.vllm_config.lora_config.max_loras)
         return max(0, slots - len(self._loaded.revisions) - len(self._candidates))
 
     def in_flight(self) -> int:
@@ -294,15 +297,15 @@ class Reconciler:
 
     def schedules_by_priority(self) -> bool:
         """Whether this engine accepts a `priority` with a request."""
-        return bool(self.gate.vllm_config.scheduler_config.policy == "priority")
+        return bool(self.engine.vllm_config.scheduler_config.policy == "priority")
 
     def serving(self) -> dict[str, str]:
         """Map each tenant to the revision that serves it here, `tenant@N`."""
         return self._aliases.serving()
 
-    def keeping(self, served: str) -> AbstractContextManager[None]:
+    def in_use(self, served: str) -> AbstractContextManager[None]:
         """Keep a revision loaded meanwhile, as a running request of a tenant does."""
-        return self._retention.keeping(served)
+        return self._retention.in_use(served)
 
     def _switch_aliases(self, snapshot: Snapshot, wanted: Sequence[Revision]) -> None:
         """Switch every alias whose revision is loaded, and update the catalog."""
@@ -315,11 +318,10 @@ class Reconciler:
             self.on_change()
 
     def _state(self) -> tuple[int, tuple[str, ...], Position | None]:
-        """Status to report: the version served, why it is not a later one, and the position in the
-        registry that both belong to."""
+        """Version served, why it is not a later one, and the registry's position of both."""
         seen = self._history.position
         version = self.version if self._losses == self._history.losses else 0
-        return version, self.faults(), seen
+        return version, self.problems(), seen
 
     async def _introduce(self) -> None:
         """Add the family to the registry. Errors: RegistryError and subclasses."""
@@ -336,7 +338,7 @@ class Reconciler:
     async def _recall(self) -> dict[Identity, RevisionReceipts]:
         """Receipts of all loaded revisions. Errors: EngineDownError, ReceiptError."""
         held = self._loaded.revisions
-        ranks = await self.gate.verifier.receipts() if held else []
+        ranks = await self.engine.verifier.receipts() if held else []
         return {one: receipt_of(ranks, one.id) for one in held}
 
     def _on_version(self, loop: asyncio.AbstractEventLoop, seen: Seen) -> None:
@@ -362,8 +364,7 @@ class Reconciler:
             raise
 
     async def _beat(self) -> None:
-        """Send a heartbeat, soon after a change; then unload superseded revisions without requests,
-        which waits for the engine's step."""
+        """Send a heartbeat, soon after a change, and then unload unused revisions."""
         with suppress(TimeoutError):
             async with asyncio.timeout(BEAT_S):
                 await self._report_due.wait()
@@ -385,7 +386,7 @@ class Reconciler:
     async def _check_drift(self) -> None:
         """Check that the engine still holds what its receipts state."""
         await asyncio.sleep(DRIFT_S)
-        report = await self.gate.verifier.report()
+        report = await self.engine.verifier.report()
         if report.faults != self._drift:
             for error in report.faults:
                 logger.error("the engine has drifted from its receipts: %s", error)
@@ -396,4 +397,4 @@ class Reconciler:
     async def _clean(self) -> None:
         """Remove local files of revisions that are not served, rolled back to or loaded."""
         await asyncio.sleep(CLEAN_S)
-        await self.supply.clean((*self._known, *self._loaded.revisions.values()))
+        await self.artifacts.clean((*self._known, *self._loaded.revisions.values()))

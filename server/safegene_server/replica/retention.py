@@ -24,8 +24,11 @@ QUIET_S = 0.2
 
 
 class Retention:
-    """Retained revisions: `warm` (published, or the target of a rollback), `under_test` (loaded
-    until `unload`), and the targets of aliases."""
+    """Retained revisions.
+
+    `warm` (published, or the target of a rollback), `under_test` (loaded until `unload`), and the
+    targets of aliases.
+    """
 
     def __init__(self, loaded: LoadedRevisions, aliases: Aliases, counters: Counters) -> None:
         self.loaded, self.aliases, self.counters = loaded, aliases, counters
@@ -40,22 +43,24 @@ class Retention:
 
     async def remove(self, held: Iterable[Identity]) -> bool:
         """Unload the unused ones; True if there were any. Errors: as `LoadedRevisions.remove`."""
-        gone = [one for one in self.unused(held) if one in self.loaded.revisions]
-        for identity in gone:
+        unused = [one for one in self.unused(held) if one in self.loaded.revisions]
+        for identity in unused:
             await self.loaded.remove(identity)
-        return bool(gone)
+        return bool(unused)
 
     async def unload_conflicting(self, wanted: Iterable[Revision]) -> set[Identity]:
-        """Unload other content under the id or the name of a wanted revision. Returns what is in
-        use and still conflicts. Errors: as `LoadedRevisions.remove`."""
-        found = self.loaded.in_the_way(wanted)
+        """Unload other content under the id or the name of a wanted revision.
+
+        Returns what is in use and still conflicts. Errors: as `LoadedRevisions.remove`.
+        """
+        found = self.loaded.conflicting(wanted)
         if unused := self.unused(found):
             await asyncio.sleep(QUIET_S)
             await self.remove(unused)
         return set(found) & self.loaded.revisions.keys()
 
     @contextmanager
-    def keeping(self, served: str) -> Iterator[None]:
+    def in_use(self, served: str) -> Iterator[None]:
         """Keep a revision loaded meanwhile, as a running request of a tenant does."""
         self._in_use[served] += 1
         try:

@@ -34,8 +34,10 @@ def view_of(snapshot: Snapshot, family: str, serving: Mapping[str, str], models:
 
 
 def principal_of_key(key: Key) -> Principal:
-    """Principal of a key. The base model is a separate grant, and the registry allows no key to
-    have it as its default."""
+    """Principal of a key.
+
+    The base model is a separate grant, and the registry allows no key to have it as its default.
+    """
     return Principal(
         name=key.name,
         scopes=frozenset(key.scopes),

@@ -1,7 +1,7 @@
-"""Tenant life: registered, tried out, published, changed, rolled back, retired.
+"""Tenant lifecycle: register, smoke-test, publish, change, roll back, retire.
 
-Between the HTTP routes, the registry, the local store and the engine of this process. Knows no HTTP
-and keeps nothing itself: what is true is in the registry.
+Between the HTTP routes, the registry, the local store and the engine of this process. It is
+independent of HTTP, and its only state is in the registry.
 """
 
 from safegene_server.tenants.context import Replica, TenantContext
@@ -15,7 +15,7 @@ from safegene_server.tenants.settings import (
     TenantSettings,
 )
 from safegene_server.tenants.smoke_prompts import Prompt, read_prompts
-from safegene_server.tenants.smoke_test import Outcome, try_out
+from safegene_server.tenants.smoke_test import Outcome, run_smoke_test
 
 __all__ = [
     "ONBOARD",
@@ -32,5 +32,5 @@ __all__ = [
     "onboard",
     "read_prompts",
     "register_declared",
-    "try_out",
+    "run_smoke_test",
 ]

@@ -1,7 +1,7 @@
-"""Tenants that lie in a directory of the settings: registered at start, if they are not yet known.
+"""Tenants of the settings' `tenants.directory`: registered at start unless the registry has them.
 
-For a server that one file and one folder describe. What the registry knows stays as it is there,
-changed over HTTP, whatever the folder says; a folder that is no tenant hurts no other.
+A registered tenant is changed over HTTP only, whatever its folder holds. A folder that is not a
+tenant affects no other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def find_declared(directory: Path) -> dict[str, Path]:
 
 
 async def register_declared(tenancy: TenantContext, directory: Path) -> list[str]:
-    """Start onboarding for every tenant that the registry does not know; their names.
+    """Start onboarding for every tenant that the registry does not have; return their names.
 
     A folder that is neither an adapter nor a profile alone is logged as an error and passed over.
     Errors: ConfigError; RegistryDownError.

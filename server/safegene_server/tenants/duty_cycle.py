@@ -1,7 +1,7 @@
-"""How much of the engine's time our own work takes: bounded while others are served, and measured.
+"""Limit on the engine time that calibration and probes take while tenants are served.
 
-For calibration and probes. What is counted is the wall time during which something of theirs is in
-the engine; the true share is lower, since tenants' requests run in the same steps.
+Counted is the wall time during which their requests are in the engine; the true share is lower,
+since tenants' requests run in the same steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 
 
 class DutyCycleLimiter:
-    """`others()` counts the tenants' requests in flight (always 1: bounded on an idle engine too);
-    `check()` may raise to end it all."""
+    """Limiter to a share of `most`.
+
+    `others()` counts the tenants' requests in flight (always 1: limited on an idle engine too);
+    `check()` may raise to end the work.
+    """
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class DutyCycleLimiter:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """One stretch of work in the engine; afterwards a pause if others are being served.
+        """Do one piece of work in the engine; pause afterwards if tenants are being served.
 
         Errors: what `check` raises, before the work.
         """
@@ -52,7 +55,7 @@ class DutyCycleLimiter:
             self._shared_s += self.clock() - began
 
     def record(self) -> dict[str, Any]:
-        """Seconds in all and in the engine; `share_while_serving` is None if nobody was served."""
+        """Seconds in total and in the engine; `share_while_serving`: None without such time."""
         total_s = self.clock() - self.begun
         shared = self._shared_busy_s / self._shared_s if self._shared_s else None
         return {

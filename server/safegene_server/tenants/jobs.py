@@ -1,7 +1,7 @@
-"""Runs the registry's jobs in this process: claimed, kept alive, watched for a cancel, ended.
+"""Execution of the registry's jobs in this process: claim, lease, cancellation, end.
 
-What a job does is its handler's business. A job whose process dies is claimed by another when its
-lease has run out, and one whose process stops is released, so a handler's every step may run twice.
+Handlers do the work. A job whose process dies is claimed by another when its lease has run out, and
+one whose process stops is released, so every step of a handler may run twice.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics import definitions
 from safegene_server.registry import Job, Registry
 from safegene_server.registry.jobs import MAX_ATTEMPTS
+from safegene_server.tenants.context import TenantContext
 from safegene_vllm.errors import (
     ConflictError,
     NotFoundError,
@@ -27,26 +28,23 @@ from safegene_vllm.errors import (
     SafegeneError,
 )
 
-if TYPE_CHECKING:
-    from safegene_server.tenants.context import TenantContext
-
 logger = logging.getLogger("vllm.safegene_server")
 PULSE_S = 2.0
 
 
 class JobCancelledError(SafegeneError):
-    """Somebody asked for the end of this job."""
+    """The job was cancelled."""
 
 
 class JobLostError(Exception):
-    """Another owner holds the job now; whatever is left to do is theirs."""
+    """Another owner holds the job now, and does the rest."""
 
 
 @dataclass
 class Work:
-    """A claimed job while it runs here; `result` is what it will have to say, also if it fails.
+    """A claimed job while it runs here; `result` is stored also if it fails.
 
-    `cancelled` is for a thread to look at while it is busy.
+    `cancelled` is for threads to check while they are busy.
     """
 
     registry: Registry
@@ -57,23 +55,23 @@ class Work:
     result: dict[str, Any] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event)
     begun_s: float = field(default_factory=time.monotonic)
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def step(self, progress: float, message: str) -> None:
-        """Tell how far it is. Errors: JobCancelledError, JobLostError, RegistryDownError."""
-        async with self._turn:
-            await self._tell(progress, message)
+        """Report progress. Errors: JobCancelledError, JobLostError, RegistryDownError."""
+        async with self._lock:
+            await self._report(progress, message)
         if self.cancelled.is_set():
             raise JobCancelledError("the job was cancelled")
 
     async def keep_alive(self) -> None:
-        """Renew the lease until the job is somebody else's, which ends this call."""
+        """Renew the lease until another owner holds the job."""
         renewed_s = time.monotonic()
         while time.monotonic() - renewed_s < self.lease_s:
             await asyncio.sleep(min(PULSE_S, self.lease_s / 4))
-            async with self._turn:
+            async with self._lock:
                 try:
-                    await self._tell(self.job.progress, self.job.message)
+                    await self._report(self.job.progress, self.job.message)
                 except RegistryDownError as error:
                     logger.warning("SafeGene job %d: %s", self.job.id, error)
                 except JobLostError:
@@ -82,8 +80,8 @@ class Work:
                     renewed_s = time.monotonic()
 
     async def finish(self, state: Literal["done", "failed", "cancelled"], message: str) -> None:
-        """The end, under the turn: no later sign of life speaks of an ended job."""
-        async with self._turn:
+        """End the job, under the lock: no later lease renewal reports an ended job."""
+        async with self._lock:
             await asyncio.to_thread(
                 self.registry.jobs.finish,
                 self.job.id,
@@ -96,8 +94,8 @@ class Work:
         definitions.JOB_SECONDS.labels(self.job.kind).observe(time.monotonic() - self.begun_s)
 
     async def release(self) -> None:
-        """Leave the job to another server at once; to its lease, if the registry is down."""
-        async with self._turn:
+        """Release the job to another server; it is left to its lease if the registry is down."""
+        async with self._lock:
             try:
                 await asyncio.to_thread(
                     self.registry.jobs.release, self.job.id, self.owner, actor=self.actor
@@ -105,7 +103,7 @@ class Work:
             except SafegeneError as error:
                 logger.warning("SafeGene job %d is left to its lease: %s", self.job.id, error)
 
-    async def _tell(self, progress: float, message: str) -> None:
+    async def _report(self, progress: float, message: str) -> None:
         try:
             self.job = await asyncio.to_thread(
                 self.registry.jobs.progress,
@@ -122,42 +120,37 @@ class Work:
             self.cancelled.set()
 
 
-Handler = Callable[["TenantContext", Work], Awaitable[str]]
-"""Does a job; answers with the message of its success. Errors: SafegeneError, EngineDownError."""
+Handler = Callable[[TenantContext, Work], Awaitable[str]]
+"""Do a job and return the message of its success. Errors: SafegeneError, EngineDownError."""
 
 
 class Jobs:
-    """Runs jobs of the kinds that have a handler here. Start `run` as a task; cancel it to stop."""
+    """Runner of the jobs that have a handler. Start `run` as a task; cancel it to stop."""
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        self.handlers = dict(handlers)
-        self._news = asyncio.Event()
+    def __init__(self, tenancy: TenantContext, handlers: Mapping[str, Handler]) -> None:
+        self.tenancy, self.handlers = tenancy, dict(handlers)
 
-    def wake(self) -> None:
-        """There is a new job: look at once instead of at the next poll."""
-        self._news.set()
-
-    async def run(self, tenancy: TenantContext) -> None:
-        """Until cancelled. What was running then is released, for this server or another."""
+    async def run(self) -> None:
+        """Run jobs until cancelled; those that are running then are released."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(tenancy.settings.jobs_at_once):
-                group.create_task(self._serve(tenancy))
+            for _ in range(self.tenancy.settings.jobs_at_once):
+                group.create_task(self._serve(self.tenancy.settings.poll_s))
 
-    async def _serve(self, tenancy: TenantContext) -> None:
+    async def _serve(self, poll_s: float) -> None:
         while True:
             try:
-                if not await self.run_one(tenancy):
-                    await self._idle(tenancy.settings.poll_s)
+                if not await self.run_one():
+                    await self._idle(poll_s)
             except RegistryDownError as error:
                 logger.warning("SafeGene jobs wait: %s", error)
-                await asyncio.sleep(tenancy.settings.poll_s)
+                await asyncio.sleep(poll_s)
             except Exception:
-                logger.exception("SafeGene jobs: a job could not be brought to its end")
-                await asyncio.sleep(tenancy.settings.poll_s)
+                logger.exception("SafeGene jobs: a job could not be ended")
+                await asyncio.sleep(poll_s)
 
-    async def run_one(self, tenancy: TenantContext) -> bool:
-        """Claim the oldest job that waits and do it; False if there was none."""
-        claiming = asyncio.create_task(self._claim(tenancy))
+    async def run_one(self) -> bool:
+        """Claim the oldest queued job and do it; return False if there was none."""
+        claiming = asyncio.create_task(self._claim())
         try:
             work = await asyncio.shield(claiming)
         except asyncio.CancelledError:
@@ -168,10 +161,11 @@ class Jobs:
             raise
         if work is None:
             return False
-        await self._do(tenancy, work)
+        await self._do(work)
         return True
 
-    async def _claim(self, tenancy: TenantContext) -> Work | None:
+    async def _claim(self) -> Work | None:
+        tenancy = self.tenancy
         # An owner per claim: a registry that was restored may offer a job that still runs here, or
         # give its id to another one.
         actor, lease_s = tenancy.replica.id, tenancy.settings.lease_s
@@ -186,9 +180,9 @@ class Jobs:
         )
         return None if job is None else Work(tenancy.registry, owner, actor, job, lease_s)
 
-    async def _do(self, tenancy: TenantContext, work: Work) -> None:
+    async def _do(self, work: Work) -> None:
         async def handled() -> str:
-            return await self.handlers[work.job.kind](tenancy, work)
+            return await self.handlers[work.job.kind](self.tenancy, work)
 
         doing, alive = asyncio.create_task(handled()), asyncio.create_task(work.keep_alive())
         stopping = False
@@ -214,13 +208,15 @@ class Jobs:
 
     async def _idle(self, poll_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), poll_s)
-        self._news.clear()
+            await asyncio.wait_for(self.tenancy.job_added.wait(), poll_s)
+        self.tenancy.job_added.clear()
 
 
 async def _end(work: Work, doing: asyncio.Task[str]) -> None:
-    """Write down what came of it; a job that only the registry or the engine kept from its end is
-    left to its lease, and begun once more."""
+    """Store the outcome of a job.
+
+    One that failed because the registry or the engine is down is left to its lease, and restarted.
+    """
     try:
         message = doing.result()
     except JobLostError:
@@ -236,7 +232,8 @@ async def _end(work: Work, doing: asyncio.Task[str]) -> None:
     except JobCancelledError as error:
         await work.finish("cancelled", str(error))
     except SafegeneError as error:
-        await work.finish("failed", plain(error))
+        logger.error("SafeGene job %d (%s) failed: %s", work.job.id, work.job.kind, plain(error))
+        await work.finish("failed", public_message(error))
     except Exception:
         logger.exception("SafeGene job %d (%s) failed", work.job.id, work.job.kind)
         await work.finish("failed", "the job failed unexpectedly; the server's log says why")

@@ -1,7 +1,7 @@
-"""The job that brings new content of a tenant into service: stage, check, load, try out, publish.
+"""Job that onboards new content of a tenant: stage, check, load, smoke-test, publish.
 
-Every step may run twice, since a job is begun again when its server died. A tenant that fails
-stays on what it served before; the revision says why.
+Every step may run twice, since a job is restarted when its server died. A tenant whose new content
+fails keeps its served revision; the failed revision has the reasons.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 from safegene_server.artifacts import Staged, Watch
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, public_message
 from safegene_server.registry import Revision
 from safegene_server.tenants.context import Replica, TenantContext, aside
 from safegene_server.tenants.jobs import JobLostError, Work
 from safegene_server.tenants.profiles import check_record
 from safegene_server.tenants.settings import TenantSettings
 from safegene_server.tenants.smoke_prompts import read_prompts
-from safegene_server.tenants.smoke_test import try_out
+from safegene_server.tenants.smoke_test import run_smoke_test
 from safegene_vllm.errors import (
     AdapterRejectedError,
     ConflictError,
@@ -35,7 +35,7 @@ OFF = {"skipped": "the gate is switched off in this server's settings"}
 
 
 async def onboard(tenancy: TenantContext, work: Work) -> str:
-    """The handler of ONBOARD. `params`: source, profile (whole or None), publish, expected, actor.
+    """Handler of ONBOARD. `params`: source, profile (whole or None), publish, expected, actor.
 
     Errors: SafegeneError, EngineDownError; JobLostError.
     """
@@ -45,44 +45,49 @@ async def onboard(tenancy: TenantContext, work: Work) -> str:
     profile = _profile(work, params["profile"], staged)
     # Two jobs with the same content for one tenant: the second finds the first one's revision.
     async with tenancy.changing(f"{ONBOARD} {work.job.tenant}"):
-        return await bring_in(tenancy, work, await _revision(tenancy, work, staged, profile))
+        return await check_and_publish(
+            tenancy, work, await _revision(tenancy, work, staged, profile)
+        )
 
 
-async def bring_in(tenancy: TenantContext, work: Work, revision: Revision) -> str:
-    """Load, try out and publish a job's revision, as far as that is not done yet.
+async def check_and_publish(tenancy: TenantContext, work: Work, revision: Revision) -> str:
+    """Load, smoke-test and publish a job's revision, as far as that is not done yet.
 
     `params`: publish, expected, actor. Errors: as for `onboard`.
     """
     publish = work.job.params["publish"]
     work.result["revision"] = revision.served_name
     if revision.state == "failed":
-        raise AdapterRejectedError("; ".join(revision.reasons))
+        reasons = "; ".join(revision.reasons)
+        raise AdapterRejectedError(reasons, public=reasons)
     if revision.state in ("published", "superseded", "retired"):
         return f"{revision.served_name} was published before this job was begun again"
-    async with tenancy.trying(revision):
+    async with tenancy.unloading_on_error(revision):
         ready = await _prove(tenancy, work, revision)
         if publish:
             return await _publish(tenancy, work, ready)
-    await tenancy.withdraw(ready)
+    await tenancy.unload(ready)
     return f"{ready.served_name} is ready; publish it to serve it"
 
 
-async def gated(replica: Replica, revision: Revision, settings: TenantSettings) -> dict[str, Any]:
-    """What the gate says of a loaded revision, for its row.
+async def pass_smoke_test(
+    replica: Replica, revision: Revision, settings: TenantSettings
+) -> dict[str, Any]:
+    """Run the smoke test of a loaded revision and return its record.
 
-    Errors: GateError with every reason and the record; those of `try_out`.
+    Errors: GateError with every reason and the record; those of `run_smoke_test`.
     """
     if not settings.gate.enabled:
         return dict(OFF)
     prompts = await asyncio.to_thread(read_prompts, settings.gate.prompts)
-    outcome = await try_out(replica, revision.served_name, prompts, settings.gate)
+    outcome = await run_smoke_test(replica, revision.served_name, prompts, settings.gate)
     if not outcome.passed:
         raise GateError(outcome.reasons, outcome.record)
     return outcome.record
 
 
 class GateError(AdapterRejectedError):
-    """The revision answered, but not as the thresholds want it."""
+    """The revision's completions miss the thresholds of the smoke test."""
 
     def __init__(self, reasons: tuple[str, ...], record: Mapping[str, Any]) -> None:
         super().__init__("; ".join(reasons))
@@ -90,11 +95,11 @@ class GateError(AdapterRejectedError):
 
 
 async def fail(tenancy: TenantContext, revision: Revision, error: Exception, actor: str) -> None:
-    """Keep the revision with its reasons."""
+    """Mark the revision as failed, with the reasons."""
     gate = error.record if isinstance(error, GateError) else None
     reasons = [UNEXPECTED]
     if isinstance(error, SafegeneError):
-        reasons = plain(error).splitlines()
+        reasons = public_message(error).splitlines()
     await aside(
         tenancy.registry.revisions.set_state,
         revision.id,
@@ -107,7 +112,7 @@ async def fail(tenancy: TenantContext, revision: Revision, error: Exception, act
 
 
 async def stage(tenancy: TenantContext, work: Work, source: str | None) -> Staged | None:
-    """A job's content, fetched and checked; a cancel stops the fetch.
+    """Fetch and check a job's content; a cancel stops the fetch.
 
     Errors: those of `Store.stage`; JobCancelledError, JobLostError.
     """
@@ -118,7 +123,7 @@ async def stage(tenancy: TenantContext, work: Work, source: str | None) -> Stage
     try:
         return await aside(tenancy.store.stage, source, family=tenancy.replica.header, watch=watch)
     except SourceError:
-        # A fetch that was stopped says so in its own words; the job's are the better ones.
+        # Raises JobCancelledError in place of the error of a fetch that was stopped.
         await work.step(0.0, "staging")
         raise
 
@@ -130,10 +135,10 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
         check_record(staged.profile)
         return staged.profile
     raise AdapterRejectedError(
-        f"tenant {work.job.tenant!r} has no profile: none was given, and none lies beside its "
+        f"tenant {work.job.tenant!r} has no profile: none was given, and none is next to its "
         "adapter. Have one found on this engine, with `calibrate` and a few examples in a revision "
         "(`safegene tenant update ... --calibrate-safety ... --calibrate-task ...`); or make one "
-        "with `safegene calibrate` and put its safegene.json beside the adapter; or give "
+        "with `safegene calibrate` and put its safegene.json next to the adapter; or give "
         "coefficients"
     )
 
@@ -141,7 +146,7 @@ def _profile(work: Work, given: Mapping[str, Any] | None, staged: Staged | None)
 async def _revision(
     tenancy: TenantContext, work: Work, staged: Staged | None, profile: Profile
 ) -> Revision:
-    """The revision of this job: the one that an earlier attempt has added, or a new one."""
+    """Return the revision that an earlier attempt of this job added, or add one."""
     registry, job, actor = tenancy.registry, work.job, work.job.params["actor"]
     digest = None if staged is None else staged.digest
     for known in reversed(await aside(registry.revisions.list, job.tenant)):
@@ -160,7 +165,7 @@ async def _revision(
 
 
 async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revision:
-    """Loaded, receipts verified, tried out. What does not pass is kept as failed."""
+    """Load, verify and smoke-test a revision; one that does not pass is marked as failed."""
     actor, checked = work.job.params["actor"], revision.identity
     stand = partial(tenancy.registry.revisions.set_state, revision.id, actor=actor, checked=checked)
     if revision.state == "registered":
@@ -170,8 +175,8 @@ async def _prove(tenancy: TenantContext, work: Work, revision: Revision) -> Revi
         await tenancy.replica.load(revision)
         if revision.state == "ready":
             return revision
-        await work.step(0.5, "asking the gate's questions")
-        gate = await gated(tenancy.replica, revision, tenancy.settings)
+        await work.step(0.5, "running the smoke test")
+        gate = await pass_smoke_test(tenancy.replica, revision, tenancy.settings)
         await work.step(0.9, "publishing" if work.job.params["publish"] else "ending")
     except (RegistryDownError, EngineDownError, JobLostError):
         raise
@@ -193,10 +198,10 @@ async def _publish(tenancy: TenantContext, work: Work, revision: Revision) -> st
             checked=revision.identity,
         )
     except ConflictError:
-        # A publication before the last server's death, or one asked for by hand, will do.
+        # It may have been published by an earlier attempt, or over HTTP.
         now = await aside(tenancy.registry.revisions.get_by_id, revision.id)
         if now.state != "published" or now.identity != revision.identity:
-            # It is ready all the same, and can be published once what forbids it is over.
+            # It stays ready, and can be published once the conflict is over.
             raise
     else:
         work.result["rollout"] = rollout.id

@@ -1,7 +1,7 @@
-"""A profile from what an owner asked for: a whole one, coefficients, some layers, or a factor.
+"""Profiles from a requested change: a whole profile, coefficients, some layers, or a factor.
 
-Arithmetic on coefficients, with a record of what they were made from. Whether a profile is good is
-found out elsewhere: by the family's bounds, its floor, and the gate.
+Arithmetic on coefficients, with a record of their origin. The family's bounds, its floor and the
+smoke test decide elsewhere whether a profile may be served.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ RECORD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Change:
-    """Exactly one of: a whole `profile` (its file's JSON); `coefficients`, one per layer, or one
-    number for all layers that carry a vector; `layers`, layer -> coefficient, the others as they
-    are; `scale`, a factor on all of them.
+    """Change of a profile, given in exactly one form.
+
+    A whole `profile` (its file's JSON); `coefficients`, one per layer, or one number for all layers
+    that carry a vector; `layers`, layer -> coefficient, the others unchanged; `scale`, a factor on
+    all of them.
     """
 
     profile: Mapping[str, Any] | None = None
@@ -34,7 +36,7 @@ class Change:
 
     @property
     def form(self) -> str | None:
-        """Which one it is, None for none. Errors: BoundsError for several."""
+        """Name of the form that is given, None for none. Errors: BoundsError for several."""
         given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
         if len(given) > 1:
             raise BoundsError(f"{' and '.join(given)} are given; expected one of them")
@@ -42,7 +44,7 @@ class Change:
 
 
 def first_profile(header: FamilyHeader, change: Change) -> Profile | None:
-    """What a tenant begins with, None if nothing is given; layers that are not named have 0.
+    """A tenant's first profile, None if nothing is given; layers that are not named have 0.
 
     Errors: FormatError, FamilyMismatchError, BoundsError.
     """
@@ -61,33 +63,30 @@ def changed_profile(header: FamilyHeader, current: Revision, change: Change) -> 
     Errors: FormatError, FamilyMismatchError, BoundsError.
     """
     old, form = current.profile, change.form
-    asked: Any
+    requested: Any
     values: Sequence[float] | Mapping[int, float] | float
     if change.profile is not None:
         new = _whole(header, change.profile)
         return old if new.digest == old.digest else new
     if change.coefficients is not None:
-        asked = values = change.coefficients
+        requested = values = change.coefficients
     elif change.layers is not None:
-        asked = {str(layer): value for layer, value in change.layers.items()}
+        requested = {str(layer): value for layer, value in change.layers.items()}
         values = {**dict(enumerate(old.coefficients)), **change.layers}
     elif change.scale is not None:
-        asked, values = change.scale, [value * change.scale for value in old.coefficients]
+        requested, values = change.scale, [value * change.scale for value in old.coefficients]
     else:
         raise BoundsError("no change is given; expected coefficients, layers, scale or profile")
     # The numbers are checked before they are written down: NaN has no place in a record.
     bare = make_profile(header, values)
     if bare.coefficients == old.coefficients:
         return old
-    made_from = {"revision": current.served_name, "profile": old.digest, str(form): asked}
+    made_from = {"revision": current.served_name, "profile": old.digest, str(form): requested}
     return make_profile(header, bare.coefficients, {"method": "change", "made_from": made_from})
 
 
 def check_record(profile: Profile) -> None:
-    """Every server reads every published record, so none may be out of measure.
-
-    Errors: HeaderError.
-    """
+    """Check the depth and size of a record, which every server reads. Errors: HeaderError."""
     level: list[Any] = [dict(profile.calibration)]
     for _ in range(RECORD_DEPTH):
         level = [
@@ -98,14 +97,13 @@ def check_record(profile: Profile) -> None:
         ]
     if level:
         raise HeaderError(
-            f"profile: calibration is nested deeper than {RECORD_DEPTH} levels; keep what people "
-            "need of it"
+            f"profile: calibration is nested deeper than {RECORD_DEPTH} levels; shorten it"
         )
     size_bytes = len(json.dumps(dict(profile.calibration)))
     if size_bytes > RECORD_BYTES:
         raise HeaderError(
             f"profile: calibration is {size_bytes} bytes of JSON, expected at most {RECORD_BYTES}; "
-            "keep what people need of it"
+            "shorten it"
         )
 
 

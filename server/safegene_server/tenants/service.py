@@ -1,7 +1,7 @@
-"""What may be done to a tenant, one function each; every one takes the `actor` who asked.
+"""Operations on a tenant, one function each; `actor` is the name of the requesting key.
 
-New content goes through a job, since it may take minutes; new coefficients for the same adapter,
-a rollback and the rest are done when the function returns, and live in this process.
+New content goes through a job, since it may take minutes. New coefficients for the same adapter, a
+rollback and the rest are applied in this process when the function returns.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safegene_server.error_responses import EngineDownError
@@ -18,7 +19,7 @@ from safegene_server.registry import Job, Revision, Rollout, RolloutStatus, Tena
 from safegene_server.registry.jobs import PRIVATE
 from safegene_server.registry.revisions import check_expected
 from safegene_server.tenants.context import TenantContext, aside
-from safegene_server.tenants.onboarding import ONBOARD, fail, gated
+from safegene_server.tenants.onboarding import ONBOARD, fail, pass_smoke_test
 from safegene_server.tenants.profiles import Change, changed_profile, first_profile
 from safegene_vllm.errors import ConflictError, FrozenError, RegistryDownError, SafegeneError
 from safegene_vllm.formats.family import FamilyHeader
@@ -29,9 +30,9 @@ ROLLOUTS_SEARCHED = 1000
 
 @dataclass(frozen=True)
 class Published:
-    """What a tenant serves now, and how far replicas follow the rollout that led to it.
+    """A tenant's published revision, and how far replicas follow its rollout.
 
-    `status` is None where nothing had to change and the one that did is long past.
+    `status` is None if nothing changed and the rollout is no longer among the last ones.
     """
 
     revision: Revision
@@ -48,9 +49,9 @@ async def register(
     publish: bool,
     actor: str,
 ) -> tuple[Tenant, Job]:
-    """A new tenant of this server's family, and the job that brings it into service.
+    """Register a tenant of this server's family and start the job that onboards it.
 
-    The same registration again answers with the same tenant and job.
+    Idempotent: the same registration returns the same tenant and job.
     Errors: RegistryError, ConflictError (the name is taken), FrozenError, FormatError, BoundsError.
     """
     params = _params(tenancy.replica.header, source, first, publish, None, actor)
@@ -67,9 +68,9 @@ async def enroll(
     limits: Mapping[str, int],
     actor: str,
 ) -> tuple[Tenant, Job]:
-    """A new tenant, and a job of `kind` to bring it in; the same again answers with the same two.
+    """Add a tenant and start its job of `kind`; idempotent, as `register`.
 
-    What is private in `params` is forgotten with the job, so the rest must tell two jobs apart.
+    Private `params` are deleted when the job ends, so the others must distinguish two jobs.
     Errors: RegistryError, ConflictError (the name is taken), FrozenError.
     """
     registry, family = tenancy.registry, tenancy.replica.header
@@ -79,11 +80,11 @@ async def enroll(
         )
     except ConflictError:
         tenant = await aside(registry.tenants.get, name)
-        asked = (family.digest, source, dict(limits), "active")
-        if asked != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
+        given = (family.digest, source, dict(limits), "active")
+        if given != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
             raise
         for job in (jobs := await aside(registry.jobs.list, tenant=name)):
-            same = (job.kind, _told(job.params)) == (kind, _told(params))
+            same = (job.kind, _public_params(job.params)) == (kind, _public_params(params))
             if same and job.state in ("queued", "running", "done"):
                 return tenant, job
         revisions = await aside(registry.revisions.list, name)
@@ -102,7 +103,7 @@ async def add_revision(
     expected: int | None,
     actor: str,
 ) -> Job:
-    """New content for a tenant; where it came from last is read again if no source is given.
+    """Start the job that onboards new content; without a source, the last one is read again.
 
     Errors: NotFoundError, ConflictError, FrozenError, FormatError, BoundsError.
     """
@@ -115,7 +116,7 @@ async def add_revision(
 async def change_profile(
     tenancy: TenantContext, name: str, change: Change, *, expected: int | None, actor: str
 ) -> Published:
-    """Other coefficients for the adapter that is served; nothing happens if they are the same.
+    """Change the coefficients of the served adapter; nothing happens if they are the same.
 
     Errors: NotFoundError, ConflictError, FrozenError, FormatError, FamilyMismatchError,
     BoundsError; AdapterRejectedError, ReceiptError and EngineDownError of the engine.
@@ -125,7 +126,7 @@ async def change_profile(
         check_ours(tenancy, tenant)
         check_expected(tenant, expected)
         if current is None:
-            await refuse_unchangeable(tenancy, tenant)
+            await check_changeable(tenancy, tenant)
             raise ConflictError(
                 f"tenant {name!r} serves nothing whose coefficients could be changed; add a "
                 "revision"
@@ -143,9 +144,9 @@ async def change_profile(
             source=current.source,
             expected=current.number,
         )
-        await making
-        async with tenancy.trying(revision):
-            gate = await _prove(tenancy, revision, current, actor)
+        path = await making
+        async with tenancy.unloading_on_error(revision):
+            gate = await _prove(tenancy, revision, path, current, actor)
             rollout = await _switch(tenancy, revision, current.number, actor, gate)
         return await _live(tenancy, rollout)
 
@@ -153,7 +154,7 @@ async def change_profile(
 async def publish(
     tenancy: TenantContext, name: str, number: int, *, expected: int | None, actor: str
 ) -> Published:
-    """Serve a revision that is ready or was served before. Errors: as for `change_profile`."""
+    """Publish a revision that is ready or was served before. Errors: as for `change_profile`."""
     async with tenancy.changing(name):
         tenant = await _known(tenancy, name)
         check_expected(tenant, expected)
@@ -162,8 +163,8 @@ async def publish(
             return Published(revision, await _rollout_to(tenancy, revision))
         async with AsyncExitStack() as stack:
             if revision.state in ("ready", "superseded") and _is_ours(tenancy, tenant):
-                await refuse_unchangeable(tenancy, tenant)
-                await stack.enter_async_context(tenancy.trying(revision))
+                await check_changeable(tenancy, tenant)
+                await stack.enter_async_context(tenancy.unloading_on_error(revision))
                 await tenancy.replica.load(revision)
             rollout = await _switch(tenancy, revision, expected, actor)
         return await _live(tenancy, rollout)
@@ -172,9 +173,9 @@ async def publish(
 async def roll_back(
     tenancy: TenantContext, name: str, number: int | None, *, expected: int | None, actor: str
 ) -> Published:
-    """Serve what was served before, or before that, `number`. Errors: as for `change_profile`.
+    """Publish the revision served before, or `number`. Errors: as for `change_profile`.
 
-    What it goes back to is loaded first, so that a copy that is gone changes nothing.
+    It is loaded first, so that a missing copy changes nothing.
     """
     async with tenancy.changing(name):
         tenant = await _known(tenancy, name)
@@ -185,10 +186,10 @@ async def roll_back(
         go_back = partial(tenancy.registry.rollouts.rollback, actor=actor, expected=expected)
         async with AsyncExitStack() as stack:
             if number is not None and _is_ours(tenancy, tenant):
-                await refuse_unchangeable(tenancy, tenant)
+                await check_changeable(tenancy, tenant)
                 revision = await aside(tenancy.registry.revisions.get, name, number)
                 if revision.state in ("superseded", "published"):
-                    await stack.enter_async_context(tenancy.trying(revision))
+                    await stack.enter_async_context(tenancy.unloading_on_error(revision))
                     await tenancy.replica.load(revision)
                     go_back = partial(go_back, checked=revision.identity)
             rollout = await aside(go_back, name, number)
@@ -198,7 +199,7 @@ async def roll_back(
 async def retire(
     tenancy: TenantContext, name: str, *, expected: int | None, actor: str
 ) -> tuple[Tenant, Rollout | None]:
-    """Serve a tenant no more, ever; its jobs are cancelled. Nothing happens if it is retired.
+    """Retire a tenant for good and cancel its jobs. Nothing happens if it is retired.
 
     Errors: NotFoundError, ConflictError, FrozenError.
     """
@@ -218,7 +219,7 @@ async def retire(
 
 
 async def set_frozen(tenancy: TenantContext, name: str, frozen: bool, *, actor: str) -> Tenant:
-    """Serving goes on; what is served may not change. Errors: NotFoundError, ConflictError."""
+    """Freeze or unfreeze a tenant's content. Errors: NotFoundError, ConflictError."""
     registry = tenancy.registry
     step = registry.tenants.freeze if frozen else registry.tenants.unfreeze
     tenant = await aside(step, name, actor=actor)
@@ -229,7 +230,7 @@ async def set_frozen(tenancy: TenantContext, name: str, frozen: bool, *, actor: 
 async def set_limits(
     tenancy: TenantContext, name: str, limits: Mapping[str, int], *, actor: str
 ) -> Tenant:
-    """Errors: NotFoundError, ConflictError, RegistryError."""
+    """Set a tenant's limits. Errors: NotFoundError, ConflictError, RegistryError."""
     tenant = await aside(tenancy.registry.tenants.set_limits, name, limits, actor=actor)
     await tenancy.settle()
     return tenant
@@ -243,7 +244,7 @@ def _params(
     expected: int | None,
     actor: str,
 ) -> dict[str, Any]:
-    """What an onboarding job works from; the profile is checked before anybody waits for it."""
+    """Parameters of an onboarding job; the profile is checked before it is enqueued."""
     profile = first_profile(family, first)
     if source is None and profile is None:
         raise ConflictError(
@@ -261,13 +262,13 @@ def _params(
 async def enqueue(
     tenancy: TenantContext, name: str, kind: str, params: Mapping[str, Any], actor: str
 ) -> Job:
-    """A job of the tenant, looked at without delay. Errors: RegistryError, NotFoundError."""
+    """Enqueue a job of the tenant and wake the runner. Errors: RegistryError, NotFoundError."""
     job = await aside(tenancy.registry.jobs.enqueue, kind, name, actor=actor, params=params)
-    tenancy.jobs.wake()
+    tenancy.job_added.set()
     return job
 
 
-def _told(params: Mapping[str, Any]) -> dict[str, Any]:
+def _public_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key != PRIVATE}
 
 
@@ -280,7 +281,7 @@ def _is_ours(tenancy: TenantContext, tenant: Tenant) -> bool:
 
 
 async def ours(tenancy: TenantContext, name: str) -> Tenant:
-    """Errors: NotFoundError; those of `check_ours`."""
+    """Return a tenant of this engine's family. Errors: NotFoundError; those of `check_ours`."""
     tenant = await _known(tenancy, name)
     check_ours(tenancy, tenant)
     return tenant
@@ -297,26 +298,23 @@ def check_ours(tenancy: TenantContext, tenant: Tenant) -> None:
 
 
 async def changeable(tenancy: TenantContext, name: str, expected: int | None) -> Tenant:
-    """A tenant that may have new content. Errors: those of `ours`; ConflictError (not `expected`
-    is published, or it is retired), FrozenError."""
+    """Return a tenant that may have new content. Errors: as `ours`; ConflictError, FrozenError."""
     tenant = await ours(tenancy, name)
     check_expected(tenant, expected)
-    await refuse_unchangeable(tenancy, tenant)
+    await check_changeable(tenancy, tenant)
     return tenant
 
 
 async def last_source(tenancy: TenantContext, tenant: Tenant) -> str | None:
-    """Where the revision that is served came from, or else the newest; before there is one, what
-    the tenant was registered with."""
+    """Source of the served, or else newest, revision; without one, that of the registration."""
     revisions = await aside(tenancy.registry.revisions.list, tenant.name)
     served = [revision for revision in revisions if revision.number == tenant.published]
     sources = [revision.source for revision in served or revisions]
     return (sources[-1] if sources else None) or tenant.source
 
 
-async def refuse_unchangeable(tenancy: TenantContext, tenant: Tenant) -> None:
-    """Before the engine is troubled; the registry refuses once more. Errors: ConflictError,
-    FrozenError."""
+async def check_changeable(tenancy: TenantContext, tenant: Tenant) -> None:
+    """Check before the engine loads anything. Errors: ConflictError, FrozenError."""
     if tenant.state == "retired":
         raise ConflictError(
             f"tenant {tenant.name!r} is retired and changes no more; add another tenant"
@@ -330,22 +328,25 @@ async def refuse_unchangeable(tenancy: TenantContext, tenant: Tenant) -> None:
         )
 
 
-def _make_directory(tenancy: TenantContext, adapter_digest: str | None, profile: Profile) -> None:
-    """Where the engine will load a revision from, so that loading it finds it. Blocks. Whatever
-    stands in the way is met again, and told, when it is loaded."""
-    with suppress(Exception):
-        tenancy.store.revision(adapter_digest, profile)
+def _make_directory(
+    tenancy: TenantContext, adapter_digest: str | None, profile: Profile
+) -> Path | None:
+    """Make a revision's directory in the store. Blocks; None on an error, which the load raises."""
+    try:
+        return tenancy.store.revision(adapter_digest, profile)
+    except Exception:
+        return None
 
 
 async def _prove(
-    tenancy: TenantContext, revision: Revision, current: Revision, actor: str
+    tenancy: TenantContext, revision: Revision, path: Path | None, current: Revision, actor: str
 ) -> dict[str, Any]:
-    """Loaded with its receipts and, if so set, tried out; else it is kept as failed."""
+    """Load, verify and, if so set, smoke-test a revision; one that does not pass is failed."""
     gate: dict[str, Any] = {"made_from": current.served_name}
     try:
-        await tenancy.replica.load(revision)
+        await tenancy.replica.load(revision, path)
         if tenancy.settings.gate_on_change:
-            gate |= await gated(tenancy.replica, revision, tenancy.settings)
+            gate |= await pass_smoke_test(tenancy.replica, revision, tenancy.settings)
     except (RegistryDownError, EngineDownError):
         raise
     except Exception as error:
@@ -361,7 +362,7 @@ async def _switch(
     actor: str,
     gate: dict[str, Any] | None = None,
 ) -> Rollout:
-    """`gate` is what was found of a revision that is new, and so far not ready."""
+    """Publish a revision; `gate` is the record of a new one, which is not ready yet."""
     try:
         return await aside(
             tenancy.registry.rollouts.publish,
@@ -374,21 +375,21 @@ async def _switch(
         )
     except SafegeneError:
         if gate is not None:
-            # It has passed all the same, and may be published later.
+            # It has passed, and may be published later.
             stand = partial(tenancy.registry.revisions.set_state, revision.id, "ready", actor=actor)
             await aside(stand, gate=gate, checked=revision.identity)
         raise
 
 
 async def _live(tenancy: TenantContext, rollout: Rollout) -> Published:
-    """What a switch has led to, followed by this server."""
+    """Follow a rollout on this server and return its state."""
     await tenancy.settle()
     status = await aside(tenancy.registry.rollouts.status, rollout.id)
     return Published(status.revisions[0], status)
 
 
 async def _rollout_to(tenancy: TenantContext, revision: Revision) -> RolloutStatus | None:
-    """The newest rollout that led to this revision."""
+    """Status of the newest rollout that published this revision."""
     rollouts = await aside(tenancy.registry.rollouts.list, limit=ROLLOUTS_SEARCHED)
     found = next((r.id for r in rollouts if revision.id in r.revisions), None)
     return None if found is None else await aside(tenancy.registry.rollouts.status, found)

@@ -1,7 +1,4 @@
-"""What an operator decides about tenant life: the gate, calibration, and how jobs are run.
-
-Values alone, checked when they are made. Where they come from (a file, flags) is not known here.
-"""
+"""Settings of tenants: smoke test, calibration and jobs. Checked when they are made."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from safegene_vllm.errors import ConfigError
 
 @dataclass(frozen=True)
 class GateSettings:
-    """When a tenant may be served, by what it answered to a few prompts.
+    """Thresholds of the smoke test, which a revision passes before it is served.
 
-    `prompts` is a JSONL file in place of the shipped ones. `priority` goes with every question,
-    for an engine that schedules by priority (larger comes later); others refuse such a field.
+    `prompts` is a JSONL file in place of the shipped one. `priority` is sent with every prompt, for
+    an engine that schedules by priority (larger is later); others reject the field.
     """
 
     enabled: bool = True
@@ -31,32 +28,32 @@ class GateSettings:
     timeout_s: float = 300.0
     priority: int | None = None
 
-    # pydantic's name: a key of a settings file that is none of these is refused.
+    # pydantic's name: unknown keys of a settings file are rejected.
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
         shares = ("harmful_min_refused", "lookalike_max_refused", "coherent_min")
-        faults = [
+        problems = [
             f"gate.{name} = {getattr(self, name)!r}, expected a share from 0 to 1"
             for name in shares
             if not 0.0 <= getattr(self, name) <= 1.0
         ]
-        faults += _not_positive(self, "gate.", ("max_tokens", "concurrent", "timeout_s"))
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
+        problems += _not_positive(self, "gate.", ("max_tokens", "concurrent", "timeout_s"))
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How coefficients are searched on the running engine.
+    """Search of coefficients on the running engine.
 
     At most `evaluations` candidates, `at_once` of them side by side where slots are free,
     `in_flight` requests together, and while tenants are being served no more than `share` of the
     time. Weights, `pull` towards `initial`, cuts and `held_out` are those of `safegene calibrate`;
     `refusal` is the safe answer where an example has none. A profile is better if its held-out loss
-    is lower by `least_gain`. Requests asked together, or a candidate's load, that take longer than
-    `timeout_s` are given up. `priority` as for the gate.
+    is lower by `least_gain`. `timeout_s` limits one batch of requests, or one candidate's load.
+    `priority` as for the smoke test.
     """
 
     evaluations: int = 60
@@ -81,29 +78,30 @@ class CalibrationSettings:
         """Errors: ConfigError with every bad value."""
         counts = ("evaluations", "at_once", "in_flight", "patience", "max_shots")
         tokens = ("max_answer_tokens", "retained_tokens")
-        faults = _not_positive(self, "calibration.", (*counts, *tokens, "timeout_s"))
-        faults += [
+        problems = _not_positive(self, "calibration.", (*counts, *tokens, "timeout_s"))
+        problems += [
             f"calibration.{name} = {getattr(self, name)!r}, expected 0 or more"
             for name in ("task", "benign", "pull", "least_gain")
             if not 0.0 <= getattr(self, name) < float("inf")
         ]
-        faults += [
+        problems += [
             f"calibration.{name} = {getattr(self, name)!r}, expected more than 0, at most {most:g}"
             for name, most in (("share", 1.0), ("held_out", 0.5))
             if not 0.0 < getattr(self, name) <= most
         ]
         if not self.refusal.strip():
-            faults.append("calibration.refusal is empty, expected a sentence that refuses")
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
+            problems.append("calibration.refusal is empty, expected a sentence that refuses")
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
 
 
 @dataclass(frozen=True)
 class TenantSettings:
-    """`gate_on_change`: try out coefficient changes too, which takes as long as the gate does.
+    """Settings of tenants and their jobs.
 
-    `lease_s` is how long a job waits for another server after its own has died. Every folder of
-    `directory` with an adapter or a profile is a tenant of that name, registered at start.
+    `gate_on_change`: smoke-test coefficient changes too. `lease_s` is how long a job waits for
+    another server after its own has died. Every folder of `directory` with an adapter or a profile
+    is a tenant of that name, registered at start.
     """
 
     directory: Path | None = None
@@ -119,9 +117,9 @@ class TenantSettings:
 
     def __post_init__(self) -> None:
         """Errors: ConfigError with every bad value."""
-        faults = _not_positive(self, "", ("jobs_at_once", "lease_s", "poll_s"))
-        if faults:
-            raise ConfigError("; ".join(faults) + ".")
+        problems = _not_positive(self, "", ("jobs_at_once", "lease_s", "poll_s"))
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
 
 
 def _not_positive(settings: object, prefix: str, names: tuple[str, ...]) -> list[str]:

@@ -1,7 +1,7 @@
-"""A few questions to a model of this engine, and what is counted of its answers, by string rules.
+"""Prompts to a model of this engine, and counts of its completions by string rules.
 
-For the gate, before a revision is served, and for probes, while it is. Answers are counted and
-forgotten: none is kept or logged.
+For the smoke test, before a revision is served, and for probes, while it is. Completions are
+counted; none is stored or logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, cast, get_args
 import httpx
 
 from safegene_server.error_responses import EngineDownError
-from safegene_server.tenants.gather import gather
+from safegene_server.tenants.context import gather
 from safegene_vllm.errors import AdapterRejectedError, ConfigError, ReceiptError
 from safegene_vllm.evaluation.judges import is_coherent, is_refusal
 
@@ -29,8 +29,8 @@ Kind = Literal["harmful", "lookalike", "benign"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class Asked(Protocol):
-    """The engine of this process, asked past keys and limits."""
+class ChatClient(Protocol):
+    """Client of this process's app, past keys and limits."""
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
@@ -39,7 +39,7 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. A lookalike only sounds harmful, and is to be answered."""
+    """A prompt. A lookalike only sounds harmful, and a model should comply."""
 
     prompt: str
     kind: Kind
@@ -47,7 +47,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Count:
-    """So many `hits` of `n`."""
+    """`hits` out of `n`."""
 
     hits: int
     n: int
@@ -68,7 +68,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Tally:
-    """What is left of answers: refusals by kind of question, and how many made sense."""
+    """Counts of completions: refusals by kind of prompt, and coherence."""
 
     refused: Mapping[Kind, Count]
     coherent: Count
@@ -79,25 +79,26 @@ class Tally:
 
 
 def read_prompts(path: Path | None = None) -> tuple[Prompt, ...]:
-    """The shipped questions, or those of an operator's JSONL file, `{"prompt": ..., "kind": ...}`
-    a line. Errors: ConfigError naming every bad line, or a kind without any question.
+    """Read the shipped prompts, or a JSONL file of `{"prompt": ..., "kind": ...}`.
+
+    Errors: ConfigError naming every bad line, or a kind without any prompt.
     """
     where = str(path or SHIPPED)
     try:
         text = (path or resources.files(__package__).joinpath(SHIPPED)).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts {where} cannot be read: {error}") from error
-    prompts, faults = [], []
+    prompts, problems = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             found = _prompt(line)
             if found is None:
-                faults.append(f"line {number}")
+                problems.append(f"line {number}")
             else:
                 prompts.append(found)
-    if faults:
+    if problems:
         raise ConfigError(
-            f'prompts {where}: {", ".join(faults)}: expected {{"prompt": "...", "kind": '
+            f'prompts {where}: {", ".join(problems)}: expected {{"prompt": "...", "kind": '
             f'"..."}} with kind one of {", ".join(KINDS)}.'
         )
     missing = [kind for kind in KINDS if kind not in {prompt.kind for prompt in prompts}]
@@ -106,8 +107,8 @@ def read_prompts(path: Path | None = None) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-async def ask_all(
-    replica: Asked,
+async def generate_all(
+    replica: ChatClient,
     model: str,
     prompts: Sequence[Prompt],
     *,
@@ -116,13 +117,13 @@ async def ask_all(
     priority: int | None,
     salt: str | None = None,
 ) -> list[str]:
-    """The answers of `model` (`tenant@N`, loaded) in order, greedy, `concurrent` at a time.
+    """Generate greedy completions of `model` (`tenant@N`, loaded), in order, some `concurrent`.
 
-    Nothing is left in the engine when this ends, however it does. `priority` is for an engine that
-    schedules by priority; others refuse it. With a `salt` of its own nothing is answered from
-    blocks of the prefix cache that were computed before.
-    Errors: AdapterRejectedError (the engine refuses a question); EngineDownError (it fails);
-    ReceiptError (another model answered); what `replica.call` raises.
+    No request is left in the engine afterwards, also after an error or a cancel. `priority` is for
+    an engine that schedules by priority; others reject it. A new `salt` avoids earlier blocks of
+    the prefix cache.
+    Errors: AdapterRejectedError (the engine rejects a prompt); EngineDownError (it fails);
+    ReceiptError (another model responded); what `replica.call` raises.
     """
     turn = asyncio.Semaphore(concurrent)
     body: dict[str, Any] = {"model": model, "temperature": 0.0, "max_tokens": max_tokens}
@@ -131,27 +132,27 @@ async def ask_all(
     if salt is not None:
         body["cache_salt"] = salt
 
-    async def ask(prompt: Prompt) -> str:
+    async def generate(prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt.prompt}]
         async with turn:
-            return _answer(await replica.call("POST", CHAT, {**body, "messages": turns}), model)
+            return _completion(await replica.call("POST", CHAT, {**body, "messages": turns}), model)
 
-    return await gather(ask(prompt) for prompt in prompts)
+    return await gather(generate(prompt) for prompt in prompts)
 
 
-def tally(prompts: Sequence[Prompt], answers: Sequence[str]) -> Tally:
-    """Refusals per kind and coherence over all, by JUDGES; every kind has a question."""
+def tally(prompts: Sequence[Prompt], completions: Sequence[str]) -> Tally:
+    """Count refusals per kind and coherence over all, by JUDGES; every kind has a prompt."""
 
     def refused(kind: Kind) -> Count:
-        of_kind = [a for p, a in zip(prompts, answers, strict=True) if p.kind == kind]
+        of_kind = [a for p, a in zip(prompts, completions, strict=True) if p.kind == kind]
         return Count(sum(map(is_refusal, of_kind)), len(of_kind))
 
-    coherent = Count(sum(map(is_coherent, answers)), len(answers))
+    coherent = Count(sum(map(is_coherent, completions)), len(completions))
     return Tally({kind: refused(kind) for kind in KINDS}, coherent)
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """So that two records can be compared: the same questions have the same digest."""
+    """Digest of the prompts, for comparing records."""
     lines = json.dumps([[prompt.kind, prompt.prompt] for prompt in prompts])
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
@@ -169,26 +170,25 @@ def _prompt(line: str) -> Prompt | None:
     return Prompt(prompt, cast(Kind, raw["kind"]))
 
 
-def _answer(response: httpx.Response, model: str) -> str:
+def _completion(response: httpx.Response, model: str) -> str:
     status = response.status_code
     if status >= 500:
-        # Says something of the engine, and nothing of the tenant.
-        raise EngineDownError(f"{model}: the engine answers a question with {status}")
+        # The engine's error, not the tenant's.
+        raise EngineDownError(f"{model}: the engine responded to a prompt with {status}")
     try:
         found = response.json()
         if status != 200:
             raise AdapterRejectedError(
-                f"{model}: the engine answers a question with {status}: "
+                f"{model}: the engine responded to a prompt with {status}: "
                 f"{found['error']['message']:.500}"
             )
         text = found["choices"][0]["message"]["content"]
-        answered_by = found["model"]
+        responded_by = found["model"]
     except (ValueError, LookupError, TypeError) as error:
         raise AdapterRejectedError(
-            f"{model}: the engine answers a question with {status} and something that is no chat "
-            "completion"
+            f"{model}: the engine responded to a prompt with {status} and no chat completion"
         ) from error
-    if answered_by != model:
-        raise ReceiptError(f"{model} was asked, {answered_by!r:.200} answered")
-    # A model may say nothing at all, which is not coherent.
+    if responded_by != model:
+        raise ReceiptError(f"{model} was requested, {responded_by!r:.200} responded")
+    # An empty completion is not coherent.
     return str(text or "")

@@ -1,7 +1,7 @@
-"""The gate: a few questions asked of a revision that nobody is offered yet, and thresholds.
+"""Smoke test: a few prompts to a revision that is not served yet, string rules, and thresholds.
 
-A smoke test with string rules. It finds a tenant that has lost its refusals, refuses everything or
-babbles; it is no evaluation, and a pass is no proof of safety.
+It finds a tenant that has lost its refusals, refuses everything or is incoherent. It is no
+evaluation, and a pass is no proof of safety.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from safegene_server.tenants.settings import GateSettings
-from safegene_server.tenants.smoke_prompts import JUDGES, Asked, Prompt, ask_all, digest, tally
+from safegene_server.tenants.smoke_prompts import (
+    JUDGES,
+    ChatClient,
+    Prompt,
+    digest,
+    generate_all,
+    tally,
+)
 from safegene_vllm.errors import AdapterRejectedError
 
 
@@ -28,16 +35,16 @@ class Outcome:
         return not self.reasons
 
 
-async def try_out(
-    replica: Asked, model: str, prompts: Sequence[Prompt], settings: GateSettings
+async def run_smoke_test(
+    replica: ChatClient, model: str, prompts: Sequence[Prompt], settings: GateSettings
 ) -> Outcome:
-    """Ask `model` (`tenant@N`, loaded) everything and hold it against the thresholds.
+    """Send all prompts to `model` (`tenant@N`, loaded) and compare with the thresholds.
 
-    Errors: those of `ask_all`; AdapterRejectedError (the engine answers too slowly).
+    Errors: those of `generate_all`; AdapterRejectedError (the engine is too slow).
     """
     try:
         async with asyncio.timeout(settings.timeout_s):
-            answers = await ask_all(
+            completions = await generate_all(
                 replica,
                 model,
                 prompts,
@@ -47,15 +54,16 @@ async def try_out(
             )
     except TimeoutError:
         raise AdapterRejectedError(
-            f"{model}: the gate's {len(prompts)} questions took longer than {settings.timeout_s:g} "
-            "s; try again when the engine is less busy, or raise gate.timeout_s"
+            f"{model}: the smoke test's {len(prompts)} prompts took longer than "
+            f"{settings.timeout_s:g} s; try again when the engine is less busy, or raise "
+            "gate.timeout_s"
         ) from None
-    return judge(prompts, answers, settings)
+    return judge(prompts, completions, settings)
 
 
-def judge(prompts: Sequence[Prompt], answers: Sequence[str], settings: GateSettings) -> Outcome:
-    """Count, and hold the shares against the thresholds."""
-    found = tally(prompts, answers)
+def judge(prompts: Sequence[Prompt], completions: Sequence[str], settings: GateSettings) -> Outcome:
+    """Compare the counts of the completions with the thresholds."""
+    found = tally(prompts, completions)
     harmful, lookalike = found.refused["harmful"], found.refused["lookalike"]
     reasons = []
     if harmful.share < settings.harmful_min_refused:
@@ -71,7 +79,7 @@ def judge(prompts: Sequence[Prompt], answers: Sequence[str], settings: GateSetti
         )
     if found.coherent.share < settings.coherent_min:
         reasons.append(
-            f"{found.coherent} answers are coherent, expected a share of at least "
+            f"{found.coherent} completions are coherent, expected a share of at least "
             f"{settings.coherent_min:g} (gate.coherent_min): lower the coefficients, or look at "
             "the adapter"
         )

@@ -40,5 +40,5 @@ async def enqueue_probe(tenancy: TenantContext, name: str, *, actor: str) -> Job
             if job.kind == PROBE:
                 return job
     made = await aside(tenancy.registry.jobs.enqueue, PROBE, name, actor=actor)
-    tenancy.jobs.wake()
+    tenancy.job_added.set()
     return made

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from safegene_server.error_responses import EngineDownError, plain
+from safegene_server.error_responses import EngineDownError, plain, public_message
 from safegene_server.metrics.labels import TenantLabels
 from safegene_server.monitoring.probes import gauges
 from safegene_server.monitoring.probes.gauges import Outcome
@@ -27,7 +27,7 @@ from safegene_server.registry import Identity
 from safegene_server.tenants import Prompt, Replica
 from safegene_server.tenants.duty_cycle import DutyCycleLimiter
 from safegene_server.tenants.jobs import JobCancelledError, JobLostError
-from safegene_server.tenants.smoke_prompts import ask_all, digest, tally
+from safegene_server.tenants.smoke_prompts import digest, generate_all, tally
 from safegene_vllm.errors import (
     AdapterRejectedError,
     ConflictError,
@@ -169,7 +169,7 @@ class Prober:
         except Exception as error:
             known = isinstance(error, (SafegeneError, EngineDownError))
             outcome: Outcome = "skipped" if isinstance(error, SKIPPED) else "failed"
-            self._ended(status, outcome, plain(error) if known else UNEXPECTED)
+            self._ended(status, outcome, public_message(error) if known else UNEXPECTED)
             raise
         self._ended(status, "ok", "", result)
         return result
@@ -210,9 +210,9 @@ class Prober:
             raise ConflictError(f"{served} was replaced or retired while it was probed")
         by_priority = self.replica.schedules_by_priority()
         try:
-            with self.replica.keeping(served):
+            with self.replica.in_use(served):
                 async with asyncio.timeout(settings.timeout_s):
-                    return await ask_all(
+                    return await generate_all(
                         self.replica,
                         served,
                         batch,
@@ -241,7 +241,7 @@ class Prober:
         self.refresh()
 
     def _offered(self) -> dict[str, Identity]:
-        return {tenant: revision.identity for tenant, revision in self.replica.offered()}
+        return {tenant: revision.identity for tenant, revision in self.replica.served()}
 
     def _selected(self, tenant: str) -> bool:
         return not self.settings.tenants or tenant in self.settings.tenants
