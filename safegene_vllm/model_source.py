@@ -79,7 +79,7 @@ def fetch_config(model: str) -> Path:
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a path is meant, so that the Hub is not asked."""
+    """Whether a path is meant, so that nothing is looked up on the Hub."""
     if model.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(_hub_id(model)):
         return True
     return "/" in model and Path(model).parent.is_dir()
@@ -98,7 +98,7 @@ def _check_directory(model: str, path: Path) -> None:
             "--tenant NAME=DIR."
         )
     inner = sorted(child.parent.name for child in path.glob("*/config.json"))
-    hint = f"; did you mean {path / inner[-1]}?" if inner else ""
+    hint = f" (did you mean {str(path / inner[-1])!r}?)" if inner else ""
     raise ConfigError(f"MODEL {model!r} has no config.json; expected a model directory{hint}.")
 
 
@@ -113,7 +113,7 @@ def _nearest_path(path: Path) -> str:
         names = [child.name for child in parent.iterdir() if child.is_dir()]
     except OSError:
         names = []
-    missing = "" if parent == path.parent else f" ({parent.absolute()} has no {name!r})"
+    missing = "" if parent == path.parent else f": {parent.absolute()} has no {name!r}"
     return missing + did_you_mean(name, names)
 
 

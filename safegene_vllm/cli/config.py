@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.console import clean, notes, results, table
+from safegene_vllm.cli.console import clean, notes, results
 from safegene_vllm.errors import ConfigError, raise_errors
 
 HELP = "Check, write and show safegene.yaml, the settings file of `safegene serve`."
@@ -96,10 +96,10 @@ def show(
     if as_json:
         print(json.dumps([dict(zip(("key", "value", "origin"), row, strict=True)) for row in rows]))
         return
-    made = table("key", "value", "origin", left=("key", "value", "origin"))
+    width = max(len(key) for key, *_ in rows)
     for key, value, origin in rows:
-        made.add_row(key, clean(json.dumps(value, ensure_ascii=False)), origin)
-    results().print(made)
+        shown = clean(json.dumps(value, ensure_ascii=False))
+        results().print(f"{key:<{width}}  {origin:<11}  {shown}")
 
 
 COMMANDS = {"check": check, "init": init, "show": show}

@@ -72,11 +72,13 @@ def launch(
         if not ready and not (stopping.is_set() and console.is_terminal):
             log.fail()
         if rejection is not None:
+            cause = error_line(log.lines)
             child.terminate()
         code = child.wait() if ready else _stop_unready(child, console)
     reader.join(timeout=5.0)
     if rejection is not None:
-        console.print(f"not ready: {rejection}", style="bold red", **AS_IT_IS)
+        found = f" Last error in its log: {cause}" if cause else ""
+        console.print(f"not ready: {rejection}{found}", style="bold red", **AS_IT_IS)
         code = code or 1
     elif not stopping.is_set():
         # A supervisor restarts by the exit code, and vLLM exits with 0 when its engine dies.

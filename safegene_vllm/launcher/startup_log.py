@@ -14,11 +14,13 @@ from rich.console import Console
 MAX_LINES = 4000
 STAGES = (
     ("weights", re.compile(r"Starting to load model|Loading (?:weights|safetensors)")),
-    ("compilation", re.compile(r"torch\.compile|\b[Cc]ompil(?:e|ing)\b|CUDA graph|[Ww]arming up")),
-    ("KV cache", re.compile(r"KV cache", re.I)),
-    ("tenants", re.compile(r"LoRA adapter|\btenants?\b|registry")),
+    ("compilation", re.compile(r"Compiling a graph|Start compiling|torch\.compile took")),
+    ("KV cache", re.compile(r"KV cache (?:size|memory)|for KV cache")),
+    ("CUDA graphs", re.compile(r"Capturing CUDA graph|Warming up model")),
+    ("tenants", re.compile(r"Loading plugin safegene_server|Loaded new LoRA adapter")),
     ("serving", re.compile(r"Started server process|Application startup complete")),
 )
+"""Stages of a start in their order, with the lines of vLLM 0.28 to 0.32 that begin them."""
 _OURS = re.compile(r"\bsafegene_vllm\.errors\.(\w+: .*)")
 _USAGE = re.compile(r"^[\w.-]+(?: \w+)?: error: (.*)")
 _ANY = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Exit): .*)")

@@ -18,7 +18,7 @@ from safegene_vllm.errors import ConfigError, did_you_mean
 from safegene_vllm.launcher.vllm_args import VllmArgs
 
 COMMAND = "vllm.entrypoints.cli.main"
-# Without the deprecation notice; vLLM 0.28 to 0.30 have only the older one.
+# Without a deprecation notice; older vLLM has only the other one.
 ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 OLDER_ENTRY = "vllm.entrypoints.openai.api_server"
 _CORE = frozenset(("model", "port", "max-model-len", "additional-config"))

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safegene_server.registry import validation
 from safegene_server.registry.database import parse_url
-from safegene_server.registry.validation import tenant_name
-from safegene_server.settings import ENV, ServerSettings, read_settings
+from safegene_server.registry.keys import check_secret
+from safegene_server.settings import ENV, FirstKey, ServerSettings, read_settings
 from safegene_server.tenants import read_prompts
 from safegene_server.tenants.declared import find_declared
-from safegene_vllm.errors import ConfigError, SafegeneError
+from safegene_vllm.errors import ConfigError, RegistryError, SafegeneError
 
 
 def check_settings(
@@ -44,7 +45,7 @@ def check_settings(
         lambda: read_prompts(settings.tenants.gate.prompts),
         lambda: read_prompts(settings.probes.prompts),
         find_tenants,
-        *(partial(key.secret, environ) for key in settings.keys),
+        *(partial(_check_key, key, environ) for key in settings.keys),
     ]
     errors: list[SafegeneError] = []
     for check in checks:
@@ -56,7 +57,7 @@ def check_settings(
     unnamed: list[SafegeneError] = []
     for name, directory in declared.items():
         try:
-            named[tenant_name(name)] = directory
+            named[validation.tenant_name(name)] = directory
         except SafegeneError as error:
             unnamed.append(type(error)(f"{directory}: {error}"))
     return errors, unnamed, named
@@ -72,6 +73,20 @@ def effective_settings(path: Path, environ: Mapping[str, str] = os.environ) -> S
 def settings_schema() -> dict[str, Any]:
     """JSON schema of the settings, without the `serve` part."""
     return ServerSettings.model_json_schema()
+
+
+def _check_key(key: FirstKey, environ: Mapping[str, str]) -> None:
+    """Check a key as the registry will. Errors: ConfigError, RegistryError."""
+    try:
+        secret = key.secret(environ)
+        validation.line(key.name, "key name", 100)
+        validation.scopes(key.scopes)
+        validation.key_tenants(key.tenants, key.default_tenant)
+        if key.default_tenant is not None:
+            validation.tenant_name(key.default_tenant)
+        check_secret(secret)
+    except RegistryError as error:
+        raise RegistryError(f"key {key.name!r}: {error}") from error
 
 
 def _check_registry(settings: ServerSettings) -> None:

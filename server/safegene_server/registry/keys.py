@@ -52,7 +52,7 @@ class Keys:
             validation.tenant_name(default_tenant)
         if expires_at is not None and expires_at.tzinfo is None:
             raise RegistryError(f"expires_at {expires_at} has no time zone; give one, such as UTC")
-        told = _new_secret() if secret is None else _given_secret(secret)
+        told = _new_secret() if secret is None else check_secret(secret)
         with self._database.write(actor) as write:
             if _find(write.connection, name) is not None:
                 raise ConflictError(f"key {name!r} exists; rotate it, or choose another name")
@@ -85,7 +85,7 @@ class Keys:
 
         Errors: NotFoundError; ConflictError if the key is revoked.
         """
-        told = _new_secret() if secret is None else _given_secret(secret)
+        told = _new_secret() if secret is None else check_secret(secret)
         with self._database.write(actor) as write:
             before = _usable(write.connection, name)
             _refuse_known(write.connection, told)
@@ -141,7 +141,8 @@ def _new_secret() -> str:
     return "sg-" + secrets.token_urlsafe(32)
 
 
-def _given_secret(secret: str) -> str:
+def check_secret(secret: str) -> str:
+    """Check a secret that was not made here. Errors: RegistryError."""
     if not isinstance(secret, str) or not _GIVEN.fullmatch(secret):
         raise RegistryError(
             "the given secret is not 32 to 200 visible ASCII characters; make one with "
