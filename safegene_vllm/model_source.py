@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safegene_vllm.errors import ConfigError, did_you_mean
+from safegene_vllm.errors import ConfigError, MissingFileError, did_you_mean
 
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?")
 _GGUF_TAG = re.compile(r"(?<=/)([\w.-]+):[\w.-]+$")
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _MODEL_FILES = ("config.json", "params.json", "*.gguf")
 
 
@@ -37,8 +38,8 @@ def check_model(
 ) -> None:
     """Check that a model exists: locally, in the Hub's cache, or on the Hub.
 
-    Raises ConfigError with what was looked up and the nearest local name. URLs (`s3://...`) and
-    ModelScope names are left to vLLM.
+    Raises MissingFileError with what was looked up and the nearest local name, ConfigError for
+    something else than a model. URLs (`s3://...`) and ModelScope names are left to vLLM.
     """
     if "://" in model:
         return
@@ -49,7 +50,7 @@ def check_model(
         if path.suffix != ".gguf":
             raise ConfigError(f"MODEL {model!r} is a file; expected a model directory.")
     elif looks_like_path(model):
-        raise ConfigError(f"MODEL {model!r}: no such directory{_nearest_path(path)}.")
+        raise MissingFileError(f"MODEL {model!r}: no such directory{_nearest_path(path)}.")
     elif environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return
     elif local_model(model, revision=revision) is None:
@@ -59,7 +60,7 @@ def check_model(
 def fetch_config(model: str) -> Path:
     """Local path of a model's config.json, downloaded for a model id of the Hub.
 
-    Raises ConfigError if there is neither a local model nor one on the Hub.
+    Raises MissingFileError if there is neither a local model nor one on the Hub.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -76,6 +77,28 @@ def fetch_config(model: str) -> Path:
         raise ConfigError(
             f"MODEL {model!r}: its config.json cannot be downloaded: {_first_line(error)}."
         ) from error
+
+
+def fetch_checkpoint(model: str) -> Path:
+    """Local directory of a checkpoint, downloaded for a model id of the Hub.
+
+    Raises MissingFileError if there is neither a local directory nor a model on the Hub.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    check_model(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            _hub_id(model), allow_patterns=_CHECKPOINT_FILES, etag_timeout=HUB_TIMEOUT_S
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"MODEL {model!r}: it cannot be downloaded: {_first_line(error)}."
+        ) from error
+    return Path(found)
 
 
 def looks_like_path(model: str) -> bool:
@@ -124,21 +147,21 @@ def _look_up_on_hub(model: str, revision: str | None) -> None:
     neither = f"MODEL {model!r} is neither a local directory nor "
     hint = did_you_mean(model, [child.name for child in Path().iterdir() if child.is_dir()])
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(
+        raise MissingFileError(
             f"{neither}in the Hub's cache, and HF_HUB_OFFLINE forbids a download{hint}."
         )
     api: Any = HfApi()
     try:
         api.model_info(_hub_id(model), revision=revision, timeout=HUB_TIMEOUT_S)
     except RevisionNotFoundError as error:
-        raise ConfigError(f"MODEL {model!r}: the Hub has no revision {revision!r}.") from error
+        raise MissingFileError(f"MODEL {model!r}: the Hub has no revision {revision!r}.") from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(
+        raise MissingFileError(
             f"{neither}a model on the Hub (a private one needs HF_TOKEN){hint}."
         ) from error
     except Exception as error:
         # Errors of the connection come from whichever HTTP library huggingface_hub uses.
-        raise ConfigError(
+        raise MissingFileError(
             f"{neither}in the Hub's cache, and the Hub does not respond "
             f"({_first_line(error)}){hint}."
         ) from error

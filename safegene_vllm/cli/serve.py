@@ -155,12 +155,23 @@ def serve(
         )
     )
     if dry_run:
-        for note in command.notes:
+        for note in (*command.notes, *_address_note(command)):
             notes().print(note)
         results().print(command.shown())
         return
     check_address(command.bind)
     raise typer.Exit(launch(command, results(), verbose=verbose))
+
+
+def _address_note(command: Launch) -> list[str]:
+    """Note of an address in use: no error where nothing is started."""
+    from safegene_vllm.launcher import check_address
+
+    try:
+        check_address(command.bind)
+    except ConfigError as error:
+        return [f"note: {error}"]
+    return []
 
 
 def build(options: ServeOptions) -> Launch:

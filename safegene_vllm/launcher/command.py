@@ -46,6 +46,8 @@ PLUGINS = ("safegene", "safegene_server")
 WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.RequirePlugin"
 _FORMER_WORKER_EXTENSION = "safegene_vllm.plugin.required.Required"
 
+_SECRET_FLAGS = ("api-key", "hf-token")
+_SECRET_VARIABLES = ("VLLM_API_KEY", "HF_TOKEN")
 _OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
 # Address and key of the readiness check; values in --config would be missed.
 _ADDRESS = frozenset(("host", "port", "uds", "api-key", "ssl-keyfile", "ssl-certfile"))
@@ -306,7 +308,10 @@ def _launch(
         bind=None if flags.given("uds") else (bound, port),
         verify_tls=not _is_loopback(host),
         api_key=flags.value("api-key") or environ.get("VLLM_API_KEY") or None,
-        secrets=(*flags.values("api-key"), environ.get("VLLM_API_KEY", "")),
+        secrets=(
+            *(value for name in _SECRET_FLAGS for value in flags.values(name)),
+            *(environ.get(name, "") for name in _SECRET_VARIABLES),
+        ),
     )
 
 

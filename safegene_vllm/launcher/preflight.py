@@ -47,7 +47,7 @@ def check_before_start(
     found = Findings(list(unknown_flags(flags, vllm)))
     try:
         check_model(options.model, revision=flags.value("revision"), environ=environ)
-    except ConfigError as error:
+    except SafegeneError as error:
         found.errors.append(error)
     for name, path in (
         ("safegene.staging_dir", settings.staging_dir),

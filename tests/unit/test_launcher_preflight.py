@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from safegene_vllm import cli, model_source, tiny_model
-from safegene_vllm.errors import ConfigError, SafegeneError
+from safegene_vllm.errors import ConfigError, MissingFileError, SafegeneError
 from safegene_vllm.launcher import Launch, ServeOptions, build_command, check_address
 from safegene_vllm.launcher.cpu_memory import Memory, kv_cache_arguments, read_memory
 from safegene_vllm.launcher.preflight import config_schema, unwritable
@@ -148,6 +148,19 @@ def test_servers_without_our_routes_are_rejected(
     assert word in rejected(world, *vllm_args, environ=environ)
 
 
+def test_a_registry_with_a_key_of_vllm_is_rejected(world: SimpleNamespace, tmp_path: Path) -> None:
+    file = tmp_path / "safegene.yaml"
+    file.write_text(GOOD)
+    message = rejected(world, server_config=file, environ={"VLLM_API_KEY": "hush-hush"})
+    assert "VLLM_API_KEY with --server-config" in message and "hush" not in message
+
+
+def test_secrets_are_masked_in_the_log(world: SimpleNamespace) -> None:
+    environ = {"VLLM_API_KEY": "hush-1", "HF_TOKEN": "hush-2"}
+    launch = built(world, "--api-key", "hush-3", "hush-4", "--hf-token", "hush-5", environ=environ)
+    assert {f"hush-{n}" for n in range(1, 6)} <= set(launch.secrets)
+
+
 # -- model ---------------------------------------------------------------------------------------
 
 
@@ -185,7 +198,7 @@ def test_a_path_below_a_local_directory_is_no_hub_id(
 ) -> None:
     (tmp_path / "models" / "aligned").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"no such directory \(did you mean 'aligned'\?\)"):
+    with pytest.raises(MissingFileError, match=r"no such directory \(did you mean 'aligned'\?\)"):
         model_source.check_model("models/alinged")
 
 
@@ -222,6 +235,28 @@ def test_a_hub_id_is_looked_up_once_and_never_where_it_is_cached(
         model_source.check_model(elsewhere, environ={"VLLM_USE_MODELSCOPE": "True"})
 
 
+def test_commands_of_the_recipe_take_a_hub_id_after_a_local_directory(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fetched: list[str] = []
+
+    def download(repo: str, **_: Any) -> str:
+        fetched.append(repo)
+        return str(world.m)
+
+    hub(monkeypatch, None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(world.d)
+    tiny_model.write_tenant(world.m, tmp_path / "p", world.family, 0.7, adapter=False)
+    export = ("export", str(tmp_path / "p"), "--family", "f", "--checkpoint")
+    for checkpoint, out in (("m", "a"), ("some-org/some-model", "b")):
+        assert run_cli(*export, checkpoint, "--out", str(tmp_path / out)) == 0
+    assert fetched == ["some-org/some-model"]
+    same = (tmp_path / x / "model.safetensors" for x in "ab")
+    assert len({file.read_bytes() for file in same}) == 1
+    assert run_cli(*export, "./no/such", "--out", str(tmp_path / "c")) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -235,7 +270,7 @@ def test_a_model_that_is_nowhere(
     seen = hub(monkeypatch, error)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", error is None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="neither a local directory nor") as caught:
+    with pytest.raises(MissingFileError, match="neither a local directory nor") as caught:
         model_source.check_model("some-model")
     assert words in str(caught.value) and len(seen) == (error is not None)
 
@@ -250,7 +285,7 @@ def test_a_model_that_the_hub_does_not_have(
     hub(monkeypatch, RepositoryNotFoundError("not found", response=response))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
-    with pytest.raises(ConfigError, match=r"HF_TOKEN\) \(did you mean 'my-model'\?\)"):
+    with pytest.raises(MissingFileError, match=r"HF_TOKEN\) \(did you mean 'my-model'\?\)"):
         model_source.check_model("my-modle")
 
 
@@ -332,6 +367,20 @@ def test_a_port_in_use_is_named() -> None:
                 check_address((host, port))
     check_address(("127.0.0.1", port))
     check_address(None)
+
+
+def test_a_dry_run_only_notes_a_port_in_use(
+    world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve = ("serve", str(world.m), "--family", str(world.f), "--host", "127.0.0.1", "--port")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = str(sock.getsockname()[1])
+        assert run_cli(*serve, port, "--dry-run") == 0
+        assert f"note: port {port} is in use" in capsys.readouterr().err
+        assert run_cli(*serve, port) == 1
+        assert f"ConfigError: port {port} is in use" in capsys.readouterr().err
 
 
 def test_an_address_that_is_none_of_ours() -> None:
