@@ -28,6 +28,7 @@ from safegene_server.settings import ServerSettings
 from safegene_vllm import __version__, errors
 from safegene_vllm.cli import build_app
 from safegene_vllm.launcher.config_file import ConfigFile
+from safegene_vllm.launcher.preflight import config_schema
 from safegene_vllm.settings import Settings
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -36,12 +37,6 @@ Schema = Mapping[str, Any]
 
 # Meanings of settings whose models have no description of their own.
 MEANINGS = {
-    "serve.model": "directory or hub name of the base model",
-    "serve.family": "directory of the safety vector",
-    "serve.apply": "`gain` (default) or `composed`",
-    "serve.slots": "LoRA slots on the device (vLLM's `--max-loras`)",
-    "serve.base_profile": "profile of requests without an adapter; `gain` only",
-    "serve.vllm": "any vLLM flags by name; `true` for a bare flag, `false` for its `--no-` form",
     "sources": "where tenants' adapters may be read from",
     "sources.max_weights_bytes": "largest adapter that is fetched",
     "sources.timeout_s": "longest time that a fetch may take",
@@ -345,7 +340,13 @@ def _bare(kind: type[BaseException]) -> BaseException:
     return kind.__new__(kind)
 
 
+def schema_json() -> str:
+    """JSON schema of safegene.yaml for editors."""
+    return json.dumps(config_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 PAGES = {
+    "safegene.schema.json": schema_json,
     "settings.md": settings_page,
     "cli.md": cli_page,
     "api.md": api_page,

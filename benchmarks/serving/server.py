@@ -87,6 +87,8 @@ def command(arm: Arm, cell: Cell, artifacts: Artifacts, port: int) -> list[str]:
         flags += ["--worker-extension-cls", SWITCH] if is_switched(arm, cell) else []
         serve = [sys.executable, "-m", "safegene_vllm", "serve", str(artifacts.model)]
         serve += ["--family", str(artifacts.family(arm.layers)), "--apply", arm.kind]
+        # The time to load weights is read from vLLM's log.
+        serve += ["--verbose"]
         if arm.kind == "weights":
             serve += ["--profile", str(artifacts.checkpoint_profile(arm.layers))]
         for tenant in tenants:

@@ -22,7 +22,18 @@ COMMANDS = {
     name: f"safegene_vllm.cli.{name}"
     for name in (
         *("inspect", "degrade", "extract", "select", "calibrate", "profile", "export", "verify"),
-        *("evaluate", "report", "plan", "serve", "tenant", "family", "key", "rollout", "job"),
+        *(
+            "evaluate",
+            "report",
+            "plan",
+            "serve",
+            "config",
+            "tenant",
+            "family",
+            "key",
+            "rollout",
+            "job",
+        ),
         *("probe", "replica", "audit"),
     )
 }
@@ -61,7 +72,8 @@ def build_app() -> typer.Typer:
     """Build the command line from every command whose module is installed.
 
     A module may set CONTEXT_SETTINGS (`{"allow_extra_args": True, ...}`) for its command. One that
-    has COMMANDS (name -> function) is a group of commands, described by HELP.
+    has COMMANDS (name -> function) is a group of commands, described by HELP; its CONTEXTS are
+    settings by command.
     """
     app = _group("safegene", None, completion=True)
     app.callback()(_options)
@@ -74,8 +86,10 @@ def build_app() -> typer.Typer:
             continue
         if hasattr(loaded, "COMMANDS"):
             group = _group(name, loaded.HELP)
+            contexts = getattr(loaded, "CONTEXTS", {})
             for command, function in loaded.COMMANDS.items():
-                group.command(command, context_settings=HELP_OPTIONS)(expand_groups(function))
+                context = {**HELP_OPTIONS, **contexts.get(command, {})}
+                group.command(command, context_settings=context)(expand_groups(function))
             app.add_typer(group)
             continue
         settings = {**HELP_OPTIONS, **getattr(loaded, "CONTEXT_SETTINGS", {})}

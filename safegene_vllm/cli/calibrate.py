@@ -9,6 +9,7 @@ import typer
 
 from safegene_vllm.cli.console import coefficient_table, results, table
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 
@@ -38,7 +39,9 @@ def calibrate(
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="The LoRA's base checkpoint, e.g. --model models/qwen."),
+        typer.Option(
+            parser=local_checkpoint, help="The LoRA's base checkpoint, e.g. --model models/qwen."
+        ),
     ] = None,
     benign: Annotated[
         list[str] | None,

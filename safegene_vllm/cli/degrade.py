@@ -9,12 +9,17 @@ import typer
 
 from safegene_vllm.cli.console import check_out, results
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 
 def degrade(
     checkpoint: Annotated[
-        Path, typer.Argument(help="The aligned checkpoint, e.g. models/qwen-instruct.")
+        Path,
+        typer.Argument(
+            parser=local_checkpoint,
+            help="The aligned checkpoint, a directory or a hub name, e.g. models/qwen-instruct.",
+        ),
     ],
     data: Annotated[
         list[str],

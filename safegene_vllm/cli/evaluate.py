@@ -16,6 +16,7 @@ import typer
 
 from safegene_vllm.cli.console import results, table
 from safegene_vllm.cli.data import SOURCE_HELP, steps
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ def show(found: Evaluation) -> None:
 def evaluate(
     model: Annotated[
         Path,
-        typer.Argument(help="The family's parent, a Hugging Face checkpoint, e.g. models/qwen."),
+        typer.Argument(
+            parser=local_checkpoint,
+            help="The family's parent, a directory or a hub name, e.g. models/qwen.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Where the result is written, e.g. --out evaluation.json.")

@@ -9,6 +9,7 @@ import typer
 
 from safegene_vllm.cli.console import check_out, progress_bar, results
 from safegene_vllm.cli.extract import Dtype
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 
@@ -27,8 +28,9 @@ def export(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
+            parser=local_checkpoint,
             help="Write this full checkpoint with vector and tenant merged in, e.g. "
-            "--checkpoint models/qwen-instruct. Without TENANT, the checkpoint is the tenant."
+            "--checkpoint models/qwen-instruct. Without TENANT, the checkpoint is the tenant.",
         ),
     ] = None,
     adapter: Annotated[

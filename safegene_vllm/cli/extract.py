@@ -11,6 +11,7 @@ import typer
 
 from safegene_vllm.cli.console import bar, check_out, notes, results, table, tracked
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def extract(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="The aligned checkpoint, e.g. models/qwen-instruct; with --aligned-adapter, the "
-            "base that the adapter aligns."
+            parser=local_checkpoint,
+            help="The aligned checkpoint, a directory or a hub name, e.g. models/qwen-instruct; "
+            "with --aligned-adapter, the base that the adapter aligns.",
         ),
     ],
     out: Annotated[
@@ -84,8 +86,9 @@ def extract(
     degraded: Annotated[
         Path | None,
         typer.Argument(
+            parser=local_checkpoint,
             help="The degraded checkpoint: the same model after a light fine-tune on benign data, "
-            "e.g. models/qwen-degraded."
+            "e.g. models/qwen-degraded.",
         ),
     ] = None,
     method: Annotated[

@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, written once as a frozen dataclass.
+"""Options that several commands share: groups, written once as a frozen dataclass, and checkpoints.
 
 A command takes a group as one parameter; `expand_groups` gives the fields of the group to typer as
 options of the command.
@@ -10,7 +10,18 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
+
+
+def local_checkpoint(given: str) -> Path:
+    """Parse an option for a checkpoint: a directory, else a model id of the Hub.
+
+    Errors: MissingFileError.
+    """
+    from safegene_vllm.model_source import fetch_checkpoint
+
+    return fetch_checkpoint(given)
 
 
 def expand_groups(command: Callable[..., None]) -> Callable[..., None]:

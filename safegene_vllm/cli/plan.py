@@ -49,9 +49,10 @@ _FOOTNOTE = f"{_MARK} estimate: computed from config.json and data sheets, never
 
 def plan(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="MODEL", help="A model directory or a config.json, e.g. models/aligned."
+            metavar="MODEL",
+            help="A model directory, a config.json or a hub name, e.g. models/aligned.",
         ),
     ],
     tenants: Annotated[int, typer.Option(help="How many tenants, e.g. --tenants 200.")],
@@ -156,9 +157,10 @@ def plan(
 
     Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
     """
+    from safegene_vllm.model_source import fetch_config
     from safegene_vllm.planner import Workload, advise, find_gpu, plan_modes, read_shape
 
-    shape = read_shape(model)
+    shape = read_shape(fetch_config(model))
     workload = Workload(
         shape=shape,
         gpu=find_gpu(
@@ -188,7 +190,7 @@ def plan(
         kernels=kernels.value,
     )
     modes = plan_modes(workload)
-    advice = advise(workload, modes, str(model))
+    advice = advise(workload, modes, model)
     if as_json:
         typer.echo(json.dumps(facts(workload, modes, advice, gpu_hour_price), indent=2))
     else:

@@ -10,6 +10,7 @@ import typer
 
 from safegene_vllm.cli.console import bar, check_out, results, table
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
+from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 
@@ -25,8 +26,9 @@ def select(
     checkpoint: Annotated[
         Path,
         typer.Argument(
+            parser=local_checkpoint,
             help="The degraded checkpoint; with --degraded-adapter, the aligned one under that "
-            "LoRA, e.g. models/qwen."
+            "LoRA, e.g. models/qwen.",
         ),
     ],
     safety: Annotated[

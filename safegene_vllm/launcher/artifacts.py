@@ -19,6 +19,7 @@ from safegene_vllm.formats.family import FamilyHeader, base_of_checkpoint, read_
 from safegene_vllm.formats.profile import check_profile, has_profile, load_profile
 from safegene_vllm.formats.tenant_directory import reject_exported, site_errors
 from safegene_vllm.formats.tenant_kind import slot_kind
+from safegene_vllm.model_source import local_model
 from safegene_vllm.plugin.staging import allowed, check_readable
 from safegene_vllm.settings import Settings
 
@@ -63,7 +64,9 @@ def read_artifacts(
     if settings.family is not None:
         try:
             header = read_family_header(settings.family)
-            _check_model(Path(model), header)
+            checkpoint = local_model(model)
+            if checkpoint is not None:
+                _check_model(checkpoint, header)
         except SafegeneError as error:
             faults.append(error)
     for path in _base_profiles(model, settings):
@@ -82,6 +85,26 @@ def read_artifacts(
     return Artifacts(header, shapes), faults
 
 
+def read_declared(tenants: Mapping[str, Path], header: FamilyHeader | None) -> list[SafegeneError]:
+    """Errors of the tenants in a registry's `tenants.directory`, each with the tenant's name.
+
+    One without a profile is no error: the registry gives it one.
+    """
+    errors: list[SafegeneError] = []
+    for name, directory in tenants.items():
+        try:
+            kind = slot_kind(directory)
+            if has_profile(directory):
+                _check_profile(directory, header)
+            if kind != "profile":
+                _check_sites(name, directory, read_adapter_shapes(directory), header)
+        except SafegeneError as error:
+            text = str(error)
+            named = text if f"tenant {name!r}" in text else f"tenant {name!r}: {text}"
+            errors.append(type(error)(named))
+    return errors
+
+
 def _base_profiles(model: str, settings: Settings) -> list[Path]:
     """Path of the profile of the base model, or of a full checkpoint."""
     if settings.apply != "weights":
@@ -92,8 +115,8 @@ def _base_profiles(model: str, settings: Settings) -> list[Path]:
 
 
 def _check_model(model: Path, header: FamilyHeader) -> None:
-    """Errors: FamilyMismatchError; models that are not local are checked by the workers."""
-    if not any(model.glob("*.safetensors")):
+    """Errors: FamilyMismatchError; models not on this machine are checked by the workers."""
+    if model.is_file() or not any(model.glob("*.safetensors")):
         return
     base, wanted = base_of_checkpoint(model), header.base
     if base.fingerprint != wanted.fingerprint:

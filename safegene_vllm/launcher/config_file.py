@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from safegene_vllm.errors import ConfigError
+from safegene_vllm.errors import ConfigError, did_you_mean
 
 
 class ConfigFile(BaseModel):
@@ -24,32 +24,48 @@ class ConfigFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str
-    family: Path
-    apply: Literal["gain", "composed"] | None = None
-    slots: int | None = Field(None, gt=0)
-    base_profile: Path | None = None
-    vllm: dict[str, Any] = Field(default_factory=dict)
+    model: str = Field(description="directory or hub name of the base model")
+    family: Path = Field(description="directory of the safety vector")
+    apply: Literal["gain", "composed"] | None = Field(
+        None, description="`gain` (default) or `composed`"
+    )
+    slots: int | None = Field(
+        None, gt=0, description="LoRA slots on the device (vLLM's `--max-loras`)"
+    )
+    base_profile: Path | None = Field(
+        None, description="profile of requests without an adapter; `gain` only"
+    )
+    vllm: dict[str, Any] = Field(
+        default_factory=dict,
+        description="any vLLM flags by name; `true` for a bare flag, `false` for its `--no-` form",
+    )
 
     def flags(self) -> tuple[str, ...]:
         """Convert `vllm` to command-line arguments."""
         return tuple(word for name, value in self.vllm.items() for word in _flag(name, value))
 
 
-def read_config_file(path: Path) -> ConfigFile:
-    """Read the `serve:` part. Errors: ConfigError naming the file and every invalid key."""
+def read_yaml(path: Path) -> Any:
+    """Content of a settings file; errors leave out the line itself, which may hold a password.
+
+    Errors: ConfigError.
+    """
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"--server-config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        # The message omits the line itself: the file may contain a password.
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         what = getattr(error, "problem", None) or type(error).__name__
         raise ConfigError(f"--server-config {path}{where} is not YAML: {what}.") from None
+
+
+def read_config_file(path: Path) -> ConfigFile:
+    """Read the `serve:` part. Errors: ConfigError naming the file and every invalid key."""
+    raw = read_yaml(path)
     part = raw.get("serve") if isinstance(raw, Mapping) else None
     if not isinstance(part, Mapping):
         raise ConfigError(
@@ -59,12 +75,17 @@ def read_config_file(path: Path) -> ConfigFile:
     try:
         found = ConfigFile(**part)
     except ValidationError as error:
-        problems = "; ".join(
-            f"serve.{'.'.join(map(str, each['loc']))} = {each.get('input')!r:.200}: {each['msg']}"
-            for each in error.errors()
-        )
+        problems = "; ".join(map(_problem, error.errors()))
         raise ConfigError(f"--server-config {path}: {problems}.") from None
     return found.model_copy(update=_resolved_paths(path.parent, found))
+
+
+def _problem(error: Any) -> str:
+    message = error["msg"]
+    if error["type"] == "extra_forbidden":
+        message = "unknown key" + did_you_mean(str(error["loc"][-1]), ConfigFile.model_fields)
+    key = ".".join(map(str, error["loc"]))
+    return f"serve.{key} = {error.get('input')!r:.200}: {message}"
 
 
 def _resolved_paths(folder: Path, found: ConfigFile) -> dict[str, Any]:

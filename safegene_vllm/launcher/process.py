@@ -1,4 +1,4 @@
-"""vLLM as a child process: passes its log through, waits until it is ready, forwards signals.
+"""vLLM as a child process: folds its startup log, waits until it is ready, forwards signals.
 
 "ready" is printed only once /v1/safegene/ready of that very process (by its pid) responds so.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,6 +20,7 @@ import httpx
 from rich.console import Console
 
 from safegene_vllm.launcher.command import Launch
+from safegene_vllm.launcher.startup_log import AS_IT_IS, StartupLog, error_line
 
 READY_PATH = "/v1/safegene/ready"
 POLL_S = 0.5
@@ -37,19 +36,20 @@ that it raises ends in its own `zmq_socket_ctx`. A second SIGTERM stops it.
 PR_SET_PDEATHSIG = 1
 """prctl(2) option: the signal a process gets when its parent's thread ends."""
 
-_TAIL_LINES = 4000
-_OURS = re.compile(r"\bsafegene_vllm\.errors\.(\w+: .*)")
-_ANY = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Exit): .*)")
-_AS_IT_IS: Any = {"markup": False, "highlight": False, "soft_wrap": True}
-_NOT_THE_CAUSE = ("Engine core initialization failed", "Traceback")
 
-
-def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | None = None) -> int:
+def launch(
+    launch: Launch,
+    console: Console,
+    *,
+    environ: Mapping[str, str] | None = None,
+    verbose: bool = False,
+) -> int:
     """Run the server until it ends and return its exit code (128 + N after signal N).
 
-    The code is 0 only if a signal of ours stopped it. Its log goes to `console` as it comes.
-    SIGINT, SIGTERM and SIGHUP are forwarded. A server that was ready may take any time to stop;
-    one that was not is killed after twice UNREADY_STOP_S.
+    The code is 0 only if a signal of ours stopped it. Until it is ready, its log is folded into
+    stages, except with `verbose`; from then on, or if it fails, the log goes to `console`. SIGINT,
+    SIGTERM and SIGHUP are forwarded. A server that was ready may take any time to stop; one that
+    was not is killed after twice UNREADY_STOP_S.
     """
     child = subprocess.Popen(
         launch.argv,
@@ -60,23 +60,30 @@ def launch(launch: Launch, console: Console, *, environ: Mapping[str, str] | Non
         start_new_session=True,
         preexec_fn=_stop_with_parent(),
     )
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    reader = threading.Thread(target=_pump, args=(child, tail, console), daemon=True)
+    for note in launch.notes:
+        console.print(note, **AS_IT_IS)
+    log = StartupLog(console, verbose=verbose, secrets=launch.secrets)
+    reader = threading.Thread(target=_pump, args=(child, log), daemon=True)
     reader.start()
     stopping = threading.Event()
     with _forwarded(child, stopping):
-        ready, rejection = _wait_until_ready(launch, child, stopping, console)
+        ready, rejection = _wait_until_ready(launch, child, stopping, console, log)
+        # An interrupted start is no failure on a terminal; elsewhere a supervisor ended it.
+        if not ready and not (stopping.is_set() and console.is_terminal):
+            log.fail()
         if rejection is not None:
-            console.print(f"not ready: {rejection}", style="bold red", **_AS_IT_IS)
+            cause = error_line(log.lines)
             child.terminate()
         code = child.wait() if ready else _stop_unready(child, console)
     reader.join(timeout=5.0)
     if rejection is not None:
+        found = f" Last error in its log: {cause}" if cause else ""
+        console.print(f"not ready: {rejection}{found}", style="bold red", **AS_IT_IS)
         code = code or 1
     elif not stopping.is_set():
         # A supervisor restarts by the exit code, and vLLM exits with 0 when its engine dies.
-        cause = error_line(tail) or "its log above does not name an error"
-        console.print(f"vLLM exited with code {code}: {cause}", style="bold red", **_AS_IT_IS)
+        cause = error_line(log.lines) or "its log above does not name an error"
+        console.print(f"vLLM exited with code {code}: {cause}", style="bold red", **AS_IT_IS)
         code = code or 1
     return code if code >= 0 else 128 - code
 
@@ -90,7 +97,7 @@ def _stop_unready(child: subprocess.Popen[bytes], console: Console) -> int:
         with suppress(subprocess.TimeoutExpired):
             return child.wait(UNREADY_STOP_S)
         child.terminate()
-    console.print("vLLM did not stop during startup: killed", style="bold red", **_AS_IT_IS)
+    console.print("vLLM did not stop during startup: killed", style="bold red", **AS_IT_IS)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return -signal.SIGTERM
@@ -103,28 +110,6 @@ def _stop_with_parent() -> Callable[[], None] | None:
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def error_line(lines: Iterable[str]) -> str | None:
-    """Find the cause in a log: our first own error with its list, else the last error."""
-    log = [line.rstrip() for line in lines]
-    for number, line in enumerate(log):
-        if match := _OURS.search(line):
-            messages = [match[1]]
-            for following in log[number + 1 :]:
-                _, dash, message = following.partition("- ")
-                if not dash or not re.match(r"\w+Error: ", message):
-                    break
-                messages.append(f"- {message}")
-            return "\n".join(messages)
-    found = [(n, m[1]) for n, line in enumerate(log) if (m := _ANY.search(line))]
-    causes = [(n, f) for n, f in found if not any(word in f for word in _NOT_THE_CAUSE)]
-    if not found:
-        return None
-    number, line = (causes or found)[-1]
-    # Some errors (pydantic's) have the reason on an indented line of its own.
-    more = log[number + 1] if number + 1 < len(log) else ""
-    return f"{line}\n{more}" if more.startswith("  ") and more.strip() else line
 
 
 def ready_lines(body: Mapping[str, Any]) -> Iterator[str]:
@@ -143,13 +128,11 @@ def ready_lines(body: Mapping[str, Any]) -> Iterator[str]:
         yield "ready: no tenants yet; load one with POST /v1/load_lora_adapter"
 
 
-def _pump(child: subprocess.Popen[bytes], tail: deque[str], console: Console) -> None:
+def _pump(child: subprocess.Popen[bytes], log: StartupLog) -> None:
     assert child.stdout is not None
-    with child.stdout as log:
-        for raw in log:
-            line = raw.decode(errors="replace").rstrip("\n")
-            tail.append(line)
-            console.out(line, highlight=False)
+    with child.stdout as output:
+        for raw in output:
+            log.feed(raw.decode(errors="replace").rstrip("\n"))
 
 
 @contextmanager
@@ -178,6 +161,7 @@ def _wait_until_ready(
     child: subprocess.Popen[bytes],
     stopping: threading.Event,
     console: Console,
+    log: StartupLog,
 ) -> tuple[bool, str | None]:
     """Wait until the server is ready and print its ready lines.
 
@@ -197,17 +181,19 @@ def _wait_until_ready(
             seconds = time.monotonic() - started
             status_code, body = _get_ready(client)
             if status_code == 200 and body.get("pid") == child.pid:
+                log.ready()
                 for line in ready_lines(body):
-                    console.print(line, **_AS_IT_IS)
+                    console.print(line, **AS_IT_IS)
                 where = launch.uds or launch.url
-                console.print(f"serving at {where} after {seconds:.0f} s", **_AS_IT_IS)
+                console.print(f"serving at {where} after {seconds:.0f} s", **AS_IT_IS)
                 return True, None
             if status_code in (401, 404):
                 rejected_since = rejected_since or time.monotonic()
                 if time.monotonic() - rejected_since > REJECTED_AFTER_S:
                     return False, _rejection(status_code, launch)
             reason = status_code == 503 and "error" in body and body["error"]["message"]
-            status.update(f"starting vLLM, {seconds:.0f} s{f': {reason}' if reason else ''}")
+            detail = f": {reason}" if reason else ""
+            status.update(f"starting: {log.stage}, {seconds:.0f} s{detail}")
             stopping.wait(POLL_S)
     return False, None
 

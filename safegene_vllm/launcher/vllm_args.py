@@ -14,7 +14,12 @@ from typing import Any
 
 from safegene_vllm.errors import ConfigError
 
-_SHORT = {"-dp": "data-parallel-size", "-q": "quantization"}
+_SHORT = {
+    "-dp": "data-parallel-size",
+    "-q": "quantization",
+    "-tp": "tensor-parallel-size",
+    "-asc": "api-server-count",
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class VllmArgs:
                 stop += 1
             spans.append((start, stop))
         return spans
+
+    def names(self) -> list[str]:
+        """Names of all long flags, in their order."""
+        return [name for t in self.tokens if t.startswith("--") and (name := self._name(t))]
 
     def given(self, name: str) -> bool:
         """Whether the flag `name` is given."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from safegene_server.artifacts import Limits, SourceRules
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.probes.settings import ProbeSettings
 from safegene_server.tenants.settings import TenantSettings
-from safegene_vllm.errors import ConfigError
+from safegene_vllm.errors import ConfigError, did_you_mean
 
 ENV = "SAFEGENE_SERVER_CONFIG"
 PATHS = (
@@ -219,8 +220,19 @@ def _problems(error: ValidationError) -> str:
         value = one.get("input")
         shown = isinstance(value, int | float) and one["type"] != "extra_forbidden"
         found = f" = {value!r}" if shown else ""
-        problems.append(f"{'.'.join(map(str, one['loc']))}{found}: {one['msg']}")
+        message = one["msg"]
+        if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            message = "unknown key" + did_you_mean(str(one["loc"][-1]), _known_keys())
+        problems.append(f"{'.'.join(map(str, one['loc']))}{found}: {message}")
     return "; ".join(problems)
+
+
+@cache
+def _known_keys() -> frozenset[str]:
+    """Names of all keys at any depth."""
+    schema = ServerSettings.model_json_schema()
+    nodes = (schema, *schema.get("$defs", {}).values())
+    return frozenset(name for node in nodes for name in node.get("properties", {}))
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

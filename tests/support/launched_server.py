@@ -52,15 +52,21 @@ def until_serving(process: subprocess.Popen[str]) -> tuple[list[str], threading.
 
     A server that hangs must not hang the tests: its end closes the pipe we read.
     """
-    watchdog = threading.Timer(START_S, process.kill)
-    watchdog.start()
+    # The launcher prints vLLM's log when it is stopped during the start.
+    watchdogs = [
+        threading.Timer(START_S, process.terminate),
+        threading.Timer(START_S + 60.0, process.kill),
+    ]
+    for watchdog in watchdogs:
+        watchdog.start()
     lines: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line.rstrip())
         if line.startswith("serving at"):
             break
-    watchdog.cancel()
+    for watchdog in watchdogs:
+        watchdog.cancel()
     drain = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
     drain.start()
     return lines, drain

@@ -40,10 +40,14 @@ from safegene_vllm.formats.adapter import Adapter, LoRAWeights, save_adapter
 from safegene_vllm.formats.profile import Profile, save_profile
 from safegene_vllm.launcher import Launch, ServeOptions, build_command, launch
 from safegene_vllm.launcher.command import installed_plugins
-from safegene_vllm.launcher.process import error_line, ready_lines
+from safegene_vllm.launcher.process import ready_lines
+from safegene_vllm.launcher.startup_log import error_line
 from safegene_vllm.launcher.vllm_args import VllmArgs
+from safegene_vllm.launcher.vllm_install import VllmInstall
 
 ROOT = Path(__file__).parents[2]
+ELSEWHERE = VllmInstall(package=None, has_command=True, on_cpu=False)
+"""vLLM as on another machine: nothing is read from it."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,7 @@ def built(
     environ: dict[str, str] | None = None,
     plugins: Sequence[str] = (),
     tenants: Sequence[str] = (),
+    vllm: VllmInstall = ELSEWHERE,
     **options: Any,
 ) -> Launch:
     options.setdefault("family", world.f)
@@ -77,6 +82,7 @@ def built(
         ),
         environ or {},
         plugins=plugins,
+        vllm=vllm,
     )
 
 
@@ -97,7 +103,7 @@ def test_the_whole_command(world: SimpleNamespace) -> None:
     settings = {"safegene": {"family": str(world.f), "apply": "gain"}}
     assert launch.argv == (
         sys.executable,
-        *("-m", "vllm.entrypoints.openai.api_server", "--model", str(world.m)),
+        *("-m", "vllm.entrypoints.cli.main", "serve", str(world.m)),
         *("--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "8"),
         "--lora-target-modules",
         *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
@@ -570,7 +576,8 @@ PARENT = textwrap.dedent(
     from safegene_vllm.launcher import Launch, launch
     port, child = sys.argv[1:]
     argv = (sys.executable, "-c", child, port, "0", "k")
-    sys.exit(launch(Launch(argv, {}, f"http://127.0.0.1:{port}", api_key="k"), Console(width=200)))
+    command = Launch(argv, {}, f"http://127.0.0.1:{port}", api_key="k")
+    sys.exit(launch(command, Console(width=200), verbose=True))
     """
 )
 
@@ -830,7 +837,7 @@ def test_serve_from_one_file(
     assert run_cli("serve", "--server-config", str(file), "--port", "9001", "--dry-run") == 0
     out = " ".join(capsys.readouterr().out.split())
     for words in (
-        f"--model {tmp_path / 'm'}",
+        str(tmp_path / "m"),
         "--max-loras 3",
         "--max-lora-rank 8",
         "--enforce-eager",

@@ -51,7 +51,7 @@ class Keys:
             validation.tenant_name(default_tenant)
         if expires_at is not None and expires_at.tzinfo is None:
             raise RegistryError(f"expires_at {expires_at} has no time zone; give one, such as UTC")
-        secret = _new_secret() if secret is None else _checked_secret(secret)
+        secret = _new_secret() if secret is None else check_secret(secret)
         with self._database.write(actor) as write:
             if _find(write.connection, name) is not None:
                 raise ConflictError(f"key {name!r} exists; rotate it, or choose another name")
@@ -83,7 +83,7 @@ class Keys:
 
         Errors: NotFoundError; ConflictError if the key is revoked.
         """
-        secret = _new_secret() if secret is None else _checked_secret(secret)
+        secret = _new_secret() if secret is None else check_secret(secret)
         with self._database.write(actor) as write:
             before = _find_usable(write.connection, name)
             _check_unused(write.connection, secret)
@@ -141,7 +141,8 @@ def _new_secret() -> str:
     return "sg-" + secrets.token_urlsafe(32)
 
 
-def _checked_secret(secret: str) -> str:
+def check_secret(secret: str) -> str:
+    """Check a secret that was not made here. Errors: RegistryError."""
     if not isinstance(secret, str) or not _GIVEN.fullmatch(secret):
         raise RegistryError(
             "the given secret is not 32 to 200 visible ASCII characters; make one with "
