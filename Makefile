@@ -63,14 +63,18 @@ family: $(READY)  ## remake the example's parent, vector, tenants and profiles (
 	@$(RUN) -m examples.smollm2.make_family --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' $(ARGS)
 
 # A file's tests share their engines, so a file stays with one process; an engine takes memory.
-test: $(READY)  ## run the tests, a process per core
-	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+PYTEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile
+test: $(READY)  ## run all tests but the slow ones, a process per core
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(READY)  ## run the tests that take a minute or more each: larger models, crowds, benchmarks
+	@$(PYTEST) -m slow $(ARGS)
 
 # Training, and compiling kernels, take longer than all other unit tests together.
 SLOW_UNIT := cli_recipe evaluation_model_judges ops_compiled recipe_attached recipe_calibration \
   recipe_difference recipe_distillation recipe_finetune recipe_training
 test-unit: $(READY)  ## run the unit tests that train nothing and start no engine (about a minute)
-	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile tests/unit \
+	@$(PYTEST) tests/unit \
 	  $(foreach name,$(SLOW_UNIT),--ignore tests/unit/test_$(name).py) $(ARGS)
 
 test-matrix: $(READY)  ## run the plugin's tests on the oldest and newest supported vLLM (slow)
@@ -88,7 +92,7 @@ $(KERNELS)/.ready: requirements.txt requirements/kernels.txt
 test-kernels: $(KERNELS)/.ready  ## the GPU kernels without a GPU: interpreted against the reference, and compiled (minutes)
 	@TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest -q tests/unit/test_ops_*.py $(ARGS)
 
-check: lint types layering docs deploy-check test  ## everything CI runs: format, lint, types, layering, docs, deploy/, tests
+check: lint types layering docs deploy-check test test-slow  ## everything CI runs: format, lint, types, layering, docs, deploy/, tests
 
 docs: $(READY)  ## check the reference pages and build the documentation site, strictly, in build/site
 	@PYTHONPATH=.:server $(RUN) docs/generate.py --check
