@@ -238,7 +238,9 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     assert world.work().state == "done"
     read_again = world.registry.revisions.get(NAME, 4)
     assert (read_again.adapter_digest, read_again.source) == (three.adapter_digest, source)
-    rejected(world.request("POST", path, {**body, "expected_revision": 7}), 409, "somebody else")
+    rejected(
+        world.request("POST", path, {**body, "expected_revision": 7}), 409, "changed meanwhile"
+    )
     rejected(world.request("POST", path, {**body, "layers": {"0": 1}}), 400, "calibrate and layers")
     rejected(world.request("POST", path, {"calibrate": ONE_CLASS}), 400, "same answer")
     rejected(world.request("POST", "/tenants/other/revisions", body, key="acme"), 404)

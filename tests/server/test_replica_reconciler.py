@@ -496,7 +496,7 @@ def test_the_base_model_is_a_grant_and_never_a_default(world: World) -> None:
     principal = principal_of_key(told.key)
     assert principal.base and principal.tenants == {"acme"} and principal.default_tenant is None
     for reach in (tenants, ["*"]):
-        with pytest.raises(RegistryError, match="kept for the base model"):
+        with pytest.raises(RegistryError, match="reserved for the base model"):
             world.registry.keys.add(
                 "b", scopes=["serve"], tenants=reach, default_tenant="base", actor="t"
             )
