@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from access_app import CHAT, ask, chat, guarded, refused
+from access_app import CHAT, ask, chat, guarded, rejected
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -127,9 +127,9 @@ def test_every_response_has_a_request_id_which_the_engine_gets_too(
     found = response.headers["x-request-id"]
     assert (found == given) is same and len(found) <= 128
     assert seen == [found]
-    rejected = ask(access, "POST", CHAT, json={}, headers=headers)
-    refused(rejected, 401)
-    assert rejected.headers["x-request-id"]
+    denied = ask(access, "POST", CHAT, json={}, headers=headers)
+    rejected(denied, 401)
+    assert denied.headers["x-request-id"]
 
 
 def test_headers_are_exposed_to_scripts_of_another_origin() -> None:
@@ -155,11 +155,11 @@ def test_rate_limits_are_in_the_headers_of_every_response() -> None:
         assert headers["x-ratelimit-reset-requests"] == "60000ms"
         now[0] += 10
     assert left == [("2", 0.0), ("1", 10.0), ("0", 20.0)]
-    rejected = chat(access, "other", model="other")
-    refused(rejected, 429)
-    assert rejected.headers["x-ratelimit-remaining-requests"] == "0"
-    assert rejected.headers["x-ratelimit-reset-requests"] == "50000ms"
-    assert rejected.headers["retry-after"] == "30"
+    denied = chat(access, "other", model="other")
+    rejected(denied, 429)
+    assert denied.headers["x-ratelimit-remaining-requests"] == "0"
+    assert denied.headers["x-ratelimit-reset-requests"] == "50000ms"
+    assert denied.headers["retry-after"] == "30"
     assert not [name for name in chat(access, "acme").headers if name.startswith("x-ratelimit")]
 
 
