@@ -447,7 +447,7 @@ def gone(world: SimpleNamespace, place: Path) -> None:
         (no_profile, AdapterRejectedError, "unprotected"),
         (pickle_only, PickleRejectedError, "adapter_model.bin"),
         (on_lm_head, AdapterRejectedError, "lm_head is in no layer"),
-        (other_shape, AdapterRejectedError, "the family's base has (128, 128)"),
+        (other_shape, AdapterRejectedError, "in family 'tiny' it is (128, 128)"),
         (gone, AdapterRejectedError, "not a directory"),
     ],
 )
