@@ -60,7 +60,7 @@ class Scrape:
 def until(server: Running, name: str, value: float, **labels: str) -> Scrape:
     begun_s = time.monotonic()
     while (found := Scrape(server.http(ADMIN))).value(name, **labels) != value:
-        assert time.monotonic() - begun_s < 60, found.value(name, **labels)
+        assert time.monotonic() - begun_s < 300, found.value(name, **labels)
         time.sleep(0.1)
     return found
 

@@ -130,7 +130,7 @@ def test_processes_claim_every_job_once(registry: Registry) -> None:
         worker.stdin.write("go\n")
         worker.stdin.flush()
     for worker in workers:
-        out, _ = worker.communicate(timeout=30)
+        out, _ = worker.communicate(timeout=300)
         assert worker.returncode == 0
         claimed += [int(word) for word in out.split()]
     assert sorted(claimed) == ids
@@ -173,7 +173,7 @@ def test_a_job_whose_server_died_is_retried_once_and_then_fails(
         assert victim.stdout is not None
         heard.append(victim.stdout.readline().strip())
         victim.kill()
-        victim.communicate(timeout=10)
+        victim.communicate(timeout=300)
         time.sleep(0.3)
     assert heard == [f"job {job}", f"job {job}", "nothing", "nothing"]
     ended = registry.jobs.get(job)

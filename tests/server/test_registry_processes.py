@@ -194,7 +194,7 @@ def test_a_write_of_a_killed_process_is_rolled_back(registry: Registry, action: 
     go(victim)
     wait_for_line(victim, "inside")
     victim.kill()
-    victim.communicate(timeout=10)
+    victim.communicate(timeout=300)
     after = (
         registry.snapshot(),
         registry.revisions.list(TENANT),
@@ -207,10 +207,10 @@ def test_a_write_of_a_killed_process_is_rolled_back(registry: Registry, action: 
     began = time.monotonic()
     registry.rollouts.publish(TENANT, 2, actor="me", expected=3)
     while (claimed := registry.jobs.claim("heir", actor="heir")) is None:
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         time.sleep(0.02)
     assert claimed.attempts == 1
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     check_whole(registry)
 
 
@@ -227,9 +227,9 @@ def test_a_writer_killed_at_any_time_leaves_a_consistent_registry(registry: Regi
         for writer in writers:
             writer.kill()
         for writer in writers:
-            writer.communicate(timeout=10)
+            writer.communicate(timeout=300)
         # A commit that was sent may still be under way.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while not backends(registry) <= ours:
             assert time.monotonic() < deadline
             time.sleep(0.02)

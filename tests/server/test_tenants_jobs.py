@@ -171,14 +171,14 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
 
     async def run() -> None:
         running = asyncio.create_task(jobs.run_one())
-        await asyncio.wait_for(begun.wait(), 10)
+        await asyncio.wait_for(begun.wait(), 300)
         restore()
         if after == "another":
             assert enqueue(world, "second") == number
         jobs.handlers["first"] = second
         if after != "forgotten":
             assert await jobs.run_one()
-        assert await asyncio.wait_for(running, 10)
+        assert await asyncio.wait_for(running, 300)
 
     asyncio.run(run())
     assert ended == [True]
@@ -203,7 +203,7 @@ def test_several_run_at_once_until_the_server_stops(world: World) -> None:
 
     async def serve() -> None:
         running = asyncio.create_task(jobs.run())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             while len(together) < 3:
                 await asyncio.sleep(0.01)
         running.cancel()
@@ -222,7 +222,7 @@ def stop_in_the_middle(jobs: Jobs, begun: asyncio.Event) -> None:
 
     async def serve() -> None:
         running = asyncio.create_task(jobs.run())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             await begun.wait()
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -309,7 +309,7 @@ def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
         done.set()
         return "done"
 
-    jobs = jobs_of(world, handler, poll_s=30.0)
+    jobs = jobs_of(world, handler, poll_s=3600.0)
 
     async def serve() -> float:
         running = asyncio.create_task(jobs.run())
@@ -317,14 +317,14 @@ def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
         await asyncio.to_thread(enqueue, world)
         began_s = time.monotonic()
         jobs.tenancy.job_added.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             await done.wait()
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
         return time.monotonic() - began_s
 
-    assert asyncio.run(serve()) < 5
+    assert asyncio.run(serve()) < 600
 
 
 def test_a_registry_that_is_away_is_asked_again(
@@ -348,7 +348,7 @@ def test_a_registry_that_is_away_is_asked_again(
 
     async def serve() -> None:
         running = asyncio.create_task(jobs.run())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             while (await asyncio.to_thread(world.registry.jobs.get, number)).state != "done":
                 await asyncio.sleep(0.01)
         running.cancel()

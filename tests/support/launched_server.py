@@ -80,6 +80,6 @@ def end(process: subprocess.Popen[str], drain: threading.Thread) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    drain.join(timeout=10)
+    drain.join(timeout=300)
     assert process.stdout is not None
     process.stdout.close()

@@ -104,7 +104,7 @@ def world() -> Iterator[World]:
         yield World(f"http://127.0.0.1:{port}", process)
     finally:
         process.stdin.close()
-        process.wait(timeout=20)
+        process.wait(timeout=300)
         process.stdout.close()
 
 

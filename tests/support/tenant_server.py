@@ -294,7 +294,7 @@ def served(app: Any, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 300
         while not server.started:
             assert thread.is_alive() and time.monotonic() < end, "the test's server did not start"
             time.sleep(0.01)
@@ -302,5 +302,5 @@ def served(app: Any, port: int = 0) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(300)
     assert not thread.is_alive()

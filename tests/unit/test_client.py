@@ -390,7 +390,7 @@ def test_the_pause_asked_for_is_kept(client: Client, world: World) -> None:
     world.faults.append(error(429, "busy", Retry_After="1"))
     began = time.monotonic()
     client.freeze_tenant(NAME)
-    assert 1.0 <= time.monotonic() - began < 10
+    assert 1.0 <= time.monotonic() - began < 20
 
 
 def test_a_pause_may_be_a_date(client: Client, world: World) -> None:
@@ -432,7 +432,7 @@ def test_too_long_a_pause_is_told_and_not_waited_for(client: Client, world: Worl
     began = time.monotonic()
     with pytest.raises(ApiError) as caught:
         client.tenant(NAME)
-    assert caught.value.retry_after_s == MAX_PAUSE_S + 1 and time.monotonic() - began < 10
+    assert caught.value.retry_after_s == MAX_PAUSE_S + 1 and time.monotonic() - began < 20
 
 
 # Waiting
@@ -511,10 +511,10 @@ def test_a_job_is_watched_through_a_restart_of_the_server() -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     with served(app_of(world), port):
-        assert looked.wait(20)
+        assert looked.wait(300)
     world.job_states = ["done"]
     with served(app_of(world), port):
-        thread.join(20)
+        thread.join(300)
     assert ended == ["done"]
 
 

@@ -100,7 +100,7 @@ class Worker:
 
     def begun(self, number: int, path: str) -> None:
         """Prefetch until it has ended."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not self.begin(number, path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
