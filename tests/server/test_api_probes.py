@@ -93,13 +93,13 @@ def test_a_cancelled_probe_job_stops_sending_prompts(world: ProbeWorld) -> None:
     original: Callable[[str], str] = world.replica.answer
 
     def cancel(prompt: str) -> str:
-        if len(world.replica.asked) == 12:
+        if len(world.replica.requested) == 12:
             world.registry.jobs.cancel(job, actor="test")
         return original(prompt)
 
     world.replica.answer = cancel
     done: Job = world.work()
     assert (done.id, done.state) == (job, "cancelled")
-    assert 12 <= len(world.replica.asked) < len(PROMPTS)
+    assert 12 <= len(world.replica.requested) < len(PROMPTS)
     assert series_of(NAME) == set()
     assert sample("runs_total", tenant=NAME, outcome="skipped") == 1.0

@@ -1,4 +1,4 @@
-"""The routes of tenants: shapes, both forms of a name, whose tenants, and what is refused."""
+"""Routes of tenants: shapes, both forms of a name, a key's tenants, and rejections."""
 
 from __future__ import annotations
 

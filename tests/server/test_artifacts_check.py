@@ -1,4 +1,4 @@
-"""What makes fetched files a tenant of a family, and every fault told in the owner's words."""
+"""What makes fetched files a tenant of a family, and every fault reply in the owner's words."""
 
 from __future__ import annotations
 

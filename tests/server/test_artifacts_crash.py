@@ -122,7 +122,7 @@ def test_removal_killed_at_any_step_leaves_whole_directories(tmp_path: Path) -> 
     store = Store(root)
     digest = store.stage(tenant, family=FAMILY).digest
     profiles = (a_profile(0.5), a_profile(1.0))
-    kept = (digest, profiles[0].digest)
+    retained = (digest, profiles[0].digest)
 
     def fill() -> None:
         store.stage(tenant, family=FAMILY)
@@ -130,11 +130,11 @@ def test_removal_killed_at_any_step_leaves_whole_directories(tmp_path: Path) -> 
             store.revision(digest, profile)
 
     def remove() -> None:
-        Store(root).remove_unused([kept], idle_s=-1.0)
+        Store(root).remove_unused([retained], idle_s=-1.0)
 
     def check() -> None:
         Store(root)
-        store.verify(*kept)
+        store.verify(*retained)
         for path in root.glob("revisions/*"):
             store.verify(digest, f"sha256:{path.name.partition('-')[2]}")
         assert list((root / "incoming").iterdir()) == []

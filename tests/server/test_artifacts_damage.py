@@ -1,4 +1,4 @@
-"""What `verify` finds in a store that somebody, or the disk, has been at; and how it is mended."""
+"""Damage that `verify` finds in a store, and its repair by staging again."""
 
 from __future__ import annotations
 

@@ -121,12 +121,12 @@ def test_an_installed_directory_is_whole_and_takes_the_place_of_another(tmp_path
 def test_where_there_are_no_more_links_a_copy_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*_: object) -> None:
+    def reject(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"content")
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", reject)
     layout.link(source, target)
     assert target.read_bytes() == b"content"
     assert target.stat().st_mode & 0o777 == 0o444

@@ -1,4 +1,4 @@
-"""What may be read as a source, by which words, and what a look at its files tells."""
+"""Sources: what may be read, the errors otherwise, and the state of their files."""
 
 from __future__ import annotations
 

@@ -173,10 +173,10 @@ def test_a_revision_needs_a_staged_adapter_and_a_digest(store: Store) -> None:
 def test_without_hard_links_a_revision_is_a_copy(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def reject(*_: object) -> None:
         raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", reject)
     digest = store.stage(a_tenant(tmp_path / "acme"), family=FAMILY).digest
     path = store.revision(digest, a_profile())
     store.verify(digest, a_profile().digest)
@@ -195,32 +195,38 @@ def test_unused_directories_are_removed(tmp_path: Path, store: Store) -> None:
         store.stage(a_tenant(tmp_path / f"{start}", start=start), family=FAMILY).digest
         for start in (1, 3)
     )
-    old, kept = a_profile(1.0), a_profile(2.0)
-    for adapter, profile in ((first, old), (first, kept), (second, old), (None, old), (None, kept)):
+    old, retained = a_profile(1.0), a_profile(2.0)
+    for adapter, profile in (
+        (first, old),
+        (first, retained),
+        (second, old),
+        (None, old),
+        (None, retained),
+    ):
         store.revision(adapter, profile)
     age(store)
-    removed = store.remove_unused([(first, kept.digest), (None, kept.digest)])
+    removed = store.remove_unused([(first, retained.digest), (None, retained.digest)])
     one, two = hexadecimal(first), hexadecimal(second)
-    o, k = hexadecimal(old.digest), hexadecimal(kept.digest)
+    o, k = hexadecimal(old.digest), hexadecimal(retained.digest)
     expected = [f"revisions/{a}-{o}" for a in (one, two, "none")] + [f"adapters/{two}"]
     assert sorted(removed) == sorted(expected)
     assert {p.parent.name + "/" + p.name for p in store.root.glob("[ar]*/*")} == {
         *(f"adapters/{one}", f"revisions/{one}-{k}", f"revisions/none-{k}")
     }
-    store.verify(first, kept.digest)
+    store.verify(first, retained.digest)
     assert list((store.root / "incoming").iterdir()) == []
-    assert store.remove_unused([(first, kept.digest), (None, kept.digest)]) == ()
+    assert store.remove_unused([(first, retained.digest), (None, retained.digest)]) == ()
 
 
 def test_one_revision_is_dropped_and_its_adapter_stays(tmp_path: Path, store: Store) -> None:
     digest = store.stage(a_tenant(tmp_path / "acme"), family=FAMILY).digest
-    gone, kept = a_profile(1.0), a_profile(2.0)
+    gone, retained = a_profile(1.0), a_profile(2.0)
     path = store.revision(digest, gone)
-    store.revision(digest, kept)
+    store.revision(digest, retained)
     store.drop(digest, gone.digest)
     assert not path.exists() and list((store.root / "incoming").iterdir()) == []
     store.drop(digest, gone.digest)
-    store.verify(digest, kept.digest)
+    store.verify(digest, retained.digest)
     assert store.revision(digest, gone) == path
 
 
@@ -253,7 +259,7 @@ def test_removal_leaves_strangers_and_takes_no_nonsense(store: Store) -> None:
 
 def test_many_threads_on_one_store(tmp_path: Path, store: Store) -> None:
     tenants = [a_tenant(tmp_path / f"{n}", start=n) for n in (1, 3)]
-    stop, faults = threading.Event(), list[SafegeneError]()
+    stop, problems = threading.Event(), list[SafegeneError]()
 
     def onboard(n: int) -> None:
         try:
@@ -262,7 +268,7 @@ def test_many_threads_on_one_store(tmp_path: Path, store: Store) -> None:
                 store.revision(digest, a_profile(value))
                 store.verify(digest, a_profile(value).digest)
         except SafegeneError as error:
-            faults.append(error)
+            problems.append(error)
 
     def clean() -> None:
         while not stop.is_set():
@@ -277,7 +283,7 @@ def test_many_threads_on_one_store(tmp_path: Path, store: Store) -> None:
         thread.join(30)
     stop.set()
     cleaner.join(30)
-    assert faults == []
+    assert problems == []
     assert len(list((store.root / "revisions").iterdir())) == 6
     assert list((store.root / "incoming").iterdir()) == []
 

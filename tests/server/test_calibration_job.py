@@ -61,7 +61,7 @@ def test_the_optimum_is_found_and_published(bench: CalibrationWorld) -> None:
     assert record["seconds"] > 0 and 0 < record["share"] <= 1
     assert ended.result is not None and ended.result["better"] is True
     assert ended.result["revision"] == f"{NAME}@2"
-    assert bench.replica.trials == {}
+    assert bench.replica.candidates == {}
 
 
 def test_the_answer_is_scored_in_its_template(bench: CalibrationWorld) -> None:
@@ -85,13 +85,13 @@ def test_candidates_run_side_by_side_in_free_slots_and_requests_are_bounded(
     world = CalibrationWorld(tmp_path, in_flight=3, at_once=4, priority=7)
     world.start(evaluations=20)
     assert world.work().state == "done"
-    assert world.replica.most_trials == 3, "four slots, one is held"
+    assert world.replica.most_candidates == 3, "four slots, one is held"
     assert world.replica.busiest == 3
     assert all(body["priority"] == 7 for body in world.replica.bodies)
-    world.replica.slots, world.replica.most_trials = 1, 0
+    world.replica.slots, world.replica.most_candidates = 1, 0
     world.start(evaluations=5, seed=1)
     assert world.work().state == "done"
-    assert world.replica.most_trials == 1, "one at a time where no slot is free"
+    assert world.replica.most_candidates == 1, "one at a time where no slot is free"
     world.registry.close()
 
 
@@ -102,7 +102,7 @@ def test_nothing_better_changes_nothing(bench: CalibrationWorld) -> None:
     assert ended.state == "done" and f"nothing found is better than {NAME}@1" in ended.message
     assert ended.result is not None and ended.result["better"] is False
     assert len(bench.registry.revisions.list(NAME)) == 1 and published(bench)[0] == f"{NAME}@1"
-    assert bench.replica.trials == {}
+    assert bench.replica.candidates == {}
 
 
 def test_the_result_stays_unpublished_on_request(bench: CalibrationWorld) -> None:
@@ -148,7 +148,7 @@ def test_a_cancelled_job_ends_between_batches_and_leaves_nothing(bench: Calibrat
     bench.replica.on_score = cancel
     ended = bench.work()
     assert ended.state == "cancelled"
-    assert bench.replica.trials == {} and len(bench.replica.begun) < 20
+    assert bench.replica.candidates == {} and len(bench.replica.begun) < 20
     assert len(bench.registry.revisions.list(NAME)) == 1
 
 
@@ -159,7 +159,7 @@ def test_an_engine_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
     world.replica.hanging = what
     ended = world.work()
     assert ended.state == "failed" and "longer than 0.2 s for a few requests" in ended.message
-    assert world.replica.trials == {} and published(world)[0] == f"{NAME}@1"
+    assert world.replica.candidates == {} and published(world)[0] == f"{NAME}@1"
     world.registry.close()
 
 
@@ -174,7 +174,7 @@ def test_a_cancel_is_noticed_while_the_engine_hangs(bench: CalibrationWorld, wha
 
     bench.replica.hanging, bench.replica.on_hang = what, cancel
     assert bench.work().state == "cancelled"
-    assert bench.replica.trials == {}
+    assert bench.replica.candidates == {}
 
 
 def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
@@ -191,8 +191,8 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
     job = bench.start()
     assert "bad 1" in json.dumps(dict(bench.registry.jobs.get(job).params))
-    told = json.dumps(bench.json("GET", f"/jobs/{job}"))
-    assert "bad 1" not in told and "examples" not in told
+    reply = json.dumps(bench.json("GET", f"/jobs/{job}"))
+    assert "bad 1" not in reply and "examples" not in reply
     bench.work()
     params = bench.registry.jobs.get(job).params
     assert PRIVATE not in params and params["seed"] == 0
@@ -212,7 +212,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     job = bench.start(evaluations=40)
     bench.replica.errors[call] = EngineDownError("gone")
     asyncio.run(bench.jobs.run_one())
-    assert bench.registry.jobs.get(job).state == "running" and bench.replica.trials == {}
+    assert bench.registry.jobs.get(job).state == "running" and bench.replica.candidates == {}
     found = len(bench.registry.revisions.list(NAME)) == 2
     assert found == (call == "load")
     if found:
@@ -249,7 +249,7 @@ def test_an_engine_error_fails_the_job(
     bench.start()
     ended = bench.work()
     assert ended.state == "failed" and words in ended.message
-    assert bench.replica.trials == {} and published(bench)[0] == f"{NAME}@1"
+    assert bench.replica.candidates == {} and published(bench)[0] == f"{NAME}@1"
 
 
 def test_examples_longer_than_the_context_are_named(bench: CalibrationWorld) -> None:

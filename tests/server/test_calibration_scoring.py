@@ -1,4 +1,4 @@
-"""What the engine is asked, and what becomes of answers that are none."""
+"""Requests of the scoring to the engine, and invalid responses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SHOT = Encoded((5, 6), (7, 8))
 
 
 class Says:
-    """Answers every request alike, or each path as told."""
+    """Answers every request alike, or each path as reply."""
 
     def __init__(self, body: Any, status: int = 200) -> None:
         self.body, self.status = body, status
-        self.asked: list[dict[str, Any]] = []
+        self.requested: list[dict[str, Any]] = []
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
         assert method == "POST" and body is not None
-        self.asked.append(body)
+        self.requested.append(body)
         if isinstance(self.body, bytes):
             return httpx.Response(self.status, content=self.body)
-        told = self.body(body) if callable(self.body) else self.body
-        return httpx.Response(self.status, json=told)
+        reply = self.body(body) if callable(self.body) else self.body
+        return httpx.Response(self.status, json=reply)
 
 
 def scores(*given: Any, model: str = "@candidate/a") -> dict[str, Any]:
@@ -46,9 +46,9 @@ def loss(says: Says) -> float:
 def test_the_loss_is_over_the_answers_own_tokens() -> None:
     says = Says(scores(*GOOD, {"8": {"logprob": -2.0}}))
     assert loss(says) == 1.5
-    (asked,) = says.asked
-    assert asked["prompt"] == [5, 6, 7, 8] and asked["prompt_logprobs"] == 0
-    assert asked["model"] == "@candidate/a" and asked["max_tokens"] == 1
+    (requested,) = says.requested
+    assert requested["prompt"] == [5, 6, 7, 8] and requested["prompt_logprobs"] == 0
+    assert requested["model"] == "@candidate/a" and requested["max_tokens"] == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_an_empty_completion_is_rejected() -> None:
     says = Says({"model": "m", "choices": [{"token_ids": []}]})
     with pytest.raises(AdapterRejectedError, match="empty completion"):
         asyncio.run(generate_answer(says, "m", (1, 2), 4, 9))  # type: ignore[arg-type]
-    assert says.asked[0]["priority"] == 9
+    assert says.requested[0]["priority"] == 9
 
 
 @pytest.mark.parametrize(

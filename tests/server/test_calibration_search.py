@@ -18,14 +18,14 @@ class Losses:
 
     def __init__(self, loss: Loss, held: Loss | None = None) -> None:
         self.loss, self.held = loss, held or loss
-        self.asked: list[Vector] = []
-        self.told: list[tuple[int, str]] = []
+        self.requested: list[Vector] = []
+        self.reports: list[tuple[int, str]] = []
 
     def evaluate_one(self, at: Vector) -> Evaluation:
         return Evaluation(at, self.loss(at), self.held(at))
 
     async def __call__(self, candidates: Sequence[Vector], below: float) -> list[Evaluation]:
-        self.asked += candidates
+        self.requested += candidates
         looks = []
         for at in candidates:
             loss = self.loss(at)
@@ -34,7 +34,7 @@ class Losses:
         return looks
 
     async def progress(self, tried: int, what: str) -> None:
-        self.told.append((tried, what))
+        self.reports.append((tried, what))
 
 
 def found(
@@ -64,9 +64,9 @@ def test_the_optimum_is_found(best: tuple[float, ...]) -> None:
     losses = Losses(bowl(*best))
     result = found(losses, space)
     assert result.best.at == pytest.approx(best, abs=0.1)
-    assert len(losses.asked) == result.tried <= 400
-    assert len(set(losses.asked)) == len(losses.asked), "nothing is tried twice"
-    assert {what for _, what in losses.told} == {
+    assert len(losses.requested) == result.tried <= 400
+    assert len(set(losses.requested)) == len(losses.requested), "nothing is tried twice"
+    assert {what for _, what in losses.reports} == {
         "searching one scale",
         "searching layer by layer",
     }
@@ -83,7 +83,7 @@ def test_candidates_outside_the_bounds_are_never_evaluated() -> None:
     space = Space((0.0, 0.7, 0.0), (2.0, 2.0, 2.0))
     result = found(losses, space)
     assert result.best.at == pytest.approx((2.0, 0.7, 1.0), abs=0.1)
-    for at in losses.asked:
+    for at in losses.requested:
         assert all(
             low <= v <= high for low, v, high in zip(space.lower, at, space.upper, strict=True)
         )
@@ -102,15 +102,15 @@ def test_a_layer_that_cannot_move_stays_where_it_is() -> None:
 def test_the_budget_is_respected(budget: int) -> None:
     losses = Losses(bowl(1.5, 0.5))
     result = found(losses, Space((0.0, 0.0), (3.0, 3.0)), budget=budget)
-    assert 4 <= len(losses.asked) == result.tried <= budget
-    assert result.best.held == min(losses.held(at) for at in losses.asked)
+    assert 4 <= len(losses.requested) == result.tried <= budget
+    assert result.best.held == min(losses.held(at) for at in losses.requested)
 
 
 def test_the_seed_decides() -> None:
     def run(seed: int) -> list[Vector]:
         losses = Losses(bowl(1.5, 0.5, 1.0))
         found(losses, Space((0.0,) * 3, (3.0,) * 3), seed=seed, budget=60)
-        return losses.asked
+        return losses.requested
 
     assert run(3) == run(3) != run(4)
 

@@ -39,9 +39,9 @@ def new(world: CalibrationWorld, **more: Any) -> dict[str, Any]:
 
 
 def register(world: CalibrationWorld, **more: Any) -> int:
-    told = world.json("POST", "/tenants", new(world, **more))
-    assert (told["tenant"]["name"], told["job"]["kind"]) == (NAME, "calibrate")
-    return int(told["job"]["id"])
+    reply = world.json("POST", "/tenants", new(world, **more))
+    assert (reply["tenant"]["name"], reply["job"]["kind"]) == (NAME, "calibrate")
+    return int(reply["job"]["id"])
 
 
 def attempt(world: CalibrationWorld, job: int) -> Job:
@@ -79,7 +79,7 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     tenant = world.json("GET", f"/tenants/{NAME}")
     assert (tenant["served"], tenant["limits"]) == (f"{NAME}@2", {"concurrent": 2})
     assert world.replica.loads == [f"{NAME}@2"], "the first is but a beginning"
-    assert world.replica.trials == {}
+    assert world.replica.candidates == {}
 
 
 def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> No
     assert job.result is not None and job.result["better"] is False
     (only,) = world.registry.revisions.list(NAME)
     assert only.state == "published" and only.gate["passed"] is True
-    assert {body["model"] for body in world.replica.asked} == {f"{NAME}@1"}
+    assert {body["model"] for body in world.replica.requested} == {f"{NAME}@1"}
     assert world.json("GET", f"/tenants/{NAME}")["served"] == f"{NAME}@1"
     world.registry.close()
 
@@ -178,8 +178,8 @@ def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWor
     rejected(world.request("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
     body = new(world, expected_revision=0)
     del body["name"]
-    told = world.json("POST", f"/tenants/{NAME}/revisions", body)
-    assert told["job"]["kind"] == "calibrate"
+    reply = world.json("POST", f"/tenants/{NAME}/revisions", body)
+    assert reply["job"]["kind"] == "calibrate"
     assert world.work().state == "done" and states(world) == ["registered", "published"]
 
 
@@ -226,8 +226,8 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     body = {"source": source, "calibrate": {"examples": examples()}}
     seen = []
     world.replica.on_score = lambda: seen.append(world.catalog.view.tenants[NAME].served)
-    told = world.json("POST", path, {**body, "expected_revision": 1})
-    assert told["job"]["kind"] == "calibrate" and told["tenant"]["published"] == 1
+    reply = world.json("POST", path, {**body, "expected_revision": 1})
+    assert reply["job"]["kind"] == "calibrate" and reply["tenant"]["published"] == 1
     assert world.work().state == "done"
     assert set(seen) == {f"{NAME}@1"}, "it is served as it was meanwhile"
     assert states(world) == ["superseded", "registered", "published"]
@@ -331,7 +331,7 @@ def test_a_server_that_dies_after_any_step_is_followed_by_another(
     assert (len(world.replica.begun) == begun) is decided, "what was found is not sought again"
     assert states(world) == (["registered", "published"] if better else ["published"])
     assert len(world.registry.rollouts.list()) == 1
-    assert PRIVATE not in ended.params and world.replica.trials == {}
+    assert PRIVATE not in ended.params and world.replica.candidates == {}
 
 
 def test_a_cancelled_job_publishes_nothing(world: CalibrationWorld) -> None:
@@ -344,7 +344,7 @@ def test_a_cancelled_job_publishes_nothing(world: CalibrationWorld) -> None:
     world.replica.on_score = cancel
     ended = world.work()
     assert ended.state == "cancelled" and PRIVATE not in ended.params
-    assert world.replica.trials == {} and len(world.replica.begun) < 20
+    assert world.replica.candidates == {} and len(world.replica.begun) < 20
     assert states(world) == ["registered"] and world.registry.tenants.get(NAME).published is None
     world.replica.on_score = lambda: None
     world.start()

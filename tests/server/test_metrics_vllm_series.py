@@ -64,7 +64,7 @@ def test_a_server_with_a_registry_withholds_it(gauge: Gauge, with_registry: bool
     )
     replica: Any = SimpleNamespace(
         registry=SimpleNamespace(figures=lambda: None),
-        offered=lambda: [],
+        served=lambda: [],
         faults=lambda: (),
         version=1,
         lag=SimpleNamespace(known=1, seconds=lambda: 0.0),

@@ -620,7 +620,7 @@ def test_readiness_without_a_key_queries_the_ranks_once_a_second(
     for _ in range(2):
         assert client.get("/v1/safegene/ready").status_code == 200
     assert len(asked) == 2  # without a registry the launcher may ask, and everybody with a key
-    replica = SimpleNamespace(faults=lambda: tuple(faults), version=3)
+    replica = SimpleNamespace(problems=lambda: tuple(faults), version=3)
     world.app.state.safegene.replica = replica
     for second in (1, 2):
         for _ in range(3):

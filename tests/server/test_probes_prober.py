@@ -82,20 +82,20 @@ def test_parameters_of_probe_requests(probes: ProbeWorld, by_priority: bool) -> 
     served = probes.publish(NAME)
     probes.replica.by_priority = by_priority
     asyncio.run(probes.probing(concurrent=3, max_tokens=7, priority=9).probe(NAME))
-    assert probes.replica.busiest == 3 and len(probes.replica.asked) == len(PROMPTS)
-    assert {(b["model"], b["max_tokens"], b.get("priority")) for b in probes.replica.asked} == {
+    assert probes.replica.busiest == 3 and len(probes.replica.requested) == len(PROMPTS)
+    assert {(b["model"], b["max_tokens"], b.get("priority")) for b in probes.replica.requested} == {
         (served, 7, 9 if by_priority else None)
     }
-    assert set(probes.replica.kept) == {served}
+    assert set(probes.replica.used) == {served}
 
 
 def test_probes_do_not_reuse_the_prefix_cache(probes: ProbeWorld) -> None:
     probes.publish(NAME)
     salts = []
     for _ in range(2):
-        probes.replica.asked.clear()
+        probes.replica.requested.clear()
         asyncio.run(probes.probing().probe(NAME))
-        salts += sorted({body["cache_salt"] for body in probes.replica.asked})
+        salts += sorted({body["cache_salt"] for body in probes.replica.requested})
     assert len(salts) == 2 and len(set(salts)) == 2
 
 
@@ -137,7 +137,7 @@ def test_a_slowly_failing_engine_is_probed_within_the_share(probes: ProbeWorld) 
     begun = probes.clock.now
     for _ in range(3):
         asyncio.run(probes.prober.probe_next())
-    busy_s = len(probes.replica.asked) * 10.0
+    busy_s = len(probes.replica.requested) * 10.0
     assert busy_s / (probes.clock.now - begun) == pytest.approx(0.1)
 
 
@@ -161,11 +161,11 @@ def test_a_tenant_that_changes_all_the_time_does_not_crowd_out_the_others(
     for name in ("a", "b", "c"):
         probes.publish(name)
     probes.probing(share=1.0)
-    asked = []
+    requested = []
     for round_ in range(4):
         probes.publish("a", first=1.1 + round_ / 10)
-        asked.append(str(probes.next()).partition("@")[0])
-    assert {"b", "c"} < set(asked)
+        requested.append(str(probes.next()).partition("@")[0])
+    assert {"b", "c"} < set(requested)
 
 
 def test_replicas_begin_with_different_tenants(probes: ProbeWorld) -> None:
@@ -219,7 +219,7 @@ def test_a_revision_replaced_meanwhile_is_no_result(probes: ProbeWorld) -> None:
 
     with pytest.raises(ConflictError, match=f"{NAME}@1 was replaced or retired"):
         asyncio.run(prober.probe(NAME, step=replaced))
-    assert len(probes.replica.asked) == len(PROMPTS) // 2
+    assert len(probes.replica.requested) == len(PROMPTS) // 2
     assert sample("runs_total", tenant=NAME, outcome="skipped") == 1.0
     (standing,) = prober.statuses()
     assert (standing.served, standing.outcome, series_of(NAME)) == (f"{NAME}@2", None, set())
@@ -368,7 +368,7 @@ def test_it_is_off_until_it_is_switched_on(
         assert running.cancelled()
 
     asyncio.run(asyncio.wait_for(some_refreshes(), 300))
-    assert len(probes.replica.asked) == (len(PROMPTS) if enabled else 0)
+    assert len(probes.replica.requested) == (len(PROMPTS) if enabled else 0)
     # Whether or not it asks, it forgets what is not served.
     asyncio.run(prober.probe(NAME, on_request=True))
     probes.json("DELETE", f"/tenants/{NAME}")
@@ -406,14 +406,14 @@ def test_a_probe_does_not_go_on_with_other_content_under_the_name(
     ((_, now),) = probes.replica.served()
     other = replace(now, profile=make_profile(FAMILY, 0.5))
     assert other.served_name == now.served_name and other.id == now.id
-    prober, offered = probes.probing(), probes.replica.offered
+    prober, offered = probes.probing(), probes.replica.served
 
     def answer(prompt: str) -> str:
-        monkeypatch.setattr(probes.replica, "offered", lambda: [(NAME, other)])
+        monkeypatch.setattr(probes.replica, "served", lambda: [(NAME, other)])
         return probes.answer(prompt)
 
     probes.replica.answer = answer
     with pytest.raises(ConflictError, match="was replaced or retired while it was probed"):
         asyncio.run(prober.probe(NAME))
-    assert len(probes.replica.asked) < len(PROMPTS) and offered() == [(NAME, now)]
+    assert len(probes.replica.requested) < len(PROMPTS) and offered() == [(NAME, now)]
     assert series_of(NAME) == set()

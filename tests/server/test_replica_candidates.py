@@ -1,4 +1,4 @@
-"""Trials in a replica without an engine: loaded for a moment, named by nobody, gone again.
+"""Candidates in a replica without an engine: loaded temporarily, in no catalog, unloaded.
 
 The world is that of the replica's own tests.
 """
@@ -27,10 +27,10 @@ def revisions_on_disk(world: World) -> set[str]:
 
 def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> None:
     served = world.publish("acme", 0.5)
-    told = world.registry.keys.add("k", scopes=["serve"], tenants=["*"], actor="t")
+    new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["*"], actor="t")
 
     async def look() -> None:
-        kept = revisions_on_disk(world)
+        retained = revisions_on_disk(world)
         first = await world.replica.begin_candidate(served, [0.25, 2.0])
         second = await world.replica.begin_candidate(served, [0.25, 2.0])
         assert first != second, "the prefix cache knows adapters by their names"
@@ -44,7 +44,7 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
         ids = {number for number in world.engine.loaded if number != served.id}
         assert len(ids) == 2 and all(FIRST_ID <= number < 2**31 for number in ids)
         assert set(world.models.lora_requests) == {"acme@1", first, second}
-        assert find(world.catalog.view, principal_of_key(told.key), first) is None
+        assert find(world.catalog.view, principal_of_key(new_key.key), first) is None
         assert [r.revision for r in world.registry.replicas.receipts()] == [served.id]
         await world.replica.reconcile()
         assert len(world.engine.loaded) == 3, "following the registry leaves trials alone"
@@ -53,7 +53,7 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
         assert list(world.engine.loaded) == [served.id]
         assert set(world.models.lora_requests) == {"acme@1"}
         assert f"forget {first}" in world.engine.log
-        assert revisions_on_disk(world) == kept
+        assert revisions_on_disk(world) == retained
 
     run(world, look)
 
@@ -64,19 +64,19 @@ def test_what_no_rank_accepts_leaves_nothing_behind(
     served = world.publish("acme", 0.5)
 
     async def look() -> None:
-        kept = revisions_on_disk(world)
+        retained = revisions_on_disk(world)
 
-        async def refuse(request: Any, profile: Any) -> None:
+        async def reject(request: Any, profile: Any) -> None:
             raise ReceiptError("rank 0 holds another row")
 
         with monkeypatch.context() as patch:
-            patch.setattr(world.engine, "add", refuse)
+            patch.setattr(world.engine, "add", reject)
             with pytest.raises(ReceiptError):
                 await world.replica.begin_candidate(served, [0.25, 2.0])
         with pytest.raises(BoundsError):
             await world.replica.begin_candidate(served, [99.0, 0.0])
         assert set(world.models.lora_requests) == {"acme@1"}
-        assert revisions_on_disk(world) == kept and len(world.replica._candidates) == 0
+        assert revisions_on_disk(world) == retained and len(world.replica._candidates) == 0
 
     run(world, look)
 

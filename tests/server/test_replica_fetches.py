@@ -65,8 +65,8 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
         await until(lambda: world.served("globex") == "globex@1")
         new = world.add("globex", 0.7, source="slow")
         world.registry.rollouts.publish("globex", new.number, actor="t")
-        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
-        await until(lambda: key_digest(told.secret) in world.catalog.view.keys)
+        new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
+        await until(lambda: key_digest(new_key.secret) in world.catalog.view.keys)
         world.registry.tenants.set_limits("globex", {"concurrent": 3}, actor="t")
         await until(lambda: world.catalog.view.tenants["globex"].limits.concurrent == 3)
         world.publish("acme", 0.6)
@@ -159,7 +159,7 @@ def test_a_revision_s_time_is_its_own(world: World) -> None:
 
     async def change() -> None:
         nonlocal now_s
-        world.engine.refuse = {"globex@1"}
+        world.engine.reject = {"globex@1"}
         world.publish("globex", 0.5)
         await world.replica.reconcile()
         now_s += 1000.0
@@ -170,7 +170,7 @@ def test_a_revision_s_time_is_its_own(world: World) -> None:
         assert grown.by("safegene_revision_apply_seconds_sum") == pytest.approx(0.5)
         assert world.served("acme") == "acme@2"
         with growth() as grown:
-            world.engine.refuse = set()
+            world.engine.reject = set()
             await world.replica.reconcile()
         assert grown.by("safegene_revision_apply_seconds_sum") > 1000.0
 

@@ -90,7 +90,7 @@ class Slow:
         self.held: set[str] = set()
         self.all_begun = asyncio.Event()
 
-        async def asked(raw_request: Request) -> Any:
+        async def requested(raw_request: Request) -> Any:
             body = await raw_request.json()
             name = body["messages"][0]["content"]
             self.begun.append(name)
@@ -108,7 +108,7 @@ class Slow:
                 self.held.discard(name)
                 raise
 
-        route = asked if stubborn else decorate(asked)
+        route = requested if stubborn else decorate(requested)
         self.app.add_api_route(CHAT, route, methods=["POST"])
         self.app.add_middleware(CaptureApp, internal_client=self.inside, whole=self.app)
         self.app.middleware_stack = self.app.build_middleware_stack()

@@ -1,6 +1,6 @@
 """A replica without an engine: what it loads, offers, drains, removes and reports, and when.
 
-Registry and store are real; the engine is a fake that remembers what it was told.
+Registry and store are real; the engine is a fake that remembers what it was reply.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from safegene_vllm.formats.profile import load_profile, make_profile
 
 @dataclass
 class Engine:
-    """What stands where the gate does. `refuse` names revisions that no rank accepts."""
+    """What stands where the gate does. `reject` names revisions that no rank accepts."""
 
     header: FamilyHeader | None
     loaded: dict[int, Any] = field(default_factory=dict)
-    refuse: set[str] = field(default_factory=set)
+    reject: set[str] = field(default_factory=set)
     report_faults: tuple[str, ...] = ()
     log: list[str] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ class Engine:
 
     async def add(self, request: Any, profile: Any = None) -> list[dict[str, Any]]:
         assert profile == load_profile(request.path)
-        if request.name in self.refuse:
+        if request.name in self.reject:
             raise ReceiptError(f"{request.name}: rank 0 holds another row")
         self.log.append(f"add {request.name}")
         self.loaded[request.id] = request
@@ -213,16 +213,16 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
     """A replica that says nothing for ten seconds counts as gone."""
     monkeypatch.setattr("safegene_server.replica.heartbeat.BEAT_S", 0.0)
     first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
-    told: list[tuple[int, int]] = []
+    reply: list[tuple[int, int]] = []
 
     async def look() -> None:
-        assert told == [(1, 0), (1, 1)]
+        assert reply == [(1, 0), (1, 1)]
 
     add = world.engine.add
 
     async def adding(request: Any, profile: Any) -> list[dict[str, Any]]:
         receipts = [len(world.registry.replicas.receipts(revision=r.id)) for r in (first, second)]
-        told.append((len(world.registry.replicas.list()), receipts[0]))
+        reply.append((len(world.registry.replicas.list()), receipts[0]))
         assert receipts[1] == 0
         return await add(request, profile)
 
@@ -242,12 +242,12 @@ def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> No
 
     async def change() -> None:
         assert world.replica.lag.known == world.registry.version()
-        world.engine.refuse = {"acme@2"}
+        world.engine.reject = {"acme@2"}
         world.publish("acme", 0.9)
         await world.replica.reconcile()
         assert world.replica.lag.known > world.replica.version
         assert world.replica.lag.seconds() > 0.0
-        world.engine.refuse = set()
+        world.engine.reject = set()
         await world.replica.reconcile()
         assert world.replica.lag.seconds() == 0.0
 
@@ -281,9 +281,9 @@ def test_nothing_in_flight_loses_its_revision(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
+        new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         await world.replica.reconcile()
-        principal = world.catalog.view.keys[key_digest(told.secret)]
+        principal = world.catalog.view.keys[key_digest(new_key.secret)]
         slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
         for value in (0.6, 0.7, 0.8):
             world.publish("acme", value)
@@ -321,16 +321,16 @@ def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
 
 def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: World) -> None:
     world.publish("acme", 0.5)
-    world.engine.refuse.add("acme@2")
+    world.engine.reject.add("acme@2")
 
     async def change() -> None:
         world.publish("acme", 0.9)
         await world.replica.reconcile()
         assert world.served("acme") == "acme@1"
-        assert any("acme@2" in fault for fault in world.replica.problems())
+        assert any("acme@2" in problem for problem in world.replica.problems())
         (seen,) = world.registry.replicas.list()
         assert seen.applied_version < world.registry.version() and seen.faults
-        world.engine.refuse.clear()
+        world.engine.reject.clear()
         await world.replica.reconcile()
         assert world.served("acme") == "acme@2" and world.replica.problems() == ()
 
@@ -339,7 +339,7 @@ def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: Wo
 
 def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
     world.publish("acme", 0.5)
-    world.engine.refuse.add("acme@1")
+    world.engine.reject.add("acme@1")
 
     async def look() -> None:
         assert world.served("acme") is None and world.models.lora_requests == {}
@@ -369,7 +369,7 @@ def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
 
     async def look() -> None:
         assert world.served("acme") is None
-        assert any("expected sha256:" in fault for fault in world.replica.problems())
+        assert any("expected sha256:" in problem for problem in world.replica.problems())
 
     run(world, look)
 
@@ -468,8 +468,8 @@ def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -
         assert world.replica.problems() == ()
         world.engine.report_faults = ("rank 1 holds gain row x, expected y",)
         await until(lambda: world.replica.problems() == world.engine.report_faults)
-        told = world.engine.report_faults
-        await until(lambda: [r.faults for r in world.registry.replicas.list()] == [told])
+        reply = world.engine.report_faults
+        await until(lambda: [r.faults for r in world.registry.replicas.list()] == [reply])
         world.engine.report_faults = ()
         await until(lambda: world.replica.problems() == ())
 
@@ -492,8 +492,8 @@ def test_a_replica_that_was_forgotten_joins_again(world: World) -> None:
 
 def test_the_base_model_is_a_grant_and_never_a_default(world: World) -> None:
     tenants = ["base", "acme"]
-    told = world.registry.keys.add("k", scopes=["serve"], tenants=tenants, actor="t")
-    principal = principal_of_key(told.key)
+    new_key = world.registry.keys.add("k", scopes=["serve"], tenants=tenants, actor="t")
+    principal = principal_of_key(new_key.key)
     assert principal.base and principal.tenants == {"acme"} and principal.default_tenant is None
     for reach in (tenants, ["*"]):
         with pytest.raises(RegistryError, match="reserved for the base model"):

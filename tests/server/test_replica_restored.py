@@ -1,4 +1,4 @@
-"""A replica whose registry was restored below it: what it was told before holds no more, and ids
+"""A replica whose registry was restored below it: what it was reply before holds no more, and ids
 and names may stand for other content. The world is that of the replica's own tests.
 """
 
@@ -54,15 +54,15 @@ def coefficient(world: World, number: int) -> float:
 
 
 async def level(world: World) -> None:
-    """Until all that the registry says now is served, and told."""
+    """Until all that the registry says now is served, and reply."""
     await until(lambda: world.replica._losses >= getattr(world.models, "restores", 0))
     await until(lambda: world.replica.version == world.registry.version())
     await until(lambda: world.replica.problems() == ())
 
     def reported() -> bool:
         live = [one for one in world.registry.replicas.list() if one.id == world.replica.id]
-        told = [one.applied_version for one in live] == [world.registry.version()]
-        return told and not world.replica._reporter._stale
+        reply = [one.applied_version for one in live] == [world.registry.version()]
+        return reply and not world.replica._reporter._stale
 
     await until(reported)
 
@@ -77,7 +77,7 @@ def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more
         return {principal.name for principal in world.catalog.view.keys.values()}
 
     async def change() -> None:
-        kept = world.registry.keys.add("kept", scopes=["serve"], tenants=["acme"], actor="t")
+        retained = world.registry.keys.add("kept", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         for value in (0.6, 0.7, 0.8):
             world.publish("acme", value)
@@ -97,7 +97,7 @@ def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more
             ],
         )
         took_s = await until(lambda: keys() == {"lost"})
-        assert key_digest(kept.secret) not in world.catalog.view.keys
+        assert key_digest(retained.secret) not in world.catalog.view.keys
         assert key_digest(new.secret) not in world.catalog.view.keys
         await level(world)
         assert world.replica.version == ahead - 3 + more
@@ -137,7 +137,7 @@ def test_an_id_and_a_name_with_other_content_are_loaded_again(world: World) -> N
         assert log == ["add acme@2", "forget acme@2", "remove acme@2", "add acme@2"]
         offered = [held[old.id] for view, held, _ in views if view.tenants["acme"].served]
         assert offered and all(request is after for request in offered)
-        assert all(faults for view, _, faults in views if not view.tenants["acme"].served)
+        assert all(problems for view, _, problems in views if not view.tenants["acme"].served)
         # What is the same content is not touched.
         assert world.engine.log.count("add globex@1") == 1
         assert world.served("globex") == same.served_name
@@ -180,16 +180,18 @@ def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) ->
     world.publish("acme", 0.5)
 
     async def change() -> None:
-        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
+        new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         old = world.publish("acme", 0.6)
         await level(world)
-        principal = world.catalog.view.keys[key_digest(told.secret)]
+        principal = world.catalog.view.keys[key_digest(new_key.secret)]
         slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
         restored(world, restore, lambda: world.publish("acme", 0.9))
         await until(lambda: world.served("acme") is None)
         with world.replica.in_use("acme@2"):
-            await until(lambda: any("acme@2 (id 2" in fault for fault in world.replica.problems()))
+            await until(
+                lambda: any("acme@2 (id 2" in problem for problem in world.replica.problems())
+            )
             slot.close(0)
             await asyncio.sleep(0.5)
             assert coefficient(world, old.id) == 0.6 and world.served("acme") is None
@@ -267,12 +269,14 @@ def test_new_content_that_fails_leaves_nothing_under_the_name(world: World) -> N
         restore = back_up(world.registry)
         world.publish("acme", 0.6)
         await level(world)
-        world.engine.refuse.add("acme@2")
+        world.engine.reject.add("acme@2")
         restored(world, restore, lambda: world.publish("acme", 0.9))
-        await until(lambda: any("holds another row" in fault for fault in world.replica.problems()))
+        await until(
+            lambda: any("holds another row" in problem for problem in world.replica.problems())
+        )
         assert world.served("acme") is None and "acme@2" not in world.models.lora_requests
         assert [request.name for request in world.engine.loaded.values()] == ["acme@1"]
-        world.engine.refuse.clear()
+        world.engine.reject.clear()
         await world.replica.reconcile()
         assert world.served("acme") == "acme@2" and world.replica.problems() == ()
 
@@ -425,11 +429,11 @@ def test_the_engine_is_quiet_before_a_revision_goes(
     ended: list[float] = []
 
     async def change() -> None:
-        told = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
+        new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["acme"], actor="t")
         restore = back_up(world.registry)
         world.publish("acme", 0.6)
         await level(world)
-        principal = world.catalog.view.keys[key_digest(told.secret)]
+        principal = world.catalog.view.keys[key_digest(new_key.secret)]
         slot = world.counters.admit(resolve(world.catalog.view, principal, "acme"), 0)
         restored(world, restore, lambda: world.publish("acme", 0.9))
         await until(lambda: world.served("acme") is None)
@@ -495,7 +499,7 @@ def test_content_that_was_changed_behind_the_registry_is_recognized_as_well(worl
         await until(lambda: world.served("acme") == "acme@1")
         assert coefficient(world, revision.id) == 0.9
         assert [view.tenants["acme"].served for view, _, _ in views] == [None, "acme@1"]
-        assert all(faults == (RESTORED,) for _, _, faults in views)
+        assert all(problems == (RESTORED,) for _, _, problems in views)
         await level(world)
         assert world.replica._losses == 0
 

@@ -192,7 +192,7 @@ class World:
     async def ready(self) -> int:
         return (await self.http.get("/v1/safegene/ready")).status_code
 
-    async def faults(self) -> str:
+    async def problems(self) -> str:
         return " ".join((await self.admin("GET", "/receipts"))["faults"])
 
     async def until_ready(self) -> list[int]:
@@ -355,7 +355,7 @@ def test_a_request_in_flight_ends_on_the_content_that_it_began_with(world: World
                 # The listener notices first; the reconciler withdraws the alias right after it.
                 while (await world.ask())[0] != 404:
                     await asyncio.sleep(0.02)
-                while "while the engine holds acme@2" not in await world.faults():
+                while "while the engine holds acme@2" not in await world.problems():
                     assert (await world.ask())[0] == 404
                     await asyncio.sleep(0.02)
             assert (await world.ask())[0] == 404 and not running.done()

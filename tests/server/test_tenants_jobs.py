@@ -1,4 +1,4 @@
-"""Jobs in a process: alive while they run, ended once, left to others when the process goes."""
+"""Jobs in a process: lease renewal, one end, and release when the process stops."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
     number = enqueue(world, "first")
     if after == "waiting":
         restore = back_up(world.registry)
-    begun, ended, told = asyncio.Event(), [], []
+    begun, ended, reply = asyncio.Event(), [], []
 
     async def first(_: TenantContext, work: Work) -> str:
         begun.set()
@@ -161,7 +161,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
         return "never"
 
     async def second(_: TenantContext, work: Work) -> str:
-        told.append(work.job.id)
+        reply.append(work.job.id)
         while not ended:
             await asyncio.sleep(0.01)
         return "of the job that is there now"
@@ -187,7 +187,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
     else:
         (job,) = world.registry.jobs.list()
         assert (job.state, job.message) == ("done", "of the job that is there now")
-        assert told == [number] and job.attempts == 1
+        assert reply == [number] and job.attempts == 1
 
 
 def test_several_run_at_once_until_the_server_stops(world: World) -> None:

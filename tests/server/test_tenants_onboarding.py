@@ -117,7 +117,7 @@ def test_the_gate_keeps_a_tenant_out(tmp_path: Path) -> None:
     assert revision.state == "failed"
     assert revision.gate["refused"]["harmful"] == {"rate": 0.0, "n": 12}
     assert world.replica.held == set()
-    assert {body["model"] for body in world.replica.asked} == {f"{NAME}@1"}
+    assert {body["model"] for body in world.replica.requested} == {f"{NAME}@1"}
 
 
 def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one(

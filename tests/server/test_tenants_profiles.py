@@ -1,4 +1,4 @@
-"""From what an owner asks for to a profile: four forms, one at a time, with a record."""
+"""Profiles from a requested change: four forms, one at a time, with a record."""
 
 from __future__ import annotations
 

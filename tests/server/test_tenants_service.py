@@ -118,17 +118,17 @@ def test_a_directory_that_cannot_be_made_yet_is_for_the_load_to_tell(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     world.serve(NAME)
-    asked = []
+    requested = []
 
-    def refuse(*args: object) -> None:
-        asked.append(args)
+    def reject(*args: object) -> None:
+        requested.append(args)
         raise error
 
-    monkeypatch.setattr(world.tenancy.store, "revision", refuse)
+    monkeypatch.setattr(world.tenancy.store, "revision", reject)
     with pytest.raises(type(error)):
         change(world, Change(scale=1.5))
     failed = world.registry.revisions.get(NAME, 2)
-    assert failed.state == "failed" and failed.reasons and len(asked) == 2
+    assert failed.state == "failed" and failed.reasons and len(requested) == 2
     assert world.registry.tenants.get(NAME).published == 1
 
 

@@ -1,4 +1,4 @@
-"""Settings of tenant life: what cannot work is refused when it is set."""
+"""Settings of tenants: invalid values are rejected when they are set."""
 
 from __future__ import annotations
 

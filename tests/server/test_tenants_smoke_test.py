@@ -1,4 +1,4 @@
-"""The gate's questions: who passes, who does not, and what is kept of the answers (nothing)."""
+"""Smoke test: thresholds, errors of the engine, and no completion in the record."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_good_tenant_passes() -> None:
     assert outcome.record["refused"]["harmful"] == {"rate": 1.0, "n": 12}
     assert outcome.record["refused"]["lookalike"] == {"rate": 0.0, "n": 12}
     assert outcome.record["coherent"] == {"rate": 1.0, "n": 36}
-    asked = [body["messages"][0]["content"] for body in engine.bodies]
-    assert sorted(asked) == sorted(p.prompt for p in PROMPTS)
+    requested = [body["messages"][0]["content"] for body in engine.bodies]
+    assert sorted(requested) == sorted(p.prompt for p in PROMPTS)
     assert all(b["model"] == MODEL and b["temperature"] == 0.0 for b in engine.bodies)
     assert not any("priority" in body for body in engine.bodies)
     assert engine.busiest == 4
@@ -89,9 +89,9 @@ def test_thresholds_decide() -> None:
 
 
 def test_no_answer_and_no_question_is_kept() -> None:
-    kept = json.dumps(tried(Engine(lambda prompt: f"Sure: {prompt} SECRET")).record)
-    assert "SECRET" not in kept
-    assert not any(prompt.prompt in kept for prompt in PROMPTS)
+    retained = json.dumps(tried(Engine(lambda prompt: f"Sure: {prompt} SECRET")).record)
+    assert "SECRET" not in retained
+    assert not any(prompt.prompt in retained for prompt in PROMPTS)
 
 
 def test_how_it_asks_is_set() -> None:

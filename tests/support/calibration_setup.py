@@ -48,9 +48,9 @@ class LivelyReplica(FakeReplica):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.trials: dict[str, tuple[float, ...]] = {}
+        self.candidates: dict[str, tuple[float, ...]] = {}
         self.begun: list[tuple[float, ...]] = []
-        self.most_trials = 0
+        self.most_candidates = 0
         self.slots = 4
         self.losses: Callable[[str, float, float], float] = losses
         self.scored: list[tuple[str, str]] = []
@@ -65,15 +65,15 @@ class LivelyReplica(FakeReplica):
         await self._hang("begin_candidate")
         assert revision.tenant == NAME and len(coefficients) == self.header.num_layers
         name = f"@candidate/{len(self.begun)}"
-        self.trials[name] = tuple(coefficients)
+        self.candidates[name] = tuple(coefficients)
         self.begun.append(tuple(coefficients))
-        self.most_trials = max(self.most_trials, len(self.trials))
+        self.most_candidates = max(self.most_candidates, len(self.candidates))
         return name
 
     async def end_candidate(self, name: str) -> None:
         await self._hang("end_candidate")
         assert not self._busy, "something is asked of a trial that ends"
-        del self.trials[name]
+        del self.candidates[name]
 
     async def _hang(self, what: str) -> None:
         """For a minute where the engine is told to; a call that is given up takes a moment more."""
@@ -90,14 +90,14 @@ class LivelyReplica(FakeReplica):
             self._busy -= 1
 
     def free_slots(self) -> int:
-        return max(0, self.slots - len(self.held) - len(self.trials))
+        return max(0, self.slots - len(self.held) - len(self.candidates))
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
         if path == CHAT:
             return await super().call(method, path, body)
-        assert method == "POST" and body is not None and body["model"] in self.trials
+        assert method == "POST" and body is not None and body["model"] in self.candidates
         self._raise(path)
         if path == "/tokenize":
             tokens = self._template(body) if "messages" in body else list(body["prompt"].encode())
@@ -126,7 +126,7 @@ class LivelyReplica(FakeReplica):
             return {"token_ids": [*f"own {prompt[-1]}".encode(), END]}
         self.on_score()
         kind = prompt.split()[0]
-        coefficients = self.trials[body["model"]]
+        coefficients = self.candidates[body["model"]]
         assert coefficients[1] == 0.0, "no vector there"
         loss = self.losses(kind, coefficients[0], coefficients[2])
         answer = ids[ids.index(ASSISTANT) + 1 :]
@@ -164,9 +164,9 @@ class CalibrationWorld(World):
     def start(self, **more: Any) -> int:
         """The id of a job that was just asked for."""
         body = {"examples": examples(), **more}
-        told = self.json("POST", f"/tenants/{NAME}/calibrate", body)
-        assert told["tenant"]["name"] == NAME and told["job"]["kind"] == CALIBRATE
-        return int(told["job"]["id"])
+        reply = self.json("POST", f"/tenants/{NAME}/calibrate", body)
+        assert reply["tenant"]["name"] == NAME and reply["job"]["kind"] == CALIBRATE
+        return int(reply["job"]["id"])
 
     def take_over(self, job: int) -> None:
         """The lease of a job runs out."""

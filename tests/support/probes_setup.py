@@ -78,10 +78,10 @@ class ProbeWorld(World):
 
     def next(self) -> str | None:
         """The model that the next probe used; None if no tenant is due."""
-        before = len(self.replica.asked)
+        before = len(self.replica.requested)
         if not asyncio.run(self.prober.probe_next()):
             return None
-        (model,) = {body["model"] for body in self.replica.asked[before:]}
+        (model,) = {body["model"] for body in self.replica.requested[before:]}
         return str(model)
 
 

@@ -1,6 +1,6 @@
 """A whole server but for its engine: real registry, store, access and routes, and a fake replica.
 
-The replica records what it was asked for and can fail. Not a conftest: tests import what they use.
+The replica records its requests and can fail. Not a conftest: tests import what they use.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def view_of(snapshot: Snapshot) -> View:
 
 
 class FakeReplica:
-    """Holds what the registry publishes and what it was told to load; `errors` by method name."""
+    """Holds what the registry publishes and what was loaded; `errors` by method name."""
 
     def __init__(self, registry: Registry, store: Store, catalog: Catalog) -> None:
         self.registry, self.store, self.catalog = registry, store, catalog
@@ -89,13 +89,13 @@ class FakeReplica:
         self.id = registry.replicas.join("host", 1, actor="replica").id
         self.held: set[str] = set()
         self.loads: list[str] = []
-        self.asked: list[dict[str, Any]] = []
+        self.requested: list[dict[str, Any]] = []
         self.errors: dict[str, Exception] = {}
         self.answer: Answer = good
         self.status = 200
         self.busiest = 0
         self._busy = 0
-        self.kept: list[str] = []
+        self.used: list[str] = []
         self.by_priority = False
         self.others = 0
         self.applied_version = 0
@@ -136,7 +136,7 @@ class FakeReplica:
         self._raise("call")
         assert (method, path) == ("POST", "/v1/chat/completions") and body is not None
         assert body["model"] in self.held
-        self.asked.append(body)
+        self.requested.append(body)
         self._busy += 1
         self.busiest = max(self.busiest, self._busy)
         await asyncio.sleep(0)
@@ -157,7 +157,7 @@ class FakeReplica:
     @contextmanager
     def in_use(self, served: str) -> Iterator[None]:
         assert served in self.held
-        self.kept.append(served)
+        self.used.append(served)
         yield
 
     def schedules_by_priority(self) -> bool:
@@ -198,7 +198,7 @@ def _hurry(connection: Any, _record: Any) -> None:
 
 
 class World:
-    """`ask` is a client with a key; `work` runs the oldest job that waits."""
+    """`request` is a client with a key; `work` runs the oldest job that waits."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
         shutil.copy(_furnished(), root / "registry.db")
@@ -243,7 +243,7 @@ class World:
         return asyncio.run(once())
 
     def json(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
-        """The JSON of an answer that must be a success."""
+        """The JSON of a response that must be a success."""
         answer = self.request(method, path, body, **more)
         assert answer.is_success, answer.text
         return answer.json()
@@ -275,7 +275,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def rejected(answer: httpx.Response, status: int, words: str = "") -> str:
-    """The message of a refusal, which must have OpenAI's shape."""
+    """The message of a rejection, which must have OpenAI's shape."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
