@@ -1,9 +1,9 @@
 """Prompts, answers and labels from CSV, TSV, JSONL, JSON or a Hugging Face data set. Torch-free.
 
 Data sources are written `PATH?key=value&key=value`, percent-decoded (%20 a space, %26 an
-ampersand). Reserved keys: prompt=COLUMN, answer=COLUMN, licence=TEXT, limit=N, header=col1,col2;
-any other key selects the rows whose COLUMN is VALUE. A name like owner/name that is no file, or
-`hf:NAME[:CONFIG[:SPLIT]]`, is read with the optional package `datasets`.
+ampersand). Reserved keys: prompt=COLUMN, answer=COLUMN, licence=TEXT, limit=N, header=col1,col2,
+part=train|held-out (prompt_sketch); others select the rows whose COLUMN is VALUE. A name owner/name
+that is no file, or `hf:NAME[:CONFIG[:SPLIT]]`, is read with the optional package `datasets`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from urllib.parse import unquote
 
 from safegene_vllm.errors import ConfigError, FormatError, SafegeneError, raise_errors
 from safegene_vllm.formats.file_io import canonical_json, parse_json, size_of_regular_file
+from safegene_vllm.prompt_sketch import PARTS, part_of, sketch
 
 PROMPT_COLUMNS = ("prompt", "goal", "instruction", "question", "sentence", "text", "description")
 TEXT_COLUMNS = ("answer", "response", "output")
@@ -27,7 +28,7 @@ ANSWER_COLUMNS = (*TEXT_COLUMNS, "label", "category")
 """Tried in this order. Never `target`: in AdvBench's own file that column opens harmful answers."""
 
 LICENSE_COLUMNS = ("licence", "license")
-RESERVED_KEYS = ("prompt", "answer", "licence", "limit", "header")
+RESERVED_KEYS = ("prompt", "answer", "licence", "limit", "header", "part")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 8
@@ -52,12 +53,13 @@ class Dataset:
     source: str
 
     def record(self) -> dict[str, Any]:
-        """The data as a recipe or a calibration records it."""
+        """The data as a recipe or a calibration records it; of the prompts only digests."""
         return {
             "name": self.name,
             "rows": len(self.rows),
             "licence": self.licence,
             "sha256": self.digest.removeprefix("sha256:"),
+            "prompts": sketch(row.prompt for row in self.rows),
         }
 
 
@@ -106,6 +108,12 @@ def split_source(source: str | Path, *, what: str = "data") -> tuple[str, dict[s
         errors.append(
             ConfigError(
                 f"{what} {source}: limit is {limit!r}, expected a number of rows, 1 or more"
+            )
+        )
+    if options.get("part", PARTS[0]) not in PARTS:
+        errors.append(
+            ConfigError(
+                f"{what} {source}: part is {options['part']!r}, expected {' or '.join(PARTS)}"
             )
         )
     raise_errors(errors)
@@ -235,7 +243,7 @@ def _filtered(
 def read_table(
     source: str | Path, *, header: Sequence[str] | None = None, what: str = "data"
 ) -> Table:
-    """The raw rows of `source`, after its filters and its limit.
+    """The raw rows of `source`, after its filters and its limit (a `part=` is chosen before it).
 
     `header` names the columns of a file that has none, unless the source does.
     Errors: MissingFileError; ConfigError naming `what`, the source and what was found; HeaderError
@@ -260,7 +268,7 @@ def read_table(
         name=name,
         source=f"{name}{mark}{query}",
         columns=tuple(columns),
-        rows=tuple(found[: int(options.get("limit", len(found)))]),
+        rows=tuple(found[: None if "part" in options else int(options.get("limit", len(found)))]),
         options=options,
     )
 
@@ -290,8 +298,13 @@ def license_of(table: Table, *, need: bool = False) -> str | None:
 
 
 def as_dataset(table: Table, rows: Sequence[Row], *, need_license: bool = False) -> Dataset:
-    """`rows` made from a table, with its name, license and digest."""
+    """`rows` made from a table, with its name, license and digest; only those of its `part=`."""
     licence = license_of(table, need=need_license)
+    if part := table.options.get("part"):
+        rows = [row for row in rows if part_of(row.prompt) == part]
+        rows = rows[: int(table.options.get("limit", len(rows)))]
+        if not rows:
+            raise ConfigError(f"{table.label}: no row is in the part {part!r}; give more rows")
     return Dataset(table.name, tuple(rows), licence, digest_of_rows(rows), table.source)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegene_vllm.cli.console import coefficient_table, results, table
+from safegene_vllm.cli.console import coefficient_table, results, show_checks, table
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
 from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from safegene_vllm.dataset import Dataset
+    from safegene_vllm.formats.family import Family
+    from safegene_vllm.recipe.calibration import Calibration
 
 
 def calibrate(
@@ -103,20 +108,8 @@ def calibrate(
     if harmful is None or own is None:
         raise ConfigError("give --safety and --task: calibration needs examples of both")
     from safegene_vllm.formats.family import load_family
-    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
-    from safegene_vllm.formats.profile import save_profile
-    from safegene_vllm.recipe.calibration import Calibration, check_inputs, load_tenant
-    from safegene_vllm.recipe.calibration import calibrate as tune
-    from safegene_vllm.recipe.examples import check_classes, sample_rows
-    from safegene_vllm.recipe.training import Run
+    from safegene_vllm.recipe.calibration import Calibration
 
-    loaded_family = load_family(family)
-    check_classes(own)
-    chosen = (
-        sample_rows(harmful, shots, seed),
-        sample_rows(own, shots, seed),
-        None if harmless is None else sample_rows(harmless, shots, seed),
-    )
     settings = Calibration(
         steps=steps_,
         lr=lr,
@@ -126,21 +119,53 @@ def calibrate(
         tied=tied,
         seed=seed,
     )
-    check_inputs(loaded_family.header, *chosen, settings)
-    loaded = load_tenant(loaded_family.header, tenant, model, device=device)
+    data = (harmful, own, harmless)
+    calibrate_tenant(load_family(family), tenant, model, data, shots, settings, device)
+
+
+def calibrate_tenant(
+    family: Family,
+    tenant: Path,
+    model: Path | None,
+    data: tuple[Dataset, Dataset, Dataset | None],
+    shots: int,
+    settings: Calibration,
+    device: str,
+) -> bool:
+    """Calibrate a tenant, write its profile and print it; whether every check passed.
+
+    `data`: safety, task and benign, of which `shots` rows each are drawn.
+    """
+    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
+    from safegene_vllm.formats.profile import save_profile
+    from safegene_vllm.recipe.calibration import calibrate, check_inputs, load_tenant
+    from safegene_vllm.recipe.checks import calibration_checks
+    from safegene_vllm.recipe.examples import check_classes, sample_rows
+    from safegene_vllm.recipe.training import Run
+
+    safety, task, benign = data
+    check_classes(task)
+    chosen = (
+        sample_rows(safety, shots, settings.seed),
+        sample_rows(task, shots, settings.seed),
+        None if benign is None else sample_rows(benign, shots, settings.seed),
+    )
+    header = family.header
+    check_inputs(header, *chosen, settings)
+    loaded = load_tenant(header, tenant, model, device=device)
     directory = tenant.absolute()
     state = directory.with_name(f"{directory.name}.calibration.partial")
     job = {
-        "family": loaded_family.digest,
+        "family": family.digest,
         "tenant": tenant.resolve().name,
         "settings": str(settings),
         "data": [None if d is None else d.digest for d in chosen],
     }
     run = Run(state, job, [tenant, model])
     with steps("calibrating") as progress:
-        profile = tune(
+        profile = calibrate(
             loaded,
-            loaded_family,
+            family,
             safety=chosen[0],
             task=chosen[1],
             benign=chosen[2],
@@ -157,3 +182,5 @@ def calibrate(
     results().print(losses)
     results().print(coefficient_table(profile.coefficients))
     results().print(f"{tenant / DESCRIPTION_FILE}  {profile.digest}  {record['steps']} steps")
+    carried = [profile.coefficients[entry.layer] for entry in header.layers]
+    return show_checks(calibration_checks(record, carried, header.bounds))

@@ -5,8 +5,10 @@ Results go to stdout, progress and notes to stderr. Loads rich, nothing heavier.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -14,6 +16,11 @@ from rich.table import Table
 
 from safegene_vllm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from safegene_vllm.recipe.checks import Check
+
+STRENGTH_SCALE = 3.0
+"""Coefficient of a full bar, the default upper bound: bars of different tenants compare."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -50,13 +57,35 @@ def table(*columns: str, left: Sequence[str] = ()) -> Table:
 
 
 def coefficient_table(coefficients: Sequence[float]) -> Table:
-    """Return a table with a row and a bar per layer whose coefficient is not 0."""
+    """Return a table with a row and a bar per layer whose coefficient is not 0.
+
+    A full bar is STRENGTH_SCALE in every table; a longer one ends in `+`.
+    """
     made = table("layer", "coefficient", "", left=("",))
-    top = max((abs(value) for value in coefficients), default=0.0)
     for layer, value in enumerate(coefficients):
         if value != 0.0:
-            made.add_row(str(layer), f"{value:.4g}", bar(value, top))
+            more = "+" if abs(value) > STRENGTH_SCALE else ""
+            made.add_row(str(layer), f"{value:.4g}", bar(value, STRENGTH_SCALE) + more)
     return made
+
+
+def show_checks(checks: Sequence[Check]) -> bool:
+    """Print the section "Does it work?"; whether every check passed."""
+    console = results()
+    console.print("\nDoes it work?")
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "ok     " if check.passed else "WARNING"
+        console.print(f"  {mark}  {check.name:<{width}}  {check.measured}")
+        if not check.passed:
+            console.print(f"  {'':7}  {'':{width}}  try: {check.advice}")
+    failed = sum(not check.passed for check in checks)
+    console.print(
+        f"{failed} of {len(checks)} checks failed: expect a weak or unmeasured protection"
+        if failed
+        else f"all {len(checks)} checks passed; measure it with `safegene evaluate`"
+    )
+    return not failed
 
 
 def progress_bar() -> Progress:
@@ -83,12 +112,41 @@ def tracked(description: str) -> Callable[[Sequence[str]], Iterable[str]]:
     return track
 
 
-def check_out(out: Path, *sources: Path | None, overwrite: bool) -> None:
-    """Raise ConfigError if `out` is one of the `sources`, or exists and may not be replaced."""
+def check_out(
+    out: Path, *sources: Path | None, overwrite: bool, owned: Iterable[str] | None = None
+) -> None:
+    """Raise ConfigError unless the directory `out` can be written.
+
+    It must not be one of the `sources`, nor exist unless it may be replaced; then it holds only
+    the names in `owned` (None: any).
+    """
     for source in sources:
         if source is not None and out.resolve() == source.resolve():
             raise ConfigError(f"--out {out} is an input as well; name another directory")
-    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a directory")
+    entries = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if entries and not overwrite:
         raise ConfigError(
             f"--out {out} exists; name a new directory, or replace its content with --overwrite"
         )
+    if owned is not None and (others := sorted(entries - set(owned))):
+        raise ConfigError(
+            f"--out {out} also holds {', '.join(others[:5])}, which is no output of this command; "
+            "name another directory"
+        )
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raise ConfigError unless `out` can be made or replaced: writes and removes a directory."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".safegene-", dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written: {parent}: {error.strerror}; name another directory"
+        ) from error

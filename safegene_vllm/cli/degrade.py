@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safegene_vllm.cli.console import check_out, results
+from safegene_vllm.cli.console import check_out, results, show_checks
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
 from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
@@ -59,11 +59,15 @@ def degrade(
 
     Example: safegene degrade models/qwen --data 'alpaca.jsonl?licence=Apache-2.0' --out runs/deg
     """
-    check_out(out, checkpoint, overwrite=overwrite)
+    from safegene_vllm.formats.adapter import OWNED_FILES
+    from safegene_vllm.recipe.degradation import RECORD_FILE
+
+    check_out(out, checkpoint, overwrite=overwrite, owned=(*OWNED_FILES, RECORD_FILE))
     need("peft", "trains the LoRA")
     benign = read_all(data, "benign data", need_answers=True)
     if benign is None:
         raise ConfigError("--data: give at least one set of benign instructions with responses")
+    from safegene_vllm.recipe.checks import FINE_TUNE_ADVICE, check_training
     from safegene_vllm.recipe.encoding import Example
     from safegene_vllm.recipe.finetune import FineTune, fine_tune
 
@@ -92,3 +96,4 @@ def degrade(
         f"{out}  {len(losses)} steps on {len(examples)} examples of {benign.name} "
         f"({benign.licence}), loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
+    show_checks([check_training(losses, "fine-tune", FINE_TUNE_ADVICE)])

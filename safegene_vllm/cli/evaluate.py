@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegene_vllm.cli.console import results, table
+from safegene_vllm.cli.console import notes, results, table
 from safegene_vllm.cli.data import SOURCE_HELP, steps
 from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from safegene_vllm.evaluation.backends import GenerationBackend
     from safegene_vllm.evaluation.inputs import Inputs
-    from safegene_vllm.evaluation.results import Evaluation
+    from safegene_vllm.evaluation.results import Evaluation, Overlap
     from safegene_vllm.evaluation.statistics import Rate
 
 CHUNKS = {"vllm": 256, "transformers": 32}
@@ -86,6 +86,22 @@ def _print(rows: Table) -> None:
     wide = console.options.update(max_width=WIDEST)
     console.width = console.measure(rows, options=wide).maximum
     console.print(rows)
+
+
+def _overlaps(inputs: Inputs) -> list[Overlap]:
+    """Prompts that were also used to make the family or to calibrate a tenant; prints warnings."""
+    from safegene_vllm.evaluation.overlap import find_overlaps, uses_of
+
+    uses = uses_of(inputs.header, inputs.targets)
+    overlaps, unknown = find_overlaps(uses, inputs.sets, inputs.tasks)
+    for overlap in overlaps:
+        notes().print(f"warning: {overlap.warning}")
+    if unknown:
+        notes().print(
+            f"note: {', '.join(unknown)} recorded no digests of prompts (an older release, or "
+            "--like), so it is unknown whether the evaluated prompts were used there"
+        )
+    return overlaps
 
 
 def show(found: Evaluation) -> None:
@@ -258,6 +274,7 @@ def evaluate(
         max_tokens=max_tokens,
         task_tokens=task_tokens,
     )
+    overlaps = _overlaps(inputs)
     with ExitStack() as stack:
         cache = None if keep_answers is None else stack.enter_context(ResponseCache(keep_answers))
         progress = stack.enter_context(steps("evaluating"))
@@ -274,6 +291,7 @@ def evaluate(
             seed=seed,
             chunk=CHUNKS[backend.value],
             cache=cache,
+            overlaps=overlaps,
             progress=progress,
         )
     save_evaluation(found, out)

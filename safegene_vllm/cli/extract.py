@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegene_vllm.cli.console import bar, check_out, notes, results, table, tracked
+from safegene_vllm.cli.console import (
+    bar,
+    check_out,
+    notes,
+    results,
+    show_checks,
+    table,
+    tracked,
+)
 from safegene_vllm.cli.data import SOURCE_HELP, read_all, steps
 from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
 
     from safegene_vllm.dataset import Dataset
     from safegene_vllm.formats.family import Family
+    from safegene_vllm.recipe.checks import Check
     from safegene_vllm.recipe.difference import Difference, Scope
     from safegene_vllm.recipe.training import Run
 
@@ -210,7 +219,9 @@ def extract(
     others = [degraded, degraded_adapter, aligned_adapter]
     if sum(other is not None for other in others) != 1:
         raise ConfigError("give one of DEGRADED, --degraded-adapter and --aligned-adapter")
-    check_out(out, checkpoint, *others, overwrite=overwrite)
+    from safegene_vllm.formats.adapter import OWNED_FILES
+
+    check_out(out, checkpoint, *others, overwrite=overwrite, owned=OWNED_FILES)
     if not (all(map(math.isfinite, bounds)) and bounds[0] <= bounds[1]):
         raise ConfigError(
             f"--bounds {bounds[0]} {bounds[1]}: expected two finite numbers, the lower one first, "
@@ -223,6 +234,7 @@ def extract(
     as_stored = None if dtype is None else getattr(torch, dtype.value)
     label = name or out.resolve().name
     run: Run | None = None
+    checks: list[Check] = []
     if method is Method.distill:
         if aligned_adapter is not None:
             raise ConfigError(
@@ -233,7 +245,7 @@ def extract(
             raise ConfigError(
                 "--layers: choose the layers of a distilled vector by `safegene select`"
             )
-        family, run = _distilled(
+        family, run, checks = _distilled(
             checkpoint,
             degraded,
             degraded_adapter,
@@ -260,6 +272,7 @@ def extract(
             )
         if rank is not None and degraded is None:
             raise ConfigError("--rank: a LoRA keeps its own rank; leave the option out")
+        from safegene_vllm.recipe.checks import check_captured
         from safegene_vllm.recipe.difference import Scope, as_family
 
         difference = _difference(
@@ -273,12 +286,16 @@ def extract(
         )
         family = as_family(difference, label, bounds=bounds, dtype=as_stored)
         _show(difference)
+        if degraded is not None:
+            checks = [check_captured(difference.captured, "ΔW is in the vector")]
     from safegene_vllm.formats.family import save_family
 
     save_family(family, out)
     if run is not None:
         run.clear()
     results().print(f"{out}  {family.digest}  {len(family.lora_weights)} target modules")
+    if checks:
+        show_checks(checks)
 
 
 def _difference(
@@ -317,10 +334,11 @@ def _distilled(
     benign: Dataset | None,
     settings: dict[str, Any],
     made_as: tuple[str, tuple[float, float], torch.dtype | None, str],
-) -> tuple[Family, Run]:
+) -> tuple[Family, Run, list[Check]]:
     if safety is None or benign is None:
         raise ConfigError("--method distill needs --safety and --benign prompts")
     from safegene_vllm.formats.family import make_family
+    from safegene_vllm.recipe.checks import DISTILLATION_ADVICE, check_training
     from safegene_vllm.recipe.distillation import Distillation, distill
 
     label, bounds, dtype, device = made_as
@@ -340,4 +358,4 @@ def _distilled(
     family = make_family(
         label, made.base, made.lora_weights, bounds=bounds, recipe=made.recipe, dtype=dtype
     )
-    return family, made.run
+    return family, made.run, [check_training(made.losses, "distillation", DISTILLATION_ADVICE)]

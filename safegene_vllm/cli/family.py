@@ -1,4 +1,4 @@
-"""`safegene family ...`: settings of a running server that hold for every tenant of a family."""
+"""`safegene family ...`: make a family, and settings that hold for every tenant of one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safegene_vllm.cli.client_options import (
     show_rollout,
 )
 from safegene_vllm.cli.console import clean, notes, results
+from safegene_vllm.cli.family_make import make
 from safegene_vllm.cli.profile import parse_coefficients
 from safegene_vllm.errors import ConfigError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from safegene_vllm.client import Client
     from safegene_vllm.client.schemas import Family
 
-HELP = "Manage families of a running server: minimum coefficients and freezes for all tenants."
+HELP = "Make a family; minimum coefficients and freezes for all tenants of a running server."
 NO_FLOOR = "none"
 
 Named = Annotated[
@@ -119,4 +120,4 @@ def _print_family(family: Family, as_json: bool) -> None:
         show_facts(family, ("digest", "layers", "bounds", "floor", "frozen", "created_at"))
 
 
-COMMANDS = {"list": list_, "floor": floor, "freeze": freeze, "unfreeze": unfreeze}
+COMMANDS = {"make": make, "list": list_, "floor": floor, "freeze": freeze, "unfreeze": unfreeze}

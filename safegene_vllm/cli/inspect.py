@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from safegene_vllm.cli.console import bar, coefficient_table, results, table
+from safegene_vllm.cli.console import bar, clean, coefficient_table, results, table
+from safegene_vllm.prompt_sketch import without_sketches
 
 if TYPE_CHECKING:
     from safegene_vllm.formats.adapter import LoRAWeights
@@ -180,6 +181,45 @@ def _show_sites(console: Console, facts: Facts) -> None:
             console.print(f"outside the layers: {site['site']}, ‖B·A‖ {site['norm']:.4g}")
 
 
+def _number(values: Any, key: str) -> str:
+    value = values.get(key) if isinstance(values, dict) else None
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _show_calibration(console: Console, record: Facts) -> None:
+    """Print a calibration record: a row per kind of example, then its other fields.
+
+    A record is free-form; what is not in a known form is printed as JSON.
+    """
+    kinds = [record.get(key) for key in ("data", "shots", "before", "after")]
+    data, shots, before, after = (value if isinstance(value, dict) else {} for value in kinds)
+    rows = table(*("examples", "n", "held out: before", "after", "data"), left=("examples", "data"))
+    for kind in dict.fromkeys((*shots, *data, *before, *after)):
+        origin, count = data.get(kind), shots.get(kind)
+        shown = origin if isinstance(origin, dict) else {}
+        count = count.get("rows") if isinstance(count, dict) else count
+        licence = f" ({shown['licence']})" if shown.get("licence") else ""
+        rows.add_row(
+            clean(str(kind)),
+            "-" if count is None else str(count),
+            _number(before, kind),
+            _number(after, kind),
+            clean(f"{shown.get('name') or '-'}{licence}"),
+        )
+    facts = {
+        key: value
+        for key, value in record.items()
+        if key not in ("data", "shots", "before", "after", "losses", "held_out")
+        or (key in ("losses", "held_out") and not isinstance(value, list))
+    }
+    console.print("calibration")
+    if rows.row_count:
+        console.print(rows)
+    for key, value in facts.items():
+        shown_value = value if isinstance(value, str) else json.dumps(value)
+        console.print(clean(f"  {key}: {shown_value}"))
+
+
 def _show_profile(console: Console, profile: Facts | None) -> None:
     if profile is None:
         console.print("profile   none, so as a tenant it would be rejected or served unprotected")
@@ -187,8 +227,10 @@ def _show_profile(console: Console, profile: Facts | None) -> None:
     console.print(f"profile   {profile['digest']}")
     checked = f" ({profile['family_name']}, fits)" if profile["family_name"] else ""
     console.print(f"family    {profile['family']}{checked}")
+    if not checked:
+        console.print("fits      not checked; name the family: --family DIR")
     if profile["calibration"]:
-        console.print(f"calibration {json.dumps(profile['calibration'])}")
+        _show_calibration(console, without_sketches(profile["calibration"]))
     if any(profile["coefficients"]):
         console.print(coefficient_table(profile["coefficients"]))
     else:
@@ -231,7 +273,7 @@ def show(console: Console, facts: Facts) -> None:
     elif "profile" in facts:
         _show_profile(console, facts["profile"])
     if "recipe" in facts:
-        console.print("recipe    " + json.dumps(facts["recipe"], indent=2))
+        console.print("recipe    " + json.dumps(without_sketches(facts["recipe"]), indent=2))
 
 
 def inspect(

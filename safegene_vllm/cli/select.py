@@ -64,6 +64,10 @@ def select(
             "e.g. --stream residual."
         ),
     ] = Stream.update,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Display name of the family, e.g. --name qwen2.5-7b (default: OUT's)."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the scores, e.g. --plot scores.svg (or .png).")
     ] = None,
@@ -79,7 +83,9 @@ def select(
     Example: safegene select families/all models/qwen --degraded-adapter runs/deg --safety
     'advbench.csv?licence=MIT' --benign 'instructions.jsonl?licence=MIT' --out families/qwen
     """
-    check_out(out, family, checkpoint, degraded_adapter, overwrite=overwrite)
+    from safegene_vllm.formats.adapter import OWNED_FILES
+
+    check_out(out, family, checkpoint, degraded_adapter, overwrite=overwrite, owned=OWNED_FILES)
     if plot is not None:
         if plot.suffix.lower() not in (".svg", ".png"):
             raise ConfigError(f"--plot {plot}: a plot is written as .svg or .png; name the file so")
@@ -112,7 +118,8 @@ def select(
             stream=stream.value,
             progress=progress,
         )
-    selected = cut(loaded_family, found, k, data=[harmful, others])
+    label = name or out.resolve().name
+    selected = cut(loaded_family, found, k, data=[harmful, others], name=label)
     save_family(selected, out)
     chosen = {entry.layer for entry in selected.header.layers}
     rows = table("layer", "safety", "benign", "score", "", "selected", left=("", "selected"))

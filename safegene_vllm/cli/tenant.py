@@ -38,13 +38,14 @@ from safegene_vllm.cli.tenant_options import (
     draw_examples,
     parse_limits,
 )
+from safegene_vllm.cli.tenant_protect import protect
 from safegene_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from safegene_vllm.client import Client
     from safegene_vllm.client.schemas import Onboarding, Switched, Tenant
 
-HELP = "Manage tenants of a running server: add, show, change, calibrate, roll back, retire."
+HELP = "Protect an adapter; add, show, change, calibrate, retire tenants of a running server."
 _FACTS = ("state", "served", "family", "source", "limits", "created_at")
 _REVISION = ("number", "state", "kind", "created_at", "created_by", "reasons")
 
@@ -332,6 +333,7 @@ def _print_change(client: Client, change: Switched, waiting: Waiting, as_json: b
 
 
 COMMANDS = {
+    "protect": protect,
     "add": add,
     "list": list_,
     "show": show,

@@ -115,6 +115,33 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Prompts of a set or a task that were also used to make what is evaluated.
+
+    `exact` of the `n` are the same after normalization, `near` are near-duplicates; `used_in` says
+    where. `complete` False: only a sample of the used prompts was recorded, so there may be more.
+    """
+
+    name: str
+    kind: Literal["set", "task"]
+    used_in: str
+    n: int
+    exact: int
+    near: int
+    complete: bool
+
+    @property
+    def warning(self) -> str:
+        """The overlap as a sentence, with row counts."""
+        least = "" if self.complete else "at least "
+        return (
+            f"{self.name}: {least}{self.exact + self.near} of {self.n} prompts were also used in "
+            f"{self.used_in} ({self.exact} the same, {self.near} near-duplicates), so its rates "
+            "may be too good; evaluate on other prompts, or on `?part=held-out` of the same data."
+        )
+
+
+@dataclass(frozen=True)
 class SampleResponse:
     """One response with the judges' verdicts; `text` None: withheld."""
 
@@ -144,6 +171,7 @@ class Evaluation:
     targets: Annotated[tuple[TargetResult, ...], Field(alias="subjects")]
     changes: tuple[Change, ...]
     samples: tuple[Sample, ...]
+    overlaps: tuple[Overlap, ...] = ()
 
     # pydantic's name; nested dataclasses inherit it.
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -200,6 +228,15 @@ def inconsistencies(evaluation: Evaluation) -> Iterator[str]:
         yield from _unknown(where, "set", [change.set], evaluation.sets)
         yield from _unknown(where, "task", [change.task], evaluation.tasks)
         yield from _unknown(where, "judge", [change.judge], judges)
+    for overlap in evaluation.overlaps:
+        where = f"overlap of {overlap.name}"
+        known = evaluation.sets if overlap.kind == "set" else evaluation.tasks
+        yield from _unknown(where, overlap.kind, [overlap.name], known)
+        if (
+            not 0 < overlap.exact + overlap.near <= overlap.n
+            or min(overlap.exact, overlap.near) < 0
+        ):
+            yield f"{where}: {overlap.exact} + {overlap.near} are not 1 to {overlap.n} prompts"
     for sample in evaluation.samples:
         where = f"sample {sample.prompt[:40]!r}"
         yield from _unknown(where, "set", [sample.set], evaluation.sets)
@@ -212,6 +249,9 @@ def _json_fields(evaluation: Evaluation) -> dict[str, Any]:
     fields = _ADAPTER.dump_python(evaluation, by_alias=True)
     for change in fields["changes"]:
         del change["task" if change["task"] is None else "set"]
+    # Releases before this field reject it: a file without overlaps stays readable for them.
+    if not fields["overlaps"]:
+        del fields["overlaps"]
     return {"kind": KIND, "version": VERSION, **fields}
 
 

@@ -22,6 +22,7 @@ from safegene_vllm.evaluation.results import (
     Evaluation,
     FamilyRecord,
     LayerScore,
+    Overlap,
     Sample,
     SampleResponse,
     Says,
@@ -268,14 +269,16 @@ def evaluate(
     seed: int = 0,
     chunk: int = CHUNK,
     cache: ResponseCache | None = None,
+    overlaps: Sequence[Overlap] = (),
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate the targets' greedy responses with the judges: rates with 95 % intervals.
 
     `header` is the family's: for its record, and for the targets' coefficients. `chunk` prompts are
     generated at a time; `samples` per set, chosen by `seed`, are included; `cache` holds responses
-    of earlier runs. Errors: ConfigError without prompts or judges; those of `check_targets` and of
-    the judges' `check`, before anything is generated; those of the backend and of the judges.
+    of earlier runs; `overlaps` are those of `find_overlaps`, for the record. Errors: ConfigError
+    without prompts or judges; those of `check_targets` and of the judges' `check`, before anything
+    is generated; those of the backend and of the judges.
     """
     plan = _Plan(targets, sets, tasks, judges, header, max_tokens, task_tokens, seed)
     plan.check()
@@ -309,4 +312,5 @@ def evaluate(
         targets=tuple(_result(plan, outcome, target) for target in targets),
         changes=tuple(_changes(plan, outcome)),
         samples=tuple(_samples(plan, outcome, samples)),
+        overlaps=tuple(overlaps),
     )

@@ -87,6 +87,12 @@ class Difference:
     recipe: Mapping[str, Any]
     left_out: tuple[str, ...] = ()
 
+    @property
+    def captured(self) -> float:
+        """Share of ‖ΔW‖²_F over all target modules that the LoRA weights capture (0 to 1)."""
+        total = math.fsum(energy.total for energy in self.energies)
+        return math.fsum(e.captured for e in self.energies) / total if total else 1.0
+
     def by_layer(self) -> list[LayerEnergy]:
         rows = []
         for layer in sorted({layer_of(energy.site) or 0 for energy in self.energies}):

@@ -151,7 +151,7 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, batch: Batch) ->
     return (per_token * batch.share).sum() / len(batch.ids)
 
 
-def _check_adapter(checkpoint: Path, adapter: Path) -> None:
+def check_adapter(checkpoint: Path, adapter: Path) -> None:
     """Check that the LoRA fits the checkpoint. Errors: FamilyMismatchError."""
     found = read_checkpoint(checkpoint)
     for site, lora in read_adapter_shapes(adapter).items():
@@ -217,7 +217,7 @@ def distill(
             f"({other.architecture}, {other.fingerprint}) are not of one family"
         )
     if degraded_adapter is not None:
-        _check_adapter(checkpoint, degraded_adapter)
+        check_adapter(checkpoint, degraded_adapter)
     for data, what in ((safety, "safety"), (benign, "benign")):
         if not data.rows:
             raise ConfigError(f"the {what} data {data.name} is empty; both kinds are needed")

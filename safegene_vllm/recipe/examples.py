@@ -8,9 +8,11 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from safegene_vllm.dataset import Dataset, Row, digest_of_rows
 from safegene_vllm.errors import ConfigError
+from safegene_vllm.prompt_sketch import part_of
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
@@ -46,6 +48,16 @@ def sample_rows(data: Dataset, count: int, seed: int) -> Dataset:
     while len(rows) < count:
         rows += [group.pop() for group in groups if group][: count - len(rows)]
     return Dataset(data.name, tuple(rows), data.licence, digest_of_rows(rows), data.source)
+
+
+def split_by_prompt(data: Dataset) -> tuple[Dataset, Dataset]:
+    """(train, held out) rows by the digest of the prompt: the same split in every command."""
+    parts = [
+        tuple(row for row in data.rows if part_of(row.prompt) == part)
+        for part in ("train", "held-out")
+    ]
+    train, held_out = (replace(data, rows=rows, digest=digest_of_rows(rows)) for rows in parts)
+    return train, held_out
 
 
 def check_classes(task: Dataset) -> None:

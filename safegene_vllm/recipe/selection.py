@@ -134,8 +134,12 @@ def select(
     *,
     data: Sequence[Dataset] = (),
     layers: Sequence[int] | None = None,
+    name: str | None = None,
 ) -> Family:
-    """The family with its k best layers (or `layers`); all scores go into its recipe."""
+    """The family with its k best layers (or `layers`); all scores go into its recipe.
+
+    `name` None: the family's own.
+    """
     available = [entry.layer for entry in family.header.layers]
     chosen = top_layers(contrasts.scores, k, available) if layers is None else sorted(layers)
     selection = {
@@ -148,7 +152,7 @@ def select(
         "data": [one.record() for one in data],
     }
     return make_family(
-        family.header.name,
+        name or family.header.name,
         family.header.base,
         family.lora_weights,
         layers=[SelectedLayer(n, round(contrasts.scores[n], 6)) for n in chosen],

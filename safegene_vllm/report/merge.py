@@ -174,6 +174,9 @@ def merge_evaluations(runs: Mapping[str, Evaluation]) -> MergedEvaluation:
             )
             if run.family is not None:
                 family_of.setdefault(target.key, run.family.digest)
+        problems.notes += [
+            overlap.warning for overlap in run.overlaps if overlap.warning not in problems.notes
+        ]
         for change in run.changes:
             changes.setdefault((change.name, change.set, change.task, change.judge), change)
     if len({run.settings for run in runs.values()}) > 1:

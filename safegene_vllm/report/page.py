@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from safegene_vllm.evaluation.results import Says, SetKind
+from safegene_vllm.prompt_sketch import without_sketches
 
 
 def readable(text: str) -> str:
@@ -49,7 +50,7 @@ _ENVIRONMENT = Environment(
     finalize=lambda value: value if isinstance(value, Markup) else readable(str(value)),
 )
 _ENVIRONMENT.globals |= {
-    "as_json": lambda record: json.dumps(record, indent=2, ensure_ascii=False),
+    "as_json": lambda record: json.dumps(without_sketches(record), indent=2, ensure_ascii=False),
     "set_titles": {
         "harmful": "harmful prompts",
         "over_refusal": "harmless prompts that sound harmful",

@@ -13,6 +13,7 @@ import pytest
 
 from safegene_vllm.dataset import Row, read_dataset, read_table
 from safegene_vllm.errors import ConfigError, HeaderError, MissingFileError, SafegeneError
+from safegene_vllm.prompt_sketch import part_of, sketch
 
 
 def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -104,7 +105,22 @@ def test_record_and_source_name_no_directory(tmp_path: Path) -> None:
         "rows": 1,
         "licence": "MIT",
         "sha256": data.digest.removeprefix("sha256:"),
+        "prompts": sketch(["p"]),
     }
+
+
+def test_a_part_is_chosen_by_the_digest_of_the_prompt_before_the_limit(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [{"prompt": f"prompt {n}"} for n in range(100)])
+    parts = {part: read_dataset(f"{path}?part={part}").rows for part in ("train", "held-out")}
+    assert {row.prompt: part for part, rows in parts.items() for row in rows} == {
+        f"prompt {n}": part_of(f"prompt {n}") for n in range(100)
+    }
+    assert read_dataset(f"{path}?part=held-out&limit=3").rows == parts["held-out"][:3]
+    with pytest.raises(ConfigError, match="part is 'test', expected train or held-out"):
+        read_dataset(f"{path}?part=test")
+    one = jsonl(tmp_path / "y.jsonl", [{"prompt": parts["train"][0].prompt}])
+    with pytest.raises(ConfigError, match="no row is in the part 'held-out'"):
+        read_dataset(f"{one}?part=held-out")
 
 
 def test_licences(tmp_path: Path) -> None:
