@@ -20,7 +20,7 @@ from safegene_vllm.cli.client_options import (
     show_list,
     show_rollout,
 )
-from safegene_vllm.cli.console import coefficient_table, results
+from safegene_vllm.cli.console import coefficient_table, notes, results
 from safegene_vllm.cli.tenant_options import (
     SEED,
     SHOTS,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from safegene_vllm.client.schemas import Onboarding, Switched, Tenant
 
 HELP = "Protect an adapter; add, show, change, calibrate, retire tenants of a running server."
-_FACTS = ("state", "served", "family", "source", "limits", "created_at")
+_FACTS = ("state", "served", "failure", "family", "source", "limits", "created_at")
 _REVISION = ("number", "state", "kind", "created_at", "created_by", "reasons")
 
 
@@ -80,14 +80,31 @@ def add(
         _print_started(client, started, waiting, as_json)
 
 
-def list_(server: Server, as_json: AsJson = False) -> None:
-    """List the tenants this key may see.
+def list_(
+    server: Server,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also those that are retired, e.g. --all.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the tenants this key may see; `failed` are those that serve nothing, and why.
 
-    Example: safegene tenant list --json
+    Example: safegene tenant list --all
     """
     with server.connect() as client:
         found = client.tenants()
-    show_list(found, ("name", "state", "served", "limits", "source", "created_at"), as_json)
+    columns = ("name", "state", "served", "limits", "source", "created_at")
+    if as_json:
+        show_list(found, columns, True)
+        return
+    shown = [tenant for tenant in found if all_ or tenant.state != "retired"]
+    rows = [{**dict(t), **({"state": "failed"} if t.failure else {})} for t in shown]
+    show_list(rows, columns, False)
+    for tenant in shown:
+        if tenant.failure:
+            notes().print(f"{cell(tenant.name)}: {cell(tenant.failure)}")
+    if hidden := len(found) - len(shown):
+        notes().print(f"{hidden} retired; show them with --all")
 
 
 def show(name: Name, server: Server, as_json: AsJson = False) -> None:
@@ -232,6 +249,26 @@ def retire(
     show_rollout(rollout)
 
 
+def delete(name: Name, server: Server, as_json: AsJson = False) -> None:
+    """Give up a tenant that never served anything. Its name can be added again.
+
+    Example: safegene tenant delete acme/support
+    """
+    with server.connect() as client:
+        tried = client.revisions(name)
+        served = [one.name for one in tried if one.state in ("published", "superseded", "retired")]
+        if served:
+            raise ConfigError(
+                f"{name} has served {', '.join(served[-3:])}; its history stays, so retire it: "
+                f"safegene tenant retire {name}"
+            )
+        response = client.retire_tenant(name, expected_revision=0)
+    if as_json:
+        show_json(response.tenant)
+        return
+    results().print(f"{cell(name)} is deleted; the name can be added again")
+
+
 def freeze(name: Name, server: Server, as_json: AsJson = False) -> None:
     """Reject every change of a tenant's content; serving continues.
 
@@ -342,6 +379,7 @@ COMMANDS = {
     "publish": publish,
     "rollback": rollback,
     "retire": retire,
+    "delete": delete,
     "freeze": freeze,
     "unfreeze": unfreeze,
     "calibrate": calibrate,

@@ -61,6 +61,9 @@ class Tenant(Schema):
     served: str | None = Field(
         description="the model that serves its requests", examples=["acme/support@3"]
     )
+    failure: str | None = Field(
+        None, description="why it serves nothing, if its last job failed or was cancelled"
+    )
     created_at: datetime
 
 

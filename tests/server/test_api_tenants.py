@@ -32,7 +32,17 @@ __all__ = ["world"]
 NAME = "acme/support"
 JSON = {"content-type": "application/json"}
 FORMS = ("/tenants/acme/support", "/tenants/acme%2Fsupport")
-TENANT = {"name", "family", "source", "state", "limits", "published", "served", "created_at"}
+TENANT = {
+    "name",
+    "family",
+    "source",
+    "state",
+    "limits",
+    "published",
+    "served",
+    "failure",
+    "created_at",
+}
 REVISION = {
     *("name", "tenant", "number", "kind", "adapter_digest", "profile_digest", "coefficients"),
     *("state", "reasons", "gate", "created_at", "created_by"),
@@ -65,6 +75,31 @@ def test_from_registration_to_service(world: World) -> None:
     assert tenant["limits"] == {"concurrent": 4}
     listed = world.json("GET", "/tenants")
     assert listed == {"data": [tenant], "cursor": None}
+
+
+def test_a_tenant_that_failed_can_be_added_again_or_given_up(world: World) -> None:
+    bare = world.adapter(profile=None)
+    world.json("POST", "/tenants", {"name": NAME, "source": bare})
+    job = world.work()
+    assert job.state == "failed"
+    tenant = world.json("GET", "/tenants/acme/support")
+    assert tenant["failure"] == f"job {job.id} failed: {job.message}" and tenant["served"] is None
+    assert world.json("GET", "/tenants")["data"] == [tenant]
+    # Given up, then added with what it lacked; then it has a history, and its name is taken.
+    assert world.json("DELETE", "/tenants/acme/support")["tenant"]["state"] == "retired"
+    assert world.json("GET", "/tenants/acme/support")["failure"] is None
+    again = {"name": NAME, "source": bare, "coefficients": 0.5, "limits": {"concurrent": 2}}
+    world.json("POST", "/tenants", again)
+    assert world.work().state == "done"
+    tenant = world.json("GET", "/tenants/acme/support")
+    assert (tenant["served"], tenant["limits"]) == (f"{NAME}@1", {"concurrent": 2})
+    assert tenant["failure"] is None
+    other = {**again, "limits": {}}
+    rejected(world.request("POST", "/tenants", other), 409, "exists and is active")
+    world.json("DELETE", "/tenants/acme/support")
+    rejected(world.request("POST", "/tenants", again), 409, "cannot be reused")
+    actions = [entry.action for entry in world.registry.audit.page(target=NAME).entries]
+    assert actions.count("tenant.restart") == 1
 
 
 @pytest.mark.parametrize("path", FORMS)

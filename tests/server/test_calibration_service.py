@@ -175,12 +175,14 @@ def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWor
     job = world.work()
     assert job.state == "failed" and "nowhere" in job.message
     assert states(world) == []
-    rejected(world.request("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
-    body = new(world, expected_revision=0)
-    del body["name"]
-    reply = world.json("POST", f"/tenants/{NAME}/revisions", body)
+    # The same again is another attempt, and so is the same name with other content.
+    assert world.json("POST", "/tenants", new(world, source=nowhere))["job"]["id"] == job.id + 1
+    rejected(world.request("POST", "/tenants", new(world)), 409, f"job {job.id + 1} is in progress")
+    assert world.work().state == "failed"
+    reply = world.json("POST", "/tenants", new(world))
     assert reply["job"]["kind"] == "calibrate"
     assert world.work().state == "done" and states(world) == ["registered", "published"]
+    rejected(world.request("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
 
 
 ONE_CLASS = {"examples": examples(task=[{"prompt": "a", "answer": "x"}] * 3)}

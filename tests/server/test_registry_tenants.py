@@ -57,6 +57,31 @@ def test_invalid_tenants_are_rejected(registry: Registry) -> None:
         registry.tenants.get("globex")
 
 
+def test_a_tenant_that_never_served_is_restarted(registry: Registry) -> None:
+    before = registry.tenants.add("globex", FAMILY, actor="me", source="/a")
+    registry.rollouts.retire("globex", actor="me")
+    after = registry.tenants.restart("globex", FAMILY, actor="me", source="/b", limits={})
+    assert (after.id, after.state, after.source) == (before.id, "active", "/b")
+    job = registry.jobs.enqueue("onboard", "globex", actor="me")
+    with pytest.raises(ConflictError, match=f"job {job.id} is in progress"):
+        registry.tenants.restart("globex", FAMILY, actor="me")
+    registry.jobs.cancel(job.id, actor="me")
+    registry.tenants.freeze("globex", actor="me")
+    with pytest.raises(FrozenError, match="unfreeze"):
+        registry.tenants.restart("globex", FAMILY, actor="me")
+    registry.tenants.unfreeze("globex", actor="me")
+    other = header("second", "e").digest
+    registry.families.add(header("second", "e"), None, actor="me")
+    with pytest.raises(ConflictError, match=f"exists for family {FAMILY}"):
+        registry.tenants.restart("globex", other, actor="me")
+    add_published(registry, "globex")
+    for retired in (False, True):
+        if retired:
+            registry.rollouts.retire("globex", actor="me")
+        with pytest.raises(ConflictError, match="exists and is"):
+            registry.tenants.restart("globex", FAMILY, actor="me")
+
+
 @pytest.mark.parametrize(
     "name",
     [

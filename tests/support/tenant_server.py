@@ -66,6 +66,7 @@ class World:
             "limits": {},
             "published": 1,
             "served": f"{name}@1",
+            "failure": None,
             "created_at": AT,
         } | more
         self.tenants[name] = made

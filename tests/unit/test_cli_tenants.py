@@ -145,6 +145,29 @@ def test_tenant_list_and_show(run: Run, world: World) -> None:
     assert facts == {"tenant": world.tenants[NAME], "revisions": world.revisions}
 
 
+def test_tenant_list_says_what_failed_and_hides_what_is_retired(run: Run, world: World) -> None:
+    world.tenant("globex", published=None, served=None, failure="job 7 failed: no profile")
+    world.tenant("initech", state="retired", published=None, served=None)
+    outcome = run("tenant", "list")
+    rows = [line.split()[:2] for line in outcome.out.splitlines()]
+    assert rows[1:] == [[NAME, "active"], ["globex", "failed"]]
+    assert "globex: job 7 failed: no profile" in outcome.err and "1 retired" in outcome.err
+    assert "initech" in run("tenant", "list", "--all").out
+    assert len(json.loads(run("tenant", "list", "--json").out)["data"]) == 3
+    assert "job 7 failed: no profile" in run("tenant", "show", "globex").out
+
+
+def test_tenant_delete_is_for_what_never_served(run: Run, world: World) -> None:
+    world.tenant("globex", published=None, served=None)
+    world.revision("globex", [0.5], state="failed")
+    outcome = run("tenant", "delete", "globex")
+    assert outcome.code == 0 and "globex is deleted; the name can be added again" in outcome.out
+    assert last(world, "DELETE").query == {"expected_revision": "0"}
+    outcome = run("tenant", "delete", NAME)
+    assert outcome.code == 1 and f"{NAME} has served {NAME}@2" in outcome.err
+    assert "safegene tenant retire acme/support" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("options", "body"),
     [
@@ -578,6 +601,7 @@ def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Pat
     (tmp_path / "tickets.jsonl").write_text(
         '{"prompt": "a", "answer": "x"}\n{"prompt": "b", "answer": "y"}\n'
     )
+    world.tenant("acme/sales", published=None, served=None)
     named: set[str] = set()
     for command in commands:
         words = shlex.split(command.partition("  #")[0])[1:]
@@ -591,4 +615,6 @@ def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Pat
     groups = {"tenant": tenant, "family": family, "key": key, "rollout": rollout}
     groups |= {"job": job, "probe": probe, "replica": replica}
     every = {f"{group} {word}" for group, module in groups.items() for word in module.COMMANDS}
+    # These need no server: docs/guides/family.md.
+    every -= {"family make", "tenant protect"}
     assert named == every | {"audit"} and audit

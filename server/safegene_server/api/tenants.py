@@ -22,6 +22,7 @@ from safegene_server.api.dependencies import (
 from safegene_server.api.operations import rollout_view, rollout_view_or_none
 from safegene_server.api.request_schemas import ExpectedQuery, TenantName
 from safegene_server.api.route_class import TenancyRoute
+from safegene_server.registry import Tenant
 from safegene_server.tenants import TenantContext, service
 from safegene_server.tenants.context import aside
 from safegene_server.tenants.service import Published
@@ -78,9 +79,8 @@ async def list_tenants(
 ) -> schemas.Page[schemas.Tenant]:
     """Those of the key, by name, retired ones included."""
     found = await aside(tenancy.registry.tenants.list)
-    return schemas.Page(
-        data=[schemas.Tenant.model_validate(t) for t in found if principal.may_use(t.name)]
-    )
+    views = [await _view(tenancy, tenant) for tenant in found if principal.may_use(tenant.name)]
+    return schemas.Page(data=views)
 
 
 @router.post("/tenants/{name:path}/revisions", status_code=202, summary="Add a revision")
@@ -246,7 +246,7 @@ async def show_tenant(
 ) -> schemas.Tenant:
     """Its source, state, limits and served revision."""
     name = require_tenant_access(principal, name)
-    return schemas.Tenant.model_validate(await aside(tenancy.registry.tenants.get, name))
+    return await _view(tenancy, await aside(tenancy.registry.tenants.get, name))
 
 
 @router.delete("/tenants/{name:path}", summary="Retire a tenant")
@@ -263,6 +263,16 @@ async def retire(
     )
     view = await rollout_view_or_none(tenancy, rollout, principal)
     return schemas.Retired.model_validate({"tenant": tenant, "rollout": view})
+
+
+async def _view(tenancy: TenantContext, tenant: Tenant) -> schemas.Tenant:
+    """Return a tenant, with the reason if it serves nothing because its last job failed."""
+    view = schemas.Tenant.model_validate(tenant)
+    if tenant.published is None and tenant.state != "retired":
+        for job in await aside(tenancy.registry.jobs.list, tenant=tenant.name, limit=1):
+            if job.state in ("failed", "cancelled"):
+                view.failure = f"job {job.id} {job.state}: {job.message}"
+    return view
 
 
 async def _set_frozen(

@@ -48,8 +48,7 @@ class Tenants:
             find_family(write.connection, family)
             known = _find(write.connection, name)
             if known is not None:
-                hint = "; names of retired tenants cannot be reused" * (known.state == "retired")
-                raise ConflictError(f"tenant {name!r} exists and is {known.state}{hint}")
+                raise _taken(known)
             _check_family_not_frozen(write.connection, family, name)
             write.insert(
                 _T,
@@ -64,6 +63,48 @@ class Tenants:
             write.audit(
                 "tenant.add", name, family=family, source=source, limits=allowed, version=version
             )
+            return find_tenant(write.connection, name)
+
+    def restart(
+        self,
+        name: str,
+        family: str,
+        *,
+        actor: str,
+        source: str | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Tenant:
+        """Give a tenant that never served anything another source and limits, retired or not.
+
+        Its failed revisions and jobs stay in its history.
+        Errors: NotFoundError; ConflictError if it was served, is of another family or has a job in
+        progress; FrozenError; RegistryError.
+        """
+        allowed = validation.limits(limits or {})
+        if source is not None:
+            validation.line(source, "source", 4000)
+        with self._database.write(actor) as write:
+            tenant = find_tenant(write.connection, name)
+            served = tables.publications.c.tenant_id == tenant.id
+            if write.connection.execute(select(tables.publications.c.id).where(served)).first():
+                raise _taken(tenant)
+            if tenant.state == "frozen":
+                raise FrozenError(f"tenant {name!r} is frozen; unfreeze it before you change it")
+            _check_family_not_frozen(write.connection, family, name)
+            if tenant.family != family:
+                raise ConflictError(
+                    f"tenant {name!r} exists for family {tenant.family}, not {family}; choose "
+                    "another name"
+                )
+            live = tables.jobs.c.state.in_(("queued", "running"))
+            query = select(tables.jobs.c.id).where(live, tables.jobs.c.tenant_id == tenant.id)
+            if job := write.connection.execute(query).first():
+                raise ConflictError(
+                    f"tenant {name!r} exists, and job {job.id} is in progress for it; wait for the "
+                    "job or cancel it"
+                )
+            _set(write, tenant, source=source, limits=allowed, state="active")
+            write.audit("tenant.restart", name, source=source, limits=allowed, version=write.bump())
             return find_tenant(write.connection, name)
 
     def set_limits(self, name: str, limits: Mapping[str, int], *, actor: str) -> Tenant:
@@ -160,6 +201,11 @@ def _find_current(connection: Connection, name: str) -> Tenant:
     if tenant.state == "retired":
         raise ConflictError(f"tenant {name!r} is retired and cannot be changed; add another tenant")
     return tenant
+
+
+def _taken(tenant: Tenant) -> ConflictError:
+    hint = "; names of retired tenants cannot be reused" * (tenant.state == "retired")
+    return ConflictError(f"tenant {tenant.name!r} exists and is {tenant.state}{hint}")
 
 
 def _set(write: Write, tenant: Tenant, **values: Any) -> None:

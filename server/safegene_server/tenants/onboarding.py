@@ -82,15 +82,28 @@ async def pass_smoke_test(
     prompts = await asyncio.to_thread(read_prompts, settings.gate.prompts)
     outcome = await run_smoke_test(replica, revision.served_name, prompts, settings.gate)
     if not outcome.passed:
-        raise GateError(outcome.reasons, outcome.record)
+        raise GateError(revision, outcome.reasons, outcome.record)
     return outcome.record
 
 
 class GateError(AdapterRejectedError):
-    """The revision's completions miss the thresholds of the smoke test."""
+    """The revision's completions miss the thresholds of the smoke test; names what to do next."""
 
-    def __init__(self, reasons: tuple[str, ...], record: Mapping[str, Any]) -> None:
-        super().__init__("; ".join(reasons))
+    def __init__(
+        self, revision: Revision, reasons: tuple[str, ...], record: Mapping[str, Any]
+    ) -> None:
+        name = revision.tenant
+        calibrate = (
+            f"; or have them found: safegene tenant calibrate {name} --safety ... --task ... "
+            f"(POST /v1/safegene/tenants/{name}/calibrate)"
+        ) * (revision.kind == "adapter")
+        hint = (
+            f"next, with other coefficients: safegene tenant update {name} --coefficient X "
+            f"(POST /v1/safegene/tenants/{name}/revisions){calibrate}"
+        )
+        message = "; ".join(reasons) + f"\n{hint}"
+        # It quotes a route, which looks like a path of the server, and nothing that is one.
+        super().__init__(message, public=message)
         self.record = record
 
 

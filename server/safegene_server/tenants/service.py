@@ -70,7 +70,8 @@ async def enroll(
 ) -> tuple[Tenant, Job]:
     """Add a tenant and start its job of `kind`; idempotent, as `register`.
 
-    Private `params` are deleted when the job ends, so the others must distinguish two jobs.
+    One that never served anything, because its jobs failed, is taken up again with what is given
+    now. Private `params` are deleted when the job ends, so the others must distinguish two jobs.
     Errors: RegistryError, ConflictError (the name is taken), FrozenError.
     """
     registry, family = tenancy.registry, tenancy.replica.header
@@ -81,15 +82,19 @@ async def enroll(
     except ConflictError:
         tenant = await aside(registry.tenants.get, name)
         given = (family.digest, source, dict(limits), "active")
-        if given != (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
-            raise
-        for job in (jobs := await aside(registry.jobs.list, tenant=name)):
-            same = (job.kind, _public_params(job.params)) == (kind, _public_params(params))
-            if same and job.state in ("queued", "running", "done"):
-                return tenant, job
-        revisions = await aside(registry.revisions.list, name)
-        if jobs or revisions:
-            raise
+        if given == (tenant.family, tenant.source, dict(tenant.limits), tenant.state):
+            for job in await aside(registry.jobs.list, tenant=name):
+                same = (job.kind, _public_params(job.params)) == (kind, _public_params(params))
+                if same and job.state in ("queued", "running", "done"):
+                    return tenant, job
+        tenant = await aside(
+            registry.tenants.restart,
+            name,
+            family.digest,
+            actor=actor,
+            source=source,
+            limits=limits,
+        )
     return tenant, await enqueue(tenancy, name, kind, params, actor)
 
 
