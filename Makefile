@@ -144,14 +144,18 @@ bench-safety: $(READY)  ## safety against utility: ours, SafeLoRA, SafeMERGE, RE
 bench-ablations: $(READY)  ## effect of each choice of the recipe; ARGS names tables
 	@$(RUN) -m benchmarks.ablations --advbench '$(ADVBENCH)' --self-instruct '$(SELF_INSTRUCT)' --xstest '$(XSTEST)' $(ARGS)
 
+LOCK_FLAGS = --no-sources --no-annotate --custom-compile-command 'make lock' --quiet \
+  $(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)',--torch-backend cpu)
 # Pins that still fit stay; all of them move with: make lock ARGS=--upgrade
-lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt from pyproject.toml (Python 3.11, Linux)
+lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt and requirements/cpu.txt from pyproject.toml (Python 3.11, Linux)
 	@$(PYTHON) -m venv build/lock
 	@build/lock/bin/python -m pip install -qq uv
 	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra recipe --extra deploy --extra dev \
 	  --override requirements/overrides.txt --python-version 3.11 \
-	  $(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)',--torch-backend cpu) \
-	  --no-annotate --custom-compile-command 'make lock' --quiet $(ARGS) --output-file requirements.txt
+	  $(LOCK_FLAGS) $(ARGS) --output-file requirements.txt
+	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra s3 --extra recipe \
+	  --override requirements/overrides.txt --constraint requirements.txt --python-version 3.11 \
+	  $(LOCK_FLAGS) $(ARGS) --output-file requirements/cpu.txt
 	@echo "requirements.txt: $$(grep -c '==' requirements.txt) packages"
 
 clean:  ## remove .venv, build and caches

@@ -15,7 +15,7 @@ COPY pyproject.toml requirements.txt ./
 COPY requirements/ requirements/
 # The runtime part of the lock, worked out by uv: pins from requirements.txt, and without what
 # requirements/overrides.txt drops. This layer lasts until one of these files changes.
-RUN /opt/uv/bin/uv pip compile pyproject.toml --quiet --extra cpu --extra server --extra s3 \
+RUN /opt/uv/bin/uv pip compile pyproject.toml --quiet --no-sources --extra cpu --extra server --extra s3 \
       --constraint requirements.txt --override requirements/overrides.txt ${TORCH_SOURCE} \
       --output-file runtime.txt \
     && /opt/uv/bin/uv pip install --quiet --no-cache --no-deps --compile-bytecode ${TORCH_SOURCE} \

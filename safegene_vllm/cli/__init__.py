@@ -34,7 +34,7 @@ COMMANDS = {
             "rollout",
             "job",
         ),
-        *("probe", "replica", "audit"),
+        *("probe", "replica", "audit", "doctor"),
     )
 }
 """Modules of the commands, in the order of the help: a function of its own name, or a group."""
