@@ -15,8 +15,8 @@ TORCH = $(shell grep -m 1 '^torch==' requirements.txt)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # What is linted and what is typed, as far as it exists.
-CODE := $(wildcard safegene_vllm server examples benchmarks deploy docs tests)
-TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy docs)
+CODE := $(wildcard safegene_vllm server examples benchmarks deploy docs requirements tests)
+TYPED := $(wildcard safegene_vllm server/safegene_server examples benchmarks deploy docs requirements)
 
 # Extra arguments for the program of a target: make test ARGS="-k gain"
 ARGS ?=
@@ -147,7 +147,7 @@ bench-ablations: $(READY)  ## effect of each choice of the recipe; ARGS names ta
 LOCK_FLAGS = --no-sources --no-annotate --custom-compile-command 'make lock' --quiet \
   $(if $(PIP_FIND_LINKS),--find-links '$(PIP_FIND_LINKS)',--torch-backend cpu)
 # Pins that still fit stay; all of them move with: make lock ARGS=--upgrade
-lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt and requirements/cpu.txt from pyproject.toml (Python 3.11, Linux)
+lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt, requirements/cpu.txt and uv.lock from pyproject.toml (Python 3.11, Linux)
 	@$(PYTHON) -m venv build/lock
 	@build/lock/bin/python -m pip install -qq uv
 	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra recipe --extra deploy --extra dev \
@@ -156,7 +156,14 @@ lock: requirements/overrides.txt pyproject.toml  ## remake requirements.txt and 
 	@build/lock/bin/uv pip compile pyproject.toml --extra cpu --extra server --extra s3 --extra recipe \
 	  --override requirements/overrides.txt --constraint requirements.txt --python-version 3.11 \
 	  $(LOCK_FLAGS) $(ARGS) --output-file requirements/cpu.txt
+	@build/lock/bin/python requirements/lock_uv.py build/lock/bin/uv $(ARGS)
 	@echo "requirements.txt: $$(grep -c '==' requirements.txt) packages"
+
+dist: $(READY)  ## build the wheel and the source distribution in dist/ and check them
+	@rm -rf dist
+	@$(RUN) -m build --no-isolation --outdir dist
+	@$(RUN) -m twine check --strict dist/*
+	@$(RUN) -m check_wheel_contents dist/*.whl
 
 clean:  ## remove .venv, build and caches
 	@rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

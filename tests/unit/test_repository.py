@@ -81,6 +81,17 @@ def test_workflows_run_only_make_targets_and_files_that_exist(name: str) -> None
         assert all("vars.GPU_RUNNER" in job["if"] for job in workflow["jobs"].values())
 
 
+def test_releases_are_checked_and_published_without_a_token() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    workflow = yaml.safe_load(text)
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    assert {"make check", "make dist"} <= set(commands_of(workflow).splitlines())
+    assert publish["needs"] == "build" and publish["environment"]["name"] == "pypi"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert workflow["permissions"] == {"contents": "read"} and "permissions" not in build
+    assert "secrets." not in text and "password" not in text
+
+
 def test_templates_and_hooks_are_yaml() -> None:
     for path in (*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
