@@ -130,6 +130,7 @@ def serve(
 
     Example: safegene serve models/aligned --family families/mine --tenant acme=tenants/acme
     """
+    from safegene_vllm.doctor import check_installation, problems
     from safegene_vllm.launcher import ServeOptions, check_address, launch
 
     if model is not None and model.startswith("-"):
@@ -155,10 +156,12 @@ def serve(
         )
     )
     if dry_run:
-        for note in (*command.notes, *_address_note(command)):
+        installation = [f"note: {problem}" for problem in problems(os.environ)]
+        for note in (*installation, *command.notes, *_address_note(command)):
             notes().print(note)
         results().print(command.shown())
         return
+    check_installation(os.environ)
     check_address(command.bind)
     raise typer.Exit(launch(command, results(), verbose=verbose))
 

@@ -11,6 +11,7 @@ from safegene_vllm.doctor.check import Status as Status
 from safegene_vllm.doctor.distributions import Distributions
 from safegene_vllm.doctor.installation import installation_checks, optional_checks
 from safegene_vllm.doctor.machine import machine_checks
+from safegene_vllm.errors import ConfigError, raise_errors
 
 
 def examine(
@@ -35,3 +36,8 @@ def problems(
     found = distributions or Distributions()
     checks = installation_checks(found, environ)
     return tuple(check for check in checks if check.status is Status.ERROR)
+
+
+def check_installation(environ: Mapping[str, str]) -> None:
+    """Check, before a server starts, that it can. Raises ConfigError with the commands to run."""
+    raise_errors([ConfigError(str(problem)) for problem in problems(environ)])

