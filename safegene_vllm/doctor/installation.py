@@ -206,9 +206,9 @@ def _engine_requirements(found: Distributions, engine: Distribution) -> Iterator
     if cpu_engine and (triton := found.get("triton")) is not None:
         yield Check(
             "triton",
-            Status.WARNING,
-            f"triton {triton.version} next to {engine.name}: vLLM takes another model runner, "
-            "which SafeGene is not tested with",
+            Status.NOTE,
+            f"triton {triton.version} next to {engine.name}: 1 GB that a CPU does not need, and "
+            "vLLM may take another model runner with it",
             found.uninstall("triton"),
         )
 

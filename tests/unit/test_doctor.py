@@ -223,10 +223,10 @@ def test_another_version_than_the_engine_names_is_a_warning(cpu: Site) -> None:
     assert cpu.checks()["engine packages"].status is Status.WARNING
 
 
-def test_triton_next_to_a_cpu_engine_is_a_warning(cpu: Site) -> None:
+def test_triton_next_to_a_cpu_engine_is_a_note(cpu: Site) -> None:
     cpu.add("triton", "3.9.0")
     check = cpu.checks()["triton"]
-    assert check.status is Status.WARNING and check.fix.endswith("uninstall -y triton")
+    assert check.status is Status.NOTE and check.fix.endswith("uninstall -y triton")
 
 
 def test_libnuma_is_needed_on_a_cpu(
