@@ -129,7 +129,7 @@ def check_restored(aligned: float, degraded: float, restored: float, prompts: in
         "vector",
         rise > 0 and share >= MIN_RESTORED,
         f"loss of safe responses {degraded:.3f} to {restored:.3f} at coefficient 1 on {prompts} "
-        f"held-out harmful prompts, {share:.0%} of the rise undone",
+        "held-out harmful prompts" + (f", {share:.0%} of the rise undone" if rise > 0 else ""),
         "raise --distill-steps or --top-k, or give more --safety prompts"
         if rise > 0
         else "the degradation left nothing to undo: see above",

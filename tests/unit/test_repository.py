@@ -43,7 +43,7 @@ def make_targets_in(text: str) -> set[str]:
     targets: set[str] = set()
     for line in "\n".join(fences + spans).splitlines():
         # A line of a package tree is prose after its path.
-        line = re.sub(r"^\w+[/.]\S*  .*", "", line)
+        line = re.sub(r"^\w+[/.]\S*  .*|safegene family make", "", line)
         for call in re.findall(r"(?:^|[\s;&])make((?: [\w.=/-]+)+)", line.partition("#")[0]):
             targets |= {word for word in call.split() if "=" not in word and word[0] != "-"}
     return targets
