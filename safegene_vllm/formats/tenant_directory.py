@@ -70,7 +70,7 @@ def site_errors(
         if layer is not None and (stack not in stacks or layer >= header.num_layers):
             errors.append(
                 FamilyMismatchError(
-                    f"{directory}: the adapter is for {site!r}, and the base of family "
+                    f"{directory}: the adapter is for {site!r:.200}, and the base of family "
                     f"{header.name!r} has layers 0 to {header.num_layers - 1} of "
                     f"{' and '.join(map(repr, sorted(stacks)))} only; was it trained on another "
                     "model, or saved from inside a wrapper?"

@@ -73,10 +73,10 @@ def test_layers_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     sites = ("model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj", "lm_head")
     lora_weights = {site: tiny_lora() for site in sites}
     save_adapter(Adapter(lora_weights, None, {}), tmp_path / "deep", base_model=None)
-    check_rejected(tmp_path / "deep", FamilyMismatchError, r"layers \[3\].*'tiny' has layers 0..2")
+    check_rejected(tmp_path / "deep", FamilyMismatchError, r"layers\.3\..*'tiny' has layers 0 to 2")
     many = {f"model.layers.{'9' * 400}{n}.mlp.up_proj": tiny_lora() for n in range(30)}
     save_adapter(Adapter(many, None, {}), tmp_path / "many", base_model=None)
-    with pytest.raises(FamilyMismatchError, match="and 25 more, the base of family") as caught:
+    with pytest.raises(FamilyMismatchError, match="and 27 more like this") as caught:
         check(tmp_path / "many")
     assert len(str(caught.value)) < 3000
     del lora_weights[sites[1]]

@@ -125,6 +125,7 @@ class World:
         self.header = read_family_header(root / "f")
         (root / "safegene.yaml").write_text(
             "registry: registry.db\nstore: store\ntenants: {gate: {enabled: false}}\n"
+            "access: {response_model: revision}\n"
             f"sources: {{roots: [{root / 'adapters'}]}}\n"
             "keys:\n  - {name: admin, secret_env: ADMIN_KEY, scopes: [admin], tenants: ['*']}\n"
         )

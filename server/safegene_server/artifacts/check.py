@@ -14,13 +14,12 @@ from pathlib import Path
 from safegene_server.artifacts.layout import adapter_digest_of, hash_file
 from safegene_vllm.errors import (
     DigestError,
-    FamilyMismatchError,
     FormatError,
     MissingFileError,
     SafegeneError,
     raise_errors,
 )
-from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, layer_of, read_adapter_shapes
+from safegene_vllm.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
 from safegene_vllm.formats.family import FamilyHeader
 from safegene_vllm.formats.metadata import DESCRIPTION_FILE
 from safegene_vllm.formats.profile import Profile, check_profile, has_profile, load_profile
@@ -44,10 +43,7 @@ def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Pro
 
     steps: list[Callable[[], None]] = [lambda: check_fits(directory, family)]
     if (directory / WEIGHTS_FILE).exists():
-        steps += [
-            lambda: _check_layers(directory, family),
-            lambda: check_finite(directory / WEIGHTS_FILE),
-        ]
+        steps.append(lambda: check_finite(directory / WEIGHTS_FILE))
     if has_profile(directory):
         steps.append(profile)
     errors: list[SafegeneError] = []
@@ -60,20 +56,6 @@ def check_tenant_files(directory: Path, family: FamilyHeader, shown: str) -> Pro
                 errors.append(renamed)
     raise_errors(errors)
     return found[0] if found else None
-
-
-def _check_layers(directory: Path, family: FamilyHeader) -> None:
-    """Reject an adapter of a deeper base: vLLM would silently drop the layers this base lacks."""
-    count = family.num_layers
-    outside = sorted(
-        {n for site in read_adapter_shapes(directory) if (n := layer_of(site) or 0) >= count}
-    )
-    if outside:
-        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        raise FamilyMismatchError(
-            f"{directory} adapts layers {outside[:5]}{more}, the base of family {family.name!r} "
-            f"has layers 0..{count - 1}; give an adapter of this base."
-        )
 
 
 def adapter_damage(path: Path, digest: str) -> FormatError | None:
