@@ -59,8 +59,8 @@ def plan(
     gpu: Annotated[
         str,
         typer.Option(
-            help="h100-sxm, h100-pcie, h200, a100-40, a100-80, l40s, l4, rtx-4090; or any name "
-            "with --memory-gb, --bandwidth and --tflops."
+            help="h100-sxm, h100-pcie, h200, b200, mi300x, a100-40, a100-80, l40s, l4, rtx-4090; "
+            "or any name with --memory-gb, --bandwidth and --tflops."
         ),
     ] = "h100-sxm",
     family: Annotated[
@@ -108,7 +108,7 @@ def plan(
         typer.Option(help="Distinct tenants among them.", show_default="as many as can be"),
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(help="LoRA slots.", show_default="one per active tenant")
+        int | None, typer.Option(help="LoRA slots.", show_default="one per active tenant that fits")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     output_tokens: Annotated[int, typer.Option(help="Tokens of a response.")] = 128,
@@ -158,7 +158,7 @@ def plan(
     Example: safegene plan models/aligned --tenants 200 --gpu l40s --vector-share 0.5
     """
     from safegene_vllm.model_source import fetch_config
-    from safegene_vllm.planner import Workload, advise, find_gpu, plan_modes, read_shape
+    from safegene_vllm.planner import Workload, advise, find_gpu, fit_slots, plan_modes, read_shape
 
     shape = read_shape(fetch_config(model))
     workload = Workload(
@@ -189,8 +189,9 @@ def plan(
         launch_s=launch_us * 1e-6,
         kernels=kernels.value,
     )
+    workload = fit_slots(workload)
     modes = plan_modes(workload)
-    advice = advise(workload, modes, model)
+    advice = advise(workload, modes, model, None if family is None else str(family))
     if as_json:
         typer.echo(json.dumps(facts(workload, modes, advice, gpu_hour_price), indent=2))
     else:

@@ -4,7 +4,7 @@ Loads no torch, reads no weights and queries no device. Sizes of slots, vector a
 compared with a running engine in the tests; everything in ESTIMATED is computed only.
 """
 
-from safegene_vllm.planner.advice import Advice, advise
+from safegene_vllm.planner.advice import Advice, advise, fit_slots
 from safegene_vllm.planner.estimates import (
     COMPARED,
     ESTIMATED,
@@ -34,6 +34,7 @@ __all__ = [
     "Workload",
     "advise",
     "find_gpu",
+    "fit_slots",
     "plan_mode",
     "plan_modes",
     "rank_bucket",

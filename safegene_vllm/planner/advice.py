@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from safegene_vllm.planner.estimates import ServingMode
+from safegene_vllm.planner.estimates import ServingMode, plan_mode
 from safegene_vllm.planner.slots import rank_bucket
 from safegene_vllm.planner.workload import Workload
 
@@ -30,14 +30,36 @@ class Advice:
         return shlex.join(self.command)
 
 
-def advise(workload: Workload, modes: Mapping[str, ServingMode], model: str) -> Advice:
-    """Choose among the modes that protect and fit; `model` goes into the command."""
+def fit_slots(workload: Workload) -> Workload:
+    """Reduce slots that were not given to the sequences that their memory leaves room for.
+
+    A slot serves one tenant of a batch, so more slots than sequences only take KV cache away.
+    """
+    if workload.slots is not None or workload.checkpoints:
+        return workload
+    slots = workload.active_tenants
+    while slots > 1:
+        found = plan_mode(replace(workload, slots=slots), "gain").sequences
+        if found >= slots:
+            break
+        slots = max(1, found, slots // 2) if found < slots - 1 else found
+    return workload if slots == workload.active_tenants else replace(workload, slots=slots)
+
+
+def advise(
+    workload: Workload,
+    modes: Mapping[str, ServingMode],
+    model: str,
+    family: str | None = None,
+) -> Advice:
+    """Choose among the modes that protect and fit; `model` and `family` go into the command."""
     mode, reasons = _choose(workload, modes)
     warnings = [*workload.shape.remarks]
     if mode is None:
         return Advice(None, (), tuple(reasons), tuple(warnings))
     warnings += _warnings(workload, modes[mode])
-    return Advice(mode, _command(workload, modes[mode], model), tuple(reasons), tuple(warnings))
+    command = _command(workload, modes[mode], model, family or "FAMILY")
+    return Advice(mode, command, tuple(reasons), tuple(warnings))
 
 
 def _choose(workload: Workload, modes: Mapping[str, ServingMode]) -> tuple[str | None, list[str]]:
@@ -83,12 +105,19 @@ def _choose(workload: Workload, modes: Mapping[str, ServingMode]) -> tuple[str |
         "gains) for any number of tenants and profiles; a changed coefficient writes one row"
     )
     if not same:
-        reasons.append(
+        larger = (
             f"composed slots would be of rank {composed.bucket} instead of {gain.bucket}: "
-            f"{_gb(composed.slot_bytes)} instead of {_gb(gain.slot_bytes)}, and "
-            f"{_mb(composed.step.adapter_bytes - gain.step.adapter_bytes)} more read per step "
-            f"against {_mb(gain.step.vector_bytes)} (estimate)"
+            f"{_gb(composed.slot_bytes)} instead of {_gb(gain.slot_bytes)}"
         )
+        more = composed.step.adapter_bytes - gain.step.adapter_bytes
+        if composed.batch == gain.batch:
+            larger += (
+                f", and {_mb(more)} more read per step against {_mb(gain.step.vector_bytes)} "
+                "(estimate)"
+            )
+        else:
+            larger += f", and room for {composed.batch} sequences at once, not {gain.batch}"
+        reasons.append(larger)
     if faster:
         reasons.append(
             f"by bytes and launches, composed slots would decode faster "
@@ -114,6 +143,11 @@ def _warnings(workload: Workload, mode: ServingMode) -> list[str]:
             )
         return found
     slots = workload.device_slots
+    if slots > mode.batch:
+        found.append(
+            f"{slots} slots for a batch of {mode.batch} (estimate): a slot serves one tenant of a "
+            "batch, so fewer --slots leave more KV cache and lose nothing but reloads"
+        )
     wanted = min(workload.active or workload.concurrency, workload.concurrency, workload.held)
     if slots < wanted:
         found.append(
@@ -151,20 +185,20 @@ def _warnings(workload: Workload, mode: ServingMode) -> list[str]:
     return found
 
 
-def _command(workload: Workload, mode: ServingMode, model: str) -> tuple[str, ...]:
-    """Arguments of `safegene serve`, with FAMILY and CHECKPOINT left for the user to fill in."""
+def _command(workload: Workload, mode: ServingMode, model: str, family: str) -> tuple[str, ...]:
+    """Arguments of `safegene serve`; names in capitals are left for the user to fill in."""
     start = ["safegene", "serve"]
     common = ["--dtype", {2: "bfloat16", 4: "float32"}[workload.dtype_bytes]]
     if mode.name == "weights":
         share = -(-mode.engines // mode.gpus)
         part = int(workload.utilization / share * 100) / 100
         common += ["--gpu-memory-utilization", f"{part:g}", "--max-num-seqs", str(mode.batch)]
-        return (*start, "CHECKPOINT", "--family", "FAMILY", "--apply", "weights", *common)
+        return (*start, "CHECKPOINT", "--family", family, "--apply", "weights", *common)
     targets = {*workload.own_targets, *workload.safety_targets}
     return (
         *start,
         model,
-        *("--family", "FAMILY", "--apply", mode.name, "--server-config", "safegene.yaml"),
+        *("--family", family, "--apply", mode.name, "--server-config", "safegene.yaml"),
         *("--slots", str(workload.device_slots), "--max-lora-rank", str(mode.bucket)),
         *("--max-cpu-loras", str(mode.host_adapters)),
         *("--lora-target-modules", *(s for s in workload.shape.sites if s in targets)),

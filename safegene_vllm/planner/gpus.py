@@ -34,6 +34,8 @@ GPUS: dict[str, Gpu] = {
         _gpu("h100-sxm", 80, 3350, 989, 64),
         _gpu("h100-pcie", 80, 2000, 756, 64),
         _gpu("h200", 141, 4800, 989, 64),
+        _gpu("b200", 180, 7700, 2250, 64),
+        _gpu("mi300x", 192, 5300, 1307, 64),
         _gpu("a100-40", 40, 1555, 312, 32),
         _gpu("a100-80", 80, 2039, 312, 32),
         _gpu("l40s", 48, 864, 362, 32),
@@ -41,7 +43,7 @@ GPUS: dict[str, Gpu] = {
         _gpu("rtx-4090", 24, 1008, 165, 32),
     )
 }
-"""NVIDIA's data sheets; a100 are the SXM boards, tensor rates without sparsity."""
+"""Data sheets of NVIDIA and AMD; a100 are the SXM boards, b200 one of a DGX; no sparsity."""
 
 
 def find_gpu(

@@ -25,6 +25,7 @@ from safegene_vllm.planner import (
     Workload,
     advise,
     find_gpu,
+    fit_slots,
     plan_mode,
     plan_modes,
     rank_bucket,
@@ -202,6 +203,32 @@ def test_advice_when_nothing_fits(qwen: ModelShape) -> None:
     assert full.mode == "weights" and "64 slots" in full.reasons[0]
 
 
+def test_slots_are_no_more_than_the_sequences_that_fit(qwen: ModelShape) -> None:
+    roomy = Workload(qwen, H100, tenants=32)
+    assert fit_slots(roomy) is roomy
+    assert fit_slots(replace(roomy, slots=400)).slots == 400
+    tight = Workload(qwen, find_gpu("l4"), tenants=64, concurrency=64, prompt_tokens=8000)
+    fitted = fit_slots(tight)
+    modes = plan_modes(fitted)
+    assert 1 <= fitted.device_slots < 32 and modes["gain"].batch >= fitted.device_slots
+    advice = advise(fitted, modes, "model", "families/mine")
+    words = list(advice.command)
+    assert words[words.index("--slots") + 1] == str(fitted.device_slots)
+    assert words[words.index("--family") + 1] == "families/mine"
+    for one in (tight, fitted):
+        found = advice_of(one)
+        assert not re.search(r"-\d[\d.]* [MG]B", " ".join((*found.reasons, *found.warnings)))
+    warned = advice_of(replace(fitted, slots=fitted.device_slots + 8)).warnings
+    assert any("slots for a batch of" in warning for warning in warned)
+
+
+@pytest.mark.parametrize("name", ["h200", "b200", "mi300x"])
+def test_larger_gpus_are_known(name: str, qwen: ModelShape) -> None:
+    gpu = find_gpu(name)
+    assert gpu.memory_bytes > H100.memory_bytes and gpu.bytes_per_s > H100.bytes_per_s
+    assert advice_of(Workload(qwen, gpu, tenants=16)).mode == "gain"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -323,6 +350,8 @@ def test_the_command_reads_a_family(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_family(model, tmp_path / "family", rank=4, layers=(1,))
     words = [str(model), "--tenants", "3", "--family", str(tmp_path / "family")]
     plan = json.loads(run(*words, "--dtype", "float32", "--json"))
+    command = shlex.split(plan["advice"]["command"])
+    assert command[command.index("--family") + 1] == str(tmp_path / "family")
     held = sum(
         p.a.nbytes + p.b.nbytes for p in load_adapter(tmp_path / "family").lora_weights.values()
     )
