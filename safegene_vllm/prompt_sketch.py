@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 FORM = "sha256/64 + minhash 64x4 of word 3-grams"
@@ -25,6 +26,8 @@ MIN_JACCARD = 0.8
 """Estimated similarity from which two prompts count as near-duplicates."""
 MAX_WORDS = 400
 """Words of a prompt that are compared, so that a long document takes no minutes."""
+MAX_CACHED = 8192
+"""Prompts whose digest and signature are cached: a set is compared with several uses."""
 _PERMUTATIONS = 64
 _PRIME = (1 << 61) - 1
 _FACTORS = [
@@ -44,6 +47,7 @@ def normalized(prompt: str) -> str:
     return " ".join(re.findall(r"\w+", text)) or text.strip()
 
 
+@lru_cache(maxsize=MAX_CACHED)
 def digest_of_prompt(prompt: str) -> int:
     """The first 64 bits of the SHA-256 of the normalized prompt."""
     return int.from_bytes(hashlib.sha256(normalized(prompt).encode()).digest()[:8], "big")
@@ -54,6 +58,7 @@ def part_of(prompt: str) -> Part:
     return "held-out" if digest_of_prompt(prompt) % 100 < HELD_OUT_PERCENT else "train"
 
 
+@lru_cache(maxsize=MAX_CACHED)
 def minhash(prompt: str) -> int:
     """The MinHash signature of a prompt: 64 values of 4 bits in one integer."""
     words = normalized(prompt).split()[:MAX_WORDS]

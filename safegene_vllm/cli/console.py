@@ -80,11 +80,8 @@ def show_checks(checks: Sequence[Check]) -> bool:
         if not check.passed:
             console.print(f"  {'':7}  {'':{width}}  try: {check.advice}")
     failed = sum(not check.passed for check in checks)
-    console.print(
-        f"{failed} of {len(checks)} checks failed: expect a weak or unmeasured protection"
-        if failed
-        else f"all {len(checks)} checks passed; measure it with `safegene evaluate`"
-    )
+    if failed:
+        console.print(f"{failed} of {len(checks)} checks failed: expect a weak protection")
     return not failed
 
 
@@ -135,11 +132,11 @@ def check_out(
             f"--out {out} also holds {', '.join(others[:5])}, which is no output of this command; "
             "name another directory"
         )
-    check_writable(out)
+    check_writable(out, f"--out {out}")
 
 
-def check_writable(out: Path) -> None:
-    """Raise ConfigError unless `out` can be made or replaced: writes and removes a directory."""
+def check_writable(out: Path, what: str) -> None:
+    """Raise ConfigError naming `what` unless `out` can be made, by making a temporary sibling."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -148,5 +145,5 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"--out {out} cannot be written: {parent}: {error.strerror}; name another directory"
+            f"{what} cannot be written: {parent}: {error.strerror}; name another directory"
         ) from error

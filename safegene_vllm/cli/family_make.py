@@ -10,15 +10,13 @@ import typer
 
 from safegene_vllm.cli.console import check_out, notes, results, show_checks, table
 from safegene_vllm.cli.data import SOURCE_HELP, need, read_all, steps
-from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError
 
 
 def make(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
-            parser=local_checkpoint,
             metavar="MODEL",
             help="The aligned model, a directory or a model id of the Hub, e.g. models/qwen.",
         ),
@@ -95,7 +93,7 @@ def make(
         bool, typer.Option("--restart", help="Discard an unfinished run, e.g. --restart.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the family at OUT.")
+        bool, typer.Option("--overwrite", help="Replace the existing family at OUT.")
     ] = False,
 ) -> None:
     """Make a family: degrade, distill, select layers, measure on held-out prompts, write.
@@ -108,7 +106,7 @@ def make(
     """
     from safegene_vllm.formats.adapter import OWNED_FILES
 
-    check_out(out, model, *(like or ()), overwrite=overwrite, owned=OWNED_FILES)
+    check_out(out, Path(model), *(like or ()), overwrite=overwrite, owned=OWNED_FILES)
     if not (all(map(math.isfinite, bounds)) and bounds[0] <= bounds[1]):
         raise ConfigError(
             f"--bounds {bounds[0]} {bounds[1]}: expected two finite numbers, the lower one first, "
@@ -122,6 +120,7 @@ def make(
         raise ConfigError("give --safety and --benign: a family is made from both")
     from safegene_vllm.formats.family import base_of_checkpoint, save_family
     from safegene_vllm.formats.tenant_directory import reject_exported
+    from safegene_vllm.model_source import fetch_checkpoint
     from safegene_vllm.recipe.distillation import Distillation
     from safegene_vllm.recipe.family_recipe import (
         FamilyRecipe,
@@ -141,21 +140,23 @@ def make(
         bounds=bounds,
         seed=seed,
     )
-    reject_exported(model)
-    layers = base_of_checkpoint(model).num_layers
+    # Only now: a model id of the Hub may be a long download.
+    checkpoint = fetch_checkpoint(model)
+    reject_exported(checkpoint)
+    layers = base_of_checkpoint(checkpoint).num_layers
     if top_k is not None and top_k > layers:
         raise ConfigError(f"--top-k is {top_k}, expected 1 to {layers}, the model's layers")
     tenants = list(like or ())
-    check_like(model, tenants)
+    check_like(checkpoint, tenants)
     data = split_data(harmful, harmless, openings=settings.openings, seed=seed)
     label = name or out.resolve().name
     partial = out.absolute().with_name(f"{out.resolve().name}.partial")
-    inputs = inputs_of(model, data, tenants, label, settings)
+    inputs = inputs_of(checkpoint, data, tenants, label, settings)
     stages = Stages(partial, inputs, restart=restart)
     if stages.done:
         notes().print(f"{partial}: continuing after {', '.join(stages.done)}")
     family, checks = run_stages(
-        model, data, tenants, label, settings, stages, device=device, show=steps
+        checkpoint, data, tenants, label, settings, stages, device=device, show=steps
     )
     save_family(family, out)
     times = table("stage", "seconds", left=("stage",))

@@ -10,7 +10,6 @@ import typer
 from safegene_vllm.cli.calibrate import calibrate_tenant
 from safegene_vllm.cli.console import check_writable
 from safegene_vllm.cli.data import SOURCE_HELP, read_all
-from safegene_vllm.cli.options import local_checkpoint
 from safegene_vllm.errors import ConfigError, MissingFileError
 
 
@@ -70,9 +69,8 @@ def protect(
         ),
     ] = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            parser=local_checkpoint,
             metavar="MODEL",
             help="The LoRA's base, a directory or a model id of the Hub, e.g. --model models/qwen "
             "(default: the one that its adapter_config.json names).",
@@ -113,6 +111,7 @@ def protect(
     'advbench.csv?licence=MIT' --task 'tickets.jsonl?licence=private'
     """
     from safegene_vllm.formats.family import load_family
+    from safegene_vllm.formats.metadata import DESCRIPTION_FILE
     from safegene_vllm.formats.tenant_directory import kind_of
 
     if (kind := kind_of(adapter, new_profile=True)) not in ("adapter", "checkpoint"):
@@ -120,19 +119,24 @@ def protect(
             f"{adapter} holds: {kind}, no LoRA adapter and no checkpoint to protect; name the "
             "tenant's directory, or use `safegene calibrate` for a profile on the base model"
         )
-    check_writable(adapter / "safegene.json")
+    check_writable(adapter / DESCRIPTION_FILE, f"{adapter}")
     loaded_family = load_family(family)
     harmful = read_all(safety, "safety data")
     own = read_all(task, "task data", labels=True)
     harmless = read_all(benign or [], "benign data")
     if harmful is None or own is None:
         raise ConfigError("give --safety and --task: calibration needs examples of both")
+    from safegene_vllm.model_source import fetch_checkpoint
     from safegene_vllm.recipe.calibration import Calibration
     from safegene_vllm.recipe.examples import split_by_prompt
 
     data = [None if one is None else split_by_prompt(one)[0] for one in (harmful, own, harmless)]
     assert data[0] is not None and data[1] is not None
-    base = model if model is not None or kind == "checkpoint" else base_of_adapter(adapter)
+    if kind == "checkpoint" and model is not None:
+        raise ConfigError(f"{adapter} is a full checkpoint; leave out --model {model}")
+    base = None
+    if kind == "adapter":
+        base = base_of_adapter(adapter) if model is None else fetch_checkpoint(model)
     passed = calibrate_tenant(
         loaded_family,
         adapter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from safegene_vllm.formats.family import load_family
 from safegene_vllm.formats.profile import load_profile
 from safegene_vllm.prompt_sketch import part_of, read_sketches
 from safegene_vllm.recipe.family_recipe import mean_of_tenants
-from safegene_vllm.tiny_model import write_tenant
+from safegene_vllm.tiny_model import write_family, write_tenant
 
 Run = Callable[..., Outcome]
 ROWS = 24
@@ -87,6 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     with pytest.raises(SystemExit) as exit_:
         main([str(word) for word in made.make(made / "family")])
     assert exit_.value.code in (0, None)
+    write_family(made / "model", made / "other")
     for seed, name in enumerate(("acme", "globex")):
         write_tenant(made / "model", made / name, None, None, seed=seed)
     return made
@@ -201,6 +203,17 @@ def test_out_is_tried_before_a_model_is_loaded(
     assert loads == []
 
 
+def test_a_model_that_is_nowhere_is_reported_without_a_network(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("network used"))
+    for model in (tmp_path / "nowhere", "./nowhere"):
+        words = [model if word == world / "model" else word for word in world.make(tmp_path / "f")]
+        outcome = run(*words)
+        assert outcome.code == 1 and "no such directory" in outcome.err, outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -245,6 +258,13 @@ def test_protect_calibrates_an_adapter_on_the_base_that_it_names(
     assert all(part_of(prompt) == "train" for prompt in found)
     assert "Does it work?" in outcome.out and "give --benign" in outcome.out
     assert run(*world.protect(tenant, "--strict")).code == 1
+    # What inspect shows of it: a row per kind, no sketch, and whether it fits.
+    shown = run("inspect", tenant, "--family", world / "family").out
+    assert re.search(r"safety +16 +\d\S+ +\d\S+ +safety\.jsonl \(MIT\)", shown)
+    assert "(family, fits)" in shown and "minhash" not in shown
+    assert "fits      not checked" in run("inspect", tenant).out
+    other = run("inspect", tenant, "--family", world / "other")
+    assert other.code == 1 and "the profile is for family" in other.err
 
 
 def test_protect_never_makes_a_tenant_of_a_profile_only(

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from recipe_commands import Outcome, World, called, count_loads, files, write_world
-from recipe_setup import GOOD, write_tokenizer
+from recipe_setup import GOOD, pico_chat_model, write_tokenizer
+from transformers import AutoModelForCausalLM
 
 from safegene_vllm.cli import main
 from safegene_vllm.dataset import read_dataset
@@ -80,6 +81,7 @@ def test_extract_distills_a_family(run: Run, world: World, tmp_path: Path) -> No
     outcome = run(*world.extract(tmp_path / "f", "--name", "pico", "--sites", "q_proj,mlp.up_proj"))
     assert outcome.code == 0, outcome.err
     assert re.search(r"loss \d", outcome.out) and "4 target modules" in outcome.out
+    assert "Does it work?\n  ok       distillation  training loss" in outcome.out
     family = load_family(tmp_path / "f")
     assert family.header.name == "pico" and family.header.recipe["method"] == "distill"
     assert family.header.recipe["data"]["safety"]["licence"] == "MIT"
@@ -115,6 +117,7 @@ def test_select_keeps_the_best_layers_and_draws_all(
     selection = cut.header.recipe["selection"]
     assert "1 of 2 layers" in outcome.out and outcome.out.count("yes") == 1
     assert (selection["mu"], selection["k"], len(selection["scores"])) == (0.5, 1, 2)
+    assert cut.header.name == "cut"
     (kept,) = cut.header.layers
     assert kept.layer == selection["scores"].index(max(selection["scores"]))
     names = [data["name"] for data in selection["data"]]
@@ -182,6 +185,25 @@ def test_shots_are_drawn_by_the_seed_and_every_class_is_there(
         assert profile.calibration["shots"] == {"safety": 4, "task": 4}
         assert len(set(profile.coefficients)) == 1
     assert len(digests) == 2
+
+
+def test_a_fine_tune_that_learns_nothing_and_a_low_rank_are_reported(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    outcome = run(*world.degrade(tmp_path / "d", "--lr", 1e-9))
+    assert outcome.code == 0
+    assert re.search(r"WARNING  fine-tune  training loss (\S+) to \S+ \(\S+%\) in 10", outcome.out)
+    assert "learned nothing, so it degraded nothing" in outcome.out
+    other = pico_chat_model(tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.manual_seed(1))
+    model.save_pretrained(other)
+    outcome = run("extract", world / "model", other, "--rank", 1, "--out", tmp_path / "f")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"WARNING  captured energy  \d+% of ΔW is in the vector", outcome.out)
+    assert "--rank" in outcome.out
 
 
 # Stopped and taken up
