@@ -378,9 +378,9 @@ def test_a_family_that_is_not_there_or_not_the_only_one(run: Run, world: World) 
 
 
 def test_a_key_for_a_tenant_that_does_not_exist_is_noted(run: Run, world: World) -> None:
-    outcome = run("key", "add", "app", "--tenant", "acme/suppor", "--tenant", NAME)
+    outcome = run("key", "add", "app", "--tenant", "acme/supports", "--tenant", NAME)
     assert outcome.code == 0 and outcome.out == f"{SECRET}\n"
-    assert "no tenant acme/suppor yet; did you mean 'acme/support'?" in outcome.err
+    assert "no tenant acme/supports yet; did you mean 'acme/support'?" in outcome.err
     assert outcome.err.count("warning") == 1
 
 

@@ -199,7 +199,7 @@ def test_a_path_below_a_local_directory_is_no_hub_id(
     (tmp_path / "models" / "aligned").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingFileError, match=r"no such directory \(did you mean 'aligned'\?\)"):
-        model_source.check_model("models/alignd")
+        model_source.check_model("models/aligned2")
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> list[str]:
