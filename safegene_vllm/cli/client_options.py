@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from safegene_vllm.client import Client
-    from safegene_vllm.client.schemas import Job, Rollout
+    from safegene_vllm.client.schemas import Job, Rollout, Tenant
 
 KEY_VARIABLE = "SAFEGENE_KEY"
+FAILED = ("failed", "cancelled")
+"""States of a job whose message is a reason, which a command prints once, on stderr."""
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 AsJson = Annotated[
@@ -237,7 +239,9 @@ def follow_job(client: Client, job: Job, timeout_s: float | None) -> Job:
     with _progress(f"job {job.id}", 1.0) as update:
 
         def show(now: Job) -> None:
-            text = f"job {now.id} {now.state}: {cell(now.message)}"
+            text = f"job {now.id} {now.state}"
+            if now.state not in FAILED:
+                text += f": {cell(now.message)}"
             update(text, now.progress, 1.0)
 
         try:
@@ -268,16 +272,30 @@ def follow_rollout(client: Client, rollout: Rollout, timeout_s: float | None) ->
             raise TimeoutError(f"{error}{why}") from error
 
 
-def show_job(job: Job) -> None:
-    """Print a job's state, result and dates."""
+def show_job(job: Job, *, reason: bool = True) -> None:
+    """Print a job's state, result and dates; `reason`: also the message of one that failed."""
     results().print(f"job {job.id}: {cell(job.state)}")
-    names = ("kind", "tenant", "revision", "progress", "message", "result", "attempts")
+    names = ["kind", "tenant", "revision", "progress", "message", "result", "attempts"]
+    if job.state in FAILED and not reason:
+        names.remove("message")
     show_facts(job, (*names, "created_at", "updated_at"))
+
+
+def show_next(tenant: Tenant) -> None:
+    """Note what a tenant serves although new content of it failed, and what to do."""
+    name = cell(tenant.name)
+    if tenant.served is not None:
+        notes().print(f"{name} still serves {cell(tenant.served)}")
+        return
+    notes().print(
+        f"{name} serves nothing; add it again with what is missing, or give the name up: safegene "
+        f"tenant delete {name}"
+    )
 
 
 def end_with(job: Job) -> None:
     """Exit 1, with the reason on stderr, if the job failed or was cancelled."""
-    if job.state in ("failed", "cancelled"):
+    if job.state in FAILED:
         words = cell(job.message)
         notes().print(f"job {job.id} ({cell(job.kind)}) {job.state}: {words}")
         raise typer.Exit(1)
@@ -301,5 +319,5 @@ def print_job(response: Mapping[str, Any], job: Job, as_json: bool) -> None:
     if as_json:
         show_json(response)
     else:
-        show_job(job)
+        show_job(job, reason=False)
     end_with(job)

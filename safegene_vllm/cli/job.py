@@ -91,7 +91,10 @@ def watch(
     """
     with server.connect() as client:
         found = follow_job(client, client.job(id), timeout)
-    _print(found, as_json)
+    if as_json:
+        show_json(found)
+    else:
+        show_job(found, reason=False)
     end_with(found)
 
 

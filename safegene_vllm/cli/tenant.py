@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safegene_vllm.cli.client_options import (
+    FAILED,
     AsJson,
     Expected,
     Server,
@@ -18,6 +19,7 @@ from safegene_vllm.cli.client_options import (
     show_job,
     show_json,
     show_list,
+    show_next,
     show_rollout,
 )
 from safegene_vllm.cli.console import coefficient_table, notes, results
@@ -351,6 +353,8 @@ def _print_started(client: Client, started: Onboarding, waiting: Waiting, as_jso
     if as_json:
         response = {"tenant": tenant, "job": job}
         show_json(response if rollout is None else {**response, "rollout": rollout})
+    elif job.state in FAILED:
+        show_next(tenant)
     else:
         _print_tenant(tenant, False)
         show_job(job)

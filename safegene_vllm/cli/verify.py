@@ -52,7 +52,7 @@ def verify(
         if model is None:
             from safegene_vllm.tiny_model import write_setup
 
-            setup = write_setup(root / "pico")
+            setup = write_setup(root / "tiny")
             model, family, tenants = setup.model, setup.family, list(setup.tenants)
         else:
             tenants = list(tenant or ())

@@ -157,6 +157,25 @@ def test_tenant_list_says_what_failed_and_hides_what_is_retired(run: Run, world:
     assert "job 7 failed: no profile" in run("tenant", "show", "globex").out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tenant", "add", "globex", "--coefficient", "1"],
+        ["tenant", "update", NAME, "--coefficient", "1"],
+        ["job", "watch", "7"],
+        ["probe", "run", NAME],
+    ],
+)
+def test_the_reason_of_a_failure_is_printed_once(
+    run: Run, world: World, command: list[str]
+) -> None:
+    world.job_states, world.message = ["running", "failed"], "no profile"
+    outcome = run(*command)
+    assert outcome.code == 1
+    assert (outcome.out + outcome.err).count("no profile") == 1
+    assert outcome.err.rstrip().endswith("no profile")
+
+
 def test_tenant_delete_is_for_what_never_served(run: Run, world: World) -> None:
     world.tenant("globex", published=None, served=None)
     world.revision("globex", [0.5], state="failed")
