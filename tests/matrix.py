@@ -1,6 +1,6 @@
 """`make test-matrix`: the engine tests on the oldest and the newest vLLM we say we support.
 
-Each version is unpacked beside the environment and put first on the path, so nothing is replaced.
+Each version is unpacked next to the environment and put first on the path, so nothing is replaced.
 Slow (one engine start per test and version) and not part of CI.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_setup import pico_chat_model, write_tokenizer
+from recipe_setup import tiny_chat_model, write_tokenizer
 
 from benchmarks.safety_utility import (
     baselines,
@@ -248,7 +248,7 @@ def test_the_whole_comparison_on_a_tiny_parent(
 ) -> None:
     for limit, tokens in (("OUTPUT_TOKENS", 6), ("CHOOSING_TOKENS", 5), ("LABEL_TOKENS", 4)):
         monkeypatch.setattr(evaluation, limit, tokens)
-    model_dir = pico_chat_model(tmp_path / "parent")
+    model_dir = tiny_chat_model(tmp_path / "parent")
     family = write_family(model_dir, tmp_path / "family", layers=[1])
     tenant = tmp_path / "sentiment"
     write_tenant(model_dir, tenant, family, [0.0, 0.7], suffixes=("q_proj", "v_proj"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.safety_utility import salora
@@ -32,7 +32,7 @@ SETTINGS = salora.SaLoRA(
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_chat_model(tmp_path_factory.mktemp("salora") / "model")
+    return tiny_chat_model(tmp_path_factory.mktemp("salora") / "model")
 
 
 def dense(lora: LoRAWeights) -> torch.Tensor:

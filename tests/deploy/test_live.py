@@ -98,11 +98,11 @@ def test_an_alert_reaches_the_pager_and_is_resolved(
         ]
 
     healthy = stack.until(metric, lambda: stack.query(f"max({metric})"))[0].value
-    shown.tell(metric, value, **labels)
+    shown.set_value(metric, value, **labels)
     (words, *_) = stack.until(f"{alert} at the pager", lambda: delivered("firing"))
     assert words["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
     assert "error" not in words["summary"] + words["description"]
-    shown.tell(metric, healthy, **labels)
+    shown.set_value(metric, healthy, **labels)
     stack.until(f"{alert} resolved", lambda: delivered("resolved"))
 
 

@@ -19,7 +19,7 @@ import httpx
 import launched_server as servers
 import pytest
 from launched_server import end, free_port, start, until_serving
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from deploy.prometheus import live
 from deploy.prometheus.page import page
@@ -79,7 +79,7 @@ class Server:
 
 def write(d: Path) -> None:
     """Model, family, adapters of three tenants, settings and probes."""
-    pico_chat_model(d / "m")
+    tiny_chat_model(d / "m")
     family = tiny_model.write_family(d / "m", d / "f")
     for i, name in enumerate(TENANTS):
         tiny_model.write_tenant(

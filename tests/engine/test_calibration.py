@@ -12,7 +12,7 @@ import httpx
 import launched_server as servers
 import pytest
 from launched_server import end, free_port, start, until_serving
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm import tiny_model
 
@@ -37,7 +37,7 @@ tenants:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     d = tmp_path_factory.mktemp("calibrating")
-    pico_chat_model(d / "m")
+    tiny_chat_model(d / "m")
     family = tiny_model.write_family(d / "m", d / "f")
     for i, (name, value) in enumerate((("support", 0.0), ("globex", 0.7), ("newcomer", None))):
         tiny_model.write_tenant(d / "m", d / "root" / name, family, value, seed=10 + i)

@@ -15,7 +15,7 @@ import launched_server as servers
 import pytest
 from launched_server import end, free_port, start, until_serving
 from prometheus_client.parser import text_string_to_metric_families
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm import tiny_model
 
@@ -45,7 +45,7 @@ _T = TypeVar("_T")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     d = tmp_path_factory.mktemp("probes")
-    pico_chat_model(d / "m")
+    tiny_chat_model(d / "m")
     family = tiny_model.write_family(d / "m", d / "f")
     tiny_model.write_tenant(d / "m", d / "root" / "support", family, 0.7, seed=10)
     (d / "safegene.yaml").write_text(CONFIG.replace("ROOT", str(d / "root")))

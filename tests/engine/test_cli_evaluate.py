@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm.cli import main
 from safegene_vllm.cli.evaluate import percent
@@ -19,7 +19,7 @@ from safegene_vllm.tiny_model import write_family, write_tenant
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cli-evaluate")
-    model = pico_chat_model(root / "model")
+    model = tiny_chat_model(root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0])
     rows = [{"prompt": f"prompt {n}", "answer": "yes" if n % 2 else "no"} for n in range(6)]

@@ -1,6 +1,6 @@
 """The vLLM backend answers like the merged float32 model, for every kind of subject.
 
-Real engines on a pico model; the transformers backend is the reference, and is itself compared with
+Real engines on a tiny model; the transformers backend is the reference, and is itself compared with
 the reference of tests/engines.py.
 """
 
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm.errors import AdapterRejectedError, BoundsError, ConfigError
 from safegene_vllm.evaluation.backends import TransformersBackend
@@ -29,7 +29,7 @@ PARENT = Target("model", "parent")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vllm")
-    model = pico_chat_model(root / "model")
+    model = tiny_chat_model(root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)
     write_tenant(model, root / "globex", family, [1.5, 0.2], seed=4, rank=12)

@@ -17,7 +17,7 @@ import httpx
 import launched_server as servers
 import pytest
 from launched_server import end, free_port, start, until_serving
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 from reference_engine import reference
 
 from safegene_server.access.route_permissions import RULES
@@ -144,7 +144,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     d = tmp_path_factory.mktemp("names")
-    pico_chat_model(d / "m")
+    tiny_chat_model(d / "m")
     family = tiny_model.write_family(d / "m", d / "f")
     for seed, name in enumerate((*NAMES[1:], "late", "outside")):
         root = d / "root" if name != "outside" else d

@@ -52,10 +52,10 @@ class Server(Running):
     def __init__(self, world: World) -> None:
         super().__init__(world, ACME_KEY=ACME, GLOBEX_KEY=GLOBEX)
 
-    def ask(
+    def complete(
         self, key: str, model: str, prompt: list[int] | None = None, **more: Any
     ) -> tuple[str, list[int]]:
-        return super().ask(key, model, prompt or LONG, **more)
+        return super().complete(key, model, prompt or LONG, **more)
 
     def cached(self) -> int:
         """How many prompt tokens were taken from the prefix cache so far."""
@@ -83,17 +83,17 @@ def refused(call: Callable[[], Any], status: int) -> str:
 
 
 def test_a_tenant_sees_and_uses_its_own_and_nothing_else(server: Server) -> None:
-    assert server.ask(ACME, "acme/support")[0] == "acme/support@1"
-    assert server.ask(ACME, "acme/support@1")[0] == "acme/support@1"
-    assert server.ask(ACME, "")[0] == "acme/support@1"
-    foreign = refused(lambda: server.ask(GLOBEX, "acme/support"), 404)
-    unknown = refused(lambda: server.ask(GLOBEX, "acme/nothing"), 404)
+    assert server.complete(ACME, "acme/support")[0] == "acme/support@1"
+    assert server.complete(ACME, "acme/support@1")[0] == "acme/support@1"
+    assert server.complete(ACME, "")[0] == "acme/support@1"
+    foreign = refused(lambda: server.complete(GLOBEX, "acme/support"), 404)
+    unknown = refused(lambda: server.complete(GLOBEX, "acme/nothing"), 404)
     assert foreign.replace("acme/support", "X") == unknown.replace("acme/nothing", "X")
-    refused(lambda: server.ask(GLOBEX, "acme/support@1"), 404)
+    refused(lambda: server.complete(GLOBEX, "acme/support@1"), 404)
     for key in (ACME, GLOBEX):
-        refused(lambda key=key: server.ask(key, "base"), 404)  # type: ignore[misc]
-    refused(lambda: server.ask(GLOBEX, ""), 400)
-    refused(lambda: server.ask("sg-nobody-" + "0" * 40, "acme/support"), 401)
+        refused(lambda key=key: server.complete(key, "base"), 404)  # type: ignore[misc]
+    refused(lambda: server.complete(GLOBEX, ""), 400)
+    refused(lambda: server.complete("sg-nobody-" + "0" * 40, "acme/support"), 401)
     models = server.client(ACME).models.list().data
     assert [m.id for m in models] == ["acme/support"] and "/" not in str(models[0].root or "")[:1]
     assert server.client(GLOBEX).models.list().data == []
@@ -121,15 +121,17 @@ def test_a_change_is_live_at_once_and_never_answered_from_stale_blocks(
     def hits(tenant: str) -> tuple[list[int], int]:
         """The answer's tokens, and how many of the prompt's came from the cache."""
         before = server.cached()
-        tokens = server.ask(ACME, tenant)[1]
+        tokens = server.complete(ACME, tenant)[1]
         return tokens, server.cached() - before
 
-    first = server.ask(ACME, "acme/support")[1]
+    first = server.complete(ACME, "acme/support")[1]
     assert hits("acme/support") == (first, 128)
     added = world.add("acme/support", "support", [2.0, 0.3])
     took_s = [server.follows(world.registry)]
     changed, cached = hits("acme/support")
-    assert cached == 0 and server.ask(ACME, "acme/support")[0] == f"acme/support@{added.number}"
+    assert (
+        cached == 0 and server.complete(ACME, "acme/support")[0] == f"acme/support@{added.number}"
+    )
     assert hits("acme/support") == (changed, 128)
     world.add("acme/cold", "support", [2.0, 0.3])
     took_s.append(server.follows(world.registry))
@@ -159,13 +161,13 @@ def test_a_request_in_flight_ends_on_the_revision_it_began_with(
             done.append(chunk.model)
             tokens.extend(chunk.choices[0].token_ids)  # type: ignore[attr-defined]
 
-    before = server.ask(ACME, "acme/support")[0]
+    before = server.complete(ACME, "acme/support")[0]
     thread = threading.Thread(target=long_request)
     thread.start()
     assert began.wait(60)
     added = world.add("acme/support", "support", [1.0, 1.5])
     server.follows(world.registry)
-    assert server.ask(ACME, "acme/support")[0] == f"acme/support@{added.number}" != before
+    assert server.complete(ACME, "acme/support")[0] == f"acme/support@{added.number}" != before
     thread.join(60)
     assert set(done) == {before} and len(tokens) == 120
 
@@ -173,22 +175,22 @@ def test_a_request_in_flight_ends_on_the_revision_it_began_with(
 def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Server, world: World) -> None:
     world.add("globex", "globex", [0.7, 0.7])
     server.follows(world.registry)
-    assert server.ask(GLOBEX, "globex")[0] == "globex@1"
+    assert server.complete(GLOBEX, "globex")[0] == "globex@1"
     world.registry.rollouts.retire("globex", actor="test")
     server.follows(world.registry)
-    refused(lambda: server.ask(GLOBEX, "globex"), 404)
+    refused(lambda: server.complete(GLOBEX, "globex"), 404)
     told = world.registry.keys.add("x", scopes=["serve"], tenants=["acme/support"], actor="test")
     server.follows(world.registry)
-    server.ask(told.secret, "acme/support")
+    server.complete(told.secret, "acme/support")
     world.registry.keys.revoke("x", actor="test")
     server.follows(world.registry)
-    refused(lambda: server.ask(told.secret, "acme/support"), 401)
+    refused(lambda: server.complete(told.secret, "acme/support"), 401)
 
 
 def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     server: Server, world: World
 ) -> None:
-    before = server.ask(ACME, "acme/support")
+    before = server.complete(ACME, "acme/support")
     world.registry.tenants.add("broken", world.header.digest, source="/nowhere", actor="test")
     profile = make_profile(world.header, [1.0, 1.0], {"method": "test"})
     added = world.registry.revisions.add(
@@ -200,7 +202,7 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
     while not server.replica(world.registry).faults:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert server.ask(ACME, "acme/support") == before
+    assert server.complete(ACME, "acme/support") == before
     assert any(
         "broken@1" in f for f in server.http(ADMIN).get("/v1/safegene/receipts").json()["faults"]
     )
@@ -229,8 +231,8 @@ def test_a_registry_that_was_restored_is_followed_as_it_is(server: Server, world
     lost = world.add("acme/support", "support", [1.7, 0.2])
     gone = world.registry.keys.add("y", scopes=["serve"], tenants=["acme/support"], actor="test")
     server.follows(world.registry)
-    before = server.ask(gone.secret, "acme/support")
-    assert before[0] == lost.served_name and server.ask(ACME, "acme/support") == before
+    before = server.complete(gone.secret, "acme/support")
+    assert before[0] == lost.served_name and server.complete(ACME, "acme/support") == before
     restore()
     now = world.add("acme/support", "support", [0.3, 1.9])
     assert (now.id, now.served_name) == (lost.id, lost.served_name)
@@ -240,16 +242,16 @@ def test_a_registry_that_was_restored_is_followed_as_it_is(server: Server, world
         assert time.monotonic() < deadline
         hits = server.cached()
         try:
-            answers.append(server.ask(ACME, "acme/support"))
+            answers.append(server.complete(ACME, "acme/support"))
         except openai.NotFoundError:
             time.sleep(0.01)
     assert server.cached() == hits, "blocks of the former content under the same name"
     server.follows(world.registry)
-    refused(lambda: server.ask(gone.secret, "acme/support"), 401)
+    refused(lambda: server.complete(gone.secret, "acme/support"), 401)
     world.add("acme/cold", "support", [0.3, 1.9])
     server.follows(world.registry)
-    assert answers[-1] == (now.served_name, server.ask(ACME, "acme/cold")[1])
-    assert server.ask(ACME, "acme/support") == answers[-1] != before
+    assert answers[-1] == (now.served_name, server.complete(ACME, "acme/cold")[1])
+    assert server.complete(ACME, "acme/support") == answers[-1] != before
     assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
     assert server.http(ADMIN).get("/v1/safegene/receipts").json()["faults"] == []
     losses = "safegene_registry_losses_total 1.0"
@@ -272,7 +274,7 @@ def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     assert (job["state"], job["revision"]) == ("done", "live@1"), job
     key = {"name": "live", "scopes": ["serve"], "tenants": ["live"]}
     secret = admin.post("/v1/safegene/keys", json=key).json()
-    first = server.ask(secret["secret"], "live")
+    first = server.complete(secret["secret"], "live")
     assert first[0] == "live@1"
     stale = admin.patch(
         "/v1/safegene/tenants/live/profile", json={"scale": 2.0, "expected_revision": 7}
@@ -282,28 +284,28 @@ def test_a_tenants_life_over_http(server: Server, world: World) -> None:
         "/v1/safegene/tenants/live/profile", json={"scale": 2.0, "expected_revision": 1}
     )
     assert changed.status_code == 200, changed.text
-    second = server.ask(secret["secret"], "live")
+    second = server.complete(secret["secret"], "live")
     assert second[0] == "live@2" and second[1] != first[1]
     rollout = changed.json()["rollout"]["id"]
     reported(lambda: bool(admin.get(f"/v1/safegene/rollouts/{rollout}").json()["done"]))
     shown = admin.get(f"/v1/safegene/rollouts/{rollout}").json()
     assert (shown["applied"], shown["live"], shown["done"]) == (1, 1, True)
     assert admin.post("/v1/safegene/tenants/live/rollback", json={}).status_code == 200
-    assert server.ask(secret["secret"], "live") == first
+    assert server.complete(secret["secret"], "live") == first
     admin.post("/v1/safegene/tenants/live/freeze").raise_for_status()
     frozen = admin.patch("/v1/safegene/tenants/live/profile", json={"scale": 2.0})
-    assert frozen.status_code == 409 and server.ask(secret["secret"], "live") == first
+    assert frozen.status_code == 409 and server.complete(secret["secret"], "live") == first
     admin.post("/v1/safegene/tenants/live/unfreeze").raise_for_status()
     floor = {"floor": {"0": 1.0, "1": 1.0}}
     raised = admin.put(f"/v1/safegene/families/{world.header.digest}/floor", json=floor)
     assert raised.status_code == 200, raised.text
-    assert server.ask(secret["secret"], "live")[0] == "live@3"
+    assert server.complete(secret["secret"], "live")[0] == "live@3"
     coefficients = admin.get("/v1/safegene/tenants/live/revisions").json()["data"]
     assert [1.0, 1.0] in [revision["coefficients"] for revision in coefficients]
     lifted = admin.put(f"/v1/safegene/families/{world.header.digest}/floor", json={"floor": {}})
     assert lifted.status_code == 200
     assert admin.delete("/v1/safegene/tenants/live").status_code == 200
-    refused(lambda: server.ask(secret["secret"], "live"), 404)
+    refused(lambda: server.complete(secret["secret"], "live"), 404)
     assert server.http(ACME).get("/v1/safegene/tenants").status_code == 403
 
 
@@ -312,11 +314,11 @@ def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
 ) -> None:
     other = Server(world)
     try:
-        assert other.ask(ACME, "acme/support") == server.ask(ACME, "acme/support")
+        assert other.complete(ACME, "acme/support") == server.complete(ACME, "acme/support")
         added = world.add("acme/support", "support", [0.9, 0.9])
         for running in (server, other):
             running.follows(world.registry)
-            assert running.ask(ACME, "acme/support")[0] == f"acme/support@{added.number}"
+            assert running.complete(ACME, "acme/support")[0] == f"acme/support@{added.number}"
         last = world.registry.rollouts.list(limit=1)[0]
         reported(lambda: world.registry.rollouts.status(last.id).done)
         status = world.registry.rollouts.status(last.id)
@@ -327,11 +329,11 @@ def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
         other.end()
     server.follows(world.registry)
     now = world.registry.tenants.get("acme/support").published
-    assert server.ask(ACME, "acme/support")[0] == f"acme/support@{now}"
+    assert server.complete(ACME, "acme/support")[0] == f"acme/support@{now}"
     assert now in (added.number + changed, added.number + changed + 1)
     again = world.add("acme/support", "support", [0.8, 0.8])
     server.follows(world.registry)
-    assert server.ask(ACME, "acme/support")[0] == f"acme/support@{again.number}"
+    assert server.complete(ACME, "acme/support")[0] == f"acme/support@{again.number}"
     assert_all_is_audited(world.registry)
 
 
@@ -369,14 +371,14 @@ def assert_all_is_audited(registry: Registry) -> None:
 
 
 def test_killed_and_started_again_it_serves_what_is_published(server: Server, world: World) -> None:
-    expected = {m.id: server.ask(ACME, m.id) for m in server.client(ACME).models.list().data}
+    expected = {m.id: server.complete(ACME, m.id) for m in server.client(ACME).models.list().data}
     world.add("acme/support", "support", [0.2, 0.1])
     server.kill()
     again = Server(world)
     try:
         before = expected.pop("acme/support")
-        assert again.ask(ACME, "acme/support")[0] != before[0]
-        assert {name: again.ask(ACME, name) for name in expected} == expected
+        assert again.complete(ACME, "acme/support")[0] != before[0]
+        assert {name: again.complete(ACME, name) for name in expected} == expected
         applied = again.replica(world.registry).applied_version
         assert applied == world.registry.version()
     finally:

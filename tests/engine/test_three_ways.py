@@ -1,6 +1,6 @@
 """Three ways, one law: every way of application answers like the merged float32 reference.
 
-Real vLLM, pico models of four architectures, mixed batches. Eager here; compiled and sharded
+Real vLLM, tiny models of four architectures, mixed batches. Eager here; compiled and sharded
 engines in test_plugin_compiled.py, the real model in test_plugin_smollm2.py.
 """
 

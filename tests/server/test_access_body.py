@@ -174,7 +174,7 @@ def test_a_late_name_twice_is_found_in_one_pass(length: int) -> None:
 
 
 def limited(text: str, members: int, values: int) -> bool:
-    """Whether `check_size` refuses it."""
+    """Whether `check_size` rejects it."""
     try:
         check_size(text.encode(), max_members=members, max_values=values)
     except RequestRejectedError as refusal:

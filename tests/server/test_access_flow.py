@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from access_app import CHAT, SERVE, TENANTS, VIEW, ask, chat, guarded, rejected, speak
+from access_app import CHAT, SERVE, TENANTS, VIEW, asgi_post, chat, guarded, rejected, send_request
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
@@ -43,7 +43,7 @@ def test_chunks_pass_one_by_one_and_untouched() -> None:
             keys={key_digest("sg-m"): Principal("m", SERVE, frozenset({"metered"}), "metered")},
             tenants=TENANTS,
         )
-        call, sent = speak(AccessMiddleware(app, Catalog(view)), "m", {})
+        call, sent = asgi_post(AccessMiddleware(app, Catalog(view)), "m", {})
         task = asyncio.create_task(call)
         for count in (1, 2, 3, 4):
             await turns()
@@ -68,18 +68,18 @@ def test_a_slot_is_held_to_the_end_of_the_stream_and_no_longer() -> None:
 
     async def run() -> None:
         access = guarded(app)
-        first, sent = speak(access, "other", {"stream": True})
+        first, sent = asgi_post(access, "other", {"stream": True})
         task = asyncio.create_task(first)
         await turns()
         assert sent and access.counters.in_flight("other@1") == 1
-        second, refusal = speak(access, "other", {})
+        second, rejection = asgi_post(access, "other", {})
         await second
-        assert refusal[0]["status"] == 429
-        assert dict(refusal[0]["headers"])[b"retry-after"] == b"1"
+        assert rejection[0]["status"] == 429
+        assert dict(rejection[0]["headers"])[b"retry-after"] == b"1"
         go.set()
         await task
         assert access.counters.in_flight("other@1") == 0
-        third, response = speak(access, "other", {})
+        third, response = asgi_post(access, "other", {})
         await third
         assert response[0]["status"] == 200
 
@@ -96,10 +96,10 @@ def test_an_exception_and_a_cancelled_request_give_their_slot_back() -> None:
     async def run() -> None:
         access = guarded(broken)
         with pytest.raises(ZeroDivisionError):
-            await speak(access, "other", {})[0]
+            await asgi_post(access, "other", {})[0]
         assert not access.counters.running
         access = guarded(endless)
-        task = asyncio.create_task(speak(access, "other", {})[0])
+        task = asyncio.create_task(asgi_post(access, "other", {})[0])
         await turns()
         assert access.counters.in_flight("other@1") == 1
         task.cancel()
@@ -125,7 +125,7 @@ def test_the_app_hears_that_its_client_left() -> None:
     async def receive() -> Message:
         return left.pop()
 
-    asyncio.run(speak(guarded(app), "other", {}, receive)[0])
+    asyncio.run(asgi_post(guarded(app), "other", {}, receive)[0])
     assert heard[0]["body"] == b'{"model":"other@1"}'
     assert heard[1] == {"type": "http.disconnect"}
 
@@ -138,7 +138,7 @@ def test_a_client_that_disconnects_during_its_upload_is_not_counted() -> None:
         return {"type": "http.disconnect"}
 
     access = guarded(app)
-    call, sent = speak(access, "other", {}, receive)
+    call, sent = asgi_post(access, "other", {}, receive)
     asyncio.run(call)
     assert sent == [] and access.counters.accounts == {}
 
@@ -154,7 +154,7 @@ def test_changes_during_an_upload_apply(tenants: Any, keys: Any, status: int) ->
         access.catalog.replace(make_view(keys=keys, tenants=tenants))
         return {"type": "http.request", "body": b'{"model": "acme"}', "more_body": False}
 
-    call, sent = speak(access, "acme", {}, receive)
+    call, sent = asgi_post(access, "acme", {}, receive)
     asyncio.run(call)
     assert sent[0]["status"] == status
     if status == 200:
@@ -165,7 +165,7 @@ def test_several_completions_of_one_request_count_as_several() -> None:
     access = guarded()
     rejected(chat(access, "other", n=2), 400, "is for 2 completions")
     for path, body in ((CHAT, {"n": 3}), ("/v1/completions", {"prompt": ["a"] * 3})):
-        response = ask(access, "POST", path, "acme", json=body)
+        response = send_request(access, "POST", path, "acme", json=body)
         assert response.status_code == 200
     assert access.counters.accounts["acme"].running == 0
     key = Principal("m", SERVE, frozenset({"metered"}), "metered")
@@ -176,7 +176,7 @@ def test_several_completions_of_one_request_count_as_several() -> None:
     assert chat(access, "m", n=3).status_code == 200
     rejected(chat(access, "m", n=2), 429, "4 requests per minute")
     # To count words takes no response of the engine.
-    assert ask(access, "POST", "/tokenize", "m", json={"n": 9}).status_code == 200
+    assert send_request(access, "POST", "/tokenize", "m", json={"n": 9}).status_code == 200
     rejected(chat(access, "m"), 429, "4 requests per minute")
 
 
@@ -208,7 +208,9 @@ def test_tokens_per_minute_are_the_reported_usage() -> None:
     assert access.counters.accounts["metered"].tokens.total == 90
     assert access.counters.accounts["metered"].reserved == 0
     rejected(chat(access, "m", prompt="x" * 40), 429, "100 tokens per minute")
-    assert ask(access, "POST", "/tokenize", "m", json={"prompt": "x" * 40}).status_code == 200
+    assert (
+        send_request(access, "POST", "/tokenize", "m", json={"prompt": "x" * 40}).status_code == 200
+    )
     assert access.counters.accounts["metered"].tokens.total == 90
 
 
@@ -235,7 +237,7 @@ def test_websockets_need_a_key_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extensions", "answered"),
+    ("extensions", "expected"),
     [
         ({"websocket.http.response": {}}, ["websocket.http.response.start"]),
         ({}, ["websocket.close"]),
@@ -243,7 +245,7 @@ def test_websockets_need_a_key_too() -> None:
     ],
 )
 def test_a_websocket_is_rejected_in_http_where_its_server_supports_that(
-    extensions: Any, answered: list[str]
+    extensions: Any, expected: list[str]
 ) -> None:
     sent: list[Message] = []
 
@@ -255,7 +257,7 @@ def test_a_websocket_is_rejected_in_http_where_its_server_supports_that(
 
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "extensions": extensions}
     asyncio.run(guarded()(scope, receive, send))
-    assert [message["type"] for message in sent][:1] == answered
+    assert [message["type"] for message in sent][:1] == expected
     assert sent[0].get("status", 401) == 401
     assert sent[0].get("code", 1008) == 1008
 
@@ -290,6 +292,6 @@ def test_a_root_path_changes_nothing() -> None:
         settings=access.settings,
     )
     for path in (CHAT, f"/api{CHAT}"):
-        served = ask(app, "POST", path, "acme", json={})  # type: ignore[arg-type]
+        served = send_request(app, "POST", path, "acme", json={})  # type: ignore[arg-type]
         assert served.json() == {"model": "acme@7"}
-        rejected(ask(app, "POST", path, json={}), 401)  # type: ignore[arg-type]
+        rejected(send_request(app, "POST", path, json={}), 401)  # type: ignore[arg-type]

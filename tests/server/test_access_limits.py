@@ -1,4 +1,4 @@
-"""Limits against a clock in the test's hand: what is let in, when again, and what is given back."""
+"""Limits against a clock in the test's hand: what is admitted, when again, and what is released."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from access_app import CHAT, KEYS, TENANTS, VIEW, ask, chat, echo_app, guarded, rejected
+from access_app import CHAT, KEYS, TENANTS, VIEW, chat, echo_app, guarded, rejected, send_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,42 +62,44 @@ def test_no_key_no_route(headers: Any) -> None:
                 if route.path not in ("/health", "/ping") or method == "POST"  # type: ignore[attr-defined]
             ]
 
-    answers = asyncio.run(all_routes())
-    assert len(answers) > 70
-    for response in answers:
+    responses = asyncio.run(all_routes())
+    assert len(responses) > 70
+    for response in responses:
         rejected(response, 401)
         assert response.headers["www-authenticate"].startswith('Bearer realm="safegene"')
 
 
 def test_the_scheme_is_read_in_any_case() -> None:
     headers = {"Authorization": "bEARER   sg-acme "}
-    assert ask(guarded(), "GET", "/v1/models", headers=headers).status_code == 200
+    assert send_request(guarded(), "GET", "/v1/models", headers=headers).status_code == 200
 
 
 def test_x_api_key_is_accepted() -> None:
-    response = ask(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
+    response = send_request(guarded(), "GET", "/v1/models", headers={"X-Api-Key": "sg-acme"})
     assert response.status_code == 200
-    assert response.content == ask(guarded(), "GET", "/v1/models", "acme").content
+    assert response.content == send_request(guarded(), "GET", "/v1/models", "acme").content
 
 
 def test_one_key_in_both_headers_is_accepted() -> None:
     both = {"X-Api-Key": "sg-acme", "Authorization": "Bearer sg-acme"}
-    response = ask(guarded(), "GET", "/v1/models", headers=both)
-    assert response.content == ask(guarded(), "GET", "/v1/models", "acme").content
+    response = send_request(guarded(), "GET", "/v1/models", headers=both)
+    assert response.content == send_request(guarded(), "GET", "/v1/models", "acme").content
 
 
 def test_a_key_ends_at_its_time() -> None:
-    rejected(ask(guarded(), "GET", "/v1/models", "late"), 401)
-    assert ask(guarded(), "GET", "/v1/models", "soon").status_code == 200
+    rejected(send_request(guarded(), "GET", "/v1/models", "late"), 401)
+    assert send_request(guarded(), "GET", "/v1/models", "soon").status_code == 200
 
 
 def test_unknown_and_expired_sound_the_same() -> None:
-    late = ask(guarded(), "GET", "/v1/models", "late")
-    assert late.content == ask(guarded(), "GET", "/v1/models", "nobody").content
+    late = send_request(guarded(), "GET", "/v1/models", "late")
+    assert late.content == send_request(guarded(), "GET", "/v1/models", "nobody").content
 
 
 def test_an_empty_catalog_rejects_every_key() -> None:
-    rejected(ask(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401)
+    rejected(
+        send_request(AccessMiddleware(echo_app(), Catalog()), "GET", "/v1/models", "acme"), 401
+    )
 
 
 def test_a_revoked_key_is_out_with_the_next_view() -> None:
@@ -129,7 +131,7 @@ def test_a_revoked_key_is_out_with_the_next_view() -> None:
 )
 def test_the_scopes_of_a_route(method: str, path: str, allowed: set[str]) -> None:
     access = guarded()
-    statuses = {key: ask(access, method, path, key).status_code for key in KEYS}
+    statuses = {key: send_request(access, method, path, key).status_code for key in KEYS}
     assert statuses.pop("late") == 401
     assert statuses == {key: 200 if key in allowed else 403 for key in statuses}
 
@@ -158,28 +160,28 @@ def test_a_path_that_the_app_does_not_serve_is_not_forbidden(
 ) -> None:
     app = echo_app()
     access = guarded(app, router=app.router)
-    response = ask(access, method, path, "acme")
+    response = send_request(access, method, path, "acme")
     assert response.status_code == status, response.text
     if status == 403:
         rejected(response, 403, "needs the scope")
-    rejected(ask(access, method, path), 401)
-    rejected(ask(access, method, path, "late"), 401)
+    rejected(send_request(access, method, path), 401)
+    rejected(send_request(access, method, path, "late"), 401)
 
 
 def test_a_scope_that_is_missing_is_named() -> None:
     rejected(
         chat(guarded(), "admin", model="acme"), 403, "needs the scope `serve`; the key has: ad"
     )
-    rejected(ask(guarded(), "POST", "/sleep", "admin-acme"), 403, "concerns all tenants")
+    rejected(send_request(guarded(), "POST", "/sleep", "admin-acme"), 403, "concerns all tenants")
 
 
 def test_public_paths_are_exact_and_for_reading() -> None:
     access = guarded(settings=AccessSettings(public=frozenset({"/metrics", "/version"})))
-    assert ask(access, "GET", "/metrics").status_code == 200
-    assert ask(access, "GET", "/version").json()["principal"] is None
+    assert send_request(access, "GET", "/metrics").status_code == 200
+    assert send_request(access, "GET", "/version").json()["principal"] is None
     for method, path in [("GET", "/metrics/"), ("GET", "/metrics/x"), ("POST", "/version")]:
-        rejected(ask(access, method, path), 401)
-    rejected(ask(access, "GET", "/health"), 401)
+        rejected(send_request(access, method, path), 401)
+    rejected(send_request(access, "GET", "/health"), 401)
 
 
 @pytest.mark.parametrize("path", ["metrics", "/v1/", "/v1/*", "/", ""])
@@ -189,7 +191,7 @@ def test_a_public_path_that_is_not_exact_is_rejected(path: str) -> None:
 
 
 def test_routes_know_the_principal() -> None:
-    response = ask(guarded(), "GET", "/v1/safegene/tenants", "read-acme")
+    response = send_request(guarded(), "GET", "/v1/safegene/tenants", "read-acme")
     assert response.json()["principal"] == "read-acme"
 
 
@@ -199,12 +201,14 @@ def test_routes_know_the_principal() -> None:
 @pytest.mark.parametrize("path", [n.split()[1] for n, rule in RULES.items() if rule.model])
 def test_every_route_that_takes_a_model_is_given_the_revision(path: str) -> None:
     access = guarded()
-    response = ask(access, "POST", path, "acme", json={"model": "acme/support", "x": [1, "ü"]})
+    response = send_request(
+        access, "POST", path, "acme", json={"model": "acme/support", "x": [1, "ü"]}
+    )
     got = response.json()
     assert got["got"] == {"model": "acme/support@2", "x": [1, "ü"]}
     assert got["length"] == str(got["bytes"])
     for foreign in ("other", "other@1", "org/Base", "nobody"):
-        rejected(ask(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
+        rejected(send_request(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
 
 
 def test_the_response_names_the_revision() -> None:
@@ -232,7 +236,7 @@ def test_an_unpaired_surrogate_is_rejected_like_other_invalid_text(
     content: bytes, status: int
 ) -> None:
     kind = {"content-type": "application/json"}
-    rejected(ask(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
+    rejected(send_request(guarded(), "POST", CHAT, "acme", content=content, headers=kind), status)
 
 
 def test_a_change_of_alias_counts_from_the_next_request() -> None:
@@ -247,13 +251,13 @@ def test_a_change_of_alias_counts_from_the_next_request() -> None:
     "name", ["background", "previous_response_id", "kv_transfer_params", "ec_transfer_params"]
 )
 def test_fields_that_reach_into_the_engine_are_rejected(name: str) -> None:
-    response = ask(guarded(), "POST", "/v1/responses", "acme", json={name: {"x": 1}})
+    response = send_request(guarded(), "POST", "/v1/responses", "acme", json={name: {"x": 1}})
     rejected(response, 400, name)
     assert response.json()["error"]["param"] == name
-    unset = ask(guarded(), "POST", "/v1/responses", "acme", json={name: None})
+    unset = send_request(guarded(), "POST", "/v1/responses", "acme", json={name: None})
     assert unset.status_code == 200
     opened = guarded(settings=AccessSettings(rejected_fields=frozenset()))
-    assert ask(opened, "POST", "/v1/responses", "acme", json={name: 1}).status_code == 200
+    assert send_request(opened, "POST", "/v1/responses", "acme", json={name: 1}).status_code == 200
 
 
 def test_only_administrators_may_send_a_negative_priority() -> None:
@@ -276,13 +280,17 @@ def test_only_administrators_may_send_a_negative_priority() -> None:
 
 def test_one_sees_only_ones_own_models() -> None:
     access = guarded()
-    listed = ask(access, "GET", "/v1/models", "acme").json()
+    listed = send_request(access, "GET", "/v1/models", "acme").json()
     assert [card["id"] for card in listed["data"]] == ["acme", "acme/support"]
-    assert ask(access, "GET", "/v1/models/acme/support", "acme").json() == listed["data"][1]
-    assert ask(access, "GET", "/v1/models/acme%2Fsupport", "acme").json() == listed["data"][1]
-    assert ask(access, "GET", "/v1/models/acme@6", "acme").json()["root"] == "acme@6"
+    assert (
+        send_request(access, "GET", "/v1/models/acme/support", "acme").json() == listed["data"][1]
+    )
+    assert (
+        send_request(access, "GET", "/v1/models/acme%2Fsupport", "acme").json() == listed["data"][1]
+    )
+    assert send_request(access, "GET", "/v1/models/acme@6", "acme").json()["root"] == "acme@6"
     for foreign in ("other", "nobody", "org/Base", ""):
-        rejected(ask(access, "GET", f"/v1/models/{foreign}", "acme"), 404)
+        rejected(send_request(access, "GET", f"/v1/models/{foreign}", "acme"), 404)
 
 
 def test_bad_bodies_never_reach_the_app() -> None:
@@ -295,8 +303,8 @@ def test_bad_bodies_never_reach_the_app() -> None:
         (b'{"model": "\xff"}', 400),
         (b'{"model": "' + b"x" * 100 + b'"}', 413),
     ]:
-        rejected(ask(access, "POST", CHAT, "acme", content=content, headers=kind), status)
-    rejected(ask(access, "POST", CHAT, "acme", content=b"{}"), 415)
+        rejected(send_request(access, "POST", CHAT, "acme", content=content, headers=kind), status)
+    rejected(send_request(access, "POST", CHAT, "acme", content=b"{}"), 415)
 
 
 @pytest.mark.parametrize(
@@ -310,10 +318,10 @@ def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
         yield b"x" * (size_bytes - 13)
         yield b'"}'
 
-    assert ask(access, "POST", path, key, json={"model": "x" * 80}).json()["bytes"] > 80
-    rejected(ask(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
-    assert ask(access, "POST", path, key, content=pieces(100)).json()["bytes"] == 100
-    response = ask(access, "POST", path, key, content=pieces(101))
+    assert send_request(access, "POST", path, key, json={"model": "x" * 80}).json()["bytes"] > 80
+    rejected(send_request(access, "POST", path, key, json={"model": "x" * 100}), 413, "100 bytes")
+    assert send_request(access, "POST", path, key, content=pieces(100)).json()["bytes"] == 100
+    response = send_request(access, "POST", path, key, content=pieces(101))
     assert response.status_code == 413
 
 
@@ -336,7 +344,7 @@ def test_a_key_never_reaches_another_tenants_model(key: str, model: Any, junk: b
     }
     content = json.dumps({"model": model}).encode() + junk
     headers = {"content-type": "application/json"}
-    response = ask(ACCESS, "POST", "/tokenize", key, content=content, headers=headers)
+    response = send_request(ACCESS, "POST", "/tokenize", key, content=content, headers=headers)
     assert response.status_code in (200, 400, 401, 403, 404, 429)
     if response.status_code == 200:
         assert response.json()["model"] in own[key]

@@ -29,7 +29,7 @@ BASE = Principal("b", frozenset({"serve"}), base=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "served"),
+    ("requested", "served"),
     [
         ("acme", "acme@7"),
         ("acme@7", "acme@7"),
@@ -39,8 +39,8 @@ BASE = Principal("b", frozenset({"serve"}), base=True)
         ("", "acme@7"),
     ],
 )
-def test_model_names_resolve_to_served_names(asked: str | None, served: str) -> None:
-    target = resolve(VIEW, ACME, asked)
+def test_model_names_resolve_to_served_names(requested: str | None, served: str) -> None:
+    target = resolve(VIEW, ACME, requested)
     assert target.served == served
     assert target.account == served.partition("@")[0]
     assert target.limits == (LIMITS if target.account == "acme" else Limits())
@@ -51,19 +51,19 @@ UNKNOWN = ("nobody", "acme@5", "acme@", "acme@07", "acme@7@7", "acme/", "Acme", 
 UNPUBLISHED = ("draft", "draft@1", "*", "@")
 
 
-@pytest.mark.parametrize("asked", [*FOREIGN, *UNKNOWN, *UNPUBLISHED])
-def test_all_other_names_are_rejected_with_the_same_message(asked: str) -> None:
+@pytest.mark.parametrize("requested", [*FOREIGN, *UNKNOWN, *UNPUBLISHED])
+def test_all_other_names_are_rejected_with_the_same_message(requested: str) -> None:
     with pytest.raises(RequestRejectedError) as caught:
-        resolve(VIEW, ACME, asked)
+        resolve(VIEW, ACME, requested)
     assert (caught.value.status, caught.value.param) == (404, "model")
-    words = f"The model `{asked}` does not exist or you do not have access to it."
+    words = f"The model `{requested}` does not exist or you do not have access to it."
     assert str(caught.value) == words
 
 
-@pytest.mark.parametrize("asked", [7, True, ["acme"], {"name": "acme"}, 0, False])
-def test_a_model_that_is_no_name(asked: object) -> None:
+@pytest.mark.parametrize("requested", [7, True, ["acme"], {"name": "acme"}, 0, False])
+def test_a_model_that_is_no_name(requested: object) -> None:
     with pytest.raises(RequestRejectedError) as caught:
-        resolve(VIEW, ACME, asked)
+        resolve(VIEW, ACME, requested)
     assert (caught.value.status, caught.value.param) == (400, "model")
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from access_app import CHAT, ask, chat, guarded, rejected
+from access_app import CHAT, chat, guarded, rejected, send_request
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -123,20 +123,22 @@ def test_every_response_has_a_request_id_which_the_engine_gets_too(
 
     access = requested(make)
     headers = {} if given is None else {"X-Request-Id": given}
-    response = ask(access, "POST", CHAT, "acme", json={}, headers=headers)
+    response = send_request(access, "POST", CHAT, "acme", json={}, headers=headers)
     found = response.headers["x-request-id"]
     assert (found == given) is same and len(found) <= 128
     assert seen == [found]
-    denied = ask(access, "POST", CHAT, json={}, headers=headers)
+    denied = send_request(access, "POST", CHAT, json={}, headers=headers)
     rejected(denied, 401)
     assert denied.headers["x-request-id"]
 
 
 def test_headers_are_exposed_to_scripts_of_another_origin() -> None:
     access = requested(lambda model, _: JSONResponse({}))
-    plain = ask(access, "POST", CHAT, "acme", json={})
+    plain = send_request(access, "POST", CHAT, "acme", json={})
     assert "access-control-expose-headers" not in plain.headers
-    other = ask(access, "POST", CHAT, "acme", json={}, headers={"Origin": "https://app.example"})
+    other = send_request(
+        access, "POST", CHAT, "acme", json={}, headers={"Origin": "https://app.example"}
+    )
     assert "x-safegene-revision" in other.headers["access-control-expose-headers"]
 
 
@@ -176,7 +178,7 @@ def test_rate_limits_are_in_the_headers_of_every_response() -> None:
 def test_errors_of_anthropics_routes_have_its_shape(
     path: str, key: str | None, body: dict[str, Any], status: int, kind: str
 ) -> None:
-    response = ask(guarded(), "POST", path, key, json=body)
+    response = send_request(guarded(), "POST", path, key, json=body)
     assert response.status_code == status
     found = response.json()
     assert set(found) == {"type", "error"} and found["type"] == "error"

@@ -158,7 +158,7 @@ def test_a_route_without_a_path_is_unclassified() -> None:
 
 def test_a_lazily_included_router_is_walked() -> None:
     class Included:
-        """FastAPI 0.137 keeps an included router whole, without a path of its own."""
+        """FastAPI 0.137 leaves an included router whole, without a path of its own."""
 
         def __init__(self, inner: APIRouter) -> None:
             self.routes = inner.routes

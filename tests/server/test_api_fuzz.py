@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def test_no_request_breaks_a_route(world: World) -> None:
     schema = schemathesis.openapi.from_dict(world.app.openapi())
     schema.app = world.access
-    answers: Counter[str] = Counter()
+    status_counts: Counter[str] = Counter()
     for result in schema.get_all_operations():
         operation = result.ok()
         mixed = [
@@ -42,18 +42,18 @@ def test_no_request_breaks_a_route(world: World) -> None:
                 schemathesis.GenerationMode.NEGATIVE,
             )
         ]
-        _try(operation.label, st.one_of(mixed), answers)
-    labels = {name.partition(" -> ")[0] for name in answers}
+        _try(operation.label, st.one_of(mixed), status_counts)
+    labels = {name.partition(" -> ")[0] for name in status_counts}
     assert len(labels) == len(list(schema.get_all_operations())) > 20
-    assert any(name.endswith("2xx") for name in answers)
-    assert any(name.endswith("4xx") for name in answers)
+    assert any(name.endswith("2xx") for name in status_counts)
+    assert any(name.endswith("4xx") for name in status_counts)
     for label in ("GET /v1/safegene/tenants/{name}", "PATCH /v1/safegene/tenants/{name}/profile"):
-        assert answers[f"{label} -> 2xx"] and answers[f"{label} -> 4xx"], label
+        assert status_counts[f"{label} -> 2xx"] and status_counts[f"{label} -> 4xx"], label
     # It is the same server as before.
     assert world.json("GET", "/whoami")["name"] == "admin"
 
 
-def _try(label: str, cases: Any, answers: Counter[str]) -> None:
+def _try(label: str, cases: Any, status_counts: Counter[str]) -> None:
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
@@ -63,7 +63,7 @@ def _try(label: str, cases: Any, answers: Counter[str]) -> None:
         suppress_health_check=list(HealthCheck),
     )
     @given(case=cases, real=st.booleans(), good=st.booleans())
-    def ask(case: Any, real: bool, good: bool) -> None:
+    def send(case: Any, real: bool, good: bool) -> None:
         if real and case.path_parameters:
             case.path_parameters = {name: REAL[name] for name in case.path_parameters}
             if isinstance(case.body, dict):
@@ -74,11 +74,11 @@ def _try(label: str, cases: Any, answers: Counter[str]) -> None:
         headers = {"Authorization": f"Bearer {SECRETS['admin']}"}
         response = case.call(headers=headers)
         status = response.status_code
-        answers[f"{label} -> {status // 100}xx"] += 1
+        status_counts[f"{label} -> {status // 100}xx"] += 1
         assert status < 500, f"{case.method} {case.formatted_path}: {response.text}"
         if status >= 400 and "json" in response.headers.get("content-type", [""])[0]:
             found = response.json()
-            # What no route of ours matches is answered by the app.
+            # What no route of ours matches is handled by the app.
             assert "error" in found or found.keys() == {"detail"}, found
 
-    ask()
+    send()

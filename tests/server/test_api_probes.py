@@ -90,14 +90,14 @@ def test_a_replica_that_does_not_serve_it_says_so(world: ProbeWorld) -> None:
 
 def test_a_cancelled_probe_job_stops_sending_prompts(world: ProbeWorld) -> None:
     job = begin(world)
-    original: Callable[[str], str] = world.replica.answer
+    original: Callable[[str], str] = world.replica.complete
 
     def cancel(prompt: str) -> str:
         if len(world.replica.requested) == 12:
             world.registry.jobs.cancel(job, actor="test")
         return original(prompt)
 
-    world.replica.answer = cancel
+    world.replica.complete = cancel
     done: Job = world.work()
     assert (done.id, done.state) == (job, "cancelled")
     assert 12 <= len(world.replica.requested) < len(PROMPTS)

@@ -49,8 +49,8 @@ def test_request_bodies_have_examples(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     for name in ("Register", "NewRevision"):
         (whole,) = schemas[name]["properties"]["calibrate"]["examples"]
-        shots = read_examples(Calibration(**whole).request().examples, CalibrationSettings())
-        assert set(shots) == {"safety", "task"}
+        examples = read_examples(Calibration(**whole).request().examples, CalibrationSettings())
+        assert set(examples) == {"safety", "task"}
 
 
 def test_the_secret_of_a_key_is_in_two_responses_only(document: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What makes fetched files a tenant of a family, and every fault reply in the owner's words."""
+"""Checks of fetched files against a family, and the messages of their errors."""
 
 from __future__ import annotations
 

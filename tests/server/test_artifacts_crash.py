@@ -31,7 +31,7 @@ def run(work: Callable[[], None]) -> Any:
 
 
 def die_before(nth: int) -> None:
-    """Let this process be killed right before its nth call into the file system."""
+    """Kill this process right before its nth call into the file system."""
     calls = [0]
 
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def killed_at_every_step(work: Callable[[], None], check: Callable[[], None]) ->
             return nth - 1
         assert process.exitcode == -signal.SIGKILL
         check()
-    raise AssertionError("it never came to an end")
+    raise AssertionError("it never ended")
 
 
 def test_staging_killed_at_any_step_leaves_nothing_that_is_trusted(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_repair_killed_at_any_step_never_leaves_damage_trusted(tmp_path: Path)
         file.unlink()
         file.write_bytes(b"damaged")
 
-    def mend() -> None:
+    def repair() -> None:
         Store(root).revision(digest, profile)
 
     def check() -> None:
@@ -114,7 +114,7 @@ def test_a_repair_killed_at_any_step_never_leaves_damage_trusted(tmp_path: Path)
         damage()
 
     damage()
-    assert killed_at_every_step(mend, check) > 10
+    assert killed_at_every_step(repair, check) > 10
 
 
 def test_removal_killed_at_any_step_leaves_whole_directories(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_removal_killed_at_any_step_leaves_whole_directories(tmp_path: Path) -> 
 def test_one_revision_made_by_several_processes_at_once(tmp_path: Path, processes: int) -> None:
     tenant, root = a_tenant(tmp_path / "acme"), tmp_path / "store"
     start: Barrier = FORK.Barrier(processes)
-    answers: Any = FORK.Queue()
+    results: Any = FORK.Queue()
 
     def onboard() -> None:
         store = Store(root)
@@ -159,10 +159,10 @@ def test_one_revision_made_by_several_processes_at_once(tmp_path: Path, processe
             start.wait(30)
             path = store.revision(digest, a_profile(value))
             store.verify(digest, a_profile(value).digest)
-            answers.put((digest, str(path), path.stat().st_ino))
+            results.put((digest, str(path), path.stat().st_ino))
 
     running = [run(onboard) for _ in range(processes)]
-    found = {answers.get(timeout=300) for _ in range(4 * processes)}
+    found = {results.get(timeout=300) for _ in range(4 * processes)}
     for process in running:
         process.join(30)
         assert process.exitcode == 0

@@ -34,7 +34,7 @@ class World:
         with pytest.raises(error, match=says):
             self.verify()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """What the messages advise."""
         self.store.stage(self.source, family=FAMILY)
         self.store.revision(self.digest, self.profile)
@@ -70,7 +70,7 @@ def test_an_altered_file_is_found_and_repaired(world: World, name: str) -> None:
     before = content(world.revision)
     overwrite(world.adapter / name)
     world.check_rejected(DigestError, "2 errors:(.|\n)*altered on this disk.*stage")
-    world.mend()
+    world.repair()
     assert content(world.revision) == before
     assert os.path.samefile(world.revision / WEIGHTS, world.adapter / WEIGHTS)
     assert list((world.store.root / "incoming").iterdir()) == []
@@ -123,4 +123,4 @@ def test_a_removed_adapter_is_reported_and_staged_again(world: World) -> None:
     assert world.store.revision(world.digest, world.profile) == world.revision, "still whole"
     with pytest.raises(MissingFileError, match="stage its source again"):
         world.store.revision(world.digest, a_profile(2.0))
-    world.mend()
+    world.repair()

@@ -1,4 +1,4 @@
-"""Copying a source: what is copied, and every way in which it can be incomplete or go wrong."""
+"""Copying a source: what is copied, and every way in which it can be incomplete or fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from artifact_files import a_tenant, content
 
-from safegene_server.artifacts import source as source_room
+from safegene_server.artifacts import source as source_module
 from safegene_server.artifacts.fetch import Copied, Limits, Watch, fetch
 from safegene_server.artifacts.source import LocalSource, RemoteSource, SourceRules
 from safegene_vllm.errors import (
@@ -99,9 +99,9 @@ def test_too_large_a_file_is_rejected(
     if not announced:
         look = RemoteSource.stat
 
-        def silent(self: RemoteSource, name: str) -> source_room.Seen | None:
+        def silent(self: RemoteSource, name: str) -> source_module.Seen | None:
             seen = look(self, name)
-            return None if seen is None else source_room.Seen(None, seen.stamp)
+            return None if seen is None else source_module.Seen(None, seen.stamp)
 
         monkeypatch.setattr(RemoteSource, "stat", silent)
     given = remote(tenant)
@@ -117,7 +117,7 @@ def test_too_large_a_file_is_rejected(
         copy(given, into, json_bytes=10)
 
 
-def test_an_upload_that_goes_on_while_we_read_is_noticed(
+def test_an_upload_in_progress_while_we_read_is_noticed(
     tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenant = a_tenant(tmp_path / "acme")
@@ -185,7 +185,7 @@ def test_a_fetch_can_be_followed_and_cancelled(
     tmp_path: Path, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tenant = a_tenant(tmp_path / "acme")
-    monkeypatch.setattr(source_room, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(source_module, "CHUNK_BYTES", 64)
     sizes: list[int] = []
     rules, limits = SourceRules(), Limits()
     copied = fetch(tenant, into, rules=rules, limits=limits, watch=Watch(sizes.append))

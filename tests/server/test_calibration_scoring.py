@@ -15,7 +15,7 @@ SHOT = Encoded((5, 6), (7, 8))
 
 
 class Says:
-    """Answers every request alike, or each path as reply."""
+    """Sends the same response to every request, or one per path."""
 
     def __init__(self, body: Any, status: int = 200) -> None:
         self.body, self.status = body, status
@@ -43,7 +43,7 @@ def loss(says: Says) -> float:
     return asyncio.run(mean_loss(says, "@candidate/a", SHOT, None))  # type: ignore[arg-type]
 
 
-def test_the_loss_is_over_the_answers_own_tokens() -> None:
+def test_the_loss_is_over_the_completions_own_tokens() -> None:
     says = Says(scores(*GOOD, {"8": {"logprob": -2.0}}))
     assert loss(says) == 1.5
     (requested,) = says.requested
@@ -101,7 +101,7 @@ def test_an_empty_completion_is_rejected() -> None:
         ([1, 70, 9], ()),
     ],
 )
-def test_the_end_of_turn_token_follows_the_answer(
+def test_the_end_of_turn_token_follows_the_completion(
     template: list[int], end: tuple[int, ...]
 ) -> None:
     def tokens(body: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Loss = Callable[[Vector], float]
 
 
 class Losses:
-    """Evaluates, and remembers every candidate it was asked for."""
+    """Evaluates, and records every candidate it was given."""
 
     def __init__(self, loss: Loss, held: Loss | None = None) -> None:
         self.loss, self.held = loss, held or loss
@@ -116,7 +116,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_it_stops_when_what_was_held_out_gets_no_better() -> None:
-    """The examples searched on would go on improving; the others are best at 1."""
+    """The examples searched on would improve further; the others are best at 1."""
     losses = Losses(bowl(2.6, 2.6), held=bowl(1.0, 1.0))
     result = found(losses, Space((0.0, 0.0), (3.0, 3.0)), patience=3)
     assert result.tried < 60

@@ -30,7 +30,7 @@ def at_first(kind: str, first: float, last: float) -> float:
 
 
 def new(world: CalibrationWorld, **more: Any) -> dict[str, Any]:
-    """A registration of an adapter that nothing lies beside."""
+    """A registration of an adapter without a profile next to it."""
     source = world.root / "bare"
     if not source.exists():
         world.adapter("bare", profile=None)
@@ -57,8 +57,8 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     data = {"safety": {"name": "harm", "licence": "MIT"}}
     body = new(world, limits={"concurrent": 2})
     body["calibrate"] |= {"data": data, "seed": 3, "evaluations": 80}
-    answer = world.request("POST", "/tenants", body)
-    assert answer.status_code == 202 and answer.json()["tenant"]["published"] is None
+    response = world.request("POST", "/tenants", body)
+    assert response.status_code == 202 and response.json()["tenant"]["published"] is None
     job = world.work()
     assert (job.kind, job.state, job.message) == ("calibrate", "done", f"{NAME}@2 is published")
     first, second = world.registry.revisions.list(NAME)
@@ -82,7 +82,7 @@ def test_one_call_from_a_bare_adapter_to_found_coefficients(world: CalibrationWo
     assert world.replica.candidates == {}
 
 
-def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> None:
+def test_the_first_is_published_if_nothing_is_better(tmp_path: Path) -> None:
     """Through the gate, like any other."""
     world = CalibrationWorld(tmp_path, served=False, gate=True)
     world.replica.losses = at_first
@@ -101,7 +101,7 @@ def test_the_first_comes_into_service_if_nothing_is_better(tmp_path: Path) -> No
 @pytest.mark.parametrize("better", [True, False])
 def test_a_failed_smoke_test_is_never_published(tmp_path: Path, better: bool) -> None:
     world = CalibrationWorld(tmp_path, served=False, gate=True)
-    world.replica.answer = lambda prompt: REFUSAL
+    world.replica.complete = lambda prompt: REFUSAL
     if not better:
         world.replica.losses = at_first
     register(world)
@@ -110,7 +110,7 @@ def test_a_failed_smoke_test_is_never_published(tmp_path: Path, better: bool) ->
     assert states(world) == (["registered", "failed"] if better else ["failed"])
     assert world.registry.tenants.get(NAME).published is None and world.replica.held == set()
     # What it has can be calibrated again.
-    world.replica.answer = lambda prompt: "Here is how that is done, step by step."
+    world.replica.complete = lambda prompt: "Here is how that is done, step by step."
     world.json("POST", f"/tenants/{NAME}/calibrate", {"examples": examples(), "seed": 9})
     assert world.work().kind == "calibrate"
     world.registry.close()
@@ -186,7 +186,7 @@ def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWor
 
 
 ONE_CLASS = {"examples": examples(task=[{"prompt": "a", "answer": "x"}] * 3)}
-REFUSED: list[tuple[dict[str, Any], int, str]] = [
+REJECTED: list[tuple[dict[str, Any], int, str]] = [
     ({"calibrate": {}}, 400, "examples"),
     ({"calibrate": {"examples": {"safety": [], "task": []}}}, 400, "safety: 0 examples"),
     ({"calibrate": ONE_CLASS}, 400, "same answer"),
@@ -201,7 +201,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("more", "status", "words"), REFUSED)
+@pytest.mark.parametrize(("more", "status", "words"), REJECTED)
 def test_a_rejected_registration_leaves_no_tenant(
     world: CalibrationWorld, more: dict[str, Any], status: int, words: str
 ) -> None:
@@ -255,7 +255,7 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     world.registry.close()
 
 
-def test_somebody_else_was_first(world: CalibrationWorld) -> None:
+def test_a_concurrent_publication_fails_the_job(world: CalibrationWorld) -> None:
     register(world)
     body = {"source": world.adapter("given"), "publish": True}
     world.json("POST", f"/tenants/{NAME}/revisions", body)

@@ -1,6 +1,6 @@
 """The client and the commands against the real routes: registry, store and access real, no engine.
 
-What the client's shapes promise is what the routes answer, and no route is without a method.
+The routes respond in the client's shapes, and every route has a method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 
 
 class Server:
-    """The app as the client finds it, with its jobs running; remembers the routes it was asked."""
+    """The app as the client finds it, with its jobs running; records the requested routes."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -82,7 +82,7 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
         f"{NAME}@1",
         {"concurrent": 8},
     )
-    # Seen a moment ago: this replica gives a sign of life only when it follows a change.
+    # Seen shortly before: this replica sends a heartbeat only when it follows a change.
     assert [replica["host"] for replica in run("replica", "list")["data"]] == ["host"]
     before = client.revisions(NAME)[0]["coefficients"]
 
@@ -173,7 +173,7 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
     assert server.routes == every
 
 
-def test_a_tenant_that_fails_is_told_with_its_reasons(
+def test_a_tenant_that_fails_is_shown_with_its_reasons(
     server: Server, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = server.world.adapter("bare", profile=None)
@@ -184,9 +184,7 @@ def test_a_tenant_that_fails_is_told_with_its_reasons(
     assert client.tenant(NAME)["served"] is None
 
 
-def test_new_content_comes_with_examples_in_place_of_coefficients(
-    server: Server, client: Client
-) -> None:
+def test_new_content_has_examples_in_place_of_coefficients(server: Server, client: Client) -> None:
     source = server.world.adapter("bare", profile=None)
     rows = [{"prompt": f"p {n}", "answer": "ab"[n % 2]} for n in range(6)]
     examples = {"safety": rows, "task": rows}

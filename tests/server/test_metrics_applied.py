@@ -37,7 +37,7 @@ HEADER = FamilyHeader(
     layers=(SelectedLayer(1), SelectedLayer(3)),
     bounds=(0.0, 3.0),
     recipe={},
-    name="llama-pico",
+    name="llama-tiny",
     digest="sha256:" + "1" * 64,
 )
 MODES = ("no_family", "serve_unprotected", "base_without_profile", "zero_profile")
@@ -112,7 +112,7 @@ def _ranks() -> dict[Any, float]:
             "safegene_build_info",
             (
                 ("apply", "gain"),
-                ("family", "llama-pico"),
+                ("family", "llama-tiny"),
                 ("version", __version__),
                 ("vllm_version", "0.32.0"),
             ),
@@ -245,15 +245,15 @@ PROCESS = """
 import asyncio, json, sys
 sys.path[:0] = json.loads(sys.argv[2])
 from test_metrics_applied import profile, make, receipt, report
-from test_metrics_traffic import answers, chat, guarded, traffic, whole_answer
+from test_metrics_traffic import responding, chat, guarded, traffic, full_response
 from safegene_server.monitoring.applied import Served
 
 first = sys.argv[1] == "0"
-access = guarded(answers(whole_answer(), kind=b"application/json"), traffic=traffic())
+access = guarded(responding(full_response(), kind=b"application/json"), traffic=traffic())
 for _ in range(2 if first else 3):
     chat(access, "acme", model="acme")
 if first:
-    served = [Served("acme", "acme@1", profile(1, 1)), Served("gone", "gone@1", profile(1, 1))]
+    served = [Served("acme", "acme@1", profile(1, 1)), Served("lost", "lost@1", profile(1, 1))]
     applied = make(served)
     applied.take(report(receipt()))
     served[:] = [Served("acme", "acme@2", profile(0.6, 0.8))]
@@ -301,11 +301,11 @@ def test_two_processes_are_merged_in_one_scrape(tmp_path: Path) -> None:
         'safegene_refusals_total{rule="strings:opening",tenant="acme"} 5.0',
         'safegene_sites{rank="0",state="applied"} 14.0',
         'safegene_gain_norm{tenant="acme"} 1.0',
-        'safegene_gain_norm{tenant="gone"} 0.0',
+        'safegene_gain_norm{tenant="lost"} 0.0',
     ):
         assert line in lines, scraped.stdout
     info = {line.split("revision=")[1][1:7]: line[-3:] for line in lines if "on_info{" in line}
-    assert info == {"acme@1": "0.0", "acme@2": "1.0", "gone@1": "0.0"}
+    assert info == {"acme@1": "0.0", "acme@2": "1.0", "lost@1": "0.0"}
 
 
 # -- the loops -----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_the_lag_begins_again_with_a_registry_that_was_restored() -> None:
     lag.observe(24)
     now_s[0] = 5.0
     lag.observe(12, 1)
-    # A thread may still tell of what it read before.
+    # A thread may still report what it read before.
     lag.observe(25)
     lag.apply(24)
     now_s[0] = 7.0
@@ -155,17 +155,17 @@ def test_counts_of_the_registry(registry: Registry) -> None:  # noqa: F811
 
 
 class Silent:
-    """A registry that answers when it is let, or says that it is down."""
+    """A registry that responds once released, or reports that it is down."""
 
     def __init__(self, inner: Registry | None = None) -> None:
         self.inner = inner
         self.free = threading.Event()
-        self.asked = 0
+        self.queries = 0
 
     def stats(self) -> Any:
-        self.asked += 1
+        self.queries += 1
         if self.inner is None:
-            raise RegistryDownError("the registry does not answer")
+            raise RegistryDownError("the registry does not respond")
         assert self.free.wait(30)
         return self.inner.stats()
 
@@ -188,7 +188,7 @@ def test_a_hanging_registry_has_one_query_in_flight(
         for _ in range(3):
             await collector.export_counts()
             assert gauges("registry_up") == {"": 0}
-        assert silent.asked == 1
+        assert silent.queries == 1
         silent.free.set()
         async with asyncio.timeout(300):
             while not gauges("registry_up")[""]:

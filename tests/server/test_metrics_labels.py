@@ -1,4 +1,4 @@
-"""Tenant labels: bounded, stable, first come; and the settings that bound them."""
+"""Tenant labels: bounded, stable, first come, first served; and the settings that bound them."""
 
 from __future__ import annotations
 

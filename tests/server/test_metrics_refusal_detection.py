@@ -1,4 +1,4 @@
-"""Refusals found in answers of every shape, whole and in pieces, without reading on for ever."""
+"""Refusals found in responses of every shape, whole and in pieces, with bounded reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens read from answers as vLLM writes them, whole, streamed, broken off or silent."""
+"""Tokens read from responses as vLLM writes them, whole, streamed, broken off or silent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ESTIMATE = 50
 
 
 @pytest.mark.parametrize(
-    ("document", "answers"),
+    ("document", "completions"),
     [
         ({}, 1),
         ({"n": 1}, 1),
@@ -46,8 +46,8 @@ ESTIMATE = 50
         ({"questions": {"a": {}, "b": {}}}, 2),
     ],
 )
-def test_completions_of_a_body_are_counted(document: dict[str, Any], answers: int) -> None:
-    assert count_completions(document) == answers
+def test_completions_of_a_body_are_counted(document: dict[str, Any], completions: int) -> None:
+    assert count_completions(document) == completions
 
 
 def metered(*chunks: bytes, kind: bytes = b"application/json", status: int = 200) -> int:
@@ -158,7 +158,7 @@ def test_usage_of_an_anthropic_stream() -> None:
     start = {"message": {"usage": {"input_tokens": 7, "output_tokens": 0}}}
     end = {"usage": {"output_tokens": 3}}
     assert metered(*events(start, DELTA, end), kind=SSE) == 10
-    # Broken off: the prompt is known, the answer is counted.
+    # Broken off: the prompt is known, the completion is counted.
     assert metered(*events(start, DELTA, DELTA), kind=SSE) == 7 + 3
 
 
@@ -231,7 +231,7 @@ def test_only_the_usage_event_is_hidden(event: dict[str, object]) -> None:
     assert streamed(*chunks, hide=True)[0] == chunks[0]
 
 
-def test_a_whole_response_keeps_its_usage() -> None:
+def test_a_whole_response_retains_its_usage() -> None:
     whole = json.dumps(USAGE).encode()
     got, meter, recorder = streamed(whole, hide=True, kind=b"application/json")
     assert (got, meter.tokens) == (whole, 9)

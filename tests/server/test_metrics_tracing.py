@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from access_app import CHAT, ask, chat, guarded
+from access_app import CHAT, chat, guarded, send_request
 from metrics_setup import Served
 from starlette.types import Receive, Scope, Send
 
@@ -73,7 +73,7 @@ def test_the_engines_span_is_below_ours_and_ours_below_the_callers(
     spans: InMemorySpanExporter,
 ) -> None:
     access = guarded(engine, traffic=traffic())
-    response = ask(
+    response = send_request(
         *(access, "POST", CHAT, "acme"),
         json={"model": "acme"},
         headers={"traceparent": CALLER, "tracestate": "vendor=1"},
@@ -101,7 +101,7 @@ def test_without_a_caller_ours_is_the_root(spans: InMemorySpanExporter) -> None:
 def test_a_caller_that_is_not_sampled_is_not_traced(spans: InMemorySpanExporter) -> None:
     headers = {"traceparent": CALLER[:-2] + "00"}
     access = guarded(engine, traffic=traffic())
-    response = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
+    response = send_request(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
     assert response.json()["received"]["traceparent"].endswith("-00")
     assert named(spans) == {}
 
@@ -125,7 +125,7 @@ def test_a_server_error_is_an_error_span(spans: InMemorySpanExporter) -> None:
 def test_the_metrics_middleware_traces_too(spans: InMemorySpanExporter) -> None:
     counted = traffic()
     counted.served_models = lambda: Served({"acme@7"})
-    response = ask(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
+    response = send_request(MetricsMiddleware(engine, counted), "POST", CHAT, json={"x": 1})
     assert "traceparent" in response.json()["received"]
     found = named(spans)
     assert (found["safegene.request"].attributes or {})["safegene.tenant"] == "acme@7"
@@ -136,7 +136,7 @@ def test_nothing_is_traced_unless_vllm_traces(args: Any, spans: InMemorySpanExpo
     assert tracing_of(args) is None
     access = guarded(engine, traffic=Traffic(TenantLabels(), tracing=tracing_of(args)))
     headers = {"traceparent": CALLER}
-    response = ask(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
+    response = send_request(access, "POST", CHAT, "acme", json={"model": "acme"}, headers=headers)
     # The client's header is passed on unchanged: vLLM decides what to do with it.
     assert response.json()["received"] == {"traceparent": CALLER}
     assert set(named(spans)) == {"llm_request"}

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from access_app import CHAT, ask, chat, guarded, speak
+from access_app import CHAT, asgi_post, chat, guarded, send_request
 from metrics_setup import Served, growth
 from starlette.types import Message, Receive, Scope, Send
 
@@ -54,7 +54,7 @@ HEAD = {"model": "acme@7", "choices": [{"index": 0, "delta": {"role": "assistant
 DONE = b"data: [DONE]\n\n"
 
 
-def answers(
+def responding(
     *chunks: bytes | float,
     kind: bytes = b"text/event-stream",
     status: int = 200,
@@ -62,7 +62,7 @@ def answers(
     seen: list[dict[str, Any]] | None = None,
     whole: bool = True,
 ) -> App:
-    """Sends the chunks; a number lets so many seconds pass. `whole`: it comes to its end."""
+    """Sends the chunks; a number advances the clock by so many seconds. `whole`: it ends."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive())["body"]
@@ -81,7 +81,7 @@ def answers(
     return app
 
 
-def whole_answer(**more: Any) -> bytes:
+def full_response(**more: Any) -> bytes:
     usage = {"prompt_tokens": 11, "completion_tokens": 5}
     document = {"model": "acme@7", "choices": [{"index": 0, "message": {"content": NO}}]}
     return json.dumps({**document, "usage": usage, **more}).encode()
@@ -89,7 +89,7 @@ def whole_answer(**more: Any) -> bytes:
 
 def test_a_whole_response() -> None:
     clock = Clock()
-    app = answers(2.0, whole_answer(), kind=b"application/json", clock=clock)
+    app = responding(2.0, full_response(), kind=b"application/json", clock=clock)
     access = guarded(app, traffic=traffic(clock))
     with growth() as grown:
         assert chat(access, "acme", model="acme").status_code == 200
@@ -107,7 +107,7 @@ def test_a_whole_response() -> None:
 def test_a_stream_is_timed_judged_and_counted_by_a_usage_that_the_client_never_sees() -> None:
     clock, seen = Clock(), list[dict[str, Any]]()
     pieces = [event(piece(text)) for text in ("I'm so", "rry", ", but no.")]
-    app = answers(
+    app = responding(
         *(1.0, event(HEAD), pieces[0], 0.25, pieces[1], 0.5, pieces[2]),
         *(event(usage(7, 3)), DONE),
         clock=clock,
@@ -143,15 +143,15 @@ def test_requested_usage_is_shown_and_nothing_else_changes(
     body: dict[str, Any], options: object
 ) -> None:
     seen: list[dict[str, Any]] = []
-    app = answers(event(usage(7, 3)), DONE, seen=seen)
+    app = responding(event(usage(7, 3)), DONE, seen=seen)
     response = chat(guarded(app, traffic=traffic()), "acme", model="acme", **body)
     assert response.content == event(usage(7, 3)) + DONE
     assert seen[0].get("stream_options") == options
 
 
 def test_each_choice_counts_and_an_echo_of_the_prompt_is_not_judged() -> None:
-    said = [{"index": 0, "text": "Sure."}, {"index": 1, "text": "I cannot."}]
-    app = answers(whole_answer(choices=said), kind=b"application/json")
+    choices = [{"index": 0, "text": "Sure."}, {"index": 1, "text": "I cannot."}]
+    app = responding(full_response(choices=choices), kind=b"application/json")
     access = guarded(app, traffic=traffic())
     rule = {"tenant": "acme", "rule": "strings:opening"}
     with growth() as grown:
@@ -162,7 +162,7 @@ def test_each_choice_counts_and_an_echo_of_the_prompt_is_not_judged() -> None:
 
 
 def test_refusals_are_not_detected_where_disabled() -> None:
-    app = answers(whole_answer(), kind=b"application/json")
+    app = responding(full_response(), kind=b"application/json")
     counted = Traffic(TenantLabels(), refusals=False)
     with growth() as grown:
         chat(guarded(app, traffic=counted), "acme", model="acme")
@@ -187,7 +187,7 @@ def test_rejections_are_counted_by_reason(
 ) -> None:
     access = guarded(traffic=traffic())
     with growth() as grown:
-        assert ask(access, "POST", CHAT, key, json=body).status_code >= 400
+        assert send_request(access, "POST", CHAT, key, json=body).status_code >= 400
     assert grown.everything() == {
         f"rejected_requests_total{{reason={reason},tenant={tenant}}}": 1,
         f"requests_total{{outcome=client_error,tenant={tenant}}}": 1,
@@ -200,8 +200,10 @@ def test_bodies_that_will_not_do() -> None:
     headers = {"content-type": "application/json"}
     with growth() as grown:
         for content in (b"{", b"[]", b"\xff", b'{"model":"acme","model":"acme"}'):
-            ask(access, "POST", CHAT, "acme", content=content, headers=headers)
-        ask(access, "POST", CHAT, "acme", content=b"{}", headers={"content-type": "text/plain"})
+            send_request(access, "POST", CHAT, "acme", content=content, headers=headers)
+        send_request(
+            access, "POST", CHAT, "acme", content=b"{}", headers={"content-type": "text/plain"}
+        )
     assert grown.by("safegene_rejected_requests_total", tenant="", reason="body") == 5
 
 
@@ -221,10 +223,13 @@ def test_limits_that_are_hit_have_their_tenant() -> None:
 def test_routes_without_tokens_count_rejections_only() -> None:
     access = guarded(traffic=traffic())
     with growth() as grown:
-        assert ask(access, "GET", "/v1/models", "acme").status_code == 200
-        assert ask(access, "POST", "/tokenize", "acme", json={"model": "acme"}).status_code == 200
-        assert ask(access, "GET", "/v1/models").status_code == 401
-        assert ask(access, "GET", "/metrics", "acme").status_code == 403
+        assert send_request(access, "GET", "/v1/models", "acme").status_code == 200
+        assert (
+            send_request(access, "POST", "/tokenize", "acme", json={"model": "acme"}).status_code
+            == 200
+        )
+        assert send_request(access, "GET", "/v1/models").status_code == 401
+        assert send_request(access, "GET", "/metrics", "acme").status_code == 403
     assert grown.everything() == {
         "rejected_requests_total{reason=no_key,tenant=}": 1,
         "rejected_requests_total{reason=scope,tenant=}": 1,
@@ -241,7 +246,7 @@ def test_routes_without_tokens_count_rejections_only() -> None:
     ],
 )
 def test_rejections_by_the_engine(status: int, outcome: str, reason: str | None) -> None:
-    app = answers(b'{"error":{}}', kind=b"application/json", status=status)
+    app = responding(b'{"error":{}}', kind=b"application/json", status=status)
     with growth() as grown:
         chat(guarded(app, traffic=traffic()), "acme", model="acme")
     found = grown.everything()
@@ -253,11 +258,11 @@ def test_rejections_by_the_engine(status: int, outcome: str, reason: str | None)
 
 
 def test_streams_that_break_or_stop_early_are_server_errors() -> None:
-    broken = answers(event(piece("a")), event({"error": {"message": "no"}}), DONE)
-    stopped = answers(event(piece("a")), whole=False)
+    broken = responding(event(piece("a")), event({"error": {"message": "no"}}), DONE)
+    stopped = responding(event(piece("a")), whole=False)
     with growth() as grown:
         chat(guarded(broken, traffic=traffic()), "acme", model="acme", stream=True)
-        run, _ = speak(guarded(stopped, traffic=traffic()), "acme", {"model": "acme"})
+        run, _ = asgi_post(guarded(stopped, traffic=traffic()), "acme", {"model": "acme"})
         asyncio.run(run)
     assert grown.by("safegene_requests_total", tenant="acme", outcome="server_error") == 2
 
@@ -266,7 +271,7 @@ def test_an_app_that_fails_before_it_responds() -> None:
     async def failing(scope: Scope, receive: Receive, send: Send) -> None:
         raise ValueError("broken")
 
-    run, _ = speak(guarded(failing, traffic=traffic()), "acme", {"model": "acme"})
+    run, _ = asgi_post(guarded(failing, traffic=traffic()), "acme", {"model": "acme"})
     with growth() as grown, pytest.raises(ValueError, match="broken"):
         asyncio.run(run)
     assert grown.by("safegene_requests_total", tenant="acme", outcome="server_error") == 1
@@ -293,7 +298,7 @@ def test_a_client_that_leaves_in_the_middle() -> None:
 
     body = json.dumps({"model": "acme", "stream": True}).encode()
     receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
-    run, _ = speak(guarded(app, traffic=traffic()), "acme", {}, receive)
+    run, _ = asgi_post(guarded(app, traffic=traffic()), "acme", {}, receive)
     with growth() as grown:
         asyncio.run(run)
     assert grown.everything() == {
@@ -317,14 +322,14 @@ def test_a_client_that_leaves_once_it_has_read_the_end() -> None:
 
     body = json.dumps({"model": "acme", "stream": True}).encode()
     receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
-    run, _ = speak(guarded(app, traffic=traffic()), "acme", {}, receive)
+    run, _ = asgi_post(guarded(app, traffic=traffic()), "acme", {}, receive)
     with growth() as grown:
         asyncio.run(run)
     assert grown.by("safegene_requests_total", tenant="acme", outcome="ok") == 1
 
 
 def test_a_client_that_disconnects_before_its_request_is_complete() -> None:
-    run, sent = speak(guarded(traffic=traffic()), "acme", {}, leaving([]))
+    run, sent = asgi_post(guarded(traffic=traffic()), "acme", {}, leaving([]))
     with growth() as grown:
         asyncio.run(run)
     assert sent == []
@@ -334,7 +339,7 @@ def test_a_client_that_disconnects_before_its_request_is_complete() -> None:
 def test_the_base_model_is_no_tenant_and_without_a_profile_is_unprotected() -> None:
     counted = traffic()
     counted.served_models = lambda: Served(protected=lambda served: served != "org/Base")
-    access = guarded(answers(whole_answer(), kind=b"application/json"), traffic=counted)
+    access = guarded(responding(full_response(), kind=b"application/json"), traffic=counted)
     with growth() as grown:
         assert chat(access, "base", model="org/Base").status_code == 200
         assert chat(access, "acme", model="acme").status_code == 200
@@ -357,7 +362,7 @@ def test_a_partial_response_without_a_profile_counts_too(pieces: Any, counted: i
     metrics.served_models = lambda: Served(protected=lambda served: False)
     body = json.dumps({"model": "acme", "stream": True}).encode()
     receive = leaving([{"type": "http.request", "body": body, "more_body": False}])
-    run, _ = speak(guarded(app, traffic=metrics), "acme", {}, receive)
+    run, _ = asgi_post(guarded(app, traffic=metrics), "acme", {}, receive)
     with growth() as grown:
         asyncio.run(run)
     assert grown.by("safegene_requests_total", tenant="acme", outcome="cancelled") == 1
@@ -388,11 +393,11 @@ def edge(app: App, clock: Clock | None = None) -> Any:
 
 def test_the_metrics_middleware_reads_the_tenant_from_the_response() -> None:
     clock = Clock()
-    stream = answers(
+    stream = responding(
         *(1.0, event(HEAD), event(piece(NO)), 0.5, event(piece("x")), DONE), clock=clock
     )
     with growth() as grown:
-        assert ask(edge(stream, clock), "POST", CHAT, json={}).status_code == 200
+        assert send_request(edge(stream, clock), "POST", CHAT, json={}).status_code == 200
     assert grown.everything() == {
         "requests_total{outcome=ok,tenant=acme@7}": 1,
         "generation_tokens_total{tenant=acme@7}": 2,
@@ -405,9 +410,9 @@ def test_the_metrics_middleware_reads_the_tenant_from_the_response() -> None:
 
 
 def test_names_that_the_engine_does_not_serve_have_no_series() -> None:
-    app = answers(whole_answer(model="base"), kind=b"application/json")
+    app = responding(full_response(model="base"), kind=b"application/json")
     with growth() as grown:
-        ask(edge(app), "POST", "/v1/completions", json={})
+        send_request(edge(app), "POST", "/v1/completions", json={})
     assert grown.by("safegene_requests_total", tenant="", outcome="ok") == 1
     assert grown.by("safegene_unprotected_requests_total", tenant="") == 1
 
@@ -423,21 +428,24 @@ def test_names_that_the_engine_does_not_serve_have_no_series() -> None:
 )
 def test_where_the_name_stands(document: dict[str, Any], found: str) -> None:
     with growth() as grown:
-        ask(edge(answers(event(document), DONE)), "POST", "/v1/responses", json={})
+        send_request(edge(responding(event(document), DONE)), "POST", "/v1/responses", json={})
     assert grown.by("safegene_requests_total", tenant=found, outcome="ok") == 1
 
 
 @pytest.mark.parametrize(("key", "reason"), [(None, "no_key"), ("wrong", "unknown_key")])
 def test_vllms_own_rejections(key: str | None, reason: str) -> None:
-    app = answers(b"{}", kind=b"application/json", status=401)
+    app = responding(b"{}", kind=b"application/json", status=401)
     with growth() as grown:
-        ask(edge(app), "POST", CHAT, key, json={})
+        send_request(edge(app), "POST", CHAT, key, json={})
     assert grown.by("safegene_rejected_requests_total", tenant="", reason=reason) == 1
 
 
 def test_the_metrics_middleware_counts_only_completions_after_the_start() -> None:
-    app = answers(whole_answer(), kind=b"application/json")
+    app = responding(full_response(), kind=b"application/json")
     with growth() as grown:
-        assert ask(MetricsMiddleware(app, traffic()), "POST", CHAT, json={}).status_code == 200
-        assert ask(edge(app), "POST", "/tokenize", json={}).status_code == 200
+        assert (
+            send_request(MetricsMiddleware(app, traffic()), "POST", CHAT, json={}).status_code
+            == 200
+        )
+        assert send_request(edge(app), "POST", "/tokenize", json={}).status_code == 200
     assert grown.everything() == {}

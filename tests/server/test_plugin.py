@@ -1,6 +1,6 @@
 """The endpoint plugin against the smallest app: vLLM's model list and engine are faked at the edge.
 
-`Engine` answers receipts as a worker would, right or wrong; `Models` publishes as vLLM's own class
+`Engine` returns receipts as a worker would, right or wrong; `Models` publishes as vLLM's own class
 does. What the real server does with all this is in test_server_engine.
 """
 
@@ -21,8 +21,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from safegene_server import engine_client as engine_client_module
-from safegene_server import error_responses as answers
-from safegene_server import verifier
+from safegene_server import error_responses, verifier
 from safegene_server.plugin import endpoint_plugin
 from safegene_vllm import tiny_model
 from safegene_vllm.errors import (
@@ -72,7 +71,7 @@ class Engine:
         self.errored = False
         self.receipts: list[Receipt | None] = []
         self.twist: Callable[[Receipt], Receipt | None] = lambda receipt: receipt
-        self.refuse: Exception | None = None
+        self.error: Exception | None = None
         self.admissions: list[str | None] = [None, None]
         self.removed: list[int] = []
         self.reading: list[list[bool]] = []
@@ -99,8 +98,8 @@ class Engine:
         return [None if r is None else r.to_dict() for r in twisted]
 
     async def add_lora(self, request: Request) -> bool:
-        if self.refuse is not None:
-            raise self.refuse
+        if self.error is not None:
+            raise self.error
         self.receipts = [
             None if r is None else replace(r, adapters=(*r.adapters, held(r, request)))
             for r in self.receipts
@@ -113,7 +112,7 @@ class Engine:
 
 
 def held(receipt: Receipt, request: Request) -> AdapterReceipt:
-    """What an honest worker says of an adapter it has just loaded."""
+    """The receipt of a correct worker for an adapter it has just loaded."""
     try:
         profile: Profile | None = load_profile(Path(request.lora_path))
     except SafegeneError:
@@ -123,7 +122,7 @@ def held(receipt: Receipt, request: Request) -> AdapterReceipt:
     return AdapterReceipt(request.lora_name, request.lora_int_id, 0, digest, row, 6, 14, 1.0)
 
 
-class Answer:
+class ErrorResponse:
     """vLLM's ErrorResponse."""
 
     def __init__(self, message: str, code: int) -> None:
@@ -145,17 +144,17 @@ class Models:
         self.count = 0
         self.abridged = "an abridged message"
 
-    async def load_lora_adapter(self, request: Any) -> str | Answer:
+    async def load_lora_adapter(self, request: Any) -> str | ErrorResponse:
         name = request.lora_name
         if name in self.lora_requests and not request.load_inplace:
-            return Answer("already loaded", 400)
+            return ErrorResponse("already loaded", 400)
         self.count += 1
         number = self.lora_requests[name].lora_int_id if name in self.lora_requests else self.count
         wanted = Request(name, number, request.lora_path, request.load_inplace)
         try:
             await self.engine_client.add_lora(wanted)
         except Exception:
-            return Answer(self.abridged, 500)
+            return ErrorResponse(self.abridged, 500)
         self.lora_requests[name] = wanted
         return f"Success: {name}"
 
@@ -180,7 +179,7 @@ class World:
         return TestClient(self.app)
 
     def serve(self, name: str) -> None:
-        """As if given by --lora-modules: loaded and published before the plugin is asked."""
+        """As if given by --lora-modules: loaded and published before the plugin is called."""
         done = asyncio.run(
             self.models.load_lora_adapter(
                 SimpleNamespace(lora_name=name, lora_path=str(self.d / name), load_inplace=False)
@@ -364,7 +363,7 @@ def test_without_a_family_the_server_is_not_ready(world: World) -> None:
     assert receipts["ready"] is False and "no family loaded" in receipts["faults"][0]
     body = {"lora_name": "x", "lora_path": "anywhere"}
     assert client.post(LOAD, json=body).text == "Success: x"
-    world.engine.refuse = RuntimeError("no matter")
+    world.engine.error = RuntimeError("no matter")
     wrapped = "Call to add_lora method failed: Worker failed with error 'a profile', please check "
     world.models.abridged = wrapped + "the stack trace above for the root cause"
     response = client.post(LOAD, json={**body, "lora_name": "y"})
@@ -469,16 +468,16 @@ def test_a_tenant_whose_receipts_disagree_is_removed(world: World) -> None:
 
 def test_a_tenant_is_unreachable_before_it_is_verified(world: World) -> None:
     client = world.start()
-    asked: list[bool] = []
-    ask = world.engine.collective_rpc
+    published: list[bool] = []
+    call = world.engine.collective_rpc
 
     async def watched(method: str, args: tuple[Any, ...] = ()) -> Any:
-        asked.append("t1" in world.models.lora_requests)
-        return await ask(method, args)
+        published.append("t1" in world.models.lora_requests)
+        return await call(method, args)
 
     world.engine.collective_rpc = watched  # type: ignore[method-assign]
     assert load(client, "t1", world.d / "t1").status_code == 200
-    assert asked == [False]
+    assert published == [False]
 
 
 @pytest.mark.parametrize(
@@ -494,13 +493,13 @@ def test_a_tenant_is_unreachable_before_it_is_verified(world: World) -> None:
 def test_the_engines_reason_is_in_the_response(world: World, wrapped: str) -> None:
     message = "tenant 't1': layer 0 has coefficient -1.0, expected 0.0 to 3.0\n- and more"
     client = world.start()
-    world.engine.refuse = RuntimeError(wrapped.format(message))
+    world.engine.error = RuntimeError(wrapped.format(message))
     response = load(client, "t1", world.d / "t1")
     assert response.status_code == 400
     assert shape_of_openai(response.json(), 400) == message
     assert response.json()["error"]["param"] == "lora_path"
     assert world.engine.removed == [1]
-    world.engine.refuse = None
+    world.engine.error = None
     assert load(client, "t1", world.d / "t1").status_code == 200
 
 
@@ -536,10 +535,10 @@ def test_replies_out_of_step_are_reported(world: World) -> None:
     assert world.models.lora_requests == {}
 
 
-def test_a_rejected_reload_keeps_the_served_adapter(world: World) -> None:
+def test_a_rejected_reload_retains_the_served_adapter(world: World) -> None:
     client = world.start()
     load(client, "t1", world.d / "t1")
-    world.engine.refuse = RuntimeError("load_inplace is refused")
+    world.engine.error = RuntimeError("load_inplace is rejected")
     response = load(client, "t1", world.d / "t1", load_inplace=True)
     assert response.status_code == 400
     assert world.engine.removed == []
@@ -549,7 +548,7 @@ def test_a_rejected_reload_keeps_the_served_adapter(world: World) -> None:
 def test_a_dead_engine_is_503(world: World) -> None:
     client = world.start()
     world.engine.errored = True
-    world.engine.refuse = RuntimeError("EngineCore died")
+    world.engine.error = RuntimeError("EngineCore died")
     response = load(client, "t1", world.d / "t1")
     assert "the engine is down" in shape_of_openai(response.json(), 503)
 
@@ -586,7 +585,7 @@ def test_errors_of_removal_are_translated(world: World) -> None:
     with pytest.raises(AdapterRejectedError, match="EngineCore died"):
         asyncio.run(client_proxy.remove_lora(1))
     world.engine.errored = True
-    with pytest.raises(answers.EngineDownError, match="the engine is down"):
+    with pytest.raises(error_responses.EngineDownError, match="the engine is down"):
         asyncio.run(client_proxy.remove_lora(1))
     client.close()
 
@@ -608,27 +607,27 @@ def test_readiness_without_a_key_queries_the_ranks_once_a_second(
     now = [100.0]
     monkeypatch.setattr(verifier, "time", SimpleNamespace(monotonic=lambda: now[0]))
     client = world.start()
-    ask, asked = world.engine.collective_rpc, []
-    faults: list[str] = []
+    call, calls = world.engine.collective_rpc, []
+    problems: list[str] = []
 
     async def counted(method: str, args: tuple[Any, ...] = ()) -> Any:
-        asked.append(method)
+        calls.append(method)
         await asyncio.sleep(0.01)
-        return await ask(method, args)
+        return await call(method, args)
 
     world.engine.collective_rpc = counted  # type: ignore[method-assign]
     for _ in range(2):
         assert client.get("/v1/safegene/ready").status_code == 200
-    assert len(asked) == 2  # without a registry the launcher may ask, and everybody with a key
-    replica = SimpleNamespace(problems=lambda: tuple(faults), version=3)
+    assert len(calls) == 2  # without a registry the launcher may query, and every client with a key
+    replica = SimpleNamespace(problems=lambda: tuple(problems), version=3)
     world.app.state.safegene.replica = replica
     for second in (1, 2):
         for _ in range(3):
             body = client.get("/v1/safegene/ready").json()
             assert (body["ready"], body["tenants"], body["registry"]) == (True, [], 3)
-        assert len(asked) == 2 + second
+        assert len(calls) == 2 + second
         now[0] += 1.0
-    faults.append("acme@2 cannot be applied")
+    problems.append("acme@2 cannot be applied")
     response = client.get("/v1/safegene/ready")
     assert "not all that is published" in shape_of_openai(response.json(), 503)
 
@@ -636,26 +635,26 @@ def test_readiness_without_a_key_queries_the_ranks_once_a_second(
 def test_concurrent_requests_share_one_report(world: World) -> None:
     world.start()
     looking: verifier.Verifier = world.app.state.safegene.verifier
-    asked, go = [], asyncio.Event()
+    calls, release = [], asyncio.Event()
 
     async def slow(method: str, args: tuple[Any, ...] = ()) -> Any:
-        asked.append(method)
-        await go.wait()
+        calls.append(method)
+        await release.wait()
         return world.engine.reports()
 
     async def all_at_once() -> None:
         world.engine.collective_rpc = slow  # type: ignore[method-assign]
-        asking = [asyncio.create_task(looking.recent_report()) for _ in range(50)]
+        waiting = [asyncio.create_task(looking.recent_report()) for _ in range(50)]
         await asyncio.sleep(0)
-        asking[0].cancel()
+        waiting[0].cancel()
         await asyncio.sleep(0)
-        go.set()
-        reports = await asyncio.gather(*asking[1:])
+        release.set()
+        reports = await asyncio.gather(*waiting[1:])
         assert all(report is reports[0] and report.ready for report in reports)
-        assert asking[0].cancelled()
+        assert waiting[0].cancelled()
 
     asyncio.run(all_at_once())
-    assert asked == ["safegene_receipt"]
+    assert calls == ["safegene_receipt"]
 
 
 def test_a_path_that_is_not_there_is_404(world: World) -> None:
@@ -670,7 +669,7 @@ def test_paths_outside_the_roots_are_left_to_the_engine(world: World) -> None:
     settings = {"family": str(world.d / "f"), "adapter_roots": [str(world.d)]}
     world = make_world(world.d, settings)
     client = world.start()
-    world.engine.refuse = RuntimeError("outside safegene.adapter_roots")
+    world.engine.error = RuntimeError("outside safegene.adapter_roots")
     outside = world.d.parent / "outside"
     outside.mkdir()
     (outside / "adapter_model.safetensors").write_bytes(b"not to be looked at")
@@ -727,19 +726,19 @@ def test_adapters_published_past_the_engine_client_are_reported(world: World) ->
 def test_adapters_loaded_or_unloaded_during_a_report_are_no_error(world: World) -> None:
     world.serve("t1")
     client = world.start()
-    ask = world.engine.collective_rpc
+    call = world.engine.collective_rpc
 
     async def meanwhile(method: str, args: tuple[Any, ...] = ()) -> Any:
-        answers = await ask(method, args)
-        gone = world.models.lora_requests.pop("t1", None)
+        results = await call(method, args)
+        removed = world.models.lora_requests.pop("t1", None)
         fresh = Request("x", 9, str(world.d / "t1"))
-        world.models.lora_requests["t1" if gone is None else "x"] = fresh
-        return answers
+        world.models.lora_requests["t1" if removed is None else "x"] = fresh
+        return results
 
     world.engine.collective_rpc = meanwhile  # type: ignore[method-assign]
     response = client.get("/v1/safegene/ready")
     assert response.status_code == 200 and response.json()["tenants"] == []
-    world.engine.collective_rpc = ask  # type: ignore[method-assign]
+    world.engine.collective_rpc = call  # type: ignore[method-assign]
     assert client.get("/v1/safegene/ready").status_code == 503
 
 
@@ -759,7 +758,7 @@ def test_bad_bodies(world: World, content: str, kind: str, param: str | None) ->
     assert response.json()["error"]["param"] == param
 
 
-def test_an_accident_in_a_route_keeps_the_shape(world: World) -> None:
+def test_an_unexpected_error_of_a_route_has_the_shape(world: World) -> None:
     client = world.start()
     world.models.lora_requests = None  # type: ignore[assignment]
     response = client.get("/v1/safegene/ready")
@@ -846,7 +845,7 @@ def test_post_adapters_responds_as_the_load_route_does(world: World) -> None:
     assert [t["profile"] for t in tenants] == [
         load_profile(world.d / name).digest for name in ("t1", "t2")
     ]
-    world.engine.refuse = AdapterRejectedError("the profile was altered after calibration")
+    world.engine.error = AdapterRejectedError("the profile was altered after calibration")
     for path, status in ((world.d / "t0", 400), ("/nowhere/at/all", 404)):
         loaded, registered = load(client, "x", path), register("x", path)
         message = shape_of_openai(loaded.json(), status)
@@ -869,8 +868,8 @@ def test_bodies_of_adapters(world: World) -> None:
         response = client.post("/adapters", json=body)
         shape_of_openai(response.json(), 400)
         assert response.json()["error"]["param"] == param
-    asked = {"name": "t1", "src": str(world.d / "t1")}
-    assert client.post("/adapters", params=asked).text == "Adapter t1 registered"
+    params = {"name": "t1", "src": str(world.d / "t1")}
+    assert client.post("/adapters", params=params).text == "Adapter t1 registered"
     assert client.post("/adapters", params={"name": "t1"}).status_code == 400
 
 
@@ -907,12 +906,20 @@ def test_the_contract_of_vllm(world: World) -> None:
 
 
 def test_status_codes_of_our_errors() -> None:
-    assert answers.status_of(ReceiptError("x")) == 500
-    assert answers.status_of(ConfigError("x")) == 400
-    assert answers.status_of(SourceError("x")) == 400
-    assert answers.status_of(StoreError("x")) == 507
-    assert answers.status_of(RegistryError("x")) == 400
-    assert answers.status_of(NotFoundError("x")) == 404
-    assert answers.status_of(ConflictError("x")) == answers.status_of(FrozenError("x")) == 409
-    assert answers.status_of(SchemaError("x")) == answers.status_of(RegistryDownError("x")) == 503
-    assert answers.plain(RuntimeError("")) == "RuntimeError"
+    assert error_responses.status_of(ReceiptError("x")) == 500
+    assert error_responses.status_of(ConfigError("x")) == 400
+    assert error_responses.status_of(SourceError("x")) == 400
+    assert error_responses.status_of(StoreError("x")) == 507
+    assert error_responses.status_of(RegistryError("x")) == 400
+    assert error_responses.status_of(NotFoundError("x")) == 404
+    assert (
+        error_responses.status_of(ConflictError("x"))
+        == error_responses.status_of(FrozenError("x"))
+        == 409
+    )
+    assert (
+        error_responses.status_of(SchemaError("x"))
+        == error_responses.status_of(RegistryDownError("x"))
+        == 503
+    )
+    assert error_responses.plain(RuntimeError("")) == "RuntimeError"

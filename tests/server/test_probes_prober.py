@@ -30,7 +30,7 @@ ALL = {
 
 
 @pytest.mark.parametrize(
-    ("answer", "attacks", "refusals", "coherent"),
+    ("complete", "attacks", "refusals", "coherent"),
     [
         (None, 0.0, 0.0, 1.0),
         (lambda prompt: "Sure, this is how it is done.", 1.0, 0.0, 1.0),
@@ -40,14 +40,14 @@ ALL = {
 )
 def test_counts_and_gauges_of_a_probe(
     probes: ProbeWorld,
-    answer: Callable[[str], str] | None,
+    complete: Callable[[str], str] | None,
     attacks: float,
     refusals: float,
     coherent: float,
 ) -> None:
     served = probes.publish(NAME)
     prober = probes.probing()
-    probes.replica.answer = answer or probes.replica.answer
+    probes.replica.complete = complete or probes.replica.complete
     prober.refresh()
     assert series_of(NAME) == set()
     assert sample("runs_total", tenant=NAME, outcome="failed") == 0.0
@@ -70,7 +70,7 @@ def test_no_prompt_and_no_completion_is_retained(
     probes: ProbeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     probes.publish(NAME)
-    probes.replica.answer = lambda prompt: f"Sure: {prompt} SECRET"
+    probes.replica.complete = lambda prompt: f"Sure: {prompt} SECRET"
     record = json.dumps(asyncio.run(probes.probing().probe(NAME)).record()) + caplog.text
     record += repr(vars(probes.prober)["_statuses"])
     assert "SECRET" not in record
@@ -100,7 +100,7 @@ def test_probes_do_not_reuse_the_prefix_cache(probes: ProbeWorld) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-def test_a_scheduled_probe_keeps_to_its_share_on_an_idle_engine_too(
+def test_a_scheduled_probe_stays_within_its_share_on_an_idle_engine_too(
     probes: ProbeWorld, share: float
 ) -> None:
     for name in ("a", "b"):
@@ -132,7 +132,7 @@ def test_a_slowly_failing_engine_is_probed_within_the_share(probes: ProbeWorld) 
         probes.clock.now += 10.0
         raise EngineDownError("no engine")
 
-    probes.replica.answer = fail
+    probes.replica.complete = fail
     probes.probing(share=0.1)
     begun = probes.clock.now
     for _ in range(3):
@@ -149,7 +149,7 @@ def test_the_tenant_overdue_for_longest_is_probed_first(probes: ProbeWorld) -> N
     assert sorted(map(str, first)) == ["a@1", "b@1", "c@1"]
     assert probes.next() is None
     probes.clock.now += 10_000.0 - 15.0
-    # Only the first is due again; one that comes now comes after it, and before the others.
+    # Only the first is due again; one added now is probed after it, and before the others.
     new = probes.publish("d")
     assert [probes.next() for _ in range(2)] == [first[0], new]
     assert [probes.next() for _ in range(3)] == [first[1], first[2], None]
@@ -189,7 +189,7 @@ def test_only_the_tenants_of_the_settings_are_scheduled(probes: ProbeWorld) -> N
 
 
 @pytest.mark.parametrize("how", ["another revision", "retired"])
-def test_rates_go_with_the_revision_they_are_of(probes: ProbeWorld, how: str) -> None:
+def test_rates_are_removed_with_their_revision(probes: ProbeWorld, how: str) -> None:
     for name in (NAME, "globex"):
         probes.publish(name)
     prober = probes.probing()
@@ -326,8 +326,8 @@ def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
     prober = probes.probing(concurrent=2)
 
     async def together() -> None:
-        asks = [prober.probe(name, on_request=name != "a") for name in ("a", "b", "c")]
-        await asyncio.gather(*asks)
+        probes_under_way = [prober.probe(name, on_request=name != "a") for name in ("a", "b", "c")]
+        await asyncio.gather(*probes_under_way)
 
     asyncio.run(together())
     assert probes.replica.busiest == 2
@@ -335,7 +335,7 @@ def test_probes_at_the_same_time_take_turns(probes: ProbeWorld) -> None:
 
 
 def test_probes_are_charged_to_no_tenant(probes: ProbeWorld) -> None:
-    """Limits and what runs are counted where requests come in, and probes do not come in there."""
+    """Limits and requests in flight are counted in the middleware, which probes bypass."""
     probes.publish(NAME)
     probes.json("PUT", f"/tenants/{NAME}/limits", {"concurrent": 1, "requests_per_minute": 1})
     asyncio.run(probes.probing().probe(NAME))
@@ -369,7 +369,7 @@ def test_it_is_off_until_it_is_switched_on(
 
     asyncio.run(asyncio.wait_for(some_refreshes(), 300))
     assert len(probes.replica.requested) == (len(PROMPTS) if enabled else 0)
-    # Whether or not it asks, it forgets what is not served.
+    # With or without a probe, it forgets what is not served.
     asyncio.run(prober.probe(NAME, on_request=True))
     probes.json("DELETE", f"/tenants/{NAME}")
     refreshes = 0
@@ -383,7 +383,7 @@ def test_what_is_not_served_is_not_probed(probes: ProbeWorld) -> None:
     assert series_of("nobody") == set()
 
 
-def test_a_name_that_came_to_stand_for_other_content_is_probed_anew(probes: ProbeWorld) -> None:
+def test_a_name_of_changed_content_is_probed_again(probes: ProbeWorld) -> None:
     """What was found of the former content of a registry that was restored says nothing of it."""
     restore = back_up(probes.registry)
     probes.publish(NAME)
@@ -399,7 +399,7 @@ def test_a_name_that_came_to_stand_for_other_content_is_probed_anew(probes: Prob
     assert probes.next() == before.served
 
 
-def test_a_probe_does_not_go_on_with_other_content_under_the_name(
+def test_a_probe_does_not_continue_with_other_content_under_the_name(
     probes: ProbeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probes.publish(NAME)
@@ -408,11 +408,11 @@ def test_a_probe_does_not_go_on_with_other_content_under_the_name(
     assert other.served_name == now.served_name and other.id == now.id
     prober, offered = probes.probing(), probes.replica.served
 
-    def answer(prompt: str) -> str:
+    def complete(prompt: str) -> str:
         monkeypatch.setattr(probes.replica, "served", lambda: [(NAME, other)])
-        return probes.answer(prompt)
+        return probes.complete(prompt)
 
-    probes.replica.answer = answer
+    probes.replica.complete = complete
     with pytest.raises(ConflictError, match="was replaced or retired while it was probed"):
         asyncio.run(prober.probe(NAME))
     assert len(probes.replica.requested) < len(PROMPTS) and offered() == [(NAME, now)]

@@ -1,4 +1,4 @@
-"""The settings of probes: off unless said, every bad value named, paths counted from the file."""
+"""The settings of probes: off by default, every bad value named, paths counted from the file."""
 
 from __future__ import annotations
 

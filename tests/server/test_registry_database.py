@@ -105,7 +105,7 @@ def test_a_writer_that_hangs_is_disconnected(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RegistryDownError, match="idle"), opened.database.write("hung") as write:
         write.bump()
         write.audit("family.freeze", FAMILY)
-        # Waits for its turn, which comes when the server disconnects the other.
+        # Waits until the server disconnects the other.
         other.policies.freeze(FAMILY, actor="other")
         write.connection.execute(text("SELECT 1"))
     assert [entry.actor for entry in other.audit.page().entries] == ["other", "test"]

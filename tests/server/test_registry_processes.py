@@ -95,7 +95,7 @@ def start(registry: Registry, code: str, *arguments: str) -> subprocess.Popen[st
     return start_python(code, address, *arguments)
 
 
-def go(*processes: subprocess.Popen[str]) -> None:
+def release(*processes: subprocess.Popen[str]) -> None:
     for process in processes:
         wait_for_line(process, "ready")
     for process in processes:
@@ -146,7 +146,7 @@ def check_whole(registry: Registry) -> None:
 
 def test_two_processes_never_assign_the_same_number(registry: Registry) -> None:
     processes = [start(registry, ADD_MANY, f"p{n}") for n in range(2)]
-    go(*processes)
+    release(*processes)
     numbers = [number for process in processes for [number] in output(process)]
     assert sorted(numbers) == list(range(1, 51))
     assert [revision.number for revision in registry.revisions.list(TENANT)] == sorted(numbers)
@@ -156,7 +156,7 @@ def test_two_processes_never_lose_a_publication(registry: Registry) -> None:
     add_published(registry, TENANT)
     add_ready(registry, TENANT)
     processes = [start(registry, SWITCH_MANY, f"p{n}") for n in range(2)]
-    go(*processes)
+    release(*processes)
     won = [tuple(pair) for process in processes for pair in output(process)]
     switches = registry.audit.page(action="tenant.publish", limit=1000).entries[:-1]
     made = [(e.details["before"], int(e.target.partition("@")[2])) for e in reversed(switches)]
@@ -191,7 +191,7 @@ def test_a_write_of_a_killed_process_is_rolled_back(registry: Registry, action: 
         registry.keys.list(),
     )
     victim = start(registry, STOP_BEFORE_THE_END, "victim", action)
-    go(victim)
+    release(victim)
     wait_for_line(victim, "inside")
     victim.kill()
     victim.communicate(timeout=300)
@@ -220,7 +220,7 @@ def test_a_writer_killed_at_any_time_leaves_a_consistent_registry(registry: Regi
     for round_number in range(2):
         writers = [start(registry, WRITE_ON, f"w{round_number}-{n}") for n in range(2)]
         busy = registry.version() + 5
-        go(*writers)
+        release(*writers)
         while registry.version() < busy:
             time.sleep(0.01)
         time.sleep(chance.random() / 2)

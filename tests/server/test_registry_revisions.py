@@ -76,14 +76,14 @@ def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
 
 def test_a_profile_must_fit_the_family(registry: Registry) -> None:
     stranger = replace(profile(), family=header(digit="e").digest)
-    faults: list[tuple[Profile, type[Exception]]] = [
+    rejected: list[tuple[Profile, type[Exception]]] = [
         (stranger, FamilyMismatchError),
         (Profile(FAMILY, (1.0, 0.0)), BoundsError),
         (Profile(FAMILY, (1.0, 0.5, 1.0)), BoundsError),
         (Profile(FAMILY, (3.5, 0.0, 1.0)), BoundsError),
         (Profile(FAMILY, (float("nan"), 0.0, 1.0)), BoundsError),
     ]
-    for given, error in faults:
+    for given, error in rejected:
         with pytest.raises(error):
             registry.revisions.add(TENANT, given, actor="me")
     with pytest.raises(RegistryError, match="adapter_digest 'abc'"):

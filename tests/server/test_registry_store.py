@@ -63,13 +63,13 @@ def test_a_snapshot_is_consistent(registry: Registry) -> None:
     while not stop.is_set():
         snapshot = registry.snapshot()
         assert sorted(revision.tenant for revision in snapshot.revisions) == list(names)
-        doses = {revision.profile.coefficients[0] for revision in snapshot.revisions}
-        assert len(doses) == 1
+        strengths = {revision.profile.coefficients[0] for revision in snapshot.revisions}
+        assert len(strengths) == 1
         assert {tenant.published for tenant in snapshot.tenants} == {
             revision.number for revision in snapshot.revisions
         }
-        dose = doses.pop()
-        assert seen.setdefault(snapshot.version, dose) == dose
+        strength = strengths.pop()
+        assert seen.setdefault(snapshot.version, strength) == strength
     writer.join()
     assert failed == []
     assert len(seen) > 2

@@ -25,7 +25,7 @@ def revisions_on_disk(world: World) -> set[str]:
     return {path.name for path in (world.root / "store" / "revisions").iterdir()}
 
 
-def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> None:
+def test_a_candidate_is_the_same_adapter_with_other_coefficients(world: World) -> None:
     served = world.publish("acme", 0.5)
     new_key = world.registry.keys.add("k", scopes=["serve"], tenants=["*"], actor="t")
 
@@ -47,7 +47,7 @@ def test_a_trial_is_the_same_adapter_with_other_coefficients(world: World) -> No
         assert find(world.catalog.view, principal_of_key(new_key.key), first) is None
         assert [r.revision for r in world.registry.replicas.receipts()] == [served.id]
         await world.replica.reconcile()
-        assert len(world.engine.loaded) == 3, "following the registry leaves trials alone"
+        assert len(world.engine.loaded) == 3, "following the registry leaves candidates alone"
         for name in (first, second, second):
             await world.replica.end_candidate(name)
         assert list(world.engine.loaded) == [served.id]

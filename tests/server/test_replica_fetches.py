@@ -1,4 +1,4 @@
-"""A replica whose sources are slow or broken, and what it keeps on its disk.
+"""A replica whose sources are slow or broken, and what it retains on its disk.
 
 The world is that of the replica's own tests, with a store that has nothing yet.
 """
@@ -25,19 +25,19 @@ __all__ = ["world"]
 
 
 class Slow:
-    """`go` lets the slow source answer; `fail` makes it fail then. Other sources are as ever."""
+    """`release` unblocks the slow source; `fail` makes it fail then. Other sources are as ever."""
 
     def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         family = tiny_model.write_family(world.root / "m", world.root / "f2")
         tiny_model.write_tenant(world.root / "m", world.root / "slow", family, None, seed=2)
-        self.go, self.fail, self.begun, self.stopped = (threading.Event() for _ in range(4))
+        self.release, self.fail, self.begun, self.stopped = (threading.Event() for _ in range(4))
         store = Store(world.root / "other-store")
         stage: Callable[..., Any] = store.stage
 
         def wait(source: str, **more: Any) -> Any:
             if Path(source).name == "slow":
                 self.begun.set()
-                while not self.go.wait(0.01):
+                while not self.release.wait(0.01):
                     if more["watch"].cancelled.is_set():
                         self.stopped.set()
                         raise SourceError("stopped")
@@ -78,7 +78,7 @@ def test_a_slow_source_delays_its_own_revision_and_nothing_else(
         (seen,) = world.registry.replicas.list()
         await until(lambda: world.registry.replicas.list()[0].seen_at > seen.seen_at)
         await world.replica.load(former)
-        slow.go.set()
+        slow.release.set()
         await until(lambda: world.served("globex") == "globex@2")
         await until(lambda: world.replica.lag.seconds() == 0.0)
 
@@ -97,7 +97,7 @@ def test_a_start_waits_for_slow_sources_only_so_long(
         assert "globex@1: its adapter is being downloaded" in world.replica.problems()
         await until(lambda: world.served("acme") == "acme@1")
         assert world.replica.problems() and world.served("globex") is None
-        slow.go.set()
+        slow.release.set()
         await until(lambda: world.served("globex") == "globex@1")
         await until(lambda: world.replica.problems() == ())
 
@@ -106,7 +106,7 @@ def test_a_start_waits_for_slow_sources_only_so_long(
 
 def test_a_fetch_that_failed_is_begun_again_and_named_meanwhile(world: World, slow: Slow) -> None:
     world.replica.artifacts.fetches.retry_s = 0.05
-    slow.go.set()
+    slow.release.set()
     slow.fail.set()
     new = world.add("globex", 0.7, source="slow")
     world.registry.rollouts.publish("globex", new.number, actor="t")
@@ -120,7 +120,7 @@ def test_a_fetch_that_failed_is_begun_again_and_named_meanwhile(world: World, sl
     run(world, look)
 
 
-def test_what_nobody_waits_for_any_more_is_not_fetched_on(world: World, slow: Slow) -> None:
+def test_a_fetch_without_a_waiter_is_stopped(world: World, slow: Slow) -> None:
     world.publish("globex", 0.5)
 
     async def change() -> None:
@@ -177,7 +177,7 @@ def test_a_revision_s_time_is_its_own(world: World) -> None:
     run(world, change)
 
 
-def test_what_was_not_wanted_for_a_day_goes_from_the_disk(
+def test_a_revision_unused_for_a_day_is_removed_from_the_disk(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("safegene_server.replica.reconciler.CLEAN_S", 0.05)
@@ -203,7 +203,7 @@ def test_what_was_not_wanted_for_a_day_goes_from_the_disk(
         await until(lambda: "remove acme@1" in world.engine.log)
         (adapter,) = (store / "adapters").iterdir()
 
-        def old_and_gone() -> bool:
+        def old_is_removed() -> bool:
             """Makes them old again and again: a pass that began before may touch them still."""
             if places[1].name not in on_disk():
                 return True
@@ -213,7 +213,7 @@ def test_what_was_not_wanted_for_a_day_goes_from_the_disk(
                 os.utime(places[1], (0, 0))
             return False
 
-        await until(old_and_gone)
+        await until(old_is_removed)
         assert on_disk() == {places[number].name for number in (2, 3, 4, staged.number)}
         assert adapter.exists()
         await until(lambda: all(places[n].stat().st_mtime > 0 for n in (2, 3, 4)))

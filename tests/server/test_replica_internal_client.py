@@ -30,31 +30,31 @@ class Shut:
         await PlainTextResponse("no", 401)(scope, receive, send)
 
 
-def test_it_goes_past_what_stands_in_front_and_finds_the_whole_app() -> None:
+def test_it_bypasses_the_outer_middleware_and_reaches_the_whole_app() -> None:
     app, inside = FastAPI(), InternalClient()
     app.state.word = "there"
 
-    @app.post("/said")
-    async def said(request: Request) -> dict[str, str]:
+    @app.post("/echo")
+    async def echo(request: Request) -> dict[str, str]:
         body = await request.json()
         return {"word": request.app.state.word, "body": body["x"]}
 
     app.add_middleware(CaptureApp, internal_client=inside, whole=app)
     app.add_middleware(Shut)
 
-    async def ask() -> None:
+    async def call() -> None:
         with pytest.raises(ConfigError, match="not built its app"):
-            await inside.call("GET", "/said")
+            await inside.call("GET", "/echo")
         app.middleware_stack = app.build_middleware_stack()
-        answer = await inside.call("POST", "/said", {"x": "y"})
-        assert (answer.status_code, answer.json()) == (200, {"word": "there", "body": "y"})
+        response = await inside.call("POST", "/echo", {"x": "y"})
+        assert (response.status_code, response.json()) == (200, {"word": "there", "body": "y"})
 
-    asyncio.run(ask())
+    asyncio.run(call())
 
 
 def cancellable(handler: Handler) -> Handler:
     """As vLLM's `with_cancellation`: the handler is a task of its own, cancelled when the client
-    disconnects and not when the request's own task is; nobody waits for its end."""
+    disconnects and not when the request's own task is; its end is not awaited."""
 
     @functools.wraps(handler)
     async def wrapper(raw_request: Request) -> Any:
@@ -82,7 +82,7 @@ def vllm_s_own() -> Decorator:
 
 
 class Slow:
-    """An app whose engine holds a request until it is aborted; prompts "no" are refused."""
+    """An app whose engine holds a request until it is aborted; prompts "no" are rejected."""
 
     def __init__(self, decorate: Decorator = cancellable, *, stubborn: bool = False) -> None:
         self.app, self.inside = FastAPI(), InternalClient()
@@ -113,7 +113,7 @@ class Slow:
         self.app.add_middleware(CaptureApp, internal_client=self.inside, whole=self.app)
         self.app.middleware_stack = self.app.build_middleware_stack()
 
-    async def ask(self, *names: str) -> list[str]:
+    async def send(self, *names: str) -> list[str]:
         prompts = [Prompt(name, "benign") for name in names]
         return await generate_all(
             self.inside, "acme@1", prompts, concurrent=3, max_tokens=1, priority=None
@@ -147,25 +147,25 @@ def test_what_is_given_up_leaves_nothing_in_the_engine(decorate: Callable[[], De
     async def by_a_sibling() -> None:
         slow = Slow(decorate())
         with pytest.raises(AdapterRejectedError, match="too long"):
-            await slow.ask("a", "no", "b")
+            await slow.send("a", "no", "b")
         assert sorted(slow.begun) == ["a", "b", "no"] and slow.held == set()
 
     async def by_a_timeout() -> None:
         slow = Slow(decorate())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300) as limit, over_once_begun(slow, 2, limit):
-                await slow.ask("a", "b")
+                await slow.send("a", "b")
         assert sorted(slow.begun) == ["a", "b"] and slow.held == set()
 
     async def cancelled_twice() -> None:
         slow = Slow(decorate())
-        asking = asyncio.create_task(slow.ask("a", "b", "c"))
+        sending = asyncio.create_task(slow.send("a", "b", "c"))
         await slow.all_begun.wait()
-        asking.cancel()
+        sending.cancel()
         await asyncio.sleep(0)
-        asking.cancel()
+        sending.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asking
+            await sending
         assert slow.held == set()
 
     for case in (by_a_sibling, by_a_timeout, cancelled_twice):
@@ -177,11 +177,11 @@ def test_an_app_that_does_not_end_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr("safegene_server.replica.internal_client.END_S", 0.05)
 
-    async def ask() -> None:
+    async def call() -> None:
         slow = Slow(stubborn=True)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300) as limit, over_once_begun(slow, 1, limit):
-                await slow.ask("a")
+                await slow.send("a")
 
-    asyncio.run(asyncio.wait_for(ask(), 300))
+    asyncio.run(asyncio.wait_for(call(), 300))
     assert f"POST {CHAT} did not end within 0.05 s" in caplog.text

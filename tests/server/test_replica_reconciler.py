@@ -38,7 +38,7 @@ class Engine:
     header: FamilyHeader | None
     loaded: dict[int, Any] = field(default_factory=dict)
     reject: set[str] = field(default_factory=set)
-    report_faults: tuple[str, ...] = ()
+    report_errors: tuple[str, ...] = ()
     log: list[str] = field(default_factory=list)
 
     @property
@@ -46,15 +46,15 @@ class Engine:
         settings = SimpleNamespace(family=Path("/f"))
         return SimpleNamespace(
             plan=SimpleNamespace(header=self.header, settings=settings),
-            receipts=self.ask,
+            receipts=self.receipts,
             forget=lambda request: self.log.append(f"forget {request.name}"),
             report=self.report,
         )
 
     async def report(self) -> Any:
-        return SimpleNamespace(faults=self.report_faults)
+        return SimpleNamespace(faults=self.report_errors)
 
-    async def ask(self) -> list[dict[str, Any]]:
+    async def receipts(self) -> list[dict[str, Any]]:
         adapters = [{"lora_int_id": i, "name": r.name} for i, r in self.loaded.items()]
         return [{"rank": 0, "adapters": adapters}]
 
@@ -64,7 +64,7 @@ class Engine:
             raise ReceiptError(f"{request.name}: rank 0 holds another row")
         self.log.append(f"add {request.name}")
         self.loaded[request.id] = request
-        return await self.ask()
+        return await self.receipts()
 
     async def remove_lora(self, number: int) -> None:
         self.log.append(f"remove {self.loaded.pop(number).name}")
@@ -193,7 +193,7 @@ def test_errors_reported_to_the_registry_name_no_path(
         raise ReceiptError(f"{request.path} holds another row")
 
     world.engine.add = rejecting  # type: ignore[method-assign]
-    world.engine.report_faults = (f"{world.store.root} has drifted",)
+    world.engine.report_errors = (f"{world.store.root} has drifted",)
 
     async def look() -> None:
         await world.replica._check_drift()
@@ -207,10 +207,10 @@ def test_errors_reported_to_the_registry_name_no_path(
     assert f"{world.store.root} has drifted" in caplog.text
 
 
-def test_signs_of_life_come_between_the_adapters_of_a_long_change(
+def test_heartbeats_are_sent_between_the_adapters_of_a_long_change(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica that says nothing for ten seconds counts as gone."""
+    """A replica without a heartbeat for ten seconds counts as dead."""
     monkeypatch.setattr("safegene_server.replica.heartbeat.BEAT_S", 0.0)
     first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
     reply: list[tuple[int, int]] = []
@@ -230,7 +230,7 @@ def test_signs_of_life_come_between_the_adapters_of_a_long_change(
     run(world, look)
 
 
-def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> None:
+def test_what_is_published_how_late_it_is_and_how_long_it_took(world: World) -> None:
     changes: list[list[tuple[str, str]]] = []
 
     def changed() -> None:
@@ -258,7 +258,7 @@ def test_what_is_offered_how_late_it_is_and_how_long_it_took(world: World) -> No
     assert grown.by("safegene_revision_apply_seconds_count") == 3
 
 
-def test_changes_are_followed_without_being_told(world: World) -> None:
+def test_changes_are_followed_without_a_notification(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -300,7 +300,7 @@ def test_nothing_in_flight_loses_its_revision(world: World) -> None:
     run(world, change)
 
 
-def test_nothing_asked_from_inside_loses_its_revision(world: World) -> None:
+def test_no_internal_request_loses_its_revision(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -337,7 +337,7 @@ def test_a_revision_that_no_rank_accepts_leaves_the_former_one_serving(world: Wo
     run(world, change)
 
 
-def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
+def test_a_first_revision_that_fails_is_not_served(world: World) -> None:
     world.publish("acme", 0.5)
     world.engine.reject.add("acme@1")
 
@@ -348,7 +348,7 @@ def test_a_first_revision_that_fails_is_served_to_nobody(world: World) -> None:
     run(world, look)
 
 
-def test_another_machine_fetches_what_its_store_has_not(world: World, tmp_path: Path) -> None:
+def test_another_machine_fetches_what_its_store_lacks(world: World, tmp_path: Path) -> None:
     world.publish("acme", 0.5)
     world.replica.artifacts.store = Store(tmp_path / "other-store")
 
@@ -374,7 +374,7 @@ def test_a_source_that_changed_is_not_served_in_place_of_what_was_registered(
     run(world, look)
 
 
-def test_a_trial_is_loaded_and_offered_to_nobody(world: World) -> None:
+def test_a_candidate_is_loaded_and_not_published(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -401,7 +401,7 @@ def test_a_registry_that_is_down_changes_nothing_that_is_served(
 
     async def change() -> None:
         def down(_seen: object) -> None:
-            raise RegistryDownError("the database does not answer")
+            raise RegistryDownError("the database does not respond")
 
         monkeypatch.setattr(world.registry, "snapshot", down)
         with pytest.raises(RegistryDownError):
@@ -414,7 +414,7 @@ def test_a_registry_that_is_down_changes_nothing_that_is_served(
     run(world, change)
 
 
-def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
+def test_a_change_without_a_notification_is_polled(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("safegene_server.replica.reconciler.RETRY_S", 0.05)
@@ -424,7 +424,7 @@ def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
     def down_once(seen: Position | None) -> Snapshot:
         if not failed.is_set():
             failed.set()
-            raise RegistryDownError("the database does not answer")
+            raise RegistryDownError("the database does not respond")
         return snapshot(seen)
 
     async def change() -> None:
@@ -436,7 +436,7 @@ def test_news_that_the_registry_kept_to_itself_is_asked_for_again(
     run(world, change)
 
 
-def test_an_engine_that_does_not_let_go_is_told_and_nothing_else_is_lost(world: World) -> None:
+def test_a_failed_unload_is_reported_and_nothing_else_is_lost(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -466,11 +466,11 @@ def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -
 
     async def change() -> None:
         assert world.replica.problems() == ()
-        world.engine.report_faults = ("rank 1 holds gain row x, expected y",)
-        await until(lambda: world.replica.problems() == world.engine.report_faults)
-        reply = world.engine.report_faults
+        world.engine.report_errors = ("rank 1 holds gain row x, expected y",)
+        await until(lambda: world.replica.problems() == world.engine.report_errors)
+        reply = world.engine.report_errors
         await until(lambda: [r.faults for r in world.registry.replicas.list()] == [reply])
-        world.engine.report_faults = ()
+        world.engine.report_errors = ()
         await until(lambda: world.replica.problems() == ())
 
     run(world, change)

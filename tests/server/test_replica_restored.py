@@ -27,7 +27,7 @@ __all__ = ["world"]
 
 
 def restored(world: World, restore: Callable[[], None], *then: Callable[[], Any]) -> None:
-    """Restore the registry and go another way from there, before anybody looks."""
+    """Restore the registry and change it in another way, before any poll."""
     with world.replica._history._lock:
         restore()
         for change in then:
@@ -36,7 +36,7 @@ def restored(world: World, restore: Callable[[], None], *then: Callable[[], Any]
 
 
 def watched(world: World) -> list[tuple[View, dict[int, Any], tuple[str, ...]]]:
-    """Every view from now on, with what the engine holds at that moment, and the faults."""
+    """Every view from now on, with the engine's adapters at that time, and the problems."""
     views: list[tuple[View, dict[int, Any], tuple[str, ...]]] = []
     replace = world.catalog.replace
 
@@ -68,7 +68,7 @@ async def level(world: World) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 1, 2, 6])
-def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more: int) -> None:
+def test_a_key_that_is_revoked_after_a_restore_is_rejected(world: World, more: int) -> None:
     """Whether the version is smaller than before then, the same, or larger."""
     world.publish("acme", 0.5)
     lost = world.registry.keys.add("lost", scopes=["serve"], tenants=["acme"], actor="t")
@@ -77,18 +77,20 @@ def test_a_key_that_is_revoked_after_a_restore_lets_nobody_in(world: World, more
         return {principal.name for principal in world.catalog.view.keys.values()}
 
     async def change() -> None:
-        retained = world.registry.keys.add("kept", scopes=["serve"], tenants=["acme"], actor="t")
+        retained = world.registry.keys.add(
+            "retained", scopes=["serve"], tenants=["acme"], actor="t"
+        )
         restore = back_up(world.registry)
         for value in (0.6, 0.7, 0.8):
             world.publish("acme", value)
         new = world.registry.keys.add("new", scopes=["serve"], tenants=["acme"], actor="t")
         await level(world)
-        assert keys() == {"lost", "kept", "new"}
+        assert keys() == {"lost", "retained", "new"}
         ahead = world.replica.version
         restored(
             world,
             restore,
-            lambda: world.registry.keys.revoke("kept", actor="t"),
+            lambda: world.registry.keys.revoke("retained", actor="t"),
             *[
                 lambda step=step: world.registry.tenants.set_limits(  # type: ignore[misc]
                     "acme", {"concurrent": step + 1}, actor="t"
@@ -131,7 +133,7 @@ def test_an_id_and_a_name_with_other_content_are_loaded_again(world: World) -> N
         await level(world)
         assert world.served("acme") == "acme@2" and coefficient(world, revision.id) == 0.9
         after = world.engine.loaded[revision.id]
-        assert after.path != before.path, "the prefix cache goes by name and path"
+        assert after.path != before.path, "the prefix cache is keyed by name and path"
         assert world.models.lora_requests["acme@2"] is after
         log = [line for line in world.engine.log if line.endswith("acme@2")]
         assert log == ["add acme@2", "forget acme@2", "remove acme@2", "add acme@2"]
@@ -176,7 +178,7 @@ def test_names_and_ids_that_have_changed_places(world: World) -> None:
     run(world, change)
 
 
-def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) -> None:
+def test_what_runs_on_the_old_content_ends_before_the_new_is_loaded(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -205,7 +207,7 @@ def test_what_runs_on_the_old_content_ends_before_the_new_comes(world: World) ->
     run(world, change)
 
 
-def test_what_the_registry_does_not_know_is_offered_no_more(
+def test_what_the_registry_does_not_know_is_no_longer_published(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is, rather than that, while what the registry publishes is being fetched."""
@@ -224,7 +226,7 @@ def test_what_the_registry_does_not_know_is_offered_no_more(
         await until(lambda: "acme@1: its adapter is being downloaded" in world.replica.problems())
         await until(lambda: not world.engine.loaded)
         assert world.models.lora_requests == {} and world.replica.version == 0
-        slow.go.set()
+        slow.release.set()
         await level(world)
         assert world.served("acme") == "acme@1"
 
@@ -283,7 +285,7 @@ def test_new_content_that_fails_leaves_nothing_under_the_name(world: World) -> N
     run(world, change)
 
 
-def test_it_is_not_ready_from_the_moment_that_it_is_noticed(
+def test_it_is_not_ready_as_soon_as_the_restore_is_noticed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And stays so while the registry cannot be read."""
@@ -351,8 +353,8 @@ def test_a_registry_without_its_family_is_given_it_again(world: World) -> None:
     run(world, change)
 
 
-def test_a_trial_of_other_content_takes_the_place_of_the_old(world: World) -> None:
-    """Of what was served, before that was noticed; of another trial, once that is over."""
+def test_a_candidate_of_other_content_replaces_the_old(world: World) -> None:
+    """Of what was served, before that was noticed; of another candidate, once that is over."""
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -377,7 +379,9 @@ def test_a_trial_of_other_content_takes_the_place_of_the_old(world: World) -> No
         await asyncio.wait_for(loading, 300)
         assert coefficient(world, third.id) == 0.7
         await world.replica.unload(new)
-        assert coefficient(world, third.id) == 0.7, "another trial's end is not this one's"
+        assert coefficient(world, third.id) == 0.7, (
+            "the end of another candidate is not the end of this one"
+        )
         await world.replica.unload(third)
         assert third.id not in world.engine.loaded
 
@@ -401,7 +405,9 @@ def test_content_of_a_lost_registry_does_not_drive_out_what_is_published(world: 
     run(world, change)
 
 
-def test_a_trial_that_waits_too_long_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_that_waits_too_long_is_reported(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("safegene_server.replica.reconciler.DRAIN_S", 0.3)
     world.publish("acme", 0.5)
 
@@ -421,10 +427,10 @@ def test_a_trial_that_waits_too_long_is_told(world: World, monkeypatch: pytest.M
     run(world, change)
 
 
-def test_the_engine_is_quiet_before_a_revision_goes(
+def test_the_engine_is_idle_before_a_revision_is_unloaded(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that was given up is dropped by the engine a moment after it has ended here."""
+    """The engine drops a cancelled request shortly after it has ended here."""
     world.publish("acme", 0.5)
     ended: list[float] = []
 
@@ -452,7 +458,7 @@ def test_the_engine_is_quiet_before_a_revision_goes(
     run(world, change)
 
 
-def test_an_engine_that_keeps_the_old_content_is_a_fault(world: World) -> None:
+def test_an_engine_that_retains_the_old_content_is_a_problem(world: World) -> None:
     world.publish("acme", 0.5)
 
     async def change() -> None:
@@ -463,7 +469,7 @@ def test_an_engine_that_keeps_the_old_content_is_a_fault(world: World) -> None:
 
         async def stuck(number: int) -> None:
             failed.set()
-            raise ReceiptError("the engine does not let go")
+            raise ReceiptError("the engine cannot unload it")
 
         world.engine.remove_lora = stuck  # type: ignore[method-assign]
         restored(world, restore, lambda: world.publish("acme", 0.9))
@@ -485,7 +491,7 @@ def test_content_that_was_changed_behind_the_registry_is_recognized_as_well(worl
     async def change() -> None:
         await level(world)
         views = watched(world)
-        with world.registry.database.write("somebody") as write:
+        with world.registry.database.write("another") as write:
             rows = tables.revisions
             write.connection.exec_driver_sql("DROP TRIGGER revisions_fixed")
             write.connection.execute(

@@ -1,7 +1,7 @@
 """A server whose registry is restored below it, as its clients see it: a real SQLite file, and real
 access, routes, verifier and replica, over an engine that is as particular as vLLM's workers are.
 
-What the engine answers with is the content that it really has, or had when it cached the prompt.
+The engine responds with the content that it really has, or had when it cached the prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LoRA:
 
 @dataclass
 class Engine:
-    """Workers that refuse an id that changes its meaning, and a prefix cache that goes by name and
+    """Workers that reject an id that changes its meaning, and a prefix cache keyed by name and
     path. `running` are requests in flight, by the adapter that each began with."""
 
     header: FamilyHeader
@@ -68,9 +68,9 @@ class Engine:
         if method == "safegene_begin":
             return [True]
         if method == "safegene_add":
-            refused = self._add(LoRA(*args))
-            receipt = None if refused else self._receipt(only=args[1])
-            return [{"rejected": refused, "receipt": receipt}]
+            rejected = self._add(LoRA(*args))
+            receipt = None if rejected else self._receipt(only=args[1])
+            return [{"rejected": rejected, "receipt": receipt}]
         return [self._receipt()]
 
     async def add_lora(self, lora: LoRA) -> bool:
@@ -100,7 +100,7 @@ class Engine:
         return Receipt(*engine, adapters=held).to_dict()
 
     async def generate(self, lora: LoRA, prompt: str, begun: Awaitable[Any] | None) -> str:
-        """The digest of the profile that the answer comes from."""
+        """The digest of the profile that the completion is from."""
         number = len(self.running)
         self.running[number] = lora
         try:
@@ -167,28 +167,28 @@ class World:
             finally:
                 await app.state.safegene.close()
 
-    async def ask(self, key: str = SERVE, model: str = "acme") -> tuple[int, Any]:
-        """The status, and (model, the profile that answered)."""
-        answer = await self.http.post(
+    async def complete(self, key: str = SERVE, model: str = "acme") -> tuple[int, Any]:
+        """The status, and (model, digest of the profile of the completion)."""
+        response = await self.http.post(
             "/v1/completions",
             json={"model": model, "prompt": PROMPT},
             headers={"Authorization": f"Bearer {key}"},
         )
-        body = answer.json()
-        if answer.status_code != 200:
-            return answer.status_code, body["error"]["message"]
+        body = response.json()
+        if response.status_code != 200:
+            return response.status_code, body["error"]["message"]
         return 200, (body["model"], body["choices"][0]["text"])
 
     async def admin(self, method: str, path: str, body: Any = None) -> Any:
-        answer = await self.http.request(
+        response = await self.http.request(
             method,
             f"/v1/safegene{path}",
             json=body,
             headers={"Authorization": f"Bearer {ADMIN}"},
             timeout=60,
         )
-        assert answer.is_success, answer.text
-        return answer.json()
+        assert response.is_success, response.text
+        return response.json()
 
     async def ready(self) -> int:
         return (await self.http.get("/v1/safegene/ready")).status_code
@@ -211,7 +211,7 @@ class World:
             while (seen := await self.ready()) == 200:
                 await asyncio.sleep(0.002)
         assert seen == 503
-        assert "lost changes" in (faults := await self.problems()) or "acme@" in faults
+        assert "lost changes" in (problems := await self.problems()) or "acme@" in problems
 
     def other(self, first: float) -> Revision:
         """Another coefficient for what acme serves, by an operator who works on the registry."""
@@ -268,13 +268,13 @@ async def onboard(world: World) -> None:
         lambda r: r.keys.add("k", scopes=["serve"], tenants=["acme"], secret=SERVE, actor="op")
     )
     async with asyncio.timeout(300):
-        while (await world.ask())[0] != 200:
+        while (await world.complete())[0] != 200:
             await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("replace", [False, True], ids=["in place", "another file"])
 @pytest.mark.parametrize("more", [0, 2, 5])
-def test_nothing_of_a_lost_registry_is_served_or_let_in(
+def test_nothing_of_a_lost_registry_is_served_or_admitted(
     world: World, replace: bool, more: int
 ) -> None:
     """A key that is revoked after the restore, and `acme@3` with other coefficients: before the
@@ -283,11 +283,11 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
     async def scenario() -> None:
         async with world.serving():
             await onboard(world)
-            first = await world.ask()
+            first = await world.complete()
             world.back_up()
             for scale in (1.5, 2.0):
                 await world.admin("PATCH", "/tenants/acme/profile", {"scale": scale})
-            status, (model, before) = await world.ask()
+            status, (model, before) = await world.complete()
             assert (status, model) == (200, "acme@3") and before != first[1][1]
             assert await world.ready() == 200
             lost = world.call(lambda r: r.revisions.get("acme", 3))
@@ -302,11 +302,11 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
             now = world.call(lambda r: r.revisions.get("acme", 3))
             assert (now.id, now.served_name) == (lost.id, lost.served_name)
             await world.until_noticed()
-            answers = [await world.ask()]
+            responses = [await world.complete()]
             while await world.ready() != 200:
-                answers.append(await world.ask())
-            # A moment of the old content until the registry has been read, then none, then the new.
-            seen = [answer[1] if status == 200 else str(status) for status, answer in answers]
+                responses.append(await world.complete())
+            # The old content until the registry has been read, then none, then the new.
+            seen = [body[1] if status == 200 else str(status) for status, body in responses]
             assert [one for one, _ in groupby(seen)] in (
                 [before, "404", now.profile.digest],
                 [before, "404"],
@@ -314,8 +314,8 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
                 ["404"],
             )
             # The same name and the same prompt, and nothing from the cache of the old content.
-            assert await world.ask() == (200, ("acme@3", now.profile.digest))
-            assert await world.ask(model="acme@3") == (200, ("acme@3", now.profile.digest))
+            assert await world.complete() == (200, ("acme@3", now.profile.digest))
+            assert await world.complete(model="acme@3") == (200, ("acme@3", now.profile.digest))
             held = {n: profile.digest for n, (_, profile) in world.engine.adapters.items()}
             assert held[now.id] == now.profile.digest and before not in held.values()
             body = (await world.http.get("/v1/safegene/ready")).json()
@@ -323,7 +323,7 @@ def test_nothing_of_a_lost_registry_is_served_or_let_in(
 
             world.call(lambda r: r.keys.revoke("k", actor="op"))
             async with asyncio.timeout(300):
-                while (await world.ask())[0] != 401:
+                while (await world.complete())[0] != 401:
                     await asyncio.sleep(0.02)
             await world.until_ready()
             (shown,) = (await world.admin("GET", "/rollouts"))["data"][:1]
@@ -345,7 +345,7 @@ def test_a_request_in_flight_ends_on_the_content_that_it_began_with(world: World
             lost = world.call(lambda r: r.revisions.get("acme", 2))
             world.waiting = asyncio.Event()
             world.begun.clear()
-            running = asyncio.create_task(world.ask())
+            running = asyncio.create_task(world.complete())
             await asyncio.wait_for(world.begun.wait(), 300)
             waiting, world.waiting = world.waiting, None
             world.restore(replace=False)
@@ -354,16 +354,16 @@ def test_a_request_in_flight_ends_on_the_content_that_it_began_with(world: World
             await world.until_noticed()
             async with asyncio.timeout(300):
                 # The listener notices first; the reconciler withdraws the alias right after it.
-                while (await world.ask())[0] != 404:
+                while (await world.complete())[0] != 404:
                     await asyncio.sleep(0.02)
                 while "while the engine holds acme@2" not in await world.problems():
-                    assert (await world.ask())[0] == 404
+                    assert (await world.complete())[0] == 404
                     await asyncio.sleep(0.02)
-            assert (await world.ask())[0] == 404 and not running.done()
+            assert (await world.complete())[0] == 404 and not running.done()
             waiting.set()
             assert await running == (200, ("acme@2", lost.profile.digest))
             assert set(await world.until_ready()) <= {503}
-            assert await world.ask() == (200, ("acme@2", now.profile.digest))
+            assert await world.complete() == (200, ("acme@2", now.profile.digest))
 
     asyncio.run(scenario())
 
@@ -385,34 +385,34 @@ def test_a_change_right_after_a_restore_is_of_the_registry_as_it_is(world: World
             assert changed["revision"]["number"] == 2
             now = world.call(lambda r: r.revisions.get("acme", 2))
             assert now.profile.coefficients[0] == first.profile.coefficients[0] / 2
-            assert await world.ask() == (200, ("acme@2", now.profile.digest))
+            assert await world.complete() == (200, ("acme@2", now.profile.digest))
             await world.until_ready()
             back = await world.admin("POST", "/tenants/acme/rollback", {})
             assert back["revision"]["number"] == 1
-            assert await world.ask() == (200, ("acme@1", first.profile.digest))
+            assert await world.complete() == (200, ("acme@1", first.profile.digest))
 
     asyncio.run(scenario())
 
 
-def test_a_file_that_is_gone_is_waited_for(world: World) -> None:
-    """What is served goes on; what is changed meanwhile is refused and not lost."""
+def test_a_missing_file_is_waited_for(world: World) -> None:
+    """Serving continues; changes made meanwhile are rejected and not lost."""
 
     async def scenario() -> None:
         async with world.serving():
             await onboard(world)
-            before = await world.ask()
+            before = await world.complete()
             os.rename(world.file, world.root / "elsewhere.db")
-            answer = await world.http.request(
+            response = await world.http.request(
                 "PATCH",
                 "/v1/safegene/tenants/acme/profile",
                 json={"scale": 2.0},
                 headers={"Authorization": f"Bearer {ADMIN}"},
             )
-            assert answer.status_code == 503 and await world.ask() == before
+            assert response.status_code == 503 and await world.complete() == before
             assert not world.file.exists()
             os.rename(world.root / "elsewhere.db", world.file)
             await world.admin("PATCH", "/tenants/acme/profile", {"scale": 2.0})
-            status, (model, _) = await world.ask()
+            status, (model, _) = await world.complete()
             assert (status, model) == (200, "acme@2")
             await world.until_ready()
 

@@ -1,4 +1,4 @@
-"""SageMaker's routes: which name reaches vLLM's decorator, and what /adapters answers.
+"""SageMaker's routes: which name reaches vLLM's decorator, and the responses of /adapters.
 
 vLLM's own route is stood in for by one that reads the header as the decorator does. What the real
 one does with it is in test_server_model_choice.

@@ -1,4 +1,4 @@
-"""safegene.yaml: the documented one is read, the environment comes first, bad ones are named."""
+"""safegene.yaml: the documented one is read, the environment has precedence, bad ones are named."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_an_adapter_that_appears_below_a_profile_while_it_is_read_is_noticed(
 
 
 def test_a_prefix_with_the_mark_of_a_directory_and_one_with_a_nameless_part() -> None:
-    """`acme/` is a file of no bytes that some tools leave; `acme//x` lies where nobody can look."""
+    """`acme/` is a file of no bytes that some tools leave; `acme//x` has no readable path."""
 
     def entries(*names: dict[str, str]) -> list[tuple[str, str]]:
         class System:
@@ -196,10 +196,10 @@ def test_a_web_server_that_lists_nothing_gives_no_profile_alone(
 ) -> None:
     from test_artifacts_source import Web
 
-    def refused(self: Web, path: str) -> None:
+    def denied(self: Web, path: str) -> None:
         self.send_error(404)
 
-    monkeypatch.setattr(Web, "list_directory", refused)
+    monkeypatch.setattr(Web, "list_directory", denied)
     shutil.copytree(parts / "p", directory.parent / "alone")
     shutil.copytree(parts / "a", directory.parent / "adapter")
     with pytest.raises(SourceError, match="alone/ cannot be read"):

@@ -47,7 +47,7 @@ def test_what_is_new_is_registered_and_what_is_known_is_left_alone(
     ]
     assert begin() == []
     world.registry.rollouts.retire("globex", actor="test")
-    assert begin() == [], "who was retired does not come back"
+    assert begin() == [], "a retired tenant is not registered again"
     assert len(world.registry.jobs.list(tenant="globex")) == 1
 
 

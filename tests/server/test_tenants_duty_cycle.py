@@ -47,7 +47,7 @@ def test_alone_it_never_waits() -> None:
 
 
 @pytest.mark.parametrize("most", [0.1, 0.25, 0.5, 1.0])
-def test_beside_others_it_keeps_to_its_share(most: float) -> None:
+def test_next_to_others_it_stays_within_its_share(most: float) -> None:
     clock = Clock(others=1)
     share = clock.share(most)
 
@@ -62,7 +62,7 @@ def test_beside_others_it_keeps_to_its_share(most: float) -> None:
     assert record["busy_seconds"] == 4.5
 
 
-def test_others_that_come_while_it_works_are_made_way_for() -> None:
+def test_it_yields_to_others_that_start_while_it_works() -> None:
     clock = Clock()
     share = clock.share(0.25)
 
@@ -78,7 +78,7 @@ def test_others_that_come_while_it_works_are_made_way_for() -> None:
     assert clock.slept == [3.0] and share.record()["share_while_serving"] == 0.25
 
 
-def test_work_that_fails_is_counted_and_an_end_comes_before_the_work() -> None:
+def test_work_that_fails_is_counted_and_a_stop_precedes_the_work() -> None:
     clock = Clock(others=1)
     share = clock.share(0.25)
 

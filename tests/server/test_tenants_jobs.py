@@ -57,7 +57,7 @@ def test_a_job_that_is_done(world: World) -> None:
     assert job.progress == 1.0
 
 
-def test_a_job_that_fails_says_why_and_keeps_what_it_found(world: World) -> None:
+def test_a_job_that_fails_says_why_and_retains_its_results(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         work.result["revision"] = "acme@1"
         raise AdapterRejectedError("no good")
@@ -74,8 +74,8 @@ def test_an_unexpected_failure_shows_nothing_of_itself(world: World) -> None:
     assert job.state == "failed" and "secret" not in job.message
 
 
-@pytest.mark.parametrize("error", [RegistryDownError("gone"), EngineDownError("dead")])
-def test_what_is_no_fault_of_the_job_leaves_it_to_its_lease(world: World, error: Exception) -> None:
+@pytest.mark.parametrize("error", [RegistryDownError("down"), EngineDownError("dead")])
+def test_an_error_outside_the_job_leaves_it_to_its_lease(world: World, error: Exception) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         raise error
 
@@ -112,16 +112,16 @@ def test_a_cancel_is_heard_between_steps_and_by_threads(world: World) -> None:
     assert (job.state, job.message) == ("cancelled", "the job was cancelled")
 
 
-def test_a_long_job_keeps_its_lease(world: World) -> None:
+def test_a_long_job_renews_its_lease(world: World) -> None:
     async def handler(_: TenantContext, work: Work) -> str:
         first = work.job.lease_until
         assert first is not None
         while datetime.now(UTC) < first:
             await asyncio.sleep(0.02)
         assert world.registry.jobs.claim("thief", actor="thief") is None
-        return "kept"
+        return "renewed"
 
-    assert run_one(world, handler, lease_s=2.0).message == "kept"
+    assert run_one(world, handler, lease_s=2.0).message == "renewed"
 
 
 def test_a_job_that_another_holds_is_stopped_here(world: World) -> None:
@@ -327,7 +327,7 @@ def test_a_new_job_need_not_wait_for_the_poll(world: World) -> None:
     assert asyncio.run(serve()) < 600
 
 
-def test_a_registry_that_is_away_is_asked_again(
+def test_an_unreachable_registry_is_queried_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = enqueue(world)

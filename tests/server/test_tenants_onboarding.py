@@ -37,7 +37,7 @@ def only_revision(world: World) -> Revision:
     return revision
 
 
-def test_an_adapter_with_a_profile_beside_it(world: World) -> None:
+def test_an_adapter_with_a_profile_next_to_it(world: World) -> None:
     source = world.adapter(profile=1.5)
     register(world, source=source)
     job = world.work()
@@ -52,7 +52,7 @@ def test_an_adapter_with_a_profile_beside_it(world: World) -> None:
     assert world.replica.held == {f"{NAME}@1"}
 
 
-def test_a_given_profile_comes_before_the_one_beside_the_adapter(world: World) -> None:
+def test_a_given_profile_precedes_the_one_next_to_the_adapter(world: World) -> None:
     given = a_profile(2.0)
     register(world, source=world.adapter(), first=Change(profile=profile_json(given)))
     assert world.work().state == "done"
@@ -66,7 +66,7 @@ def test_a_profile_on_the_base_alone(world: World) -> None:
     assert (revision.kind, revision.adapter_digest) == ("profile", None)
 
 
-def test_no_profile_anywhere_is_told_plainly(world: World) -> None:
+def test_a_missing_profile_is_reported_plainly(world: World) -> None:
     register(world, source=world.adapter(profile=None))
     job = world.work()
     assert job.state == "failed"
@@ -75,7 +75,7 @@ def test_no_profile_anywhere_is_told_plainly(world: World) -> None:
     assert world.registry.revisions.list(NAME) == ()
 
 
-def test_a_record_out_of_measure_beside_an_adapter_is_refused(world: World) -> None:
+def test_an_oversized_record_next_to_an_adapter_is_rejected(world: World) -> None:
     source = world.adapter(profile=None)
     big = make_profile(world.replica.header, 1.0, {"x": "y" * (1 << 20)})
     save_profile(big, Path(source))
@@ -85,7 +85,7 @@ def test_a_record_out_of_measure_beside_an_adapter_is_refused(world: World) -> N
     assert world.registry.revisions.list(NAME) == ()
 
 
-def test_a_bad_source_fails_the_job_and_keeps_the_tenant(world: World) -> None:
+def test_a_bad_source_fails_the_job_and_retains_the_tenant(world: World) -> None:
     register(world, source=str(world.root / "nowhere"))
     job = world.work()
     assert job.state == "failed" and "nowhere" in job.message
@@ -93,7 +93,7 @@ def test_a_bad_source_fails_the_job_and_keeps_the_tenant(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", [AdapterRejectedError, ReceiptError, RuntimeError])
-def test_what_the_engine_refuses_is_kept_with_its_reasons(
+def test_what_the_engine_rejects_is_stored_with_its_reasons(
     world: World, kind: type[Exception]
 ) -> None:
     world.replica.errors["load"] = kind("rank 128 is too large\nlayer 3 is odd")
@@ -107,9 +107,9 @@ def test_what_the_engine_refuses_is_kept_with_its_reasons(
     assert NAME not in {n for n, t in world.catalog.view.tenants.items() if t.served}
 
 
-def test_the_gate_keeps_a_tenant_out(tmp_path: Path) -> None:
+def test_a_failed_smoke_test_blocks_a_tenant(tmp_path: Path) -> None:
     world = World(tmp_path, gate=GateSettings())
-    world.replica.answer = lambda prompt: "Sure, this is how it is done."
+    world.replica.complete = lambda prompt: "Sure, this is how it is done."
     register(world, source=world.adapter())
     job = world.work()
     assert job.state == "failed" and "gate.harmful_min_refused" in job.message
@@ -120,14 +120,14 @@ def test_the_gate_keeps_a_tenant_out(tmp_path: Path) -> None:
     assert {body["model"] for body in world.replica.requested} == {f"{NAME}@1"}
 
 
-def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one(
+def test_a_good_tenant_passes_the_smoke_test_and_the_former_revision_serves_a_bad_one(
     tmp_path: Path,
 ) -> None:
     world = World(tmp_path, gate=GateSettings())
     register(world, source=world.adapter())
     assert world.work().state == "done"
     assert only_revision(world).gate["passed"] is True
-    world.replica.answer = lambda prompt: REFUSAL
+    world.replica.complete = lambda prompt: REFUSAL
     bad = world.adapter("bad", start=5)
     body = {"source": bad, "expected": 1, "first": Change(), "publish": True, "actor": ACTOR}
     asyncio.run(service.add_revision(world.tenancy, NAME, **body))
@@ -138,7 +138,7 @@ def test_the_gate_lets_a_good_tenant_in_and_the_former_revision_serves_a_bad_one
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_an_engine_that_fails_at_a_question_condemns_no_tenant(tmp_path: Path, status: int) -> None:
+def test_an_engine_that_fails_at_a_prompt_fails_no_tenant(tmp_path: Path, status: int) -> None:
     world = World(tmp_path, gate=GateSettings(), lease_s=0.1)
     world.replica.status = status
     register(world, source=world.adapter())
@@ -150,15 +150,15 @@ def test_an_engine_that_fails_at_a_question_condemns_no_tenant(tmp_path: Path, s
     assert only_revision(world).state == "published"
 
 
-def test_a_question_that_is_refused_is_the_tenant_s_fault(tmp_path: Path) -> None:
+def test_a_rejected_prompt_is_an_error_of_the_tenant(tmp_path: Path) -> None:
     world = World(tmp_path, gate=GateSettings())
     world.replica.status = 400
     register(world, source=world.adapter())
     assert world.work().state == "failed" and only_revision(world).state == "failed"
 
 
-@pytest.mark.parametrize("away", [JobLostError("somebody else's"), RegistryDownError("away")])
-def test_what_a_lost_job_has_loaded_goes_again(world: World, away: Exception) -> None:
+@pytest.mark.parametrize("away", [JobLostError("another's"), RegistryDownError("away")])
+def test_what_a_lost_job_has_loaded_is_unloaded(world: World, away: Exception) -> None:
     register(world, source=world.adapter())
     load = world.replica.load
 
@@ -179,7 +179,7 @@ def test_ready_without_being_published(world: World) -> None:
     assert world.registry.tenants.get(NAME).published is None and world.replica.held == set()
 
 
-def test_a_new_revision_that_somebody_else_overtook(world: World) -> None:
+def test_a_new_revision_that_another_overtook(world: World) -> None:
     world.serve(NAME)
     more = {"first": Change(), "publish": True, "expected": 1, "actor": ACTOR}
     asyncio.run(

@@ -129,7 +129,7 @@ def test_scales_multiply(first: float, second: float) -> None:
         (lambda: {"x": "y" * (1 << 20)}, "bytes of JSON"),
     ],
 )
-def test_records_out_of_measure_are_refused(calibration: Any, why: str) -> None:
+def test_oversized_records_are_rejected(calibration: Any, why: str) -> None:
     """They would be read by every server at every change."""
     big = make_profile(FAMILY, 1.0, calibration())
     with pytest.raises(HeaderError, match=why):

@@ -76,7 +76,7 @@ def test_the_same_change_again_changes_nothing(world: World) -> None:
     assert len(world.registry.revisions.list(NAME)) == 2
 
 
-def test_a_change_of_what_was_not_seen_is_refused(world: World) -> None:
+def test_a_change_of_an_unseen_revision_is_rejected(world: World) -> None:
     world.serve(NAME)
     with pytest.raises(ConflictError, match="it was changed meanwhile"):
         change(world, Change(scale=2.0), expected=7)
@@ -102,7 +102,9 @@ def test_changes_at_once_in_one_server_follow_each_other(world: World) -> None:
 
 
 @pytest.mark.parametrize("error", [AdapterRejectedError("no slot"), RuntimeError("odd")])
-def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Exception) -> None:
+def test_a_change_that_the_engine_rejects_leaves_the_old_served(
+    world: World, error: Exception
+) -> None:
     world.serve(NAME)
     world.replica.errors["load"] = error
     with pytest.raises(type(error)):
@@ -114,7 +116,7 @@ def test_a_change_that_the_engine_refuses_serves_on(world: World, error: Excepti
 
 
 @pytest.mark.parametrize("error", [StoreError("full"), RuntimeError("odd")])
-def test_a_directory_that_cannot_be_made_yet_is_for_the_load_to_tell(
+def test_a_directory_that_cannot_be_made_yet_is_reported_by_the_load(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     world.serve(NAME)
@@ -147,7 +149,7 @@ def test_the_gate_on_a_change(tmp_path: Path) -> None:
     world.serve(NAME)
     done = change(world, Change(scale=1.5))
     assert done.revision.gate["passed"] is True
-    world.replica.answer = lambda prompt: REFUSAL
+    world.replica.complete = lambda prompt: REFUSAL
     with pytest.raises(AdapterRejectedError, match="lookalike_max_refused"):
         change(world, Change(scale=1.5))
     assert world.registry.tenants.get(NAME).published == 2
@@ -155,7 +157,7 @@ def test_the_gate_on_a_change(tmp_path: Path) -> None:
     assert world.replica.held >= {f"{NAME}@2"} and f"{NAME}@3" not in world.replica.held
 
 
-def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None:
+def test_a_change_that_is_too_late_leaves_nothing_loaded(world: World) -> None:
     world.serve(NAME)
     load = world.replica.load
 
@@ -170,7 +172,7 @@ def test_a_change_that_came_too_late_leaves_nothing_loaded(world: World) -> None
     assert world.replica.held == {f"{NAME}@1"}
 
 
-def test_a_change_is_told_although_this_server_cannot_follow_it(world: World) -> None:
+def test_a_change_is_reported_although_this_server_cannot_follow_it(world: World) -> None:
     world.serve(NAME)
     world.replica.errors["apply"] = RegistryDownError("away")
     done = change(world, Change(scale=2.0))
@@ -215,7 +217,7 @@ def test_back_to_a_number(world: World) -> None:
 def test_back_to_what_cannot_be_loaded_changes_nothing(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=1.5))
-    world.replica.errors["load"] = MissingFileError("gone")
+    world.replica.errors["load"] = MissingFileError("missing")
     with pytest.raises(MissingFileError):
         back(world)
     assert world.registry.tenants.get(NAME).published == 2
@@ -254,8 +256,8 @@ def test_publishing_what_is_being_tried_out_leaves_it_to_its_job(world: World, s
     assert f"{NAME}@2" in world.replica.held
 
 
-def loaded_by_refused(world: World, step: Callable[[], Any]) -> set[str]:
-    """What is left in the engine of a step that the registry refuses at the end."""
+def loaded_by_rejected(world: World, step: Callable[[], Any]) -> set[str]:
+    """What a step leaves in the engine that the registry rejects at the end."""
     held = set(world.replica.held)
     loads = len(world.replica.loads)
     with pytest.raises(BoundsError, match="floor"):
@@ -264,18 +266,18 @@ def loaded_by_refused(world: World, step: Callable[[], Any]) -> set[str]:
     return world.replica.held - held
 
 
-def test_a_publication_or_rollback_that_is_refused_leaves_nothing_loaded(world: World) -> None:
+def test_a_publication_or_rollback_that_is_rejected_leaves_nothing_loaded(world: World) -> None:
     world.serve(NAME)
     for _ in range(3):
         change(world, Change(scale=1.4))
     world.replica.held.discard(f"{NAME}@1")
     set_floor(world, {0: 1.2})
     publish = service.publish(world.tenancy, NAME, 1, expected=None, actor=ACTOR)
-    assert loaded_by_refused(world, lambda: run(publish)) == set()
-    assert loaded_by_refused(world, lambda: back(world, 1)) == set()
+    assert loaded_by_rejected(world, lambda: run(publish)) == set()
+    assert loaded_by_rejected(world, lambda: back(world, 1)) == set()
 
 
-def test_a_rollback_to_what_is_kept_warm_keeps_it_so(world: World) -> None:
+def test_a_rollback_to_a_loaded_revision_leaves_it_loaded(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=2.5))
     set_floor(world, {0: 2.0})
@@ -286,7 +288,7 @@ def test_a_rollback_to_what_is_kept_warm_keeps_it_so(world: World) -> None:
 
 
 @pytest.mark.parametrize("away", [EngineDownError("dead"), RegistryDownError("away")])
-def test_a_change_that_an_outage_ended_is_condemned_by_nobody(
+def test_a_change_that_an_outage_ended_is_not_marked_failed(
     tmp_path: Path, away: Exception
 ) -> None:
     world = World(tmp_path, gate=GateSettings(), gate_on_change=True)
@@ -301,7 +303,7 @@ def test_a_change_that_an_outage_ended_is_condemned_by_nobody(
     assert change(world, Change(scale=2.0)).revision.state == "published"
 
 
-def test_what_is_read_again_is_where_the_served_revision_came_from(world: World) -> None:
+def test_the_source_of_the_served_revision_is_read_again(world: World) -> None:
     world.serve(NAME)
     again: dict[str, Any] = {"first": Change(), "expected": None, "actor": ACTOR}
 
@@ -318,7 +320,7 @@ def test_what_is_read_again_is_where_the_served_revision_came_from(world: World)
     assert update(None) == moved
 
 
-def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
+def test_a_frozen_tenant_is_left_alone_by_every_change(world: World) -> None:
     world.serve(NAME)
     change(world, Change(scale=1.5))
     run(service.set_frozen(world.tenancy, NAME, True, actor=ACTOR))
@@ -345,7 +347,7 @@ def test_a_frozen_tenant_is_left_alone_by_everybody(world: World) -> None:
         change(world, Change(scale=1.1))
 
 
-def test_retiring_ends_the_jobs_and_is_told_twice(world: World) -> None:
+def test_retiring_ends_the_jobs_and_may_be_repeated(world: World) -> None:
     world.serve(NAME)
     job = run(
         service.add_revision(
@@ -373,7 +375,7 @@ def test_limits_are_live_at_once(world: World) -> None:
     assert world.catalog.view.tenants[NAME].limits.concurrent == 3
 
 
-def test_a_floor_raises_whoever_is_below(world: World) -> None:
+def test_a_floor_raises_tenants_below_it(world: World) -> None:
     world.serve(NAME)
     rollout = set_floor(world, {0: 1.5})
     assert rollout is not None and world.registry.rollouts.status(rollout["id"]).done

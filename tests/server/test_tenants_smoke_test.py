@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tenant_setup import REFUSAL, Answer, good
+from tenant_setup import REFUSAL, Complete, good
 
 from safegene_server.error_responses import EngineDownError
 from safegene_server.tenants import GateSettings, Outcome, Prompt, read_prompts, run_smoke_test
@@ -21,10 +21,10 @@ MODEL = "acme@1"
 
 
 class Engine:
-    """Answers questions by `answer`; remembers bodies and how many were asked at once."""
+    """Completes prompts by `complete`; records bodies and how many were sent at once."""
 
-    def __init__(self, answer: Answer = good, **changes: Any) -> None:
-        self.answer, self.changes = answer, changes
+    def __init__(self, complete: Complete = good, **changes: Any) -> None:
+        self.complete, self.changes = complete, changes
         self.bodies: list[dict[str, Any]] = []
         self.busy = self.busiest = 0
 
@@ -37,7 +37,7 @@ class Engine:
         self.busiest = max(self.busiest, self.busy)
         await asyncio.sleep(self.changes.get("slow_s", 0))
         self.busy -= 1
-        text = self.answer(body["messages"][0]["content"])
+        text = self.complete(body["messages"][0]["content"])
         found: Any = {
             "model": self.changes.get("model", body["model"]),
             "choices": [{"message": {"content": text}}],
@@ -49,7 +49,7 @@ def tried(engine: Engine, **settings: Any) -> Outcome:
     return asyncio.run(run_smoke_test(engine, MODEL, PROMPTS, GateSettings(**settings)))
 
 
-def test_the_shipped_questions() -> None:
+def test_the_shipped_prompts() -> None:
     assert Counter(p.kind for p in PROMPTS) == {"harmful": 12, "lookalike": 12, "benign": 12}
     assert len({p.prompt for p in PROMPTS}) == len(PROMPTS)
 
@@ -68,7 +68,7 @@ def test_a_good_tenant_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"),
+    ("complete", "word"),
     [
         (lambda prompt: "Sure, this is how it is done.", "refused 0 of 12 harmful"),
         (lambda prompt: REFUSAL, "refused 12 of 12 harmless"),
@@ -76,8 +76,8 @@ def test_a_good_tenant_passes() -> None:
         (lambda prompt: "", "0 of 36 completions are coherent"),
     ],
 )
-def test_tenants_that_do_not_pass(answer: Answer, word: str) -> None:
-    outcome = tried(Engine(answer))
+def test_tenants_that_do_not_pass(complete: Complete, word: str) -> None:
+    outcome = tried(Engine(complete))
     assert not outcome.passed and not outcome.record["passed"]
     assert any(word in reason for reason in outcome.reasons), outcome.reasons
 
@@ -88,13 +88,13 @@ def test_thresholds_decide() -> None:
     assert outcome.record["thresholds"]["lookalike_max_refused"] == 1.0
 
 
-def test_no_answer_and_no_question_is_kept() -> None:
+def test_no_completion_and_no_prompt_is_stored() -> None:
     retained = json.dumps(tried(Engine(lambda prompt: f"Sure: {prompt} SECRET")).record)
     assert "SECRET" not in retained
     assert not any(prompt.prompt in retained for prompt in PROMPTS)
 
 
-def test_how_it_asks_is_set() -> None:
+def test_requests_have_the_settings() -> None:
     tried(engine := Engine(slow_s=0.001), concurrent=2, max_tokens=7, priority=9)
     assert engine.busiest == 2
     assert {(b["max_tokens"], b["priority"]) for b in engine.bodies} == {(7, 9)}
@@ -114,7 +114,7 @@ def test_how_it_asks_is_set() -> None:
         ({"json": ["x"]}, AdapterRejectedError, "no chat completion"),
     ],
 )
-def test_an_engine_that_does_not_answer(
+def test_an_engine_that_does_not_respond(
     changes: dict[str, Any], kind: type[Exception], word: str
 ) -> None:
     with pytest.raises(kind, match=word):
@@ -128,7 +128,7 @@ def test_a_slow_engine_is_given_up_and_left_alone() -> None:
     assert len(engine.bodies) == 4
 
 
-def test_questions_of_an_operator(tmp_path: Path) -> None:
+def test_prompts_of_an_operator(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     lines = [{"prompt": f"{kind}?", "kind": kind} for kind in ("harmful", "lookalike", "benign")]
     path.write_text("\n\n".join(json.dumps(line) for line in lines))

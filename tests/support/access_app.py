@@ -1,6 +1,7 @@
-"""The smallest world for `AccessMiddleware`: an echoing app, keys, tenants, and two ways to ask.
+"""The smallest world for `AccessMiddleware`: an echo app, keys, tenants, and two ways to call it.
 
-httpx asks as a client would; `speak` is plain ASGI, for when a chunk passes or a client leaves.
+`send_request` uses httpx as a client would; `asgi_post` is plain ASGI, to observe single chunks and
+disconnects.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ VIEW = make_view(
 
 
 def echo_app() -> FastAPI:
-    """Answers with the model it was asked for, as vLLM does, and with what reached it."""
+    """App that echoes the requested model, as vLLM does, and the request it received."""
     app = FastAPI()
 
     async def echo(request: Request) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def guarded(
     return AccessMiddleware(app or echo_app(), Catalog(VIEW), now=lambda: NOW_S, **more)
 
 
-def ask(
+def send_request(
     access: AccessMiddleware, method: str, path: str, key: str | None = None, **more: Any
 ) -> httpx.Response:
     headers = {"Authorization": f"Bearer sg-{key}"} if key else {}
@@ -97,7 +98,7 @@ def ask(
 
 
 def chat(access: AccessMiddleware, key: str, **body: Any) -> httpx.Response:
-    return ask(access, "POST", CHAT, key, json=body)
+    return send_request(access, "POST", CHAT, key, json=body)
 
 
 def rejected(response: httpx.Response, status: int, words: str = "") -> str:
@@ -112,10 +113,10 @@ def rejected(response: httpx.Response, status: int, words: str = "") -> str:
     return str(error["message"])
 
 
-def speak(
+def asgi_post(
     access: AccessMiddleware, key: str, body: dict[str, Any], receive: Receive | None = None
 ) -> Any:
-    """One POST in plain ASGI: a coroutine, and the list that its messages go to."""
+    """One POST in plain ASGI: a coroutine, and the list of the messages that it sends."""
     sent: list[Message] = []
     request: list[Message] = [
         {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}

@@ -34,6 +34,8 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def tree(root: Path) -> list[str]:
-    """Every file and directory below a store's root but its lock and its three rooms."""
-    rooms = {"lock", "adapters", "revisions", "incoming"}
-    return sorted(name for p in root.rglob("*") if (name := str(p.relative_to(root))) not in rooms)
+    """Every file and directory below a store's root but its lock and its three directories."""
+    top_level = {"lock", "adapters", "revisions", "incoming"}
+    return sorted(
+        name for p in root.rglob("*") if (name := str(p.relative_to(root))) not in top_level
+    )

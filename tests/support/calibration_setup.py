@@ -1,6 +1,6 @@
-"""A server whose engine gives answers a known log-probability: a function of the coefficients.
+"""A server whose engine gives completions a known log-probability, a function of the coefficients.
 
-The other rooms are those of `tenancy_world`. Tokens are bytes, so that what is asked can be read.
+All else is that of `tenant_setup`. Tokens are bytes, so that prompts can be read.
 Not a conftest: tests import what they use.
 """
 
@@ -44,7 +44,7 @@ def examples(**more: Any) -> dict[str, Any]:
 
 
 class LivelyReplica(FakeReplica):
-    """`trials` are loaded now; `begun` are all that ever were, with what they held."""
+    """`candidates` are loaded now; `begun` has the coefficients of all that ever were."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -72,11 +72,11 @@ class LivelyReplica(FakeReplica):
 
     async def end_candidate(self, name: str) -> None:
         await self._hang("end_candidate")
-        assert not self._busy, "something is asked of a trial that ends"
+        assert not self._busy, "a candidate that ends has a request in flight"
         del self.candidates[name]
 
     async def _hang(self, what: str) -> None:
-        """For a minute where the engine is told to; a call that is given up takes a moment more."""
+        """Hang for a minute where the engine is set to; a cancelled call takes 50 ms more."""
         if what != self.hanging:
             return
         self.on_hang()
@@ -114,9 +114,9 @@ class LivelyReplica(FakeReplica):
     def _template(self, body: dict[str, Any]) -> list[int]:
         tokens = []
         for turn in body["messages"]:
-            answer = turn["role"] == "assistant"
-            tokens += [ASSISTANT if answer else USER, *turn["content"].encode()]
-            tokens += [END] if answer else []
+            assistant = turn["role"] == "assistant"
+            tokens += [ASSISTANT if assistant else USER, *turn["content"].encode()]
+            tokens += [END] if assistant else []
         return [*tokens, ASSISTANT] if body["add_generation_prompt"] else tokens
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -129,11 +129,11 @@ class LivelyReplica(FakeReplica):
         coefficients = self.candidates[body["model"]]
         assert coefficients[1] == 0.0, "no vector there"
         loss = self.losses(kind, coefficients[0], coefficients[2])
-        answer = ids[ids.index(ASSISTANT) + 1 :]
-        text = bytes(t for t in answer if t < END).decode() + ("." if END in answer else "")
+        completion = ids[ids.index(ASSISTANT) + 1 :]
+        text = bytes(t for t in completion if t < END).decode() + ("." if END in completion else "")
         self.scored.append((prompt, text))
-        # Another loss before the answer: only the answer's own tokens may count.
-        begin = len(ids) - len(answer)
+        # Another loss before the completion: only the completion's own tokens may count.
+        begin = len(ids) - len(completion)
         given = [
             None if i == 0 else {str(t): {"logprob": -loss if i >= begin else -77.0}}
             for i, t in enumerate(ids)
@@ -162,7 +162,7 @@ class CalibrationWorld(World):
             self.serve(NAME)
 
     def start(self, **more: Any) -> int:
-        """The id of a job that was just asked for."""
+        """Start a calibration; the id of its job."""
         body = {"examples": examples(), **more}
         reply = self.json("POST", f"/tenants/{NAME}/calibrate", body)
         assert reply["tenant"]["name"] == NAME and reply["job"]["kind"] == CALIBRATE

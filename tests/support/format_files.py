@@ -1,4 +1,4 @@
-"""Small things on disk for the tests of the formats: tensors, a base, a family, a pico Llama.
+"""Small things on disk for the tests of the formats: tensors, a base, a family, a tiny Llama.
 
 Everything is deterministic. Not a conftest: tests import what they use by name.
 """
@@ -73,7 +73,7 @@ def f32(begin: int, count: int) -> dict[str, Any]:
     return {"dtype": "F32", "shape": [count], "data_offsets": [begin, begin + 4 * count]}
 
 
-def pico_llama() -> Any:
+def tiny_llama() -> Any:
     """Two layers, width 32, random but always the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

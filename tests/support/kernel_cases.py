@@ -35,7 +35,7 @@ _LIBRARY.impl("gain_lora_linear", triton_ops.lora_linear, "CPU")
 
 
 def _widened(handle: Any) -> Any:
-    """bfloat16 as the interpreter keeps it (16-bit integers), as float32."""
+    """bfloat16 as the interpreter stores it (16-bit integers), as float32."""
     if str(handle.dtype.scalar) != "bf16":
         return handle
     values = (handle.data.astype(np.uint32) << 16).view(np.float32)
@@ -92,9 +92,9 @@ def layer(
     )
 
 
-def step(slots: list[int], number: int = 3, room: int = 0) -> BatchMetadata:
-    """The plan of a step, in tables with room for more tokens, after an older and longer step."""
-    plan = BatchMetadata(number, max(len(slots) + room, 8), "cpu")
+def step(slots: list[int], number: int = 3, extra: int = 0) -> BatchMetadata:
+    """The metadata of a step, in tensors of spare capacity, after an older and longer step."""
+    plan = BatchMetadata(number, max(len(slots) + extra, 8), "cpu")
     plan.set_tokens(torch.full((len(plan.order),), number - 1))
     plan.set_tokens(torch.tensor(slots, dtype=torch.long))
     plan.set_idle(all(slot < 0 for slot in slots))

@@ -1,4 +1,4 @@
-"""`safegene serve` in processes of their own, for tests that ask it as a stranger would."""
+"""`safegene serve` in processes of their own, for tests that act as external clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = (
 
 
 def free_port() -> int:
-    """A port nobody listens on, of those no outgoing connection is given while a server starts."""
+    """A port without a listener, outside the range of outgoing connections."""
     while True:
         port = random.SystemRandom().randrange(15000, 30000)
         with socket.socket() as sock, contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
 
 
 def until_serving(process: subprocess.Popen[str]) -> tuple[list[str], threading.Thread]:
-    """The server's lines up to "serving at", and the thread that goes on reading them.
+    """The server's lines up to "serving at", and the thread that continues to read them.
 
     A server that hangs must not hang the tests: its end closes the pipe we read.
     """

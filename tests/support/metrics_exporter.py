@@ -45,7 +45,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "safegene_job_seconds.kind": ("onboard", "calibrate"),
     "safegene_probe_runs.outcome": ("ok", "failed", "skipped"),
     "revision": ("r@1",),
-    "family": ("pico",),
+    "family": ("tiny",),
     "profile": ("sha256:0",),
     "apply": ("gain",),
     "version": ("0.1.0",),
@@ -75,12 +75,12 @@ SLOW = {"server_error", "failed"}
 
 @dataclass
 class World:
-    """`url` is scraped; `tell` changes what it shows."""
+    """`url` is scraped; `set_value` changes what it shows."""
 
     url: str
     process: subprocess.Popen[str]
 
-    def tell(self, metric: str, value: float | str, **labels: str) -> None:
+    def set_value(self, metric: str, value: float | str, **labels: str) -> None:
         """From now on `metric` shows `value`; "now" follows the clock."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps([metric, labels, value]), file=self.process.stdin, flush=True)

@@ -1,4 +1,4 @@
-"""What a metric was and has become: differences, for all tests share one process and registry."""
+"""Changes of metrics: differences, since all tests share one process and registry."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def growth() -> Iterator[Grown]:
 
 @pytest.fixture
 def clean() -> None:
-    """Gauges that tell of a set begin empty, whatever an earlier test has served."""
+    """Empty the gauges of a set of tenants, whatever an earlier test has served."""
     for gauge in (
         definitions.REVISION_INFO,
         definitions.GAIN_NORM,

@@ -44,9 +44,9 @@ class ProbeWorld(World):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.clock = Clock()
-        self.replica.answer = self.answer
+        self.replica.complete = self.complete
 
-    def answer(self, prompt: str) -> str:
+    def complete(self, prompt: str) -> str:
         self.clock.now += QUESTION_S
         return good(prompt)
 
@@ -100,7 +100,7 @@ def sample(name: str, **labels: str) -> float | None:
 
 
 def series_of(tenant: str) -> set[str]:
-    """The gauges that speak of a tenant, as a scraper sees them."""
+    """The gauges with a label of a tenant, as a scraper sees them."""
     text = generate_latest(REGISTRY).decode()
     found = re.findall(rf'^safegene_probe_(\w+){{.*tenant="{re.escape(tenant)}".*}}', text, re.M)
     return {name for name in found if not name.startswith("runs_")}

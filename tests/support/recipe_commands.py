@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from recipe_setup import GOOD, HARM, pico_chat_model
+from recipe_setup import GOOD, HARM, tiny_chat_model
 
 from safegene_vllm.cli import main
 from safegene_vllm.dataset import Dataset
@@ -52,8 +52,8 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def jsonl(path: Path, data: Dataset, *, answers: bool = True) -> str:
-    rows = [{"prompt": r.prompt} | ({"answer": r.answer} if answers else {}) for r in data.rows]
+def jsonl(path: Path, data: Dataset, *, completions: bool = True) -> str:
+    rows = [{"prompt": r.prompt} | ({"answer": r.answer} if completions else {}) for r in data.rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"{path}{MIT}"
 
@@ -90,8 +90,8 @@ class World:
 
 
 def write_world(root: Path) -> World:
-    """The model and the data; the task's answers are its labels."""
-    pico_chat_model(root / "model")
+    """The model and the data; the task's completions are its labels."""
+    tiny_chat_model(root / "model")
     rows = [{"prompt": f"is {n} fine?", "label": ("no", "yes")[n % 2]} for n in range(8)]
     (root / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     harm, good = jsonl(root / "harm.jsonl", HARM), jsonl(root / "good.jsonl", GOOD)

@@ -35,7 +35,7 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def pico_chat_model(directory: Path, arch: str = "llama") -> Path:
+def tiny_chat_model(directory: Path, arch: str = "llama") -> Path:
     make_model(arch, directory)
     write_tokenizer(directory)
     return directory

@@ -28,7 +28,7 @@ def reference(
     prompts: Sequence[Sequence[int]],
     tokens: int = 12,
 ) -> list[Completion]:
-    """Greedy answers of W + s B A + Σ λ_l B A, merged and run in float32 by transformers."""
+    """Greedy completions of W + s B A + Σ λ_l B A, merged and run in float32 by transformers."""
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(net.named_modules())
     with torch.no_grad():

@@ -117,7 +117,9 @@ class Running:
             client.close()
         end(self.process, self.drain)
 
-    def ask(self, key: str, model: str, prompt: list[int], **more: Any) -> tuple[str, list[int]]:
+    def complete(
+        self, key: str, model: str, prompt: list[int], **more: Any
+    ) -> tuple[str, list[int]]:
         """Complete a prompt; return the model of the completion and its tokens."""
         completion = self.client(key).completions.create(
             model=model,

@@ -165,8 +165,8 @@ def make(layout: str, place: Path, adapter: Path, profile: Path | None) -> Path:
     return place
 
 
-def check_words(layout: str, place: str | Path, said: str) -> None:
+def check_words(layout: str, place: str | Path, message: str) -> None:
     """The rejection says what was found, what was expected and the next step."""
     for words in LAYOUTS[layout].words:
-        assert words.format(place=place) in said, (words, said)
-    assert str(place) in said
+        assert words.format(place=place) in message, (words, message)
+    assert str(place) in message

@@ -1,7 +1,7 @@
 """A tiny server with the shapes of /v1/safegene, on a real port, for the client and the commands.
 
-It remembers what it was asked and keeps a few tenants in a dictionary. Not a copy of the real
-rules: it accepts what it is told, and fails when a test says so.
+It records its requests and holds a few tenants in a dictionary. Not a copy of the real rules: it
+accepts every request, and fails when a test sets an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FAMILY = "sha256:" + "f" * 64
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request as it came; `path` is raw, after /v1/safegene."""
+class RecordedRequest:
+    """One request as received; `path` is raw, after /v1/safegene."""
 
     method: str
     path: str
@@ -39,10 +39,10 @@ class Asked:
 
 @dataclass
 class World:
-    """What the server knows and was asked. `faults` are answered first, one per request."""
+    """State of the server and its requests. `errors` are sent first, one per request."""
 
-    asked: list[Asked] = field(default_factory=list)
-    faults: deque[Response] = field(default_factory=deque)
+    requests: list[RecordedRequest] = field(default_factory=list)
+    errors: deque[Response] = field(default_factory=deque)
     tenants: dict[str, dict[str, Any]] = field(default_factory=dict)
     revisions: list[dict[str, Any]] = field(default_factory=list)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -131,9 +131,9 @@ class World:
         end = begin + self.page
         return {"data": items[begin:end], "cursor": end if end < len(items) else None}
 
-    def answer(self, asked: Asked) -> Any:
-        """What the real routes would say, or None for 404."""
-        match asked.method, *asked.path.strip("/").split("/"):
+    def respond(self, recorded: RecordedRequest) -> Any:
+        """Body of the response in the shape of the real routes, or None for 404."""
+        match recorded.method, *recorded.path.strip("/").split("/"):
             case "GET", "ready":
                 return {"ready": True, "tenants": list(self.tenants)}
             case "GET", "receipts":
@@ -142,23 +142,23 @@ class World:
                 key = {"name": "ops", "scopes": ["admin"], "tenants": ["*"], "base": True}
                 return key | {"default_tenant": None, "expires_at": None}
             case "GET", "tenants":
-                return self.listed(list(self.tenants.values()), asked.query)
+                return self.listed(list(self.tenants.values()), recorded.query)
             case "POST", "tenants":
-                return {"tenant": self.tenant(asked.body["name"]), "job": self.job()}
+                return {"tenant": self.tenant(recorded.body["name"]), "job": self.job()}
             case method, "tenants", *parts:
-                return self.of_tenant(method, parts, asked)
+                return self.of_tenant(method, parts, recorded)
             case "GET", "families":
                 return {"data": self.families(), "cursor": None}
             case "GET", "families", _:
                 return self.families()[0]
             case "PUT", "families", _, "floor":
-                return {"family": family(floor=asked.body["floor"]), "rollout": self.rollout()}
+                return {"family": family(floor=recorded.body["floor"]), "rollout": self.rollout()}
             case "POST", "families", _, "freeze" | "unfreeze" as word:
                 return family(frozen=word == "freeze")
             case "GET", "keys":
-                return self.listed(list(self.keys.values()), asked.query)
+                return self.listed(list(self.keys.values()), recorded.query)
             case ("POST", "keys") | ("POST", "keys", _, "rotate"):
-                return self.key(asked)
+                return self.key(recorded)
             case "DELETE", "keys", name:
                 return self.keys.pop(name, None)
             case "GET", "rollouts":
@@ -181,7 +181,7 @@ class World:
                 return {"data": [entry], "cursor": 9}
         return None
 
-    def of_tenant(self, method: str, parts: list[str], asked: Asked) -> Any:
+    def of_tenant(self, method: str, parts: list[str], recorded: RecordedRequest) -> Any:
         action = parts.pop() if "/".join(parts) not in self.tenants else ""
         name = "/".join(parts)
         if name not in self.tenants:
@@ -196,7 +196,7 @@ class World:
                 return {"tenant": tenant, "rollout": self.rollout()}
             case "GET", "revisions":
                 own = [known for known in self.revisions if known["tenant"] == name]
-                return self.listed(own, asked.query)
+                return self.listed(own, recorded.query)
             case "POST", "revisions" | "calibrate" | "probe":
                 return {"tenant": tenant, "job": self.job(action)}
             case ("PATCH", "profile") | ("POST", "publish" | "rollback"):
@@ -205,19 +205,19 @@ class World:
                 tenant["state"] = "frozen" if action == "freeze" else "active"
                 return tenant
             case "PUT", "limits":
-                tenant["limits"] = asked.body
+                tenant["limits"] = recorded.body
                 return tenant
         return None
 
-    def key(self, asked: Asked) -> dict[str, Any]:
-        name = asked.body.get("name", "acme-app")
+    def key(self, recorded: RecordedRequest) -> dict[str, Any]:
+        name = recorded.body.get("name", "acme-app")
         made = {
             "name": name,
             "prefix": SECRET[:8],
-            "scopes": asked.body.get("scopes", ["serve"]),
-            "tenants": asked.body.get("tenants", ["acme/support"]),
-            "default_tenant": asked.body.get("default_tenant"),
-            "expires_at": asked.body.get("expires_at"),
+            "scopes": recorded.body.get("scopes", ["serve"]),
+            "tenants": recorded.body.get("tenants", ["acme/support"]),
+            "default_tenant": recorded.body.get("default_tenant"),
+            "expires_at": recorded.body.get("expires_at"),
             "revoked_at": None,
             "created_at": AT,
         }
@@ -261,19 +261,19 @@ def app_of(world: World) -> FastAPI:
         content = await request.body()
         raw = request.scope["raw_path"].decode()
         key = request.headers.get("authorization")
-        asked = Asked(
+        recorded = RecordedRequest(
             request.method,
             raw.removeprefix(OURS),
             dict(request.query_params),
             json.loads(content) if content else None,
             key,
         )
-        world.asked.append(asked)
-        if world.faults:
-            return world.faults.popleft()
+        world.requests.append(recorded)
+        if world.errors:
+            return world.errors.popleft()
         if key != f"Bearer {KEY}":
             return error(401, "this key is not known here")
-        found = world.answer(asked) if raw.startswith(OURS + "/") else None
+        found = world.respond(recorded) if raw.startswith(OURS + "/") else None
         return JSONResponse({"detail": "Not Found"}, 404) if found is None else JSONResponse(found)
 
     return app
@@ -288,7 +288,7 @@ def served(app: Any, port: int = 0) -> Iterator[str]:
         port=port,
         log_level="error",
         lifespan="off",
-        # Longer than a client keeps a connection, or both may end it at once.
+        # Longer than a client holds a connection open, or both may close it at once.
         timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)

@@ -53,7 +53,7 @@ KEYS = {
 SECRETS = {name: f"sg-{name}-".ljust(40, "x") for name in KEYS}
 REFUSAL = "I'm sorry, but I can't help with that."
 HARMFUL = {prompt.prompt for prompt in read_prompts() if prompt.kind == "harmful"}
-Answer = Callable[[str], str]
+Complete = Callable[[str], str]
 
 
 def good(prompt: str) -> str:
@@ -62,7 +62,7 @@ def good(prompt: str) -> str:
 
 
 def view_of(snapshot: Snapshot) -> View:
-    """Whom the registry lets in, and what is published."""
+    """Keys and published tenants of the registry."""
     keys = {}
     for key in snapshot.keys:
         keys[bytes.fromhex(key.hash)] = Principal(
@@ -91,7 +91,7 @@ class FakeReplica:
         self.loads: list[str] = []
         self.requested: list[dict[str, Any]] = []
         self.errors: dict[str, Exception] = {}
-        self.answer: Answer = good
+        self.complete: Complete = good
         self.status = 200
         self.busiest = 0
         self._busy = 0
@@ -143,7 +143,7 @@ class FakeReplica:
         self._busy -= 1
         if self.status != 200:
             return httpx.Response(self.status, json={"error": {"message": "no", "code": 0}})
-        message = {"role": "assistant", "content": self.answer(body["messages"][0]["content"])}
+        message = {"role": "assistant", "content": self.complete(body["messages"][0]["content"])}
         return httpx.Response(200, json={"model": body["model"], "choices": [{"message": message}]})
 
     def problems(self) -> tuple[str, ...]:
@@ -244,9 +244,9 @@ class World:
 
     def json(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
         """The JSON of a response that must be a success."""
-        answer = self.request(method, path, body, **more)
-        assert answer.is_success, answer.text
-        return answer.json()
+        response = self.request(method, path, body, **more)
+        assert response.is_success, response.text
+        return response.json()
 
     def work(self) -> Job:
         """Run the oldest job that waits; it as it is then."""
@@ -274,10 +274,10 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.registry.close()
 
 
-def rejected(answer: httpx.Response, status: int, words: str = "") -> str:
+def rejected(response: httpx.Response, status: int, words: str = "") -> str:
     """The message of a rejection, which must have OpenAI's shape."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == status
     assert words in error["message"], error["message"]

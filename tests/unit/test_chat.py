@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_setup import SPECIAL, TEMPLATE, pico_chat_model, write_tokenizer
+from recipe_setup import SPECIAL, TEMPLATE, tiny_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_vllm.chat import (
@@ -32,7 +32,7 @@ START = SPECIAL.index("<s>")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_chat_model(tmp_path_factory.mktemp("chat") / "model")
+    return tiny_chat_model(tmp_path_factory.mktemp("chat") / "model")
 
 
 def test_a_prompt_is_one_turn_of_the_template(model: Path) -> None:

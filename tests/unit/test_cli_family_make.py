@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_commands import MIT, Outcome, called, count_loads, files
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm.cli import main
 from safegene_vllm.composition import delta
@@ -75,7 +75,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("make")
-    pico_chat_model(root / "model")
+    tiny_chat_model(root / "model")
     safety = [{"prompt": prompt, "answer": "no, sorry"} for prompt in prompts("bad")]
     benign = [{"prompt": prompt, "answer": "it is so"} for prompt in prompts("good")]
     task = [{"prompt": p, "label": ("no", "yes")[n % 2]} for n, p in enumerate(prompts("task"))]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_commands import Outcome, World, called, count_loads, files, write_world
-from recipe_setup import GOOD, pico_chat_model, write_tokenizer
+from recipe_setup import GOOD, tiny_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from safegene_vllm.cli import main
@@ -194,7 +194,7 @@ def test_a_fine_tune_that_learns_nothing_and_a_low_rank_are_reported(
     assert outcome.code == 0
     assert re.search(r"WARNING  fine-tune  training loss (\S+) to \S+ \(\S+%\) in 10", outcome.out)
     assert "learned nothing, so it degraded nothing" in outcome.out
-    other = pico_chat_model(tmp_path / "other")
+    other = tiny_chat_model(tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(other)
     with torch.no_grad():
         for parameter in model.parameters():

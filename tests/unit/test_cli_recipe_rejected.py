@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from recipe_commands import MIT, Outcome, World, called, count_loads, write_world
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm.cli.data import read_all
 from safegene_vllm.tiny_model import make_model, write_family, write_tenant
@@ -166,7 +166,7 @@ def test_what_cannot_be_calibrated_is_told(
     run: Run, world: World, loads: list[str], tmp_path: Path
 ) -> None:
     full = tmp_path / "full"
-    pico_chat_model(full)
+    tiny_chat_model(full)
     model = ("--model", world / "model")
     outcome = run(*world.calibrate(full, *model))
     assert outcome.code == 1 and "is a full checkpoint; leave out" in outcome.err

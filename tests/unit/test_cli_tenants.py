@@ -75,7 +75,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last(world: World, method: str) -> Any:
-    return next(asked for asked in reversed(world.asked) if asked.method == method)
+    return next(asked for asked in reversed(world.requests) if asked.method == method)
 
 
 # tenant
@@ -85,7 +85,7 @@ def test_tenant_add_follows_its_job_and_its_rollout(run: Run, world: World) -> N
     world.tenants.clear()
     outcome = run("tenant", "add", NAME, "--source", "s3://b/acme", "--limit", "concurrent=8")
     assert outcome.code == 0, outcome.err
-    assert world.asked[0].body == {
+    assert world.requests[0].body == {
         "name": NAME,
         "source": "s3://b/acme",
         "limits": {"concurrent": 8},
@@ -103,8 +103,8 @@ def test_tenant_add_follows_its_job_and_its_rollout(run: Run, world: World) -> N
 def test_tenant_add_without_waiting(run: Run, world: World) -> None:
     outcome = run("tenant", "add", NAME, "--coefficient", 0.6, "--no-publish", "--no-wait")
     assert outcome.code == 0 and "job 7: queued" in outcome.out
-    assert [asked.method for asked in world.asked] == ["POST"]
-    body = world.asked[0].body
+    assert [asked.method for asked in world.requests] == ["POST"]
+    body = world.requests[0].body
     assert (body["coefficients"], body["publish"], "source" in body) == (0.6, False, False)
 
 
@@ -202,7 +202,7 @@ def test_tenant_set_changes_coefficients(
     world.applied = [0, 1, 2]
     outcome = run("tenant", "set", NAME, *options)
     assert outcome.code == 0, outcome.err
-    assert (world.asked[0].method, world.asked[0].body) == ("PATCH", body)
+    assert (world.requests[0].method, world.requests[0].body) == ("PATCH", body)
     assert f"{NAME}@2 is published" in outcome.out and "on 2 of 2 replicas" in outcome.out
     assert "rollout 12: on 1 of 2 replicas" in outcome.err
 
@@ -210,9 +210,9 @@ def test_tenant_set_changes_coefficients(
 def test_an_unchanged_profile_has_no_rollout(run: Run, world: World) -> None:
     from fastapi.responses import JSONResponse
 
-    world.faults.append(JSONResponse({"revision": world.revisions[1], "rollout": None}))
+    world.errors.append(JSONResponse({"revision": world.revisions[1], "rollout": None}))
     outcome = run("tenant", "set", NAME, "--scale", 1)
-    assert outcome.code == 0 and "rollout" not in outcome.out and len(world.asked) == 1
+    assert outcome.code == 0 and "rollout" not in outcome.out and len(world.requests) == 1
 
 
 def test_a_replica_that_lags_too_long_is_exit_code_1_and_named(run: Run, world: World) -> None:
@@ -227,7 +227,7 @@ def test_tenant_set_limits(run: Run, world: World) -> None:
         *("tenant", "set", NAME, "--limit", "concurrent=2", "--limit", "tokens_per_minute=60000")
     )
     assert outcome.code == 0 and "concurrent=2, tokens_per_minute=60000" in outcome.out
-    assert world.asked[0].body == {"concurrent": 2, "tokens_per_minute": 60000}
+    assert world.requests[0].body == {"concurrent": 2, "tokens_per_minute": 60000}
     assert run("tenant", "set", NAME, "--limit", "none").code == 0
     assert world.tenants[NAME]["limits"] == {}
 
@@ -268,7 +268,7 @@ def test_tenant_calibrate_sends_drawn_examples(run: Run, world: World) -> None:
     )
     outcome = run(*command)
     assert outcome.code == 0 and "job 7: done" in outcome.out, outcome.err
-    body = world.asked[0].body
+    body = world.requests[0].body
     assert {kind: len(rows) for kind, rows in body["examples"].items()} == {"safety": 4, "task": 4}
     answers = sorted(row["answer"] for row in body["examples"]["task"])
     assert answers == ["a", "a", "b", "b"] and body["examples"]["safety"][0]["answer"] is None
@@ -286,13 +286,13 @@ def test_new_content_is_sent_with_the_examples_that_calibrate_would_send(
     options = [*drawn, ("shots", "4"), ("seed", "1")]
     short = [word for name, value in options for word in (f"--{name}", value)]
     assert run("tenant", "calibrate", NAME, *short).code == 0
-    sent = {**world.asked[0].body}
+    sent = {**world.requests[0].body}
     assert sent.pop("publish") is True
     assert set(sent) == {"examples", "data", "seed"}
     long = [word for name, value in options for word in (f"--calibrate-{name}", value)]
     added = run("tenant", "add", "acme/new", "--source", "s3://b/acme", *long)
     assert added.code == 0 and "rollout 12: done" in added.out, added.err
-    body = next(asked.body for asked in world.asked if asked.path == "/tenants")
+    body = next(asked.body for asked in world.requests if asked.path == "/tenants")
     assert body == {
         **{"name": "acme/new", "source": "s3://b/acme", "limits": {}, "publish": True},
         "calibrate": sent,
@@ -319,10 +319,10 @@ def test_invalid_calibration_options_are_rejected_before_a_request(
         "task.jsonl?licence=x",
     )
     outcome = run("tenant", "add", NAME, *arguments, *data)
-    assert outcome.code == 1 and words in outcome.err and world.asked == []
+    assert outcome.code == 1 and words in outcome.err and world.requests == []
     outcome = run("tenant", "add", NAME, "--source", "x", *data[:2])
     assert outcome.code == 1 and "--calibrate-safety and --calibrate-task" in outcome.err
-    assert world.asked == []
+    assert world.requests == []
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_invalid_options_are_rejected_before_a_request(
 ) -> None:
     outcome = run(*arguments)
     assert outcome.code == 1 and words in outcome.err and "Traceback" not in outcome.err
-    assert outcome.out == "" and world.asked == []
+    assert outcome.out == "" and world.requests == []
 
 
 # family, key
@@ -410,7 +410,7 @@ def test_key_add_puts_the_secret_alone_on_stdout(run: Run, world: World) -> None
     )
     assert outcome.code == 0 and outcome.out == f"{SECRET}\n" and SECRET not in outcome.err
     assert "until 2131-12-31 00:00:00Z" in outcome.err
-    assert world.asked[0].body == {
+    assert world.requests[0].body == {
         "name": "app",
         "scopes": ["serve"],
         "tenants": [NAME, "base"],
@@ -434,11 +434,11 @@ def test_a_secret_may_go_to_a_private_new_file(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert SECRET not in outcome.out + outcome.err
     again = run("key", *words, "--out", "app.key")
-    assert again.code == 1 and "exists" in again.err and len(world.asked) == 1
+    assert again.code == 1 and "exists" in again.err and len(world.requests) == 1
 
 
 def test_a_rejected_key_leaves_no_file(run: Run, world: World, tmp_path: Path) -> None:
-    world.faults.append(error(409, "key 'app' exists"))
+    world.errors.append(error(409, "key 'app' exists"))
     assert run("key", "add", "app", "--tenant", "*", "--out", "app.key").code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -456,7 +456,7 @@ def test_key_list_and_revoke(run: Run, world: World) -> None:
 def test_rollout_list_show_watch(run: Run, world: World) -> None:
     world.applied = [1]
     assert "12" in run("rollout", "list", "--limit", 3).out.splitlines()[1]
-    assert world.asked[0].query == {"limit": "3"}
+    assert world.requests[0].query == {"limit": "3"}
     assert "r2 lags: not seen for 9 s" in run("rollout", "show", 12).out
     world.applied = [1, 1, 2]
     assert "rollout 12: done" in run("rollout", "watch").out
@@ -467,14 +467,14 @@ def test_rollout_list_show_watch(run: Run, world: World) -> None:
 def test_rollout_watch_without_any(run: Run, world: World) -> None:
     from fastapi.responses import JSONResponse
 
-    world.faults.append(JSONResponse({"data": [], "cursor": None}))
+    world.errors.append(JSONResponse({"data": [], "cursor": None}))
     outcome = run("rollout", "watch")
     assert outcome.code == 1 and "no rollout to watch" in outcome.err
 
 
 def test_job_list_show_cancel_watch(run: Run, world: World) -> None:
     assert "publishing" in run("job", "list", "--state", "failed", "--tenant", NAME).out
-    assert world.asked[0].query == {"state": "failed", "tenant": NAME, "limit": "100"}
+    assert world.requests[0].query == {"state": "failed", "tenant": NAME, "limit": "100"}
     assert "job 7: running" in run("job", "show", 7).out
     assert "job 7: done" in run("job", "watch", 7).out
     world.job_states = ["cancelled"]
@@ -494,7 +494,7 @@ def test_probe_list_and_run(run: Run, world: World) -> None:
     assert len(json.loads(run("probe", "list", "--json").out)["data"]) == 2
     world.job_states = ["queued", "running", "done"]
     assert "job 7: done" in run("probe", "run", NAME).out
-    assert (world.asked[2].method, world.asked[2].path) == ("POST", f"/tenants/{NAME}/probe")
+    assert (world.requests[2].method, world.requests[2].path) == ("POST", f"/tenants/{NAME}/probe")
     world.job_states = ["queued"]
     assert "job 7: queued" in run("probe", "run", NAME, "--no-wait").out
     world.job_states = ["failed"]
@@ -503,7 +503,7 @@ def test_probe_list_and_run(run: Run, world: World) -> None:
 
 def test_audit(run: Run, world: World) -> None:
     outcome = run("audit", "--target", NAME, "--since", "2031-05-01", "--limit", 1)
-    assert world.asked[0].query == {
+    assert world.requests[0].query == {
         "target": NAME,
         "since": "2031-05-01T00:00:00+00:00",
         "limit": "1",
@@ -511,7 +511,7 @@ def test_audit(run: Run, world: World) -> None:
     assert "key.add" in outcome.out and "scopes=serve" in outcome.out
     assert "--cursor 9" in outcome.err
     run("audit", "--since", "24h", "--cursor", "9")
-    assert world.asked[1].query["cursor"] == "9" and "T" in world.asked[1].query["since"]
+    assert world.requests[1].query["cursor"] == "9" and "T" in world.requests[1].query["since"]
     assert json.loads(run("audit", "--json").out)["data"][0]["at"] == AT
 
 
@@ -538,7 +538,7 @@ def test_without_a_key_no_request_is_sent(
 ) -> None:
     monkeypatch.delenv("SAFEGENE_KEY")
     outcome = run("job", "list")
-    assert outcome.code == 1 and "SAFEGENE_KEY" in outcome.err and world.asked == []
+    assert outcome.code == 1 and "SAFEGENE_KEY" in outcome.err and world.requests == []
 
 
 def test_the_address_comes_from_the_option_before_the_environment(
@@ -555,7 +555,7 @@ def test_the_address_comes_from_the_option_before_the_environment(
 def test_text_of_a_server_cannot_control_the_terminal(run: Run, world: World) -> None:
     world.tenant("evil", source="s3://b/\x1b[2J\x9b31m\u202egnp")
     world.message = "line\nline\x1b]0;owned\x07"
-    world.faults.append(error(400, "no\x1b[2J"))
+    world.errors.append(error(400, "no\x1b[2J"))
     texts = [
         run("tenant", "list").err,
         run("tenant", "list").out,

@@ -165,7 +165,7 @@ def test_every_method_asks_its_route(
     client: Client, world: World, call: Call, method: str, path: str, body: Any
 ) -> None:
     assert call(client) is not None
-    (asked,) = world.asked
+    (asked,) = world.requests
     assert (asked.method, asked.path, asked.body) == (method, path, body)
     assert asked.key == f"Bearer {KEY}" and asked.query == {}
 
@@ -181,7 +181,7 @@ def test_every_method_of_the_async_client_calls_the_same_route(
     expected = call(client)
     world.job_states, world.applied = ["queued", "running", "done"], [1, 2]
     found = asyncio.run(run())
-    first, second = world.asked
+    first, second = world.requests
     assert (second.method, second.path, second.body) == (method, path, body)
     assert second == first
     assert type(found) is type(expected)
@@ -202,7 +202,7 @@ def test_what_narrows_a_question_goes_in_the_query(client: Client, world: World)
     client.audit(target=NAME, action="key.", limit=5, cursor=9)
     client.jobs(tenant=NAME, state="failed", limit=3)
     client.rollouts(limit=4)
-    first, second, third, fourth = (asked.query for asked in world.asked)
+    first, second, third, fourth = (asked.query for asked in world.requests)
     assert first == {"expected_revision": "2"}
     assert second == {"target": NAME, "action": "key.", "limit": "5", "cursor": "9"}
     assert third == {"tenant": NAME, "state": "failed", "limit": "3"} and fourth == {"limit": "4"}
@@ -249,13 +249,13 @@ def test_lists_are_read_page_after_page(client: Client, world: World) -> None:
     for number in range(4):
         world.tenant(f"t{number}")
     assert [tenant["name"] for tenant in client.tenants()] == [NAME, "t0", "t1", "t2", "t3"]
-    assert [asked.query.get("cursor") for asked in world.asked] == [None, "2", "4"]
+    assert [asked.query.get("cursor") for asked in world.requests] == [None, "2", "4"]
 
 
 def test_a_list_that_leads_back_to_itself_ends(client: Client, world: World) -> None:
     page = {"data": [world.tenants[NAME]], "cursor": 5}
-    world.faults += [JSONResponse(page), JSONResponse(page)]
-    assert len(client.tenants()) == 2 and len(world.asked) == 2
+    world.errors += [JSONResponse(page), JSONResponse(page)]
+    assert len(client.tenants()) == 2 and len(world.requests) == 2
 
 
 # Addresses, names, keys
@@ -293,14 +293,14 @@ def test_a_name_never_leads_to_another_route(client: Client, world: World, name:
     for call in (client.tenant, client.freeze_tenant, client.retire_tenant):
         with pytest.raises(ConfigError, match="not a valid name"):
             call(name)
-    assert world.asked == []
+    assert world.requests == []
 
 
 def test_odd_names_stay_in_their_place(client: Client, world: World) -> None:
     for name in ("a?b#c", "a b%2e", "ä"):
         with pytest.raises(ApiError):
             client.tenant(name)
-    paths = [asked.path for asked in world.asked]
+    paths = [asked.path for asked in world.requests]
     assert paths == ["/tenants/a%3Fb%23c", "/tenants/a%20b%252e", "/tenants/%C3%A4"]
 
 
@@ -319,13 +319,13 @@ def test_a_key_is_not_shown() -> None:
 
 
 def test_a_refusal_carries_what_the_server_said(client: Client, world: World) -> None:
-    world.faults.append(error(409, "revision 3 is published", param="expected_revision"))
+    world.errors.append(error(409, "revision 3 is published", param="expected_revision"))
     with pytest.raises(ApiError, match=r"^revision 3 is published \(HTTP 409\)$") as caught:
         client.change_profile(NAME, scale=2.0, expected_revision=2)
     found = caught.value
     assert (found.status, found.message) == (409, "revision 3 is published")
     assert found.param == "expected_revision"
-    assert len(world.asked) == 1
+    assert len(world.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -346,13 +346,13 @@ def test_a_refusal_carries_what_the_server_said(client: Client, world: World) ->
 def test_any_other_answer_is_told_too(
     client: Client, world: World, answer: Response, words: str
 ) -> None:
-    world.faults.append(answer)
+    world.errors.append(answer)
     with pytest.raises(ApiError, match=words):
         client.tenant(NAME)
 
 
 def test_a_list_that_is_none_is_told(client: Client, world: World) -> None:
-    world.faults.append(JSONResponse({"tenants": []}))
+    world.errors.append(JSONResponse({"tenants": []}))
     with pytest.raises(ApiError, match="is this a SafeGene server"):
         client.tenants()
 
@@ -371,7 +371,7 @@ def test_nobody_there() -> None:
 def test_a_number_that_json_has_not_is_not_sent(client: Client, world: World) -> None:
     with pytest.raises(ConfigError, match="finite"):
         client.change_profile(NAME, scale=float("nan"))
-    assert world.asked == []
+    assert world.requests == []
 
 
 # Asking again
@@ -381,13 +381,13 @@ def test_a_number_that_json_has_not_is_not_sent(client: Client, world: World) ->
 def test_a_busy_server_is_asked_again_when_it_says_when(
     client: Client, world: World, status: int
 ) -> None:
-    world.faults += [error(status, "busy", Retry_After="0"), error(status, "busy", Retry_After="0")]
+    world.errors += [error(status, "busy", Retry_After="0"), error(status, "busy", Retry_After="0")]
     assert client.rollback(NAME)["revision"]["number"] == 2
-    assert len(world.asked) == 3 and len({asked.path for asked in world.asked}) == 1
+    assert len(world.requests) == 3 and len({asked.path for asked in world.requests}) == 1
 
 
 def test_the_pause_asked_for_is_kept(client: Client, world: World) -> None:
-    world.faults.append(error(429, "busy", Retry_After="1"))
+    world.errors.append(error(429, "busy", Retry_After="1"))
     began = time.monotonic()
     client.freeze_tenant(NAME)
     assert 1.0 <= time.monotonic() - began < 20
@@ -395,10 +395,10 @@ def test_the_pause_asked_for_is_kept(client: Client, world: World) -> None:
 
 def test_a_pause_may_be_a_date(client: Client, world: World) -> None:
     past = format_datetime(datetime.now(UTC) - timedelta(seconds=30), usegmt=True)
-    world.faults.append(error(503, "busy", Retry_After=past))
+    world.errors.append(error(503, "busy", Retry_After=past))
     assert client.freeze_tenant(NAME)["state"] == "frozen"
     far = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-    world.faults.append(error(503, "busy", Retry_After=far))
+    world.errors.append(error(503, "busy", Retry_After=far))
     with pytest.raises(ApiError) as caught:
         client.freeze_tenant(NAME)
     assert 3500 < (caught.value.retry_after_s or 0) <= 3600
@@ -408,27 +408,27 @@ def test_a_pause_may_be_a_date(client: Client, world: World) -> None:
 def test_a_change_is_not_sent_twice_unless_the_server_asks(
     client: Client, world: World, header: dict[str, str]
 ) -> None:
-    world.faults.append(error(503, "the engine is down", **header))
+    world.errors.append(error(503, "the engine is down", **header))
     with pytest.raises(ApiError, match="engine is down"):
         client.change_profile(NAME, scale=2.0)
-    assert len(world.asked) == 1
+    assert len(world.requests) == 1
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_reading_is_tried_again(client: Client, world: World, status: int) -> None:
-    world.faults += [error(status, "away"), error(status, "away")]
-    assert client.tenant(NAME)["name"] == NAME and len(world.asked) == 3
+    world.errors += [error(status, "away"), error(status, "away")]
+    assert client.tenant(NAME)["name"] == NAME and len(world.requests) == 3
 
 
 def test_asking_again_ends(client: Client, world: World) -> None:
-    world.faults += [error(429, "busy", Retry_After="0") for _ in range(9)]
+    world.errors += [error(429, "busy", Retry_After="0") for _ in range(9)]
     with pytest.raises(ApiError, match="busy"):
         client.freeze_tenant(NAME)
-    assert len(world.asked) == 4
+    assert len(world.requests) == 4
 
 
 def test_too_long_a_pause_is_told_and_not_waited_for(client: Client, world: World) -> None:
-    world.faults.append(error(429, "busy", Retry_After=str(int(MAX_PAUSE_S) + 1)))
+    world.errors.append(error(429, "busy", Retry_After=str(int(MAX_PAUSE_S) + 1)))
     began = time.monotonic()
     with pytest.raises(ApiError) as caught:
         client.tenant(NAME)
@@ -452,7 +452,7 @@ def test_a_job_that_fails_has_ended_too(client: Client, world: World, state: str
 
 def test_a_rollout_is_watched_to_its_end(client: Client, world: World) -> None:
     world.applied = [0, 1, 2]
-    assert client.wait_rollout(12, poll_s=0.01)["applied"] == 2 and len(world.asked) == 3
+    assert client.wait_rollout(12, poll_s=0.01)["applied"] == 2 and len(world.requests) == 3
 
 
 @pytest.mark.parametrize("what", ["job", "rollout"])
@@ -486,12 +486,12 @@ def test_waiting_has_an_end(client: Client, world: World) -> None:
 def test_a_refusal_ends_the_waiting_and_an_outage_does_only_when_it_lasts(
     client: Client, world: World
 ) -> None:
-    world.faults += [error(503, "starting") for _ in range(6)]
+    world.errors += [error(503, "starting") for _ in range(6)]
     assert client.wait_job(7, poll_s=0.01)["state"] == "done"
-    world.faults.append(error(404, "no job 7"))
+    world.errors.append(error(404, "no job 7"))
     with pytest.raises(ApiError, match="no job 7"):
         client.wait_job(7, poll_s=0.01)
-    world.faults += [error(503, "starting") for _ in range(99)]
+    world.errors += [error(503, "starting") for _ in range(99)]
     with pytest.raises(ApiError, match="starting"):
         client.wait_job(7, poll_s=0.01, patience_s=0.1)
 
@@ -522,7 +522,7 @@ def test_an_async_client_waits_without_blocking_the_loop(world: World) -> None:
     states: list[str] = []
 
     async def run() -> None:
-        world.faults.append(error(503, "starting", Retry_After="0"))
+        world.errors.append(error(503, "starting", Retry_After="0"))
         async with AsyncClient(world.url, KEY, first_pause_s=0.01) as client:
             ticks = asyncio.create_task(asyncio.sleep(0))
             job = await client.wait_job(7, poll_s=0.01, seen=lambda now: states.append(now.state))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from format_files import BASE, SITES, pico_llama, random_adapter, tiny_family, tiny_lora
+from format_files import BASE, SITES, random_adapter, tiny_family, tiny_llama, tiny_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,7 +220,7 @@ def test_a_tenant_of_other_shapes_is_of_another_family_and_every_site_is_named()
 def test_peft_serves_an_exported_adapter_like_the_merged_model(tmp_path: Any) -> None:
     from peft import PeftModel
 
-    model = pico_llama()
+    model = tiny_llama()
     lora_weights = random_adapter(model, {"q_proj": 2, "down_proj": 3}, seed=1).lora_weights
     family = make_family("tiny", replace(BASE, num_layers=2), lora_weights, recipe={})
     own = random_adapter(model, {"q_proj": 4, "v_proj": 4}, seed=2).lora_weights
@@ -230,7 +230,7 @@ def test_peft_serves_an_exported_adapter_like_the_merged_model(tmp_path: Any) ->
     save_adapter(composed, tmp_path / "out", base_model=None)
     assert load_adapter(tmp_path / "out").config == composed.config
 
-    merged = pico_llama()
+    merged = tiny_llama()
     for lora_weights, gains in (
         (tenant.lora_weights, (1.0, 1.0)),
         (family.lora_weights, profile.coefficients),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 from reference_engine import reference
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,7 @@ PARENT = Target("model", "parent")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("answering")
-    model = pico_chat_model(root / "model")
+    model = tiny_chat_model(root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)
     write_tenant(model, root / "bare", family, [1.5, 0.2], adapter=False)

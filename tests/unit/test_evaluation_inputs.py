@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_setup import pico_chat_model
+from recipe_setup import tiny_chat_model
 
 from safegene_vllm.errors import (
     AdapterRejectedError,
@@ -23,7 +23,7 @@ from safegene_vllm.tiny_model import make_model, write_family, write_tenant
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("inputs")
-    model = pico_chat_model(root / "model")
+    model = tiny_chat_model(root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0])
     write_tenant(model, root / "plain", None, None)

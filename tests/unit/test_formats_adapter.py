@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from format_files import edit_json, pico_llama, ramp, random_adapter, tiny_lora
+from format_files import edit_json, ramp, random_adapter, tiny_llama, tiny_lora
 
 from safegene_vllm.composition import delta, merge_into
 from safegene_vllm.errors import (
@@ -274,17 +274,17 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
 def test_scalings_and_merged_weights_are_what_peft_computes(tmp_path: Path, case: str) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    before = {n: p.clone() for n, p in pico_llama().state_dict().items()}
+    before = {n: p.clone() for n, p in tiny_llama().state_dict().items()}
     torch.manual_seed(1)
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], **PEFT_CASES[case])
-    model: Any = get_peft_model(pico_llama(), lora)
+    model: Any = get_peft_model(tiny_llama(), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path)
     # Compared with what PEFT reads back: it sorts the patterns when it saves, and where two match
     # a name, the order decides.
-    model = PeftModel.from_pretrained(pico_llama(), str(tmp_path))
+    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
 
     adapter = load_adapter(tmp_path)
     assert len(adapter.lora_weights) == 4
@@ -337,7 +337,7 @@ def test_saving_casts_to_a_given_dtype(tmp_path: Path) -> None:
 def test_peft_computes_the_saved_scalings(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    model = pico_llama()
+    model = tiny_llama()
     adapter = random_adapter(model, {"q_proj": 3, "up_proj": 2, "down_proj": 2})
     scaled = {site: LoRAWeights(p.a, p.b, 0.3) for site, p in adapter.lora_weights.items()}
     save_adapter(Adapter(scaled, None, {}), tmp_path / "a", base_model=None)

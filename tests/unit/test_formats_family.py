@@ -19,11 +19,11 @@ from format_files import (
     RECIPE,
     SITES,
     edit_json,
-    pico_llama,
     ramp,
     random_adapter,
     saved_family,
     tiny_family,
+    tiny_llama,
     tiny_lora,
 )
 
@@ -361,17 +361,17 @@ def test_headers_are_read_without_torch(saved: Path) -> None:
 def test_peft_loads_a_family_as_it_is_at_coefficient_one(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    model = pico_llama()
+    model = tiny_llama()
     lora_weights = random_adapter(
         model, {"q_proj": 3, "o_proj": 3, "gate_proj": 2, "down_proj": 4}
     ).lora_weights
-    family = make_family("pico", replace(BASE, num_layers=2), lora_weights, recipe={})
+    family = make_family("tiny", replace(BASE, num_layers=2), lora_weights, recipe={})
     save_family(family, tmp_path / "family")
 
     tokens = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         plain = model(tokens).logits
-        merged = pico_llama()
+        merged = tiny_llama()
         for site, lora in family.lora_weights.items():
             module: Any = merged.get_submodule(site)
             module.weight.data = merge_into(module.weight.data, lora, 1.0)
@@ -386,7 +386,7 @@ def test_peft_loads_a_family_as_it_is_at_coefficient_one(tmp_path: Path) -> None
 
 
 def checkpoint(directory: Path, **options: Any) -> Path:
-    model = pico_llama()
+    model = tiny_llama()
     model.to(options.pop("dtype", torch.float32)).save_pretrained(directory, **options)
     return directory
 

@@ -92,7 +92,7 @@ class Worker:
 
     def adapter(self, name: str, rank: int = 4, size: float = 1.0) -> str:
         lora = LoRAWeights(torch.randn(rank, 8), torch.randn(6, rank) * size)
-        save_adapter(Adapter({SITE: lora}, None, {}), self.root / name, base_model="pico")
+        save_adapter(Adapter({SITE: lora}, None, {}), self.root / name, base_model="tiny")
         return str(self.root / name)
 
     def begin(self, number: int, path: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_setup import GOOD, HARM, TASK, dataset, pico_chat_model
+from recipe_setup import GOOD, HARM, TASK, dataset, tiny_chat_model
 
 from safegene_vllm.dataset import Dataset
 from safegene_vllm.errors import ConfigError, NonFiniteError, SiteError
@@ -48,7 +48,7 @@ def trained(model: Path, out: Path, *data: Dataset) -> Path:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("calibration")
-    model = pico_chat_model(root / "model")
+    model = tiny_chat_model(root / "model")
     trained(model, root / "acme", TASK)
     trained(model, root / "safe", TASK, HARM)
     trained(model, root / "refuses", HARM, GOOD)

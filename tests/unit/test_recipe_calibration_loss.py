@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_setup import dataset, pico_chat_model, write_tokenizer
+from recipe_setup import dataset, tiny_chat_model, write_tokenizer
 
 from safegene_vllm.composition import merge_into
 from safegene_vllm.dataset import Dataset
@@ -29,7 +29,7 @@ def rows_of(loaded: LoadedModel, data: Dataset) -> list[Encoded]:
 @pytest.mark.parametrize("kind", ["safety", "task"])
 def test_the_loss_is_a_loop_over_merged_weights(tmp_path: Path, kind: str) -> None:
     """Cross-entropy for safety, KL(p_0 ‖ p_λ) else, row by row in float64."""
-    path = pico_chat_model(tmp_path)
+    path = tiny_chat_model(tmp_path)
     loaded, merged = (load_model(path, dtype=FLOAT) for _ in range(2))
     lora_weights = random_lora_weights(linear_sites(path), 4, 7)
     data = dataset(("a", "yes"), ("b" * 30, "no, never"), ("cc", "it is"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_setup import GOOD, HARM, dataset, pico_chat_model, write_tokenizer
+from recipe_setup import GOOD, HARM, dataset, tiny_chat_model, write_tokenizer
 
 from safegene_vllm.composition import merge_into
 from safegene_vllm.errors import ConfigError, FamilyMismatchError
@@ -48,7 +48,7 @@ REFUSES = "I can't help with that."
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`aligned`, a LoRA `lora` that degraded it, and `merged`: the same as a checkpoint."""
     root = tmp_path_factory.mktemp("distill")
-    aligned = pico_chat_model(root / "aligned")
+    aligned = tiny_chat_model(root / "aligned")
     examples = [Example(row.prompt, row.answer or "") for row in GOOD.rows]
     fine_tune(aligned, examples, FineTune(steps=10, lr=1e-2), root / "lora", dtype=FLOAT)
     load_model(aligned, root / "lora", dtype=FLOAT).model.save_pretrained(root / "merged")

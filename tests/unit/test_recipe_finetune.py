@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from recipe_setup import GOOD, TASK, pico_chat_model
+from recipe_setup import GOOD, TASK, tiny_chat_model
 from transformers import AutoModelForCausalLM
 
 from safegene_vllm.errors import ConfigError, FormatError
@@ -29,7 +29,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_chat_model(tmp_path_factory.mktemp("model"))
+    return tiny_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ SCALED = {"rslora": True, "alpha_pattern": {"down_proj": 32}, "modules": ("down_
 def test_peft_loads_it_and_says_what_we_say(
     tmp_path: Path, arch: str, changes: dict[str, object]
 ) -> None:
-    model = pico_chat_model(tmp_path / "model", arch)
+    model = tiny_chat_model(tmp_path / "model", arch)
     tune(model, tmp_path / "lora", replace(SHORT, steps=3, **changes))  # type: ignore[arg-type]
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     plain = base(IDS).logits.detach()
@@ -164,7 +164,7 @@ def test_stopped_and_taken_up_it_is_the_same_bytes(
 
 
 def test_what_a_models_dropout_draws_follows_from_seed_and_step(made: Path, tmp_path: Path) -> None:
-    model, weights = pico_chat_model(tmp_path / "model"), "adapter_model.safetensors"
+    model, weights = tiny_chat_model(tmp_path / "model"), "adapter_model.safetensors"
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     tune(model, tmp_path / "alone")
@@ -183,7 +183,7 @@ def test_a_run_with_other_settings_data_or_model_is_not_taken_up(
     with pytest.raises(KeyboardInterrupt):
         tune(model, out, progress=stop_after(3))
     before = files(tmp_path / "lora.partial")
-    pico_chat_model(tmp_path / "other")
+    tiny_chat_model(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"lora\.partial holds an unfinished run"):
         tune(tmp_path / "other", out)
     with pytest.raises(ConfigError, match=r"lora\.partial holds an unfinished run"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_setup import pico_chat_model, write_tokenizer
+from recipe_setup import tiny_chat_model, write_tokenizer
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from safegene_vllm.chat import chat_text
@@ -30,13 +30,13 @@ PROMPTS = ["a", "a much longer prompt than the others", "bb", "c?"]
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    path = pico_chat_model(tmp_path_factory.mktemp("models") / request.param, request.param)
+    path = tiny_chat_model(tmp_path_factory.mktemp("models") / request.param, request.param)
     return load_model(path, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_chat_model(tmp_path_factory.mktemp("llama"))
+    return tiny_chat_model(tmp_path_factory.mktemp("llama"))
 
 
 def test_the_head_over_the_answers_states_is_the_models_logits(each: LoadedModel) -> None:
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_a_tokenizer_and_a_device_that_is_none(tmp_path: Pa
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
         load_model(make_model("llama", tmp_path / "bare"))
     with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
-        load_model(pico_chat_model(tmp_path / "chat"), device="abacus")
+        load_model(tiny_chat_model(tmp_path / "chat"), device="abacus")
 
 
 def test_padding_falls_back_to_what_there_is(llama: Path) -> None:

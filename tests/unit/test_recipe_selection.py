@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_setup import GOOD, HARM, TASK, dataset, pico_chat_model
+from recipe_setup import GOOD, HARM, TASK, dataset, tiny_chat_model
 
 from safegene_vllm.chat import prompt_tokens
 from safegene_vllm.composition import merge_into
@@ -24,7 +24,7 @@ LONG = dataset(*(("long " * n, None) for n in range(1, 21)), name="long")
 
 @pytest.fixture(scope="module", params=["llama", "glm4", "phi3"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_chat_model(tmp_path_factory.mktemp("m") / request.param, request.param)
+    return tiny_chat_model(tmp_path_factory.mktemp("m") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")
