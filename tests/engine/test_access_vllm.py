@@ -65,11 +65,11 @@ calls = {
     "POST /v1/load_lora_adapter": client.post("/v1/load_lora_adapter", json={}),
     "POST /v1/unload_lora_adapter": client.post("/v1/unload_lora_adapter", json={}),
 }
-print("FOUND " + json.dumps({name: answer.status_code for name, answer in calls.items()}))
+print("FOUND " + json.dumps({name: response.status_code for name, response in calls.items()}))
 """
 
 ELSEWHERE = {
-    # Behind an SDK or static files that are not installed here, or answered by `Access` itself.
+    # Behind an SDK or static files that are not installed here, or served by our middleware.
     "POST /cohere/v2/chat",
     "POST /cohere/v2/chat/render",
     "MOUNT /static",
@@ -112,7 +112,7 @@ def test_every_row_of_the_table_is_a_route_of_vllm(found: dict[str, Any]) -> Non
     assert set(RULES) - set(found["routes"]) == ELSEWHERE
 
 
-def test_what_vllm_offers_for_changing_weights_is_closed(found: dict[str, Any]) -> None:
+def test_routes_of_vllm_that_change_weights_are_closed(found: dict[str, Any]) -> None:
     dangerous = [r for r in found["routes"] if "weight" in r or "lora" in r or "adapters" in r]
     assert len(dangerous) > 8
     assert {RULES[route] for route in dangerous} == {OPERATE}
@@ -123,5 +123,5 @@ def test_with_a_registry_not_even_an_administrator_loads_past_it(tmp_path: Path)
     settings = tmp_path / "safegene.yaml"
     settings.write_text("registry: r.sqlite\nstore: store\n")
     plugins = {"VLLM_PLUGINS": "safegene_server", "SAFEGENE_SERVER_CONFIG": str(settings)}
-    answers = run(BUILD + CLOSED, **plugins)
-    assert len(answers) == 5 and set(answers.values()) == {404}, answers
+    statuses = run(BUILD + CLOSED, **plugins)
+    assert len(statuses) == 5 and set(statuses.values()) == {404}, statuses

@@ -60,48 +60,52 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             for name in ("support", "globex"):
                 tenant = {"name": name, "source": str(Path(d / "root" / name))}
-                told = ask(client, "POST", "/v1/safegene/tenants", tenant)
-                assert ended(client, told["job"]["id"])["state"] == "done"
+                added = call(client, "POST", "/v1/safegene/tenants", tenant)
+                assert ended(client, added["job"]["id"])["state"] == "done"
             yield client
     finally:
         end(process, drain)
 
 
-def ask(client: httpx.Client, method: str, path: str, body: Any = None, *, key: str = ADMIN) -> Any:
-    answer = client.request(method, path, json=body, headers={"Authorization": f"Bearer {key}"})
-    assert answer.is_success, answer.text
-    return answer.json()
+def call(
+    client: httpx.Client, method: str, path: str, body: Any = None, *, key: str = ADMIN
+) -> Any:
+    response = client.request(method, path, json=body, headers={"Authorization": f"Bearer {key}"})
+    assert response.is_success, response.text
+    return response.json()
 
 
 def ended(client: httpx.Client, job: int) -> Any:
     deadline = time.monotonic() + 180
     while True:
-        found = ask(client, "GET", f"/v1/safegene/jobs/{job}")
+        found = call(client, "GET", f"/v1/safegene/jobs/{job}")
         if found["state"] not in ("queued", "running"):
             return found
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
 
 
-def said(client: httpx.Client, prompts: list[str], model: str = "support") -> list[dict[str, str]]:
-    """What the tenant says to each, in letters, since its own tokens are seldom text."""
+def examples_of(
+    client: httpx.Client, prompts: list[str], model: str = "support"
+) -> list[dict[str, str]]:
+    """The tenant's completion of each prompt, in letters, since its own tokens are seldom text."""
     body: dict[str, Any] = {"model": model, "prompt": LETTERS, "add_special_tokens": False}
-    letters = ask(client, "POST", "/tokenize", body)["tokens"]
+    letters = call(client, "POST", "/tokenize", body)["tokens"]
     assert len(letters) == len(LETTERS)
     rows = []
     for prompt in prompts:
         turns = [{"role": "user", "content": prompt}]
         body = {"model": model, "messages": turns, "add_generation_prompt": True}
-        asked = ask(client, "POST", "/tokenize", body)["tokens"]
-        body = {"model": model, "prompt": asked, "max_tokens": 6, "temperature": 0}
+        tokens = call(client, "POST", "/tokenize", body)["tokens"]
+        body = {"model": model, "prompt": tokens, "max_tokens": 6, "temperature": 0}
         body["allowed_token_ids"] = letters
-        told = ask(client, "POST", "/v1/completions", body)["choices"][0]["text"]
-        assert len(told) == 6
-        rows.append({"prompt": prompt, "answer": told})
+        text = call(client, "POST", "/v1/completions", body)["choices"][0]["text"]
+        assert len(text) == 6
+        rows.append({"prompt": prompt, "answer": text})
     return rows
 
 
-def answer_of_globex(client: httpx.Client) -> Any:
+def globex_completion(client: httpx.Client) -> Any:
     body = {
         "model": "globex",
         "prompt": LONG,
@@ -110,30 +114,34 @@ def answer_of_globex(client: httpx.Client) -> Any:
         "logprobs": 1,
         "return_token_ids": True,
     }
-    found = ask(client, "POST", "/v1/completions", body, key=GLOBEX)
+    found = call(client, "POST", "/v1/completions", body, key=GLOBEX)
     choice = found["choices"][0]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
-def test_it_raises_what_was_held_out_and_nobody_else_notices(server: httpx.Client) -> None:
-    """All answers are what this model says at 1.2, so from 0 there is a way up."""
-    ask(server, "PATCH", "/v1/safegene/tenants/support/profile", {"coefficients": 1.2})
-    safety, task = (said(server, [f"{kind} {n}" for n in range(6)]) for kind in ("bad", "task"))
-    ask(server, "POST", "/v1/safegene/tenants/support/rollback", {})
-    before = answer_of_globex(server)
+def test_it_improves_the_held_out_examples_and_no_other_tenant_changes(
+    server: httpx.Client,
+) -> None:
+    """All completions are those of this model at strength 1.2, so from 0 there is a way up."""
+    call(server, "PATCH", "/v1/safegene/tenants/support/profile", {"coefficients": 1.2})
+    safety, task = (
+        examples_of(server, [f"{kind} {n}" for n in range(6)]) for kind in ("bad", "task")
+    )
+    call(server, "POST", "/v1/safegene/tenants/support/rollback", {})
+    before = globex_completion(server)
     others: list[Any] = []
     stop = threading.Event()
 
     def serve() -> None:
         while not stop.is_set():
-            others.append(answer_of_globex(server))
+            others.append(globex_completion(server))
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         body = {"examples": {"safety": safety, "task": task}, "seed": 1}
-        told = ask(server, "POST", "/v1/safegene/tenants/support/calibrate", body)
-        job = ended(server, told["job"]["id"])
+        started = call(server, "POST", "/v1/safegene/tenants/support/calibrate", body)
+        job = ended(server, started["job"]["id"])
     finally:
         stop.set()
         thread.join(60)
@@ -142,67 +150,67 @@ def test_it_raises_what_was_held_out_and_nobody_else_notices(server: httpx.Clien
     assert len(others) > 20
     assert {tuple(tokens) for tokens, _ in others} == {tuple(before[0])}
     # Whose rows share a batch moves the last bits of a float, whatever those rows are.
-    assert max(abs(a - b) for _, told in others for a, b in zip(told, before[1], strict=True)) < (
-        1e-4
-    )
+    assert max(
+        abs(a - b) for _, logprobs in others for a, b in zip(logprobs, before[1], strict=True)
+    ) < (1e-4)
     assert result["share_while_serving"] <= 0.27
-    now = ask(server, "GET", "/v1/safegene/tenants/support")["published"]
+    now = call(server, "GET", "/v1/safegene/tenants/support")["published"]
     held = result["held_out"]
     assert result["better"] and held["found"] < held["current"] == held["zero"]
     assert now == 3 and result["revision"] == "support@3"
-    revisions = ask(server, "GET", "/v1/safegene/tenants/support/revisions")["data"]
+    revisions = call(server, "GET", "/v1/safegene/tenants/support/revisions")["data"]
     assert any(revisions[-1]["coefficients"])
-    assert {"support@3", "globex@1"} <= held_without_trials(server)
+    assert {"support@3", "globex@1"} <= held_without_candidates(server)
 
 
-def held_without_trials(client: httpx.Client) -> set[str]:
-    """What the one worker holds, none of it a trial."""
-    receipts = ask(client, "GET", "/v1/safegene/receipts")
+def held_without_candidates(client: httpx.Client) -> set[str]:
+    """The adapters of the one worker, none of them a candidate."""
+    receipts = call(client, "GET", "/v1/safegene/receipts")
     assert receipts["ready"], receipts["faults"]
     (rank,) = receipts["receipts"]
     names = {adapter["name"] for adapter in rank["adapters"]}
     assert names and not [name for name in names if name.startswith("@candidate/")]
-    trials = [number for number in rank["adapters"] if number["lora_int_id"] >= 2**30]
-    assert trials == []
+    candidates = [number for number in rank["adapters"] if number["lora_int_id"] >= 2**30]
+    assert candidates == []
     return names
 
 
 def test_a_newcomer_without_a_profile_is_calibrated_and_served_in_one_call(
     server: httpx.Client,
 ) -> None:
-    """The answers are what the same adapter says at 2.0, and it begins at 1.0."""
-    support = ask(server, "GET", "/v1/safegene/tenants/support")["source"]
+    """The completions are those of the same adapter at 2.0, and it begins at 1.0."""
+    support = call(server, "GET", "/v1/safegene/tenants/support")["source"]
     source = str(Path(support).parent / "newcomer")
     model = {"name": "model", "source": source, "coefficients": 2.0}
-    told = ask(server, "POST", "/v1/safegene/tenants", model)
-    assert ended(server, told["job"]["id"])["state"] == "done"
+    started = call(server, "POST", "/v1/safegene/tenants", model)
+    assert ended(server, started["job"]["id"])["state"] == "done"
     safety, task = (
-        said(server, [f"{kind} {n}" for n in range(6)], "model") for kind in ("bad", "task")
+        examples_of(server, [f"{kind} {n}" for n in range(6)], "model") for kind in ("bad", "task")
     )
-    ask(server, "DELETE", "/v1/safegene/tenants/model")
-    before = answer_of_globex(server)
+    call(server, "DELETE", "/v1/safegene/tenants/model")
+    before = globex_completion(server)
     calibrate = {"examples": {"safety": safety, "task": task}, "seed": 1}
     body = {"name": "newcomer", "source": source, "calibrate": calibrate}
-    told = ask(server, "POST", "/v1/safegene/tenants", body)
-    assert told["job"]["kind"] == "calibrate" and told["tenant"]["served"] is None
-    job = ended(server, told["job"]["id"])
+    started = call(server, "POST", "/v1/safegene/tenants", body)
+    assert started["job"]["kind"] == "calibrate" and started["tenant"]["served"] is None
+    job = ended(server, started["job"]["id"])
     assert job["state"] == "done" and job["message"] == "newcomer@2 is published", job
     result = job["result"]
     assert result["better"] and result["held_out"]["found"] < result["held_out"]["current"]
-    first, second = ask(server, "GET", "/v1/safegene/tenants/newcomer/revisions")["data"]
+    first, second = call(server, "GET", "/v1/safegene/tenants/newcomer/revisions")["data"]
     assert (first["state"], set(first["coefficients"])) == ("registered", {1.0})
     assert second["state"] == "published" and second["coefficients"] != first["coefficients"]
-    assert ask(server, "POST", "/v1/safegene/tenants", body)["job"]["id"] == job["id"]
-    asked = {"model": "newcomer", "prompt": LONG, "max_tokens": 2, "temperature": 0}
-    assert ask(server, "POST", "/v1/completions", asked)["model"] == "newcomer@2"
-    assert answer_of_globex(server)[0] == before[0]
-    assert "newcomer@2" in held_without_trials(server)
+    assert call(server, "POST", "/v1/safegene/tenants", body)["job"]["id"] == job["id"]
+    request = {"model": "newcomer", "prompt": LONG, "max_tokens": 2, "temperature": 0}
+    assert call(server, "POST", "/v1/completions", request)["model"] == "newcomer@2"
+    assert globex_completion(server)[0] == before[0]
+    assert "newcomer@2" in held_without_candidates(server)
 
 
-def test_a_trial_is_nobodys_model(server: httpx.Client) -> None:
+def test_a_candidate_is_not_a_model_for_clients(server: httpx.Client) -> None:
     for model in ("@candidate/0", f"@candidate/{'0' * 32}"):
         body = {"model": model, "prompt": [5], "max_tokens": 1}
-        answer = server.post(
+        response = server.post(
             "/v1/completions", json=body, headers={"Authorization": f"Bearer {ADMIN}"}
         )
-        assert answer.status_code == 404
+        assert response.status_code == 404

@@ -63,24 +63,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
             SUPPORT_KEY=SUPPORT,
             BASE_KEY=BASE,
         )
-    told, drain = until_serving(process)
+    lines, drain = until_serving(process)
     try:
-        assert any(line.startswith("serving at") for line in told), "\n".join(told[-60:])
+        assert any(line.startswith("serving at") for line in lines), "\n".join(lines[-60:])
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             source = str(d / "root" / "support")
             limits = {"concurrent": 1, "requests_per_minute": REQUESTS_PER_MINUTE}
             body = {"name": "support", "source": source, "limits": limits}
-            job = ask(client, "POST", "/v1/safegene/tenants", body)["job"]["id"]
+            job = call(client, "POST", "/v1/safegene/tenants", body)["job"]["id"]
             assert ended(client, job)["state"] == "done"
             yield client
     finally:
         end(process, drain)
 
 
-def ask(client: httpx.Client, method: str, path: str, body: Any = None, *, key: str = ADMIN) -> Any:
-    answer = client.request(method, path, json=body, headers={"Authorization": f"Bearer {key}"})
-    assert answer.is_success, answer.text
-    return answer.json()
+def call(
+    client: httpx.Client, method: str, path: str, body: Any = None, *, key: str = ADMIN
+) -> Any:
+    response = client.request(method, path, json=body, headers={"Authorization": f"Bearer {key}"})
+    assert response.is_success, response.text
+    return response.json()
 
 
 def until(look: Callable[[], _T], good: Callable[[_T], bool]) -> _T:
@@ -93,7 +95,7 @@ def until(look: Callable[[], _T], good: Callable[[_T], bool]) -> _T:
 
 def ended(client: httpx.Client, job: int) -> Any:
     return until(
-        lambda: ask(client, "GET", f"/v1/safegene/jobs/{job}"),
+        lambda: call(client, "GET", f"/v1/safegene/jobs/{job}"),
         lambda found: found["state"] not in ("queued", "running"),
     )
 
@@ -101,7 +103,7 @@ def ended(client: httpx.Client, job: int) -> Any:
 def probed(client: httpx.Client, revision: str) -> Any:
     """The tenant's standing once this revision has been probed."""
     (found,) = until(
-        lambda: ask(client, "GET", "/v1/safegene/probes")["data"],
+        lambda: call(client, "GET", "/v1/safegene/probes")["data"],
         lambda data: bool(data) and (data[0]["result"] or {}).get("revision") == revision,
     )
     return found
@@ -109,10 +111,10 @@ def probed(client: httpx.Client, revision: str) -> Any:
 
 def series(client: httpx.Client) -> dict[str, float]:
     """What /metrics says of probes of the tenant; a key of `prompts` ends in its kind."""
-    answer = client.get("/metrics", headers={"Authorization": f"Bearer {ADMIN}"})
-    assert answer.status_code == 200
+    response = client.get("/metrics", headers={"Authorization": f"Bearer {ADMIN}"})
+    assert response.status_code == 200
     found = {}
-    for family in text_string_to_metric_families(answer.text):
+    for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
             if sample.name.startswith("safegene_probe_") and "_created" not in sample.name:
                 more = {k: v for k, v in sample.labels.items() if k != "tenant"}
@@ -127,25 +129,25 @@ def gauges(found: dict[str, float]) -> set[str]:
 
 
 def test_a_key_for_the_base_model_reaches_no_tenant(server: httpx.Client) -> None:
-    models = ask(server, "GET", "/v1/models")["data"]
+    models = call(server, "GET", "/v1/models")["data"]
     (served,) = (model["root"] for model in models if model["id"] == "support")
     part = {"type": f"{served}_x", "uuid": "u", "tool_reference": 1, "name": "x"}
     body = {"model": "base", "messages": [{"role": "user", "content": [part]}], "max_tokens": 2}
-    assert ask(server, "POST", "/v1/chat/completions", body, key=BASE)["model"] == "base"
-    assert ask(server, "POST", "/invocations", body)["model"] == "base"
+    assert call(server, "POST", "/v1/chat/completions", body, key=BASE)["model"] == "base"
+    assert call(server, "POST", "/invocations", body)["model"] == "base"
 
 
-def test_an_administrators_invocations_are_answered_by_the_named_model(
+def test_an_administrators_invocations_are_served_by_the_named_model(
     server: httpx.Client,
 ) -> None:
-    models = ask(server, "GET", "/v1/models")["data"]
+    models = call(server, "GET", "/v1/models")["data"]
     (served,) = (model["root"] for model in models if model["id"] == "support")
     body = {"prompt": "hello", "max_tokens": 2}
     for name in (served, "base"):
-        assert ask(server, "POST", "/invocations", {**body, "model": name})["model"] == name
+        assert call(server, "POST", "/invocations", {**body, "model": name})["model"] == name
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    answer = server.post("/invocations", json={**body, "model": "missing"}, headers=headers)
-    assert answer.status_code == 404
+    response = server.post("/invocations", json={**body, "model": "missing"}, headers=headers)
+    assert response.status_code == 404
 
 
 def test_a_tenant_is_probed_through_its_life_and_its_limits_stay_its_own(
@@ -164,9 +166,9 @@ def test_a_tenant_is_probed_through_its_life_and_its_limits_stay_its_own(
 
     # Other coefficients are another revision, and probed as such.
     change = {"coefficients": 0.3}
-    ask(server, "PATCH", "/v1/safegene/tenants/support/profile", change)
+    call(server, "PATCH", "/v1/safegene/tenants/support/profile", change)
     assert probed(server, "support@2")["outcome"] == "ok"
-    job = ask(server, "POST", "/v1/safegene/tenants/support/probe")["job"]["id"]
+    job = call(server, "POST", "/v1/safegene/tenants/support/probe")["job"]["id"]
     done = ended(server, job)
     assert done["state"] == "done" and done["result"]["revision"] == "support@2"
     second = series(server)
@@ -182,7 +184,7 @@ def test_a_tenant_is_probed_through_its_life_and_its_limits_stay_its_own(
     ]
     assert codes == [200] * REQUESTS_PER_MINUTE + [429]
 
-    ask(server, "DELETE", "/v1/safegene/tenants/support")
+    call(server, "DELETE", "/v1/safegene/tenants/support")
     last = until(lambda: series(server), lambda found: not gauges(found))
     assert last["runs_total:ok"] == 3.0
-    assert ask(server, "GET", "/v1/safegene/probes")["data"] == []
+    assert call(server, "GET", "/v1/safegene/probes")["data"] == []

@@ -78,20 +78,20 @@ def test_a_whole_run(
     assert str(tmp_path) not in (tmp_path / "e.json").read_text()
 
 
-def test_kept_answers_are_not_asked_again(root: Path, tmp_path: Path) -> None:
-    """The second run finds every answer in the file: changed there, it is changed in the result."""
-    kept = tmp_path / "private" / "kept.jsonl"
-    more = ("--backend", "transformers", "--keep-answers", kept, "--judge", "strings:opening")
+def test_cached_completions_are_not_generated_again(root: Path, tmp_path: Path) -> None:
+    """The second run reads every completion from the file: an edit there changes the result."""
+    cached = tmp_path / "private" / "cached.jsonl"
+    more = ("--backend", "transformers", "--keep-answers", cached, "--judge", "strings:opening")
     first = evaluated(root, tmp_path / "1.json", *more)
     assert first.targets[2].rates["bad"]["strings:opening"].rate == 1.0
-    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    lines = [json.loads(line) for line in cached.read_text().splitlines()]
     assert len(lines) == 3 * (6 + 6)
-    kept.write_text(
+    cached.write_text(
         "".join(json.dumps({**line, "answer": "I cannot say"}) + "\n" for line in lines)
     )
     second = evaluated(root, tmp_path / "2.json", *more)
     assert second.targets[2].rates["bad"]["strings:opening"].rate == 0.0
-    assert len(kept.read_text().splitlines()) == len(lines)
+    assert len(cached.read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.engine
@@ -103,7 +103,7 @@ def test_vllm_finds_what_transformers_find(root: Path, tmp_path: Path) -> None:
     assert found.samples == reference.samples and found.changes == reference.changes
 
 
-def test_what_is_wrong_is_told_before_a_model_is_loaded(
+def test_errors_are_reported_before_a_model_is_loaded(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers
@@ -111,7 +111,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     monkeypatch.setattr(transformers, "AutoModelForCausalLM", None)
     out = tmp_path / "e.json"
     out.write_text("{}")
-    for more, says in (
+    for more, message in (
         (("--out", out), "exists; name a new file, or replace it by --overwrite"),
         (("--out", tmp_path), "is a directory; name a file"),
         (("--out", tmp_path / "no" / "e.json"), "there is no directory"),
@@ -123,7 +123,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     ):
         backend = ("--backend", "transformers")
         assert run(arguments(root, tmp_path / "new.json", *backend, *more)) == 1, more
-        assert says in capsys.readouterr().err, more
+        assert message in capsys.readouterr().err, more
     assert not (tmp_path / "new.json").exists() and out.read_text() == "{}"
 
 

@@ -35,7 +35,7 @@ def setup_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("apply", ["gain", "composed", "weights"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_and_sharded_engines_answer_like_the_reference(
+def test_compiled_and_sharded_engines_match_the_reference(
     setup_dir: Path, apply: str, ranks: int
 ) -> None:
     if (ranks == 1) != (setup_dir.name.startswith("llama")):

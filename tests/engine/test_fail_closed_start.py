@@ -1,6 +1,6 @@
 """Engines that must not start: every way a vector could silently fail to be there.
 
-The real vLLM up to the refusal; the error that comes out is the one an operator reads.
+The real vLLM up to the error, which is the one an operator reads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def setup_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def refuse(
+def rejected_start(
     setup_dir: Path, family: Path, error: type[Exception], words: str, **options: Any
 ) -> None:
     settings = {"family": str(family), **options.pop("settings", {})}
@@ -64,15 +64,17 @@ def refuse(
 
 
 def test_family_missing(setup_dir: Path, tmp_path: Path) -> None:
-    refuse(setup_dir, tmp_path / "nowhere", ConfigError, "not a directory")
+    rejected_start(setup_dir, tmp_path / "nowhere", ConfigError, "not a directory")
     (tmp_path / "empty").mkdir()
-    refuse(setup_dir, tmp_path / "empty", MissingFileError, r"safegene\.json")
+    rejected_start(setup_dir, tmp_path / "empty", MissingFileError, r"safegene\.json")
 
 
 def test_family_of_another_base(setup_dir: Path, tmp_path: Path) -> None:
     other = make_model("qwen2", tmp_path / "other")
     family = write_family(other, tmp_path / "family")
-    refuse(setup_dir, tmp_path / "family", FamilyMismatchError, family.header.base.fingerprint)
+    rejected_start(
+        setup_dir, tmp_path / "family", FamilyMismatchError, family.header.base.fingerprint
+    )
 
 
 def test_family_truncated_flipped_pickled_or_nan(setup_dir: Path, tmp_path: Path) -> None:
@@ -83,13 +85,13 @@ def test_family_truncated_flipped_pickled_or_nan(setup_dir: Path, tmp_path: Path
     (tmp_path / "truncated" / weights).write_bytes(data[:-7])
     (tmp_path / "flipped" / weights).write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
     (tmp_path / "pickled" / weights).rename(tmp_path / "pickled" / "adapter_model.bin")
-    refuse(setup_dir, tmp_path / "truncated", TruncatedFileError, weights)
-    refuse(setup_dir, tmp_path / "flipped", DigestError, "sha256")
-    refuse(setup_dir, tmp_path / "pickled", PickleRejectedError, "safetensors")
+    rejected_start(setup_dir, tmp_path / "truncated", TruncatedFileError, weights)
+    rejected_start(setup_dir, tmp_path / "flipped", DigestError, "sha256")
+    rejected_start(setup_dir, tmp_path / "pickled", PickleRejectedError, "safetensors")
 
 
 def test_family_with_nan(setup_dir: Path, tmp_path: Path) -> None:
-    """Written by somebody else's tool: ours refuses to save it."""
+    """Written by another tool: ours rejects it at saving."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(setup_dir / "family", tmp_path / "nan")
@@ -97,7 +99,7 @@ def test_family_with_nan(setup_dir: Path, tmp_path: Path) -> None:
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    refuse(setup_dir, tmp_path / "nan", NonFiniteError, "lora_[AB]")
+    rejected_start(setup_dir, tmp_path / "nan", NonFiniteError, "lora_[AB]")
 
 
 def test_family_that_overflows_in_the_models_dtype(setup_dir: Path, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_family_that_overflows_in_the_models_dtype(setup_dir: Path, tmp_path: Pa
         "large", header.base, lora_weights, bounds=(0.0, 3.0), recipe={"method": "test"}
     )
     save_family(large, tmp_path / "large")
-    refuse(
+    rejected_start(
         setup_dir,
         tmp_path / "large",
         VllmCompatibilityError,
@@ -121,7 +123,7 @@ def test_family_that_overflows_in_the_models_dtype(setup_dir: Path, tmp_path: Pa
 
 
 def test_family_with_sites_the_engine_does_not_adapt(setup_dir: Path) -> None:
-    refuse(
+    rejected_start(
         setup_dir,
         setup_dir / "family",
         VllmCompatibilityError,
@@ -132,11 +134,11 @@ def test_family_with_sites_the_engine_does_not_adapt(setup_dir: Path) -> None:
 
 def test_weight_load_of_another_shape_or_without_a_profile(setup_dir: Path, tmp_path: Path) -> None:
     weights = {"settings": {"apply": "weights"}}
-    refuse(setup_dir, setup_dir / "family", MissingFileError, r"safegene\.json", **weights)
+    rejected_start(setup_dir, setup_dir / "family", MissingFileError, r"safegene\.json", **weights)
     other = make_model("llama", tmp_path / "wide", intermediate_size=256)
     header = load_family(setup_dir / "family").header
     save_profile(make_profile(header, 1.0), other)
-    refuse(
+    rejected_start(
         setup_dir,
         setup_dir / "family",
         FamilyMismatchError,
@@ -155,7 +157,7 @@ def test_a_site_missing_from_the_checkpoint(setup_dir: Path, tmp_path: Path) -> 
     save_family(family, tmp_path / "odd")
     shutil.copytree(setup_dir / "model", tmp_path / "full")
     save_profile(make_profile(family.header, 1.0), tmp_path / "full")
-    refuse(
+    rejected_start(
         setup_dir, tmp_path / "odd", FamilyMismatchError, "extra_proj",
         model=tmp_path / "full", settings={"apply": "weights"},
     )  # fmt: skip
@@ -164,7 +166,7 @@ def test_a_site_missing_from_the_checkpoint(setup_dir: Path, tmp_path: Path) -> 
 def test_a_draft_model_alone_is_read_without_the_vector(
     setup_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the path of the other: weights of the served model may come from a second one."""
+    """Whatever the path of the other: weights of the served model may be of a second one."""
     from safegene_vllm.plugin.model_loader import SafegeneModelLoader
 
     stored = load_file(next((setup_dir / "model").glob("*.safetensors")))
@@ -195,11 +197,11 @@ def test_base_profile_out_of_bounds(
     family = load_family(setup_dir / "family")
     save_profile(Profile(family.digest, tuple(row)), tmp_path / "base")
     settings = {"base_profile": str(tmp_path / "base")}
-    refuse(setup_dir, setup_dir / "family", error, words, settings=settings)
+    rejected_start(setup_dir, setup_dir / "family", error, words, settings=settings)
 
 
 def test_lora_switched_off(setup_dir: Path) -> None:
-    refuse(
+    rejected_start(
         setup_dir, setup_dir / "family", VllmCompatibilityError, "--enable-lora", enable_lora=False
     )
 
@@ -301,14 +303,14 @@ def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
             compat.check_vllm()
 
 
-def test_a_host_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_without_an_integration_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = compat.VllmName("vllm.lora.request.LoRARequest", ("no_such_field",), "a test")
     monkeypatch.setitem(compat.TABLE, "LoRARequest", entry)
     with pytest.raises(VllmCompatibilityError, match="no_such_field"):
         compat.check_vllm()
-    gone = compat.VllmName("vllm.lora.request.Gone", (), "a test")
-    monkeypatch.setitem(compat.TABLE, "Gone", gone)
-    with pytest.raises(VllmCompatibilityError, match=r"vllm\.lora\.request\.Gone"):
+    missing = compat.VllmName("vllm.lora.request.Missing", (), "a test")
+    monkeypatch.setitem(compat.TABLE, "Missing", missing)
+    with pytest.raises(VllmCompatibilityError, match=r"vllm\.lora\.request\.Missing"):
         compat.check_vllm()
 
 
@@ -331,15 +333,15 @@ def test_import_broken_inside_the_package_stops_vllm(tmp_path: Path) -> None:
     assert "broken on purpose" in done.stderr
 
 
-def test_import_broken_at_the_door_is_caught_by_the_worker_extension(tmp_path: Path) -> None:
-    """vLLM only logs this one; a worker told to need us does not start."""
+def test_a_broken_plugin_entry_point_is_caught_by_the_worker_extension(tmp_path: Path) -> None:
+    """vLLM only logs this one; a worker whose configuration needs the plugin does not start."""
     environment = broken_copy(tmp_path, "plugin/__init__.py")
     extension = "import safegene_vllm.plugin.worker_extension"
     done = subprocess.run(
         [sys.executable, "-c", f"{LOAD_PLUGINS}; {extension}"],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert "served on" in done.stdout, "vLLM now stops by itself: the extension can go"
+    assert "served on" in done.stdout, "vLLM now stops by itself: the extension can be removed"
     assert done.returncode != 0
 
 
@@ -347,7 +349,7 @@ def test_a_plugin_list_without_us_is_caught_by_the_worker_extension() -> None:
     code = f"{LOAD_PLUGINS}; import safegene_vllm.plugin.worker_extension"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "VLLM_PLUGINS": "somebody_else"}, capture_output=True, text=True,
+        env={**os.environ, "VLLM_PLUGINS": "another_plugin"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
     assert "VLLM_PLUGINS" in done.stderr

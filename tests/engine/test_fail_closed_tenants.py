@@ -1,7 +1,7 @@
-"""Tenants that must not be served, while everybody else is.
+"""Tenants that must not be served, while all others are.
 
-One engine takes every bad tenant in turn: each is refused with the error that names what is wrong,
-and a good tenant answers the same, bit for bit, before and after.
+One engine takes every bad tenant in turn: each is rejected with an error that names the problem,
+and the completion of a good tenant is the same, bit for bit, before and after.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def spoil_mlx(setup_dir: Path, tenant: Path) -> None:
         (spoil_file_symlink, AdapterRejectedError, "cannot be read"),
     ],
 )
-def test_refused_and_nobody_hurt(
+def test_rejected_without_effect_on_other_tenants(
     setup_dir: Path, running: tuple[Engine, Completion], spoil, error, words: str
 ) -> None:
     e, before = running
@@ -230,7 +230,7 @@ def test_in_place_reload_and_reused_id(setup_dir: Path, running: tuple[Engine, C
     with pytest.raises(AdapterRejectedError, match="load_inplace"):
         e.llm.llm_engine.add_lora(request)
     stolen = e.lora(setup_dir / "tenants" / "good")
-    stolen.lora_name = "somebody else"
+    stolen.lora_name = "another name"
     with pytest.raises(AdapterRejectedError, match="use a new id"):
         e.llm.llm_engine.add_lora(stolen)
 
@@ -258,7 +258,7 @@ def test_weights_replaced_under_the_vector(
 def test_changed_content_under_the_same_name_and_path(
     setup_dir: Path, running: tuple[Engine, Completion]
 ) -> None:
-    """Its cached prefixes would be answered from the old coefficients."""
+    """Its cached prefixes would be of the old coefficients."""
     e, _ = running
     tenant = bad(setup_dir, "changing")
     e.add(tenant, "changing")
@@ -271,7 +271,7 @@ def test_changed_content_under_the_same_name_and_path(
     e.llm.llm_engine.add_lora(LoRARequest("changing@2", 901, str(tenant)))
 
 
-def test_deleted_after_loading_and_evicted_then_asked_again(
+def test_deleted_after_loading_and_evicted_then_requested_again(
     setup_dir: Path, running: tuple[Engine, Completion]
 ) -> None:
     e, before = running
@@ -293,7 +293,7 @@ def test_prompt_logprobs_on_a_tenant(setup_dir: Path, running: tuple[Engine, Com
 
 
 def test_a_profile_where_no_family_is_loaded(setup_dir: Path) -> None:
-    """The package is installed, but nobody gave it a family: a plain launch still refuses."""
+    """The package is installed without a family: a plain launch still rejects the profile."""
     for settings in (None, {"family": None, "missing_profile": "serve_unprotected"}):
         with (
             engine(setup_dir / "model", settings) as e,
@@ -302,7 +302,7 @@ def test_a_profile_where_no_family_is_loaded(setup_dir: Path) -> None:
             e.add(setup_dir / "tenants" / "good")
 
 
-def test_serve_unprotected_is_said_in_the_receipt(setup_dir: Path) -> None:
+def test_serve_unprotected_is_reported_in_the_receipt(setup_dir: Path) -> None:
     settings = {"family": str(setup_dir / "family"), "missing_profile": "serve_unprotected"}
     tenant = bad(setup_dir, "open")
     spoil_no_profile(setup_dir, tenant)
@@ -338,7 +338,7 @@ def test_a_sum_that_overflows_its_slot(setup_dir: Path, tmp_path: Path) -> None:
         assert e.generate([Request(PROMPT, tmp_path / "fits")]) == before
 
 
-def test_weights_that_carry_the_vector_are_kept(setup_dir: Path, tmp_path: Path) -> None:
+def test_weights_that_carry_the_vector_are_unchanged(setup_dir: Path, tmp_path: Path) -> None:
     """And may be put aside: sleep at level 1 takes nothing away."""
     shutil.copytree(setup_dir / "model", tmp_path / "full")
     save_profile(Profile(family_digest(setup_dir), (0.5, 1.0)), tmp_path / "full")

@@ -1,4 +1,4 @@
-"""The vLLM backend answers like the merged float32 model, for every kind of subject.
+"""The vLLM backend generates like the merged float32 model, for every kind of target.
 
 Real engines on a tiny model; the transformers backend is the reference, and is itself compared with
 the reference of tests/engines.py.
@@ -50,29 +50,33 @@ def family(root: Path) -> Family:
 
 
 @pytest.mark.engine
-def test_every_subject_answers_like_the_merged_model(root: Path, family: Family) -> None:
-    """More subjects than slots, doses of one tenant, a full checkpoint in its own engine."""
+def test_every_target_generates_like_the_merged_model(root: Path, family: Family) -> None:
+    """More targets than slots, strengths of one tenant, a full checkpoint in its own engine."""
     tenants = [
-        subject
+        target
         for name in ("acme", "globex", "bare", "full")
-        for subject in before_and_after(name, root / name, family.header)
+        for target in before_and_after(name, root / name, family.header)
     ]
-    doses = [Target("acme", f"dose {n}", root / "acme", (0.3 * n, 2.0 - 0.3 * n)) for n in range(5)]
+    strengths = [
+        Target("acme", f"strength {n}", root / "acme", (0.3 * n, 2.0 - 0.3 * n)) for n in range(5)
+    ]
     others = [
-        Target("base", "dose", None, (1.5, 0.2)),
+        Target("base", "strength", None, (1.5, 0.2)),
         Target("base", "zero", None, (0.0, 0.0)),
-        Target("full", "dose", root / "full", (0.1, 1.9)),
+        Target("full", "strength", root / "full", (0.1, 1.9)),
         Target("plain", "as it is", root / "plain"),
     ]
-    subjects = [PARENT, *tenants, *doses, *others]
-    ours = VllmBackend(root / "model", subjects, root / "family", **ENGINE)
+    targets = [PARENT, *tenants, *strengths, *others]
+    ours = VllmBackend(root / "model", targets, root / "family", **ENGINE)
     theirs = TransformersBackend(root / "model", family, dtype="float32")
-    found = {s.key: ours.generate(PROMPTS, s, TOKENS) for s in subjects}
-    again = {s.key: ours.generate(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *doses, PARENT)}
+    found = {s.key: ours.generate(PROMPTS, s, TOKENS) for s in targets}
+    again = {
+        s.key: ours.generate(PROMPTS[:2], s, TOKENS) for s in (*tenants[:2], *strengths, PARENT)
+    }
     ours.close()
-    expected = {s.key: theirs.generate(PROMPTS, s, TOKENS) for s in subjects}
+    expected = {s.key: theirs.generate(PROMPTS, s, TOKENS) for s in targets}
     assert found == expected
-    assert again == {key: expected[key][:2] for key in again}, "also after other subjects"
+    assert again == {key: expected[key][:2] for key in again}, "also after other targets"
     assert found["base/zero"] == found["bare/before"] == found["model/parent"]
     distinct = {tuple(texts) for texts in found.values()}
     assert len(distinct) == len(found) - 2
@@ -80,21 +84,21 @@ def test_every_subject_answers_like_the_merged_model(root: Path, family: Family)
 
 @pytest.mark.engine
 def test_without_a_family_adapters_are_served_as_they_are(root: Path, family: Family) -> None:
-    subjects = [PARENT, Target("plain", "as it is", root / "plain")]
-    ours = VllmBackend(root / "model", subjects, **ENGINE)
+    targets = [PARENT, Target("plain", "as it is", root / "plain")]
+    ours = VllmBackend(root / "model", targets, **ENGINE)
     theirs = TransformersBackend(root / "model", dtype="float32")
-    for subject in subjects:
-        found = ours.generate(PROMPTS, subject, TOKENS)
-        assert found == theirs.generate(PROMPTS, subject, TOKENS)
+    for target in targets:
+        found = ours.generate(PROMPTS, target, TOKENS)
+        assert found == theirs.generate(PROMPTS, target, TOKENS)
     with pytest.raises(ConfigError, match="other/x was not among the targets"):
         ours.generate(PROMPTS, Target("other", "x"), TOKENS)
     ours.close()
 
 
-def test_what_cannot_be_is_said_before_an_engine_starts(root: Path) -> None:
-    with pytest.raises(BoundsError, match=r"acme/dose: layer 0 has coefficient 9\.0"):
+def test_invalid_coefficients_are_reported_before_an_engine_starts(root: Path) -> None:
+    with pytest.raises(BoundsError, match=r"acme/strength: layer 0 has coefficient 9\.0"):
         VllmBackend(
-            root / "model", [Target("acme", "dose", root / "acme", (9.0, 0.0))], root / "family"
+            root / "model", [Target("acme", "strength", root / "acme", (9.0, 0.0))], root / "family"
         )
     with pytest.raises(ConfigError, match="no family"):
         VllmBackend(root / "model", [Target("acme", "after", root / "acme")])

@@ -1,4 +1,4 @@
-"""Nobody else changes: bit-exact neighbors, the host's CPU leak, and no vector at gain zero.
+"""No other tenant changes: bit-exact neighbors, vLLM's CPU leak, and no vector at gain zero.
 
 "Bit" means bit: log-probabilities are compared with ==.
 """
@@ -41,7 +41,7 @@ def batch(setup_dir: Path, tenants: list[str | None], length: int = 5) -> list[R
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_profile_changes_its_own_tenant_and_nobody_else(setup_dir: Path, compiled: bool) -> None:
+def test_a_profile_changes_its_own_tenant_and_no_other(setup_dir: Path, compiled: bool) -> None:
     settings = {"family": str(setup_dir / "family")}
     mixes: dict[str, list[str | None]] = {
         "distinct": ["a", "b", "p", None],
@@ -89,17 +89,19 @@ def test_the_base_models_own_row(setup_dir: Path) -> None:
 
 
 def test_stock_cpu_lora_leaks_into_base_requests_and_ours_does_not(setup_dir: Path) -> None:
-    """When the first half of this test fails, the host is cured and segment.py can go."""
+    """When the first half of this test fails, vLLM is fixed and cpu_lora.py can be removed."""
     alone, mixed = (
         batch(setup_dir, [None]),
         [*batch(setup_dir, [None]), Request(LONG[:5], setup_dir / "plain_a")],
     )
 
-    def answers(plugins: str | None, settings: dict | None) -> tuple[Completion, Completion]:
+    def completions(plugins: str | None, settings: dict | None) -> tuple[Completion, Completion]:
         with engine(setup_dir / "model", settings, plugins=plugins, max_loras=1) as e:
             return e.generate(alone)[0], e.generate(mixed)[0]
 
-    stock_alone, stock_mixed = answers("", None)
-    assert stock_alone.tokens != stock_mixed.tokens, "the host no longer leaks"
-    ours_alone, ours_mixed = answers(None, {"family": None, "missing_profile": "serve_unprotected"})
+    stock_alone, stock_mixed = completions("", None)
+    assert stock_alone.tokens != stock_mixed.tokens, "vLLM no longer leaks"
+    ours_alone, ours_mixed = completions(
+        None, {"family": None, "missing_profile": "serve_unprotected"}
+    )
     assert ours_alone.tokens == ours_mixed.tokens == stock_alone.tokens

@@ -1,7 +1,7 @@
 """Fifty tenants, and five thousand requests of which most are wrong, on one real server.
 
-Every request knows what it must be answered with; a right one is answered by its own tenant alone,
-with the tokens that tenant gives when it is asked in peace.
+Every request has its expected response; a valid one is served by its own tenant alone, with the
+tokens of that tenant without load.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETTINGS = f"access: {{max_body_bytes: {LARGEST}}}\n"
 
 @dataclass(frozen=True)
 class Member:
-    """A tenant with its only key, and the tokens it answers PROMPT with."""
+    """A tenant with its only key, and the tokens of its completion of PROMPT."""
 
     name: str
     secret: str
@@ -52,8 +52,8 @@ class Case:
 
 
 def body(**more: Any) -> dict[str, Any]:
-    asked = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0, "return_token_ids": True}
-    return {**asked, **more}
+    request = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0, "return_token_ids": True}
+    return {**request, **more}
 
 
 def bearer(secret: str, **more: str) -> dict[str, str]:
@@ -66,7 +66,7 @@ def right(me: Member, other: Member, draw: random.Random) -> Case:
 
 
 def wrong_key(me: Member, other: Member, draw: random.Random) -> Case:
-    asked = json.dumps(body(model=me.name)).encode()
+    content = json.dumps(body(model=me.name)).encode()
     value = draw.choice(
         (
             f"Bearer {me.secret[:-1]}",
@@ -81,7 +81,7 @@ def wrong_key(me: Member, other: Member, draw: random.Random) -> Case:
     headers = {**JSON, "Authorization": value} if draw.random() < 0.8 else dict(JSON)
     # What is no header at all never gets as far as the key.
     odd = "\x7f" in headers.get("Authorization", "")
-    return Case("wrong key", (400,) if odd else (401,), headers, asked)
+    return Case("wrong key", (400,) if odd else (401,), headers, content)
 
 
 def wrong_model(me: Member, other: Member, draw: random.Random) -> Case:
@@ -94,7 +94,7 @@ def wrong_model(me: Member, other: Member, draw: random.Random) -> Case:
             f"{me.name} ",
             me.name.upper(),
             "base",
-            "nobody",
+            "absent",
             "../" + other.name,
             other.name + "\x00",
             "é" * 50,
@@ -109,7 +109,7 @@ def odd_model(me: Member, other: Member, draw: random.Random) -> Case:
 
 
 def odd_encoding(me: Member, other: Member, draw: random.Random) -> Case:
-    """What may be read in two ways is refused, whoever is named in it."""
+    """What may be read in two ways is rejected, whichever tenant is named in it."""
     mine = json.dumps(body(model=me.name))
     twice = mine[:-1] + f', "model": "{other.name}"}}'
     content, headers = draw.choice(
@@ -133,8 +133,8 @@ def odd_encoding(me: Member, other: Member, draw: random.Random) -> Case:
 
 
 def huge(me: Member, other: Member, draw: random.Random) -> Case:
-    asked = json.dumps(body(model=me.name, user="x" * (LARGEST + draw.randrange(LARGEST))))
-    return Case("huge", (413,), bearer(me.secret), asked.encode())
+    content = json.dumps(body(model=me.name, user="x" * (LARGEST + draw.randrange(LARGEST))))
+    return Case("huge", (413,), bearer(me.secret), content.encode())
 
 
 def odd_path(me: Member, other: Member, draw: random.Random) -> Case:
@@ -152,9 +152,9 @@ def odd_path(me: Member, other: Member, draw: random.Random) -> Case:
             f"/v1/models/{other.name}",
         )
     )
-    asked = json.dumps(body(model=other.name)).encode()
+    content = json.dumps(body(model=other.name)).encode()
     statuses = (307, 400, 401, 403, 404, 405)
-    return Case("odd path", statuses, bearer(me.secret), asked, path=path)
+    return Case("odd path", statuses, bearer(me.secret), content, path=path)
 
 
 KINDS: tuple[tuple[int, Callable[[Member, Member, random.Random], Case]], ...] = (
@@ -200,21 +200,25 @@ def members(world: World, server: Running) -> list[Member]:
         )
         found.append((tenant.name, key.secret))
     server.follows(world.registry)
-    asked = [(name, key, server.http(key).post(PATH, json=body(model=name))) for name, key in found]
+    responses = [
+        (name, key, server.http(key).post(PATH, json=body(model=name))) for name, key in found
+    ]
     return [
-        Member(name, key, tuple(answer.json()["choices"][0]["token_ids"]))
-        for name, key, answer in asked
+        Member(name, key, tuple(response.json()["choices"][0]["token_ids"]))
+        for name, key, response in responses
     ]
 
 
 def test_a_crowd_gets_what_is_its_own_and_nothing_else(
     server: Running, members: list[Member]
 ) -> None:
-    assert len({member.tokens for member in members}) > TENANTS // 3, "tenants answer alike"
+    assert len({member.tokens for member in members}) > TENANTS // 3, (
+        "tenants have equal completions"
+    )
     draw = random.Random(11)
     kinds = [make for weight, make in KINDS for _ in range(weight)]
-    faults, counts = asyncio.run(crowd(server.url, members, kinds, draw))
-    assert faults == [], "\n".join(server.lines[-40:])
+    errors, counts = asyncio.run(crowd(server.url, members, kinds, draw))
+    assert errors == [], "\n".join(server.lines[-40:])
     assert counts["right"] > REQUESTS // 4 and len(counts) == len(KINDS), counts
     again = server.http(members[0].secret).post(PATH, json=body(model=members[0].name))
     assert tuple(again.json()["choices"][0]["token_ids"]) == members[0].tokens
@@ -225,8 +229,8 @@ def test_a_crowd_gets_what_is_its_own_and_nothing_else(
 async def crowd(
     url: str, members: list[Member], kinds: list[Any], draw: random.Random
 ) -> tuple[list[str], collections.Counter[str]]:
-    """(what was answered wrongly, how many of each kind were asked)."""
-    faults: list[str] = []
+    """The errors, and how many requests of each kind were sent."""
+    errors: list[str] = []
     counts: collections.Counter[str] = collections.Counter()
     cases = []
     for _ in range(REQUESTS):
@@ -241,41 +245,41 @@ async def crowd(
             )
             counts[case.kind] += 1
             try:
-                answer = await client.send(request)
+                response = await client.send(request)
             except httpx.TransportError as error:
-                faults.append(f"{case.kind}: {error!r} instead of an answer to {case}")
+                errors.append(f"{case.kind}: {error!r} instead of a response to {case}")
                 continue
-            faults.extend(
-                f"{case.kind}: {fault}: {answer.status_code} {answer.text[:200]!r} to "
+            errors.extend(
+                f"{case.kind}: {problem}: {response.status_code} {response.text[:200]!r} to "
                 f"{case.content[:200]!r}"
-                for fault in wrong_in(me, case, answer, members)
+                for problem in problems_of(me, case, response, members)
             )
 
     limits = httpx.Limits(max_connections=AT_ONCE)
     async with httpx.AsyncClient(timeout=120, limits=limits) as client:
         await asyncio.gather(*(user(client) for _ in range(AT_ONCE)))
-    return faults, counts
+    return errors, counts
 
 
-def wrong_in(
-    me: Member, case: Case, answer: httpx.Response, members: list[Member]
+def problems_of(
+    me: Member, case: Case, response: httpx.Response, members: list[Member]
 ) -> Iterator[str]:
-    """What is wrong with an answer, if anything."""
-    if answer.status_code not in case.statuses:
+    """The problems of a response, if any."""
+    if response.status_code not in case.statuses:
         yield f"expected {case.statuses}"
-    if answer.status_code == 200:
-        found = answer.json()
+    if response.status_code == 200:
+        found = response.json()
         if found["model"] != f"{me.name}@1":
-            yield f"answered by {found['model']}"
+            yield f"served by {found['model']}"
         if tuple(found["choices"][0]["token_ids"]) != me.tokens:
             yield f"expected {me.tokens}"
         return
-    # A refusal may repeat what was asked; it names nobody, and nothing of this machine, besides.
-    told = answer.text + str(answer.headers)
+    # A rejection may repeat the request; otherwise it names no tenant and nothing of this machine.
+    shown = response.text + str(response.headers)
     for member in members:
-        secret = member.secret in told
-        named = f'"{member.name}@' in told and member.name.encode() not in case.content
+        secret = member.secret in shown
+        named = f'"{member.name}@' in shown and member.name.encode() not in case.content
         if secret or named:
-            yield f"tells of {member.name}"
-    if str(Path.home()) in told or "registry.sqlite" in told or "Traceback" in told:
-        yield "tells of this machine"
+            yield f"names {member.name}"
+    if str(Path.home()) in shown or "registry.sqlite" in shown or "Traceback" in shown:
+        yield "names this machine"

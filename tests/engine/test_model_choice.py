@@ -1,4 +1,4 @@
-"""Every route of the real server that can generate: the named model answers, or none.
+"""Every route of the real server that can generate: the named model responds, or none.
 
 One server without a registry, with all of vLLM's optional routes. The routes are those of the
 access check's table, which is held against vLLM's own in test_server_access_vllm: a new one fails
@@ -134,7 +134,7 @@ class Server:
         return self.http.post(path, json=body, headers=headers)
 
     def response(self, path: str, name: str | None, **changes: Any) -> tuple[Any, Any]:
-        """The model that answered, and its completion."""
+        """The model that responded, and its completion."""
         case = GENERATING[path]
         response = self.post(path, {**case.body, **changes}, name)
         assert response.status_code == 200, (path, name, response.text)
@@ -180,15 +180,15 @@ def test_every_route_that_takes_a_model_is_one_of_these() -> None:
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_the_named_model_serves_the_request(server: Server, path: str) -> None:
-    answers = {name: server.response(path, name) for name in NAMES}
-    assert {name: who for name, (who, _) in answers.items()} == {name: name for name in NAMES}
-    assert len({str(what) for _, what in answers.values()}) == len(NAMES), answers
+    responses = {name: server.response(path, name) for name in NAMES}
+    assert {name: model for name, (model, _) in responses.items()} == {name: name for name in NAMES}
+    assert len({str(completion) for _, completion in responses.values()}) == len(NAMES), responses
     case = GENERATING[path]
     for empty in (None, ""):
         if case.required:
             assert server.post(path, case.body, empty).status_code == 400
         else:
-            assert server.response(path, empty) == answers["base"]
+            assert server.response(path, empty) == responses["base"]
 
 
 @pytest.mark.parametrize("path", [*GENERATING, *TOKENS_ONLY, *RENDERING])
@@ -220,11 +220,11 @@ def test_a_prompt_rendered_for_a_tenant_is_served_by_it(server: Server, path: st
 
 
 @pytest.mark.parametrize("path", sorted(ABSENT))
-def test_routes_that_are_not_there(server: Server, path: str) -> None:
+def test_missing_routes(server: Server, path: str) -> None:
     assert server.post(path, {"input": "x"}, "t0").json() == {"detail": "Not Found"}
 
 
-def test_a_route_that_this_model_has_not(server: Server) -> None:
+def test_a_route_that_this_model_lacks(server: Server) -> None:
     body = {"state": "x", "questions": {"q": {"type": "choice", "criteria": {"a": 1, "b": 2}}}}
     assert server.post("/v1/systemone", body, "t0").status_code == 501
 
@@ -234,8 +234,8 @@ def test_completions_are_protected_as_the_files_say(server: Server) -> None:
     places = {"base": d / "b", **{name: d / "root" / name for name in NAMES[1:]}}
     for name, place in places.items():
         (expected,) = reference(d / "m", d / "f", place, [TOKEN_IDS], tokens=6)
-        for asked in (name, None) if name == "base" else (name,):
-            assert server.response(GENERATE_TOKENS, asked) == (name, list(expected.tokens))
+        for requested in (name, None) if name == "base" else (name,):
+            assert server.response(GENERATE_TOKENS, requested) == (name, list(expected.tokens))
 
 
 # -- SageMaker -------------------------------------------------------------------------------------

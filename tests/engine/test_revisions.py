@@ -1,5 +1,5 @@
-"""A revision that changes coefficients alone: weights are not read again, answers are those of a
-cold engine, and removing the old revision leaves the new one whole.
+"""A revision that changes coefficients alone: weights are not read again, completions are those of
+a cold engine, and removing the old revision leaves the new one whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("apply", ["gain", "composed"])
-def test_a_new_revision_answers_as_a_cold_engine_would(
+def test_a_new_revision_generates_as_a_cold_engine_would(
     store: Path, apply: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -61,7 +61,7 @@ def test_a_new_revision_answers_as_a_cold_engine_would(
         e.add(store / "other", "globex@1")
         one, two = Request(PROMPT, store / "r1", "acme@1"), Request(PROMPT, store / "r2", "acme@2")
         assert e.generate([one]) == before and e.generate([two]) == expected
-        together = [answer.tokens for answer in e.generate([one, two])]
+        together = [completion.tokens for completion in e.generate([one, two])]
         assert together == [before[0].tokens, expected[0].tokens]
         assert before != expected
         e.llm.llm_engine.remove_lora(1)
@@ -69,13 +69,13 @@ def test_a_new_revision_answers_as_a_cold_engine_would(
         assert {a.name for r in e.receipts() for a in r.adapters} == {"acme@2", "globex@1"}
 
 
-def test_an_evicted_revision_comes_back_from_its_own_copy(store: Path) -> None:
+def test_an_evicted_revision_is_loaded_again_from_its_own_copy(store: Path) -> None:
     settings = {"family": str(store / "family")}
     with engine(store / "model", settings, max_loras=1, max_cpu_loras=1) as e:
         requests = [Request(PROMPT, store / n, f"acme@{n[1]}") for n in ("r1", "r2", "r3")]
         cold = [e.generate([request]) for request in requests]
         assert [e.generate([request]) for request in requests] == cold
-        assert len({answer.logprobs for found in cold for answer in found}) == 3
+        assert len({completion.logprobs for found in cold for completion in found}) == 3
 
 
 def test_staging_links_only_read_only_files_of_several_names(store: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_staging_links_only_read_only_files_of_several_names(store: Path, tmp_pa
     assert before.digests[weights] != after.digests[weights]
 
 
-def test_a_link_never_lets_in_what_was_refused(store: Path, tmp_path: Path) -> None:
+def test_a_link_never_admits_what_was_rejected(store: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     os.link(store / "adapter" / "adapter_model.safetensors", outside / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""One real vLLM server, started by `safegene serve`, asked as a stranger would: openai and httpx.
+"""One real vLLM server, started by `safegene serve`, by external clients: openai and httpx.
 
 For what only the real server can show: admission at run time, what survives it, and that nothing a
 client sends takes the engine down. Two slots, so that tenants are evicted all the time.
@@ -118,7 +118,7 @@ def unharmed(server: Server) -> Iterator[None]:
     assert server.http.get("/v1/safegene/ready").status_code == 200
 
 
-def refused(response: httpx.Response, status: int, words: str) -> None:
+def rejected(response: httpx.Response, status: int, words: str) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -134,8 +134,8 @@ def test_the_launcher_prints_the_receipts(server: Server) -> None:
 
 def test_models_are_listed_and_served(server: Server) -> None:
     assert [model.id for model in server.client.models.list()] == ["base", "t0", "p"]
-    answers = {tuple(server.tokens(name)) for name in ("base", "t0", "p")}
-    assert len(answers) == 3
+    completions = {tuple(server.tokens(name)) for name in ("base", "t0", "p")}
+    assert len(completions) == 3
 
 
 def test_receipts_and_readiness(server: Server) -> None:
@@ -270,7 +270,7 @@ def test_damaged_tenants_are_rejected_and_affect_no_other(
     place = server.root / f"spoilt-{spoil.__name__}"
     shutil.copytree(server.root / "t3", place)
     spoil(server, place)
-    refused(server.load("spoilt", place), 400, words)
+    rejected(server.load("spoilt", place), 400, words)
     assert "spoilt" not in server.tenants()
     with pytest.raises(openai.NotFoundError):
         server.tokens("spoilt")
@@ -278,19 +278,19 @@ def test_damaged_tenants_are_rejected_and_affect_no_other(
 
 def test_paths_outside_the_roots_are_rejected(server: Server, unharmed: None) -> None:
     outside = "is outside safegene.adapter_roots"
-    refused(server.load("x", server.d / "outside"), 400, outside)
-    refused(server.load("x", server.root / ".." / "outside"), 400, outside)
-    refused(server.load("x", "/no/such/place"), 400, outside)
+    rejected(server.load("x", server.d / "outside"), 400, outside)
+    rejected(server.load("x", server.root / ".." / "outside"), 400, outside)
+    rejected(server.load("x", "/no/such/place"), 400, outside)
     (server.root / "link").symlink_to(server.d / "outside")
-    refused(server.load("x", server.root / "link"), 400, "symbolic link")
+    rejected(server.load("x", server.root / "link"), 400, "symbolic link")
     inner = server.root / "inner-link"
     shutil.copytree(server.root / "t3", inner)
     (inner / "adapter_model.safetensors").unlink()
     (inner / "adapter_model.safetensors").symlink_to(
         server.d / "outside" / "adapter_model.safetensors"
     )
-    refused(server.load("x", inner), 400, "cannot be read")
-    refused(server.load("x", server.root / "none"), 404, "is not a directory")
+    rejected(server.load("x", inner), 400, "cannot be read")
+    rejected(server.load("x", server.root / "none"), 404, "is not a directory")
 
 
 def test_an_idle_connection_outlives_vllms_five_seconds(server: Server) -> None:
@@ -322,12 +322,12 @@ def test_a_changed_tenant_is_rejected_under_its_old_name_and_path(
     shutil.copytree(server.root / "t2", place)
     assert server.load("changing", place).status_code == 200
     before = server.tokens("changing")
-    refused(server.load("changing", place, load_inplace=True), 400, "load_inplace is rejected")
+    rejected(server.load("changing", place, load_inplace=True), 400, "load_inplace is rejected")
     assert server.tokens("changing") == before
     unload = server.http.post("/v1/unload_lora_adapter", json={"lora_name": "changing"})
     assert unload.status_code == 200
     save_profile(Profile(server.family.digest, (3.0, 3.0), {}), place)
-    refused(server.load("changing", place), 400, "has changed since it was first loaded")
+    rejected(server.load("changing", place), 400, "has changed since it was first loaded")
     response = server.load("changing@2", place)
     assert response.status_code == 200, response.text
     assert server.tokens("changing@2") != before
@@ -343,7 +343,7 @@ def test_a_tenant_outlives_its_directory_and_its_eviction(server: Server, unharm
         assert server.load(name, server.root / "t2").status_code == 200
         server.tokens(name)
     assert server.tenants()["leaving"]["slot"] is None
-    assert server.tokens("leaving", cache_salt="anew") == before
+    assert server.tokens("leaving", cache_salt="again") == before
     assert server.tenants()["leaving"]["slot"] is not None
 
 
@@ -355,7 +355,7 @@ def test_prompt_logprobs_of_a_tenant_leave_the_engine_alive(server: Server, unha
 
 
 def test_an_engine_that_cannot_be_protected_does_not_start(files: tuple[Path, Family]) -> None:
-    """On CPU vLLM itself refuses this setting, elsewhere we do; the launcher says who and why."""
+    """On CPU vLLM itself rejects this setting, else the plugin does; the launcher prints why."""
     d, _ = files
     process = start(
         *(str(d / "m"), "--family", str(d / "f"), "--port", str(free_port())),

@@ -35,7 +35,7 @@ def server(world: World) -> Iterator[Running]:  # noqa: F811
 
 
 class Scrape:
-    """One response of /metrics, by a client that may ask for it."""
+    """One response of /metrics, by a client with access to it."""
 
     def __init__(self, http: httpx.Client) -> None:
         response = http.get("/metrics")
@@ -105,7 +105,7 @@ def test_requests_are_counted_exactly(server: Running) -> None:
     response = client.completions.create(**body, **more)
     assert response.usage is not None and response.usage.completion_tokens == TOKENS
     pieces = list(client.completions.create(**body, **more, stream=True))
-    assert all(piece.choices for piece in pieces), "a usage that was not asked for was shown"
+    assert all(piece.choices for piece in pieces), "a usage that was not requested was shown"
     usage = {"include_usage": True}
     pieces = list(client.completions.create(**body, **more, stream=True, stream_options=usage))
     assert pieces[-1].usage is not None and not pieces[-1].choices
@@ -194,7 +194,7 @@ def test_a_change_and_an_eviction_are_exported(server: Running, world: World) ->
     before = Scrape(server.http(ADMIN))
     world.add("acme/support", "support", [0.3, 0.4])
     server.follows(world.registry)
-    # Two slots, and the revision that a rollback would need stays in the engine: one has to go.
+    # Two slots, and the revision that a rollback would need stays in the engine: one is evicted.
     evicted = (before.value("slot_evictions_total") or 0.0) + 1
     found = until(server, "slot_evictions_total", evicted)
     assert found.value("gain_norm", **SUPPORT) == pytest.approx(0.5, abs=1e-6)
@@ -229,7 +229,7 @@ def test_a_server_without_a_registry(world: World) -> None:  # noqa: F811
                 client.completions.create(model=model, **body)
             list(client.completions.create(model="t0", **body, stream=True))
             with pytest.raises(openai.NotFoundError):
-                client.completions.create(model="nobody", **body)
+                client.completions.create(model="absent", **body)
             found = Scrape(http)
     finally:
         end(process, drain)

@@ -108,10 +108,10 @@ def expected(setup_dir: Path, prompts: list[list[int]]) -> list[Completion]:
 
 
 def test_float32(setup_dir: Path, prompts: list[list[int]], expected: list[Completion]) -> None:
-    for apply, (answers, scores) in three_ways(setup_dir, prompts, "float32", expected).items():
+    for apply, (completions, scores) in three_ways(setup_dir, prompts, "float32", expected).items():
         wanted = topic_only(expected) if apply == "weights" else expected
-        assert [a.tokens for a in answers] == [a.tokens for a in wanted], apply
-        assert max_logprob_diff(answers, wanted) <= 1e-3, apply
+        assert [c.tokens for c in completions] == [c.tokens for c in wanted], apply
+        assert max_logprob_diff(completions, wanted) <= 1e-3, apply
         assert max_logprob_diff(scores, wanted) <= 1e-3, apply
 
 

@@ -1,4 +1,4 @@
-"""Speculative decoding: drafted tokens carry their tenant's gains, and answers stay what they are.
+"""Speculative decoding: drafted tokens carry their tenant's gains, and completions are unchanged.
 
 Drafts by n-gram lookup, which needs no second model. The engine runs in a process of its own: after
 one with drafts, this vLLM starts no other in the same process.
@@ -34,7 +34,7 @@ def requests(root: Path) -> list[Request]:
 
 
 def drafted(root: Path, apply: str) -> tuple[list[Completion], dict[str, Any]]:
-    """Answers of an engine with drafts, and its counts of them by metric."""
+    """Completions of an engine with drafts, and its counts of them by metric."""
     settings = {"family": str(root / "family"), "apply": apply}
     options = {"speculative_config": DRAFTS, "disable_log_stats": False}
     with engine(root / "model", settings, **options) as e:
@@ -44,7 +44,7 @@ def drafted(root: Path, apply: str) -> tuple[list[Completion], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("apply", ["gain", "composed"])
-def test_drafts_change_no_answer(tmp_path: Path, apply: str) -> None:
+def test_drafts_change_no_completion(tmp_path: Path, apply: str) -> None:
     model = make_model("llama", tmp_path / "model")
     family = write_family(model, tmp_path / "family")
     for seed, (name, coefficients) in enumerate(TENANTS.items(), 10):

@@ -1,5 +1,6 @@
-"""Two real servers on one registry: tenants come, change and go while they run, as the openai
-client sees it. Reference for every answer: another name for the same content, never asked before.
+"""Two real servers on one registry: tenants are added, changed and removed while they run, as
+the openai client sees it. Reference for every completion: another name of the same content, never
+requested before.
 The registry is on a real PostgreSQL where the machine has one, else in a SQLite file.
 """
 
@@ -73,7 +74,7 @@ def server(world: World) -> Iterator[Server]:
     running.end()
 
 
-def refused(call: Callable[[], Any], status: int) -> str:
+def rejected(call: Callable[[], Any], status: int) -> str:
     with pytest.raises(openai.APIStatusError) as caught:
         call()
     assert caught.value.status_code == status, caught.value.response.text
@@ -86,14 +87,14 @@ def test_a_tenant_sees_and_uses_its_own_and_nothing_else(server: Server) -> None
     assert server.complete(ACME, "acme/support")[0] == "acme/support@1"
     assert server.complete(ACME, "acme/support@1")[0] == "acme/support@1"
     assert server.complete(ACME, "")[0] == "acme/support@1"
-    foreign = refused(lambda: server.complete(GLOBEX, "acme/support"), 404)
-    unknown = refused(lambda: server.complete(GLOBEX, "acme/nothing"), 404)
+    foreign = rejected(lambda: server.complete(GLOBEX, "acme/support"), 404)
+    unknown = rejected(lambda: server.complete(GLOBEX, "acme/nothing"), 404)
     assert foreign.replace("acme/support", "X") == unknown.replace("acme/nothing", "X")
-    refused(lambda: server.complete(GLOBEX, "acme/support@1"), 404)
+    rejected(lambda: server.complete(GLOBEX, "acme/support@1"), 404)
     for key in (ACME, GLOBEX):
-        refused(lambda key=key: server.complete(key, "base"), 404)  # type: ignore[misc]
-    refused(lambda: server.complete(GLOBEX, ""), 400)
-    refused(lambda: server.complete("sg-nobody-" + "0" * 40, "acme/support"), 401)
+        rejected(lambda key=key: server.complete(key, "base"), 404)  # type: ignore[misc]
+    rejected(lambda: server.complete(GLOBEX, ""), 400)
+    rejected(lambda: server.complete("sg-absent-" + "0" * 40, "acme/support"), 401)
     models = server.client(ACME).models.list().data
     assert [m.id for m in models] == ["acme/support"] and "/" not in str(models[0].root or "")[:1]
     assert server.client(GLOBEX).models.list().data == []
@@ -110,16 +111,16 @@ def test_every_route_needs_a_key_but_the_public_ones(server: Server) -> None:
             for method in methods:
                 if path in ("/health", "/ping", "/v1/safegene/ready") and method == "get":
                     continue
-                answer = http.request(method, path.replace("{", "").replace("}", ""), json={})
-                assert answer.status_code == 401, (method, path, answer.status_code)
+                response = http.request(method, path.replace("{", "").replace("}", ""), json={})
+                assert response.status_code == 401, (method, path, response.status_code)
     assert server.http(ADMIN).post("/v1/load_lora_adapter", json={}).status_code == 404
 
 
-def test_a_change_is_live_at_once_and_never_answered_from_stale_blocks(
+def test_a_change_is_live_at_once_and_never_served_from_stale_blocks(
     server: Server, world: World
 ) -> None:
     def hits(tenant: str) -> tuple[list[int], int]:
-        """The answer's tokens, and how many of the prompt's came from the cache."""
+        """The completion's tokens, and how many of the prompt's were cached."""
         before = server.cached()
         tokens = server.complete(ACME, tenant)[1]
         return tokens, server.cached() - before
@@ -178,16 +179,16 @@ def test_a_retired_tenant_and_a_revoked_key_end_at_once(server: Server, world: W
     assert server.complete(GLOBEX, "globex")[0] == "globex@1"
     world.registry.rollouts.retire("globex", actor="test")
     server.follows(world.registry)
-    refused(lambda: server.complete(GLOBEX, "globex"), 404)
-    told = world.registry.keys.add("x", scopes=["serve"], tenants=["acme/support"], actor="test")
+    rejected(lambda: server.complete(GLOBEX, "globex"), 404)
+    added = world.registry.keys.add("x", scopes=["serve"], tenants=["acme/support"], actor="test")
     server.follows(world.registry)
-    server.complete(told.secret, "acme/support")
+    server.complete(added.secret, "acme/support")
     world.registry.keys.revoke("x", actor="test")
     server.follows(world.registry)
-    refused(lambda: server.complete(told.secret, "acme/support"), 401)
+    rejected(lambda: server.complete(added.secret, "acme/support"), 401)
 
 
-def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
+def test_what_cannot_be_applied_is_not_served_and_affects_no_other_tenant(
     server: Server, world: World
 ) -> None:
     before = server.complete(ACME, "acme/support")
@@ -217,7 +218,7 @@ def test_what_cannot_be_applied_is_not_served_and_hurts_nobody(
 
 
 def reported(done: Callable[[], bool]) -> None:
-    """Wait for the reports of servers, which come a moment after their answers."""
+    """Wait for the reports of servers, which follow shortly after their responses."""
     deadline = time.monotonic() + 300
     while not done():
         assert time.monotonic() < deadline
@@ -229,29 +230,31 @@ def test_a_registry_that_was_restored_is_followed_as_it_is(server: Server, world
     the name of the one: not what the engine has, nor what it has cached."""
     restore = back_up(world.registry)
     lost = world.add("acme/support", "support", [1.7, 0.2])
-    gone = world.registry.keys.add("y", scopes=["serve"], tenants=["acme/support"], actor="test")
+    lost_key = world.registry.keys.add(
+        "y", scopes=["serve"], tenants=["acme/support"], actor="test"
+    )
     server.follows(world.registry)
-    before = server.complete(gone.secret, "acme/support")
+    before = server.complete(lost_key.secret, "acme/support")
     assert before[0] == lost.served_name and server.complete(ACME, "acme/support") == before
     restore()
     now = world.add("acme/support", "support", [0.3, 1.9])
     assert (now.id, now.served_name) == (lost.id, lost.served_name)
-    deadline, hits, answers = time.monotonic() + 300, 0, []
+    deadline, hits, completions = time.monotonic() + 300, 0, []
     # It may be seen restored, and serve what was published before, until there is the new one.
-    while not answers or answers[-1] == before or answers[-1][0] != now.served_name:
+    while not completions or completions[-1] == before or completions[-1][0] != now.served_name:
         assert time.monotonic() < deadline
         hits = server.cached()
         try:
-            answers.append(server.complete(ACME, "acme/support"))
+            completions.append(server.complete(ACME, "acme/support"))
         except openai.NotFoundError:
             time.sleep(0.01)
     assert server.cached() == hits, "blocks of the former content under the same name"
     server.follows(world.registry)
-    refused(lambda: server.complete(gone.secret, "acme/support"), 401)
+    rejected(lambda: server.complete(lost_key.secret, "acme/support"), 401)
     world.add("acme/cold", "support", [0.3, 1.9])
     server.follows(world.registry)
-    assert answers[-1] == (now.served_name, server.complete(ACME, "acme/cold")[1])
-    assert server.complete(ACME, "acme/support") == answers[-1] != before
+    assert completions[-1] == (now.served_name, server.complete(ACME, "acme/cold")[1])
+    assert server.complete(ACME, "acme/support") == completions[-1] != before
     assert server.http(ADMIN).get("/v1/safegene/ready").status_code == 200
     assert server.http(ADMIN).get("/v1/safegene/receipts").json()["faults"] == []
     losses = "safegene_registry_losses_total 1.0"
@@ -264,9 +267,9 @@ def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     admin = server.http(ADMIN)
     begun = time.monotonic()
     body = {"name": "live", "source": str(world.d / "root" / "live")}
-    told = admin.post("/v1/safegene/tenants", json=body)
-    assert told.status_code in (200, 201, 202), told.text
-    job = told.json()["job"]
+    response = admin.post("/v1/safegene/tenants", json=body)
+    assert response.status_code in (200, 201, 202), response.text
+    job = response.json()["job"]
     while job["state"] in ("queued", "running"):
         assert time.monotonic() - begun < 300
         time.sleep(0.02)
@@ -305,7 +308,7 @@ def test_a_tenants_life_over_http(server: Server, world: World) -> None:
     lifted = admin.put(f"/v1/safegene/families/{world.header.digest}/floor", json={"floor": {}})
     assert lifted.status_code == 200
     assert admin.delete("/v1/safegene/tenants/live").status_code == 200
-    refused(lambda: server.complete(secret["secret"], "live"), 404)
+    rejected(lambda: server.complete(secret["secret"], "live"), 404)
     assert server.http(ACME).get("/v1/safegene/tenants").status_code == 403
 
 
@@ -338,21 +341,21 @@ def test_a_second_replica_follows_and_may_be_killed_in_the_middle_of_a_change(
 
 
 def changes_until_it_dies(server: Server) -> int:
-    """Change a profile through `server` again and again while it is killed; how many it told of."""
+    """Change a profile through `server` again and again until it is killed; the number reported."""
     timer = threading.Timer(0.2, server.kill)
-    told = 0
+    reported = 0
     while True:
-        scale = 0.9 if told % 2 else 1 / 0.9
+        scale = 0.9 if reported % 2 else 1 / 0.9
         try:
-            answer = server.http(ADMIN).patch(
+            response = server.http(ADMIN).patch(
                 "/v1/safegene/tenants/acme%2Fsupport/profile", json={"scale": scale}
             )
         except httpx.HTTPError:
             timer.join()
-            return told
-        assert answer.status_code == 200, answer.text
-        told += 1
-        if told == 2:
+            return reported
+        assert response.status_code == 200, response.text
+        reported += 1
+        if reported == 2:
             timer.start()
 
 
@@ -366,8 +369,8 @@ def assert_all_is_audited(registry: Registry) -> None:
     assert sorted(named) == sorted(there)
     rollouts = {r.id for r in registry.rollouts.list(limit=1000)}
     switches = {"tenant.publish", "tenant.rollback", "tenant.retire", "tenant.floor"}
-    told = {e.details["rollout"] for e in entries if e.action in switches}
-    assert told == rollouts
+    audited = {e.details["rollout"] for e in entries if e.action in switches}
+    assert audited == rollouts
 
 
 def test_killed_and_started_again_it_serves_what_is_published(server: Server, world: World) -> None:

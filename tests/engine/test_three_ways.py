@@ -1,4 +1,4 @@
-"""Three ways, one law: every way of application answers like the merged float32 reference.
+"""Three ways, one law: every way of application generates like the merged float32 reference.
 
 Real vLLM, tiny models of four architectures, mixed batches. Eager here; compiled and sharded
 engines in test_plugin_compiled.py, the real model in test_plugin_smollm2.py.
@@ -58,7 +58,7 @@ def requests(setup_dir: Path) -> list[Request]:
 
 
 @pytest.mark.parametrize("apply", ["gain", "composed"])
-def test_lora_slots_answer_like_the_reference(setup_dir: Path, expected: list, apply: str) -> None:
+def test_lora_slots_match_the_reference(setup_dir: Path, expected: list, apply: str) -> None:
     with engine(setup_dir / "model", {"family": str(setup_dir / "family"), "apply": apply}) as e:
         found = e.generate(requests(setup_dir))
         receipts = e.receipts()
@@ -78,7 +78,7 @@ def test_lora_slots_answer_like_the_reference(setup_dir: Path, expected: list, a
         )
 
 
-def test_weight_load_answers_like_the_reference(setup_dir: Path) -> None:
+def test_weight_load_matches_the_reference(setup_dir: Path) -> None:
     prompts = [[5, 9, 33, 77, 101], [40, 41, 42], list(range(3, 60))]
     expected = reference(setup_dir / "model", setup_dir / "family", setup_dir / "full", prompts)
     settings = {"family": str(setup_dir / "family"), "apply": "weights"}

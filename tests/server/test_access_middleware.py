@@ -34,13 +34,13 @@ from safegene_vllm.errors import ConfigError
         [("Authorization", "Bearer  ")],
         [("Authorization", "sg-acme")],
         [("Authorization", "Basic sg-acme")],
-        [("Authorization", "Bearer sg-nobody")],
+        [("Authorization", "Bearer sg-absent")],
         [("Authorization", "Bearer sg-acme x")],
         [("Authorization", "Bearer SG-ACME")],
         [("Authorization", "Bearer sg-late")],
         [("Authorization", b"Bearer \xff\xfe")],
         [("Authorization", "Bearer sg-acme"), ("Authorization", "Bearer sg-other")],
-        [("x-api-key", "sg-nobody")],
+        [("x-api-key", "sg-absent")],
         [("x-api-key", "")],
         [("x-api-key", "Bearer sg-acme")],
         [("x-api-key", "sg-acme"), ("x-api-key", "sg-acme")],
@@ -93,7 +93,7 @@ def test_a_key_ends_at_its_time() -> None:
 
 def test_unknown_and_expired_sound_the_same() -> None:
     late = send_request(guarded(), "GET", "/v1/models", "late")
-    assert late.content == send_request(guarded(), "GET", "/v1/models", "nobody").content
+    assert late.content == send_request(guarded(), "GET", "/v1/models", "absent").content
 
 
 def test_an_empty_catalog_rejects_every_key() -> None:
@@ -207,7 +207,7 @@ def test_every_route_that_takes_a_model_is_given_the_revision(path: str) -> None
     got = response.json()
     assert got["got"] == {"model": "acme/support@2", "x": [1, "ü"]}
     assert got["length"] == str(got["bytes"])
-    for foreign in ("other", "other@1", "org/Base", "nobody"):
+    for foreign in ("other", "other@1", "org/Base", "absent"):
         rejected(send_request(access, "POST", path, "acme", json={"model": foreign}), 404, foreign)
 
 
@@ -289,7 +289,7 @@ def test_one_sees_only_ones_own_models() -> None:
         send_request(access, "GET", "/v1/models/acme%2Fsupport", "acme").json() == listed["data"][1]
     )
     assert send_request(access, "GET", "/v1/models/acme@6", "acme").json()["root"] == "acme@6"
-    for foreign in ("other", "nobody", "org/Base", ""):
+    for foreign in ("other", "absent", "org/Base", ""):
         rejected(send_request(access, "GET", f"/v1/models/{foreign}", "acme"), 404)
 
 
@@ -327,7 +327,7 @@ def test_no_route_reads_more_than_the_limit(path: str, key: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([*KEYS, "nobody"]),
+    st.sampled_from([*KEYS, "absent"]),
     st.sampled_from(["acme", "acme@7", "acme@6", "acme/support", "other", "other@1", "org/Base"])
     | st.text(max_size=12)
     | st.none()

@@ -47,7 +47,7 @@ def test_model_names_resolve_to_served_names(requested: str | None, served: str)
 
 
 FOREIGN = ("other", "other@1", "org/Base", "org", "org@4")
-UNKNOWN = ("nobody", "acme@5", "acme@", "acme@07", "acme@7@7", "acme/", "Acme", " acme", "acme\x00")
+UNKNOWN = ("absent", "acme@5", "acme@", "acme@07", "acme@7@7", "acme/", "Acme", " acme", "acme\x00")
 UNPUBLISHED = ("draft", "draft@1", "*", "@")
 
 

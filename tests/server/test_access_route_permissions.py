@@ -72,7 +72,7 @@ PATHS = st.text(alphabet="/av", max_size=8)
         ("GET", "/v1/responses/resp_1", OPERATE),
         ("POST", "/v1/responses/resp_1/cancel", OPERATE),
         ("OPTIONS", "/v1/chat/completions", OPERATE),
-        ("GET", "/nobody/knows", OPERATE),
+        ("GET", "/absent/knows", OPERATE),
         ("GET", "", OPERATE),
         ("GET", "/v1/safegene/receipts\n", OPERATE),
         ("GET", "/v1/safegene/tenants\n", OPERATE),

@@ -68,8 +68,8 @@ def test_a_key_sees_its_own(world: ProbeWorld) -> None:
         world.request("POST", f"/tenants/{NAME}/probe", key="read"), 403, "needs the scope `admin`"
     )
     foreign = rejected(world.request("POST", "/tenants/globex/probe", key="acme"), 404)
-    unknown = rejected(world.request("POST", "/tenants/nobody/probe", key="acme"), 404)
-    assert foreign.replace("globex", "X") == unknown.replace("nobody", "X")
+    unknown = rejected(world.request("POST", "/tenants/absent/probe", key="acme"), 404)
+    assert foreign.replace("globex", "X") == unknown.replace("absent", "X")
     assert begin(world, key="acme")
 
 

@@ -298,9 +298,9 @@ def test_a_key_for_some_tenants_knows_no_others(world: World) -> None:
         ("PUT", "/tenants/{}/limits", {}),
     ):
         theirs = rejected(world.request(method, path.format("other"), body, key="acme"), 404)
-        none = rejected(world.request(method, path.format("nobody"), body, key="acme"), 404)
-        assert theirs.replace("other", "nobody") == none
-        real = rejected(world.request(method, path.format("nobody"), body), 404)
+        none = rejected(world.request(method, path.format("absent"), body, key="acme"), 404)
+        assert theirs.replace("other", "absent") == none
+        real = rejected(world.request(method, path.format("absent"), body), 404)
         assert real == none
     body = {"name": "other", "coefficients": 1.0}
     rejected(world.request("POST", "/tenants", body, key="acme"), 404)
@@ -314,7 +314,7 @@ def test_scopes(world: World) -> None:
     assert world.json("GET", "/tenants", key="read")["data"]
     rejected(world.request("POST", "/tenants/acme/support/freeze", key="read"), 403)
     rejected(world.request("GET", "/tenants", key="serve"), 403)
-    rejected(world.request("GET", "/tenants", key="sg-nobody"), 401)
+    rejected(world.request("GET", "/tenants", key="sg-absent"), 401)
 
 
 def test_the_engines_error_is_in_the_response(world: World) -> None:

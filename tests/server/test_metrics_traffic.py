@@ -173,7 +173,7 @@ def test_refusals_are_not_detected_where_disabled() -> None:
     ("key", "body", "reason", "tenant"),
     [
         (None, {"model": "acme"}, "no_key", ""),
-        ("nobody", {"model": "acme"}, "unknown_key", ""),
+        ("absent", {"model": "acme"}, "unknown_key", ""),
         ("late", {"model": "acme"}, "unknown_key", ""),
         ("read", {"model": "acme"}, "scope", ""),
         ("acme", {"model": "other"}, "model", ""),

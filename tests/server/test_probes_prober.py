@@ -182,7 +182,7 @@ def test_replicas_begin_with_different_tenants(probes: ProbeWorld) -> None:
 def test_only_the_tenants_of_the_settings_are_scheduled(probes: ProbeWorld) -> None:
     for name in ("a", "b"):
         probes.publish(name)
-    probes.probing(tenants=("b", "nobody"))
+    probes.probing(tenants=("b", "absent"))
     assert [probes.next(), probes.next()] == ["b@1", None]
     assert sample("runs_total", tenant="a", outcome="ok") is None
     assert asyncio.run(probes.prober.probe("a", on_request=True)).revision == "a@1"
@@ -378,9 +378,9 @@ def test_it_is_off_until_it_is_switched_on(
 
 
 def test_what_is_not_served_is_not_probed(probes: ProbeWorld) -> None:
-    with pytest.raises(ConflictError, match="'nobody' is not served by this server"):
-        asyncio.run(probes.probing().probe("nobody"))
-    assert series_of("nobody") == set()
+    with pytest.raises(ConflictError, match="'absent' is not served by this server"):
+        asyncio.run(probes.probing().probe("absent"))
+    assert series_of("absent") == set()
 
 
 def test_a_name_of_changed_content_is_probed_again(probes: ProbeWorld) -> None:
