@@ -313,7 +313,7 @@ def test_axes_are_options() -> None:
 # order and prompts
 
 
-def test_rounds_go_forwards_and_backwards() -> None:
+def test_rounds_run_forwards_and_backwards() -> None:
     made = cell("lora", "gain_50", "composed_100").arms
     assert measure.round_order(made, 1) == list(reversed(measure.round_order(made, 0)))
 
@@ -390,7 +390,7 @@ def request_input(prompt: str) -> Any:
     return made(prompt, "http://h/v1/completions")
 
 
-def test_a_guard_request_comes_first_and_counts_towards_the_first_token(
+def test_a_guard_request_is_sent_first_and_counts_towards_the_first_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([100.0, 100.5])

@@ -48,7 +48,7 @@ def switch(served: Engine, to: str) -> int:
     return int(changed)
 
 
-def test_a_disabled_vector_is_an_engine_without_one_and_comes_back(
+def test_a_disabled_vector_is_an_engine_without_one_and_can_be_enabled_again(
     served: Engine, files: Artifacts, plain: list[Completion]
 ) -> None:
     tenants = [files.protected(i, 100, i) for i in range(2)]
@@ -135,7 +135,7 @@ def test_a_compiled_engine_rejects_disabling_its_vector(served: Engine) -> None:
         config.enforce_eager = True
 
 
-def test_weights_read_again_are_those_of_the_path_and_come_back(
+def test_weights_read_again_are_those_of_the_path_and_can_be_restored(
     files: Artifacts, tmp_path: Path
 ) -> None:
     family, profile = files.family(100), files.checkpoint_profile(100)

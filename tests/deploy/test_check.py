@@ -96,7 +96,7 @@ def test_a_broken_copy_is_found(
 
 
 @pytest.mark.parametrize(
-    ("check", "gone"),
+    ("check", "missing"),
     [
         ("dockerfiles", "deploy/docker/gpu.Dockerfile"),
         ("prometheus", "deploy/prometheus/rules"),
@@ -105,20 +105,20 @@ def test_a_broken_copy_is_found(
         ("chart-refuses", f"{CHART}/refused"),
     ],
 )
-def test_a_missing_file_or_folder_is_an_error(copy: Path, check: str, gone: str) -> None:
-    path = copy / gone
+def test_a_missing_file_or_folder_is_an_error(copy: Path, check: str, missing: str) -> None:
+    path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert program.CHECKS[check](copy)
 
 
 def test_a_rejection_for_another_reason_does_not_count(copy: Path) -> None:
-    refused = copy / CHART / "refused" / "no-slots.yaml"
-    refused.write_text("# expects: /engine/slots\nengine: {maxLoraRank: 17}\n")
+    example = copy / CHART / "refused" / "no-slots.yaml"
+    example.write_text("# expects: /engine/slots\nengine: {maxLoraRank: 17}\n")
     errors = program.CHECKS["chart-refuses"](copy)
     assert [error.partition(":")[0] for error in errors] == [
         "refused/no-slots.yaml is rejected without '/engine/slots'"
     ]
-    refused.write_text("engine: {slots: 0}\n")
+    example.write_text("engine: {slots: 0}\n")
     assert "does not begin" in program.CHECKS["chart-refuses"](copy)[0]
 
 
@@ -214,7 +214,7 @@ def test_missing_tools_are_named_together(tmp_path: Path, monkeypatch: pytest.Mo
     assert "promtool: not on PATH" in message and "install prometheus-alertmanager" in message
 
 
-def test_a_tool_on_path_comes_first_and_by_any_of_its_names(
+def test_a_tool_on_path_has_precedence_under_any_of_its_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "prometheus-alertmanager"

@@ -1,5 +1,5 @@
 """A live Prometheus and Alertmanager over a server's metrics: do expressions return data, and do
-alerts arrive? The values are made up (exporter_world); test_deploy_engine asks a real server.
+alerts arrive? The values are made up (metrics_exporter); test_metrics_server queries a real server.
 """
 
 from __future__ import annotations

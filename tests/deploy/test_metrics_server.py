@@ -56,9 +56,9 @@ class Server:
     admin: httpx.Client
 
     def change(self, method: str, path: str, body: Any = None) -> Any:
-        answer = self.admin.request(method, f"/v1/safegene{path}", json=body)
-        assert answer.is_success, answer.text
-        return answer.json()
+        response = self.admin.request(method, f"/v1/safegene{path}", json=body)
+        assert response.is_success, response.text
+        return response.json()
 
     def job(self, number: int) -> str:
         """The state in which it ended."""
@@ -69,12 +69,14 @@ class Server:
         return str(found)
 
     def chat(self, model: str, key: str = APP, **more: Any) -> int:
-        """The answer's status."""
+        """The status of the response."""
         body = {"model": model, "messages": [{"role": "user", "content": "Tell me a word."}]}
         headers = {"Authorization": f"Bearer {key}"}
         url = f"{self.url}/v1/chat/completions"
-        answer = httpx.post(url, json=body | {"max_tokens": 12} | more, headers=headers, timeout=60)
-        return answer.status_code
+        response = httpx.post(
+            url, json=body | {"max_tokens": 12} | more, headers=headers, timeout=60
+        )
+        return response.status_code
 
 
 def write(d: Path) -> None:
@@ -105,9 +107,9 @@ def serving(d: Path) -> Iterator[Server]:
             ADMIN_KEY=ADMIN,
             APP_KEY=APP,
         )
-    told, drain = until_serving(process)
+    lines, drain = until_serving(process)
     try:
-        assert any(line.startswith("serving at") for line in told), "\n".join(told[-60:])
+        assert any(line.startswith("serving at") for line in lines), "\n".join(lines[-60:])
         url = f"http://127.0.0.1:{port}"
         headers = {"Authorization": f"Bearer {ADMIN}"}
         with httpx.Client(base_url=url, headers=headers, timeout=60) as admin:
@@ -126,7 +128,7 @@ def load(server: Server) -> Iterator[None]:
     """Requests of every kind, until the block ends."""
     over = threading.Event()
 
-    def ask() -> None:
+    def send_requests() -> None:
         at = 0
         while not over.is_set():
             at += 1
@@ -134,14 +136,14 @@ def load(server: Server) -> Iterator[None]:
             server.chat(TENANTS[at % 3], stream=bool(at % 2))
             if at % 3 == 0:
                 server.chat("base")
-                server.chat(TENANTS[0], key="sg-nobody-" + "0" * 40)
-                server.chat("nobody")
+                server.chat(TENANTS[0], key="sg-absent-" + "0" * 40)
+                server.chat("absent")
 
     server.change("PUT", "/tenants/globex/limits", {"requests_per_minute": 6})
     source = str(server.d / "root" / "nothing")
     started = server.change("POST", "/tenants", {"name": "broken", "source": source})
     assert server.job(started["job"]["id"]) == "failed"
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=send_requests)
     thread.start()
     try:
         yield
@@ -172,9 +174,9 @@ def test_every_expression_is_known_and_returns_data(server: Server, stack: Stack
 
 
 def test_the_page_is_made_of_real_numbers(stack: Stack) -> None:
-    told = page(stack)
+    printed = page(stack)
     for name in TENANTS:
-        (line,) = (line for line in told.splitlines() if line.startswith(f"{name} "))
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert f"{name}@" in line
 
 

@@ -66,9 +66,9 @@ def test_every_alert_says_how_bad_what_and_what_to_do(name: str) -> None:
     alert = ALERTS[name]
     severity = alert["labels"]["severity"]
     assert severity in ("critical", "warning")
-    told = alert["annotations"]
-    assert set(told) == {"summary", "description", "runbook_url"}
-    assert told["runbook_url"] == f"docs/runbook.md#{name.lower()}"
+    annotations = alert["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook_url"}
+    assert annotations["runbook_url"] == f"docs/runbook.md#{name.lower()}"
     section = RUNBOOK.split(f"\n### {name}\n\n")[1]
     assert section.startswith(f"{severity}. ")
 
@@ -99,7 +99,7 @@ def test_every_command_of_the_runbook_exists(line: str) -> None:
 
 
 def test_every_expression_reads_only_what_is_scraped_or_recorded() -> None:
-    """The metric objects of the server itself are asked, so a metric renamed there fails here."""
+    """Names are read from the server's own metric objects, so a metric renamed there fails here."""
     records = {rule["record"] for rule in RULES if "record" in rule}
     known = metric_names() | records | expressions.OF_PROMETHEUS
     every = [*expressions.rules(), *expressions.dashboards()]
