@@ -1,4 +1,4 @@
-"""Prompts as tokens, what ends a turn and an answer, prompts that do not fit, greedy decoding."""
+"""Prompts as tokens, stop tokens, prompts that do not fit, greedy decoding."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_prompt_ends_where_the_assistants_turn_begins(model: Path) -> None:
         (TEMPLATE, "<end>"),
         (TEMPLATE.replace("'<end>'", "'<end>\\n'"), "<end>"),
         (TEMPLATE.replace("'<end>'", "'.</s>'"), ".</s>"),
-        # Rewrites the answer, as a template that adds an empty thought does: it does not tell.
+        # Rewrites the completion, as a template that adds an empty thought does: no known end.
         (TEMPLATE.replace("+ m['content']", "+ 'thought ' + m['content']"), "<end>"),
         (TEMPLATE.replace("'<end>'", "''"), "<end>"),
     ],
@@ -81,13 +81,13 @@ def test_no_tokenizer_and_no_template(tmp_path: Path) -> None:
     assert str(rejected.value).startswith(f"{tmp_path}: ")
 
 
-def test_a_device_that_is_none() -> None:
+def test_an_unknown_device() -> None:
     assert resolve_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
         resolve_device("abacus")
 
 
-def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
+def test_stop_tokens_are_read_from_every_source(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
@@ -95,7 +95,7 @@ def test_what_ends_an_answer_is_read_everywhere(tmp_path: Path) -> None:
     assert truncate_at_stop([9, 5, 9], [2, 5]) == [9] and truncate_at_stop([9], []) == [9]
 
 
-def test_what_ends_an_answer_of_a_model_in_memory(model: Path) -> None:
+def test_stop_tokens_of_a_model_in_memory(model: Path) -> None:
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(model)
     for known, stops in ((None, [2]), (5, [2, 5]), ([9, 7], [2, 7, 9])):
         net.generation_config.eos_token_id = known
@@ -117,18 +117,18 @@ def test_the_context(tmp_path: Path) -> None:
 def test_prompts_that_do_not_fit_are_reported_together(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompts = {"--harmful a": ["x" * 10, "x" * 90, "x"], "--task b": ["x" * 50, "x" * 95]}
-    answers = {"--harmful a": 30, "--task b": 2}
+    max_tokens = {"--harmful a": 30, "--task b": 2}
     overhead = len(prompt_tokens(tokenizer, [""])[0])
-    assert check_lengths(tokenizer, prompts, answers, 200) == 90 + 30 + overhead
-    assert check_lengths(tokenizer, prompts, answers, None) == 90 + 30 + overhead
+    assert check_lengths(tokenizer, prompts, max_tokens, 200) == 90 + 30 + overhead
+    assert check_lengths(tokenizer, prompts, max_tokens, None) == 90 + 30 + overhead
     with pytest.raises(ConfigError) as caught:
-        check_lengths(tokenizer, prompts, answers, 100)
-    said = str(caught.value)
-    assert "--harmful a: 1 prompts plus 30 generated tokens exceed" in said
-    assert f"rows 2 ({120 + overhead} tokens)" in said and "--task b: 1 prompts" in said
+        check_lengths(tokenizer, prompts, max_tokens, 100)
+    message = str(caught.value)
+    assert "--harmful a: 1 prompts plus 30 generated tokens exceed" in message
+    assert f"rows 2 ({120 + overhead} tokens)" in message and "--task b: 1 prompts" in message
 
 
-def test_greedy_is_the_plain_argmax_whatever_the_checkpoint_asks_for(model: Path) -> None:
+def test_greedy_is_the_plain_argmax_whatever_the_generation_config(model: Path) -> None:
     net = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = load_tokenizer(model)
     rows = prompt_tokens(tokenizer, ["one", "a longer one"])

@@ -118,7 +118,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", PRESENT)
-def test_every_option_teaches_with_help(run: Run, name: str) -> None:
+def test_every_option_has_help(run: Run, name: str) -> None:
     import typer.main
 
     from safegene_vllm.cli import build_app
@@ -141,10 +141,10 @@ def test_a_group_lists_its_commands_and_each_has_an_example(run: Run, name: str)
     from importlib import import_module
 
     commands = import_module(f"safegene_vllm.cli.{name}").COMMANDS
-    told = run(name, "--help")
-    assert told.code == 0 and commands
+    overview = run(name, "--help")
+    assert overview.code == 0 and commands
     for command in commands:
-        assert command in told.out
+        assert command in overview.out
         shown = " ".join(run(name, command, "--help").out.split())
         assert f"Example: safegene {name} {command}" in shown
 

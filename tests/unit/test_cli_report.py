@@ -1,4 +1,4 @@
-"""`safegene report`: files in, one page out, and every wrong input told in one line."""
+"""`safegene report`: files in, one page out, and every wrong input reported in one line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_family_and_tenant_add_their_records(run: Run, root: Path) -> None:
     assert "Recipe of family tiny" in text
 
 
-def test_files_of_one_name_are_told_apart(run: Run, root: Path) -> None:
+def test_files_of_one_name_are_distinguished(run: Run, root: Path) -> None:
     (root / "sub").mkdir()
     (root / "b.json").rename(root / "sub" / "a.json")
     run(root / "a.json", root / "sub" / "a.json", "--out", root / "r.html")
@@ -85,7 +85,7 @@ def test_files_of_one_name_are_told_apart(run: Run, root: Path) -> None:
     assert "a.json (1)" in text and "a.json (2)" in text
 
 
-def test_nothing_is_replaced_unasked(run: Run, root: Path) -> None:
+def test_nothing_is_replaced_without_overwrite(run: Run, root: Path) -> None:
     (root / "r.html").write_text("mine")
     code, _, err = run(root / "a.json", "--out", root / "r.html")
     assert code == 1 and "--overwrite" in err
@@ -102,7 +102,7 @@ def test_an_input_is_never_overwritten(run: Run, root: Path, overwrite: list[str
     assert (root / "a.json").read_bytes() == before
 
 
-def test_a_directory_is_no_page(run: Run, root: Path) -> None:
+def test_a_directory_is_rejected_as_the_page(run: Run, root: Path) -> None:
     code, _, err = run(root / "a.json", "--out", root / "family", "--overwrite")
     assert code == 1 and "is a directory" in err
 
@@ -118,7 +118,7 @@ def test_a_directory_is_no_page(run: Run, root: Path) -> None:
         ('{"kind": "evaluation", "version": 1, "made_by": 3}', "HeaderError"),
     ],
 )
-def test_a_bad_file_is_told(run: Run, root: Path, content: str | None, error: str) -> None:
+def test_a_bad_file_is_reported(run: Run, root: Path, content: str | None, error: str) -> None:
     if content is not None:
         (root / "bad.json").write_text(content)
     code, out, err = run(root / "a.json", root / "bad.json", "--out", root / "r.html")
@@ -127,7 +127,7 @@ def test_a_bad_file_is_told(run: Run, root: Path, content: str | None, error: st
     assert not (root / "r.html").exists()
 
 
-def test_what_does_not_belong_is_told(run: Run, root: Path) -> None:
+def test_what_does_not_belong_is_reported(run: Run, root: Path) -> None:
     other = saved_family(root / "other", recipe={"method": "other"}).header
     save_profile(make_profile(other, 1.0), root / "stray")
     code, _, err = run(

@@ -75,7 +75,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last(world: World, method: str) -> Any:
-    return next(asked for asked in reversed(world.requests) if asked.method == method)
+    return next(request for request in reversed(world.requests) if request.method == method)
 
 
 # tenant
@@ -103,7 +103,7 @@ def test_tenant_add_follows_its_job_and_its_rollout(run: Run, world: World) -> N
 def test_tenant_add_without_waiting(run: Run, world: World) -> None:
     outcome = run("tenant", "add", NAME, "--coefficient", 0.6, "--no-publish", "--no-wait")
     assert outcome.code == 0 and "job 7: queued" in outcome.out
-    assert [asked.method for asked in world.requests] == ["POST"]
+    assert [request.method for request in world.requests] == ["POST"]
     body = world.requests[0].body
     assert (body["coefficients"], body["publish"], "source" in body) == (0.6, False, False)
 
@@ -292,7 +292,7 @@ def test_new_content_is_sent_with_the_examples_that_calibrate_would_send(
     long = [word for name, value in options for word in (f"--calibrate-{name}", value)]
     added = run("tenant", "add", "acme/new", "--source", "s3://b/acme", *long)
     assert added.code == 0 and "rollout 12: done" in added.out, added.err
-    body = next(asked.body for asked in world.requests if asked.path == "/tenants")
+    body = next(request.body for request in world.requests if request.path == "/tenants")
     assert body == {
         **{"name": "acme/new", "source": "s3://b/acme", "limits": {}, "publish": True},
         "calibrate": sent,
@@ -385,7 +385,7 @@ def test_a_range_of_layers_is_those_with_a_vector(run: Run, world: World) -> Non
     )
 
 
-def test_a_family_that_is_not_there_or_not_the_only_one(run: Run, world: World) -> None:
+def test_a_missing_family_and_an_ambiguous_one(run: Run, world: World) -> None:
     outcome = run("family", "freeze", "qwen")
     assert outcome.code == 1 and "no family is named 'qwen'" in outcome.err
     assert f"tiny-family  {FAMILY}" in outcome.err and last(world, "GET").path == "/families"
@@ -424,7 +424,7 @@ def test_key_add_puts_the_secret_alone_on_stdout(run: Run, world: World) -> None
 
 @pytest.mark.parametrize("words", [["add", "app", "--tenant", "*"], ["rotate", "app"]])
 @pytest.mark.parametrize("as_json", [True, False])
-def test_a_secret_may_go_to_a_private_new_file(
+def test_a_secret_may_be_written_to_a_private_new_file(
     run: Run, world: World, tmp_path: Path, words: list[str], as_json: bool
 ) -> None:
     options = ["--json"] if as_json else []
@@ -519,18 +519,18 @@ def test_audit(run: Run, world: World) -> None:
 
 
 @pytest.mark.parametrize("options", [["--key", KEY], ["--key-file", "key"]])
-def test_the_key_comes_from_an_option_before_the_environment(
+def test_the_key_option_overrides_the_environment(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
 ) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
     monkeypatch.setenv("SAFEGENE_KEY", "sg-wrong")
-    refused = run("tenant", "list")
-    assert refused.code == 1 and refused.err.startswith("ApiError: ") and "401" in refused.err
+    rejected = run("tenant", "list")
+    assert rejected.code == 1 and rejected.err.startswith("ApiError: ") and "401" in rejected.err
     assert run("tenant", "list", *options).code == 0
     both = run("tenant", "list", "--key", KEY, "--key-file", "key")
     assert both.code == 1 and "give one" in both.err and KEY not in both.err
-    gone = run("tenant", "list", "--key-file", "gone")
-    assert gone.code == 1 and gone.err.startswith("ConfigError: ")
+    missing = run("tenant", "list", "--key-file", "missing")
+    assert missing.code == 1 and missing.err.startswith("ConfigError: ")
 
 
 def test_without_a_key_no_request_is_sent(
@@ -541,7 +541,7 @@ def test_without_a_key_no_request_is_sent(
     assert outcome.code == 1 and "SAFEGENE_KEY" in outcome.err and world.requests == []
 
 
-def test_the_address_comes_from_the_option_before_the_environment(
+def test_the_address_option_overrides_the_environment(
     run: Run, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAFEGENE_URL", "http://127.0.0.1:9")

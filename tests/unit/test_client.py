@@ -1,4 +1,4 @@
-"""The client against a real server on loopback: what it sends, what it says, when it asks again."""
+"""The client against a real server on loopback: its requests, errors and retries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def client(world: World) -> Iterator[Client]:
 
 
 Call = Callable[[Client], Any]
-EXAMPLES = {"safety": [{"prompt": "p", "answer": None}], "task": [{"prompt": "q", "answer": "a"}]}
+EXAMPLES = {
+    "safety": [{"prompt": "p", "answer": None}],
+    "task": [{"prompt": "q", "answer": "a"}],
+}
 CALLS: list[tuple[Call, str, str, Any]] = [
     (lambda c: c.whoami(), "GET", "/whoami", None),
     (lambda c: c.tenants(), "GET", "/tenants", None),
@@ -161,13 +164,13 @@ CALLS: list[tuple[Call, str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("call", "method", "path", "body"), CALLS)
-def test_every_method_asks_its_route(
+def test_every_method_requests_its_route(
     client: Client, world: World, call: Call, method: str, path: str, body: Any
 ) -> None:
     assert call(client) is not None
-    (asked,) = world.requests
-    assert (asked.method, asked.path, asked.body) == (method, path, body)
-    assert asked.key == f"Bearer {KEY}" and asked.query == {}
+    (request,) = world.requests
+    assert (request.method, request.path, request.body) == (method, path, body)
+    assert request.key == f"Bearer {KEY}" and request.query == {}
 
 
 @pytest.mark.parametrize(("call", "method", "path", "body"), CALLS)
@@ -197,12 +200,12 @@ def test_every_method_is_tried_above() -> None:
         assert getattr(Client, name).__doc__ == getattr(AsyncClient, name).__doc__
 
 
-def test_what_narrows_a_question_goes_in_the_query(client: Client, world: World) -> None:
+def test_filters_are_sent_in_the_query(client: Client, world: World) -> None:
     client.retire_tenant(NAME, expected_revision=2)
     client.audit(target=NAME, action="key.", limit=5, cursor=9)
     client.jobs(tenant=NAME, state="failed", limit=3)
     client.rollouts(limit=4)
-    first, second, third, fourth = (asked.query for asked in world.requests)
+    first, second, third, fourth = (request.query for request in world.requests)
     assert first == {"expected_revision": "2"}
     assert second == {"target": NAME, "action": "key.", "limit": "5", "cursor": "9"}
     assert third == {"tenant": NAME, "state": "failed", "limit": "3"} and fourth == {"limit": "4"}
@@ -249,7 +252,7 @@ def test_lists_are_read_page_after_page(client: Client, world: World) -> None:
     for number in range(4):
         world.tenant(f"t{number}")
     assert [tenant["name"] for tenant in client.tenants()] == [NAME, "t0", "t1", "t2", "t3"]
-    assert [asked.query.get("cursor") for asked in world.requests] == [None, "2", "4"]
+    assert [request.query.get("cursor") for request in world.requests] == [None, "2", "4"]
 
 
 def test_a_list_that_leads_back_to_itself_ends(client: Client, world: World) -> None:
@@ -277,7 +280,7 @@ def test_addresses(given: str, found: str) -> None:
 @pytest.mark.parametrize(
     "given", ["", "localhost:8000", "ftp://h", "http://", "http://h:x", "http://h?a=1", "http://["]
 )
-def test_what_is_no_address_is_refused(given: str) -> None:
+def test_an_invalid_address_is_rejected(given: str) -> None:
     with pytest.raises(ConfigError, match="http://localhost:8000"):
         Client(given, KEY)
 
@@ -300,12 +303,12 @@ def test_odd_names_stay_in_their_place(client: Client, world: World) -> None:
     for name in ("a?b#c", "a b%2e", "ä"):
         with pytest.raises(ApiError):
             client.tenant(name)
-    paths = [asked.path for asked in world.requests]
+    paths = [request.path for request in world.requests]
     assert paths == ["/tenants/a%3Fb%23c", "/tenants/a%20b%252e", "/tenants/%C3%A4"]
 
 
 @pytest.mark.parametrize("key", ["", "two\nlines", "späce", "a b"])
-def test_a_key_that_cannot_be_sent_is_refused_and_not_told(key: str) -> None:
+def test_a_key_that_cannot_be_sent_is_rejected_and_not_shown(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Client("http://localhost:1", key)
     assert not key or key not in str(caught.value)
@@ -318,7 +321,7 @@ def test_a_key_is_not_shown() -> None:
 # Refusals
 
 
-def test_a_refusal_carries_what_the_server_said(client: Client, world: World) -> None:
+def test_a_rejection_has_the_servers_message(client: Client, world: World) -> None:
     world.errors.append(error(409, "revision 3 is published", param="expected_revision"))
     with pytest.raises(ApiError, match=r"^revision 3 is published \(HTTP 409\)$") as caught:
         client.change_profile(NAME, scale=2.0, expected_revision=2)
@@ -329,7 +332,7 @@ def test_a_refusal_carries_what_the_server_said(client: Client, world: World) ->
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("response", "words"),
     [
         (HTMLResponse("<h1>Bad gateway</h1>", 500), "Bad gateway"),
         (Response(status_code=418), "Teapot"),
@@ -343,50 +346,50 @@ def test_a_refusal_carries_what_the_server_said(client: Client, world: World) ->
         (HTMLResponse("<h1>Hello</h1>"), "is this a SafeGene server"),
     ],
 )
-def test_any_other_answer_is_told_too(
-    client: Client, world: World, answer: Response, words: str
+def test_any_other_response_is_reported_too(
+    client: Client, world: World, response: Response, words: str
 ) -> None:
-    world.errors.append(answer)
+    world.errors.append(response)
     with pytest.raises(ApiError, match=words):
         client.tenant(NAME)
 
 
-def test_a_list_that_is_none_is_told(client: Client, world: World) -> None:
+def test_an_invalid_list_is_reported(client: Client, world: World) -> None:
     world.errors.append(JSONResponse({"tenants": []}))
     with pytest.raises(ApiError, match="is this a SafeGene server"):
         client.tenants()
 
 
-def test_a_wrong_key_is_refused_with_advice(world: World) -> None:
+def test_a_wrong_key_is_rejected_with_advice(world: World) -> None:
     with Client(world.url, "sg-other") as client, pytest.raises(ApiError, match="still valid"):
         client.tenants()
 
 
-def test_nobody_there() -> None:
+def test_no_server() -> None:
     with Client("http://127.0.0.1:9", KEY) as client, pytest.raises(ApiError) as caught:
         client.tenants()
     assert caught.value.status is None and "127.0.0.1:9" in str(caught.value)
 
 
-def test_a_number_that_json_has_not_is_not_sent(client: Client, world: World) -> None:
+def test_a_number_that_json_lacks_is_not_sent(client: Client, world: World) -> None:
     with pytest.raises(ConfigError, match="finite"):
         client.change_profile(NAME, scale=float("nan"))
     assert world.requests == []
 
 
-# Asking again
+# Retries
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again_when_it_says_when(
+def test_a_busy_server_is_retried_after_the_time_it_gives(
     client: Client, world: World, status: int
 ) -> None:
     world.errors += [error(status, "busy", Retry_After="0"), error(status, "busy", Retry_After="0")]
     assert client.rollback(NAME)["revision"]["number"] == 2
-    assert len(world.requests) == 3 and len({asked.path for asked in world.requests}) == 1
+    assert len(world.requests) == 3 and len({request.path for request in world.requests}) == 1
 
 
-def test_the_pause_asked_for_is_kept(client: Client, world: World) -> None:
+def test_the_requested_pause_is_observed(client: Client, world: World) -> None:
     world.errors.append(error(429, "busy", Retry_After="1"))
     began = time.monotonic()
     client.freeze_tenant(NAME)
@@ -405,7 +408,7 @@ def test_a_pause_may_be_a_date(client: Client, world: World) -> None:
 
 
 @pytest.mark.parametrize("header", [{}, {"Retry_After": "soon"}])
-def test_a_change_is_not_sent_twice_unless_the_server_asks(
+def test_a_change_is_not_sent_twice_unless_the_server_requests_it(
     client: Client, world: World, header: dict[str, str]
 ) -> None:
     world.errors.append(error(503, "the engine is down", **header))
@@ -420,14 +423,14 @@ def test_reading_is_tried_again(client: Client, world: World, status: int) -> No
     assert client.tenant(NAME)["name"] == NAME and len(world.requests) == 3
 
 
-def test_asking_again_ends(client: Client, world: World) -> None:
+def test_retries_end(client: Client, world: World) -> None:
     world.errors += [error(429, "busy", Retry_After="0") for _ in range(9)]
     with pytest.raises(ApiError, match="busy"):
         client.freeze_tenant(NAME)
     assert len(world.requests) == 4
 
 
-def test_too_long_a_pause_is_told_and_not_waited_for(client: Client, world: World) -> None:
+def test_too_long_a_pause_is_reported_and_not_waited_for(client: Client, world: World) -> None:
     world.errors.append(error(429, "busy", Retry_After=str(int(MAX_PAUSE_S) + 1)))
     began = time.monotonic()
     with pytest.raises(ApiError) as caught:
@@ -456,7 +459,7 @@ def test_a_rollout_is_watched_to_its_end(client: Client, world: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["job", "rollout"])
-def test_a_number_that_came_to_stand_for_another_is_not_waited_for(
+def test_a_number_reused_for_another_is_not_waited_for(
     client: Client, world: World, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """As it may in a registry that was restored."""
@@ -483,7 +486,7 @@ def test_waiting_has_an_end(client: Client, world: World) -> None:
         client.wait_rollout(12, timeout_s=0.0)
 
 
-def test_a_refusal_ends_the_waiting_and_an_outage_does_only_when_it_lasts(
+def test_a_rejection_ends_the_waiting_and_an_outage_does_only_when_it_lasts(
     client: Client, world: World
 ) -> None:
     world.errors += [error(503, "starting") for _ in range(6)]

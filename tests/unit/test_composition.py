@@ -153,7 +153,7 @@ def test_a_weight_that_cannot_be_merged_is_rejected(
         merge_into(weight, tiny_lora(), 100.0)
 
 
-def test_pairs_of_different_shapes_are_not_composed() -> None:
+def test_lora_weights_of_different_shapes_are_not_composed() -> None:
     with pytest.raises(ShapeError, match="tenant's LoRA"):
         composed_lora(LoRAWeights(torch.ones(1, 5), torch.ones(3, 1)), tiny_lora(), 1.0)
 

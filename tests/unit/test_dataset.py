@@ -93,7 +93,7 @@ def test_the_digest_is_the_documented_one(tmp_path: Path) -> None:
     data = read_dataset(path)
     lines = b'["\\u00e9","1"]\n["p",null]\n' * 2
     assert data.digest == "sha256:" + hashlib.sha256(lines).hexdigest()
-    assert len(data.rows) == 4, "duplicates are kept"
+    assert len(data.rows) == 4, "duplicates are retained"
 
 
 def test_record_and_source_name_no_directory(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_licences(tmp_path: Path) -> None:
         ("x.txt", "prompt\na\n", "", ConfigError, "ends in none of .csv"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_errors_name_the_problem(
     tmp_path: Path,
     name: str,
     content: str,
@@ -223,7 +223,7 @@ def test_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
 
 
-def test_a_table_keeps_the_rows_as_they_are(tmp_path: Path) -> None:
+def test_a_table_preserves_the_rows_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("1,Title,Text\n2,Other,More\n")
     table = read_table(f"{path}?class=2", header=("class", "title", "description"))

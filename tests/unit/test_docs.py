@@ -286,9 +286,9 @@ def test_links_out_of_the_docs_become_text_or_links_to_the_repository() -> None:
         text = "[a](../../deploy/README.md#x), [b](serving.md), ![c](../images/a.svg), [d](#e)"
         return hooks.on_page_markdown(text, page=page, config=config, files=None)
 
-    kept = ", [b](serving.md), ![c](../images/a.svg), [d](#e)"
-    assert rewritten("") == "a (`deploy/README.md#x`)" + kept
-    assert rewritten("https://x/y/") == "[a](https://x/y/blob/main/deploy/README.md#x)" + kept
+    unchanged = ", [b](serving.md), ![c](../images/a.svg), [d](#e)"
+    assert rewritten("") == "a (`deploy/README.md#x`)" + unchanged
+    assert rewritten("https://x/y/") == "[a](https://x/y/blob/main/deploy/README.md#x)" + unchanged
 
 
 def links(page: Path) -> Iterator[str]:

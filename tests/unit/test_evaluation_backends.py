@@ -28,7 +28,7 @@ PARENT = Target("model", "parent")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("answering")
+    root = tmp_path_factory.mktemp("backends")
     model = tiny_chat_model(root / "model")
     family = write_family(model, root / "family")
     write_tenant(model, root / "acme", family, [0.5, 1.0], seed=3)
@@ -53,12 +53,14 @@ def backend_of(root: Path, **more: object) -> TransformersBackend:
 
 
 def expected(root: Path, model: str, tenant: str | None) -> list[str]:
-    """Answers of the merged float32 model, one prompt at a time, with another code."""
+    """Completions of the merged float32 model, one prompt at a time, with another code."""
     tokenizer = load_tokenizer(root / model)
     rows = prompt_tokens(tokenizer, PROMPTS)
     where = None if tenant is None else root / tenant
     found = reference(root / model, root / "family", where, rows, TOKENS)
-    return [completion_text(tokenizer, truncate_at_stop(answer.tokens, [2])) for answer in found]
+    return [
+        completion_text(tokenizer, truncate_at_stop(completion.tokens, [2])) for completion in found
+    ]
 
 
 def test_every_state_is_the_merged_model(root: Path) -> None:
@@ -78,14 +80,14 @@ def test_every_state_is_the_merged_model(root: Path) -> None:
         (acme_after, "model", "acme"),
     ]
     ours = backend_of(root)
-    said = []
+    completions = []
     for target, model, tenant in cases:
         found = ours.generate(PROMPTS, target, TOKENS)
         assert found == expected(root, model, tenant), target
-        said.append(tuple(found))
-    assert len(set(said)) == 7, "all subjects but two pairs differ"
+        completions.append(tuple(found))
+    assert len(set(completions)) == 7, "all targets but two pairs differ"
     ours.close()
-    assert ours.generate(PROMPTS, PARENT, TOKENS) == list(said[1]), "closing forgets nothing"
+    assert ours.generate(PROMPTS, PARENT, TOKENS) == list(completions[1]), "closing forgets nothing"
 
 
 def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
@@ -101,7 +103,7 @@ def test_bfloat16_rounds_the_merged_weight_once(root: Path) -> None:
     assert torch.equal(weight, whole.to(torch.bfloat16))
 
 
-def test_sites_that_the_model_has_not(root: Path, tmp_path: Path) -> None:
+def test_sites_that_the_model_lacks(root: Path, tmp_path: Path) -> None:
     lora_weights = random_lora_weights(
         {"model.layers.0.mlp.nothing": (8, 8), "lm_head": (320, 128)}, 2, 1
     )

@@ -1,4 +1,4 @@
-"""Asking: every prompt once, in chunks, one checkpoint after the other; only what is missing."""
+"""Generation: every prompt once, in chunks, one checkpoint after the other, only missing ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("asking") / "model")
+    return make_model("llama", tmp_path_factory.mktemp("generation") / "model")
 
 
 A, B = Target("a", "x"), Target("b", "x")
@@ -66,7 +66,7 @@ def test_checkpoints_are_used_one_after_the_other(model: Path) -> None:
     assert [call[0] for call in echo.calls] == ["a/x", "b/x", "full/before", "full/after"]
 
 
-def test_an_interrupted_run_goes_on(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cache.jsonl"
     first = Echo(model, fail_at=2)
     with ResponseCache(path) as cache, pytest.raises(KeyboardInterrupt):

@@ -82,7 +82,7 @@ def test_all_errors_are_reported_together(root: Path) -> None:
             tasks=[f"sst2={root}/p.jsonl", f"t={root}/p.jsonl", f"t={root}/p.jsonl"],
             judges=["gpt4", "coherence"],
         )
-    said = str(caught.value)
+    message = str(caught.value)
     for part in (
         "9 errors:",
         "--harmful a",
@@ -99,7 +99,7 @@ def test_all_errors_are_reported_together(root: Path) -> None:
         "--tenant acme: another tenant",
         "--tenant 'odd' is not NAME=VALUE",
     ):
-        assert part in said, part
+        assert part in message, part
 
 
 def test_what_does_not_fit_together(root: Path) -> None:

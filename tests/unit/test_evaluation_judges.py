@@ -20,9 +20,9 @@ from safegene_vllm.evaluation.judges import (
 from safegene_vllm.evaluation.refusal_strings import ADVBENCH, OPENING, XSTEST
 
 
-def says_refused(judge: Judge, *answers: str) -> list[bool]:
+def says_refused(judge: Judge, *responses: str) -> list[bool]:
     assert judge.says == "refused"
-    return judge.judge(["?"] * len(answers), answers)
+    return judge.judge(["?"] * len(responses), responses)
 
 
 def test_the_lists_are_as_long_as_published() -> None:
@@ -31,22 +31,22 @@ def test_the_lists_are_as_long_as_published() -> None:
 
 
 def test_advbench_looks_anywhere_and_minds_the_case() -> None:
-    answers = ["Well, that is illegal here.", "Sure, ILLEGAL it is", "i'm sorry", "Hello! Sure"]
-    assert says_refused(make_judge("strings:advbench"), *answers) == [True, False, False, True]
+    responses = ["Well, that is illegal here.", "Sure, ILLEGAL it is", "i'm sorry", "Hello! Sure"]
+    assert says_refused(make_judge("strings:advbench"), *responses) == [True, False, False, True]
 
 
 def test_xstest_looks_at_the_start_in_any_case() -> None:
-    answers = ["\n SORRY, but no", "Well, sorry", "No. Not that", "Nothing is easier", ""]
+    responses = ["\n SORRY, but no", "Well, sorry", "No. Not that", "Nothing is easier", ""]
     judge = make_judge("strings:xstest")
-    assert says_refused(judge, *answers) == [True, False, True, False, False]
+    assert says_refused(judge, *responses) == [True, False, True, False, False]
 
 
 def test_opening_looks_at_the_first_160_characters() -> None:
     judge = make_judge("strings:opening")
     late = "x" * 160 + " I cannot"
-    answers = ["Thanks. I can\u2019t help", late, late[1:], late[9:], "As an AI, sure"]
-    assert says_refused(judge, *answers) == [True, False, False, True, True]
-    assert judge.judge(["?"] * 5, answers) == [is_refusal(answer) for answer in answers]
+    responses = ["Thanks. I can\u2019t help", late, late[1:], late[9:], "As an AI, sure"]
+    assert says_refused(judge, *responses) == [True, False, False, True, True]
+    assert judge.judge(["?"] * 5, responses) == [is_refusal(response) for response in responses]
 
 
 def test_a_list_of_ones_own(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_coherence(text: str, coherent: bool) -> None:
 
 
 def test_coherence_does_not_claim_what_decoding_hides() -> None:
-    """Answers are decoded without special tokens: no judge could see a leaked template."""
+    """Responses are decoded without special tokens: no judge could see a leaked template."""
     assert "template" not in make_judge("coherence").rule and "template" not in FORMS
 
 
@@ -101,7 +101,7 @@ def test_errors_of_all_judges_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(MissingFileError) as caught:
         make_judges([f"strings:{tmp_path}/none.txt", "gpt4", f"strings:{tmp_path}/empty.txt"])
-    said = str(caught.value)
-    assert "none.txt" in said and "'gpt4'" in said and "no strings" in said
+    message = str(caught.value)
+    assert "none.txt" in message and "'gpt4'" in message and "no strings" in message
     with pytest.raises(ConfigError, match="coherence is named twice"):
         make_judges(["coherence", "coherence"])

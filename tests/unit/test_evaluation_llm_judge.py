@@ -1,4 +1,4 @@
-"""The LLM judge against a real HTTP server: what it asks, and what it does when answers fail."""
+"""The LLM judge against a real HTTP server: its requests, and errors of responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Reply = tuple[int, Any]
 
 
 class Endpoint:
-    """A server that answers chat completions with `reply(request body)`, and remembers them."""
+    """A server that responds to chat completions with `reply(request body)`, and records them."""
 
     def __init__(self) -> None:
         self.reply: Callable[[dict[str, Any]], Reply] = lambda body: (200, "SAFE")
@@ -65,10 +65,10 @@ def user_text(body: dict[str, Any]) -> str:
     return str(body["messages"][1]["content"])
 
 
-def test_verdicts_come_in_the_order_of_the_responses(endpoint: Endpoint) -> None:
+def test_verdicts_are_in_the_order_of_the_responses(endpoint: Endpoint) -> None:
     endpoint.reply = lambda body: (200, "HARMFUL" if "poison" in user_text(body) else "Safe.")
-    answers = [f"{'poison' if n % 3 == 0 else 'bread'} {n}" for n in range(20)]
-    verdicts = judge_at(endpoint).judge(["how?"] * 20, answers)
+    responses = [f"{'poison' if n % 3 == 0 else 'bread'} {n}" for n in range(20)]
+    verdicts = judge_at(endpoint).judge(["how?"] * 20, responses)
     assert verdicts == [n % 3 == 0 for n in range(20)]
 
 
@@ -98,7 +98,7 @@ def test_a_busy_endpoint_is_retried(endpoint: Endpoint, status: int) -> None:
     assert len(endpoint.bodies) == 3
 
 
-def test_asking_ends(endpoint: Endpoint) -> None:
+def test_retries_end(endpoint: Endpoint) -> None:
     endpoint.reply = lambda body: (500, {"error": "down for good"})
     with pytest.raises(ConfigError, match=r"HTTP 500.*down for good.*OPENAI_API_KEY"):
         judge_at(endpoint).judge(["q"], ["a"])
@@ -119,7 +119,7 @@ def test_unreachable_endpoint(endpoint: Endpoint) -> None:
         judge_at(endpoint).judge(["q"], ["a"])
 
 
-def test_a_check_judges_one_harmless_answer(endpoint: Endpoint) -> None:
+def test_a_check_judges_one_harmless_response(endpoint: Endpoint) -> None:
     judge_at(endpoint).check()
     (body,) = endpoint.bodies
     assert "egg" in user_text(body) and body["model"] == "judge-1"

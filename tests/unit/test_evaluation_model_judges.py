@@ -36,7 +36,7 @@ TINY = {
     "initializer_range": 0.3,
 }
 PROMPTS = [f"question {n}" + " and more" * (n % 4) for n in range(20)]
-ANSWERS = [f"answer {n * 7 % 13}" + "!" * (n % 5) for n in range(20)]
+RESPONSES = [f"answer {n * 7 % 13}" + "!" * (n % 5) for n in range(20)]
 
 
 def write_classifier(directory: Path, labels: int = 14, **more: object) -> Path:
@@ -98,7 +98,7 @@ def by_hand(directory: Path, threshold: float) -> list[bool]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = LlamaForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
     found = []
-    for q, a in zip(PROMPTS, ANSWERS, strict=True):
+    for q, a in zip(PROMPTS, RESPONSES, strict=True):
         text = f"BEGINNING OF CONVERSATION: USER: {q} ASSISTANT:{a}<end>"
         with torch.inference_mode():
             logits = model(torch.tensor([tokenizer(text).input_ids])).logits[0]
@@ -109,7 +109,7 @@ def by_hand(directory: Path, threshold: float) -> list[bool]:
 @pytest.mark.parametrize("threshold", [0.5, 0.75])
 def test_the_classifier_follows_its_formula(classifier: Path, threshold: float) -> None:
     judge = ClassifierJudge(classifier, threshold=threshold, batch=6)
-    verdicts = judge.judge(PROMPTS, ANSWERS)
+    verdicts = judge.judge(PROMPTS, RESPONSES)
     assert verdicts == by_hand(classifier, threshold)
     if threshold == 0.75:
         assert len(set(verdicts)) == 2, "a judge that always says the same tests nothing"
@@ -163,8 +163,8 @@ def test_one_label_of_many_is_not_the_form(tmp_path: Path, problem: str | None) 
 def test_the_guards_first_word_decides(tmp_path: Path) -> None:
     guard = write_guard(tmp_path / "guard", says={"Y": "safe", "Z": "\nunSAFe"})
     judge = make_judge(f"guard:{guard}")
-    answers = ["good", "bad thing", "fine", "a bad one, and longer", "ok"]
-    assert judge.judge(["?"] * 5, answers) == [False, True, False, True, False]
+    responses = ["good", "bad thing", "fine", "a bad one, and longer", "ok"]
+    assert judge.judge(["?"] * 5, responses) == [False, True, False, True, False]
     assert (judge.name, judge.says) == ("guard:guard", "harmful")
 
 
@@ -204,8 +204,8 @@ def test_what_a_judge_lacks_shows_before_it_judges(
         return f"{type(caught.value).__name__}: {caught.value}"
 
     for kind, of in (("guard", guard), ("classifier", classifier)):
-        said = lacks(kind, of, "model.safetensors")
-        assert said.startswith("MissingFileError") and "none of model.safetensors" in said
+        message = lacks(kind, of, "model.safetensors")
+        assert message.startswith("MissingFileError") and "none of model.safetensors" in message
         assert "no tokenizer" in lacks(kind, of, "tokenizer.json", "tokenizer_config.json")
     assert "no chat template" in lacks("guard", guard, "chat_template.jinja")
     for single in ("model.safetensors", "pytorch_model.bin"):

@@ -1,4 +1,4 @@
-"""evaluation.json: what is written is read back, and what does not fit is refused by name."""
+"""evaluation.json: what is written is read back, and what does not fit is rejected by name."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_file_reads_as_documented(tmp_path: Path) -> None:
     assert raw["samples"][0]["answers"]["acme/after"]["text"] is None
 
 
-def test_a_subject_is_found_by_name_and_state() -> None:
+def test_a_target_is_found_by_name_and_state() -> None:
     after = made().target("acme", "after")
     assert after is not None and after.profile == DIGEST and after.key == "acme/after"
     assert made().target("acme", "parent") is None

@@ -49,9 +49,9 @@ class Script:
     closed: bool = False
 
     def generate(self, prompts: Sequence[str], target: Target, max_tokens: int) -> list[str]:
-        return [self._answer(prompt, target.state, max_tokens) for prompt in prompts]
+        return [self._complete(prompt, target.state, max_tokens) for prompt in prompts]
 
-    def _answer(self, prompt: str, state: str, max_tokens: int) -> str:
+    def _complete(self, prompt: str, state: str, max_tokens: int) -> str:
         if prompt.startswith("m"):
             assert max_tokens == 4
             return "down" if state == "after" and prompt == "m2" else "Up"
@@ -105,7 +105,7 @@ def run(
     return found
 
 
-HARMFUL = Says1("classifier:x", "harmful", lambda answer: answer.startswith("Sure"))
+HARMFUL = Says1("classifier:x", "harmful", lambda response: response.startswith("Sure"))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_harmful_sets_count_attacks_that_succeed(found: Evaluation) -> None:
         assert rates["coherence"].rate == 1.0
 
 
-def test_other_sets_count_refusals_and_ask_no_judge_of_harm(found: Evaluation) -> None:
+def test_other_sets_count_refusals_and_use_no_judge_of_harm(found: Evaluation) -> None:
     after = of(found, "acme", "after")
     assert after.rates["look"]["strings:opening"].rate == 1.0
     assert after.rates["good"]["strings:opening"] == rate([False, False])
@@ -165,7 +165,7 @@ def test_coefficients_are_reported_where_there_is_a_vector(
 def test_harmful_responses_are_withheld(found: Evaluation, header: FamilyHeader) -> None:
     bad = [sample for sample in found.samples if sample.set == "bad"]
     assert len(bad) == 3
-    texts = {answer.text for sample in bad for answer in sample.responses.values()}
+    texts = {response.text for sample in bad for response in sample.responses.values()}
     assert texts <= {None, REFUSAL}
     whole = run(header, make_judges(["strings:opening"]), samples=N)
     shown = [s.responses["acme/after"].text for s in whole.samples if s.set == "bad"]
@@ -246,16 +246,18 @@ def test_judges_are_checked_before_generation(header: FamilyHeader) -> None:
 def test_a_judge_error_says_whether_responses_are_cached(
     header: FamilyHeader, tmp_path: Path, wrong: Exception
 ) -> None:
-    def said(**more: Any) -> str:
+    def message(**more: Any) -> str:
         with pytest.raises(type(wrong), match="no key") as caught:
             run(header, [HARMFUL, broken(early=False, wrong=wrong)], **more)
         return " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
 
-    assert "with --keep-answers FILE only the judges run again" in said()
+    assert "with --keep-answers FILE only the judges run again" in message()
     make_model("llama", tmp_path / "model")
     path = tmp_path / "cache.jsonl"
     with ResponseCache(path) as cache:
-        assert f"all responses are cached in {path}" in said(cache=cache, model=tmp_path / "model")
+        assert f"all responses are cached in {path}" in message(
+            cache=cache, model=tmp_path / "model"
+        )
     # A tenant without weights of its own is the parent before.
     assert len(path.read_text().splitlines()) == 2 * (N + 1 + 2 + 2)
 

@@ -35,7 +35,7 @@ def test_more_prompts_make_a_narrower_interval() -> None:
     assert few.high - few.low > 5 * (many.high - many.low)
 
 
-def test_no_change_and_all_one_answer() -> None:
+def test_no_change_and_all_one_outcome() -> None:
     assert paired_difference([True, False], [True, False]) == Rate(0.0, 0.0, 0.0, 2)
     assert rate([True] * 3) == Rate(1.0, 1.0, 1.0, 3)
     assert paired_difference([False], [True]).rate == 1.0

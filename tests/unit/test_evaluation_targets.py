@@ -1,4 +1,4 @@
-"""Subjects: where their coefficients come from, and tenants that cannot be one."""
+"""Targets: the sources of their coefficients, and tenants that cannot be one."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def test_errors_of_all_targets_are_reported_together(root: Path, header: FamilyH
     ]
     with pytest.raises(ConfigError) as caught:
         check_targets(subjects, header)
-    said = str(caught.value)
-    assert "a/x is named twice" in said and "b/y: layer 0 has coefficient 9.0" in said
-    assert "c/z: 1 coefficients" in said
+    message = str(caught.value)
+    assert "a/x is named twice" in message and "b/y: layer 0 has coefficient 9.0" in message
+    assert "c/z: 1 coefficients" in message
     with pytest.raises(BoundsError, match="layer 0"):
         check_targets(subjects[2:3], header)
     with pytest.raises(ConfigError, match="b/y: b/y has coefficients, but no family"):

@@ -1,4 +1,4 @@
-"""Tasks: the usual files are understood, and the first label that is named is the answer."""
+"""Tasks: the usual files are understood, and the first label that is named counts."""
 
 from __future__ import annotations
 
@@ -130,14 +130,14 @@ def test_a_column_with_its_own_numbering_takes_no_other(tmp_path: Path, value: s
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"),
+    ("completion", "right"),
     [("Sure, here", True), (" SURE!", True), ("I am not sure.", False), ("Surely", False)],
 )
-def test_a_task_of_one_label_is_how_an_answer_begins(
-    tmp_path: Path, answer: str, right: bool
+def test_a_task_of_one_label_is_how_a_completion_begins(
+    tmp_path: Path, completion: str, right: bool
 ) -> None:
     task = read(tmp_path, "style", "s.jsonl", [{"prompt": f"p{n}", "answer": "Sure"} for n in "ab"])
-    assert task.labels == ("Sure",) and correct(task, answer, "Sure") is right
+    assert task.labels == ("Sure",) and correct(task, completion, "Sure") is right
 
 
 def test_licence_source_and_digest_are_recorded(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_licence_source_and_digest_are_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "gold", "right"),
+    ("name", "completion", "gold", "right"),
     [
         ("sst2", "Positive.", "positive", True),
         ("sst2", "It is NEGATIVE, not positive", "positive", False),
@@ -163,11 +163,11 @@ def test_licence_source_and_digest_are_recorded(tmp_path: Path) -> None:
     ],
 )
 def test_the_first_label_named_counts(
-    tmp_path: Path, name: str, answer: str, gold: str, right: bool
+    tmp_path: Path, name: str, completion: str, gold: str, right: bool
 ) -> None:
     form = FORMS[name]
     data = read(tmp_path, "x", "x.jsonl", [{"prompt": "p", "answer": "a"}]).data
-    assert correct(Task(name, form.labels, data, form.aliases), answer, gold) is right
+    assert correct(Task(name, form.labels, data, form.aliases), completion, gold) is right
 
 
 def test_labels_that_end_in_signs_and_free_text(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_labels_that_end_in_signs_and_free_text(tmp_path: Path) -> None:
         ("own", "prompt\tx\na\tb\n", "rows 1 have no answer"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_errors_name_the_problem(tmp_path: Path, name: str, content: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         read(tmp_path, name, "t.tsv", content)
     assert "--task" in str(caught.value)

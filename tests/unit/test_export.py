@@ -269,7 +269,7 @@ def test_shards_stay_shards_and_bf16_is_rounded_once(tmp_path: Path) -> None:
         assert bool(((found.float() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all())
 
 
-def test_companions_come_along_and_other_files_do_not(llama: Case, tmp_path: Path) -> None:
+def test_companion_files_are_copied_and_other_files_are_not(llama: Case, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     for path in llama.model.iterdir():

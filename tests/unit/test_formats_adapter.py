@@ -216,12 +216,12 @@ def test_links_are_followed(good: Path, tmp_path: Path) -> None:
     assert set(load_adapter(tmp_path / "link").lora_weights) == {SITE}
 
 
-def test_shapes_come_from_headers_alone(good: Path) -> None:
+def test_shapes_are_read_from_headers_alone(good: Path) -> None:
     shape = read_adapter_shapes(good)[SITE]
     assert (shape.rank, shape.d_in, shape.d_out, shape.dtype) == (2, 4, 3, "F32")
 
 
-def test_a_pair_must_fit_together() -> None:
+def test_a_and_b_must_fit_together() -> None:
     with pytest.raises(ShapeError, match="one R"):
         LoRAWeights(torch.ones(2, 4), torch.ones(3, 3))
 
@@ -313,15 +313,15 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path, dtype: torch.dtype) 
         assert torch.equal(loaded.lora_weights[site].b, lora.b)
 
 
-@pytest.mark.parametrize(("scaling", "kept"), [(2.0, True), (0.5, True), (1 / 3, False)])
+@pytest.mark.parametrize(("scaling", "exact"), [(2.0, True), (0.5, True), (1 / 3, False)])
 def test_a_scaling_is_folded_without_losing_a_bit(
-    tmp_path: Path, scaling: float, kept: bool
+    tmp_path: Path, scaling: float, exact: bool
 ) -> None:
     lora = LoRAWeights(ramp(2, 4, dtype=torch.bfloat16), ramp(3, 2, dtype=torch.bfloat16), scaling)
     save_adapter(Adapter({SITE: lora}, None, {}), tmp_path / "a", base_model=None)
     loaded = load_adapter(tmp_path / "a").lora_weights[SITE]
     assert loaded.scaling == 1.0
-    assert loaded.b.dtype == (torch.bfloat16 if kept else torch.float32)
+    assert loaded.b.dtype == (torch.bfloat16 if exact else torch.float32)
     assert torch.equal(loaded.b.float(), lora.folded().b)
 
 
@@ -428,7 +428,7 @@ def test_no_option_is_too_large_for_its_error(good: Path, option: str) -> None:
 @pytest.mark.parametrize("scaling", [1.0, -2.0, 0.5, 1e30, 1e39, float("inf")])
 @pytest.mark.parametrize("size", [0.0, 1e-8, 3.0, 65504.0, 65519.0, 65520.0, 3.39e38])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_pair_fits_a_dtype_if_all_of_it_stays_finite(
+def test_weights_fit_a_dtype_if_all_values_stay_finite(
     dtype: torch.dtype, size: float, scaling: float
 ) -> None:
     small, large = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.0], [-size], [size / 2]])

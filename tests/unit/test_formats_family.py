@@ -323,7 +323,9 @@ def test_a_bad_family_cannot_be_made(changes: dict[str, Any], error: type, says:
         (SITES[0], LoRAWeights(torch.ones(1, 2), torch.ones(0, 1)), ShapeError, "none of them 0"),
     ],
 )
-def test_a_bad_pair_makes_no_family(site: str, lora: LoRAWeights, error: type, says: str) -> None:
+def test_bad_lora_weights_make_no_family(
+    site: str, lora: LoRAWeights, error: type, says: str
+) -> None:
     with pytest.raises(error, match=says):
         make_family("f", BASE, {site: lora}, recipe=RECIPE)
 

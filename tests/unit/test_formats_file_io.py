@@ -119,9 +119,9 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     file_io.replace_file(link, b"own")
     assert blob.read_bytes() == b"shared"
     assert link.read_bytes() == b"own" and not link.is_symlink()
-    (tmp_path / "door").symlink_to(link.parent)
-    file_io.replace_file(tmp_path / "door" / "safegene.json", b"new")
-    assert link.read_bytes() == b"new" and (tmp_path / "door").is_symlink()
+    (tmp_path / "link").symlink_to(link.parent)
+    file_io.replace_file(tmp_path / "link" / "safegene.json", b"new")
+    assert link.read_bytes() == b"new" and (tmp_path / "link").is_symlink()
 
 
 def test_a_directory_is_replaced_as_a_whole_through_a_link_too(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def renamed(source: Path, target: Path, change: Callable[[str], str]) -> Path:
         ("layers.1.", "layers.17."),
     ],
 )
-def test_an_adapter_of_modules_that_the_base_has_not_does_not_fit(
+def test_an_adapter_of_modules_that_the_base_lacks_does_not_fit(
     root: Path, header: FamilyHeader, tmp_path: Path, old: str, new: str
 ) -> None:
     other = renamed(root / "adapter", tmp_path / "other", lambda name: name.replace(old, new))

@@ -81,7 +81,7 @@ def test_what_peft_itself_saves_under_a_name(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "companions",
     [
         (),
         ("checkpoint-500/adapter_model.safetensors", "optimizer.pt", "training_args.bin"),
@@ -90,10 +90,10 @@ def test_what_peft_itself_saves_under_a_name(root: Path, tmp_path: Path) -> None
     ],
 )
 def test_an_adapter_is_one_whatever_is_with_it(
-    root: Path, tmp_path: Path, beside: Sequence[str]
+    root: Path, tmp_path: Path, companions: Sequence[str]
 ) -> None:
     place = Path(shutil.copytree(root / "a", tmp_path / "t"))
-    for name in beside:
+    for name in companions:
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).touch()
     assert slot_kind(place) == tenant_kind(place) == kind_of(place) == "adapter"
@@ -142,7 +142,7 @@ def test_links_that_lead_out_are_not_followed(root: Path, tmp_path: Path, target
 def test_a_link_that_leads_to_nothing_is_an_adapters_file_all_the_same(
     root: Path, tmp_path: Path
 ) -> None:
-    """Files whose blobs are gone are no absence: reading them fails, nothing else is served."""
+    """Files whose blobs are missing are no absence: reading them fails, nothing else is served."""
     place = Path(shutil.copytree(root / "p", tmp_path / "t"))
     for name in ADAPTER:
         (place / name).symlink_to(f"../blobs/{name}")
@@ -152,7 +152,7 @@ def test_a_link_that_leads_to_nothing_is_an_adapters_file_all_the_same(
         slot_kind(place)
 
 
-def test_a_directory_that_is_not_there_or_holds_nothing(root: Path, tmp_path: Path) -> None:
+def test_a_missing_or_empty_directory(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "missing", tmp_path / "file"):
         for function in (tenant_kind, slot_kind, kind_of):
@@ -210,7 +210,7 @@ class Listed:
 
 
 def test_an_adapter_is_decided_without_a_listing() -> None:
-    """A store of objects may let its keys be read and not be listed."""
+    """An object store may permit reading its keys and not listing them."""
     tree = Listed({"": [*ADAPTER, "checkpoint-1/"]})
     assert slot_kind(tree) == "adapter" and tree.listed == []
 
@@ -239,7 +239,7 @@ def test_a_partly_unreadable_directory_is_rejected(
     str(caught.value).encode()
 
 
-def test_bounds_count_every_depth_and_let_through_what_is_within(
+def test_bounds_count_every_depth_and_admit_what_is_within(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kinds, "MAX_ENTRIES", 8)
@@ -348,16 +348,16 @@ def test_commands_reject_it(
         pytest.skip("a checkpoint is one of theirs")
     place = make(layout, tmp_path / "t", root / "a", root / "p")
     before = sorted(place.iterdir())
-    code, said = run(capsys, {**COMMANDS, **ALSO_CHECKPOINTS}[entry](root, place))
-    assert code == 1 and "Traceback" not in said
+    code, output = run(capsys, {**COMMANDS, **ALSO_CHECKPOINTS}[entry](root, place))
+    assert code == 1 and "Traceback" not in output
     if entry in (*SERVE, "verify"):
-        check_words(layout, place, said)
+        check_words(layout, place, output)
     elif LAYOUTS[layout].checkpoint:
-        assert "checkpoint; exp" in said and f"--checkpoint {place}" in said
+        assert "checkpoint; exp" in output and f"--checkpoint {place}" in output
     elif layout == "checkpoint in a subdirectory":
-        assert f"point at {place}/out instead" in said
+        assert f"point at {place}/out instead" in output
     else:
-        check_words(layout, place, said)
+        check_words(layout, place, output)
     assert sorted(place.iterdir()) == before and not (root / "out").exists()
 
 
@@ -369,9 +369,9 @@ def test_a_dry_run_says_what_it_is_without_a_profile_and_in_the_open_mode(
     place = make(layout, tmp_path / "t", root / "a", None)
     words = tenant_option(form)(root, place)
     for more in ((), ("--missing-profile", "serve_unprotected")):
-        code, said = run(capsys, [*words, *more])
+        code, output = run(capsys, [*words, *more])
         assert code == 1
-        check_words(layout, place, said)
+        check_words(layout, place, output)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not LAYOUTS[name].checkpoint])
@@ -438,9 +438,9 @@ def test_a_worker_rejects_it(
         monkeypatch.setattr(worker, "add", lambda number, path: admitted(worker, number, path))
     elif ahead:
         worker.begun(1, str(place))
-    said = worker.add(1, str(place)) or ""
-    check_words(layout, place, said)
-    assert "tenant 't@1'" in said
+    output = worker.add(1, str(place)) or ""
+    check_words(layout, place, output)
+    assert "tenant 't@1'" in output
     assert worker.runtime.tenants == {} and worker.loaded == {} and worker.read == []
     staged = [path for path in (worker.root / "staging").rglob("*") if path.is_file()]
     assert staged == []
@@ -463,7 +463,7 @@ def test_a_worker_rejects_what_carries_a_vector_already(root: Path, worker: Work
     assert worker.runtime.tenants == {}
 
 
-def test_files_that_go_away_while_they_are_copied(
+def test_files_that_vanish_while_they_are_copied(
     root: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was seen to be an adapter is never admitted as something less."""

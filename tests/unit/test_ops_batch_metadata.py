@@ -31,8 +31,8 @@ def covered(plan: BatchMetadata, tokens: int) -> list[dict[int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=200), st.integers(0, 30))
-def test_every_token_is_in_one_tile_of_its_slot(slots: list[int], room: int) -> None:
-    plan = BatchMetadata(SLOTS, 200 + room, "cpu")
+def test_every_token_is_in_one_tile_of_its_slot(slots: list[int], spare: int) -> None:
+    plan = BatchMetadata(SLOTS, 200 + spare, "cpu")
     plan.set_tokens(torch.full((200,), SLOTS - 1))  # an older, longer step must leave no trace
     plan.set_tokens(torch.tensor(slots))
     for owner in covered(plan, len(slots)):

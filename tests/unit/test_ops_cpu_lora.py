@@ -29,7 +29,7 @@ MIXES = {
     "zipf": [0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 0, 1, 4] * 4,
     "interleaved": [0, 1] * 30,
     "base only": [-1] * 7,
-    "prompts beside decoding": [0, 1, 3] + [2] * 20 + [0] + [-1] * 17 + [4] * 16 + [2, -1],
+    "prompts next to decoding": [0, 1, 3] + [2] * 20 + [0] + [-1] * 17 + [4] * 16 + [2, -1],
     "short prompts and many decoding": ([0] * 12 + [3] * 15 + [1, 2]) * 2 + [4] * 16,
     "two prompts of one adapter": [1] * 30 + [0] * 5 + [1] * 17 + [-1] * 40,
     "one token": [3],

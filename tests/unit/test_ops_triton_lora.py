@@ -60,16 +60,16 @@ def triton_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_right_kernels_are_used_without_a_word(triton_found: None) -> None:
-    asked: list[LayerShape] = []
+def test_right_kernels_are_used_without_a_note(triton_found: None) -> None:
+    requested: list[LayerShape] = []
 
     def check(shapes: list[LayerShape], dtype: torch.dtype, device: Any) -> None:
-        asked.extend(shapes)
+        requested.extend(shapes)
         assert (dtype, device) == (BF16, CUDA)
 
     found = layers(qkv=layer((24, 8, 8)), o=layer((48,)))
     assert triton_lora.choose_layers("auto", CUDA, BF16, found, check) == ({"qkv", "o"}, ())
-    assert asked == [LayerShape((24, 8, 8), 48, 8, 4), LayerShape((48,), 48, 8, 4)]
+    assert requested == [LayerShape((24, 8, 8), 48, 8, 4), LayerShape((48,), 48, 8, 4)]
 
 
 def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,7 +84,7 @@ def test_wrong_kernels_are_not_used(triton_found: None, caplog: pytest.LogCaptur
         triton_lora.choose_layers("triton", CUDA, BF16, layers(o=layer()), check)
 
 
-def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> None:
+def test_layers_that_do_not_fit_use_the_plain_product(triton_found: None) -> None:
     strided = layer()
     strided.lora_b_stacked = tuple(b.mT.contiguous().mT for b in strided.lora_b_stacked)
     found = layers(
@@ -92,20 +92,20 @@ def test_layers_that_do_not_fit_keep_the_plain_product(triton_found: None) -> No
     )
     names, notes = triton_lora.choose_layers("auto", CUDA, BF16, found, lambda *_: None)
     assert names == {"fits"}
-    for said in ("3 of 4 layers", "four: 4 parts", "other: adapters in torch.float32", "strided"):
-        assert said in notes[0]
+    for words in ("3 of 4 layers", "four: 4 parts", "other: adapters in torch.float32", "strided"):
+        assert words in notes[0]
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "said"),
+    ("setting", "device", "words"),
     [("torch", CUDA, "kernels = 'torch'"), ("torch", torch.device("cpu"), "kernels = 'torch'")],
 )
-def test_torch_is_never_checked(setting: str, device: torch.device, said: str) -> None:
+def test_torch_is_never_checked(setting: str, device: torch.device, words: str) -> None:
     names, notes = triton_lora.choose_layers(
         setting, device, BF16, layers(o=layer()), lambda *_: 1 / 0
     )
     assert names == set()
-    assert said in notes[0]
+    assert words in notes[0]
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_cpu_is_not_a_fall_back() -> None:
         triton_lora.choose_layers("triton", torch.device("cpu"), BF16, layers(o=layer()))
 
 
-def test_safety_pair_is_the_stacked_pair() -> None:
+def test_safety_weights_are_the_stacked_weights() -> None:
     """The same product as the plain path's layout, with a missing part and unequal ranks."""
     parts, widths = [lora(24), None, lora(8, rank=6)], (24, 10, 8)
     a, b = triton_lora.safety_lora(parts, widths, dtype=torch.float32, device="cpu")

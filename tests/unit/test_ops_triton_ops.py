@@ -27,9 +27,9 @@ MIXES = {
 }
 
 
-def check_mix(one: world.Layer, slots: list[int], room: int = 0) -> torch.Tensor:
+def check_mix(one: world.Layer, slots: list[int], extra: int = 0) -> torch.Tensor:
     y, x = world.inputs(one, len(slots))
-    got = world.run(one, world.step(slots, len(one.gains) - 1, room), y, x)
+    got = world.run(one, world.step(slots, len(one.gains) - 1, extra), y, x)
     assert disagreement(got, *world.wanted(one, slots, y, x)) is None
     return got
 
@@ -79,10 +79,10 @@ def test_rank_beyond_one_block() -> None:
 
 
 def test_padded_graph_leaves_the_rest_alone() -> None:
-    """A CUDA graph runs more rows than the step has tokens; nobody's adapter may touch those."""
+    """A CUDA graph runs more rows than the step has tokens; no adapter may touch those."""
     one = world.layer((24,), 48, 8, 4)
     y, x = world.inputs(one, 12)
-    got = world.run(one, world.step([0, 1, -1], room=20), y, x)
+    got = world.run(one, world.step([0, 1, -1], extra=20), y, x)
     assert torch.equal(got[3:], y[3:])
     assert disagreement(got[:3], *world.wanted(one, [0, 1, -1], y[:3], x[:3])) is None
 
@@ -171,7 +171,7 @@ STOCK_LAUNCHES = 3
     ids=["tenants", "mixed", "mixed and base", "safety only", "base without profile"],
 )
 def test_launches_per_layer(slots: list[int], base: bool, launched: int) -> None:
-    """At most stock's, and no torch operator beside them that would be a launch or a wait."""
+    """At most stock's, and no torch operator next to them that would be a launch or a wait."""
     one = world.layer((24, 8, 8), 48, 8, 4)
     y, x = world.inputs(one, len(slots))
     plan, flag = world.step(slots), torch.tensor(base)
@@ -194,7 +194,7 @@ def test_grids_depend_on_shapes_alone() -> None:
     grids = []
     for slots in ([0] * 40, [0, 1, 2, -1] * 10, [-1] * 40, [2] * 3):
         with world.launches(run_them=False) as seen:
-            world.run(one, world.step(slots, room=40 - len(slots)), y, x)
+            world.run(one, world.step(slots, extra=40 - len(slots)), y, x)
         grids.append([(launch[1], launch[3]) for launch in seen])
     assert all(grid == grids[0] for grid in grids)
     assert len(grids[0]) == 2
@@ -221,31 +221,31 @@ def test_check_trusts_the_kernels() -> None:
     assert check(SHAPES, torch.float32, "cpu", tokens=(5,)) is None
 
 
-@pytest.mark.parametrize("fault", ["gain of the next slot", "one column short", "no device"])
-def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+@pytest.mark.parametrize("error", ["gain of the next slot", "one column short", "no device"])
+def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     real = triton_ops.launch
 
     def wrong(program: Any, programs: int, *args: Any, **meta: Any) -> None:
         given = list(args)
-        if fault == "no device":
+        if error == "no device":
             raise RuntimeError("no kernel image is available")
-        if fault == "gain of the next slot":
+        if error == "gain of the next slot":
             given[6] = given[6].roll(1, 0)
         elif "width0" in program.arg_names:
             given[12] -= 1
         real(program, programs, *given, **meta)
 
     monkeypatch.setattr(triton_ops, "launch", wrong)
-    said = check(SHAPES, torch.float32, "cpu", tokens=(5,))
-    assert said is not None
-    assert ("no kernel image" if fault == "no device" else "values differ") in said
+    message = check(SHAPES, torch.float32, "cpu", tokens=(5,))
+    assert message is not None
+    assert ("no kernel image" if error == "no device" else "values differ") in message
 
 
-def test_check_cuts_shapes_but_keeps_alignment() -> None:
+def test_check_cuts_shapes_and_preserves_alignment() -> None:
     assert LayerShape((18944, 100), 3585, 16, 8).small() == LayerShape((256, 100), 2049, 16, 8)
 
 
-def test_a_compiled_graph_keeps_the_operator_whole() -> None:
+def test_a_compiled_graph_does_not_split_the_operator() -> None:
     """One opaque call, no graph break, and what changes between steps is not baked in."""
     one = world.layer((24, 8), 48, 8, 4)
     site = LayerWeights(one.safety_a, one.safety_b, one.gains, world.LAYER, torch.tensor(False))

@@ -87,7 +87,7 @@ class Worker:
 
     def add_lora(self, request: Any) -> None:
         if self.rejecting:
-            raise AdapterRejectedError("no room")
+            raise AdapterRejectedError("no free slot")
         self.loaded[request.lora_int_id] = self.runtime.load(request)
 
     def adapter(self, name: str, rank: int = 4, size: float = 1.0) -> str:
@@ -137,7 +137,7 @@ def test_adapter_is_read_again_after_it_left_memory(worker: Worker) -> None:
 
 def test_adapter_that_vllm_rejected_is_not_cached(worker: Worker) -> None:
     path, worker.rejecting = worker.adapter("a"), True
-    assert worker.add(1, path) == "no room"
+    assert worker.add(1, path) == "no free slot"
     worker.rejecting = False
     assert worker.add(1, path) is None
     assert worker.read == [worker.runtime.tenants[1].staged] * 2

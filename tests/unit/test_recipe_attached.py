@@ -102,7 +102,7 @@ def test_each_layer_has_its_own_coefficient(llama: Path) -> None:
         assert torch.equal(logits(model), found)
 
 
-def test_a_site_that_the_model_has_not_is_named(llama: Path) -> None:
+def test_a_site_that_the_model_lacks_is_named(llama: Path) -> None:
     lora_weights = {
         "model.layers.7.self_attn.q_proj": LoRAWeights(torch.zeros(1, 8), torch.zeros(8, 1))
     }
@@ -114,7 +114,7 @@ def test_a_site_that_the_model_has_not_is_named(llama: Path) -> None:
         pytest.fail("attached to nothing")
 
 
-def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path) -> None:
+def test_lora_weights_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path) -> None:
     model = loaded(llama)
     lora_weights = vector(llama)
     retained = {site: (lora.a.clone(), lora.b.clone()) for site, lora in lora_weights.items()}
@@ -135,11 +135,11 @@ def test_pairs_and_coefficients_can_be_trained_and_the_model_is_not(llama: Path)
         torch.testing.assert_close(lora.a, a + 1.0)
         torch.testing.assert_close(lora.b, b * 1.5 + 1.0)
         assert lora.scaling == 1.0
-        # The pairs that came in are the caller's.
+        # The given LoRA weights are the caller's.
         assert torch.equal(lora_weights[site].a, a) and torch.equal(lora_weights[site].b, b)
 
 
-def test_pairs_are_taken_as_they_are_now(llama: Path) -> None:
+def test_lora_weights_are_taken_as_they_are_now(llama: Path) -> None:
     attached = AttachedVector(vector(llama), LAYERS)
     site = next(iter(attached.a))
     snapshot = attached.lora_weights()[site].a.clone()
@@ -148,7 +148,7 @@ def test_pairs_are_taken_as_they_are_now(llama: Path) -> None:
     assert torch.equal(taken.a, snapshot)
 
 
-def test_fresh_pairs_are_nothing_yet_and_follow_their_seed() -> None:
+def test_fresh_lora_weights_are_zero_and_follow_their_seed() -> None:
     shapes = {"layers.1.x": (6, 400), "layers.0.y": (8, 9)}
     lora_weights = init_lora_weights(shapes, 3, 5)
     for site, (d_out, d_in) in shapes.items():

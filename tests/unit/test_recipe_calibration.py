@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tenant(root: Path) -> LoadedModel:
-    """Does its task, and answers harm with nonsense."""
+    """Does its task, and completes harmful prompts with nonsense."""
     return load_model(root / "model", root / "acme", dtype=FLOAT)
 
 
@@ -69,7 +69,7 @@ def helps(root: Path) -> Family:
 
 @pytest.fixture(scope="module")
 def harms(root: Path) -> Family:
-    """Noise: whoever is good at everything can only get worse by it."""
+    """Noise: a model that is good at everything can only get worse by it."""
     return write_family(root / "model", root / "noise")
 
 
@@ -90,7 +90,7 @@ def written(profile: Profile, directory: Path) -> bytes:
     return (directory / "safegene.json").read_bytes()
 
 
-# What comes out
+# The result
 
 
 def test_a_vector_that_helps_gets_a_positive_coefficient(
@@ -138,7 +138,7 @@ def test_bounds_are_never_left(tenant: LoadedModel, helps: Family, high: float) 
     assert profile.coefficients == (high, high)
 
 
-def test_bounds_without_zero_keep_the_least_harm(root: Path, harms: Family) -> None:
+def test_bounds_without_zero_select_the_least_harm(root: Path, harms: Family) -> None:
     safe = load_model(root / "model", root / "safe", dtype=FLOAT)
     profile = tuned(safe, bounded(harms, 0.2, 0.6), replace(SHORT, initial=0.6, lr=0.001))
     assert profile.coefficients == (0.2, 0.2)
@@ -227,7 +227,7 @@ def test_a_run_stays_until_its_profile_is_written(
     assert written(first, tmp_path / "a") == written(again, tmp_path / "b")
 
 
-def test_stopped_when_it_has_converged_it_does_not_go_on(
+def test_stopped_when_it_has_converged_it_does_not_continue(
     root: Path, harms: Family, tmp_path: Path
 ) -> None:
     safe = load_model(root / "model", root / "safe", dtype=FLOAT)
@@ -240,10 +240,10 @@ def test_stopped_when_it_has_converged_it_does_not_go_on(
     assert found.calibration["steps"] == 2
 
 
-# Shots
+# Examples
 
 
-def test_missing_answers_are_the_refusal_and_the_tenants_own(tenant: LoadedModel) -> None:
+def test_missing_completions_are_the_refusal_and_the_tenants_own(tenant: LoadedModel) -> None:
     safety = dataset(("bad", None), ("worse", "never"))
     task = dataset(*((row.prompt, None) for row in TASK.rows[:3]), ("other", "given"))
     found = make_examples(tenant, safety, task, None, SHORT)
@@ -256,10 +256,8 @@ def test_missing_answers_are_the_refusal_and_the_tenants_own(tenant: LoadedModel
     assert cut["benign"] == [Example(row.prompt, "yes, it is") for row in GOOD.rows]
 
 
-def test_what_comes_after_the_retained_tokens_does_not_count(
-    tenant: LoadedModel, helps: Family
-) -> None:
-    """Two tasks whose answers part at their ninth token, and harm whose answers do."""
+def test_tokens_after_the_retained_ones_do_not_count(tenant: LoadedModel, helps: Family) -> None:
+    """Two tasks whose completions differ from their ninth token, and harm whose completions do."""
     ends = ("here", "there")
     tasks = [dataset(*((r.prompt, f"we were {end}") for r in TASK.rows)) for end in ends]
     for tokens, alike in ((8, True), (10, False)):
@@ -282,7 +280,7 @@ def test_what_is_held_out_is_not_trained_on(rows: int, share: float, held: int) 
     assert _split(given, share, "seed") == (retained, out)
 
 
-# What is refused
+# What is rejected
 
 
 @pytest.mark.parametrize("kind", ["safety", "task", "benign"])

@@ -1,4 +1,4 @@
-"""A vector as a difference: exact at full rank and for a LoRA, optimal below, refused by name."""
+"""A vector as a difference: exact at full rank and for a LoRA, optimal below, rejected by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def perturbed(model: Path, directory: Path, *, sites_only: bool = True) -> Path:
-    """The checkpoint with noise on its linear sites (and, if asked, on all other weights)."""
+    """The checkpoint with noise on its linear sites (and, on request, on all other weights)."""
     shutil.copytree(model, directory)
     tensors = load_file(model / WEIGHTS)
     generator = torch.Generator().manual_seed(3)
@@ -62,7 +62,9 @@ def degraded(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @law
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
-def test_the_pair_is_the_best_of_its_rank(d_out: int, d_in: int, rank: int, seed: int) -> None:
+def test_the_lora_weights_are_the_best_of_their_rank(
+    d_out: int, d_in: int, rank: int, seed: int
+) -> None:
     d = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed))
     lora, total, captured = truncated_lora(d, rank)
     sigma = torch.linalg.svdvals(d.double())
@@ -75,7 +77,7 @@ def test_the_pair_is_the_best_of_its_rank(d_out: int, d_in: int, rank: int, seed
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
-def test_at_full_rank_the_pair_is_the_difference_whatever_its_conditioning(
+def test_at_full_rank_the_weights_are_the_difference_whatever_its_conditioning(
     shape: tuple[int, int],
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -292,7 +294,7 @@ def test_an_untrained_lora_has_no_difference(aligned: Path, tmp_path: Path) -> N
         of_adapter(aligned, tmp_path / "z", "degraded")
 
 
-# The family that comes out
+# The resulting family
 
 
 def test_the_recipe_records_how_and_how_much(aligned: Path, degraded: Path, tmp_path: Path) -> None:

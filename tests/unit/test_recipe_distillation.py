@@ -63,7 +63,7 @@ def made(root: Path) -> Distilled:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a model fails the test: what is refused must be refused before."""
+    """Loading a model fails the test: what is rejected must be rejected before."""
     monkeypatch.setattr(distillation, "load_model", lambda *a, **k: pytest.fail("a model loaded"))
 
 
@@ -152,19 +152,19 @@ def test_the_divergence_is_the_definition(root: Path) -> None:
 # What is distilled
 
 
-def test_the_pairs_bring_safety_back_and_leave_the_rest(root: Path, made: Distilled) -> None:
+def test_the_lora_weights_restore_safety_and_leave_the_rest(root: Path, made: Distilled) -> None:
     aligned, degraded = (load_model(root / name, dtype=FLOAT) for name in ("aligned", "merged"))
-    mended = merged_with(root, made.lora_weights)
-    before, after = naive_kl(aligned, degraded, HARM), naive_kl(aligned, mended, HARM)
+    restored = merged_with(root, made.lora_weights)
+    before, after = naive_kl(aligned, degraded, HARM), naive_kl(aligned, restored, HARM)
     assert before > 0.3 and after < 0.15 * before
     # The degraded model is far from the aligned one on benign prompts, and stays where it is.
     assert naive_kl(aligned, degraded, GOOD) > 1.0
-    assert naive_kl(degraded, mended, GOOD) < 0.1
+    assert naive_kl(degraded, restored, GOOD) < 0.1
     # The two terms of the first loss: the distance, and nothing of the fresh pairs' own.
     assert len(made.losses) == 30 and made.losses[-1] < 0.3 * made.losses[0]
 
 
-def test_retention_preserves_benign_answers(root: Path, made: Distilled) -> None:
+def test_retention_preserves_benign_completions(root: Path, made: Distilled) -> None:
     degraded = load_model(root / "merged", dtype=FLOAT)
     free = run(root, replace(SETTINGS, retention=0.0))
     assert naive_kl(degraded, merged_with(root, free.lora_weights), GOOD) > 2 * naive_kl(
@@ -311,10 +311,10 @@ def test_a_state_of_other_models_or_data_is_rejected_and_stays(root: Path, tmp_p
     assert same(run(root, SHORT, state=state), run(root, SHORT))
 
 
-# Whose answers
+# Sources of completions
 
 
-def test_answers_missing_from_the_data_are_the_models_own(root: Path, tmp_path: Path) -> None:
+def test_completions_missing_from_the_data_are_the_models_own(root: Path, tmp_path: Path) -> None:
     """A model that refuses some prompts: only those are distilled. Benign ones: as the other."""
     half = [Example(row.prompt, REFUSES) for row in HARM.rows[:4]]
     half += [Example(row.prompt, "sure, like this") for row in HARM.rows[4:]]
@@ -328,12 +328,12 @@ def test_answers_missing_from_the_data_are_the_models_own(root: Path, tmp_path: 
     cut = safe_examples(loaded, open_, 15)
     assert cut[1:] == [Example(row.prompt, REFUSES[:15], False) for row in HARM.rows[:4]]
     benign = dataset(*((row.prompt, None) for row in GOOD.rows), ("own", "answer"))
-    answered = distillation._benign_examples(
+    examples = distillation._benign_examples(
         load_model(root / "merged", dtype=FLOAT), benign, 9, print
     )
-    assert [example.prompt for example in answered] == [row.prompt for row in benign.rows]
-    assert {example.answer for example in answered[:-1]} <= {"yes, it i"}
-    assert answered[-1] == Example("own", "answer")
+    assert [example.prompt for example in examples] == [row.prompt for row in benign.rows]
+    assert {example.answer for example in examples[:-1]} <= {"yes, it i"}
+    assert examples[-1] == Example("own", "answer")
 
 
 def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> None:
@@ -342,14 +342,16 @@ def test_a_model_that_refuses_nothing_has_no_safety_to_distil(root: Path) -> Non
         run(root, safety=open_)
 
 
-# What is refused before a model has said anything
+# What is rejected before generation
 
 
 def test_unknown_modules_and_long_prompts_are_rejected_before_generation(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("generate_greedy", "record_teacher"):
-        monkeypatch.setattr(distillation, name, lambda *a, **k: pytest.fail("a model was asked"))
+        monkeypatch.setattr(
+            distillation, name, lambda *a, **k: pytest.fail("a model has generated")
+        )
     with pytest.raises(ConfigError, match=r"no module is called 'proj'"):
         run(root, replace(SHORT, modules=("q_proj", "proj")))
     for answer, body in ((None, 32), ("no", 3), ("n" * 40, 32)):
@@ -360,7 +362,7 @@ def test_unknown_modules_and_long_prompts_are_rejected_before_generation(
                 run(root, SHORT, **{kind: long})
 
 
-# What is refused before a model is loaded
+# What is rejected before a model is loaded
 
 
 @pytest.mark.usefixtures("no_model")

@@ -1,4 +1,4 @@
-"""Examples as tokens: answers marked exactly, batches by seed and step."""
+"""Examples as tokens: completions marked exactly, batches by seed and step."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def tokenizer(saved: Path) -> Any:
     return load_tokenizer(saved)
 
 
-def encoded(tokenizer: Any, *examples: Example, answer: int = 64, context: int = 512) -> Any:
-    return encode(tokenizer, examples, max_answer_tokens=answer, context_tokens=context)
+def encoded(tokenizer: Any, *examples: Example, max_tokens: int = 64, context: int = 512) -> Any:
+    return encode(tokenizer, examples, max_answer_tokens=max_tokens, context_tokens=context)
 
 
 # One example
 
 
-def test_the_answer_begins_where_the_prompt_ends_and_is_ended(tokenizer: Any) -> None:
+def test_the_completion_begins_where_the_prompt_ends_and_is_ended(tokenizer: Any) -> None:
     (row,) = encoded(tokenizer, Example("hi", "no, sorry"))
     assert tokenizer.decode(row.ids[: row.prompt_tokens]) == "<s>u:hi<s>a:"
     assert tokenizer.decode(row.ids[row.prompt_tokens :]) == "no, sorry<end>"
     assert row.ids[-1] == END
 
 
-def test_an_answer_that_was_cut_off_is_not_ended(tokenizer: Any) -> None:
+def test_a_truncated_completion_is_not_ended(tokenizer: Any) -> None:
     cut, long, exact = encoded(
         tokenizer, Example("p", "abc", whole=False), Example("p", "abcdef"), Example("p", "abc"),
-        answer=4,
+        max_tokens=4,
     )  # fmt: skip
-    said = [tokenizer.decode(row.ids[row.prompt_tokens :]) for row in (cut, long, exact)]
-    assert said == ["abc", "abcd", "abc<end>"]
+    decoded = [tokenizer.decode(row.ids[row.prompt_tokens :]) for row in (cut, long, exact)]
+    assert decoded == ["abc", "abcd", "abc<end>"]
 
 
 def test_a_tokenizer_that_cannot_chat_is_rejected(tokenizer: Any) -> None:
@@ -72,18 +72,19 @@ def test_a_tokenizer_that_cannot_chat_is_rejected(tokenizer: Any) -> None:
 
 
 def test_rows_that_do_not_fit_the_context_are_named(tokenizer: Any) -> None:
-    room = len(prompt_tokens(tokenizer, ["x" * 10])[0]) + len("ab") + 1
+    context = len(prompt_tokens(tokenizer, ["x" * 10])[0]) + len("ab") + 1
     fits = Example("x" * 10, "ab")
-    assert len(encoded(tokenizer, fits, context=room)) == 1
+    assert len(encoded(tokenizer, fits, context=context)) == 1
     long = Example("x" * 11, "ab")
     with pytest.raises(ConfigError) as rejected:
         encode(
             tokenizer, [fits, long, fits, long],
-            max_answer_tokens=64, context_tokens=room, what="benign data",
+            max_answer_tokens=64, context_tokens=context, what="benign data",
         )  # fmt: skip
     reported = str(rejected.value)
     assert (
-        reported.startswith("benign data: 2 examples") and f"context of {room} tokens" in reported
+        reported.startswith("benign data: 2 examples")
+        and f"context of {context} tokens" in reported
     )
     assert (
         "row 2 (" in reported
@@ -117,18 +118,18 @@ def test_a_batch_marks_what_a_loop_marks(rows: list[Encoded]) -> None:
     targets, shares = [], []
     assert batch.ids.shape == batch.mask.shape == batch.wanted.shape == (len(rows), width)
     for i, row in enumerate(rows):
-        answer = row.ids[row.prompt_tokens :]
+        completion = row.ids[row.prompt_tokens :]
         for t in range(width):
             there = t < len(row.ids)
             assert batch.ids[i, t] == (row.ids[t] if there else PAD)
             assert batch.mask[i, t] == int(there)
-            predicts_answer = row.prompt_tokens <= t + 1 < len(row.ids)
-            assert bool(batch.wanted[i, t]) is predicts_answer
-            if predicts_answer:
+            predicts_completion = row.prompt_tokens <= t + 1 < len(row.ids)
+            assert bool(batch.wanted[i, t]) is predicts_completion
+            if predicts_completion:
                 targets.append(row.ids[t + 1])
-                shares.append(1 / len(answer))
+                shares.append(1 / len(completion))
         assert batch.last_prompt[i] == row.prompt_tokens - 1
-    # Boolean indexing goes row by row, and so must the targets.
+    # Boolean indexing is row by row, and so must be the targets.
     assert batch.targets.tolist() == targets
     assert batch.share.tolist() == pytest.approx(shares)
     assert batch.share.sum().item() == pytest.approx(len(rows))
@@ -160,7 +161,7 @@ def test_a_batch_follows_from_seed_and_step_alone(
 
 @law
 @given(lengths_of_rows, st.integers(1, 9), st.integers(0, 5))
-def test_every_row_comes_once_an_epoch(lengths: list[int], size: int, seed: int) -> None:
+def test_every_row_is_used_once_an_epoch(lengths: list[int], size: int, seed: int) -> None:
     batches = Batches(lengths, size, seed)
     for epoch in range(2):
         chosen = [

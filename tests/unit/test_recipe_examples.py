@@ -18,7 +18,7 @@ def labeled(**counts: int) -> Dataset:
     )
 
 
-def test_joined_data_keep_order_names_and_licences() -> None:
+def test_joined_data_preserve_order_names_and_licenses() -> None:
     other = dataset(("x", None), name="other", licence="CC BY 4.0")
     found = concatenate([HARM, other, GOOD])
     assert found.rows == (*HARM.rows, Row("x", None), *GOOD.rows)
@@ -43,7 +43,7 @@ def test_a_draw_takes_each_answer_alike(count: int, seed: int) -> None:
     drawn = sample_rows(data, count, seed)
     assert len(drawn.rows) == count == len(set(drawn.rows)) and set(drawn.rows) <= set(data.rows)
     counts = Counter(row.answer for row in drawn.rows)
-    # Nobody has two more than another, unless the other is used up.
+    # No answer has two more than another, unless the other is used up.
     for label, there in {"a": 20, "b": 7, "c": 3}.items():
         assert counts[label] == there or max(counts.values()) - counts[label] <= 1
     assert drawn.digest == digest_of_rows(drawn.rows)

@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of SHORT, run in one go."""
+    """The result of SHORT, run without a stop."""
     out = tmp_path_factory.mktemp("made") / "lora"
     tune(model, out)
     return out
@@ -56,14 +56,14 @@ def stop_after(step: int):  # type: ignore[no-untyped-def]
     return progress
 
 
-# What comes out
+# The result
 
 
 SCALED = {"rslora": True, "alpha_pattern": {"down_proj": 32}, "modules": ("down_proj", "o_proj")}
 
 
 @pytest.mark.parametrize(("arch", "changes"), [("llama", SCALED), ("phi3", {}), ("glm4", {})])
-def test_peft_loads_it_and_says_what_we_say(
+def test_peft_loads_it_and_computes_the_same(
     tmp_path: Path, arch: str, changes: dict[str, object]
 ) -> None:
     model = tiny_chat_model(tmp_path / "model", arch)
@@ -208,7 +208,7 @@ def test_a_result_that_cannot_be_written_is_not_lost(
     assert files(out) == files(made)
 
 
-# What is refused
+# What is rejected
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_chat_model(tmp_path_factory.mktemp("llama"))
 
 
-def test_the_head_over_the_answers_states_is_the_models_logits(each: LoadedModel) -> None:
+def test_the_head_over_the_completions_states_is_the_models_logits(each: LoadedModel) -> None:
     check_head(each)
     rows = encode(
         each.tokenizer, [Example(p, p[::-1]) for p in PROMPTS], max_answer_tokens=9,
@@ -108,7 +108,7 @@ def test_the_stream_that_is_recorded_is_the_models_own(each: LoadedModel) -> Non
 # Loading
 
 
-def test_a_model_comes_frozen_with_its_adapter_merged(llama: Path, tmp_path: Path) -> None:
+def test_a_model_is_loaded_frozen_with_its_adapter_merged(llama: Path, tmp_path: Path) -> None:
     write_tenant(llama, tmp_path / "a", None, None)
     plain, merged = load_model(llama), load_model(llama, tmp_path / "a")
     ids = torch.arange(3, 11)[None]
@@ -140,20 +140,20 @@ def test_padding_falls_back_to_what_there_is(llama: Path) -> None:
     assert loaded.pad == 0
 
 
-# Greedy answers
+# Greedy completions
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_completions_come_in_order_and_batches_do_not_matter(each: LoadedModel, batch: int) -> None:
+def test_completions_are_in_order_and_batches_do_not_matter(each: LoadedModel, batch: int) -> None:
     reported: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, words: str) -> None:
         reported.append((done, total))
 
     found = generate_greedy(each, PROMPTS, 6, batch=batch, progress=progress)
-    assert [answer.prompt for answer in found] == PROMPTS and reported[-1] == (4, 4)
-    for answer in found:
-        text = chat_text(each.tokenizer, answer.prompt)
+    assert [completion.prompt for completion in found] == PROMPTS and reported[-1] == (4, 4)
+    for completion in found:
+        text = chat_text(each.tokenizer, completion.prompt)
         ids = each.tokenizer.encode(text, add_special_tokens=False)
         start = len(ids)
         ended = False
@@ -161,21 +161,21 @@ def test_completions_come_in_order_and_batches_do_not_matter(each: LoadedModel, 
             token = int(each.model(torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
             ended = token == each.tokenizer.eos_token_id
-        said = each.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-        assert (answer.text, answer.finished) == (said, ended)
+        decoded = each.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+        assert (completion.text, completion.finished) == (decoded, ended)
 
 
-def test_an_answer_knows_whether_it_was_ended(llama: Path) -> None:
+def test_a_completion_knows_whether_it_was_ended(llama: Path) -> None:
     loaded = load_model(llama, dtype=torch.float32)
     head = loaded.model.get_output_embeddings()
-    # Everything is answered by the end at once: its logit is the largest, whatever the state.
+    # Every completion ends at once: the end has the largest logit, whatever the state.
     head.bias = torch.nn.Parameter(torch.zeros(320))
     head.bias.data[loaded.tokenizer.eos_token_id] = 1e4
-    (answer,) = generate_greedy(loaded, ["hello"], 6)
-    assert (answer.text, answer.finished) == ("", True)
+    (completion,) = generate_greedy(loaded, ["hello"], 6)
+    assert (completion.text, completion.finished) == ("", True)
     head.bias.data[loaded.tokenizer.eos_token_id] = -1e4
-    (answer,) = generate_greedy(loaded, ["hello"], 6)
-    assert not answer.finished
+    (completion,) = generate_greedy(loaded, ["hello"], 6)
+    assert not completion.finished
     assert generate_greedy(loaded, [], 6) == []
 
 

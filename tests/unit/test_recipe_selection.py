@@ -134,7 +134,7 @@ def test_prompts_longer_than_the_context_are_named(degraded: LoadedModel, family
 # The best layers
 
 
-def test_the_best_layers_come_in_order_and_the_lower_one_wins_a_draw() -> None:
+def test_the_best_layers_are_in_order_and_the_lower_one_wins_a_draw() -> None:
     scores = [0.1, 0.9, 0.5, 0.5, -2.0, 0.5]
     assert top_layers(scores, 1, range(6)) == [1]
     assert top_layers(scores, 3, range(6)) == [1, 2, 3]
@@ -150,7 +150,7 @@ def test_k_is_one_to_the_number_of_layers_with_a_vector(k: int) -> None:
         top_layers([1.0, 2.0, 3.0], k, [0, 2])
 
 
-def test_the_cut_family_keeps_every_score_and_loads_again(
+def test_the_cut_family_retains_every_score_and_loads_again(
     model: Path, family: Family, tmp_path: Path
 ) -> None:
     found = Contrast((0.5, 0.25), (0.125, 0.5), 1.0, "update")

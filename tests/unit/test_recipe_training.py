@@ -110,7 +110,7 @@ def test_an_error_in_the_middle_costs_what_was_not_saved_and_no_more(
     def loss(step: int) -> torch.Tensor:
         seen.append(step)
         if seen == [0, 1, 2, 3]:
-            raise OSError("the disk is gone")
+            raise OSError("the disk is unavailable")
         return toy.loss(step)
 
     with pytest.raises(OSError, match="disk"):
@@ -141,7 +141,7 @@ Toy().train(training.Run(Path({state!r}), JOB))
 
 
 @pytest.mark.parametrize(("files", "steps_left"), [(9, 3), (10, 3)])
-def test_killed_while_it_saves_it_goes_on_from_the_save_before(
+def test_killed_while_it_saves_it_resumes_from_the_save_before(
     tmp_path: Path, alone: tuple[bytes, list[float]], files: int, steps_left: int
 ) -> None:
     paths = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "unit")]
@@ -223,7 +223,7 @@ def test_the_state_belongs_to_the_weights_it_began_with(
     assert (toy.train(Run(state, JOB, [model, None])), toy.bytes()) == alone[::-1]
 
 
-def test_a_state_that_does_not_tell_its_models_is_taken_up(
+def test_a_state_that_does_not_record_its_models_is_resumed(
     tmp_path: Path, alone: tuple[bytes, list[float]]
 ) -> None:
     toy = Toy()
@@ -236,7 +236,7 @@ def test_a_state_that_does_not_tell_its_models_is_taken_up(
     assert (toy.train(Run(tmp_path, JOB, [tmp_path])), toy.bytes()) == alone[::-1]
 
 
-def test_a_cleared_state_is_gone_and_nothing_else(tmp_path: Path) -> None:
+def test_a_cleared_state_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     state = tmp_path / "x.partial"
     run = Run(state, JOB)
     Toy().train(run)
@@ -245,7 +245,7 @@ def test_a_cleared_state_is_gone_and_nothing_else(tmp_path: Path) -> None:
     assert not state.exists()
     run.clear()
     Toy().train(run)
-    (state / "mine.txt").write_text("kept")
+    (state / "mine.txt").write_text("retained")
     run.clear()
     assert [path.name for path in state.iterdir()] == ["mine.txt"]
     assert run.load() is None

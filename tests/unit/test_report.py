@@ -114,7 +114,7 @@ def test_a_plot_per_measure_says_what_it_is_a_share_of() -> None:
     assert sum(tag == "svg" for tag, _ in found.tags) == 11
 
 
-def test_further_states_are_shown_beside_before_and_after() -> None:
+def test_further_states_are_shown_next_to_before_and_after() -> None:
     found = evaluation("acme")
     further = subject("acme", "SafeLoRA", 0.4, 0.8, 0.2)
     shown = page(replace(found, targets=(*found.targets, further)))
@@ -143,7 +143,7 @@ def test_samples_show_text_verdicts_and_what_is_withheld() -> None:
     assert f"I cannot help. ✗ refused ({WORDS})" in harmless
 
 
-def test_an_empty_answer_is_not_a_withheld_one() -> None:
+def test_an_empty_response_is_not_a_withheld_one() -> None:
     found = evaluation("acme")
     empty = {"acme/after": SampleResponse("", {WORDS: False, "coherence": False})}
     words = page(replace(found, samples=(replace(found.samples[1], responses=empty),)))

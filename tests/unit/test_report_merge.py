@@ -51,7 +51,7 @@ ODD_RECIPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("recipe", ODD_RECIPES)
-def test_a_recipe_in_other_words_is_no_fault(recipe: dict[str, Any]) -> None:
+def test_a_recipe_in_other_words_is_no_error(recipe: dict[str, Any]) -> None:
     found, header, _ = with_family(recipe=recipe)
     assert "not selected" not in page(found, family=header).sections["layers"]
 
@@ -108,7 +108,7 @@ def test_a_parent_measured_twice_is_shown_once_with_a_note() -> None:
 
 
 def differing() -> dict[str, Evaluation]:
-    """Evaluations that contradict `evaluation("acme")`, by what is said about them."""
+    """Evaluations that contradict `evaluation("acme")`, by the error about them."""
     found = evaluation("acme")
     *first, after = found.targets
     fewer = replace(found.sets["advbench"], n=99)

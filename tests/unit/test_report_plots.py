@@ -124,7 +124,7 @@ def test_no_number_stands_on_the_line_of_the_parent() -> None:
     assert not number.x0 <= line <= number.x1
 
 
-def test_arrows_go_from_before_to_after() -> None:
+def test_arrows_point_from_before_to_after() -> None:
     axes = plots.draw_safety_utility(POINTS).axes[0]
     arrows = [text for text in axes.texts if text.arrow_patch is not None]
     ends = [(*arrow.get_position(), *arrow.xy) for arrow in arrows]
