@@ -157,6 +157,7 @@ CALLS: list[tuple[Call, str, str, Any]] = [
     (lambda c: c.cancel_job(7), "POST", "/jobs/7/cancel", {}),
     (lambda c: c.replicas(), "GET", "/replicas", None),
     (lambda c: c.audit(), "GET", "/audit", None),
+    (lambda c: c.usage(), "GET", "/usage", None),
 ]
 
 
@@ -202,7 +203,10 @@ def test_what_narrows_a_question_goes_in_the_query(client: Client, world: World)
     client.audit(target=NAME, action="key.", limit=5, cursor=9)
     client.jobs(tenant=NAME, state="failed", limit=3)
     client.rollouts(limit=4)
-    first, second, third, fourth = (asked.query for asked in world.asked)
+    client.usage(tenant=NAME, key="app", since="2031-05-01", until="2031-05-31")
+    first, second, third, fourth, fifth = (asked.query for asked in world.asked)
+    days = {"since": "2031-05-01", "until": "2031-05-31"}
+    assert fifth == {"tenant": NAME, "key": "app", **days}
     assert first == {"expected_revision": "2"}
     assert second == {"target": NAME, "action": "key.", "limit": "5", "cursor": "9"}
     assert third == {"tenant": NAME, "state": "failed", "limit": "3"} and fourth == {"limit": "4"}
