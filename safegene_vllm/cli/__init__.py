@@ -34,7 +34,7 @@ COMMANDS = {
             "rollout",
             "job",
         ),
-        *("probe", "replica", "audit", "doctor"),
+        *("probe", "replica", "audit", "usage", "doctor"),
     )
 }
 """Modules of the commands, in the order of the help: a function of its own name, or a group."""

@@ -25,6 +25,7 @@ from safegene_vllm.client.schemas import (
     Schema,
     Switched,
     Tenant,
+    Usage,
     Whoami,
 )
 from safegene_vllm.errors import ConfigError
@@ -313,6 +314,18 @@ def audit(
         "cursor": cursor,
     }
     return Call(Page[AuditEntry], "GET", "/audit", query=query)
+
+
+def usage(
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    tenant: str | None = None,
+    key: str | None = None,
+) -> Call[list[Usage]]:
+    """List usage by day, tenant and key, newest day first; days as `2031-05-01`, both included."""
+    query = {"since": since, "until": until, "tenant": tenant, "key": key}
+    return _listed(Usage, "/usage", query)
 
 
 # Jobs

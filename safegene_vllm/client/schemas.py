@@ -7,7 +7,10 @@ Timestamps are in UTC.
 
 from __future__ import annotations
 
-from datetime import datetime
+import csv
+import io
+from collections.abc import Iterable
+from datetime import date, datetime
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
@@ -261,3 +264,41 @@ class Floored(Schema):
 
     family: Family
     rollout: Rollout | None
+
+
+class Usage(Schema):
+    """Requests and tokens of one tenant by one key on one day."""
+
+    day: date = Field(description="in UTC", examples=["2031-05-01"])
+    tenant: str = Field(
+        description="a base model's name for the base itself", examples=["acme/support"]
+    )
+    key: str = Field(description="name of the key", examples=["acme-app"])
+    requests: int = Field(description="admitted, those that failed later included")
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsagePage(Schema):
+    """Page of usage; `cursor` requests the next page, null at the end."""
+
+    data: list[Usage]
+    cursor: str | None = None
+
+
+def usage_csv(rows: Iterable[Usage], *, header: bool = True) -> str:
+    """Format usage as CSV (RFC 4180), a row per day, tenant and key.
+
+    A name that a spreadsheet would read as a formula begins with an apostrophe.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    if header:
+        writer.writerow(Usage.model_fields)
+    for row in rows:
+        names = (
+            f"'{n}" if n.startswith(("=", "+", "-", "@")) else n for n in (row.tenant, row.key)
+        )
+        counts = (row.requests, row.prompt_tokens, row.completion_tokens)
+        writer.writerow((row.day.isoformat(), *names, *counts))
+    return text.getvalue()

@@ -35,6 +35,7 @@ from safegene_server.tenants import (
     read_prompts,
     register_declared,
 )
+from safegene_server.usage_writer import UsageWriter
 from safegene_vllm.errors import ConfigError, ConflictError
 
 logger = logging.getLogger("vllm.safegene_server")
@@ -56,6 +57,7 @@ def configure_app(app: FastAPI, settings: ServerSettings) -> ServerState:
         counters=state.counters,
         traffic=state.metrics.traffic,
         router=app.router,
+        usage=state.usage,
     )
     if found := unclassified(app):
         logger.warning("routes that need an administrator's key: %s", ", ".join(found))
@@ -84,8 +86,8 @@ async def start_tenants(
 ) -> None:
     """Open registry and store, add the keys of the settings, and follow the registry.
 
-    In place: sets the state's replica, tenants, prober and tasks. Keys work from here on.
-    Errors: ConfigError, RegistryError and its kinds, StoreError.
+    In place: sets the state's replica, tenants, prober, usage writer and tasks. Keys work from here
+    on. Errors: ConfigError, RegistryError and its kinds, StoreError.
     """
     await asyncio.to_thread(read_prompts, settings.tenants.gate.prompts)
     prompts = await asyncio.to_thread(read_prompts, settings.probes.prompts)
@@ -114,6 +116,8 @@ async def start_tenants(
     jobs = Jobs(tenants, {ONBOARD: onboard, CALIBRATE: calibrate, PROBE: probe_handler(prober)})
     # Set before anything else can fail, so that the end of the app leaves the registry.
     state.replica, state.prober = replica, prober
+    state.usage_writer = UsageWriter(state.usage, registry, settings.usage.keep_days)
+    state.usage_writer.start()
     if settings.tenants.directory is not None:
         await register_declared(tenants, settings.tenants.directory)
     state.tasks = [

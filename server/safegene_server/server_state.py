@@ -12,12 +12,14 @@ from fastapi import FastAPI, Request
 
 from safegene_server.access.catalog import Catalog
 from safegene_server.access.limits import Counters
+from safegene_server.access.usage import UsageCounts
 from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.probes import Prober
 from safegene_server.monitoring.setup import Metrics
 from safegene_server.replica import InternalClient, Reconciler
 from safegene_server.settings import ServerSettings
 from safegene_server.tenants import TenantContext
+from safegene_server.usage_writer import UsageWriter
 from safegene_server.verifier import Verifier
 
 
@@ -26,26 +28,30 @@ class ServerState:
     """One server process. `settings` is None without a registry.
 
     `verifier` is None until the engine has started, and for an engine without SafeGene;
-    `replica`, `tenants` and `prober` are None until the registry is followed.
+    `replica`, `tenants`, `prober` and `usage_writer` are None until the registry is followed.
     """
 
     settings: ServerSettings | None
     metrics: Metrics
     catalog: Catalog = field(default_factory=Catalog)
     counters: Counters = field(default_factory=Counters)
+    usage: UsageCounts = field(default_factory=UsageCounts)
     internal_client: InternalClient = field(default_factory=InternalClient)
     verifier: Verifier | None = None
     replica: Reconciler | None = None
     tenants: TenantContext | None = None
     prober: Prober | None = None
+    usage_writer: UsageWriter | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def close(self) -> None:
-        """Stop the tasks, which leaves jobs to other replicas, and leave the registry."""
+        """Stop the tasks, which leaves jobs to other replicas, write usage, leave the registry."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         try:
+            if self.usage_writer is not None:
+                await self.usage_writer.stop()
             if self.replica is not None:
                 await self.replica.stop()
                 self.replica.registry.close()

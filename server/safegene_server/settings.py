@@ -64,6 +64,14 @@ class Access(_Part):
     )
 
 
+class Usage(_Part):
+    """Usage by day, tenant and key in the registry."""
+
+    keep_days: int = Field(
+        400, ge=1, le=36500, description="days, today included; rows of older ones are deleted"
+    )
+
+
 class FirstKey(_Part):
     """Key added at the first start; its secret comes from the environment or a file."""
 
@@ -119,6 +127,9 @@ class ServerSettings(BaseSettings):
 
     probes: ProbeSettings = Field(
         ProbeSettings(), description="whether, how often and with which prompts tenants are probed"
+    )
+    usage: Usage = Field(
+        Usage(), description="requests and tokens by day, tenant and key in the registry"
     )
 
     @classmethod

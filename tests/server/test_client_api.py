@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tenant_server import served
 from tenant_setup import SECRETS, World
 
 from safegene_server.api import router
+from safegene_server.registry import UsageRow
 from safegene_vllm.cli import main
 from safegene_vllm.client import ApiError, Client
 
@@ -168,6 +170,13 @@ def test_a_tenants_life_and_every_route(server: Server, client: Client, run: Run
     page = run("audit", "--target", NAME, "--since", "1h", "--limit", 3)
     older = run("audit", "--target", NAME, "--limit", 1, "--cursor", page["cursor"])
     assert len(page["data"]) == 3 and older["data"][0]["id"] < page["data"][-1]["id"]
+
+    day = date(2031, 5, 1)
+    server.world.registry.usage.add(UsageRow(day, NAME, f"k{n}", 1, 7, 3) for n in range(1001))
+    used = client.usage(tenant=NAME)
+    assert len(used) == 1001 and (used[0].day, used[0].requests) == (day, 1)
+    (row,) = run("usage", "--since", "2031-05-01", "--key-name", "k7")["data"]
+    assert row == used[[row.key for row in used].index("k7")].model_dump(mode="json")
 
     every = {f"{method} {route.path}" for route in router.routes for method in route.methods}
     assert server.routes == every

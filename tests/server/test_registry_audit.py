@@ -23,6 +23,7 @@ from safegene_server.registry.revisions import Revisions
 from safegene_server.registry.rollouts import Rollouts
 from safegene_server.registry.stats import read_stats
 from safegene_server.registry.tenants import Tenants
+from safegene_server.registry.usage import Usage
 from safegene_vllm.errors import RegistryError
 
 __all__ = ["registry", "url"]
@@ -41,6 +42,7 @@ PARTS = {
     "replicas": Replicas,
     "jobs": Jobs,
     "audit": AuditLog,
+    "usage": Usage,
 }
 
 
@@ -62,7 +64,9 @@ METHODS = {
     for name, method in public_methods(cls).items()
 }
 WRITES = {name for name, method in METHODS.items() if takes_actor(method)} - {"audit.page"}
-READS = METHODS.keys() - WRITES
+UNAUDITED = {"usage.add", "usage.delete_before"}
+"""Writes of counts, which have no actor: see test_registry_usage."""
+READS = METHODS.keys() - WRITES - UNAUDITED
 
 
 def two_published(registry: Registry) -> None:
@@ -120,6 +124,12 @@ CASES: dict[str, tuple[Prepare, Act, str, str]] = {
         lambda r, _: r.tenants.add("globex", FAMILY, actor="auditor"),
         "tenant.add",
         "globex",
+    ),
+    "tenants.restart": (
+        NOTHING,
+        lambda r, _: r.tenants.restart(TENANT, FAMILY, source="/other", actor="auditor"),
+        "tenant.restart",
+        TENANT,
     ),
     "tenants.set_limits": (
         NOTHING,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from alembic.script import ScriptDirectory
 from registry_setup import HEADER, ROOT, empty_url, url
 from sqlalchemy import inspect, text
 
-from safegene_server.registry import Registry, schema, tables
+from safegene_server.registry import Registry, UsageRow, schema, tables
 from safegene_server.registry.database import Database
 from safegene_vllm.errors import RegistryDownError, SchemaError
 
@@ -72,16 +73,16 @@ def test_head_is_the_newest_migration() -> None:
 
 
 def add_migration(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    """Migration 0002 after those of the release, in a script directory below `folder`."""
+    """Migration 0003 after those of the release, in a script directory below `folder`."""
     scripts = folder / "100% of them"
     shutil.copytree(schema.MIGRATIONS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "v0002_extra.py").write_text(
+    (scripts / "versions" / "v0003_extra.py").write_text(
         "from alembic import op\n"
-        "revision, down_revision, branch_labels, depends_on = '0002', '0001', None, None\n"
+        "revision, down_revision, branch_labels, depends_on = '0003', '0002', None, None\n"
         f"def upgrade():\n    op.execute('ALTER TABLE keys ADD COLUMN extra INTEGER')\n    {body}\n"
     )
     monkeypatch.setattr(schema, "MIGRATIONS", scripts)
-    monkeypatch.setattr(schema, "HEAD", "0002")
+    monkeypatch.setattr(schema, "HEAD", "0003")
 
 
 def schema_of(url: str) -> tuple[str, bool]:
@@ -103,15 +104,37 @@ def test_an_older_database_is_upgraded_with_its_rows(
     before = registry.families.list(), registry.audit.page(), registry.version()
     registry.close()
     add_migration(tmp_path, monkeypatch, "op.execute('UPDATE version SET value = value + 1')")
-    with pytest.raises(SchemaError, match="has schema 0001, this release needs 0002"):
+    with pytest.raises(SchemaError, match="has schema 0002, this release needs 0003"):
         Registry(url, migrate=False)
-    assert schema_of(url) == ("0001", False)
+    assert schema_of(url) == ("0002", False)
     for _ in range(2):
         registry = Registry(url)
-        assert schema_of(url) == ("0002", True)
+        assert schema_of(url) == ("0003", True)
         after = registry.families.list(), registry.audit.page(), registry.version()
         assert after == (*before[:2], before[2] + 1)
         registry.close()
+
+
+def test_a_database_of_the_first_schema_gets_usage(
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "HEAD", "0001")
+        registry = Registry(empty_url)
+        assert "usage" not in inspect(registry.database.engine).get_table_names()
+        registry.families.add(HEADER, None, actor="test")
+        before = registry.families.list(), registry.audit.page(), registry.version()
+        registry.close()
+    registry = Registry(empty_url)
+    assert schema_of(empty_url) == ("0002", False)
+    assert (registry.families.list(), registry.audit.page(), registry.version()) == before
+    row = UsageRow(date(2031, 5, 1), "acme", "app", 1, 2, 3)
+    registry.usage.add([row])
+    assert registry.usage.list().rows == (row,)
+    registry.close()
+    monkeypatch.setattr(schema, "HEAD", "0001")
+    with pytest.raises(SchemaError, match="schema 0002, which is newer"):
+        Registry(empty_url)
 
 
 def test_a_migration_that_fails_leaves_the_older_schema(
@@ -121,7 +144,7 @@ def test_a_migration_that_fails_leaves_the_older_schema(
         add_migration(tmp_path, patch, "raise RuntimeError('half way')")
         with pytest.raises(RuntimeError, match="half way"):
             Registry(url)
-        assert schema_of(url) == ("0001", False)
+        assert schema_of(url) == ("0002", False)
     Registry(url, migrate=False).close()
 
 
@@ -149,14 +172,14 @@ def test_several_servers_that_start_at_once_migrate_once(empty_url: str) -> None
 def test_a_newer_schema_is_rejected_and_unchanged(url: str) -> None:
     execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '0999'")
     for migrate in (True, False):
-        with pytest.raises(SchemaError, match=r"schema 0999.*newer.*up to 0001.*newer release"):
+        with pytest.raises(SchemaError, match=r"schema 0999.*newer.*up to 0002.*newer release"):
             Registry(url, migrate=migrate)
     execute(url, f"UPDATE {schema.SCHEMA_TABLE} SET version_num = '{schema.HEAD}'")
     Registry(url, migrate=False).close()
 
 
 def test_without_migrate_nothing_is_migrated(empty_url: str) -> None:
-    with pytest.raises(SchemaError, match="has schema none, this release needs 0001"):
+    with pytest.raises(SchemaError, match="has schema none, this release needs 0002"):
         Registry(empty_url, migrate=False)
     database = Database(empty_url)
     assert inspect(database.engine).get_table_names() == []
@@ -193,9 +216,9 @@ def test_an_installed_wheel_has_the_migrations(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     wheel = next((tmp_path / "dist").glob("*.whl"))
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
-    assert "safegene_server/registry/migrations/versions/v0001_first.py" in (
-        zipfile.ZipFile(wheel).namelist()
-    )
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("v0001_first", "v0002_usage"):
+        assert f"safegene_server/registry/migrations/versions/{name}.py" in names
     use = (
         "import sys; sys.path.insert(0, 'installed')\n"
         "import safegene_server.registry as r\n"

@@ -53,6 +53,7 @@ class World:
     url: str = ""
     family: dict[str, Any] = field(default_factory=dict)
     more_families: list[str] = field(default_factory=list)
+    usage: list[dict[str, Any]] = field(default_factory=list)
 
     def families(self) -> list[dict[str, Any]]:
         return [family(digest=d, **self.family) for d in (FAMILY, *self.more_families)]
@@ -179,6 +180,8 @@ class World:
                 what = {"actor": "ops", "action": "key.add", "target": "acme-app"}
                 entry = {"id": 9, "at": AT, **what, "details": {"scopes": ["serve"]}}
                 return {"data": [entry], "cursor": 9}
+            case "GET", "usage":
+                return self.listed(self.usage, recorded.query)
         return None
 
     def of_tenant(self, method: str, parts: list[str], recorded: RecordedRequest) -> Any:

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "vllm", "transformers", "fastapi", "numpy", "peft"}
 WITH_EXAMPLES = {"inspect", "degrade", "extract", "select", "calibrate", "profile"}
 WITH_EXAMPLES |= {"evaluate", "report", "export"}
-WITH_EXAMPLES |= {"tenant", "family", "key", "rollout", "job", "replica", "audit"}
+WITH_EXAMPLES |= {"tenant", "family", "key", "rollout", "job", "replica", "audit", "usage"}
 """Commands whose options all show an example."""
 PRESENT = [
     name

@@ -8,6 +8,7 @@ import shlex
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,7 @@ def test_invalid_calibration_options_are_rejected_before_a_request(
         (["key", "add", "app", "--tenant", "*", "--expires", "soon"], "30d"),
         (["key", "add", "app", "--tenant", "*", "--expires", "2001-01-01"], "future"),
         (["audit", "--since", "99999999d"], "--since"),
+        (["usage", "--since", "yesterday"], "--since"),
     ],
 )
 def test_invalid_options_are_rejected_before_a_request(
@@ -515,6 +517,65 @@ def test_audit(run: Run, world: World) -> None:
     assert json.loads(run("audit", "--json").out)["data"][0]["at"] == AT
 
 
+USAGE = {"tenant": NAME, "key": "app", "requests": 3, "prompt_tokens": 70, "completion_tokens": 9}
+
+
+def days(count: int) -> list[dict[str, Any]]:
+    return [{"day": f"2031-05-0{count - n}", **USAGE} for n in range(count)]
+
+
+def test_usage_is_a_table_by_day_with_a_total(run: Run, world: World) -> None:
+    world.usage = days(3)
+    outcome = run("usage", "--tenant", NAME, "--key-name", "app", "--until", "2031-05-03")
+    query = world.asked[0].query
+    assert (query["tenant"], query["key"], query["until"]) == (NAME, "app", "2031-05-03")
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert lines[0] == [
+        *("day", "tenant", "key", "requests"),
+        *("prompt", "tokens"),
+        *("completion", "tokens"),
+    ]
+    assert lines[1:] == [[f"2031-05-0{n}", NAME, "app", "3", "70", "9"] for n in (3, 2, 1)]
+    assert outcome.err == "total: 9 requests, 210 prompt tokens, 27 completion tokens\n"
+
+
+def test_usage_is_of_thirty_days_by_default(run: Run, world: World) -> None:
+    assert run("usage").code == 0
+    (asked,) = world.asked
+    assert asked.query.keys() == {"since"}
+    ago = datetime.now(UTC).date() - date.fromisoformat(asked.query["since"])
+    assert ago.days == 30
+
+
+@pytest.mark.parametrize(
+    ("given", "day"),
+    [
+        ("2031-05-01", "2031-05-01"),
+        ("2031-05-01T01:00+02:00", "2031-04-30"),
+        ("0001-01-01T00:00+14:00", "0001-01-01"),
+    ],
+)
+def test_days_of_usage_are_in_utc(run: Run, world: World, given: str, day: str) -> None:
+    assert run("usage", "--since", given).code == 0
+    assert world.asked[0].query == {"since": day}
+
+
+def test_usage_as_csv_and_json(run: Run, world: World) -> None:
+    world.usage = days(3)
+    world.usage[0] |= {"tenant": "=1+1", "key": 'a,"b'}
+    outcome = run("usage", "--csv")
+    assert outcome.out == (
+        "day,tenant,key,requests,prompt_tokens,completion_tokens\n"
+        '2031-05-03,\'=1+1,"a,""b",3,70,9\n'
+        f"2031-05-02,{NAME},app,3,70,9\n"
+        f"2031-05-01,{NAME},app,3,70,9\n"
+    )
+    assert outcome.err == ""
+    assert json.loads(run("usage", "--json").out) == {"data": world.usage}
+    both = run("usage", "--csv", "--json")
+    assert both.code == 1 and "give one" in both.err
+
+
 # Keys and addresses
 
 
@@ -624,18 +685,18 @@ def test_the_page_shows_commands_that_work(run: Run, world: World, tmp_path: Pat
     named: set[str] = set()
     for command in commands:
         words = shlex.split(command.partition("  #")[0])[1:]
-        named.add(" ".join(words[: 1 if words[0] == "audit" else 2]))
+        named.add(" ".join(words[: 1 if words[0] in ("audit", "usage") else 2]))
         world.job_states = ["done"]
         world.revisions[0]["state"] = "ready"
         outcome = run(*words)
         assert outcome.code == 0, (command, outcome)
-    from safegene_vllm.cli import audit, family, job, key, probe, replica, rollout, tenant
+    from safegene_vllm.cli import audit, family, job, key, probe, replica, rollout, tenant, usage
 
     groups = {"tenant": tenant, "family": family, "key": key, "rollout": rollout}
     groups |= {"job": job, "probe": probe, "replica": replica}
     every = {f"{group} {word}" for group, module in groups.items() for word in module.COMMANDS}
     # These need no server; their guide is another page.
     without_server = {"family make", "tenant protect"}
-    assert named == every - without_server | {"audit"} and audit
+    assert named == every - without_server | {"audit", "usage"} and audit and usage
     family_page = (GUIDES / "family.md").read_text()
     assert all(f"\nsafegene {command} " in family_page for command in without_server)

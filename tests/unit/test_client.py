@@ -160,6 +160,7 @@ CALLS: list[tuple[Call, str, str, Any]] = [
     (lambda c: c.cancel_job(7), "POST", "/jobs/7/cancel", {}),
     (lambda c: c.replicas(), "GET", "/replicas", None),
     (lambda c: c.audit(), "GET", "/audit", None),
+    (lambda c: c.usage(), "GET", "/usage", None),
 ]
 
 
@@ -205,7 +206,10 @@ def test_filters_are_sent_in_the_query(client: Client, world: World) -> None:
     client.audit(target=NAME, action="key.", limit=5, cursor=9)
     client.jobs(tenant=NAME, state="failed", limit=3)
     client.rollouts(limit=4)
-    first, second, third, fourth = (request.query for request in world.requests)
+    client.usage(tenant=NAME, key="app", since="2031-05-01", until="2031-05-31")
+    first, second, third, fourth, fifth = (request.query for request in world.requests)
+    days = {"since": "2031-05-01", "until": "2031-05-31"}
+    assert fifth == {"tenant": NAME, "key": "app", **days}
     assert first == {"expected_revision": "2"}
     assert second == {"target": NAME, "action": "key.", "limit": "5", "cursor": "9"}
     assert third == {"tenant": NAME, "state": "failed", "limit": "3"} and fourth == {"limit": "4"}

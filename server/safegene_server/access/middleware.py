@@ -2,8 +2,8 @@
 
 A request passes by its route's rule, its key and the key's scopes; where it names a model, also by
 the catalog and the limits, and then its body is passed on with the revision's name. Responses pass
-chunk by chunk, with headers of ours and the requested name as their model. Where traffic is
-counted, usage is requested of every stream, and hidden from a client that did not request it.
+chunk by chunk, with headers of ours and the requested name as their model. Where traffic or usage
+is counted, usage is requested of every stream, and hidden from a client that did not request it.
 Belongs inside a CORS middleware, which responds to preflights without a key, and outside of
 anything that reads bodies.
 """
@@ -41,6 +41,7 @@ from safegene_server.access.route_permissions import (
     route_path,
     rule_for,
 )
+from safegene_server.access.usage import UsageCounts
 from safegene_server.metrics.labels import NO_TENANT
 from safegene_server.metrics.token_metering import UsageMeter, count_completions, estimate_prompt
 from safegene_server.metrics.traffic import RequestMetrics, Traffic
@@ -86,8 +87,9 @@ class AccessSettings:
 class AccessMiddleware:
     """ASGI middleware. `now` returns Unix time in seconds.
 
-    `traffic` counts passed and rejected requests; without it nothing is counted. `router` is the
-    app's: a path without a route gets its 404 or redirect; without it, a 403.
+    `traffic` counts passed and rejected requests, `usage` the tokens of each tenant and key; both
+    are optional. `router` is the app's: a path without a route gets its 404 or redirect; without
+    it, a 403.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class AccessMiddleware:
         now: Callable[[], float] = time.time,
         traffic: Traffic | None = None,
         router: Router | None = None,
+        usage: UsageCounts | None = None,
     ) -> None:
         self.app = app
         self.catalog = catalog
@@ -107,6 +110,7 @@ class AccessMiddleware:
         self.now = now
         self.traffic = traffic
         self.router = router
+        self.usage = usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -192,7 +196,8 @@ class AccessMiddleware:
                 tenant = target.account
                 response.extra[REVISION] = quote(target.served, safe="/@:+").encode()
             document["model"] = target.served
-            hide = metrics is not None and self._request_usage(route_path(scope), document)
+            metered = metrics is not None or self.usage is not None
+            hide = metered and self._request_usage(route_path(scope), document)
             payload = body.encode(document)
             estimate = estimate_prompt(len(payload)) if rule.tokens else 0
             completions = count_completions(document) if rule.tokens else 1
@@ -213,12 +218,14 @@ class AccessMiddleware:
             if metrics is not None:
                 metrics.resolved(tenant, target.served, judge=not document.get("echo"))
                 await metrics.run(self.app, inner, replayed, meter)
-            elif estimate and target.limits.tokens_per_minute is not None:
+            elif estimate and (metered or target.limits.tokens_per_minute is not None):
                 await self.app(inner, replayed, meter.send)
             else:
                 await self.app(inner, replayed, send)
         finally:
             reservation.close(meter.tokens if rule.tokens else 0)
+            if self.usage is not None and rule.tokens:
+                self.usage.add(target.account, principal.name, *meter.counts, self.now())
 
     def _unserved(self, scope: Scope, principal: Principal) -> bool:
         """Return whether the app runs nothing for this request: it responds 404, 405 or 307."""

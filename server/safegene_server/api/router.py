@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from safegene_server.api import families, jobs, keys, operations, probes, tenants
+from safegene_server.api import families, jobs, keys, operations, probes, tenants, usage
 
 ERRORS = {
     400: "The request is invalid, or requests something impossible.",
@@ -41,5 +41,5 @@ router = APIRouter(
         status: {"model": ErrorResponse, "description": text} for status, text in ERRORS.items()
     },
 )
-for module in (tenants, families, keys, jobs, probes, operations):
+for module in (tenants, families, keys, jobs, probes, usage, operations):
     router.include_router(module.router)

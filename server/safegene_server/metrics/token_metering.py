@@ -132,6 +132,17 @@ class UsageMeter:
         length = self._events if self.streams else self._bytes // BYTES_PER_TOKEN
         return self._estimate + length
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Prompt and completion tokens as far as known: none for an error, no estimates.
+
+        A stream without usage has its events as completion tokens.
+        """
+        if self.status is not None and self.status >= 400:
+            return 0, 0
+        self.settle()
+        return self.prompt or 0, self.completion or (self._events if self.streams else 0)
+
     def _observe(self, chunk: bytes) -> None:
         if not self.streams:
             self._bytes += len(chunk)

@@ -22,6 +22,9 @@ from safegene_server.registry.records import (
     RolloutStatus,
     Snapshot,
     Tenant,
+    UsageCursor,
+    UsagePage,
+    UsageRow,
 )
 from safegene_server.registry.store import Registry
 from safegene_server.registry.watch import watch
@@ -47,5 +50,8 @@ __all__ = [
     "Seen",
     "Snapshot",
     "Tenant",
+    "UsageCursor",
+    "UsagePage",
+    "UsageRow",
     "watch",
 ]

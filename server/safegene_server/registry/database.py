@@ -80,7 +80,7 @@ class Write:
         return None if key is None else key[0]
 
     def skip_audit(self) -> None:
-        """Allow this write without an audit entry: it changes nothing but timestamps."""
+        """Allow this write without an audit entry: it changes only timestamps or counts."""
         self.audited = True
 
     def bump(self) -> int:

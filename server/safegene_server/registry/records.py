@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import date, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -247,6 +247,33 @@ class AuditPage:
 
     entries: tuple[AuditEntry, ...]
     cursor: int | None
+
+
+@dataclass(frozen=True)
+class UsageRow:
+    """Requests and tokens of one tenant by one key on one day in UTC.
+
+    `tenant` is the base model's served name for requests to the base model itself.
+    """
+
+    day: date
+    tenant: str
+    key: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+UsageCursor = tuple[date, str, str]
+"""Day, tenant and key of the last row of a page."""
+
+
+@dataclass(frozen=True)
+class UsagePage:
+    """Rows, newest day first; `cursor` (None: no more) continues after the last one."""
+
+    rows: tuple[UsageRow, ...]
+    cursor: UsageCursor | None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safegene_server.registry import tables
 from safegene_server.registry.database import Database
 from safegene_vllm.errors import RegistryDownError, SchemaError
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration, which this release needs."""
 
 SCHEMA_TABLE = "safegene_schema"
@@ -91,7 +91,7 @@ def _run_migrations(connection: Connection) -> None:
     config = Config(attributes={"connection": connection})
     # A ConfigParser interpolates "%".
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    command.upgrade(config, "head")
+    command.upgrade(config, HEAD)
 
 
 def _shown(database: Database) -> str:

@@ -1,7 +1,8 @@
 """Registry of families, tenants, revisions, keys, replicas and jobs in one database.
 
 Every write takes an `actor`, is one transaction, adds an audit entry, and raises the version if
-replicas must follow. Calls block: run them in a thread when called from a coroutine.
+replicas must follow; counts of usage are the exception, without actor and entry. Calls block: run
+them in a thread when called from a coroutine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safegene_server.registry.rollouts import Rollouts, previous_ids
 from safegene_server.registry.schema import open_schema
 from safegene_server.registry.stats import RegistryStats, read_stats
 from safegene_server.registry.tenants import Tenants, current_tenants
+from safegene_server.registry.usage import Usage
 
 
 class Registry:
@@ -46,6 +48,7 @@ class Registry:
         self.replicas = Replicas(self.database)
         self.jobs = Jobs(self.database)
         self.audit = AuditLog(self.database)
+        self.usage = Usage(self.database)
         try:
             open_schema(self.database, migrate=migrate)
         except BaseException:

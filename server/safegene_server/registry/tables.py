@@ -10,9 +10,11 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Dialect,
     Float,
@@ -222,4 +224,16 @@ audit = Table(
     Column("details", _json(), nullable=False),
     Index("ix_audit_target_id", "target", "id"),
     sqlite_autoincrement=True,
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("day", Date, primary_key=True),
+    # Neither is a foreign key: the base model has no row, and counts outlive what they name.
+    Column("tenant", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
 )
