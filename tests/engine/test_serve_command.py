@@ -17,6 +17,13 @@ from safegene_vllm.launcher.vllm_install import COMMAND, find_vllm, unknown_flag
 
 pytestmark = pytest.mark.engine
 
+UNCHECKED = """
+import sys
+from safegene_vllm import cli, doctor
+doctor.check_installation = lambda *_: None
+cli.main(sys.argv[1:])
+"""
+"""The command without the check that would find two distributions of vLLM here."""
 FLAGS = """
 import json
 try:
@@ -48,8 +55,16 @@ def test_the_vllm_command_serves_with_a_kv_cache_that_fits(tmp_path: Path) -> No
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     port = str(free_port())
     small = [word for word in SMALL if word not in ("--kv-cache-memory-bytes", "67108864")]
-    command = [sys.executable, "-u", "-m", "safegene_vllm", "serve", str(tmp_path / "m")]
-    command += ["--family", str(tmp_path / "f"), "--tenant", f"acme={tmp_path / 't'}"]
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        UNCHECKED,
+        "serve",
+        str(tmp_path / "m"),
+        str(tmp_path / "f"),
+    ]
+    command += ["--tenant", f"acme={tmp_path / 't'}"]
     command += ["--host", "127.0.0.1", "--port", port, *small]
     env = {
         **os.environ,
