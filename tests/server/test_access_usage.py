@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from access_app import CHAT, NOW_S, ask, chat, guarded, rejected, speak
+from access_app import CHAT, NOW_S, asgi_post, chat, guarded, rejected, send_request
 from starlette.types import Receive, Scope, Send
 
 from safegene_server.access.usage import DAY_S, UsageCounts
@@ -61,8 +61,8 @@ def test_rejected_requests_and_routes_without_tokens_are_not_counted() -> None:
     rejected(chat(access, "acme", background=True), 400)
     rejected(chat(access, "nobody"), 401)
     rejected(chat(access, "read"), 403)
-    assert ask(access, "POST", "/tokenize", "acme", json={}).status_code == 200
-    assert ask(access, "GET", "/v1/models", "acme").status_code == 200
+    assert send_request(access, "POST", "/tokenize", "acme", json={}).status_code == 200
+    assert send_request(access, "GET", "/v1/models", "acme").status_code == 200
     assert counts.requests == 0
     for _ in range(3):
         assert chat(access, "other").status_code == 200
@@ -83,7 +83,7 @@ def test_an_exception_is_a_request_without_tokens() -> None:
 
     counts = UsageCounts()
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(speak(guarded(broken, usage=counts), "acme", {})[0])
+        asyncio.run(asgi_post(guarded(broken, usage=counts), "acme", {})[0])
     assert rows(counts) == [UsageRow(DAY, "acme", "acme", 1, 0, 0)]
 
 
@@ -107,7 +107,7 @@ LAST = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":5}}\
 def test_the_usage_of_a_stream_is_requested_and_hidden() -> None:
     counts = UsageCounts()
     access = guarded(stream(DELTA, LAST), usage=counts)
-    response = ask(access, "POST", CHAT, "acme", json={"stream": True})
+    response = send_request(access, "POST", CHAT, "acme", json={"stream": True})
     assert b"usage" not in response.content and response.content.startswith(DELTA)
     assert rows(counts) == [UsageRow(DAY, "acme", "acme", 1, 7, 5)]
 
@@ -117,7 +117,7 @@ def test_a_client_that_leaves_is_counted_with_what_it_got() -> None:
 
     async def run() -> None:
         access = guarded(stream(DELTA, DELTA, endless=True), usage=counts)
-        task = asyncio.create_task(speak(access, "acme", {"stream": True})[0])
+        task = asyncio.create_task(asgi_post(access, "acme", {"stream": True})[0])
         for _ in range(10):
             await asyncio.sleep(0)
         task.cancel()

@@ -527,7 +527,7 @@ def days(count: int) -> list[dict[str, Any]]:
 def test_usage_is_a_table_by_day_with_a_total(run: Run, world: World) -> None:
     world.usage = days(3)
     outcome = run("usage", "--tenant", NAME, "--key-name", "app", "--until", "2031-05-03")
-    query = world.asked[0].query
+    query = world.requests[0].query
     assert (query["tenant"], query["key"], query["until"]) == (NAME, "app", "2031-05-03")
     lines = [line.split() for line in outcome.out.splitlines()]
     assert lines[0] == [
@@ -541,9 +541,9 @@ def test_usage_is_a_table_by_day_with_a_total(run: Run, world: World) -> None:
 
 def test_usage_is_of_thirty_days_by_default(run: Run, world: World) -> None:
     assert run("usage").code == 0
-    (asked,) = world.asked
-    assert asked.query.keys() == {"since"}
-    ago = datetime.now(UTC).date() - date.fromisoformat(asked.query["since"])
+    (request,) = world.requests
+    assert request.query.keys() == {"since"}
+    ago = datetime.now(UTC).date() - date.fromisoformat(request.query["since"])
     assert ago.days == 30
 
 
@@ -557,7 +557,7 @@ def test_usage_is_of_thirty_days_by_default(run: Run, world: World) -> None:
 )
 def test_days_of_usage_are_in_utc(run: Run, world: World, given: str, day: str) -> None:
     assert run("usage", "--since", given).code == 0
-    assert world.asked[0].query == {"since": day}
+    assert world.requests[0].query == {"since": day}
 
 
 def test_usage_as_csv_and_json(run: Run, world: World) -> None:
