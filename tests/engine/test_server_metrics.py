@@ -65,6 +65,18 @@ def until(server: Running, name: str, value: float, **labels: str) -> Scrape:
     return found
 
 
+def usage_by_tenant(server: Running) -> dict[str, list[int]]:
+    """Requests, prompt tokens and completion tokens that the registry has, of all days and keys."""
+    response = server.http(ADMIN).get("/v1/safegene/usage")
+    assert response.status_code == 200, response.text
+    sums: dict[str, list[int]] = {}
+    for row in response.json()["data"]:
+        counts = [row["requests"], row["prompt_tokens"], row["completion_tokens"]]
+        before = sums.get(row["tenant"], [0, 0, 0])
+        sums[row["tenant"]] = [a + b for a, b in zip(before, counts, strict=True)]
+    return sums
+
+
 def test_metrics_need_a_key_for_all_tenants(server: Running) -> None:
     assert httpx.get(f"{server.url}/metrics", timeout=60).status_code == 401
     assert server.http(ACME).get("/metrics").status_code == 403
@@ -145,6 +157,16 @@ def test_requests_are_counted_exactly(server: Running) -> None:
     assert grown("rejected_requests_total", tenant="", reason="unknown_key") == 1
     assert grown("requests_total", tenant="", outcome="client_error") == 2
     assert grown("unprotected_requests_total", **SUPPORT) == 0
+
+    # The request that the engine rejected is one without tokens.
+    expected = {
+        "acme/support": [4, 3 * len(LONG), 3 * TOKENS],
+        "globex": [1, len(LONG), TOKENS],
+    }
+    begun_s = time.monotonic()
+    while (used := usage_by_tenant(server)) != expected:
+        assert time.monotonic() - begun_s < 300, used
+        time.sleep(0.5)
 
 
 def test_responses_name_what_was_requested_and_which_revision_it_was(server: Running) -> None:

@@ -161,12 +161,19 @@ def test_restored_rows_are_added_to_newer_counts() -> None:
 
 def test_memory_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     counts = UsageCounts(max_rows=2)
-    with caplog.at_level(logging.ERROR, "vllm.safegene_server"):
-        for key in "abcda":
-            counts.add("t", key, 1, 1, NOW_S)
-    assert {row.key: row.requests for row in counts.take()} == {"a": 2, "b": 1}
+    for key in "abcda":
+        counts.add("t", key, 1, 1, NOW_S)
     assert counts.dropped == 2
-    assert caplog.text.count("2 rows are not written yet") == 1
+    with caplog.at_level(logging.ERROR, "vllm.safegene_server"):
+        taken = counts.take()
+        counts.add("t", "c", 1, 1, NOW_S)
+        counts.restore(taken)
+        assert counts.dropped == 1 and counts.requests == 3
+        counts.take()
+        counts.take()
+    assert {row.key: row.requests for row in taken} == {"a": 2, "b": 1}
+    assert caplog.text.count("usage of 2 requests is lost: 2 rows") == 1
+    assert caplog.text.count("usage of 1 requests is lost") == 1
 
 
 def test_one_response_cannot_exceed_a_databases_integer() -> None:

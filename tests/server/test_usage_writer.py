@@ -6,13 +6,18 @@ import asyncio
 import logging
 import time
 from datetime import date, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
+from safegene_server.access.middleware import AccessMiddleware
 from safegene_server.access.usage import DAY_S, UsageCounts
+from safegene_server.app import configure_app
 from safegene_server.registry import UsageRow
+from safegene_server.settings import ServerSettings
 from safegene_server.usage_writer import UsageWriter
 from safegene_vllm.errors import RegistryDownError
 
@@ -121,6 +126,25 @@ def test_a_registry_that_is_down_loses_nothing(
     assert registry.rows == [UsageRow(DAY, "t", "k", 4, 40, 20)]
     assert caplog.text.count("usage cannot be written") == 1
     assert caplog.text.count("written again") == 1
+
+
+def test_the_app_counts_usage_and_writes_it_when_it_ends(tmp_path: Path) -> None:
+    registry = Registry()
+    app = FastAPI()
+    settings = ServerSettings(registry=str(tmp_path / "r.db"), store=tmp_path / "store")
+    state = configure_app(app, settings)
+    (access,) = [layer for layer in app.user_middleware if layer.cls is AccessMiddleware]
+    assert access.kwargs["usage"] is state.usage and settings.usage.keep_days == 400
+
+    async def run() -> None:
+        async with app.router.lifespan_context(app):
+            state.usage_writer = writer(state.usage, registry)
+            state.usage_writer.start()
+            await asyncio.sleep(0.05)
+            count(state.usage)
+
+    asyncio.run(run())
+    assert registry.rows == [UsageRow(DAY, "t", "k", 1, 10, 5)]
 
 
 def test_what_cannot_be_written_at_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:

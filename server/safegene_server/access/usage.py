@@ -24,7 +24,7 @@ MAX_TOKENS = 2**31 - 1
 class UsageCounts:
     """Counts that are not in the registry yet. Not safe to share between threads.
 
-    `dropped` are the requests that were not counted because there were `max_rows` rows.
+    `dropped` are the requests since the last `take` that exceeded `max_rows` rows.
     """
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
@@ -48,6 +48,13 @@ class UsageCounts:
 
     def take(self) -> list[UsageRow]:
         """Return all rows, and count from 0 again."""
+        if self.dropped:
+            logger.error(
+                "usage of %d requests is lost: %d rows were not written to the registry in time",
+                self.dropped,
+                self._max_rows,
+            )
+        self.dropped = 0
         taken, self._rows = self._rows, {}
         return [
             UsageRow(datetime.fromtimestamp(day * DAY_S, UTC).date(), tenant, key, *counts)
@@ -69,10 +76,4 @@ class UsageCounts:
         elif len(self._rows) < self._max_rows:
             self._rows[row] = list(counts)
         else:
-            if not self.dropped:
-                logger.error(
-                    "usage: %d rows are not written yet; requests of other tenants and keys are "
-                    "not counted until the registry responds",
-                    self._max_rows,
-                )
             self.dropped += counts[0]
