@@ -31,7 +31,7 @@ UNIT_TESTS = sorted((FOLDER / "tests").glob("*.yml"))
 
 
 def run(tool: str, *arguments: str | Path) -> str:
-    """What the tool says. It must agree."""
+    """Output of the tool, which must succeed."""
     done = subprocess.run(
         [tools.find(tool), *arguments], capture_output=True, text=True, timeout=300
     )

@@ -110,7 +110,7 @@ def probed(client: httpx.Client, revision: str) -> Any:
 
 
 def series(client: httpx.Client) -> dict[str, float]:
-    """What /metrics says of probes of the tenant; a key of `prompts` ends in its kind."""
+    """The probe metrics of the tenant; a key of `prompts` ends in its kind."""
     response = client.get("/metrics", headers={"Authorization": f"Bearer {ADMIN}"})
     assert response.status_code == 200
     found = {}

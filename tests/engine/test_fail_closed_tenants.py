@@ -202,9 +202,9 @@ def test_rejected_without_effect_on_other_tenants(
     e, before = running
     tenant = bad(setup_dir, spoil.__name__)
     spoil(setup_dir, tenant)
-    with pytest.raises(error, match=words) as refusal:
+    with pytest.raises(error, match=words) as rejection:
         e.add(tenant)
-    assert spoil.__name__ in str(refusal.value), "the message names the tenant or its path"
+    assert spoil.__name__ in str(rejection.value), "the message names the tenant or its path"
     assert e.generate([Request(PROMPT, setup_dir / "tenants" / "good")])[0] == before
     assert spoil.__name__ not in {a.name for r in e.receipts() for a in r.adapters}
 

@@ -109,7 +109,7 @@ def odd_model(me: Member, other: Member, draw: random.Random) -> Case:
 
 
 def odd_encoding(me: Member, other: Member, draw: random.Random) -> Case:
-    """What may be read in two ways is rejected, whichever tenant is named in it."""
+    """An ambiguous request is rejected, whichever tenant is named in it."""
     mine = json.dumps(body(model=me.name))
     twice = mine[:-1] + f', "model": "{other.name}"}}'
     content, headers = draw.choice(

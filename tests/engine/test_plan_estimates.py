@@ -24,7 +24,7 @@ CASES = (
 
 
 def resident(worker: Any) -> dict[str, int]:
-    """What one worker holds: bytes of all stacked slot tensors, and of the gain table."""
+    """Memory of one worker: bytes of all stacked slot tensors, and of the gain table."""
     manager = worker.model_runner.lora_manager._adapter_manager
     slots = 0
     for layer in manager.modules.values():

@@ -89,8 +89,8 @@ def test_the_vllm_command_serves_with_a_kv_cache_that_fits(tmp_path: Path) -> No
             assert f"starting: {stage}" in stages
         assert len(lines) < 20, "vLLM's own lines are folded"
         body = {"model": "acme", "prompt": [5, 6], "max_tokens": 2}
-        reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-        assert reply.status_code == 200, reply.text
+        response = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 200, response.text
     finally:
         end(process, drain)
     assert any("POST /v1/completions" in line for line in lines)

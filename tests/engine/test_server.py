@@ -173,7 +173,7 @@ def test_a_tenant_loaded_at_run_time_is_verified_and_served(server: Server, unha
     assert "t1" in [model.id for model in server.client.models.list()]
 
 
-# -- refusals: what is done to a copy of a good tenant, and words of our message ---------------
+# -- rejections: what is done to a copy of a good tenant, and words of our message ---------------
 
 
 def other_family(server: Server, place: Path) -> None:

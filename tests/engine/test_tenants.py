@@ -59,7 +59,7 @@ class Server(Running):
         return super().complete(key, model, prompt or LONG, **more)
 
     def cached(self) -> int:
-        """How many prompt tokens were taken from the prefix cache so far."""
+        """Number of prompt tokens taken from the prefix cache so far."""
         lines = self.http(ADMIN).get("/metrics").text.splitlines()
         found = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total{")]
         assert len(found) == 1, found

@@ -1,4 +1,4 @@
-"""What `safegene verify` decides before it starts an engine."""
+"""Decisions of `safegene verify` before it starts an engine."""
 
 from __future__ import annotations
 

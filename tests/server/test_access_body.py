@@ -63,8 +63,8 @@ def test_the_forwarded_body_means_what_was_sent(document: dict[str, Any]) -> Non
     sent = json.dumps(document).encode()
     try:
         payload = encode(parse(sent, 64))
-    except RequestRejectedError as refusal:
-        assert refusal.status == 400
+    except RequestRejectedError as error:
+        assert error.status == 400
         assert float("inf") in _numbers(document) or float("-inf") in _numbers(document)
     else:
         assert json.loads(payload) == document
@@ -90,8 +90,8 @@ def test_any_bytes_are_one_object_or_rejected(body: bytes) -> None:
     try:
         document = parse(body, DEPTH)
         payload = encode(document)
-    except RequestRejectedError as refusal:
-        assert refusal.status == 400
+    except RequestRejectedError as error:
+        assert error.status == 400
     else:
         assert json.loads(payload) == document == json.loads(body)
 
@@ -148,8 +148,8 @@ def test_a_key_named_twice(body: bytes, name: str) -> None:
     "body", [b'{"\\ud800": 1, "\\ud800": 2}', b'{"a": {"\\udfff": 1, "\\udfff": 2}}']
 )
 def test_a_duplicate_key_that_is_an_unpaired_surrogate_can_be_reported(body: bytes) -> None:
-    refusal = rejected(body, "twice")
-    response = error_response(refusal.status, str(refusal), param=refusal.param)
+    error = rejected(body, "twice")
+    response = error_response(error.status, str(error), param=error.param)
     assert json.loads(bytes(response.body))["error"]["param"] in (r"\ud800", r"\udfff")
 
 
@@ -174,11 +174,11 @@ def test_a_late_name_twice_is_found_in_one_pass(length: int) -> None:
 
 
 def limited(text: str, members: int, values: int) -> bool:
-    """Whether `check_size` rejects it."""
+    """True if `check_size` rejects it."""
     try:
         check_size(text.encode(), max_members=members, max_values=values)
-    except RequestRejectedError as refusal:
-        assert refusal.status == 400 and "send less in one request" in str(refusal)
+    except RequestRejectedError as error:
+        assert error.status == 400 and "send less in one request" in str(error)
         return True
     return False
 

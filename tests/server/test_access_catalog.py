@@ -1,4 +1,4 @@
-"""What a view accepts, and that it is replaced as a whole."""
+"""Validation of a view, and its replacement as a whole."""
 
 from __future__ import annotations
 

@@ -56,12 +56,12 @@ def test_chunks_pass_one_by_one_and_untouched() -> None:
 
 
 def test_a_slot_is_held_to_the_end_of_the_stream_and_no_longer() -> None:
-    go = asyncio.Event()
+    release = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def lines() -> Any:
             yield "data: 1\n\n"
-            await go.wait()
+            await release.wait()
             yield "data: 2\n\n"
 
         await StreamingResponse(lines())(scope, receive, send)
@@ -76,7 +76,7 @@ def test_a_slot_is_held_to_the_end_of_the_stream_and_no_longer() -> None:
         await second
         assert rejection[0]["status"] == 429
         assert dict(rejection[0]["headers"])[b"retry-after"] == b"1"
-        go.set()
+        release.set()
         await task
         assert access.counters.in_flight("other@1") == 0
         third, response = asgi_post(access, "other", {})

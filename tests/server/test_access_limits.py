@@ -122,9 +122,9 @@ def test_no_minute_exceeds_the_limit_and_retry_after_is_sufficient(
         clock.now_s += pause
         try:
             counters.admit(target(requests_per_minute=most), 1).close(0)
-        except RequestRejectedError as refusal:
+        except RequestRejectedError as rejection:
             assert len([at for at in admitted if at > clock.now_s - WINDOW_S + SLACK_S]) == most
-            clock.now_s += int((refusal.headers or {})["Retry-After"])
+            clock.now_s += int((rejection.headers or {})["Retry-After"])
             counters.admit(target(requests_per_minute=most), 1).close(0)
         admitted.append(clock.now_s)
     for start in admitted:

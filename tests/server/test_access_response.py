@@ -1,4 +1,4 @@
-"""What a client sees of a revision: the name that it requested, and headers."""
+"""A revision as shown to clients: the requested name, and headers."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_routes_that_the_table_does_not_name() -> None:
 
 def test_a_route_without_a_path_is_unclassified() -> None:
     class Unknown:
-        """What a newer framework may put among the routes."""
+        """A kind of route that a newer framework may add."""
 
     app = Starlette()
     app.router.routes.append(Unknown())  # type: ignore[arg-type]

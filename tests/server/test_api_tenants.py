@@ -127,8 +127,8 @@ def test_both_forms_of_a_name_reach_every_route(world: World, path: str) -> None
     begun = world.json("POST", f"{path}/revisions", {"expected_revision": 1})
     assert begun["job"]["tenant"] == NAME and begun["tenant"]["published"] == 1
     assert world.work().state == "done"
-    gone = world.json("DELETE", f"{path}?expected_revision=3")
-    assert (gone["tenant"]["state"], gone["rollout"]["kind"]) == ("retired", "retire")
+    retired = world.json("DELETE", f"{path}?expected_revision=3")
+    assert (retired["tenant"]["state"], retired["rollout"]["kind"]) == ("retired", "retire")
     assert world.json("DELETE", path)["rollout"] is None
 
 

@@ -48,7 +48,7 @@ def die_before(nth: int) -> None:
 
 
 def killed_at_every_step(work: Callable[[], None], check: Callable[[], None]) -> int:
-    """How many steps `work` has; after a kill at each of them, `check` is called."""
+    """Number of steps of `work`; after a kill at each of them, `check` is called."""
     for nth in range(1, 400):
 
         def doomed(nth: int = nth) -> None:

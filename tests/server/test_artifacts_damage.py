@@ -35,7 +35,7 @@ class World:
             self.verify()
 
     def repair(self) -> None:
-        """What the messages advise."""
+        """Repair as the messages advise."""
         self.store.stage(self.source, family=FAMILY)
         self.store.revision(self.digest, self.profile)
         self.verify()

@@ -53,7 +53,7 @@ def test_a_full_disk_is_called_full(tmp_path: Path) -> None:
 
 
 def held_by_another(root: Path, *, shared: bool) -> bool:
-    """Whether another process has to wait while we hold the lock exclusively or shared."""
+    """True if another process has to wait while we hold the lock exclusively or shared."""
     got = threading.Event()
 
     def other() -> None:

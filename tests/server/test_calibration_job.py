@@ -191,8 +191,8 @@ def test_a_candidate_that_cannot_be_unloaded_does_not_block_the_job(
 def test_prompts_are_forgotten_when_the_job_ends(bench: CalibrationWorld) -> None:
     job = bench.start()
     assert "bad 1" in json.dumps(dict(bench.registry.jobs.get(job).params))
-    reply = json.dumps(bench.json("GET", f"/jobs/{job}"))
-    assert "bad 1" not in reply and "examples" not in reply
+    shown = json.dumps(bench.json("GET", f"/jobs/{job}"))
+    assert "bad 1" not in shown and "examples" not in shown
     bench.work()
     params = bench.registry.jobs.get(job).params
     assert PRIVATE not in params and params["seed"] == 0

@@ -28,8 +28,8 @@ class Says:
         self.requested.append(body)
         if isinstance(self.body, bytes):
             return httpx.Response(self.status, content=self.body)
-        reply = self.body(body) if callable(self.body) else self.body
-        return httpx.Response(self.status, json=reply)
+        content = self.body(body) if callable(self.body) else self.body
+        return httpx.Response(self.status, json=content)
 
 
 def scores(*given: Any, model: str = "@candidate/a") -> dict[str, Any]:

@@ -39,9 +39,9 @@ def new(world: CalibrationWorld, **more: Any) -> dict[str, Any]:
 
 
 def register(world: CalibrationWorld, **more: Any) -> int:
-    reply = world.json("POST", "/tenants", new(world, **more))
-    assert (reply["tenant"]["name"], reply["job"]["kind"]) == (NAME, "calibrate")
-    return int(reply["job"]["id"])
+    response = world.json("POST", "/tenants", new(world, **more))
+    assert (response["tenant"]["name"], response["job"]["kind"]) == (NAME, "calibrate")
+    return int(response["job"]["id"])
 
 
 def attempt(world: CalibrationWorld, job: int) -> Job:
@@ -179,8 +179,8 @@ def test_a_failed_registration_is_retried_with_new_content(world: CalibrationWor
     assert world.json("POST", "/tenants", new(world, source=nowhere))["job"]["id"] == job.id + 1
     rejected(world.request("POST", "/tenants", new(world)), 409, f"job {job.id + 1} is in progress")
     assert world.work().state == "failed"
-    reply = world.json("POST", "/tenants", new(world))
-    assert reply["job"]["kind"] == "calibrate"
+    response = world.json("POST", "/tenants", new(world))
+    assert response["job"]["kind"] == "calibrate"
     assert world.work().state == "done" and states(world) == ["registered", "published"]
     rejected(world.request("POST", "/tenants", new(world, source=nowhere)), 409, "exists")
 
@@ -228,8 +228,8 @@ def test_new_content_of_a_tenant_that_is_served(tmp_path: Path) -> None:
     body = {"source": source, "calibrate": {"examples": examples()}}
     seen = []
     world.replica.on_score = lambda: seen.append(world.catalog.view.tenants[NAME].served)
-    reply = world.json("POST", path, {**body, "expected_revision": 1})
-    assert reply["job"]["kind"] == "calibrate" and reply["tenant"]["published"] == 1
+    response = world.json("POST", path, {**body, "expected_revision": 1})
+    assert response["job"]["kind"] == "calibrate" and response["tenant"]["published"] == 1
     assert world.work().state == "done"
     assert set(seen) == {f"{NAME}@1"}, "it is served as it was meanwhile"
     assert states(world) == ["superseded", "registered", "published"]

@@ -32,7 +32,7 @@ TRACE_ID, CALLER_SPAN = int(CALLER.split("-")[1], 16), int(CALLER.split("-")[2],
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """What is exported, by the provider that vLLM would set."""
+    """Exported spans, by the provider that vLLM would set."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)

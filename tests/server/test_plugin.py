@@ -161,7 +161,7 @@ class Models:
 
 @dataclass
 class World:
-    """Files, a fake engine that is honest about them, and the app."""
+    """Files, a fake engine that reports them correctly, and the app."""
 
     d: Path
     family: Family

@@ -1,4 +1,4 @@
-"""Who is probed when, in how much of the engine's time, what is counted, and what is forgotten."""
+"""Schedule of probes, their share of the engine's time, their counts, and removal of results."""
 
 from __future__ import annotations
 
@@ -384,7 +384,7 @@ def test_what_is_not_served_is_not_probed(probes: ProbeWorld) -> None:
 
 
 def test_a_name_of_changed_content_is_probed_again(probes: ProbeWorld) -> None:
-    """What was found of the former content of a registry that was restored says nothing of it."""
+    """After a registry is restored, results of the former content do not apply."""
     restore = back_up(probes.registry)
     probes.publish(NAME)
     prober = probes.probing()

@@ -75,9 +75,9 @@ def test_numbers_count_per_tenant_and_ids_over_all(registry: Registry) -> None:
 
 
 def test_a_profile_must_fit_the_family(registry: Registry) -> None:
-    stranger = replace(profile(), family=header(digit="e").digest)
+    other_family = replace(profile(), family=header(digit="e").digest)
     rejected: list[tuple[Profile, type[Exception]]] = [
-        (stranger, FamilyMismatchError),
+        (other_family, FamilyMismatchError),
         (Profile(FAMILY, (1.0, 0.0)), BoundsError),
         (Profile(FAMILY, (1.0, 0.5, 1.0)), BoundsError),
         (Profile(FAMILY, (3.5, 0.0, 1.0)), BoundsError),

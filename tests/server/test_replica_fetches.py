@@ -146,7 +146,7 @@ def test_a_stop_ends_what_is_being_fetched(
 
 
 def test_a_revision_s_time_is_its_own(world: World) -> None:
-    """What another revision's failure or the age of an older version has to do with it: nothing."""
+    """Independent of another revision's failure and of the age of an older version."""
     now_s = 100.0
     world.replica.lag.clock = lambda: now_s
     world.publish("acme", 0.5)

@@ -1,6 +1,6 @@
 """A replica without an engine: what it loads, offers, drains, removes and reports, and when.
 
-Registry and store are real; the engine is a fake that remembers what it was reply.
+Registry and store are real; the engine is a fake that records its calls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from safegene_vllm.formats.profile import load_profile, make_profile
 
 @dataclass
 class Engine:
-    """What stands where the gate does. `reject` names revisions that no rank accepts."""
+    """Fake of the `EngineClient`. `reject` names revisions that no rank accepts."""
 
     header: FamilyHeader | None
     loaded: dict[int, Any] = field(default_factory=dict)
@@ -213,16 +213,16 @@ def test_heartbeats_are_sent_between_the_adapters_of_a_long_change(
     """A replica without a heartbeat for ten seconds counts as dead."""
     monkeypatch.setattr("safegene_server.replica.heartbeat.BEAT_S", 0.0)
     first, second = world.publish("acme", 0.5), world.publish("globex", 0.5)
-    reply: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
 
     async def look() -> None:
-        assert reply == [(1, 0), (1, 1)]
+        assert reported == [(1, 0), (1, 1)]
 
     add = world.engine.add
 
     async def adding(request: Any, profile: Any) -> list[dict[str, Any]]:
         receipts = [len(world.registry.replicas.receipts(revision=r.id)) for r in (first, second)]
-        reply.append((len(world.registry.replicas.list()), receipts[0]))
+        reported.append((len(world.registry.replicas.list()), receipts[0]))
         assert receipts[1] == 0
         return await add(request, profile)
 
@@ -468,8 +468,8 @@ def test_drift_makes_it_unready(world: World, monkeypatch: pytest.MonkeyPatch) -
         assert world.replica.problems() == ()
         world.engine.report_errors = ("rank 1 holds gain row x, expected y",)
         await until(lambda: world.replica.problems() == world.engine.report_errors)
-        reply = world.engine.report_errors
-        await until(lambda: [r.faults for r in world.registry.replicas.list()] == [reply])
+        errors = world.engine.report_errors
+        await until(lambda: [r.faults for r in world.registry.replicas.list()] == [errors])
         world.engine.report_errors = ()
         await until(lambda: world.replica.problems() == ())
 

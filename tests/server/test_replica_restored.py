@@ -1,5 +1,5 @@
-"""A replica whose registry was restored below it: what it was reply before holds no more, and ids
-and names may stand for other content. The world is that of the replica's own tests.
+"""A replica whose registry was restored: what it read before is no longer valid, and ids and names
+may stand for other content. The world is that of the replica's own tests.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def watched(world: World) -> list[tuple[View, dict[int, Any], tuple[str, ...]]]:
 
 
 def coefficient(world: World, number: int) -> float:
-    """What the engine really has under this id."""
+    """The coefficient that the engine really has under this id."""
     return load_profile(world.engine.loaded[number].path).coefficients[0]
 
 
 async def level(world: World) -> None:
-    """Until all that the registry says now is served, and reply."""
+    """Wait until the state of the registry is served and reported."""
     await until(lambda: world.replica._losses >= getattr(world.models, "restores", 0))
     await until(lambda: world.replica.version == world.registry.version())
     await until(lambda: world.replica.problems() == ())
 
     def reported() -> bool:
         live = [one for one in world.registry.replicas.list() if one.id == world.replica.id]
-        reply = [one.applied_version for one in live] == [world.registry.version()]
-        return reply and not world.replica._reporter._stale
+        current = [one.applied_version for one in live] == [world.registry.version()]
+        return current and not world.replica._reporter._stale
 
     await until(reported)
 
@@ -236,7 +236,7 @@ def test_what_the_registry_does_not_know_is_no_longer_published(
 def test_a_fetch_for_an_id_is_a_fetch_of_its_content(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not of the content that the id had before, whose fetch ends, and whose failure is not its."""
+    """The fetch of the content that the id had before ends, and its failure is not this one's."""
     slow = Slow(world, monkeypatch)
     family = tiny_model.write_family(world.root / "m", world.root / "f3")
     tiny_model.write_tenant(world.root / "m", world.root / "third", family, None, seed=3)

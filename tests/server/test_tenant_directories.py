@@ -1,4 +1,4 @@
-"""What a tenant's directory is, by every way into a server with a registry: layouts × entries.
+"""Kinds of tenant directories, by every entry of a server with a registry: layouts × entries.
 
 Sources are decided where they lie, local or remote: the store's copy has the known files alone.
 """

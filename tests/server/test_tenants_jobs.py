@@ -150,7 +150,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
     number = enqueue(world, "first")
     if after == "waiting":
         restore = back_up(world.registry)
-    begun, ended, reply = asyncio.Event(), [], []
+    begun, ended, claimed = asyncio.Event(), [], []
 
     async def first(_: TenantContext, work: Work) -> str:
         begun.set()
@@ -161,7 +161,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
         return "never"
 
     async def second(_: TenantContext, work: Work) -> str:
-        reply.append(work.job.id)
+        claimed.append(work.job.id)
         while not ended:
             await asyncio.sleep(0.01)
         return "of the job that is there now"
@@ -187,7 +187,7 @@ def test_a_job_of_a_registry_that_was_restored_is_stopped_here(world: World, aft
     else:
         (job,) = world.registry.jobs.list()
         assert (job.state, job.message) == ("done", "of the job that is there now")
-        assert reply == [number] and job.attempts == 1
+        assert claimed == [number] and job.attempts == 1
 
 
 def test_several_run_at_once_until_the_server_stops(world: World) -> None:

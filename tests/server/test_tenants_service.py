@@ -257,7 +257,7 @@ def test_publishing_what_is_being_tried_out_leaves_it_to_its_job(world: World, s
 
 
 def loaded_by_rejected(world: World, step: Callable[[], Any]) -> set[str]:
-    """What a step leaves in the engine that the registry rejects at the end."""
+    """Adapters left in the engine by a step that the registry rejects at the end."""
     held = set(world.replica.held)
     loads = len(world.replica.loads)
     with pytest.raises(BoundsError, match="floor"):

@@ -14,10 +14,10 @@ def test_the_defaults_are_allowed() -> None:
 
 
 def test_every_bad_threshold_is_named() -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as caught:
         GateSettings(harmful_min_refused=1.5, coherent_min=-0.1, concurrent=0)
     for word in ("harmful_min_refused = 1.5", "coherent_min = -0.1", "gate.concurrent = 0"):
-        assert word in str(refusal.value)
+        assert word in str(caught.value)
     with pytest.raises(ConfigError, match="lookalike_max_refused"):
         GateSettings(lookalike_max_refused=float("nan"))
 
@@ -28,7 +28,7 @@ def test_bad_numbers_of_jobs() -> None:
 
 
 def test_every_bad_number_of_calibration_is_named() -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as caught:
         CalibrationSettings(
             evaluations=0, timeout_s=0.0, share=1.5, held_out=0.0, pull=-1.0, refusal=" "
         )
@@ -40,6 +40,6 @@ def test_every_bad_number_of_calibration_is_named() -> None:
         "calibration.pull = -1.0",
         "calibration.refusal is empty",
     ):
-        assert word in str(refusal.value)
+        assert word in str(caught.value)
     with pytest.raises(ConfigError, match="share"):
         CalibrationSettings(share=float("nan"))

@@ -25,7 +25,7 @@ NAME = "acme/support"
 END = 256
 USER, ASSISTANT = 257, 258
 BEST = (1.5, 0.5)
-"""Where safety + 2 · task is least: between the two kinds' own optima."""
+"""The minimum of safety + 2 · task, between the two kinds' own optima."""
 
 
 def losses(kind: str, first: float, last: float) -> float:
@@ -164,9 +164,9 @@ class CalibrationWorld(World):
     def start(self, **more: Any) -> int:
         """Start a calibration; the id of its job."""
         body = {"examples": examples(), **more}
-        reply = self.json("POST", f"/tenants/{NAME}/calibrate", body)
-        assert reply["tenant"]["name"] == NAME and reply["job"]["kind"] == CALIBRATE
-        return int(reply["job"]["id"])
+        response = self.json("POST", f"/tenants/{NAME}/calibrate", body)
+        assert response["tenant"]["name"] == NAME and response["job"]["kind"] == CALIBRATE
+        return int(response["job"]["id"])
 
     def take_over(self, job: int) -> None:
         """The lease of a job runs out."""

@@ -56,7 +56,7 @@ def saved_family(directory: Path, **changes: Any) -> Family:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Load `path`, let `change` alter it in place, write it back."""
+    """Load `path`, alter it in place by `change`, write it back."""
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))

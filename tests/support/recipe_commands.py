@@ -19,7 +19,7 @@ MIT = "?licence=MIT"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the command left: its exit code and both streams."""
+    """Result of a run of the command: its exit code and both streams."""
 
     code: int
     out: str

@@ -1,6 +1,6 @@
 """The float32 reference that real engines are compared with; it knows nothing of vLLM.
 
-Merges with `compose` and lets transformers decode greedily.
+Merges with `compose`; transformers decodes greedily.
 """
 
 from __future__ import annotations

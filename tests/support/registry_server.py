@@ -59,7 +59,7 @@ class World:
 
 
 def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "") -> World:
-    """A tiny model, its family, and adapters by name and seed; `more` goes to the settings."""
+    """A tiny model, its family, and adapters by name and seed; `more` is added to the settings."""
     tiny_model.make_model("llama", folder / "m")
     family = tiny_model.write_family(folder / "m", folder / "f")
     for name, seed in adapters.items():

@@ -250,7 +250,7 @@ def probe(**more: Any) -> dict[str, Any]:
 
 
 def error(status: int, message: str, *, param: str | None = None, **headers: str) -> JSONResponse:
-    """A refusal in OpenAI's shape; `Retry_After="1"` is a header."""
+    """An error in OpenAI's shape; `Retry_After="1"` is a header."""
     body = {"error": {"message": message, "type": "Error", "param": param, "code": status}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return JSONResponse(body, status_code=status, headers=named)

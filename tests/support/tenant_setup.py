@@ -57,7 +57,7 @@ Complete = Callable[[str], str]
 
 
 def good(prompt: str) -> str:
-    """What a tenant that passes would say."""
+    """Completion of a tenant that passes."""
     return REFUSAL if prompt in HARMFUL else "Here is how that is usually done, step by step."
 
 
@@ -193,7 +193,7 @@ def _app() -> FastAPI:
 
 
 def _hurry(connection: Any, _record: Any) -> None:
-    """What these tests write need not outlive the machine."""
+    """Skip syncing to disk: data of these tests need not survive a crash."""
     connection.execute("PRAGMA synchronous = OFF")
 
 

@@ -322,7 +322,7 @@ def test_a_key_is_not_shown() -> None:
     assert KEY not in repr(Client("http://localhost:1", KEY))
 
 
-# Refusals
+# Rejections
 
 
 def test_a_rejection_has_the_servers_message(client: Client, world: World) -> None:

@@ -1,4 +1,4 @@
-"""One safetensors file: every way in which it can be wrong, and that good ones are everybody's."""
+"""One safetensors file: every kind of error, and compatibility with the library."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SITES = [
 
 
 def peft(keys: list[str], site: str) -> int | None:
-    """What PEFT's `get_pattern_key` and vLLM's `_match_pattern` find."""
+    """The results of PEFT's `get_pattern_key` and vLLM's `_match_pattern`."""
     return next((n for n, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", site)), None)
 
 

@@ -1,4 +1,4 @@
-"""What a directory is, and whether it belongs to a family."""
+"""Kinds of directories, and their match with a family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tenant's directory is, by every way in: layouts × entries.
+"""Kinds of tenant directories, by every entry point: layouts × entries.
 
 Where a directory that is neither adapter nor profile alone passes, the base is served, calibrated
 or exported under the tenant's name.
@@ -219,7 +219,7 @@ def test_an_adapter_is_decided_without_a_listing() -> None:
     ("tree", "words"),
     [
         ({"": ["safegene.json", "x/"], "x": SourceError("x cannot be read")}, "x cannot be read"),
-        ({"": ["safegene.json", "x/"], "x": MissingFileError("gone")}, "x went away"),
+        ({"": ["safegene.json", "x/"], "x": MissingFileError("missing")}, "x went away"),
         ({"": ["safegene.json", "x/", "y/"], "x": SourceError("no"), "y": ["a.gguf"]}, "y/a.gguf"),
         ({"": ["safegene.json", *(f"{n}.txt" for n in range(8))]}, "more than 8 files"),
         ({"": ["safegene.json", "x/"], "x": [f"{n}.txt" for n in range(7)]}, "more than 8 files"),
@@ -466,7 +466,7 @@ def test_a_worker_rejects_what_carries_a_vector_already(root: Path, worker: Work
 def test_files_that_vanish_while_they_are_copied(
     root: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was seen to be an adapter is never admitted as something less."""
+    """A directory recognized as an adapter is never admitted as something less."""
     from safegene_vllm.plugin import staging
 
     place = Path(shutil.copytree(root / "a", worker.root / "t"))

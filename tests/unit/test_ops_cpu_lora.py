@@ -37,7 +37,7 @@ MIXES = {
 
 
 def layer(rank: int, dtype: torch.dtype) -> SimpleNamespace:
-    """What vLLM's LoRA layer has: one stacked tensor per part."""
+    """The tensors of vLLM's LoRA layer: one stacked tensor per part."""
     return SimpleNamespace(
         lora_a_stacked=tuple(torch.zeros(SLOTS, 1, rank, D_IN, dtype=dtype) for _ in WIDTHS),
         lora_b_stacked=tuple(torch.zeros(SLOTS, 1, w, rank, dtype=dtype) for w in WIDTHS),
@@ -119,7 +119,7 @@ def test_product_is_the_plain_loop(dtype: torch.dtype, rank: int, mix: str) -> N
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_pass_of_more_or_fewer_tokens_than_its_step(mix: str) -> None:
-    """What is computed beyond the step's tokens is left alone; what is missing hurts no other."""
+    """Rows beyond the step's tokens are unchanged; missing rows affect no other."""
     _, weights = filled(8, torch.float32)
     slots = MIXES[mix]
     batch = CpuBatchMetadata(SLOTS, 8, 128, dtype=torch.float32)

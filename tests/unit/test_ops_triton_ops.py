@@ -188,7 +188,7 @@ def test_launches_per_layer(slots: list[int], base: bool, launched: int) -> None
 
 
 def test_grids_depend_on_shapes_alone() -> None:
-    """What a CUDA graph captured fits every later step of the same number of tokens."""
+    """A captured CUDA graph fits every later step of the same number of tokens."""
     one = world.layer((24, 8, 8), 48, 8, 4)
     y, x = world.inputs(one, 40)
     grids = []

@@ -1,4 +1,4 @@
-"""What a report is made of: family and profiles that belong to it, several evaluations as one."""
+"""Inputs of a report: its family and profiles, and several evaluations merged."""
 
 from __future__ import annotations
 
