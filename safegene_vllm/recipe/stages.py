@@ -56,7 +56,9 @@ class Stages:
             return {}
         self._check_own()
         about = read_json(self.directory / ABOUT_FILE)
-        old = about["inputs"]
+        old, done = about.get("inputs"), about.get("stages")
+        if not isinstance(old, dict) or not isinstance(done, dict):
+            raise ConfigError(f"{self.directory / ABOUT_FILE} is no record of stages; move it away")
         changed = [key for key in {**old, **self.inputs} if old.get(key) != self.inputs.get(key)]
         if changed:
             listed = "; ".join(f"{k}: {_short(self.inputs.get(k))}, was {_short(old.get(k))}"
@@ -65,7 +67,7 @@ class Stages:
                 f"{self.directory} holds an unfinished run with other inputs. Changed: {listed}. "
                 "Give the earlier ones to continue it, or --restart to discard it"
             )
-        return dict(about["stages"])
+        return done
 
     def result(self, name: str, make: Callable[[Path], None]) -> Path:
         """Path of the stage's result, a directory or a file; made by `make` unless it exists.

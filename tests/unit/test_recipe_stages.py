@@ -65,3 +65,6 @@ def test_a_directory_of_others_is_never_deleted(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is no unfinished run; move it away"):
             Stages(tmp_path / "p", INPUTS, restart=restart)
     assert (tmp_path / "p" / "mine.txt").exists()
+    (tmp_path / "p" / "stages.json").write_text('{"stages": 3}')
+    with pytest.raises(ConfigError, match="is no record of stages"):
+        Stages(tmp_path / "p", INPUTS)
