@@ -152,17 +152,17 @@ def make(
     label = name or out.resolve().name
     partial = out.absolute().with_name(f"{out.resolve().name}.partial")
     inputs = inputs_of(checkpoint, data, tenants, label, settings)
-    stages = Stages(partial, inputs, restart=restart)
-    if stages.done:
-        notes().print(f"{partial}: continuing after {', '.join(stages.done)}")
-    family, checks = run_stages(
-        checkpoint, data, tenants, label, settings, stages, device=device, show=steps
-    )
-    save_family(family, out)
+    with Stages(partial, inputs, restart=restart) as stages:
+        if stages.done:
+            notes().print(f"{partial}: continuing after {', '.join(stages.done)}")
+        family, checks = run_stages(
+            checkpoint, data, tenants, label, settings, stages, device=device, show=steps
+        )
+        save_family(family, out)
+        stages.clear()
     times = table("stage", "seconds", left=("stage",))
     for stage, done in stages.done.items():
         times.add_row(stage.partition(".")[0], f"{done['seconds']:.1f}")
-    stages.clear()
     console = results()
     console.print(times)
     carrying = len(family.header.layers)
