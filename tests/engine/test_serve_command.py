@@ -60,9 +60,7 @@ def test_the_vllm_command_serves_with_a_kv_cache_that_fits(tmp_path: Path) -> No
         "-u",
         "-c",
         UNCHECKED,
-        "serve",
-        str(tmp_path / "m"),
-        str(tmp_path / "f"),
+        *("serve", str(tmp_path / "m"), "--family", str(tmp_path / "f")),
     ]
     command += ["--tenant", f"acme={tmp_path / 't'}"]
     command += ["--host", "127.0.0.1", "--port", port, *small]

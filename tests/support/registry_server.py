@@ -132,7 +132,14 @@ class Running:
         return completion.model, ids
 
     def replica(self, registry: Registry) -> Replica:
-        return next(r for r in registry.replicas.list(alive_s=3600.0) if r.pid == self.pid)
+        """This server's own row; a restored registry has none until the server joins it again."""
+        begun = time.monotonic()
+        while True:
+            for found in registry.replicas.list(alive_s=3600.0):
+                if found.pid == self.pid:
+                    return found
+            assert time.monotonic() - begun < 300, "the server has not joined the registry"
+            time.sleep(0.02)
 
     def follows(self, registry: Registry) -> float:
         """Wait until this replica has applied the registry's version; return the time it took."""
