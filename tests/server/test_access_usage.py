@@ -59,7 +59,7 @@ def test_rejected_requests_and_routes_without_tokens_are_not_counted() -> None:
     access = guarded(responding(), usage=counts)
     rejected(chat(access, "acme", model="other"), 404)
     rejected(chat(access, "acme", background=True), 400)
-    rejected(chat(access, "nobody"), 401)
+    rejected(chat(access, "absent"), 401)
     rejected(chat(access, "read"), 403)
     assert send_request(access, "POST", "/tokenize", "acme", json={}).status_code == 200
     assert send_request(access, "GET", "/v1/models", "acme").status_code == 200
