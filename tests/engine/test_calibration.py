@@ -202,7 +202,7 @@ def test_a_newcomer_without_a_profile_is_calibrated_and_served_in_one_call(
     assert second["state"] == "published" and second["coefficients"] != first["coefficients"]
     assert call(server, "POST", "/v1/safegene/tenants", body)["job"]["id"] == job["id"]
     request = {"model": "newcomer", "prompt": LONG, "max_tokens": 2, "temperature": 0}
-    assert call(server, "POST", "/v1/completions", request)["model"] == "newcomer@2"
+    assert call(server, "POST", "/v1/completions", request)["model"] == "newcomer"
     assert globex_completion(server)[0] == before[0]
     assert "newcomer@2" in held_without_candidates(server)
 

@@ -27,7 +27,7 @@ LARGEST = 64 * 1024
 PATH = "/v1/completions"
 PROMPT = [3 + (5 * i) % 300 for i in range(24)]
 JSON = {"Content-Type": "application/json"}
-SETTINGS = f"access: {{max_body_bytes: {LARGEST}}}\n"
+ACCESS = f"max_body_bytes: {LARGEST}"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ KINDS: tuple[tuple[int, Callable[[Member, Member, random.Random], Case]], ...] =
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("crowd")
     url = f"sqlite:///{folder / 'registry.sqlite'}"
-    made = make_world(folder, {f"a{i}": 30 + i for i in range(4)}, url=url, more=SETTINGS)
+    made = make_world(folder, {f"a{i}": 30 + i for i in range(4)}, url=url, access=ACCESS)
     yield made
     made.registry.close()
 

@@ -58,13 +58,20 @@ class World:
         return added
 
 
-def make_world(folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "") -> World:
-    """A tiny model, its family, and adapters by name and seed; `more` is added to the settings."""
+def make_world(
+    folder: Path, adapters: Mapping[str, int], *, url: str, more: str = "", access: str = ""
+) -> World:
+    """A tiny model, its family, and adapters by name and seed.
+
+    `more` is added to the settings, `access` to their part of that name.
+    """
     tiny_model.make_model("llama", folder / "m")
     family = tiny_model.write_family(folder / "m", folder / "f")
     for name, seed in adapters.items():
         tiny_model.write_tenant(folder / "m", folder / "root" / name, family, None, seed=seed)
     config = CONFIG.replace("ROOT", str(folder / "root")).replace("URL", url)
+    if access:
+        config = config.replace("response_model: revision", f"response_model: revision, {access}")
     (folder / "safegene.yaml").write_text(config + more)
     registry = Registry(url)
     header = read_family_header(folder / "f")
