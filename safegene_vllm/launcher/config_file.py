@@ -52,8 +52,10 @@ def read_yaml(path: Path) -> Any:
     """
     import yaml
 
+    from safegene_vllm.formats.yaml_file import load_yaml
+
     try:
-        return yaml.safe_load(path.read_text())
+        return load_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"--server-config {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -23,6 +23,7 @@ from safegene_server.metrics.settings import MetricsSettings
 from safegene_server.monitoring.probes.settings import ProbeSettings
 from safegene_server.tenants.settings import TenantSettings
 from safegene_vllm.errors import ConfigError, did_you_mean
+from safegene_vllm.formats.yaml_file import load_yaml
 
 ENV = "SAFEGENE_SERVER_CONFIG"
 PATHS = (
@@ -190,7 +191,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> ServerSettings | N
         return None
     path = Path(given)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = load_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{ENV}={given}: cannot be read: {error}") from error
     except yaml.YAMLError as error:

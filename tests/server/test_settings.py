@@ -109,6 +109,23 @@ def test_a_number_that_will_not_do_is_shown(tmp_path: Path) -> None:
         settings(tmp_path, LEAST + "access: a: b\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LEAST + "access: {}\nkeys: []\naccess: {}\n", "line 5: the key access occurs twice"),
+        (LEAST + "access: {public: [], public: [/x]}\n", "line 3: the key public occurs twice"),
+        (LEAST + "a:hush@h: 1\na:hush@h: 2\n", "line 4: the key on this line occurs twice"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_rejected(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        settings(tmp_path, text)
+    assert "hush" not in str(caught.value)
+    merged = "x_base: &base {public: []}\n"
+    with pytest.raises(ConfigError, match="x_base"):
+        settings(tmp_path, LEAST + merged + "access: {<<: *base, max_body_bytes: 5}\n")
+
+
 def test_one_registry_is_named(tmp_path: Path) -> None:
     for text in ("store: s\n", LEAST + "registry_file: url\n"):
         with pytest.raises(ConfigError, match="one of them"):
