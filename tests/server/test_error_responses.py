@@ -102,8 +102,8 @@ def test_a_source_is_named_as_given_and_its_driver_s_files_are_not() -> None:
     with pytest.raises(SourceError) as caught, naming_source():
         raise SourceError("source /models/acme is not there")
     assert public_message(caught.value) == "source /models/acme is not there"
-    driver = _unreadable("s3://bucket/acme", ValueError("no file /root/.aws/credentials"))
-    assert "/root" in str(driver)
+    driver = _unreadable("s3://bucket/acme", ValueError("no file /srv/app/.aws/credentials"))
+    assert "/srv/app" in str(driver)
     assert public_message(driver).startswith("s3://bucket/acme cannot be read (ValueError);")
     own = RegistryDownError("down")
     with pytest.raises(SafegeneError), naming_source():

@@ -447,8 +447,8 @@ def test_a_bad_settings_file_is_rejected_by_serve_and_dry_run_and_check(
     serve = ("serve", str(world.m), "--family", str(world.f), "--server-config", str(file))
     for arguments in ((*serve, "--dry-run"), ("config", "check", str(file))):
         assert run_cli(*arguments) == 1
-        told = capsys.readouterr().err
-        assert words in told or "is not YAML" in told
+        reported = capsys.readouterr().err
+        assert words in reported or "is not YAML" in reported
 
 
 def run_cli(*arguments: str) -> int:
